@@ -1,0 +1,107 @@
+"""Everything that slmops refuses or fails at, in one tree.
+
+    SlmopsError
+    ├── UsageError            exit 2   what was asked for makes no sense
+    │   ├── CheckpointError            the checkpoint cannot be used
+    │   └── RecipeError                the precision or the Olive config cannot be used
+    ├── PrerequisiteError     exit 2   something this needs is missing: package, disk, server, network
+    │   └── BusyError                  another slmops run holds it
+    ├── WorkError             exit 1   the work was started and failed
+    │   ├── ConversionError
+    │   ├── RegistrationError
+    │   ├── EvaluationError
+    │   └── TrackingError
+    └── GateError             exit 3   a gate said no
+
+Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SlmopsError(Exception):
+    """Base of all errors that a user can cause or mend.
+
+    Args:
+        message: What was wrong, and where.
+        fix: What to do next; shown on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message, fix)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.message if self.fix is None else f"{self.message}\n  {self.fix}"
+
+
+class UsageError(SlmopsError):
+    """What was asked for makes no sense."""
+
+    exit_code = 2
+
+
+class CheckpointError(UsageError):
+    """The checkpoint cannot be used."""
+
+
+class RecipeError(UsageError):
+    """The precision or the Olive config cannot be used."""
+
+
+class PrerequisiteError(SlmopsError):
+    """Something this needs is missing: a package, disk, memory, a server, the network."""
+
+    exit_code = 2
+
+
+class BusyError(PrerequisiteError):
+    """Another slmops run holds what this one needs."""
+
+
+class WorkError(SlmopsError):
+    """The work was started and failed."""
+
+
+class ConversionError(WorkError):
+    """Olive produced nothing, or something that does not work."""
+
+
+class RegistrationError(WorkError):
+    """Foundry Local does not list the variant, or the variant does not answer."""
+
+
+class EvaluationError(WorkError):
+    """A variant could not be measured."""
+
+
+class TrackingError(WorkError):
+    """MLflow did not take what was logged."""
+
+
+class GateError(SlmopsError):
+    """A gate said no."""
+
+    exit_code = 3
+
+
+BY_NAME: dict[str, type[SlmopsError]] = {
+    cls.__name__: cls
+    for cls in (
+        SlmopsError,
+        UsageError,
+        CheckpointError,
+        RecipeError,
+        PrerequisiteError,
+        BusyError,
+        WorkError,
+        ConversionError,
+        RegistrationError,
+        EvaluationError,
+        TrackingError,
+        GateError,
+    )
+}

@@ -1,0 +1,71 @@
+"""Writing so that a reader, or the next run, never sees half of anything."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` with ``text`` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_appears_whole(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder beside ``target`` that becomes ``target`` if the block succeeds.
+
+    A ``target`` that another process completed meanwhile is kept.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_scratch(parent: Path) -> None:
+    """Remove the scratch folders that killed processes left in ``parent``."""
+    for scratch in parent.glob(".*.part"):
+        pid = scratch.name.split(".")[-2]
+        if not (pid.isdigit() and _alive(int(pid))):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    return psutil.pid_exists(pid)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link ``source`` to ``target``; copy where the file system cannot link."""
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copy2(source, target)

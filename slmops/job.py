@@ -1,0 +1,113 @@
+"""What to do: one model that is the flags of ``slmops run``, a job file and the form in the Prefect UI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from slmops.models import NAME_PATTERN
+
+Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
+BASELINE = "fp32"
+
+
+class Job(BaseModel):
+    """Convert, register, measure and compare one checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        title="Model",
+        description="Folder in Hugging Face format, hub id (org/name or org/name@revision), .gguf file, "
+        "MLflow model URI, or 'demo'.",
+        min_length=1,
+    )
+    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = Field(
+        None, title="Name", description="Name in MLflow and Foundry Local; the checkpoint's own by default."
+    )
+    precision: list[Precision] = Field(
+        default=["fp32", "fp16", "int8", "int4"],
+        title="Precisions",
+        description="Variants to make; fp32 is always made, as the baseline that the others are judged against.",
+    )
+    olive_config: Path | None = Field(
+        None,
+        title="Olive config",
+        description="Your own Olive workflow (JSON) as one more variant, named after the file.",
+    )
+    int4_block_size: Literal[16, 32, 64, 128, 256] = Field(
+        32,
+        title="int4 block size",
+        description="Weights that share a scale; must divide the input size of each layer.",
+    )
+    int4_symmetric: bool = Field(
+        False, title="int4 symmetric", description="No zero points: smaller and less exact."
+    )
+    device: Literal["cpu", "gpu"] = Field(
+        "cpu", title="Device", description="What the variants are made for."
+    )
+    provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = Field(
+        "CPUExecutionProvider", title="Execution provider", description="ONNX Runtime's execution provider."
+    )
+    output_path: Path | None = Field(
+        None, title="Output path", description="Also put each finished variant into a folder below this one."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", title="Olive log level", description="How much Olive writes into its log."
+    )
+    export_tolerance: float = Field(
+        1e-3,
+        gt=0,
+        title="Export tolerance",
+        description="Largest logit difference between the fp32 export and the checkpoint, relative to the largest logit.",
+    )
+    chat_template: Path | None = Field(
+        None,
+        title="Chat template",
+        description="Jinja file to use instead of the checkpoint's chat template.",
+    )
+    allow_pickle: bool = Field(
+        False,
+        title="Allow pickle",
+        description="Accept pickled weights (.bin), which can run code when they are read.",
+    )
+    trust_remote_code: bool = Field(
+        False, title="Trust remote code", description="Run Python code that comes with the checkpoint."
+    )
+    max_length: int | None = Field(
+        None,
+        ge=16,
+        title="max_length",
+        description="Longest conversation in tokens; the model's context by default.",
+    )
+    temperature: float | None = Field(
+        None, ge=0, le=5, title="temperature", description="Default for applications."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, title="top_p", description="Default for applications.")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=5, title="repetition_penalty", description="Default for applications."
+    )
+    evaluation_set: Path | None = Field(
+        None,
+        title="Evaluation set",
+        description="JSONL of questions and expected answers; general knowledge by default.",
+    )
+    perplexity_text: Path | None = Field(
+        None, title="Perplexity text", description="UTF-8 text; Python's language reference by default."
+    )
+    max_perplexity_ratio: float = Field(
+        1.10,
+        gt=1,
+        title="Perplexity limit",
+        description="Satisfactory: perplexity at most so many times the baseline's.",
+    )
+    max_accuracy_drop: float = Field(
+        0.10,
+        ge=0,
+        le=1,
+        title="Accuracy limit",
+        description="Satisfactory: accuracy at most so much below the baseline's.",
+    )
+    quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")

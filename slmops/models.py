@@ -1,0 +1,196 @@
+"""What passes between the modules: small frozen values, each with one JSON form."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST = "variant.json"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
+
+
+class Frozen(BaseModel):
+    """Base of all values: unchangeable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def to_name(text: str) -> str:
+    """Make a model name out of any text: lower case, with only the characters that MLflow, Foundry Local and
+    Prefect all accept.
+
+    >>> to_name("Org/Qwen2.5-0.5B-Instruct")
+    'qwen2-5-0-5b-instruct'
+    """
+    base = text.rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9_]+", "-", base).strip("-_")[:63].rstrip("-_") or "model"
+
+
+class Checkpoint(Frozen):
+    """A fine-tuned model in Hugging Face format, checked and ready to convert."""
+
+    name: str = Field(description="Its own name, used where the user gives none.")
+    source: str = Field(description="What the user asked for.")
+    path: Path = Field(description="Folder with config, weights, tokenizer and chat template.")
+    digest: str = Field(description="SHA-256 over the names and contents of all its files.")
+    architecture: str = Field(description="First of config.json's architectures, as LlamaForCausalLM.")
+    parameters: int = Field(description="Number of weights; tied embeddings count once.")
+    size_mb: float = Field(description="Size of the weight files in MB.")
+    context_length: int = Field(description="Longest sequence in tokens.")
+    tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
+    linear_sizes: tuple[int, ...] = Field(
+        description="Input sizes of the linear layers, which a group must divide."
+    )
+
+
+class Recipe(Frozen):
+    """How a variant is made: a named Olive workflow."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN, description="The variant's name: fp32, int4, or the Olive file's stem."
+    )
+    config: dict[str, Any] = Field(
+        description="Olive's workflow config, without input model and output folder."
+    )
+    bits: Literal[4, 8, 16, 32] | None = Field(
+        None, description="Bits that most weights must have; None: not checked."
+    )
+    baseline: bool = Field(False, description="It must compute what the checkpoint computes.")
+
+
+class Hardware(Frozen):
+    """The machine that something was made or measured on."""
+
+    system: str
+    machine: str
+    processor: str
+    cores: int
+    memory_gb: float
+    isa: tuple[str, ...] = Field(description="Instruction sets that matter to the kernels, as avx2.")
+
+
+class VariantFile(Frozen):
+    """One file of a variant."""
+
+    name: str
+    size: int = Field(description="Bytes.")
+    sha256: str
+
+
+class Weights(Frozen):
+    """What the weights of an ONNX model are made of."""
+
+    bits_per_weight: float = Field(
+        description="Bytes of all weights and their scales x 8 / parameters of the checkpoint."
+    )
+    by_bits: dict[str, int] = Field(
+        description="Number of weights stored with so many bits: {'4': ..., '32': ...}."
+    )
+    quantized_ops: dict[str, int] = Field(description="Number of operators, as {'MatMulNBits 4 bit': 105}.")
+
+
+class Variant(Frozen):
+    """A converted model in a folder of its own. The folder's ``variant.json`` is this, less ``path``."""
+
+    key: str = Field(description="Name of the folder: recipe name and digest of all that went in.")
+    recipe: Recipe
+    checkpoint: Checkpoint
+    files: tuple[VariantFile, ...]
+    weights: Weights
+    export_error: float | None = Field(
+        None, description="Largest logit difference to the checkpoint / largest logit."
+    )
+    convert_s: float
+    convert_memory_peak_mb: float
+    versions: dict[str, str]
+    hardware: Hardware
+    created: datetime
+    path: Path = Field(exclude=True)
+
+    @property
+    def name(self) -> str:
+        """The recipe's name."""
+        return self.recipe.name
+
+    @property
+    def model_mb(self) -> float:
+        """Size of the ONNX graph and its data in MB; tokenizer and configs not counted."""
+        return sum(file.size for file in self.files if ".onnx" in file.name) / 1e6
+
+
+class Registration(Frozen):
+    """A variant in Foundry Local."""
+
+    foundry_id: str = Field(description="<name>-<variant>-generic-cpu:<version>.")
+    path: Path = Field(description="Folder in Foundry's cache layout.")
+    prompt_template_exact: bool = Field(description="PromptTemplate renders what the chat template renders.")
+    answer: str = Field(description="What the variant answered to the smoke-test prompt.")
+
+
+class Measurement(Frozen):
+    """One figure and how sure it is."""
+
+    value: float
+    unit: str
+    samples: int = 1
+
+
+class Answer(Frozen):
+    """One item of the evaluation set, answered and judged."""
+
+    id: str
+    category: str
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool
+    finish_reason: str
+    seconds: float
+    completion_tokens: int
+
+
+class Evaluation(Frozen):
+    """What was measured of one variant."""
+
+    measurements: dict[str, Measurement]
+    answers: tuple[Answer, ...]
+    samples: tuple[dict[str, float], ...] = Field(description="One row a timed request: the raw figures.")
+    evaluation_set_digest: str
+    text_digest: str
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name to value."""
+        return {name: measurement.value for name, measurement in self.measurements.items()}
+
+
+class VariantResult(Frozen):
+    """A variant as the comparison shows it; the JSON form is a promise to scripts."""
+
+    name: str
+    status: Literal["ok", "failed", "skipped"]
+    reason: str | None = None
+    path: Path | None = None
+    foundry_id: str | None = None
+    run_id: str | None = None
+    metrics: dict[str, float] = {}
+
+
+class Choice(Frozen):
+    """Which variant is taken, and why."""
+
+    variant: str | None
+    reason: str
+
+
+class Comparison(Frozen):
+    """The result of a job."""
+
+    model: str
+    run_id: str = Field(description="The MLflow parent run.")
+    choice: Choice
+    variants: tuple[VariantResult, ...]

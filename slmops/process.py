@@ -1,0 +1,201 @@
+"""Heavy work in child processes that never outlive us.
+
+Olive, torch, ONNX Runtime and Foundry Local's runtime are loaded in children only: two native GenAI libraries cannot
+live in one process, memory does not come back, and a crash must not take the job with it. Each child leads a session
+of its own, so that its whole group can be killed, and it watches its standard input: when this process dies, however
+it dies, the pipe closes and the child's group kills itself (see :mod:`slmops.child`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TypeVar
+
+import psutil
+from pydantic import BaseModel
+
+from slmops import errors
+from slmops.files import write_atomic
+
+SAMPLE_EVERY_S = 0.1
+GRACE_S = 3.0
+
+Result = TypeVar("Result", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a child ended.
+
+    Attributes:
+        returncode: Exit status; negative is the signal that killed it.
+        seconds: Wall time.
+        memory: Samples of (``time.monotonic()`` seconds, MB of the whole process group).
+        timed_out: It was killed because its time was over.
+    """
+
+    returncode: int
+    seconds: float
+    memory: list[tuple[float, float]] = field(repr=False)
+    timed_out: bool
+
+    @property
+    def memory_peak_mb(self) -> float:
+        """Highest sample, in MB (10^6 bytes)."""
+        return max((mb for _, mb in self.memory), default=0.0)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Finished:
+    """Run ``argv`` to its end, its output in ``log``, its memory sampled.
+
+    Args:
+        argv: Program and arguments; never a shell string.
+        log: File that receives standard output and error together.
+        timeout_s: Seconds after which the whole group is killed.
+        env: Variables added to this process's own.
+        cwd: Working folder.
+        on_line: Called with each line of output as it comes.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    memory: list[tuple[float, float]] = []
+    timed_out = False
+    child = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        start_new_session=True,
+    )
+    assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
+    reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line), daemon=True)
+    reader.start()
+    try:
+        while child.poll() is None:
+            memory.append((time.monotonic(), _group_memory_mb(child.pid)))
+            if time.monotonic() - started > timeout_s:
+                timed_out = True
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SAMPLE_EVERY_S)
+    finally:
+        kill_group(child)
+        reader.join(GRACE_S)
+    return Finished(child.returncode, time.monotonic() - started, memory, timed_out)
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child started with ``start_new_session`` and all that it started."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_S)
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+
+
+def call(
+    module: str,
+    request: BaseModel,
+    result: type[Result],
+    *,
+    work: Path,
+    log: Path,
+    timeout_s: float,
+    error: type[errors.WorkError],
+    env: dict[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> tuple[Result, Finished]:
+    """Run ``python -m module`` on ``request`` and return its result.
+
+    The module ends in ``child.main(...)``. Errors of our own tree come back as themselves; anything else becomes
+    ``error`` with the end of the log.
+
+    Raises:
+        SlmopsError: What the child raised.
+        WorkError: The child crashed, was killed or took too long; of the class ``error``.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    request_file, result_file = work / "request.json", work / "result.json"
+    result_file.unlink(missing_ok=True)
+    write_atomic(request_file, request.model_dump_json())
+    finished = run(
+        [sys.executable, "-m", module, str(request_file), str(result_file)],
+        log=log,
+        timeout_s=timeout_s,
+        env={"PYTHONUNBUFFERED": "1", **(env or {})},
+        on_line=on_line,
+    )
+    if finished.timed_out:
+        raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
+    if not result_file.exists():
+        raise error(f"{_died(finished.returncode)}: {last_words(log)}", f"Its log: {log}")
+    answer = json.loads(result_file.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise errors.BY_NAME.get(answer["error"], error)(answer["message"], answer["fix"])
+    return result.model_validate(answer["result"]), finished
+
+
+def last_words(log: Path, lines: int = 3) -> str:
+    """The last lines of a log that say something."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return " / ".join(said[-lines:]) or "it said nothing"
+
+
+def _died(returncode: int) -> str:
+    if returncode >= 0:
+        return f"The process ended with status {returncode} and no result"
+    name = signal.Signals(-returncode).name
+    hint = " (often: out of memory)" if name == "SIGKILL" else ""
+    return f"The process was killed by {name}{hint}"
+
+
+def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None) -> None:
+    with log.open("a", encoding="utf-8") as out:
+        for raw in stream:
+            # A progress bar rewrites its line with carriage returns: keep the last state only.
+            line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
+            out.write(line + "\n")
+            out.flush()
+            if on_line is not None:
+                on_line(line)
+
+
+def _group_memory_mb(pid: int) -> float:
+    """Memory of a process and its children in MB: proportional set size where the system has it, else resident."""
+    total = 0
+    try:
+        leader = psutil.Process(pid)
+        members = [leader, *leader.children(recursive=True)]
+    except psutil.Error:
+        return 0.0
+    for process in members:
+        try:
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+        except psutil.Error:
+            continue
+    return total / 1e6

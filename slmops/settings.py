@@ -1,0 +1,78 @@
+"""Where things are. What to do is in :mod:`slmops.job`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read from ``SLMOPS_*`` environment variables, then from ``.env`` in the current folder."""
+
+    model_config = SettingsConfigDict(env_prefix="SLMOPS_", env_file=".env", extra="ignore", frozen=True)
+
+    home: Path = Field(Path(".slmops"), description="The one folder that holds all state.")
+    tracking_uri: str | None = Field(
+        None,
+        validation_alias=AliasChoices("SLMOPS_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+        description="An MLflow server to use instead of the local one that slmops starts.",
+    )
+    prefect_api_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL"),
+        description="A Prefect server to use instead of the local one that slmops starts.",
+    )
+    mlflow_port: int = Field(
+        5000, ge=1, le=65535, description="First port tried for the local MLflow server."
+    )
+    prefect_port: int = Field(
+        4200, ge=1, le=65535, description="First port tried for the local Prefect server."
+    )
+    conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
+    evaluation_timeout_s: float = Field(
+        3600, gt=0, description="Seconds that one variant's evaluation may take."
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints that slmops unpacked or staged, one folder each."""
+        return self.home / "checkpoints"
+
+    @property
+    def variants(self) -> Path:
+        """Converted variants, one folder each, named by content."""
+        return self.home / "variants"
+
+    @property
+    def foundry(self) -> Path:
+        """Foundry Local's application data; its model cache is ``models/`` below it."""
+        return self.home / "foundry"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the servers and of each conversion and evaluation."""
+        return self.home / "logs"
+
+    @property
+    def locks(self) -> Path:
+        """Lock files of this home."""
+        return self.home / "locks"
+
+    def work(self, name: str) -> Path:
+        """Unfinished work of the model ``name``; emptied when its next run begins."""
+        return self.home / "work" / name
+
+    @property
+    def machine_lock(self) -> Path:
+        """The lock behind which this machine converts and measures, shared by all homes of one user."""
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+        return Path(tempfile.gettempdir()) / f"slmops-{user}" / "machine.lock"

@@ -32,7 +32,7 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
     status = 0
     try:
         request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
-        answer = {"result": handle(request).model_dump(mode="json")}
+        answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
     except SlmopsError as error:
         traceback.print_exc()
         answer = {"error": type(error).__name__, "message": error.message, "fix": error.fix}

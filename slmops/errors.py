@@ -18,6 +18,11 @@ Each error carries a message that names what was wrong and where, and a ``fix`` 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slmops.models import Comparison
+
 
 class SlmopsError(Exception):
     """Base of all errors that a user can cause or mend.
@@ -28,6 +33,8 @@ class SlmopsError(Exception):
     """
 
     exit_code = 1
+    comparison: Comparison | None = None
+    """What a job has to show nonetheless."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message, fix)

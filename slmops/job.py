@@ -42,12 +42,8 @@ class Job(BaseModel):
         title="int4 block size",
         description="Weights that share a scale; must divide the input size of each layer.",
     )
-    int4_symmetric: bool = Field(
-        False, title="int4 symmetric", description="No zero points: smaller and less exact."
-    )
-    device: Literal["cpu", "gpu"] = Field(
-        "cpu", title="Device", description="What the variants are made for."
-    )
+    int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
+    device: Literal["cpu", "gpu"] = Field("cpu", title="Device", description="What the variants are made for.")
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = Field(
         "CPUExecutionProvider", title="Execution provider", description="ONNX Runtime's execution provider."
     )
@@ -61,7 +57,7 @@ class Job(BaseModel):
         1e-3,
         gt=0,
         title="Export tolerance",
-        description="Largest logit difference between the fp32 export and the checkpoint, relative to the largest logit.",
+        description="Largest logit difference of the fp32 export to the checkpoint, relative to the largest logit.",
     )
     chat_template: Path | None = Field(
         None,
@@ -82,9 +78,7 @@ class Job(BaseModel):
         title="max_length",
         description="Longest conversation in tokens; the model's context by default.",
     )
-    temperature: float | None = Field(
-        None, ge=0, le=5, title="temperature", description="Default for applications."
-    )
+    temperature: float | None = Field(None, ge=0, le=5, title="temperature", description="Default for applications.")
     top_p: float | None = Field(None, gt=0, le=1, title="top_p", description="Default for applications.")
     repetition_penalty: float | None = Field(
         None, gt=0, le=5, title="repetition_penalty", description="Default for applications."

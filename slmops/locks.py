@@ -48,9 +48,7 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
         log.info("waiting for %s, held by another run (%s)", what, _who(holder))
         lock.acquire()
     try:
-        holder.write_text(
-            json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")})
-        )
+        holder.write_text(json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}))
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -42,23 +42,15 @@ class Checkpoint(Frozen):
     size_mb: float = Field(description="Size of the weight files in MB.")
     context_length: int = Field(description="Longest sequence in tokens.")
     tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
-    linear_sizes: tuple[int, ...] = Field(
-        description="Input sizes of the linear layers, which a group must divide."
-    )
+    linear_sizes: tuple[int, ...] = Field(description="Input sizes of the linear layers, which a group must divide.")
 
 
 class Recipe(Frozen):
     """How a variant is made: a named Olive workflow."""
 
-    name: str = Field(
-        pattern=NAME_PATTERN, description="The variant's name: fp32, int4, or the Olive file's stem."
-    )
-    config: dict[str, Any] = Field(
-        description="Olive's workflow config, without input model and output folder."
-    )
-    bits: Literal[4, 8, 16, 32] | None = Field(
-        None, description="Bits that most weights must have; None: not checked."
-    )
+    name: str = Field(pattern=NAME_PATTERN, description="The variant's name: fp32, int4, or the Olive file's stem.")
+    config: dict[str, Any] = Field(description="Olive's workflow config, without input model and output folder.")
+    bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
     baseline: bool = Field(False, description="It must compute what the checkpoint computes.")
 
 
@@ -87,9 +79,7 @@ class Weights(Frozen):
     bits_per_weight: float = Field(
         description="Bytes of all weights and their scales x 8 / parameters of the checkpoint."
     )
-    by_bits: dict[str, int] = Field(
-        description="Number of weights stored with so many bits: {'4': ..., '32': ...}."
-    )
+    by_bits: dict[str, int] = Field(description="Number of weights stored with so many bits: {'4': ..., '32': ...}.")
     quantized_ops: dict[str, int] = Field(description="Number of operators, as {'MatMulNBits 4 bit': 105}.")
 
 
@@ -101,9 +91,7 @@ class Variant(Frozen):
     checkpoint: Checkpoint
     files: tuple[VariantFile, ...]
     weights: Weights
-    export_error: float | None = Field(
-        None, description="Largest logit difference to the checkpoint / largest logit."
-    )
+    export_error: float | None = Field(None, description="Largest logit difference to the checkpoint / largest logit.")
     convert_s: float
     convert_memory_peak_mb: float
     versions: dict[str, str]

@@ -185,7 +185,7 @@ def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | 
 
 
 def _group_memory_mb(pid: int) -> float:
-    """Memory of a process and its children in MB: proportional set size where the system has it, else resident."""
+    """Memory of a process and its children in MB: proportional set size if known, else resident."""
     total = 0
     try:
         leader = psutil.Process(pid)

@@ -26,16 +26,10 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL"),
         description="A Prefect server to use instead of the local one that slmops starts.",
     )
-    mlflow_port: int = Field(
-        5000, ge=1, le=65535, description="First port tried for the local MLflow server."
-    )
-    prefect_port: int = Field(
-        4200, ge=1, le=65535, description="First port tried for the local Prefect server."
-    )
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="First port tried for the local MLflow server.")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
     conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
-    evaluation_timeout_s: float = Field(
-        3600, gt=0, description="Seconds that one variant's evaluation may take."
-    )
+    evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
 
     @field_validator("home")
     @classmethod

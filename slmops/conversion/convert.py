@@ -1,0 +1,208 @@
+"""Make one variant: Olive in a child process, checked, with a manifest, in place whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slmops import locks, machine, process
+from slmops.conversion import olive_log, olive_worker, store, verify_worker
+from slmops.errors import ConversionError, PrerequisiteError, SlmopsError
+from slmops.files import folder_appears_whole, link_or_copy, write_atomic
+from slmops.job import Job
+from slmops.models import MANIFEST, Checkpoint, Recipe, Variant
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_SEVERITY = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+# What Olive writes for itself and no runtime reads; it holds paths of this machine.
+_OLIVE_ONLY = ("model_config.json",)
+
+
+def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
+    """Convert ``checkpoint`` by ``recipe``, or return the variant that an earlier run made of the same.
+
+    Args:
+        name: The model's name; its work folder and logs go by it.
+
+    Raises:
+        ConversionError: Olive made nothing, or something that does not work; with the cause from its log.
+        PrerequisiteError: The disk is full.
+    """
+    versions = machine.versions()
+    target = settings.variants / store.key(recipe, checkpoint, versions)
+    done = store.load(target)
+    if done is None:
+        if target.exists():
+            log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
+            shutil.rmtree(target)
+        with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+            done = _make(recipe, checkpoint, job, name, settings, versions, target)
+    elif done.export_error is not None and done.export_error > job.export_tolerance:
+        raise ConversionError(
+            f"The {recipe.name} export differs from the checkpoint by {done.export_error:.2g} of the largest logit, "
+            f"and {job.export_tolerance:.2g} is allowed."
+        )
+    else:
+        log.info("%s: unchanged since it was converted, %.0f MB", recipe.name, done.model_mb)
+    if job.output_path is not None:
+        export(done, job.output_path)
+    return done
+
+
+def export(variant: Variant, folder: Path) -> Path:
+    """Put a copy of a variant into ``folder/<variant>``, replacing an older one."""
+    target = folder.expanduser().resolve() / variant.name
+    if target.exists():
+        if not (target / MANIFEST).exists():
+            raise PrerequisiteError(f"{target} exists and is no variant of slmops.", "Choose another --output-path.")
+        shutil.rmtree(target)
+    with folder_appears_whole(target) as scratch:
+        for file in [*(f.name for f in variant.files), MANIFEST]:
+            (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(variant.path / file, scratch / file)
+    return target
+
+
+def _make(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    job: Job,
+    name: str,
+    settings: Settings,
+    versions: dict[str, str],
+    target: Path,
+) -> Variant:
+    work = settings.work(name) / recipe.name
+    logs = settings.logs / name
+    olive_text = logs / f"{recipe.name}.olive.log"
+    olive_text.unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    made = work / "model"
+    try:
+        config = _complete(recipe, checkpoint, job, work, made)
+        finished = _run_olive(recipe, config, made, work, olive_text, settings)
+        checked, _ = process.call(
+            "slmops.conversion.verify_worker",
+            verify_worker.Request(
+                folder=made,
+                recipe=recipe,
+                checkpoint=checkpoint,
+                tolerance=job.export_tolerance,
+                trust_remote_code=job.trust_remote_code,
+            ),
+            verify_worker.Result,
+            work=work / "verify",
+            log=logs / f"{recipe.name}.verify.log",
+            timeout_s=settings.conversion_timeout_s,
+            error=ConversionError,
+            env=_environment(work),
+        )
+        with folder_appears_whole(target) as scratch:
+            for path in made.iterdir():
+                if path.name not in _OLIVE_ONLY:
+                    path.rename(scratch / path.name)
+            shutil.copyfile(olive_text, scratch / "olive.log")
+            write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
+            variant = Variant(
+                key=target.name,
+                recipe=recipe,
+                checkpoint=checkpoint,
+                files=store.files_of(scratch),
+                weights=checked.weights,
+                export_error=checked.export_error,
+                convert_s=finished.seconds,
+                convert_memory_peak_mb=finished.memory_peak_mb,
+                versions=versions,
+                hardware=machine.hardware(),
+                created=datetime.now(UTC),
+                path=target,
+            )
+            write_atomic(scratch / MANIFEST, variant.model_dump_json(indent=2))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise PrerequisiteError(f"The disk of {settings.home} is full.", "Free some space and run again.") from None
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    log.info(
+        "%s: converted in %.0f s, %.0f MB, %.1f bits per weight",
+        recipe.name,
+        variant.convert_s,
+        variant.model_mb,
+        variant.weights.bits_per_weight,
+    )
+    return variant
+
+
+def _run_olive(
+    recipe: Recipe, config: dict[str, Any], made: Path, work: Path, olive_text: Path, settings: Settings
+) -> process.Finished:
+    def progress(line: str) -> None:
+        if kind := olive_log.running_pass(line):
+            log.info("%s: Olive runs %s", recipe.name, kind)
+
+    try:
+        result, finished = process.call(
+            "slmops.conversion.olive_worker",
+            olive_worker.Request(config=config, output=made),
+            olive_worker.Result,
+            work=work / "olive",
+            log=olive_text,
+            timeout_s=settings.conversion_timeout_s,
+            error=ConversionError,
+            env=_environment(work),
+            on_line=progress,
+        )
+    except ConversionError as error:
+        if "took longer" in error.message or "killed by" in error.message:
+            raise
+        raise _failed(recipe, olive_text) from None
+    if not result.produced:
+        raise _failed(recipe, olive_text)
+    return finished
+
+
+def _failed(recipe: Recipe, olive_text: Path) -> SlmopsError:
+    text = olive_text.read_text(encoding="utf-8", errors="replace")
+    if "No space left on device" in text:
+        return PrerequisiteError("The disk became full while Olive worked.", "Free some space and run again.")
+    return ConversionError(
+        f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
+    )
+
+
+def _complete(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made: Path) -> dict[str, Any]:
+    """The recipe's workflow with what belongs to this run: input, output, cache, log level, trust."""
+    config = {**recipe.config, "log_severity_level": _SEVERITY[job.log_level]}
+    load = {"trust_remote_code": job.trust_remote_code}
+    config["input_model"] = {**config.get("input_model", {"type": "HfModel"}), "model_path": str(checkpoint.path)}
+    config["input_model"]["load_kwargs"] = {**config["input_model"].get("load_kwargs", {}), **load}
+    config["output_dir"], config["cache_dir"] = str(made), str(work / "cache")
+    config["no_artifacts"] = True
+    config["passes"] = {name: _trust(step, job.trust_remote_code) for name, step in config["passes"].items()}
+    return config
+
+
+def _trust(step: dict[str, Any], trusted: bool) -> dict[str, Any]:
+    # ModelBuilder trusts code that comes with a checkpoint unless it is told not to.
+    if step["type"].lower() != "modelbuilder":
+        return step
+    return {**step, "extra_options": {**(step.get("extra_options") or {}), "hf_remote": trusted}}
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """Nothing is sent or fetched, and ModelBuilder's intermediate files stay out of the user's hub cache."""
+    return {
+        "OLIVE_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(work / "hub"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }

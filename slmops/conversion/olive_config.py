@@ -1,0 +1,129 @@
+"""The user's own Olive workflow file as a recipe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from slmops import process
+from slmops.conversion import schema_worker
+from slmops.errors import RecipeError, WorkError
+from slmops.models import Checkpoint, Recipe, to_name
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_PLACEHOLDER = re.compile(r"^(?:\$\{|\{|<)\s*([\w .-]+?)\s*(?:\}|>)$")
+# Keys of the widely copied "quantization_config", which Olive ignores, and those that act instead.
+_TRANSLATED = {"block_size": "int4_block_size", "is_symmetric": "int4_is_symmetric"}
+_RESERVED = {"fp32", "fp16", "int8", "int4", "bf16"}
+CHECK_TIMEOUT_S = 300
+
+
+def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> Recipe:
+    """Read, complete and check an Olive workflow file before any work.
+
+    The file runs as it stands, with the checkpoint of the job as its input model and a folder of slmops as its
+    output. Placeholders (``<model_path>``, ``{model_path}``, ``${MODEL_PATH}``) are filled in.
+
+    Raises:
+        RecipeError: No such file, broken JSON, unknown keys (each with the accepted ones), unfilled placeholders.
+    """
+    config = _fill(_read(path), checkpoint, path)
+    steps = config.get("passes")
+    if not isinstance(steps, dict) or not steps:
+        raise RecipeError(f"{path}: it has no 'passes'.", 'An Olive workflow names its passes: {"passes": {...}}.')
+    config["passes"] = {step: _flat(given, f"{path.name}: passes.{step}") for step, given in steps.items()}
+    model = config.get("input_model", {})
+    if not isinstance(model, dict) or str(model.get("type", "HfModel")).lower() != "hfmodel":
+        raise RecipeError(
+            f"{path}: input_model has to be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
+        )
+    model = {**model, **(model.get("config") or {})}
+    model.pop("config", None)
+    config["input_model"] = {"type": "HfModel", **{k: v for k, v in model.items() if k not in {"type", "model_path"}}}
+    for key in ("output_dir", "cache_dir", "log_severity_level", "no_artifacts"):
+        config.pop(key, None)
+    _check(config, checkpoint, path, name, settings)
+    own = to_name(path.stem)
+    return Recipe(name=f"{own}-olive" if own in _RESERVED else own, config=config)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"There is no Olive config {path}.", "Give the path of a JSON file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"{path} is no valid JSON: {error.msg} in line {error.lineno}, column {error.colno}.",
+            "Mend it and try again.",
+        ) from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path} holds a {type(config).__name__}, not a workflow.", "See Olive's workflow config.")
+    return config
+
+
+def _fill(value: Any, checkpoint: Checkpoint, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(inner, checkpoint, path) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_fill(inner, checkpoint, path) for inner in value]
+    match = _PLACEHOLDER.match(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    what = re.sub(r"[ .-]", "_", match[1].lower())
+    if "model" in what or "checkpoint" in what:
+        return str(checkpoint.path)
+    if "output" in what or "cache" in what:
+        return None  # replaced by folders of this run
+    raise RecipeError(f"{path}: the placeholder {value} is not filled in.", "Put a value there.")
+
+
+def _flat(given: Any, where: str) -> dict[str, Any]:
+    """One pass in the one form that Olive's several are equal to: its config's keys beside its type."""
+    step = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if not isinstance(step, dict) or not isinstance(step.get("type"), str):
+        raise RecipeError(f"{where} has no 'type', or is a list of several.", 'Name one pass each, as "ModelBuilder".')
+    flat = {**step, **(step.get("config") or {})}
+    flat.pop("config", None)
+    _translate(flat, where)
+    return flat
+
+
+def _translate(step: dict[str, Any], where: str) -> None:
+    """Turn ModelBuilder's ineffective ``quantization_config`` into the keys that act."""
+    if step["type"].lower() != "modelbuilder" or "quantization_config" not in step:
+        return
+    given = step.pop("quantization_config")
+    unknown = sorted(set(given) - set(_TRANSLATED)) if isinstance(given, dict) else [str(given)]
+    if unknown:
+        raise RecipeError(
+            f"{where}.quantization_config: Olive ignores {', '.join(unknown)} without an error.",
+            "Use ModelBuilder's own keys; block_size and is_symmetric are translated.",
+        )
+    for old, new in _TRANSLATED.items():
+        if old in given:
+            step.setdefault(new, given[old])
+            log.warning("%s: Olive ignores quantization_config.%s; using %s = %s", where, old, new, given[old])
+
+
+def _check(config: dict[str, Any], checkpoint: Checkpoint, path: Path, name: str, settings: Settings) -> None:
+    complete = {**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
+    result, _ = process.call(
+        "slmops.conversion.schema_worker",
+        schema_worker.Request(config=complete),
+        schema_worker.Result,
+        work=settings.work(name) / "olive-config",
+        log=settings.logs / name / "olive-config.log",
+        timeout_s=CHECK_TIMEOUT_S,
+        error=WorkError,
+        env={"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    if result.problems:
+        raise RecipeError(f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Mend the file.")

@@ -1,0 +1,34 @@
+"""Child process: run one Olive workflow. Its success is judged by what is on disk, not by Olive's word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops import child
+from slmops.models import Frozen
+
+
+class Request(Frozen):
+    """A complete Olive workflow config, and the folder that its model must come out in."""
+
+    config: dict[str, Any]
+    output: Path
+
+
+class Result(Frozen):
+    """Whether there is a model at all."""
+
+    produced: bool
+
+
+def handle(request: Request) -> Result:
+    """Run the workflow."""
+    from olive import run
+
+    run(request.config)
+    return Result(produced=any(request.output.rglob("*.onnx")))
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

@@ -1,0 +1,49 @@
+"""Finished variants on disk: a folder without a complete manifest does not exist for the program."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from slmops.files import sha256
+from slmops.models import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
+
+# The packages whose version changes what comes out.
+DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
+
+
+def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str:
+    """Folder name of a variant: same checkpoint, recipe and packages, same folder."""
+    went_in = {
+        "config": recipe.config,
+        "checkpoint": checkpoint.digest,
+        "versions": {name: versions.get(name) for name in DECISIVE},
+    }
+    digest = hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
+    return f"{recipe.name}-{digest[:16]}"
+
+
+def files_of(folder: Path) -> tuple[VariantFile, ...]:
+    """Name, size and SHA-256 of all files of a folder but the manifest."""
+    return tuple(
+        VariantFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    )
+
+
+def load(folder: Path) -> Variant | None:
+    """The variant in ``folder`` if its manifest is complete and each file is what the manifest says; else None."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        variant = Variant.model_validate({**data, "path": folder})
+    except (OSError, ValueError, ValidationError):
+        return None
+    for file in variant.files:
+        path = folder / file.name
+        if not path.is_file() or path.stat().st_size != file.size or sha256(path) != file.sha256:
+            return None
+    return variant

@@ -1,0 +1,101 @@
+"""What the weights of an ONNX model really are: operators and initializers counted. Child processes only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from slmops.errors import ConversionError
+from slmops.models import Recipe, Weights
+
+_BITS = {
+    TensorProto.FLOAT: 32,
+    TensorProto.FLOAT16: 16,
+    TensorProto.BFLOAT16: 16,
+    TensorProto.INT8: 8,
+    TensorProto.UINT8: 8,
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
+}
+# Operators that read packed weights: where their weights and their scales and zero points stand among the inputs.
+_PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
+_DEFAULT_BITS = 4
+MOST = 0.95
+
+
+def inspect(model: Path, parameters: int) -> Weights:
+    """Count the weights of ``model`` by their bits.
+
+    Rotary embedding tables are left out: they are computed, not learned. A tensor that two operators read counts once.
+
+    Args:
+        model: The ``.onnx`` file; its external data is not read.
+        parameters: Number of weights of the checkpoint, the divisor of bits per weight.
+    """
+    graph = onnx.load(str(model), load_external_data=False).graph
+    tensors = {t.name: t for t in graph.initializer if not _is_rotary_table(t.name)}
+    made_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    by_bits: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
+    packed: set[str] = set()
+    overhead: set[str] = set()
+    for node in graph.node:
+        if node.op_type not in _PACKED:
+            continue
+        weight_at, scales_at = _PACKED[node.op_type]
+        attributes = {a.name: a.i for a in node.attribute}
+        bits = attributes.get("bits", _DEFAULT_BITS)
+        operators[f"{node.op_type} {bits} bit"] += 1
+        overhead.update(node.input[i] for i in scales_at if i < len(node.input))
+        name = node.input[weight_at]
+        name = made_from.get(name, name)
+        if name in tensors and name not in packed:
+            packed.add(name)
+            tensor = tensors[name]
+            by_bits[str(bits)] += _bytes(tensor) * 8 // bits
+    for name, tensor in tensors.items():
+        if name in packed or name in overhead or len(tensor.dims) < 2:  # norms and biases are vectors
+            continue
+        by_bits[str(_BITS.get(tensor.data_type, 32))] += prod(tensor.dims)
+    total = sum(_bytes(t) for t in tensors.values())
+    return Weights(bits_per_weight=total * 8 / max(parameters, 1), by_bits=dict(by_bits), quantized_ops=dict(operators))
+
+
+def check(weights: Weights, recipe: Recipe) -> None:
+    """Check that the weights have the bits that the recipe promises.
+
+    fp32, fp16 and int8: at least 95 % of the weights have them. int4 is mixed on purpose: at least 95 % of the weights
+    have 8 bits or fewer, and more matrix products are of 4 bits than of 8.
+
+    Raises:
+        ConversionError: They have not, which Olive reports as success.
+    """
+    if recipe.bits is None:
+        return
+    total = sum(weights.by_bits.values())
+    count = {int(bits): number for bits, number in weights.by_bits.items()}
+    if recipe.bits == 4:
+        small = sum(number for bits, number in count.items() if bits <= 8)
+        ops = weights.quantized_ops
+        good = small >= MOST * total and ops.get("MatMulNBits 4 bit", 0) > ops.get("MatMulNBits 8 bit", 0)
+    else:
+        good = count.get(recipe.bits, 0) >= MOST * total
+    if not good:
+        found = ", ".join(f"{number:,} of {bits} bits" for bits, number in sorted(count.items()))
+        raise ConversionError(
+            f"{recipe.name}: the weights are not of {recipe.bits} bits, but {found or 'none at all'}."
+        )
+
+
+def _is_rotary_table(name: str) -> bool:
+    return "cos_cache" in name or "sin_cache" in name
+
+
+def _bytes(tensor: TensorProto) -> int:
+    return (prod(tensor.dims) * _BITS.get(tensor.data_type, 64) + 7) // 8

@@ -1,0 +1,103 @@
+"""The folder that Foundry Local reads: the variant's files, ``inference_model.json`` and its search settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops.files import folder_appears_whole, link_or_copy, write_atomic
+from slmops.job import Job
+from slmops.models import MANIFEST, Variant
+from slmops.prompt_template import Derived
+
+PUBLISHER = "slmops"
+INFERENCE_MODEL = "inference_model.json"
+GENAI_CONFIG = "genai_config.json"
+# Kept in the variant's folder as proof; no runtime reads them.
+_NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
+_SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
+
+
+def model_name(name: str, variant: str) -> str:
+    """Foundry's name of a variant; its suffix is how Foundry names what runs on any CPU.
+
+    >>> model_name("support-bot", "int4")
+    'support-bot-int4-generic-cpu'
+    """
+    return f"{name}-{variant}-generic-cpu"
+
+
+def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -> tuple[Path, int, bool]:
+    """Lay a variant out below Foundry's model cache.
+
+    The same variant with the same settings keeps its folder and version; anything else counts one version up.
+
+    Returns:
+        The folder, its version, and whether it is new.
+    """
+    models = home / "models" / PUBLISHER
+    called = model_name(name, variant.name)
+    genai = _genai_config(variant, job)
+    versions: dict[int, Path] = {}
+    for folder in models.glob(f"{called}-*"):
+        number = folder.name.removeprefix(f"{called}-")
+        if number.isdigit():
+            versions[int(number)] = folder
+    for version, folder in versions.items():
+        described = _describe(variant, called, version, derived, genai)
+        if (
+            _read(folder / INFERENCE_MODEL) == described
+            and _read(folder / GENAI_CONFIG) == genai
+            and _same(folder, variant)
+        ):
+            return folder, version, False
+    version = max(versions, default=0) + 1
+    target = models / f"{called}-{version}"
+    with folder_appears_whole(target) as scratch:
+        for file in [*(f.name for f in variant.files), MANIFEST]:
+            if file not in _NOT_DEPLOYED:
+                (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(variant.path / file, scratch / file)
+        write_atomic(scratch / GENAI_CONFIG, json.dumps(genai, indent=4))
+        described = _describe(variant, called, version, derived, genai)
+        write_atomic(scratch / INFERENCE_MODEL, json.dumps(described, indent=2, ensure_ascii=False))
+    return target, version, True
+
+
+def _same(folder: Path, variant: Variant) -> bool:
+    manifest = _read(folder / MANIFEST)
+    files = [file for file in variant.files if file.name not in _NOT_DEPLOYED]
+    sizes_match = all((folder / f.name).is_file() and (folder / f.name).stat().st_size == f.size for f in files)
+    return manifest is not None and manifest.get("key") == variant.key and sizes_match
+
+
+def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
+    """The exporter's config with the user's search settings where the runtime reads them."""
+    config: dict[str, Any] = json.loads((variant.path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    asked = {key: value for key in _SEARCH if (value := getattr(job, key)) is not None}
+    if "max_length" in asked:
+        asked["max_length"] = min(asked["max_length"], variant.checkpoint.context_length)
+    if asked.get("temperature", 0) > 0:
+        asked["do_sample"] = True  # a temperature without sampling would do nothing
+    config["search"] = {**config.get("search", {}), **asked}
+    return config
+
+
+def _describe(variant: Variant, called: str, version: int, derived: Derived, genai: dict[str, Any]) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "Name": f"{called}:{version}",
+        "Description": f"{variant.checkpoint.name} ({variant.name}), converted by slmops",
+        "Version": str(version),
+        "PromptTemplate": derived.prompt_template,
+        "ModelConfig": {key: genai["search"][key] for key in _SEARCH if key in genai["search"]},
+    }
+    return described
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data

@@ -1,0 +1,65 @@
+"""Put a variant into Foundry Local: laid out, registered, listed, answering; or not at all."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+from slmops import locks, process, prompt_template
+from slmops.errors import CheckpointError, RegistrationError, SlmopsError
+from slmops.files import remove_scratch
+from slmops.foundry import cli, layout, register_worker
+from slmops.job import Job
+from slmops.models import Registration, Variant
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 600
+
+
+def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
+    """Register ``variant`` under ``<name>-<variant>-generic-cpu:<version>``; twice is harmless.
+
+    Raises:
+        RegistrationError: Foundry Local refuses it, does not list it, or it answers nothing; nothing is left behind.
+        CheckpointError: The chat template is broken.
+    """
+    template = prompt_template.load(variant.path)
+    if template is None:
+        raise CheckpointError(f"{variant.path} has no chat template.", "Give one with --chat-template FILE.")
+    derived = prompt_template.derive(template)
+    if not derived.exact:
+        log.warning("%s: PromptTemplate is not exact, the Jinja template counts: %s", variant.name, derived.reason)
+    models = settings.foundry / "models"
+    with locks.exclusive(settings.locks / "foundry.lock", "Foundry Local's registry", wait=True):
+        remove_scratch(models / layout.PUBLISHER)
+        folder, version, new = layout.place(variant, name, job, derived, settings.foundry)
+        foundry_id = f"{layout.model_name(name, variant.name)}:{version}"
+        try:
+            cli.confirm(layout.model_name(name, variant.name), models)
+            result, _ = process.call(
+                "slmops.foundry.register_worker",
+                register_worker.Request(
+                    home=settings.foundry,
+                    folder=folder,
+                    foundry_id=foundry_id,
+                    display_name=f"{name} {variant.name}",
+                ),
+                register_worker.Result,
+                work=settings.work(name) / f"{variant.name}-register",
+                log=settings.logs / name / f"{variant.name}.register.log",
+                timeout_s=TIMEOUT_S,
+                error=RegistrationError,
+            )
+        except SlmopsError:
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+    log.info("%s: %s in Foundry Local as %s", variant.name, "registered" if new else "still registered", foundry_id)
+    return Registration(
+        foundry_id=foundry_id,
+        path=folder,
+        prompt_template_exact=derived.exact,
+        answer=result.answer,
+    )

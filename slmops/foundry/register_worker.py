@@ -1,0 +1,92 @@
+"""Child process: put a folder into Foundry Local's local catalog, see it listed, and have it answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops import child
+from slmops.errors import RegistrationError
+from slmops.models import Frozen
+
+PROMPTS = ("What is the capital of France?", "Say hello.", "Count from one to ten.")
+MAX_TOKENS = 24
+
+
+class Request(Frozen):
+    """A folder in Foundry's layout and the id that it shall have."""
+
+    home: Path
+    folder: Path
+    foundry_id: str
+    display_name: str
+
+
+class Result(Frozen):
+    """What the registered model said."""
+
+    answer: str
+
+
+def handle(request: Request) -> Result:
+    """Register, list, load, ask. A model that fails is taken out of the catalog again.
+
+    Raises:
+        RegistrationError: The runtime refuses it, does not list it, cannot load it, or it says nothing.
+    """
+    from foundry_local_sdk import ModelInfoBuilder
+    from foundry_local_sdk.exception import FoundryLocalException
+
+    from slmops.foundry import runtime
+
+    catalog = runtime.local_catalog(runtime.manager(request.home))
+    known = catalog.get_model_variant(request.foundry_id)
+    if known is not None and Path(known.get_path()) != request.folder:
+        catalog.unregister_model(request.foundry_id)  # the folder moved: the same home under another path
+        known = None
+    try:
+        if known is None:
+            with ModelInfoBuilder() as metadata:
+                metadata.set_string_property("task", "chat-completion")
+                metadata.set_string_property("display_name", request.display_name)
+                catalog.register_model(request.folder, request.foundry_id, metadata)
+        if request.foundry_id not in _ids(catalog):
+            raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
+        model = catalog.get_model_variant(request.foundry_id)
+        model.load()
+        for prompt in PROMPTS:
+            reply = runtime.ask(model, [{"role": "user", "content": prompt}], max_tokens=MAX_TOKENS)
+            if reply.completion_tokens > 0:
+                break
+        model.unload()
+        if reply.completion_tokens == 0:
+            raise RegistrationError(f"{request.foundry_id} answers nothing to {' nor '.join(map(repr, PROMPTS))}.")
+    except (FoundryLocalException, RegistrationError) as error:
+        _forget(catalog, request.foundry_id)
+        if isinstance(error, RegistrationError):
+            raise
+        raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
+    return Result(answer=reply.text)
+
+
+def _ids(catalog: Any) -> set[str]:
+    return {variant.id for model in catalog.list_models() for variant in model.variants} | {
+        model.id for model in catalog.list_models()
+    }
+
+
+def _forget(catalog: Any, foundry_id: str) -> None:
+    from foundry_local_sdk.exception import FoundryLocalException
+
+    try:
+        model = catalog.get_model_variant(foundry_id)
+        if model is not None:
+            if model.is_loaded:
+                model.unload()
+            catalog.unregister_model(foundry_id)
+    except FoundryLocalException as error:
+        print(f"could not take {foundry_id} out of the catalog: {error}")
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

@@ -1,0 +1,93 @@
+"""Foundry Local's SDK, for child processes only: one manager per process, memory that never comes back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foundry_local_sdk as sdk
+
+APP_NAME = "slmops"
+# The public catalog costs seconds of retries where there is no network, and nothing here comes from it. Nobody
+# listens on this port, and the runtime takes that for an empty catalog.
+NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answered request.
+
+    Attributes:
+        text: The answer.
+        finish_reason: ``stop`` (the model ended), ``length`` (the token limit) or another of the runtime's names.
+        prompt_tokens: Tokens of the rendered conversation, as the runtime counts them.
+        completion_tokens: Tokens of the answer, as the runtime counts them.
+        first_s: Seconds from the request to the first non-empty piece of text; None if there was none.
+        last_s: Seconds from the request to the last piece.
+        total_s: Seconds from the request to its end.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    first_s: float | None
+    last_s: float
+    total_s: float
+
+
+def manager(home: Path) -> Any:
+    """Start the runtime with its data below ``home`` and nothing sent that can be switched off."""
+    return sdk.FoundryLocalManager(
+        sdk.Configuration(
+            app_name=APP_NAME,
+            app_data_dir=str(home),
+            model_cache_dir=str(home / "models"),
+            logs_dir=str(home / "logs"),
+            catalog_urls=[(NO_CATALOG, None)],
+            disable_nonessential_telemetry=True,
+        )
+    )
+
+
+def local_catalog(running: Any) -> Any:
+    """The catalog that holds our own models."""
+    return running.get_catalog(sdk.CatalogType.LOCAL)
+
+
+def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply:
+    """Send one conversation in a session of its own, greedily, and take the times as the text streams in."""
+    session = sdk.ChatSession(model)
+    session.set_streaming(True)
+    session.set_options(
+        sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False))
+    )
+    request = sdk.Request()
+    for message in messages:
+        request.add_item(getattr(sdk.MessageItem, ROLES[message["role"]])(message["content"]))
+    pieces: list[str] = []
+    first: float | None = None
+    started = last = time.perf_counter()
+    with session.process_streaming_request(request) as stream:
+        for item in stream:
+            text = item.text
+            if text:
+                last = time.perf_counter()
+                first = last if first is None else first
+                pieces.append(text)
+        ended = time.perf_counter()
+        with stream.final_response as final:
+            usage = final.get_usage()
+            reason = final.finish_reason.name.lower()
+    return Reply(
+        text="".join(pieces),
+        finish_reason=reason,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        first_s=None if first is None else first - started,
+        last_s=last - started,
+        total_s=ended - started,
+    )

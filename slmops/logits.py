@@ -1,0 +1,44 @@
+"""Logits of an ONNX variant, from ONNX Runtime on the files that Foundry Local serves. Child processes only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxModel:
+    """A decoder exported by ModelBuilder, run without a cache."""
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(
+            folder / config["model"]["decoder"]["filename"], options, providers=["CPUExecutionProvider"]
+        )
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of shape (tokens, vocabulary) for one sequence ``ids`` of shape (tokens,)."""
+        count = len(ids)
+        feeds: dict[str, Any] = {}
+        for name, node in self._inputs.items():
+            kind = _TYPES[node.type]
+            if name == "input_ids":
+                feeds[name] = ids[None].astype(kind)
+            elif name == "attention_mask":
+                feeds[name] = np.ones((1, count), kind)
+            elif name == "position_ids":
+                feeds[name] = np.arange(count, dtype=kind)[None]
+            else:  # an empty cache: (batch, key-value heads, 0, head size)
+                feeds[name] = np.zeros((1, node.shape[1], 0, node.shape[3]), kind)
+        (logits,) = self._session.run(["logits"], feeds)
+        result: NDArray[np.float32] = logits[0].astype(np.float32)
+        return result

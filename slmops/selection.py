@@ -1,0 +1,58 @@
+"""Which variant to take: the tutorial's advice as a rule.
+
+Start from the smallest (int4); if its quality is not satisfactory take the next (int8), then the next (fp16).
+Satisfactory is settable, and always relative to the fp32 baseline of the same job.
+"""
+
+from __future__ import annotations
+
+from slmops.job import BASELINE, Job
+from slmops.models import Choice, VariantResult
+
+
+def choose(results: list[VariantResult], job: Job) -> Choice:
+    """Choose among the measured variants, smallest first. The baseline itself is a candidate only when it is alone."""
+    measured = {result.name: result for result in results if result.status == "ok"}
+    baseline = measured.get(BASELINE)
+    if baseline is None:
+        return Choice(
+            variant=None, reason="No variant is chosen: there is no fp32 baseline to judge the others against."
+        )
+    if len(results) == 1:
+        return Choice(variant=BASELINE, reason="fp32 is taken: it is the only variant that was asked for.")
+    candidates = sorted((r for r in measured.values() if r.name != BASELINE), key=lambda r: r.metrics["size_mb"])
+    refused: list[str] = []
+    for candidate in candidates:
+        wrong = shortfalls(candidate, baseline, job)
+        if not wrong:
+            because = f" ({'; '.join(refused)})" if refused else ""
+            quality = _quality(candidate, baseline)
+            reason = f"{candidate.name} is the smallest satisfactory variant: {quality}{because}."
+            return Choice(variant=candidate.name, reason=reason)
+        refused.append(f"{candidate.name} is not: {' and '.join(wrong)}")
+    if not candidates:
+        return Choice(variant=None, reason="No variant is chosen: all but the baseline failed.")
+    return Choice(variant=None, reason=f"No variant is satisfactory: {'; '.join(refused)}.")
+
+
+def shortfalls(candidate: VariantResult, baseline: VariantResult, job: Job) -> list[str]:
+    """Where ``candidate`` falls short of ``baseline`` by more than the job allows; empty means satisfactory."""
+    wrong = []
+    ratio = candidate.metrics["perplexity_ratio"]
+    if not ratio <= job.max_perplexity_ratio:
+        wrong.append(f"its perplexity is {ratio:.2f} times the baseline's, above {job.max_perplexity_ratio:g}")
+    drop = baseline.metrics["accuracy"] - candidate.metrics["accuracy"]
+    if not drop <= job.max_accuracy_drop + 1e-9:
+        wrong.append(
+            f"its accuracy is {candidate.metrics['accuracy']:.2f}, more than {job.max_accuracy_drop:g} below the "
+            f"baseline's {baseline.metrics['accuracy']:.2f}"
+        )
+    return wrong
+
+
+def _quality(candidate: VariantResult, baseline: VariantResult) -> str:
+    return (
+        f"perplexity {candidate.metrics['perplexity_ratio']:.2f} times the baseline's, accuracy "
+        f"{candidate.metrics['accuracy']:.2f} against {baseline.metrics['accuracy']:.2f}, "
+        f"{candidate.metrics['size_ratio']:.2f} of its size"
+    )

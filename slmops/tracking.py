@@ -1,0 +1,277 @@
+"""Everything that touches MLflow: one experiment a model, one parent run a job, one child run a variant.
+
+Always through a client with explicit run ids: MLflow's active run is thread-local, and another thread that logs
+"to the active run" silently makes a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
+
+from slmops.errors import TrackingError, UsageError
+from slmops.job import Job
+from slmops.models import Checkpoint, Comparison, Evaluation, Hardware, Registration, Variant, VariantResult
+
+KIND = "slmops.kind"
+COMPARISON = "comparison.json"
+MODEL_TYPE = "onnx-genai"
+PARAM_LIMIT = 6000  # characters that MLflow takes for a parameter
+
+
+class Tracker:
+    """One MLflow server."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str | None) -> str:
+        """Open the parent run and close those that killed jobs of this model left open.
+
+        The caller holds the model's job lock, so a run that is still open has no job any more.
+        """
+        with self._talking():
+            experiment = self._experiment(name)
+            for stale in self._client.search_runs(
+                [experiment.experiment_id], f"tags.`{KIND}` = 'job' and attributes.status = 'RUNNING'"
+            ):
+                self._client.set_terminated(stale.info.run_id, "KILLED")
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            run = self._client.create_run(
+                experiment.experiment_id,
+                run_name=f"{name} {stamp}",
+                tags={
+                    KIND: "job",
+                    "slmops.model": name,
+                    "slmops.source": checkpoint.source,
+                    "slmops.checkpoint_digest": checkpoint.digest,
+                    **({"slmops.prefect_flow_run": flow_run} if flow_run else {}),
+                },
+            )
+            run_id: str = run.info.run_id
+            asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
+            self._params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            return run_id
+
+    def log_variant(
+        self,
+        parent: str,
+        name: str,
+        variant: Variant,
+        registration: Registration,
+        evaluation: Evaluation,
+        logs: Path,
+    ) -> str:
+        """Log a measured variant as a child run with a logged model, and check that every metric arrived.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+            run_id = self._child(parent, variant.name)
+            self._params(run_id, {**_of_variant(variant), "foundry_id": registration.foundry_id})
+            logged = self._client.create_logged_model(
+                experiment_id=self._client.get_run(run_id).info.experiment_id,
+                name=f"{name}-{variant.name}",
+                source_run_id=run_id,
+                model_type=MODEL_TYPE,
+                params={"recipe": variant.name, "key": variant.key, "foundry_id": registration.foundry_id},
+                tags={"slmops.path": str(registration.path), "slmops.checkpoint_digest": variant.checkpoint.digest},
+            )
+            now = int(time.time() * 1000)
+            self._client.log_batch(
+                run_id,
+                metrics=[
+                    Metric(key, value, now, 0, model_id=logged.model_id) for key, value in evaluation.metrics.items()
+                ],
+            )
+            folder = Path(scratch)
+            _collect(folder, variant, registration, evaluation, logs)
+            self._client.log_artifacts(run_id, str(folder))
+            answers = [answer.model_dump() for answer in evaluation.answers]
+            self._client.log_table(run_id, {key: [a[key] for a in answers] for key in answers[0]}, "answers.json")
+            self._client.finalize_logged_model(logged.model_id, "READY")
+            missing = set(evaluation.metrics) - set(self._client.get_run(run_id).data.metrics)
+            if missing:
+                raise TrackingError(f"MLflow lost {', '.join(sorted(missing))} of {variant.name}.")
+            self._client.set_terminated(run_id, "FINISHED")
+            return run_id
+
+    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> str:
+        """Log a variant that failed, with the reason and what logs there are."""
+        with self._talking():
+            run_id = self._child(parent, recipe)
+            self._client.set_tag(run_id, "slmops.reason", reason[:PARAM_LIMIT])
+            self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {reason}")
+            for log in sorted(logs.glob(f"{recipe}.*.log")):
+                self._client.log_artifact(run_id, str(log), "logs")
+            self._client.set_terminated(run_id, "FAILED")
+            return run_id
+
+    def finish_job(self, comparison: Comparison, report: str, note: str, *, failed: bool) -> None:
+        """Put the comparison and the choice into the parent run and close it."""
+        with self._talking():
+            run_id = comparison.run_id
+            self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON)
+            self._client.log_text(run_id, report, "report.html")
+            self._client.set_tag(run_id, "mlflow.note.content", note)
+            self._client.set_tag(run_id, "slmops.choice", comparison.choice.variant or "none")
+            self._client.set_tag(run_id, "slmops.reason", comparison.choice.reason)
+            self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def abort_job(self, run_id: str) -> None:
+        """Close the parent run, and the child runs that are still open, as killed."""
+        with self._talking():
+            experiment = self._client.get_run(run_id).info.experiment_id
+            for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+                if run.info.run_id == run_id or run.data.tags.get("mlflow.parentRunId") == run_id:
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def latest(self, name: str | None) -> Comparison:
+        """The newest finished comparison, of the model ``name`` or of all.
+
+        Raises:
+            UsageError: There is none.
+        """
+        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+            experiments = self._client.search_experiments() if name is None else self._named(name)
+            runs: list[Run] = []
+            if experiments:
+                runs = self._client.search_runs(
+                    [e.experiment_id for e in experiments],
+                    f"tags.`{KIND}` = 'job' and tags.`slmops.choice` != ''",
+                    order_by=["attributes.start_time DESC"],
+                    max_results=1,
+                )
+            if not runs:
+                of = f" of {name!r}" if name else ""
+                known = sorted(e.name for e in self._client.search_experiments() if e.tags.get(KIND) == "model")
+                raise UsageError(
+                    f"There is no finished comparison{of}.",
+                    f"Known models: {', '.join(known)}." if known else "Run `slmops run --model SOURCE` first.",
+                )
+            file = self._client.download_artifacts(runs[0].info.run_id, COMPARISON, scratch)
+            return Comparison.model_validate_json(Path(file).read_text(encoding="utf-8"))
+
+    def run_url(self, run_id: str) -> str:
+        """The page of a run in MLflow's UI."""
+        with self._talking():
+            return (
+                f"{self.uri.rstrip('/')}/#/experiments/{self._client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+            )
+
+    def download(self, uri: str, target: Path) -> Path:
+        """Fetch an MLflow model or artifact URI into ``target``."""
+        from mlflow.artifacts import download_artifacts
+
+        with self._talking():
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(target), tracking_uri=self.uri))
+
+    def _experiment(self, name: str) -> Experiment:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            return self._client.get_experiment(self._client.create_experiment(name, tags={KIND: "model"}))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found
+
+    def _named(self, name: str) -> list[Experiment]:
+        found = self._client.get_experiment_by_name(name)
+        return [found] if found is not None else []
+
+    def _child(self, parent: str, recipe: str) -> str:
+        """A new child run; one that a failed attempt to log left behind is removed."""
+        experiment = self._client.get_run(parent).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`slmops.variant` = '{recipe}'"
+        for run in self._client.search_runs([experiment], query):
+            self._client.delete_run(run.info.run_id)
+        run = self._client.create_run(
+            experiment,
+            run_name=recipe,
+            tags={"mlflow.parentRunId": parent, KIND: "variant", "slmops.variant": recipe},
+        )
+        run_id: str = run.info.run_id
+        return run_id
+
+    def _params(self, run_id: str, values: dict[str, Any]) -> None:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        self._client.log_batch(run_id, params=[Param(key, text[:PARAM_LIMIT]) for key, text in texts.items()])
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        try:
+            yield
+        except (MlflowException, RequestException, OSError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise TrackingError(
+                f"MLflow at {self.uri} did not take or give what was asked: {said[:300]}",
+                "Is it running? `slmops status` tells, `slmops up` starts the local one.",
+            ) from error
+
+
+def _collect(folder: Path, variant: Variant, registration: Registration, evaluation: Evaluation, logs: Path) -> None:
+    """Gather a variant's artifacts in a folder."""
+    for file in ("variant.json", "olive_config.json", "olive.log"):
+        shutil.copy(variant.path / file, folder)
+    for file in ("genai_config.json", "inference_model.json"):
+        shutil.copy(registration.path / file, folder)
+    sizes = {file.name: file.size for file in variant.files}
+    (folder / "file_sizes.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+    (folder / "samples.json").write_text(json.dumps(evaluation.samples, indent=1), encoding="utf-8")
+    measured = {name: m.model_dump() for name, m in evaluation.measurements.items()}
+    (folder / "measurements.json").write_text(json.dumps(measured, indent=2), encoding="utf-8")
+    (folder / "logs").mkdir()
+    for log in logs.glob(f"{variant.name}.*.log"):
+        shutil.copy(log, folder / "logs")
+
+
+def _of_variant(variant: Variant) -> dict[str, Any]:
+    return {
+        "recipe": variant.name,
+        "variant_key": variant.key,
+        "export_error": variant.export_error,
+        "weights.by_bits": variant.weights.by_bits,
+        "weights.quantized_ops": variant.weights.quantized_ops,
+        **{f"version.{name}": version for name, version in variant.versions.items()},
+        **_of_checkpoint(variant.checkpoint),
+        **_of_hardware(variant.hardware),
+    }
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {f"checkpoint.{key}": value for key, value in checkpoint.model_dump(mode="json").items()}
+
+
+def _of_hardware(hardware: Hardware) -> dict[str, Any]:
+    return {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
+
+
+def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:
+    """A measured variant as the comparison shows it."""
+    return VariantResult(
+        name=variant.name,
+        status="ok",
+        path=variant.path,
+        foundry_id=registration.foundry_id,
+        run_id=run_id,
+        metrics=evaluation.metrics,
+    )

@@ -1,0 +1,29 @@
+"""Get the checkpoint and decide how to convert it, before any work."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from slmops import recipes, source
+from slmops.conversion import olive_config
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+
+
+@task(name="get checkpoint", cache_policy=NO_CACHE)
+def get_checkpoint(job: Job, settings: Settings, tracker_uri: str) -> Checkpoint:
+    """The checked checkpoint as a local folder."""
+    return source.resolve(job, settings, download=Tracker(tracker_uri).download)
+
+
+@task(name="plan recipes", cache_policy=NO_CACHE)
+def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> list[Recipe]:
+    """The recipes of the job, each known to fit the checkpoint; room on disk and in memory is checked too."""
+    planned = recipes.for_job(job, checkpoint)
+    source.check_room(checkpoint, [recipe.name for recipe in planned], settings)
+    if job.olive_config is not None:
+        planned.append(olive_config.load(job.olive_config, checkpoint, name, settings))
+    return planned

@@ -37,10 +37,12 @@ class Job(BaseModel):
         title="Olive config",
         description="Your own Olive workflow (JSON) as one more variant, named after the file.",
     )
-    int4_block_size: Literal[16, 32, 64, 128, 256] = Field(
+    int4_block_size: int = Field(
         32,
+        ge=16,
+        le=256,
         title="int4 block size",
-        description="Weights that share a scale; must divide the input size of each layer.",
+        description="Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer.",
     )
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
     device: Literal["cpu", "gpu"] = Field("cpu", title="Device", description="What the variants are made for.")

@@ -174,7 +174,7 @@ def _died(returncode: int) -> str:
 
 
 def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None) -> None:
-    with log.open("a", encoding="utf-8") as out:
+    with stream, log.open("a", encoding="utf-8") as out:
         for raw in stream:
             # A progress bar rewrites its line with carriage returns: keep the last state only.
             line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]

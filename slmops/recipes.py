@@ -14,6 +14,7 @@ from slmops.job import BASELINE, Job
 from slmops.models import Checkpoint, Recipe
 
 INT8_GROUP = 32
+BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
@@ -97,13 +98,13 @@ def _workflow(passes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _must_divide(name: str, block: int, checkpoint: Checkpoint) -> None:
-    wrong = [size for size in checkpoint.linear_sizes if size % block]
-    if not wrong:
+    fitting = [size for size in BLOCK_SIZES if not any(n % size for n in checkpoint.linear_sizes)]
+    if block in fitting:
         return
-    fitting = [size for size in (256, 128, 64, 32, 16) if not any(n % size for n in checkpoint.linear_sizes)]
-    raise RecipeError(
-        f"{name}: a block of {block} weights does not divide this model's layer sizes ({', '.join(map(str, wrong))}).",
-        f"Use --int4-block-size {' or '.join(map(str, fitting))}."
-        if fitting and name == "int4"
-        else "This model needs an Olive config of your own (--olive-config).",
-    )
+    if block not in BLOCK_SIZES:
+        why = f"a block of {block} weights is none of {', '.join(map(str, BLOCK_SIZES))}, which the kernels know"
+    else:
+        wrong = ", ".join(str(size) for size in checkpoint.linear_sizes if size % block)
+        why = f"a block of {block} weights does not divide this model's layer sizes ({wrong})"
+    fix = f"Use --int4-block-size {' or '.join(map(str, fitting))}." if fitting and name == "int4" else None
+    raise RecipeError(f"{name}: {why}.", fix or "This model needs an Olive config of your own (--olive-config).")

@@ -209,16 +209,11 @@ def _start(settings: Settings, servers: dict[Name, Daemon], name: Name, above: i
         daemon.stop(servers.pop(name))
     first = {"prefect": settings.prefect_port, "mlflow": settings.mlflow_port, "worker": settings.prefect_port + 1}
     port = daemon.free_port(max(first[name], above + 1), [server.port for server in servers.values()])
-    command, env = {"prefect": _prefect_command, "mlflow": _mlflow_command, "worker": _worker_command}[name](
-        settings, servers, port
-    )
-    servers[name] = daemon.spawn(
-        [sys.executable, "-m", *command],
-        port=port,
-        mark=str(settings.home / name),
-        env=env,
-        log=_log(settings, name),
-    )
+    recipe = {"prefect": _prefect_command, "mlflow": _mlflow_command, "worker": _worker_command}[name]
+    command, env = recipe(settings, servers, port)
+    command = [sys.executable, "-m", *command]
+    mark = str(settings.home / name)
+    servers[name] = daemon.spawn(command, port=port, mark=mark, env=env, log=_log(settings, name))
     # Written before it answers: should this process be killed now, the next one still knows what it started.
     _write(settings, servers)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import recipes, source
+from slmops import prompt_template, recipes, source
 from slmops.conversion import olive_config
 from slmops.job import Job
 from slmops.models import Checkpoint, Recipe
 from slmops.settings import Settings
 from slmops.tracking import Tracker
+
+log = logging.getLogger("slmops.checkpoint")
 
 
 @task(name="get checkpoint", cache_policy=NO_CACHE)
@@ -24,6 +28,9 @@ def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings
     """The recipes of the job, each known to fit the checkpoint; room on disk and in memory is checked too."""
     planned = recipes.for_job(job, checkpoint)
     source.check_room(checkpoint, [recipe.name for recipe in planned], settings)
+    template = prompt_template.load(checkpoint.path)
+    if template is not None and (reason := prompt_template.derive(template).reason):
+        log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, name, settings))
     return planned

@@ -98,4 +98,4 @@ def _is_rotary_table(name: str) -> bool:
 
 
 def _bytes(tensor: TensorProto) -> int:
-    return (prod(tensor.dims) * _BITS.get(tensor.data_type, 64) + 7) // 8
+    return int(prod(tensor.dims) * _BITS.get(tensor.data_type, 64) + 7) // 8

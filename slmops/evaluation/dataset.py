@@ -30,7 +30,7 @@ class Item(Frozen):
     """One question, the expected answer, and how to compare.
 
     ``match``: ``contains`` (default; case does not count), ``exact`` (but for outer blanks), ``regex`` (found anywhere)
-    or ``numeric`` (the first number of the answer).
+    or ``numeric`` (the last number of the answer).
     """
 
     prompt: str | None = None
@@ -150,8 +150,9 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def _number(text: str) -> float | None:
-    found = re.search(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return float(found[0]) if found else None
+    """The last number of a text: an answer may repeat the numbers of its question first."""
+    found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    return float(found[-1]) if found else None
 
 
 def _numeric(expected: str, answer: str) -> bool:

@@ -29,8 +29,6 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
     if template is None:
         raise CheckpointError(f"{variant.path} has no chat template.", "Give one with --chat-template FILE.")
     derived = prompt_template.derive(template)
-    if not derived.exact:
-        log.warning("%s: PromptTemplate is not exact, the Jinja template counts: %s", variant.name, derived.reason)
     models = settings.foundry / "models"
     with locks.exclusive(settings.locks / "foundry.lock", "Foundry Local's registry", wait=True):
         remove_scratch(models / layout.PUBLISHER)

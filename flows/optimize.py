@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from prefect import flow, runtime
 
 from slmops import locks, stack
-from slmops.errors import GateError, SlmopsError, TrackingError, WorkError
+from slmops.errors import SlmopsError, TrackingError, WorkError
 from slmops.evaluation.evaluate import against_baseline
 from slmops.files import remove_scratch
 from slmops.job import Job
@@ -31,8 +31,8 @@ def optimize(job: Job) -> Comparison:
     """Convert, register, measure and compare one checkpoint; choose the variant to deploy.
 
     Raises:
-        SlmopsError: What went wrong. Of single variants that failed, and of a gate that said no, the error comes
-            last and carries the comparison of the others.
+        SlmopsError: What went wrong. Of single variants that failed the error comes last and carries the comparison
+            of the others.
     """
     settings = Settings()
     check_environment(settings)
@@ -50,7 +50,10 @@ def optimize(job: Job) -> Comparison:
             failed = [result.name for result in results if result.status == "failed"]
             url = finish_tracking(uri, comparison, failed=bool(failed))
         show_comparison(comparison, url)
-    _raise_if_short(comparison, failed)
+    if failed:
+        error = WorkError(f"{len(failed)} of {len(results)} variants failed: {', '.join(failed)}.")
+        error.comparison = comparison
+        raise error
     return comparison
 
 
@@ -98,15 +101,3 @@ def _closed_if_aborted(uri: str, parent: str) -> Iterator[None]:
         with suppress(TrackingError):
             Tracker(uri).abort_job(parent)
         raise
-
-
-def _raise_if_short(comparison: Comparison, failed: list[str]) -> None:
-    error: SlmopsError
-    if failed:
-        error = WorkError(f"{len(failed)} of {len(comparison.variants)} variants failed: {', '.join(failed)}.")
-    elif comparison.choice.variant is None:
-        error = GateError(comparison.choice.reason)
-    else:
-        return
-    error.comparison = comparison
-    raise error

@@ -1,6 +1,6 @@
 """The command ``slmops``. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 3 a gate said no, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 130 interrupted.
 """
 
 from __future__ import annotations

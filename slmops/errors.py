@@ -6,12 +6,11 @@
     │   └── RecipeError                the precision or the Olive config cannot be used
     ├── PrerequisiteError     exit 2   something this needs is missing: package, disk, server, network
     │   └── BusyError                  another slmops run holds it
-    ├── WorkError             exit 1   the work was started and failed
-    │   ├── ConversionError
-    │   ├── RegistrationError
-    │   ├── EvaluationError
-    │   └── TrackingError
-    └── GateError             exit 3   a gate said no
+    └── WorkError             exit 1   the work was started and failed
+        ├── ConversionError
+        ├── RegistrationError
+        ├── EvaluationError
+        └── TrackingError
 
 Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
 """
@@ -89,12 +88,6 @@ class TrackingError(WorkError):
     """MLflow did not take what was logged."""
 
 
-class GateError(SlmopsError):
-    """A gate said no."""
-
-    exit_code = 3
-
-
 BY_NAME: dict[str, type[SlmopsError]] = {
     cls.__name__: cls
     for cls in (
@@ -109,6 +102,5 @@ BY_NAME: dict[str, type[SlmopsError]] = {
         RegistrationError,
         EvaluationError,
         TrackingError,
-        GateError,
     )
 }

@@ -1,7 +1,7 @@
 """Which variant to take: the tutorial's advice as a rule.
 
-Start from the smallest (int4); if its quality is not satisfactory take the next (int8), then the next (fp16).
-Satisfactory is settable, and always relative to the fp32 baseline of the same job.
+Start from the smallest (int4); if its quality is not satisfactory take the next (int8), then the next (fp16), at last
+the fp32 baseline itself. Satisfactory is settable, and always relative to the baseline of the same job.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from slmops.models import Choice, VariantResult
 
 
 def choose(results: list[VariantResult], job: Job) -> Choice:
-    """Choose among the measured variants, smallest first. The baseline itself is a candidate only when it is alone."""
+    """Choose among the measured variants, smallest first."""
     measured = {result.name: result for result in results if result.status == "ok"}
     baseline = measured.get(BASELINE)
     if baseline is None:
         return Choice(
             variant=None, reason="No variant is chosen: there is no fp32 baseline to judge the others against."
         )
-    if len(results) == 1:
-        return Choice(variant=BASELINE, reason="fp32 is taken: it is the only variant that was asked for.")
     candidates = sorted((r for r in measured.values() if r.name != BASELINE), key=lambda r: r.metrics["size_mb"])
     refused: list[str] = []
     for candidate in candidates:
@@ -30,9 +28,8 @@ def choose(results: list[VariantResult], job: Job) -> Choice:
             reason = f"{candidate.name} is the smallest satisfactory variant: {quality}{because}."
             return Choice(variant=candidate.name, reason=reason)
         refused.append(f"{candidate.name} is not: {' and '.join(wrong)}")
-    if not candidates:
-        return Choice(variant=None, reason="No variant is chosen: all but the baseline failed.")
-    return Choice(variant=None, reason=f"No variant is satisfactory: {'; '.join(refused)}.")
+    because = f"no other variant is satisfactory: {'; '.join(refused)}" if refused else "there is no other variant"
+    return Choice(variant=BASELINE, reason=f"{BASELINE} is taken: {because}.")
 
 
 def shortfalls(candidate: VariantResult, baseline: VariantResult, job: Job) -> list[str]:

@@ -13,7 +13,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Read from ``SLMOPS_*`` environment variables, then from ``.env`` in the current folder."""
 
-    model_config = SettingsConfigDict(env_prefix="SLMOPS_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="SLMOPS_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+    )
 
     home: Path = Field(Path(".slmops"), description="The one folder that holds all state.")
     tracking_uri: str | None = Field(

@@ -7,7 +7,8 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import prompt_template, recipes, source
+from slmops import prompt_template, recipes
+from slmops.checkpoint import source
 from slmops.conversion import olive_config
 from slmops.job import Job
 from slmops.models import Checkpoint, Recipe

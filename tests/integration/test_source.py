@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops import demo_package, source
+from slmops.checkpoint import demo_package, source
 from slmops.errors import CheckpointError, PrerequisiteError
 from slmops.files import sha256
 from slmops.job import Job

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slmops import architectures, source
+from slmops.checkpoint import architectures, source
 from slmops.errors import CheckpointError
 from slmops.job import Job
 from slmops.models import Checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from slmops import hub, source
+from slmops.checkpoint import hub, source
 from slmops.errors import CheckpointError, PrerequisiteError
 from slmops.job import Job
 from slmops.models import Checkpoint
@@ -314,6 +314,6 @@ def test_the_room_that_is_needed(
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = "torch", "transformers", "huggingface_hub", "mlflow", "onnxruntime", "olive", "prefect"
-    code = f"import sys, slmops.source; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, slmops.checkpoint.source; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

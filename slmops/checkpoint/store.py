@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slmops import inspection, process
+from slmops import process
+from slmops.checkpoint import inspection
+from slmops.checkpoint.unpack import UnpackRequest, UnpackResult
 from slmops.errors import ConversionError
 from slmops.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
 from slmops.locks import exclusive
 from slmops.settings import Settings
-from slmops.unpack import UnpackRequest, UnpackResult
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
             unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
             unpack_log.unlink(missing_ok=True)
             result, _ = process.call(
-                "slmops.unpack",
+                "slmops.checkpoint.unpack",
                 UnpackRequest(gguf=gguf, folder=scratch),
                 UnpackResult,
                 work=work,

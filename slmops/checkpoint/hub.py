@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from slmops import inspection, weight_files
+from slmops.checkpoint import inspection, weight_files
 from slmops.errors import CheckpointError, PrerequisiteError
 from slmops.job import Job
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops import architectures, weight_files
+from slmops.checkpoint import architectures, weight_files
 from slmops.errors import CheckpointError
 from slmops.files import sha256
 from slmops.job import Job

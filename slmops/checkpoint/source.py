@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmops import demo_package, hub, inspection, weight_files
-from slmops.checkpoint_store import scratch_folder, stage, unpacked
+from slmops.checkpoint import demo_package, hub, inspection, weight_files
+from slmops.checkpoint.store import scratch_folder, stage, unpacked
 from slmops.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.files import link_or_copy, sha256
 from slmops.job import BASELINE, Job

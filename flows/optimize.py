@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from tasks.show import Progress, show_comparison
 from tasks.track import finish_tracking, start_tracking, track_failure, track_variant
 from tasks.variant import convert_variant, evaluate_variant, register_variant
 
+log = logging.getLogger("slmops.optimize")
+
 Measured = tuple[Variant, Registration, Evaluation]
 
 
@@ -35,6 +38,7 @@ def optimize(job: Job) -> Comparison:
             of the others.
     """
     settings = Settings()
+    log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
     check_environment(settings)
     uri = stack.tracking_uri(settings)
     checkpoint = get_checkpoint(job, settings, uri)

@@ -10,11 +10,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import tomllib
 import traceback
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -24,6 +25,9 @@ from slmops.errors import SlmopsError, UsageError
 from slmops.job import Job
 from slmops.models import Comparison
 from slmops.settings import Settings
+
+if TYPE_CHECKING:
+    from slmops.stack import Stack
 
 INTERRUPTED = 130
 
@@ -67,9 +71,7 @@ def demo(*, quick: bool = False, json: bool = False) -> int:
         Print the comparison as JSON.
     """
     code = _run(Job(model="demo", quick=quick), json=json)
-    stack_status = _status()
-    _say(f"\nPrefect: {stack_status['prefect']['url']}   MLflow: {stack_status['mlflow']['url']}")
-    _say("Both keep running until `slmops down`. To start runs from the Prefect page: `slmops up --worker`.")
+    _say("Prefect and MLflow keep running until `slmops down`; `slmops up --worker` lets you start runs from Prefect.")
     return code
 
 
@@ -208,13 +210,19 @@ def _run(job: Job, *, json: bool) -> int:
     from flows.optimize import optimize  # after the environment that Prefect reads at import
 
     try:
-        comparison = optimize(job)
+        _show(optimize(job), servers, json=json)
     except SlmopsError as error:
         if error.comparison is not None:
-            _print(error.comparison, json=json)
+            _show(error.comparison, servers, json=json)
         raise
-    _print(comparison, json=json)
     return 0
+
+
+def _show(comparison: Comparison, servers: Stack, *, json: bool) -> None:
+    from slmops.tracking import Tracker
+
+    _print(comparison, json=json)
+    _say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(comparison.run_id)}")
 
 
 def _terminate(*_: Any) -> None:
@@ -242,7 +250,7 @@ def _read_job_file(argv: list[str]) -> None:
             path = Path(argument.removeprefix("--job="))
         else:
             continue
-        options = {key.replace("_", "-"): value for key, value in _load(path).items()}
+        options = {str(key).replace("_", "-"): value for key, value in _load(path).items()}
         app.config = cyclopts.config.Dict({"run": options}, source=str(path))
 
 
@@ -281,10 +289,18 @@ def _report(error: SlmopsError) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Something that no check foresaw: the traceback goes into a file, the terminal gets one line."""
-    logs = Settings().logs
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"crash-{datetime.now():%Y%m%d-%H%M%S}.log"
-    log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    story = "".join(traceback.format_exception(error))
+    try:
+        logs = Settings().logs
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"crash-{datetime.now():%Y%m%d-%H%M%S}.log"
+        log.write_text(story, encoding="utf-8")
+    except (OSError, ValidationError):  # the home can be what is wrong
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="slmops-crash-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(story)
+        log = Path(file.name)
     said = str(error).splitlines()[0] if str(error) else ""
     _say(f"error: {type(error).__name__}: {said}\n  The whole story is in {log}. If a server stopped: `slmops status`.")
     return 1

@@ -54,7 +54,7 @@ def html(comparison: Comparison) -> str:
     return (
         "<!doctype html><meta charset='utf-8'>"
         f"<title>{escape(comparison.model)}</title>"
-        "<style>body{font:16px system-ui;margin:2em}td,th{padding:.3em .8em}svg{max-width:100%}</style>"
+        "<style>body{font:14px system-ui;margin:1em}td,th{padding:.2em .5em}svg{max-width:100%}</style>"
         f"<h1>{escape(comparison.model)}</h1>{table(comparison, 'html')}"
         f"<p>{escape(comparison.choice.reason + _failures(comparison))}</p>{_charts(comparison)}"
     )

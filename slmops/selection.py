@@ -35,6 +35,9 @@ def choose(results: list[VariantResult], job: Job) -> Choice:
 def shortfalls(candidate: VariantResult, baseline: VariantResult, job: Job) -> list[str]:
     """Where ``candidate`` falls short of ``baseline`` by more than the job allows; empty means satisfactory."""
     wrong = []
+    size, limit = candidate.metrics["size_mb"], baseline.metrics["size_mb"]
+    if not size < limit:  # a variant of the user's own can be
+        wrong.append(f"its {size:.1f} MB are no less than the baseline's {limit:.1f}")
     ratio = candidate.metrics["perplexity_ratio"]
     if not ratio <= job.max_perplexity_ratio:
         wrong.append(f"its perplexity is {ratio:.2f} times the baseline's, above {job.max_perplexity_ratio:g}")

@@ -35,6 +35,8 @@ from slmops.models import Checkpoint, Comparison, Evaluation, Hardware, Registra
 KIND = "slmops.kind"
 COMPARISON = "comparison.json"
 MODEL_TYPE = "onnx-genai"
+# The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
+_EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
 PARAM_LIMIT = 6000  # characters that MLflow takes for a parameter
 
 
@@ -174,11 +176,10 @@ class Tracker:
             return Comparison.model_validate_json(Path(file).read_text(encoding="utf-8"))
 
     def run_url(self, run_id: str) -> str:
-        """The page of a run in MLflow's UI."""
+        """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
         with self._talking():
-            return (
-                f"{self.uri.rstrip('/')}/#/experiments/{self._client.get_run(run_id).info.experiment_id}/runs/{run_id}"
-            )
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
     def download(self, uri: str, target: Path) -> Path:
         """Fetch an MLflow model or artifact URI into ``target``."""
@@ -190,7 +191,7 @@ class Tracker:
     def _experiment(self, name: str) -> Experiment:
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            return self._client.get_experiment(self._client.create_experiment(name, tags={KIND: "model"}))
+            return self._client.get_experiment(self._client.create_experiment(name, tags=_EXPERIMENT))
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return found

@@ -8,7 +8,8 @@ import re
 _EXCEPTION = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit))(?:: (.*))?$")
 _TAGGED = re.compile(r"\[(ERROR|WARNING|INFO)\] \[[^]]*\] (.*)")
 _INVALID = "Invalid config, pruned"
-_PASS = re.compile(r"\[INFO\] .*Running pass (\w+):(\w+)")
+_RUNNING = "Running pass "
+_PASS = re.compile(rf"\[INFO\] .*{_RUNNING}(\w+):(\w+)")
 
 # What Olive's own words do not tell a reader.
 _EXPLAINED = {
@@ -33,6 +34,8 @@ def cause(text: str) -> str:
     tagged = [m[2] for line in lines if (m := _TAGGED.search(line))]
     for before, message in itertools.pairwise(tagged):
         if message.startswith(_INVALID):
+            if before.startswith(_RUNNING):
+                return f"{before.removeprefix(_RUNNING)} does not accept its config, and Olive does not say why"
             return before  # the pass says why it refuses its config, at level INFO, and only there
     return "Olive's log names no cause; --log-level debug makes it say more"
 

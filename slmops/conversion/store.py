@@ -40,7 +40,7 @@ def load(folder: Path) -> Variant | None:
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         variant = Variant.model_validate({**data, "path": folder})
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, TypeError, ValidationError):  # TypeError: JSON, but no object
         return None
     for file in variant.files:
         path = folder / file.name

@@ -85,7 +85,7 @@ def check(weights: Weights, recipe: Recipe) -> None:
         ops = weights.quantized_ops
         good = small >= MOST * total and ops.get("MatMulNBits 4 bit", 0) > ops.get("MatMulNBits 8 bit", 0)
     else:
-        good = count.get(recipe.bits, 0) >= MOST * total
+        good = count.get(recipe.bits, 0) >= MOST * total > 0
     if not good:
         found = ", ".join(f"{number:,} of {bits} bits" for bits, number in sorted(count.items()))
         raise ConversionError(

@@ -92,7 +92,8 @@ def load(path: Path | None) -> EvaluationSet:
     else:
         raw, name = read_bytes(path, "evaluation set"), path.name
     try:
-        lines = raw.decode("utf-8").splitlines()
+        # Not splitlines(): that also splits at characters which a JSON string may hold, as U+2028.
+        lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8: {error}", "Save it as UTF-8.") from None
     items: list[Item] = []
@@ -151,7 +152,8 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 def _number(text: str) -> float | None:
     """The last number of a text: an answer may repeat the numbers of its question first."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    # A hyphen behind a letter or digit is no sign: GPT-4, 3-5.
+    found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     return float(found[-1]) if found else None
 
 

@@ -14,6 +14,7 @@ from slmops.models import Frozen
 
 WINDOW = 512
 ROWS = 64
+LARGEST_NLL = 700.0  # exp() of more overflows
 
 
 class Request(Frozen):
@@ -63,9 +64,10 @@ def handle(request: Request) -> Result:
             norm = top[:, 0] + np.log(np.exp(part - top).sum(axis=1))
             total += float((norm - part[np.arange(len(part)), target]).sum())
             count += len(part)
-    if not np.isfinite(total):
-        raise EvaluationError("The model's logits are not finite numbers: it is broken.")
-    return Result(nll=total / count, tokens=count)
+    nll = total / count
+    if not nll < LARGEST_NLL:
+        raise EvaluationError("The model's logits are not finite numbers, or no text is likely to it: it is broken.")
+    return Result(nll=nll, tokens=count)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from slmops.errors import RegistrationError
 
 TIMEOUT_S = 60
+# An absolute folder behind some words, as in "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
+_FOLDER = re.compile(r"(?:^|\s)((?:[A-Za-z]:[\\/]|[\\/~]).*\S)", re.MULTILINE)
 
 
 def confirm(called: str, models: Path) -> bool | None:
@@ -22,14 +25,17 @@ def confirm(called: str, models: Path) -> bool | None:
     """
     if shutil.which("foundry") is None:
         return None
-    before = _foundry("cache", "location").strip().rpartition(" ")[2]
+    said = _foundry("cache", "location")
+    found = _FOLDER.findall(said)
+    if not found:
+        raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
     _foundry("cache", "cd", str(models))
     try:
         listed = _foundry("cache", "ls")
     finally:
-        if before:
-            _foundry("cache", "cd", before)
-    if called not in listed:
+        _foundry("cache", "cd", found[-1])
+    # Not as the end of a longer name: bot-int4 is no support-bot-int4.
+    if not re.search(rf"(?<![\w.-]){re.escape(called)}", listed):
         raise RegistrationError(f"`foundry cache ls` does not list {called} in {models}. It says: {listed.strip()}")
     return True
 

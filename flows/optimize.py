@@ -54,6 +54,7 @@ def optimize(job: Job) -> Comparison:
             failed = [result.name for result in results if result.status == "failed"]
             url = finish_tracking(uri, comparison, failed=bool(failed))
         show_comparison(comparison, url)
+        shutil.rmtree(settings.work(name), ignore_errors=True)
     if failed:
         error = WorkError(f"{len(failed)} of {len(results)} variants failed: {', '.join(failed)}.")
         error.comparison = comparison

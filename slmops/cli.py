@@ -21,7 +21,7 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from slmops.errors import SlmopsError, UsageError
+from slmops.errors import SlmopsError, UsageError, WorkError
 from slmops.job import Job
 from slmops.models import Comparison
 from slmops.settings import Settings
@@ -36,6 +36,7 @@ app = App(
     help="Convert a fine-tuned small language model at several precisions, measure each, choose one.",
     help_format="plaintext",
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,  # _main tells the user and returns the code
 )
 
 
@@ -207,6 +208,9 @@ def _run(job: Job, *, json: bool) -> int:
     servers = stack.up(settings)
     os.environ.update(stack.prefect_environment(settings, servers))
     signal.signal(signal.SIGTERM, _terminate)
+    logging.raiseExceptions = False  # records that a dead Prefect server does not take are lost without noise
+    import httpx
+
     from flows.optimize import optimize  # after the environment that Prefect reads at import
 
     try:
@@ -215,6 +219,14 @@ def _run(job: Job, *, json: bool) -> int:
         if error.comparison is not None:
             _show(error.comparison, servers, json=json)
         raise
+    except httpx.TransportError:  # MLflow's client has errors of its own: this is Prefect's
+        _report(
+            WorkError(
+                f"Prefect at {servers.prefect_url} stopped answering, and the run with it.",
+                "`slmops up` starts it again; then repeat the command: what was converted is kept.",
+            )
+        )
+        os._exit(WorkError.exit_code)  # not by the usual way, on which Prefect tries to send its last events for long
     return 0
 
 
@@ -278,7 +290,8 @@ def _lines(error: ValidationError, prefix: str) -> list[str]:
     for one in error.errors():
         field = str(one["loc"][0]) if one["loc"] else ""
         name = field.replace("_", "-") if prefix == "--" else field.upper()
-        lines.append(f"{prefix}{name}: {one['msg']} (got {one['input']!r})")
+        got = "" if one["type"] == "missing" else f" (got {one['input']!r})"
+        lines.append(f"{prefix}{name}: {one['msg']}{got}")
     return lines
 
 

@@ -9,6 +9,7 @@ it dies, the pipe closes and the child's group kills itself (see :mod:`slmops.ch
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,8 @@ from slmops.files import write_atomic
 
 SAMPLE_EVERY_S = 0.1
 GRACE_S = 3.0
+DISK_FULL = os.strerror(errno.ENOSPC)
+FREE_SPACE = "Free some space and run again."
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -73,6 +76,9 @@ def run(
         env: Variables added to this process's own.
         cwd: Working folder.
         on_line: Called with each line of output as it comes.
+
+    Raises:
+        PrerequisiteError: The log cannot be written, as on a full disk; the child is stopped then.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -88,10 +94,11 @@ def run(
         start_new_session=True,
     )
     assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
-    reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line), daemon=True)
+    failures: list[OSError] = []
+    reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line, failures), daemon=True)
     reader.start()
     try:
-        while child.poll() is None:
+        while child.poll() is None and not failures:
             memory.append((time.monotonic(), _group_memory_mb(child.pid)))
             if time.monotonic() - started > timeout_s:
                 timed_out = True
@@ -101,6 +108,8 @@ def run(
     finally:
         kill_group(child)
         reader.join(GRACE_S)
+    if failures:
+        raise errors.PrerequisiteError(f"{log} cannot be written: {failures[0].strerror}.", FREE_SPACE)
     return Finished(child.returncode, time.monotonic() - started, memory, timed_out)
 
 
@@ -126,6 +135,7 @@ def call(
     timeout_s: float,
     error: type[errors.WorkError],
     env: dict[str, str] | None = None,
+    cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Result, Finished]:
     """Run ``python -m module`` on ``request`` and return its result.
@@ -135,6 +145,7 @@ def call(
 
     Raises:
         SlmopsError: What the child raised.
+        PrerequisiteError: The disk is full.
         WorkError: The child crashed, was killed or took too long; of the class ``error``.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -146,12 +157,16 @@ def call(
         log=log,
         timeout_s=timeout_s,
         env={"PYTHONUNBUFFERED": "1", **(env or {})},
+        cwd=cwd,
         on_line=on_line,
     )
     if finished.timed_out:
         raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
     if not result_file.exists():
-        raise error(f"{_died(finished.returncode)}: {last_words(log)}", f"Its log: {log}")
+        said = last_words(log)
+        if DISK_FULL in said:
+            raise errors.PrerequisiteError(f"The disk of {work} is full.", FREE_SPACE)
+        raise error(f"{_died(finished.returncode)}: {said}", f"Its log: {log}")
     answer = json.loads(result_file.read_text(encoding="utf-8"))
     if "error" in answer:
         raise errors.BY_NAME.get(answer["error"], error)(answer["message"], answer["fix"])
@@ -173,15 +188,18 @@ def _died(returncode: int) -> str:
     return f"The process was killed by {name}{hint}"
 
 
-def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None) -> None:
-    with stream, log.open("a", encoding="utf-8") as out:
-        for raw in stream:
-            # A progress bar rewrites its line with carriage returns: keep the last state only.
-            line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
-            out.write(line + "\n")
-            out.flush()
-            if on_line is not None:
-                on_line(line)
+def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None, failures: list[OSError]) -> None:
+    try:
+        with stream, log.open("a", encoding="utf-8") as out:
+            for raw in stream:
+                # A progress bar rewrites its line with carriage returns: keep the last state only.
+                line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
+                out.write(line + "\n")
+                out.flush()
+                if on_line is not None:
+                    on_line(line)
+    except OSError as error:
+        failures.append(error)
 
 
 def _group_memory_mb(pid: int) -> float:

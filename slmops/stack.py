@@ -180,7 +180,13 @@ def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     still print the traceback of each failed task. Records reach the server all the same, and so do those of the logger
     ``slmops``. That logger's level is for the caller to set: it inherits WARNING.
     """
-    return {**_client_environment(settings, stack), "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+    return {
+        **_client_environment(settings, stack),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        # A server that restarts is back within these 14 s; with the default a dead one keeps a run waiting for minutes.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
+    }
 
 
 def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from slmops import prompt_template, recipes
 from slmops.checkpoint import source
 from slmops.conversion import olive_config
+from slmops.evaluation import dataset
 from slmops.job import Job
 from slmops.models import Checkpoint, Recipe
 from slmops.settings import Settings
@@ -24,9 +25,14 @@ def get_checkpoint(job: Job, settings: Settings, tracker_uri: str) -> Checkpoint
     return source.resolve(job, settings, download=Tracker(tracker_uri).download)
 
 
-@task(name="plan recipes", cache_policy=NO_CACHE)
+@task(name="plan", cache_policy=NO_CACHE)
 def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> list[Recipe]:
-    """The recipes of the job, each known to fit the checkpoint; room on disk and in memory is checked too."""
+    """The recipes of the job, each known to fit the checkpoint.
+
+    What else the job was given is looked at too: its evaluation set and text, the room on disk and in memory.
+    """
+    dataset.load(job.evaluation_set)
+    dataset.perplexity_text(job.perplexity_text)
     planned = recipes.for_job(job, checkpoint)
     source.check_room(checkpoint, [recipe.name for recipe in planned], settings)
     template = prompt_template.load(checkpoint.path)

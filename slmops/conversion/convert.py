@@ -127,7 +127,7 @@ def _make(
             write_atomic(scratch / MANIFEST, variant.model_dump_json(indent=2))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise PrerequisiteError(f"The disk of {settings.home} is full.", "Free some space and run again.") from None
+            raise PrerequisiteError(f"The disk of {settings.home} is full.", process.FREE_SPACE) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -158,6 +158,9 @@ def _run_olive(
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
             env=_environment(work),
+            # onnx refuses to write a file whose name also exists where it runs: somebody's model.onnx.data. Paths in a
+            # user's own config are relative to where the user is.
+            cwd=None if recipe.bits is None else work,
             on_line=progress,
         )
     except ConversionError as error:
@@ -171,8 +174,8 @@ def _run_olive(
 
 def _failed(recipe: Recipe, olive_text: Path) -> SlmopsError:
     text = olive_text.read_text(encoding="utf-8", errors="replace")
-    if "No space left on device" in text:
-        return PrerequisiteError("The disk became full while Olive worked.", "Free some space and run again.")
+    if process.DISK_FULL in text:
+        return PrerequisiteError("The disk became full while Olive worked.", process.FREE_SPACE)
     return ConversionError(
         f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
     )

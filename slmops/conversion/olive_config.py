@@ -45,7 +45,9 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     model = {**model, **(model.get("config") or {})}
     model.pop("config", None)
     config["input_model"] = {"type": "HfModel", **{k: v for k, v in model.items() if k not in {"type", "model_path"}}}
-    for key in ("output_dir", "cache_dir", "log_severity_level", "no_artifacts"):
+    if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would win over ours
+        config |= config.pop("engine")
+    for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
     _check(config, checkpoint, path, name, settings)
     own = to_name(path.stem)

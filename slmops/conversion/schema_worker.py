@@ -67,7 +67,8 @@ def handle(request: Request) -> Result:
     catch = _Catch()
     logging.getLogger("olive").addHandler(catch)
     try:
-        RunConfig.model_validate(copy.deepcopy(request.config))
+        checked = RunConfig.model_validate(copy.deepcopy(request.config))
+        problems += [] if problems else _bad_values(checked.passes)
     except ValidationError as error:
         problems += [
             f"{'.'.join(map(str, e['loc'])).removeprefix('engine.')}: {e['msg']}"
@@ -90,6 +91,24 @@ def _unknown(where: str, given: dict[str, Any], accepted: set[str]) -> list[str]
             f"{where}: unknown key {key!r}{hint}, which Olive would ignore without an error. "
             f"Accepted: {', '.join(sorted(accepted))}"
         )
+    return found
+
+
+def _bad_values(passes: dict[str, list[Any]]) -> list[str]:
+    """Values of the wrong type, which Olive looks at only when their pass's turn has come."""
+    from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
+    from olive.package_config import OlivePackageConfig
+    from pydantic import ValidationError
+
+    package = OlivePackageConfig.load_default_config()
+    found = []
+    for name, (step,) in passes.items():
+        try:
+            package.import_pass_module(step.type).generate_config(DEFAULT_CPU_ACCELERATOR, step.config, {}, True)
+        except ValidationError as error:
+            # The first of a key's errors is of its own type; the others are of Olive's placeholders for a search.
+            first = {str(e["loc"][0]): e["msg"] for e in reversed(error.errors()) if e["loc"]}
+            found += [f"passes.{name}.{key}: {said}" for key, said in sorted(first.items())] or [str(error)]
     return found
 
 

@@ -66,7 +66,9 @@ def handle(request: Request) -> Result:
             count += len(part)
     nll = total / count
     if not nll < LARGEST_NLL:
-        raise EvaluationError("The model's logits are not finite numbers, or no text is likely to it: it is broken.")
+        raise EvaluationError(
+            "The model is broken: its logits are not finite numbers, or they call the text all but impossible."
+        )
     return Result(nll=nll, tokens=count)
 
 

@@ -1,0 +1,111 @@
+"""The program as a user has it: the command in a process of its own, with a home and ports of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_S = 120
+
+
+class Command:
+    """``slmops`` with one home."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
+        self.env = {
+            **kept,
+            "SLMOPS_HOME": str(home),
+            "SLMOPS_PREFECT_PORT": str(free_port()),
+            "SLMOPS_MLFLOW_PORT": str(free_port()),
+        }
+
+    def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            self._argv(arguments), env={**self.env, **env}, capture_output=True, text=True, check=False
+        )
+
+    def start(self, *arguments: str) -> Started:
+        """Run a command and go on."""
+        return Started(self._argv(arguments), self.env)
+
+    def json(self, *arguments: str) -> Any:
+        """The JSON that a command prints; it must succeed."""
+        done = self(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def _argv(self, arguments: tuple[str, ...]) -> list[str]:
+        return [str(Path(sys.executable).with_name("slmops")), *arguments]
+
+
+class Started:
+    """A command under way, its standard error read as it comes."""
+
+    def __init__(self, argv: list[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_for(self, said: str) -> None:
+        """Until a line on standard error holds ``said``."""
+        deadline = time.monotonic() + START_S
+        while not any(said in line for line in self.lines):
+            assert time.monotonic() < deadline, f"no {said!r} in {self.lines}"
+            assert self.process.poll() is None or any(said in line for line in self.lines), self.lines
+            time.sleep(0.02)
+
+    def end(self, sig: signal.Signals | None = None) -> int:
+        """Send a signal, wait for the end, and return the exit status."""
+        if sig is not None:
+            self.process.send_signal(sig)
+        status = self.process.wait(START_S)
+        self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            for line in stream:
+                self.lines.append(line.rstrip("\n"))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def slmops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """One home for all end-to-end tests, its servers stopped at the end."""
+    command = Command(tmp_path_factory.mktemp("home"))
+    yield command
+    command("down")
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A tiny checkpoint of random weights, other ones for each test, so that none finds its variants made already."""
+    from tests import tiny
+
+    return tiny.make("llama-tied", tmp_path / "tiny-model", seed=zlib.crc32(request.node.nodeid.encode()))

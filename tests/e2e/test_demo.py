@@ -1,0 +1,163 @@
+"""The main job on the real model; then Foundry Local, MLflow and Prefect are asked without our program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from slmops.report import COLUMNS
+
+pytestmark = pytest.mark.e2e
+
+NAME = "smollm2-135m-instruct"
+RUN_S = 600
+
+# Lists and asks with nothing but the SDK.
+ASK_FOUNDRY = """
+import json, os, sys
+import foundry_local_sdk as sdk
+home, foundry_id = sys.argv[1:]
+manager = sdk.FoundryLocalManager(sdk.Configuration(
+    app_name="outsider", app_data_dir=home, model_cache_dir=home + "/models", logs_dir=home + "/logs",
+    catalog_urls=[("http://127.0.0.1:9/asset-gallery/v1.0/models", None)], disable_nonessential_telemetry=True))
+catalog = manager.get_catalog(sdk.CatalogType.LOCAL)
+listed = sorted(model.id for model in catalog.list_models())
+model = catalog.get_model_variant(foundry_id)
+model.load()
+with sdk.ChatSession(model) as session:
+    session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=24, do_sample=False)))
+    request = sdk.Request().add_item(sdk.MessageItem.user("What is the capital of Italy?"))
+    with session.process_request(request) as response:
+        answer = response.get_item(0).text
+print(json.dumps({"listed": listed, "answer": answer}), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def comparison(slmops: Any) -> dict[str, Any]:
+    done = slmops("run", "--model", "demo", "--precision", "int8", "--precision", "fp32", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)  # nothing but the comparison is on stdout
+    return answer
+
+
+def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> None:
+    assert comparison["model"] == NAME
+    by_name = {variant["name"]: variant for variant in comparison["variants"]}
+    assert {name: variant["status"] for name, variant in by_name.items()} == {"fp32": "ok", "int8": "ok"}
+    assert comparison["choice"]["variant"] == "int8", comparison["choice"]["reason"]
+    for variant in by_name.values():
+        assert {metric for _, metric, _ in COLUMNS} <= set(variant["metrics"])
+    fp32, int8 = by_name["fp32"]["metrics"], by_name["int8"]["metrics"]
+    assert fp32["bits_per_weight"] == pytest.approx(32, abs=0.1)
+    assert 8 < int8["bits_per_weight"] < 10
+    assert int8["size_ratio"] == pytest.approx(int8["size_mb"] / fp32["size_mb"])
+    assert fp32["perplexity"] == pytest.approx(14.2, abs=2)  # the text differs a little between Python versions
+    assert int8["perplexity_ratio"] < 1.05
+    assert fp32["accuracy"] > 0.5
+
+
+def test_what_it_reports_is_on_disk(comparison: dict[str, Any]) -> None:
+    for variant in comparison["variants"]:
+        folder = Path(variant["path"])
+        manifest = json.loads((folder / "variant.json").read_text())
+        assert {file["name"] for file in manifest["files"]} >= {"model.onnx", "genai_config.json", "tokenizer.json"}
+        for file in manifest["files"]:
+            assert (folder / file["name"]).stat().st_size == file["size"]
+        onnx = sum(f["size"] for f in manifest["files"] if ".onnx" in f["name"])
+        assert variant["metrics"]["size_mb"] == pytest.approx(onnx / 1e6)
+
+
+def test_foundry_local_lists_and_answers(slmops: Any, comparison: dict[str, Any]) -> None:
+    int8 = next(variant for variant in comparison["variants"] if variant["name"] == "int8")
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_FOUNDRY, str(slmops.home / "foundry"), int8["foundry_id"]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert {variant["foundry_id"] for variant in comparison["variants"]} <= set(said["listed"])
+    assert "Rome" in said["answer"]
+
+
+def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[str, Any]) -> None:
+    api = slmops.json("status")["mlflow"]["url"] + "/api/2.0/mlflow"
+
+    def run(run_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{api}/runs/get", params={"run_id": run_id}).json()["run"]
+        return found
+
+    parent = run(comparison["run_id"])
+    assert parent["info"]["status"] == "FINISHED"
+    assert {"key": "slmops.choice", "value": "int8"} in parent["data"]["tags"]
+    for variant in comparison["variants"]:
+        child = run(variant["run_id"])
+        assert {"key": "mlflow.parentRunId", "value": comparison["run_id"]} in child["data"]["tags"]
+        logged = {metric["key"]: metric["value"] for metric in child["data"]["metrics"]}
+        assert logged == pytest.approx(variant["metrics"])
+        files = httpx.get(f"{api}/artifacts/list", params={"run_id": variant["run_id"]}).json()["files"]
+        assert {file["path"] for file in files} >= {
+            "variant.json",
+            "olive_config.json",
+            "olive.log",
+            "genai_config.json",
+            "inference_model.json",
+            "file_sizes.json",
+            "answers.json",
+        }
+        assert child["outputs"]["model_outputs"] or child["inputs"], "no logged model points to the run"
+
+
+def test_prefect_shows_the_run_with_its_artifacts(slmops: Any) -> None:
+    api = slmops.json("status")["prefect"]["url"] + "/api"
+    runs = httpx.post(f"{api}/flow_runs/filter", json={"sort": "START_TIME_DESC"}).json()
+    assert (runs[-1]["name"], runs[-1]["state_name"]) == ("optimize demo", "Completed")
+    artifacts = httpx.post(
+        f"{api}/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [runs[-1]["id"]]}}}
+    ).json()
+    assert {artifact["key"] for artifact in artifacts} == {
+        f"{kind}-{NAME}" for kind in ("progress", "report", "metrics", "mlflow")
+    }
+    tasks = httpx.post(f"{api}/task_runs/filter", json={"flow_runs": {"id": {"any_": [runs[-1]["id"]]}}}).json()
+    assert {"convert int8", "register int8", "evaluate int8", "track int8"} <= {task["name"] for task in tasks}
+
+
+def test_the_prefect_page_gives_the_same(slmops: Any, comparison: dict[str, Any]) -> None:
+    """The Run button posts this."""
+    assert slmops("up", "--worker").returncode == 0
+    api = slmops.json("status")["prefect"]["url"] + "/api"
+    [deployment] = httpx.post(
+        f"{api}/deployments/filter", json={"deployments": {"name": {"any_": ["optimize"]}}}
+    ).json()
+    job = {"model": "demo", "precision": ["int8", "fp32"], "quick": True}
+    run = httpx.post(f"{api}/deployments/{deployment['id']}/create_flow_run", json={"parameters": {"job": job}}).json()
+    state = _wait(f"{api}/flow_runs/{run['id']}")
+    assert state["state_name"] == "Completed", state["state"]["message"]
+    again = slmops.json("compare", NAME)
+    assert again["run_id"] != comparison["run_id"]
+    assert again["choice"] == comparison["choice"]
+    for new, old in zip(again["variants"], comparison["variants"], strict=True):
+        assert (new["name"], new["path"], new["foundry_id"]) == (old["name"], old["path"], old["foundry_id"])
+        assert set(new["metrics"]) == set(old["metrics"])
+        for exact in ("perplexity", "accuracy", "size_mb", "bits_per_weight"):
+            assert new["metrics"][exact] == pytest.approx(old["metrics"][exact], rel=1e-6)
+
+
+def _wait(url: str) -> dict[str, Any]:
+    deadline = time.monotonic() + RUN_S
+    while time.monotonic() < deadline:
+        run: dict[str, Any] = httpx.get(url).json()
+        if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
+            return run
+        time.sleep(1)
+    raise AssertionError(f"{url} did not end in {RUN_S} s")

@@ -1,0 +1,135 @@
+"""What users and machines do to a running job, on a tiny model, with everything else real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+STAGES = (
+    "this run in Prefect",  # preparing
+    "Olive runs",  # converting
+    "converted in",  # registering
+    "measuring speed",  # evaluating
+    "measuring perplexity",
+)
+
+
+def _workers(home: Path) -> list[psutil.Process]:
+    """Child processes that work in this home."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if any(part.startswith("slmops.") for part in command) and any(str(home) in part for part in command):
+            found.append(process)
+    return found
+
+
+def _gone(home: Path) -> bool:
+    deadline = time.monotonic() + 10
+    while _workers(home):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _arguments(model: Path, name: str) -> tuple[str, ...]:
+    return ("run", "--model", str(model), "--name", name, "--precision", "fp32", "--quick")
+
+
+def test_killed_in_each_stage_the_next_run_cleans_up_and_succeeds(slmops: Any, tiny_model: Path) -> None:
+    arguments = _arguments(tiny_model, "killed")
+    for stage in STAGES:
+        job = slmops.start(*arguments)
+        job.wait_for(stage)
+        assert job.end(signal.SIGKILL) == -signal.SIGKILL
+        assert _gone(slmops.home), f"children outlived a job killed while {stage!r}"
+    done = slmops(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    [variant] = json.loads(done.stdout)["variants"]
+    assert variant["status"] == "ok"
+    assert variant["foundry_id"] == "killed-fp32-generic-cpu:1"
+    assert not (slmops.home / "work" / "killed").exists()
+    assert not list(slmops.home.glob("*/.*.part"))
+    placed = [folder.name for folder in (slmops.home / "foundry" / "models" / "slmops").glob("killed-*")]
+    assert placed == ["killed-fp32-generic-cpu-1"]
+
+
+def test_a_killed_job_is_closed_in_mlflow_by_the_next(slmops: Any, tiny_model: Path) -> None:
+    from mlflow import MlflowClient
+
+    arguments = _arguments(tiny_model, "stale")
+    job = slmops.start(*arguments)
+    job.wait_for("measuring speed")
+    job.end(signal.SIGKILL)
+    assert slmops(*arguments).returncode == 0
+    client = MlflowClient(slmops.json("status")["mlflow"]["url"])
+    experiment = client.get_experiment_by_name("stale")
+    runs = client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'job'")
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
+
+
+@pytest.mark.parametrize(("sig", "stage"), [(signal.SIGINT, "Olive runs"), (signal.SIGTERM, "measuring speed")])
+def test_interrupted(slmops: Any, tiny_model: Path, sig: signal.Signals, stage: str) -> None:
+    name = f"interrupted-{sig.name.lower()}"
+    job = slmops.start(*_arguments(tiny_model, name))
+    job.wait_for(stage)
+    assert job.end(sig) == 130, job.lines
+    assert job.lines[-1] == "interrupted"
+    assert not any("Traceback" in line for line in job.lines)
+    assert _gone(slmops.home)
+    assert slmops(*_arguments(tiny_model, name)).returncode == 0
+
+
+def test_two_runs_of_one_model_at_once(slmops: Any, tiny_model: Path) -> None:
+    arguments = _arguments(tiny_model, "twice")
+    first = slmops.start(*arguments)
+    first.wait_for("Olive runs")
+    first.process.send_signal(signal.SIGSTOP)  # it must not be done before the second has looked
+    second = slmops(*arguments)
+    first.process.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert f"process {first.process.pid}" in second.stderr
+    assert first.end() == 0
+
+
+def test_mlflow_dies_in_the_middle(slmops: Any, tiny_model: Path) -> None:
+    arguments = _arguments(tiny_model, "untracked")
+    assert slmops("up").returncode == 0
+    job = slmops.start(*arguments)
+    job.wait_for("measuring speed")
+    _kill_server(slmops.home, "mlflow")
+    assert job.end() == 1
+    said = "\n".join(job.lines)
+    assert "MLflow at http://127.0.0.1" in said
+    assert "slmops up" in said
+    assert "Traceback" not in said
+    assert slmops(*arguments).returncode == 0  # starts MLflow again
+
+
+def test_prefect_dies_in_the_middle(slmops: Any, tiny_model: Path) -> None:
+    arguments = _arguments(tiny_model, "unwatched")
+    assert slmops("up").returncode == 0
+    job = slmops.start(*arguments)
+    job.wait_for("measuring speed")
+    _kill_server(slmops.home, "prefect")
+    assert job.end() == 1
+    said = "\n".join(job.lines)
+    assert "Prefect" in said
+    assert "Traceback" not in said
+    assert slmops(*arguments).returncode == 0
+
+
+def _kill_server(home: Path, name: str) -> None:
+    leader = psutil.Process(json.loads((home / "stack.json").read_text())[name]["pid"])
+    for process in [*leader.children(recursive=True), leader]:
+        os.kill(process.pid, signal.SIGKILL)

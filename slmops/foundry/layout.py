@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slmops.files import folder_appears_whole, link_or_copy, write_atomic
+from slmops.errors import RegistrationError
+from slmops.files import folder_appears_whole, link_or_copy, sha256, write_atomic
 from slmops.job import Job
-from slmops.models import MANIFEST, Variant
+from slmops.models import MANIFEST, Variant, VariantFile
 from slmops.prompt_template import Derived
 
 PUBLISHER = "slmops"
@@ -35,6 +36,9 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
 
     Returns:
         The folder, its version, and whether it is new.
+
+    Raises:
+        RegistrationError: The variant's genai_config.json is broken.
     """
     models = home / "models" / PUBLISHER
     called = model_name(name, variant.name)
@@ -68,13 +72,26 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
 def _same(folder: Path, variant: Variant) -> bool:
     manifest = _read(folder / MANIFEST)
     files = [file for file in variant.files if file.name not in _NOT_DEPLOYED]
-    sizes_match = all((folder / f.name).is_file() and (folder / f.name).stat().st_size == f.size for f in files)
-    return manifest is not None and manifest.get("key") == variant.key and sizes_match
+    # The manifest first: to read all files takes a while where the file system cannot link.
+    return (
+        manifest is not None
+        and manifest.get("key") == variant.key
+        and all(_is(folder / file.name, variant.path / file.name, file) for file in files)
+    )
+
+
+def _is(deployed: Path, made: Path, file: VariantFile) -> bool:
+    """Whether the two are one file, or ``deployed`` has its contents; a variant made again is a file of its own."""
+    if not deployed.is_file() or deployed.stat().st_size != file.size:
+        return False
+    return (made.exists() and deployed.samefile(made)) or sha256(deployed) == file.sha256
 
 
 def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     """The exporter's config with the user's search settings where the runtime reads them."""
-    config: dict[str, Any] = json.loads((variant.path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    config = _read(variant.path / GENAI_CONFIG)
+    if config is None:
+        raise RegistrationError(f"{variant.path / GENAI_CONFIG} cannot be read.", "Convert the variant again.")
     asked = {key: value for key in _SEARCH if (value := getattr(job, key)) is not None}
     if "max_length" in asked:
         asked["max_length"] = min(asked["max_length"], variant.checkpoint.context_length)

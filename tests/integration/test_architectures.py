@@ -1,0 +1,167 @@
+"""Each architecture that slmops calls proven, exported for real and compared with transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.checkpoint import architectures
+from slmops.conversion import convert as conversion
+from slmops.conversion import verify_worker
+from slmops.errors import CheckpointError, ConversionError
+from slmops.job import Job
+from slmops.models import Checkpoint
+from slmops.settings import Settings
+from tests import making, tiny
+
+# Olive, torch and transformers warn at import and at export; they work in child processes otherwise.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+
+REFUSED = {
+    "olmo2": ("Olmo2ForCausalLM", "the model builder of onnxruntime-genai 0.14.1 does not know it"),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "the model builder of onnxruntime-genai 0.14.1 does not know it"),
+    "gemma3": ("Gemma3ForCausalLM", "its export fails with transformers 5"),
+}
+WRONG = "phi"
+PROVEN = [kind for kind in tiny.KINDS if kind not in {*REFUSED, WRONG}]
+TOLERANCE = 1e-4
+# Name -> bits of the weights, and the largest difference of the logits, relative to the largest logit. Random weights
+# are the worst case for rounding.
+PRECISIONS = {"fp32": ({32}, TOLERANCE), "fp16": ({16}, 5e-3), "int8": ({8}, 0.1), "int4": ({4, 8}, 0.5)}
+# Gemma scales its embeddings, and the exporter writes the scaled table beside the head: there is nothing to tie.
+UNTIED = {"gemma2"}
+EMBEDDING = tiny.VOCABULARY * 64
+
+Run = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def olive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Olive in this process, which saves its import of five seconds a conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        import olive
+        from olive.passes.onnx import model_builder
+
+        patch.setattr(model_builder, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        yield olive.run
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes each kind of checkpoint once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def made(kind: str) -> Path:
+        return root / kind if (root / kind).exists() else tiny.make(kind, root / kind)
+
+    return made
+
+
+def export(olive: Run, name: str, job: Job, checkpoint: Checkpoint, work: Path) -> verify_worker.Result:
+    """Convert and check as :func:`slmops.conversion.convert.convert` does, in this process."""
+    recipe = making.recipe(name, job, checkpoint)
+    olive(conversion._complete(recipe, checkpoint, job, work, work / "model"))
+    return verify_worker.handle(
+        verify_worker.Request(
+            folder=work / "model",
+            recipe=recipe,
+            checkpoint=checkpoint,
+            tolerance=TOLERANCE,
+            trust_remote_code=False,
+        )
+    )
+
+
+def matrices(checkpoint: Checkpoint) -> int:
+    """Number of weights that can be quantized: norms and biases are vectors."""
+    from safetensors import safe_open
+
+    with safe_open(checkpoint.path / "model.safetensors", "np") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 - it is no dict
+    return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+
+
+@pytest.mark.parametrize("kind", PROVEN)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_proven_architecture(
+    olive: Run, folder: Callable[[str], Path], settings: Settings, tmp_path: Path, kind: str, precision: str
+) -> None:
+    job = making.job(folder(kind))
+    checkpoint = making.resolve(job, settings)
+    assert checkpoint.architecture in architectures.PROVEN
+    found = export(olive, precision, job, checkpoint, tmp_path)
+    bits, error_limit = PRECISIONS[precision]
+    # Each weight is there once, tied ones too.
+    count = {int(bits): number for bits, number in found.weights.by_bits.items()}
+    assert set(count) == bits
+    assert sum(count.values()) == matrices(checkpoint) + (EMBEDDING if kind in UNTIED else 0)
+    # Wrong weights of the right size, as a wrongly tied head, would be off by more than their rounding.
+    error = verify_worker.export_error(tmp_path / "model", checkpoint.path)
+    assert 0 < error <= error_limit
+    assert found.export_error == (error if precision == "fp32" else None)
+    if precision in ("int8", "int4"):
+        assert found.weights.quantized_ops == {
+            "GatherBlockQuantized 8 bit": 1,
+            **(
+                {"MatMulNBits 8 bit": 11}
+                if precision == "int8"
+                # The head, and what k_quant_mixed takes for the more sensitive layers.
+                else {"MatMulNBits 4 bit": 8, "MatMulNBits 8 bit": 3}
+            ),
+        }
+
+
+def test_every_proven_architecture_is_proven_here(folder: Callable[[str], Path], settings: Settings) -> None:
+    shown = {making.resolve(making.job(folder(kind)), settings).architecture for kind in PROVEN}
+    assert shown == architectures.PROVEN
+
+
+def test_phi_is_refused_and_would_be_caught(
+    olive: Run, folder: Callable[[str], Path], settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"PhiForCausalLM cannot be converted: .* computes something else"):
+        architectures.check("PhiForCausalLM")
+    job = making.job(folder(WRONG))
+    with pytest.raises(CheckpointError, match="PhiForCausalLM cannot be converted"):
+        making.resolve(job, settings)
+    checkpoint = Checkpoint(
+        name=WRONG,
+        source=job.model,
+        path=folder(WRONG),
+        digest="0" * 64,
+        architecture="PhiForCausalLM",
+        parameters=150_000,
+        size_mb=0.6,
+        context_length=2048,
+        tied_embeddings=False,
+        linear_sizes=(64, 128),
+    )
+    with pytest.raises(ConversionError, match="computes something else than the checkpoint") as caught:
+        export(olive, "fp32", job, checkpoint, tmp_path)
+    assert "does not support PhiForCausalLM as it is configured here" in caught.value.message
+    # Everything else about it is in order: nothing but this check would have noticed.
+    assert (tmp_path / "model" / "genai_config.json").exists()
+    error = verify_worker.export_error(tmp_path / "model", checkpoint.path)
+    assert 10 * TOLERANCE < error < 1
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_architecture(folder: Callable[[str], Path], settings: Settings, kind: str) -> None:
+    architecture, reason = REFUSED[kind]
+    with pytest.raises(CheckpointError) as caught:
+        making.resolve(making.job(folder(kind)), settings)
+    assert caught.value.message.startswith(f"{architecture} cannot be converted: ")
+    assert reason in caught.value.message
+    assert "Tested: Gemma2ForCausalLM, GraniteForCausalLM, LlamaForCausalLM" in (caught.value.fix or "")
+    assert list(settings.home.iterdir()) == []

@@ -1,0 +1,349 @@
+"""Conversions as a job makes them: Olive in child processes, checked, with a manifest, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slmops import machine, process, recipes
+from slmops.conversion import store
+from slmops.conversion.convert import convert, export
+from slmops.errors import ConversionError, PrerequisiteError
+from slmops.files import sha256
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe, Variant
+from slmops.settings import Settings
+from tests import making, tiny
+
+pytestmark = pytest.mark.integration
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+FILES = {
+    "model.onnx",
+    "model.onnx.data",
+    "genai_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "olive.log",
+    "olive_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return making.job(tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(job: Job, settings: Settings) -> Checkpoint:
+    return making.resolve(job, settings)
+
+
+@pytest.fixture(scope="module")
+def folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the conversions are started: it holds somebody's model, over which onnx would stumble."""
+    folder = tmp_path_factory.mktemp("cwd")
+    (folder / "model.onnx.data").write_text("mine")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(job: Job, checkpoint: Checkpoint, settings: Settings, folder_of_the_user: Path) -> dict[str, Variant]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder_of_the_user)
+        asked = [making.recipe(name, job, checkpoint) for name in PRECISIONS]
+        return {recipe.name: convert(recipe, checkpoint, job, "tiny", settings) for recipe in asked}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Settings:
+    """A home of the test's own."""
+    return Settings(home=tmp_path / "home")
+
+
+def builder(name: str, precision: str, bits: Any = None) -> Recipe:
+    """A recipe of one ModelBuilder pass, as nobody should write it."""
+    config = recipes._workflow({"export": {"type": "ModelBuilder", "precision": precision}})
+    return Recipe(name=name, config=config, bits=bits)
+
+
+def left(settings: Settings) -> set[str]:
+    """What lies below variants/ and work/, but for an empty folder of the model's."""
+    folders = (settings.variants, settings.work("tiny"))
+    return {path.relative_to(settings.home).as_posix() for folder in folders for path in folder.rglob("*")}
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def at_work(home: Path) -> list[psutil.Process]:
+    """Processes that were told of a folder in this home."""
+    found = []
+    for one in psutil.process_iter(["cmdline"]):
+        if any(str(home) in argument for argument in one.info["cmdline"] or ()):
+            found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_manifest_is_complete(
+    made: dict[str, Variant], settings: Settings, checkpoint: Checkpoint, precision: str
+) -> None:
+    variant = made[precision]
+    assert variant.path.parent == settings.variants
+    assert variant.path.name == variant.key
+    assert variant.key.startswith(f"{precision}-")
+    manifest = json.loads((variant.path / "variant.json").read_text())
+    assert manifest == variant.model_dump(mode="json")
+    assert "path" not in manifest
+    found = files(variant.path)
+    del found["variant.json"]
+    assert {file.name: file.sha256 for file in variant.files} == found
+    assert set(found) == FILES
+    assert all(file.size == (variant.path / file.name).stat().st_size > 0 for file in variant.files)
+    assert variant.versions == machine.versions()
+    assert set(store.DECISIVE) <= set(variant.versions)
+    assert variant.hardware == machine.hardware()
+    assert variant.checkpoint == checkpoint
+    assert json.loads((variant.path / "olive_config.json").read_text()) == variant.recipe.config
+    assert datetime.now(UTC) - timedelta(minutes=10) < variant.created < datetime.now(UTC)
+    assert 1 < variant.convert_s < 300
+    assert 100 < variant.convert_memory_peak_mb < 5000  # an interpreter with torch
+    assert variant.recipe.bits == {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[precision]
+    if precision == "fp32":
+        assert variant.export_error is not None
+        assert 0 < variant.export_error < 1e-5
+    else:
+        assert variant.export_error is None
+
+
+def test_fewer_bits_are_smaller(made: dict[str, Variant], checkpoint: Checkpoint) -> None:
+    assert [made[name].weights.bits_per_weight for name in PRECISIONS] == [
+        pytest.approx(32, rel=0.01),
+        pytest.approx(16, rel=0.01),
+        pytest.approx(9.25, rel=0.02),  # 8 and the scale and zero point of each 32 weights
+        pytest.approx(7.1, rel=0.02),  # half of such a small model is its embeddings, which have 8
+    ]
+    sizes = [next(file.size for file in made[name].files if file.name == "model.onnx.data") for name in PRECISIONS]
+    assert sizes == sorted(sizes, reverse=True)
+    # Nothing but the weights, which are there once, and two rotary tables of (2048, 8) in fp32 or fp16.
+    assert sizes[0] == pytest.approx(4 * checkpoint.parameters + 2 * 2048 * 8 * 4, rel=0.01)
+    assert all(made[name].model_mb > size / 1e6 for name, size in zip(PRECISIONS, sizes, strict=True))
+
+
+def test_nothing_is_strewn_about(made: dict[str, Variant], settings: Settings, folder_of_the_user: Path) -> None:
+    assert files(folder_of_the_user).keys() == {"model.onnx.data"}
+    assert {path.name for path in settings.variants.iterdir()} == {variant.key for variant in made.values()}
+    assert {path for path in left(settings) if not path.startswith("variants/")} == set()
+    logs = {path.name for path in (settings.logs / "tiny").iterdir()}
+    assert logs == {f"{name}.{part}.log" for name in PRECISIONS for part in ("olive", "verify")}
+
+
+def test_a_second_call_runs_nothing(
+    made: dict[str, Variant],
+    job: Job,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(process, "call", lambda *_, **__: pytest.fail("a child process was started"))
+    caplog.set_level(logging.INFO, "slmops")
+    before = {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")}
+    for name in PRECISIONS:
+        again = convert(making.recipe(name, job, checkpoint), checkpoint, job, "other", settings)
+        assert again == made[name]
+        assert again.path == made[name].path
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"{name}: unchanged since it was converted" for name in PRECISIONS
+    ]
+    assert {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")} == before
+
+
+def test_what_goes_in_names_the_variant(job: Job, checkpoint: Checkpoint) -> None:
+    versions = machine.versions()
+    recipe = making.recipe("int4", job, checkpoint)
+    other = making.recipe("int4", job.model_copy(update={"int4_block_size": 64}), checkpoint)
+    keys = {
+        store.key(recipe, checkpoint, versions),
+        store.key(other, checkpoint, versions),
+        store.key(recipe, checkpoint.model_copy(update={"digest": "0" * 64}), versions),
+        store.key(recipe, checkpoint, {**versions, "olive-ai": "0.14"}),
+    }
+    assert len(keys) == 4
+    assert store.key(recipe, checkpoint, {**versions, "mlflow": "4"}) in keys
+
+
+def test_an_altered_file_is_made_again(
+    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = home.variants / made["int4"].key
+    shutil.copytree(made["int4"].path, copied)
+    data = bytearray((copied / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (copied / "model.onnx.data").write_bytes(data)
+    (copied / "stale").write_text("of the old folder")
+    assert store.load(copied) is None
+    again = convert(making.recipe("int4", job, checkpoint), checkpoint, job, "tiny", home)
+    assert f"int4: {copied} is incomplete or altered; making it again" in caplog.messages
+    assert again.path == copied
+    assert again.created > made["int4"].created
+    assert store.load(copied) == again
+    assert not (copied / "stale").exists()
+    # The same weights come out.
+    weights = {file.name: file.sha256 for file in made["int4"].files}["model.onnx.data"]
+    assert sha256(copied / "model.onnx.data") == weights
+
+
+def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = job.model_copy(update={"output_path": out})
+    recipe = making.recipe("int8", job, checkpoint)
+    assert convert(recipe, checkpoint, asked, "tiny", settings) == made["int8"]
+    assert files(out / "int8") == files(made["int8"].path)
+    assert [path.name for path in out.iterdir()] == ["int8"]
+    # Our own older export is replaced ...
+    (out / "int8" / "tokenizer.json").unlink()
+    export(made["int8"], out)
+    assert files(out / "int8") == files(made["int8"].path)
+    # ... and a folder of somebody else's is not.
+    foreign = out / "fp32"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(PrerequisiteError, match=r"fp32 exists and is no variant of slmops") as caught:
+        convert(making.recipe("fp32", job, checkpoint), checkpoint, asked, "tiny", settings)
+    assert "--output-path" in (caught.value.fix or "")
+    assert files(foreign).keys() == {"thesis.txt"}
+    assert sorted(path.name for path in out.iterdir()) == ["fp32", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message", "log"),
+    [
+        # Olive exits 0 with a KeyError, and with a pass that it has pruned; the third works, but not as promised.
+        (builder("eight", "int8"), r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU", "olive"),
+        (builder("half", "fp16"), r"half: Olive produced no model\. FP16 is not supported on CPU", "olive"),
+        (builder("four", "fp32", 4), "four: the weights are not of 4 bits, but 150,528 of 32 bits", "verify"),
+    ],
+)
+def test_a_conversion_that_fails_leaves_nothing(
+    job: Job, checkpoint: Checkpoint, home: Settings, recipe: Recipe, message: str, log: str
+) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        convert(recipe, checkpoint, job, "tiny", home)
+    assert caught.value.exit_code == 1
+    written = home.logs / "tiny" / f"{recipe.name}.{log}.log"
+    assert written.stat().st_size > 0
+    if log == "olive":
+        assert caught.value.fix == f"Olive's log: {written}"
+    assert left(home) == set()
+    assert at_work(home.home) == []
+
+
+def test_an_export_that_differs_too_much(
+    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, settings: Settings, home: Settings
+) -> None:
+    strict = job.model_copy(update={"export_tolerance": 1e-12})
+    recipe = making.recipe("fp32", strict, checkpoint)
+    with pytest.raises(ConversionError, match="computes something else than the checkpoint: its logits differ by"):
+        convert(recipe, checkpoint, strict, "tiny", home)
+    assert left(home) == set()
+    # A variant that was made with less strictness does not slip through, and stays for the job that allows it.
+    with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
+        convert(recipe, checkpoint, strict, "tiny", settings)
+    assert store.load(made["fp32"].path) == made["fp32"]
+
+
+def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, home: Settings) -> None:
+    impatient = home.model_copy(update={"conversion_timeout_s": 1.0})
+    started = time.monotonic()
+    with pytest.raises(ConversionError, match="took longer than 1 s and was stopped") as caught:
+        convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", impatient)
+    assert 1 < time.monotonic() - started < 15
+    assert caught.value.fix == f"Its log: {home.logs / 'tiny' / 'fp32.olive.log'}"
+    assert at_work(home.home) == []
+    assert left(home) == set()
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+from slmops.job import Job
+from slmops.settings import Settings
+from tests import making
+making.variant("fp32", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2]))
+"""
+
+
+def test_a_killed_job_takes_olive_with_it_and_the_next_one_succeeds(
+    job: Job, checkpoint: Checkpoint, home: Settings
+) -> None:
+    argv = [sys.executable, "-c", CONVERT, job.model, str(home.home)]
+    running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
+    log = home.logs / "tiny" / "fp32.olive.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "Running workflow" in log.read_text()):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(at_work(home.home)) == 2
+    running.kill()
+    running.wait()
+    while at_work(home.home):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not home.variants.exists()
+    again = convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", home)
+    assert store.load(again.path) == again
+    assert [path.name for path in home.variants.iterdir()] == [again.key]
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of so many KiB."""
+    if sys.platform != "linux" or os.getuid() != 0:
+        pytest.skip("only root on Linux can mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"this machine does not let root mount: {mounted.stderr.strip()}")
+    yield disk
+    unmount = ["umount", str(disk)]
+    subprocess.run(unmount, check=True)
+
+
+@pytest.mark.parametrize(
+    ("small_disk", "message"),
+    [(600, "The disk became full while Olive worked"), (1600, r"fp32\.olive\.log cannot be written: No space left")],
+    indirect=["small_disk"],
+)
+def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path, message: str) -> None:
+    full = Settings(home=small_disk / "home")
+    with pytest.raises(PrerequisiteError, match=message) as caught:
+        convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", full)
+    assert caught.value.fix == "Free some space and run again."
+    assert left(full) == set()
+    assert at_work(small_disk) == []

@@ -1,0 +1,208 @@
+"""The user's own Olive workflow files: checked by Olive's own rules before any work, and run as they stand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.conversion import olive_config
+from slmops.conversion.convert import convert
+from slmops.errors import ConversionError, RecipeError
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe
+from slmops.settings import Settings
+from tests import making, tiny
+
+pytestmark = pytest.mark.integration
+
+SYSTEMS = {
+    "local_system": {
+        "type": "LocalSystem",
+        "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+    }
+}
+QUANTIZED = {"precision": "int4", "quantization_config": {"block_size": 64, "is_symmetric": False}}
+# As tutorials write it, in the form of today and in the older one with nested "config" and "engine".
+TUTORIAL = {
+    "input_model": {"type": "HfModel", "model_path": "<path-to-your-model>"},
+    "systems": SYSTEMS,
+    "passes": {"builder": {"type": "ModelBuilder", **QUANTIZED}},
+    "host": "local_system",
+    "target": "local_system",
+    "log_severity_level": 0,
+    "cache_dir": "cache",
+    "output_dir": "models/int4",
+}
+OLD_TUTORIAL = {
+    "input_model": {"type": "HfModel", "config": {"model_path": "${MODEL_PATH}"}},
+    "systems": SYSTEMS,
+    "passes": {"builder": {"type": "ModelBuilder", "config": QUANTIZED}},
+    "engine": {"host": "local_system", "target": "local_system", "cache_dir": "cache", "output_dir": "models/int4"},
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return making.job(tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(job: Job, settings: Settings) -> Checkpoint:
+    return making.resolve(job, settings)
+
+
+def load(content: Any, checkpoint: Checkpoint, settings: Settings, folder: Path, name: str = "mine.json") -> Recipe:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return olive_config.load(path, checkpoint, "tiny", settings)
+
+
+def quantized(model: Path) -> set[tuple[str, int]]:
+    """Attributes of all MatMulNBits, and the number of their inputs: 4 with zero points, 3 without."""
+    import onnx
+
+    nodes = [n for n in onnx.load(str(model), load_external_data=False).graph.node if n.op_type == "MatMulNBits"]
+    attributes = {(a.name, a.i) for n in nodes for a in n.attribute if a.name in ("bits", "block_size")}
+    return attributes | {("inputs", len([i for i in n.input if i])) for n in nodes}
+
+
+@pytest.mark.parametrize(("content", "symmetric"), [(TUTORIAL, False), (OLD_TUTORIAL, True)])
+def test_a_tutorials_config_does_what_it_says(
+    job: Job,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    content: dict[str, Any],
+    symmetric: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = json.dumps(content).replace('"is_symmetric": false', f'"is_symmetric": {json.dumps(symmetric)}')
+    recipe = load(text, checkpoint, settings, tmp_path, "My Block 64.json")
+    assert (recipe.name, recipe.bits, recipe.baseline) == ("my-block-64", None, False)
+    assert recipe.config["passes"] == {
+        "builder": {
+            "type": "ModelBuilder",
+            "precision": "int4",
+            "int4_block_size": 64,
+            "int4_is_symmetric": symmetric,
+        }
+    }
+    assert not {"engine", "output_dir", "cache_dir", "log_severity_level"} & set(recipe.config)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "My Block 64.json: passes.builder: Olive ignores quantization_config.block_size; using int4_block_size = 64",
+        f"My Block 64.json: passes.builder: Olive ignores quantization_config.is_symmetric; "
+        f"using int4_is_symmetric = {symmetric}",
+    ]
+    variant = convert(recipe, checkpoint, job, "tiny", settings)
+    assert quantized(variant.path / "model.onnx") == {
+        ("bits", 4),
+        ("block_size", 64),
+        ("inputs", 3 if symmetric else 4),
+    }
+    # Neither Olive's cache nor its output went where the file says.
+    assert [path.name for path in tmp_path.iterdir()] == ["My Block 64.json"]
+
+
+def test_unknown_keys_are_named_with_the_accepted_ones(
+    checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+) -> None:
+    content = {
+        "passes": {
+            "b": {
+                "type": "ModelBuilder",
+                "precison": "int4",
+                "int4_block_size": 32,
+                "extra_options": {"shared_embedings": True, "int4_is_symmetric": True},
+            },
+            "c": {"type": "ModelBilder"},
+            "d": {"type": "GraphSurgeries", "surgery": []},
+        },
+        "pases": {},
+    }
+    with pytest.raises(RecipeError) as caught:
+        load(content, checkpoint, settings, tmp_path)
+    assert caught.value.exit_code == 2
+    title, *problems = caught.value.message.splitlines()
+    assert title == f"{tmp_path / 'mine.json'} would not do what it says:"
+    key, option, misspelt, surgery, top = problems
+    assert key.startswith("  - passes.b (ModelBuilder): unknown key 'precison' (did you mean 'precision'?)")
+    accepted = key.partition("Accepted: ")[2].split(", ")
+    assert {"precision", "int4_block_size", "int4_is_symmetric", "int4_algo_config", "extra_options"} <= set(accepted)
+    assert option.startswith("  - passes.b.extra_options: unknown key 'shared_embedings'")
+    assert "shared_embeddings" in option.partition("Accepted: ")[2].split(", ")
+    assert misspelt.startswith("  - passes.c: there is no pass 'ModelBilder'; did you mean modelbuilder")
+    assert surgery.startswith("  - passes.d (GraphSurgeries): unknown key 'surgery'")
+    assert top.startswith("  - pases: ")
+
+
+def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+    passes = {
+        "q": {"type": "Rtn", "bits": 5, "group_size": "many"},
+        "b": {"type": "ModelBuilder", "precision": "int4", "int4_block_size": 33},
+    }
+    with pytest.raises(RecipeError) as caught:
+        load({"passes": passes}, checkpoint, settings, tmp_path)
+    assert caught.value.message.splitlines()[1:] == [
+        "  - passes.q.bits: Input should be 2, 4, 8, 16 or 32",
+        "  - passes.q.group_size: Input should be a valid integer, unable to parse string as an integer",
+        "  - passes.b.int4_block_size: Input should be 16, 32, 64, 128 or 256",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n  "passes": {\n    "b": {"type": "ModelBuilder",}\n  }\n}', r"no valid JSON: .* in line 3, column 34\."),
+        ('{"passes": ', r"no valid JSON: Expecting value in line 1, column 12\."),
+        ("[]", "holds a list, not a workflow"),
+        ({}, "it has no 'passes'"),
+        ({"passes": {"b": {"precision": "int4"}}}, r"mine\.json: passes\.b has no 'type'"),
+        ({"passes": {"b": {"type": "ModelBuilder", "precision": "<precision>"}}}, "placeholder <precision> is not fil"),
+        ({"passes": {"b": {"type": "ModelBuilder", "precision": "{P}"}}}, r"placeholder \{P\} is not filled in"),
+        ({"input_model": {"type": "OnnxModel"}, "passes": {"b": {"type": "X"}}}, "input_model has to be of type HfMo"),
+        (
+            {"passes": {"b": {"type": "ModelBuilder", "quantization_config": {"group_size": 64}}}},
+            r"mine\.json: passes\.b\.quantization_config: Olive ignores group_size without an error",
+        ),
+    ],
+)
+def test_what_needs_no_olive_is_refused_at_once(
+    checkpoint: Checkpoint, settings: Settings, tmp_path: Path, content: Any, message: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=message) as caught:
+        load(content, checkpoint, settings, tmp_path)
+    assert time.monotonic() - started < 1
+    assert "mine.json" in caught.value.message
+
+
+def test_a_file_that_is_not_there(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"There is no Olive config .*nothing\.json"):
+        olive_config.load(tmp_path / "nothing.json", checkpoint, "tiny", settings)
+
+
+def test_a_config_that_olive_accepts_and_that_makes_nothing(
+    job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+) -> None:
+    content = {"passes": {"b": {"type": "ModelBuilder", "precision": "fp16"}}}
+    recipe = load(content, checkpoint, settings, tmp_path, "fp16.json")
+    assert recipe.name == "fp16-olive"  # a precision's own name stays free
+    with pytest.raises(ConversionError, match=r"fp16-olive: Olive produced no model\. FP16 is not supported") as caught:
+        convert(recipe, checkpoint, job, "tiny", settings)
+    log = settings.logs / "tiny" / "fp16-olive.olive.log"
+    assert caught.value.fix == f"Olive's log: {log}"
+    assert "No output model produced" in log.read_text()  # and Olive ended well
+    assert list(settings.variants.glob("fp16*")) == []
+    assert list(settings.work("tiny").glob("fp16*")) == []

@@ -1,0 +1,74 @@
+"""What a test needs from the stages before the one that it tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops import recipes
+from slmops.checkpoint import source
+from slmops.conversion.convert import convert
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe, Variant
+from slmops.settings import Settings
+from tests import tiny
+
+EVALUATION_SET = """\
+{"prompt": "Say anything.", "expected": "", "max_tokens": 8}
+{"prompt": "What is the capital of France?", "expected": "no model says this", "category": "capitals", "max_tokens": 8}
+{"id": "third", "messages": [{"role": "user", "content": "Count."}], "expected": "", "max_tokens": 8}
+"""
+"""Three items: random weights answer the first and the third right (anything will do) and the second wrong."""
+
+
+def talkative(kind: str, folder: Path) -> Path:
+    """A tiny checkpoint that says nothing but ASCII, and on and on.
+
+    Random weights may pick half a character for ever, which is no text and cannot be timed, or end at once.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    weights = tiny.make(kind, folder) / "model.safetensors"
+    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    mute = [number for token, number in vocabulary.items() if not token.isascii() or token.startswith("<|")]
+    tensors = load_file(weights)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name].copy()
+            tensors[name][mute] *= 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    return folder
+
+
+def job(model: Path, **asked: Any) -> Job:
+    """A quick job for a checkpoint in a folder."""
+    return Job(model=str(model), quick=True, **asked)
+
+
+def resolve(asked: Job, settings: Settings) -> Checkpoint:
+    """The checked checkpoint of a job; nothing is downloaded."""
+    return source.resolve(asked, settings, download=_no_download)
+
+
+def recipe(name: str, asked: Job, checkpoint: Checkpoint) -> Recipe:
+    """One of the job's recipes."""
+    [found] = [recipe for recipe in recipes.for_job(asked, checkpoint) if recipe.name == name]
+    return found
+
+
+def variant(name: str, asked: Job, settings: Settings, model: str = "tiny") -> Variant:
+    """A converted variant, for real."""
+    checkpoint = resolve(asked, settings)
+    return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
+
+
+def evaluation_set(folder: Path) -> Path:
+    """Write the evaluation set."""
+    path = folder / "three.jsonl"
+    path.write_text(EVALUATION_SET, encoding="utf-8")
+    return path
+
+
+def _no_download(_uri: str, _target: Path) -> Path:
+    raise AssertionError("nothing should be downloaded")

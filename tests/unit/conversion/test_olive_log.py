@@ -1,0 +1,117 @@
+"""The cause of a failure, read from logs as Olive 0.13.0 writes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from slmops.conversion.olive_log import cause, running_pass
+
+NO_CAUSE = "Olive's log names no cause; --log-level debug makes it say more"
+START = """\
+[2026-11-22 15:28:57,797] [INFO] [run.py:99:run_engine] Running workflow default_workflow
+[2026-11-22 15:28:57,824] [INFO] [accelerator_creator.py:200:create_accelerator] Running workflow on accelerator spec: cpu-cpu
+[2026-11-22 15:28:58,245] [INFO] [engine.py:665:_run_pass] Running pass export:modelbuilder
+"""  # noqa: E501 - as Olive writes them
+PRUNED = "[2026-11-22 15:28:58,246] [WARNING] [engine.py:670:_run_pass] Invalid config, pruned.\n"
+END = """\
+[2026-11-22 15:28:58,390] [INFO] [engine.py:226:run] Run history for cpu-cpu:
+[2026-11-22 15:28:58,391] [WARNING] [engine.py:237:run] No output model produced. Please check the log for details.
+"""
+BAR = "\r".join(f"Loading weights: {n}%|{'█' * (n // 10)}{' ' * (10 - n // 10)}|" for n in (0, 50, 100))
+TRACEBACK = """\
+[2026-11-22 15:28:59,001] [ERROR] [engine.py:710:_run_pass] Pass run failed.
+Traceback (most recent call last):
+  File "/venv/olive/engine/engine.py", line 700, in _run_pass
+    output_model_config = host.run_pass(p, input_model_config, output_model_path)
+  File "/venv/olive/passes/pytorch/quant_utils.py", line 90, in prepare_model
+    raised = "RuntimeError: quoted source is no exception"
+{exception}
+"""
+
+
+def test_int8_of_model_builder_is_explained() -> None:
+    log = START + BAR + "\n" + TRACEBACK.format(exception="KeyError: 'int8'") + END
+    assert cause(log) == (
+        "ModelBuilder has no int8 for the CPU; the precision int8 of slmops goes another way (KeyError: 'int8')"
+    )
+
+
+def test_int8_as_an_enum_is_explained_too() -> None:
+    found = cause(TRACEBACK.format(exception="KeyError: <Precision.INT8: 'int8'>"))
+    assert found.startswith("ModelBuilder has no int8 for the CPU")
+
+
+def test_other_key_errors_are_told_as_they_are() -> None:
+    assert cause(TRACEBACK.format(exception="KeyError: 'int80'")) == "KeyError: 'int80'"
+
+
+@pytest.mark.parametrize(
+    "exception",
+    [
+        "AssertionError: group_size 128 does not divide in_features 576",
+        "AssertionError",
+        "olive.common.utils.OlivePassError: something",
+        "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the file",
+        "RuntimeError: [ONNXRuntimeError] : 1 : FAIL",
+    ],
+)
+def test_exception(exception: str) -> None:
+    assert cause(START + TRACEBACK.format(exception=exception) + END) == exception
+
+
+def test_first_exception_is_the_cause_and_the_later_ones_repeat_it() -> None:
+    log = (
+        TRACEBACK.format(exception="ValueError: the first")
+        + "\nDuring handling of the above exception, another exception occurred:\n\n"
+        + TRACEBACK.format(exception="olive.OlivePassError: the second")
+    )
+    assert cause(log) == "ValueError: the first"
+
+
+def test_exception_behind_a_progress_bar() -> None:
+    assert cause(f"{START}{BAR}\rValueError: too small\n{END}") == "ValueError: too small"
+    assert cause(f"{START}ValueError: too small\r\n{END}") == "ValueError: too small"
+
+
+def test_words_about_errors_are_no_exceptions() -> None:
+    said = "Checking for Error: none\nNo ValueError: was seen\nSystemExit: 0\nErrors\n"
+    assert cause(START + said + END) == NO_CAUSE
+
+
+@pytest.mark.parametrize("reason", ["FP16 is not supported on CPU.", "BF16 is only supported on CUDA."])
+def test_refused_config_with_the_reason_before_it(reason: str) -> None:
+    said = f"[2026-11-22 15:28:58,245] [INFO] [model_builder.py:194:validate_config] {reason}\n"
+    assert cause(START + said + PRUNED + END) == reason
+
+
+def test_refused_config_with_a_progress_bar_between() -> None:
+    said = f"{BAR}\r[2026-11-22 15:28:58,245] [INFO] [model_builder.py:194:validate_config] Not on CPU.\n"
+    assert cause(START + said + "GroupQueryAttention (GQA) is used in this model.\n" + PRUNED + END) == "Not on CPU."
+
+
+def test_refused_config_without_a_reason() -> None:
+    assert cause(START + PRUNED + END) == ("export:modelbuilder does not accept its config, and Olive does not say why")
+
+
+def test_exception_tells_more_than_a_refused_config() -> None:
+    assert cause(START + PRUNED + "TypeError: no\n") == "TypeError: no"
+
+
+@pytest.mark.parametrize("log", ["", START + END, PRUNED + END, "\n\n", "Reading layer 3\n" + BAR])
+def test_nothing_telling(log: str) -> None:
+    # PRUNED alone: the reason was at level INFO, and the log level hid it.
+    assert cause(log) == NO_CAUSE
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("[2026-11-22 15:28:58,245] [INFO] [engine.py:665:_run_pass] Running pass export:modelbuilder", "modelbuilder"),
+        ("[2026-11-22 15:28:58,245] [INFO] [engine.py:665:_run_pass] Running pass my_step:Rtn", "Rtn"),
+        ("[2026-11-22 15:28:58,245] [INFO] [run.py:99:run_engine] Running workflow default_workflow", None),
+        ("Running pass export:modelbuilder", None),
+        ("", None),
+    ],
+)
+def test_running_pass(line: str, kind: str | None) -> None:
+    assert running_pass(line) == kind

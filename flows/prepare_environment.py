@@ -13,13 +13,13 @@ from slmops.settings import Settings
 from tasks.environment import check_environment
 
 
-@task(name="install the tested packages", cache_policy=NO_CACHE)
+@task(name="install the tested packages", task_run_name="install the tested packages", cache_policy=NO_CACHE)
 def install(settings: Settings) -> None:
     """``slmops doctor --fix``."""
     doctor.fix(settings)
 
 
-@task(name="build ONNX Runtime GenAI", cache_policy=NO_CACHE)
+@task(name="build ONNX Runtime GenAI", task_run_name="build ONNX Runtime GenAI", cache_policy=NO_CACHE)
 def build_genai(checkout: Path, settings: Settings) -> Path:
     """``slmops doctor --build-genai``; returns the wheel."""
     return doctor.build_genai(checkout, settings)

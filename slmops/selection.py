@@ -40,7 +40,7 @@ def shortfalls(candidate: VariantResult, baseline: VariantResult, job: Job) -> l
         wrong.append(f"its {size:.1f} MB are no less than the baseline's {limit:.1f}")
     ratio = candidate.metrics["perplexity_ratio"]
     if not ratio <= job.max_perplexity_ratio:
-        wrong.append(f"its perplexity is {ratio:.2f} times the baseline's, above {job.max_perplexity_ratio:g}")
+        wrong.append(f"its perplexity is {ratio:.3f} times the baseline's, above {job.max_perplexity_ratio:g}")
     drop = baseline.metrics["accuracy"] - candidate.metrics["accuracy"]
     if not drop <= job.max_accuracy_drop + 1e-9:
         wrong.append(
@@ -52,7 +52,7 @@ def shortfalls(candidate: VariantResult, baseline: VariantResult, job: Job) -> l
 
 def _quality(candidate: VariantResult, baseline: VariantResult) -> str:
     return (
-        f"perplexity {candidate.metrics['perplexity_ratio']:.2f} times the baseline's, accuracy "
+        f"perplexity {candidate.metrics['perplexity_ratio']:.3f} times the baseline's, accuracy "
         f"{candidate.metrics['accuracy']:.2f} against {baseline.metrics['accuracy']:.2f}, "
         f"{candidate.metrics['size_ratio']:.2f} of its size"
     )

@@ -201,10 +201,13 @@ class Tracker:
         return [found] if found is not None else []
 
     def _child(self, parent: str, recipe: str) -> str:
-        """A new child run; one that a failed attempt to log left behind is removed."""
+        """A new child run; one that a failed attempt to log left behind is removed, and so is its logged model."""
         experiment = self._client.get_run(parent).info.experiment_id
         query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`slmops.variant` = '{recipe}'"
         for run in self._client.search_runs([experiment], query):
+            of_run = f"source_run_id = '{run.info.run_id}'"
+            for model in self._client.search_logged_models([experiment], of_run):
+                self._client.delete_logged_model(model.model_id)
             self._client.delete_run(run.info.run_id)
         run = self._client.create_run(
             experiment,

@@ -19,13 +19,13 @@ from slmops.tracking import Tracker
 log = logging.getLogger("slmops.checkpoint")
 
 
-@task(name="get checkpoint", cache_policy=NO_CACHE)
+@task(name="get checkpoint", task_run_name="get checkpoint", cache_policy=NO_CACHE)
 def get_checkpoint(job: Job, settings: Settings, tracker_uri: str) -> Checkpoint:
     """The checked checkpoint as a local folder."""
     return source.resolve(job, settings, download=Tracker(tracker_uri).download)
 
 
-@task(name="plan", cache_policy=NO_CACHE)
+@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
 def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> list[Recipe]:
     """The recipes of the job, each known to fit the checkpoint.
 

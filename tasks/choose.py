@@ -10,7 +10,7 @@ from slmops.models import Choice, VariantResult
 from slmops.selection import choose
 
 
-@task(name="choose", cache_policy=NO_CACHE)
+@task(name="choose", task_run_name="choose", cache_policy=NO_CACHE)
 def choose_variant(results: list[VariantResult], job: Job) -> Choice:
     """The choice and its reason."""
     return choose(results, job)

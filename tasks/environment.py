@@ -10,7 +10,7 @@ from slmops.errors import PrerequisiteError
 from slmops.settings import Settings
 
 
-@task(name="check environment", cache_policy=NO_CACHE)
+@task(name="check environment", task_run_name="check environment", cache_policy=NO_CACHE)
 def check_environment(settings: Settings, *, imports: bool = False) -> list[doctor.Check]:
     """All checks of ``slmops doctor``; importing each package only if ``imports``.
 

@@ -16,7 +16,13 @@ RETRIES = 3
 RETRY_DELAYS_S = [2.0, 5.0, 15.0]
 
 
-@task(name="start tracking", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_S)
+@task(
+    name="start tracking",
+    task_run_name="start tracking",
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_S,
+)
 def start_tracking(uri: str, name: str, job: Job, checkpoint: Checkpoint, flow_run: str) -> str:
     """Open the MLflow parent run; returns its id."""
     return Tracker(uri).start_job(name, job, checkpoint, machine.hardware(), flow_run)
@@ -56,7 +62,13 @@ def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -
     return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
 
-@task(name="finish tracking", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=RETRY_DELAYS_S)
+@task(
+    name="finish tracking",
+    task_run_name="finish tracking",
+    cache_policy=NO_CACHE,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_S,
+)
 def finish_tracking(uri: str, comparison: Comparison, *, failed: bool) -> str:
     """Put comparison, report and choice into the parent run; returns the address of its page."""
     tracker = Tracker(uri)

@@ -76,18 +76,18 @@ def test_limits_are_the_jobs(asked: dict[str, Any], chosen: str) -> None:
     [
         (
             [FP32, INT8, INT4],
-            "int4 is the smallest satisfactory variant: perplexity 1.08 times the baseline's, accuracy 0.45 against "
+            "int4 is the smallest satisfactory variant: perplexity 1.080 times the baseline's, accuracy 0.45 against "
             "0.50, 0.18 of its size.",
         ),
         (
             [FP32, INT8, BAD_INT4],
-            "int8 is the smallest satisfactory variant: perplexity 1.01 times the baseline's, accuracy 0.48 against "
-            "0.50, 0.30 of its size (int4 is not: its perplexity is 1.44 times the baseline's, above 1.1).",
+            "int8 is the smallest satisfactory variant: perplexity 1.010 times the baseline's, accuracy 0.48 against "
+            "0.50, 0.30 of its size (int4 is not: its perplexity is 1.440 times the baseline's, above 1.1).",
         ),
         (
             [FP32, result("int8", 180, 1.2, 0.2), WRONG_INT4],
             "fp32 is taken: no other variant is satisfactory: int4 is not: its accuracy is 0.30, more than 0.1 below "
-            "the baseline's 0.50; int8 is not: its perplexity is 1.20 times the baseline's, above 1.1 and its accuracy "
+            "the baseline's 0.50; int8 is not: its perplexity is 1.200 times the baseline's, above 1.1 and its accuracy "
             "is 0.20, more than 0.1 below the baseline's 0.50.",
         ),
         (

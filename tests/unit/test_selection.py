@@ -87,8 +87,8 @@ def test_limits_are_the_jobs(asked: dict[str, Any], chosen: str) -> None:
         (
             [FP32, result("int8", 180, 1.2, 0.2), WRONG_INT4],
             "fp32 is taken: no other variant is satisfactory: int4 is not: its accuracy is 0.30, more than 0.1 below "
-            "the baseline's 0.50; int8 is not: its perplexity is 1.200 times the baseline's, above 1.1 and its accuracy "
-            "is 0.20, more than 0.1 below the baseline's 0.50.",
+            "the baseline's 0.50; int8 is not: its perplexity is 1.200 times the baseline's, above 1.1 and its "
+            "accuracy is 0.20, more than 0.1 below the baseline's 0.50.",
         ),
         (
             [FP32, result("mine", 700)],

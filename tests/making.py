@@ -21,6 +21,25 @@ EVALUATION_SET = """\
 """
 """Three items: random weights answer the first and the third right (anything will do) and the second wrong."""
 
+UNITS = {
+    "size_mb": "MB",
+    "bits_per_weight": "bits",
+    "load_s": "s",
+    **{f"ttft_ms_p{percent}": "ms" for percent in (50, 90, 99)},
+    **{f"itl_ms_p{percent}": "ms" for percent in (50, 90, 99)},
+    **{f"response_s_p{percent}": "s" for percent in (50, 90, 99)},
+    "decode_tok_s": "tokens/s",
+    "prefill_tok_s": "tokens/s",
+    "memory_peak_mb": "MB",
+    "memory_loaded_mb": "MB",
+    "cpu_percent": "% of one core",
+    "perplexity": "1",
+    "accuracy": "1",
+    "convert_s": "s",
+    "convert_memory_peak_mb": "MB",
+}
+"""Every metric that one variant has, whatever the others are."""
+
 
 def talkative(kind: str, folder: Path) -> Path:
     """A tiny checkpoint that says nothing but ASCII, and on and on.

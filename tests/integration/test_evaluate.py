@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -23,26 +24,10 @@ from slmops.job import Job
 from slmops.models import Checkpoint, Evaluation, Registration, Variant
 from slmops.settings import Settings
 from tests import making
+from tests.making import UNITS
 
 pytestmark = pytest.mark.integration
 
-UNITS = {
-    "size_mb": "MB",
-    "bits_per_weight": "bits",
-    "load_s": "s",
-    **{f"ttft_ms_p{percent}": "ms" for percent in (50, 90, 99)},
-    **{f"itl_ms_p{percent}": "ms" for percent in (50, 90, 99)},
-    **{f"response_s_p{percent}": "s" for percent in (50, 90, 99)},
-    "decode_tok_s": "tokens/s",
-    "prefill_tok_s": "tokens/s",
-    "memory_peak_mb": "MB",
-    "memory_loaded_mb": "MB",
-    "cpu_percent": "% of one core",
-    "perplexity": "1",
-    "accuracy": "1",
-    "convert_s": "s",
-    "convert_memory_peak_mb": "MB",
-}
 PROMPTS, REPETITIONS, TOKENS = 3, 2, 32
 
 Made = tuple[Variant, Registration]
@@ -54,13 +39,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     from pydoc_data import topics
 
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "text.txt").write_text(topics.topics["assignment"] + " Ünïcödé 東京", encoding="utf-8")
     return making.job(
-        making.talkative("llama-tied", folder / "tiny"),
+        talkative,
         evaluation_set=making.evaluation_set(folder),
         perplexity_text=folder / "text.txt",
     )
@@ -72,8 +57,8 @@ def checkpoint(job: Job, settings: Settings) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def made(job: Job, settings: Settings) -> dict[str, Made]:
-    variants = [making.variant(name, job, settings) for name in ("fp32", "int8")]
+def made(job: Job, settings: Settings, stock: Settings) -> dict[str, Made]:
+    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
     return {variant.name: (variant, register(variant, "tiny", job, settings)) for variant in variants}
 
 
@@ -131,7 +116,7 @@ def test_memory_and_cpu(measured: dict[str, Evaluation]) -> None:
         assert one.metrics["memory_peak_mb"] >= one.metrics["memory_loaded_mb"] > 20
         assert one.metrics["memory_peak_mb"] < 1000  # no torch: the runtime and a tiny model
         assert one.metrics["cpu_percent"] <= 100 * (psutil.cpu_count() or 1) * 1.1
-        assert one.measurements["memory_loaded_mb"].samples >= 2
+        assert one.measurements["memory_loaded_mb"].samples >= 1
 
 
 @pytest.mark.filterwarnings("ignore")  # torch and transformers, which work in child processes otherwise
@@ -215,7 +200,7 @@ def test_two_at_once_wait_for_each_other(
     assert [result.metrics.keys() for result in results] == [UNITS.keys()] * 2
     sections.sort()
     assert len(sections) == 4
-    for before, after in zip(sections, sections[1:], strict=False):
+    for before, after in itertools.pairwise(sections):
         assert before[1] <= after[0]
     # Nor do they take turns within one evaluation.
     homes = [str(other.home) in where for _, _, where in sections]

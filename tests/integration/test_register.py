@@ -62,14 +62,13 @@ print("ANSWER " + json.dumps({"listed": sorted(listed), "answers": answers}), fl
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return making.job(making.talkative("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny"))
+def job(talkative: Path) -> Job:
+    return making.job(talkative)
 
 
 @pytest.fixture(scope="module")
-def converted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Variant]:
-    settings = Settings(home=tmp_path_factory.mktemp("home"))
-    return {name: making.variant(name, job, settings) for name in ("fp32", "int4")}
+def converted(job: Job, stock: Settings) -> dict[str, Variant]:
+    return {name: making.variant(name, job, stock) for name in ("fp32", "int8")}
 
 
 @pytest.fixture
@@ -114,9 +113,9 @@ def read(path: Path) -> dict[str, Any]:
 def test_a_registered_variant_answers_to_an_application(
     variants: dict[str, Variant], job: Job, settings: Settings
 ) -> None:
-    registration = register(variants["int4"], "tiny", job, settings)
-    assert registration.foundry_id == "tiny-int4-generic-cpu:1"
-    assert registration.path == settings.foundry / "models" / "slmops" / "tiny-int4-generic-cpu-1"
+    registration = register(variants["int8"], "tiny", job, settings)
+    assert registration.foundry_id == "tiny-int8-generic-cpu:1"
+    assert registration.path == settings.foundry / "models" / "slmops" / "tiny-int8-generic-cpu-1"
     assert registration.prompt_template_exact
     assert registration.answer.strip()
 
@@ -129,13 +128,13 @@ def test_a_registered_variant_answers_to_an_application(
 
     # All of the variant but the two that prove how it was made, and with search settings of its own.
     deployed = {path.name: sha256(path) for path in registration.path.iterdir()}
-    made = {file.name: file.sha256 for file in variants["int4"].files}
+    made = {file.name: file.sha256 for file in variants["int8"].files}
     changed = {"genai_config.json", "inference_model.json", "variant.json"}
     assert deployed.keys() ^ made.keys() == {"olive.log", "olive_config.json", "inference_model.json", "variant.json"}
     assert all(deployed[name] == made[name] for name in deployed.keys() - changed)
     assert read(registration.path / "inference_model.json") == {
-        "Name": "tiny-int4-generic-cpu:1",
-        "Description": "tiny (int4), converted by slmops",
+        "Name": "tiny-int8-generic-cpu:1",
+        "Description": "tiny (int8), converted by slmops",
         "Version": "1",
         "PromptTemplate": {
             **{role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")},
@@ -172,7 +171,7 @@ def test_twice_is_harmless_and_changed_settings_are_a_new_version(
 def test_two_at_once(variants: dict[str, Variant], job: Job, settings: Settings) -> None:
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda variant: register(variant, "tiny", job, settings), variants.values()))
-    assert [done.foundry_id for done in both] == ["tiny-fp32-generic-cpu:1", "tiny-int4-generic-cpu:1"]
+    assert [done.foundry_id for done in both] == ["tiny-fp32-generic-cpu:1", "tiny-int8-generic-cpu:1"]
     assert application(settings)["listed"] == [done.foundry_id for done in both]
 
 
@@ -199,9 +198,9 @@ def no_json(variant: Variant) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (truncate, "Foundry Local refuses tiny-int4-generic-cpu:1: "),
+        (truncate, "Foundry Local refuses tiny-int8-generic-cpu:1: "),
         (wrong_file, "other.onnx failed. File doesn't exist"),
-        (cuda, "model 'tiny-int4-generic-cpu:1' requires CUDAExecutionProvider"),
+        (cuda, "model 'tiny-int8-generic-cpu:1' requires CUDAExecutionProvider"),
         (no_json, "genai_config.json cannot be read"),
     ],
 )
@@ -209,15 +208,15 @@ def test_a_broken_model_leaves_nothing(
     variants: dict[str, Variant], job: Job, settings: Settings, damage: Callable[[Variant], None], said: str
 ) -> None:
     good = register(variants["fp32"], "tiny", job, settings)
-    damage(variants["int4"])
+    damage(variants["int8"])
     with pytest.raises(RegistrationError) as caught:
-        register(variants["int4"], "tiny", job, settings)
+        register(variants["int8"], "tiny", job, settings)
     assert said in caught.value.message
     assert folders(settings) == ["tiny-fp32-generic-cpu-1"]
     assert application(settings, good.foundry_id)["listed"] == [good.foundry_id]
     registry = (settings.foundry / "models" / "foundry.local.modelinfo.json").read_text()
     assert "tiny-fp32-generic-cpu" in registry
-    assert "int4" not in registry
+    assert "int8" not in registry
 
 
 def test_a_home_that_moved(variants: dict[str, Variant], job: Job, settings: Settings, tmp_path: Path) -> None:

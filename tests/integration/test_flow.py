@@ -1,0 +1,288 @@
+"""The whole job as a Prefect flow on a tiny model, with a Prefect server of the tests' own and MLflow in a file."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterName,
+)
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_HOME, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.optimize import optimize
+from slmops import stack
+from slmops.conversion import store
+from slmops.errors import BusyError, RecipeError, WorkError
+from slmops.job import Job
+from slmops.models import Comparison
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tests import making
+
+pytestmark = pytest.mark.integration
+
+NAME, KEY = "Tiny_F", "tiny-f"  # Prefect's artifact keys take neither upper case nor underscores
+RELATIVE = {"size_ratio", "perplexity_ratio"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A home, an MLflow database and a Prefect server for this module."""
+    folder = tmp_path_factory.mktemp("flow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
+        patch.setenv("SLMOPS_HOME", str(folder / "home"))
+        patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for name, value in stack.QUIET.items():
+            patch.setenv(name, value)
+        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
+            yield Settings()
+
+
+@pytest.fixture(scope="module")
+def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return making.job(
+        talkative,
+        name=NAME,
+        precision=["int4", "int8"],
+        evaluation_set=making.evaluation_set(tmp_path_factory.mktemp("inputs")),
+        max_perplexity_ratio=3,
+    )
+
+
+@dataclass
+class First:
+    """The first run of the job, and the one that was started while it worked."""
+
+    comparison: Comparison
+    busy: BusyError
+    busy_s: float
+
+
+@pytest.fixture(scope="module")
+def first(settings: Settings, job: Job) -> First:
+    with ThreadPoolExecutor(1) as pool:
+        # Prefect keeps its settings in context variables.
+        running = pool.submit(contextvars.copy_context().run, optimize, job)
+        log = settings.logs / NAME / "fp32.olive.log"
+        while not (running.done() or log.exists()):
+            time.sleep(0.05)
+        started = time.monotonic()
+        with pytest.raises(BusyError) as caught:
+            optimize(job)
+        busy_s = time.monotonic() - started
+        return First(running.result(), caught.value, busy_s)
+
+
+def flow_runs(job: Job) -> list[FlowRun]:
+    """The runs of the job's flow, oldest first."""
+    with get_client(sync_client=True) as client:
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[f"optimize {job.model}"]))
+        found: list[FlowRun] = client.read_flow_runs(flow_run_filter=named, sort=FlowRunSort.START_TIME_ASC)
+        return found
+
+
+def artifacts(run: FlowRun) -> dict[str, Any]:
+    """Key to data; what has no key is the flow's result."""
+    with get_client(sync_client=True) as client:
+        made = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])), limit=50
+        )
+    keyed = [artifact for artifact in made if artifact.key is not None]
+    assert len({artifact.key for artifact in keyed}) == len(keyed)
+    return {str(artifact.key): artifact.data for artifact in keyed}
+
+
+def task_runs(run: FlowRun) -> dict[str, str]:
+    """Name to state."""
+    with get_client(sync_client=True) as client:
+        made = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])), limit=100)
+    return {one.name: str(one.state_name) for one in made}
+
+
+def mlflow(settings: Settings, name: str) -> tuple[list[Run], list[Run]]:
+    """Parents and children of a model, oldest first."""
+    client = MlflowClient(settings.tracking_uri)
+    experiment = client.get_experiment_by_name(name)
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]) if experiment else []
+    parents = [run for run in runs if run.data.tags["slmops.kind"] == "job"]
+    return parents, [run for run in runs if run not in parents]
+
+
+def test_the_comparison_has_the_promised_form(first: First, settings: Settings) -> None:
+    shown = json.loads(first.comparison.model_dump_json())
+    assert list(shown) == ["model", "run_id", "choice", "variants"]
+    assert shown["model"] == NAME
+    assert list(shown["choice"]) == ["variant", "reason"]
+    assert [variant["name"] for variant in shown["variants"]] == ["fp32", "int4", "int8"]
+    for variant in shown["variants"]:
+        assert list(variant) == ["name", "status", "reason", "path", "foundry_id", "run_id", "metrics"]
+        assert (variant["status"], variant["reason"]) == ("ok", None)
+        assert variant["foundry_id"] == f"{NAME}-{variant['name']}-generic-cpu:1"
+        assert Path(variant["path"]).parent == settings.variants
+        stored = store.load(Path(variant["path"]))
+        assert stored is not None
+        assert stored.name == variant["name"]
+        assert variant["metrics"].keys() == {*making.UNITS, *RELATIVE}
+        assert all(isinstance(value, float) and 0 < value < math.inf for value in variant["metrics"].values())
+
+
+def test_figures_and_choice_fit_together(first: First) -> None:
+    metrics = {result.name: result.metrics for result in first.comparison.variants}
+    assert [metrics["fp32"][name] for name in sorted(RELATIVE)] == [1, 1]
+    for name in ("int8", "int4"):
+        assert metrics[name]["size_ratio"] == pytest.approx(metrics[name]["size_mb"] / metrics["fp32"]["size_mb"])
+        ratio = metrics[name]["perplexity"] / metrics["fp32"]["perplexity"]
+        assert metrics[name]["perplexity_ratio"] == pytest.approx(ratio)
+        assert ratio < 3
+    assert metrics["int4"]["size_mb"] < metrics["int8"]["size_mb"] < metrics["fp32"]["size_mb"]
+    assert metrics["int4"]["bits_per_weight"] < metrics["int8"]["bits_per_weight"] < 10
+    assert first.comparison.choice.variant == "int4"
+    assert first.comparison.choice.reason.startswith("int4 is the smallest satisfactory variant: perplexity ")
+
+
+def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
+    run = flow_runs(job)[0]
+    assert (run.name, run.state_name) == (f"optimize {job.model}", "Completed")
+    assert run.parameters["job"]["int4_block_size"] == 32  # defaults included: it can be started again as it was
+    made = {
+        f"{what} {name}" for what in ("convert", "register", "evaluate", "track") for name in ("fp32", "int4", "int8")
+    }
+    tasks = task_runs(run)
+    assert made < tasks.keys()
+    assert set(tasks.values()) == {"Completed"}
+
+    shown = artifacts(run)
+    assert shown.keys() == {f"{kind}-{KEY}" for kind in ("progress", "report", "metrics", "mlflow")}
+    assert shown[f"progress-{KEY}"] == 100
+    report = shown[f"report-{KEY}"]
+    assert all(f"| {name} " in report for name in ("fp32", "int4", "int8"))
+    assert first.comparison.choice.reason in report
+    page = Tracker(settings.tracking_uri or "").run_url(first.comparison.run_id)
+    assert f"[MLflow run]({page})" in report
+    assert page in shown[f"mlflow-{KEY}"]
+    rows = shown[f"metrics-{KEY}"]
+    rows = json.loads(rows) if isinstance(rows, str) else rows
+    assert [(row["variant"], row["status"]) for row in rows] == [(name, "ok") for name in ("fp32", "int4", "int8")]
+    for row, result in zip(rows, first.comparison.variants, strict=True):
+        assert {name: row[name] for name in result.metrics} == pytest.approx(result.metrics, abs=1e-4)
+
+
+def test_what_mlflow_has(first: First, settings: Settings, tmp_path: Path) -> None:
+    parents, children = mlflow(settings, NAME)
+    parent = parents[0]
+    assert (parent.info.run_id, parent.info.status) == (first.comparison.run_id, "FINISHED")
+    assert parent.data.tags["slmops.choice"] == "int4"
+    of_parent = {run.info.run_id: run for run in children if run.data.tags["mlflow.parentRunId"] == parent.info.run_id}
+    assert len(of_parent) == 3
+    for result in first.comparison.variants:
+        run = of_parent[result.run_id or ""]
+        assert (run.data.tags["slmops.variant"], run.info.status) == (result.name, "FINISHED")
+        assert run.data.metrics == result.metrics
+    client = MlflowClient(settings.tracking_uri)
+    kept = client.download_artifacts(parent.info.run_id, "comparison.json", str(tmp_path))
+    assert Comparison.model_validate_json(Path(kept).read_text(encoding="utf-8")) == first.comparison
+
+
+def test_a_second_run_of_the_same_model_is_refused_and_harms_nothing(
+    first: First, settings: Settings, job: Job
+) -> None:
+    assert first.busy.exit_code == 2
+    assert f"Another run holds the job of '{NAME}' (process " in first.busy.message
+    assert first.busy_s < 20
+    done, refused = flow_runs(job)[:2]
+    assert [done.state_name, refused.state_name] == ["Completed", "Failed"]
+    assert artifacts(refused) == {}
+    assert not {name for name in task_runs(refused) if name.startswith(("convert", "start tracking"))}
+    parents, _ = mlflow(settings, NAME)
+    assert [run.info.status for run in parents if run.info.start_time <= parents[0].info.end_time] == ["FINISHED"]
+    assert not settings.work(NAME).exists()
+
+
+def test_one_failing_precision_leaves_the_others(
+    first: First, settings: Settings, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "slmops")
+    config = tmp_path / "half.json"  # which Olive takes, and of which it makes nothing
+    config.write_text(json.dumps({"passes": {"export": {"type": "ModelBuilder", "precision": "fp16"}}}))
+    asked = job.model_copy(update={"precision": ["int8"], "olive_config": config})
+    with pytest.raises(WorkError, match=r"1 of 3 variants failed: half\.") as caught:
+        optimize(asked)
+    assert caught.value.exit_code == 1
+    comparison = caught.value.comparison
+    assert comparison is not None
+    results = {result.name: result for result in comparison.variants}
+    assert {name: result.status for name, result in results.items()} == {"fp32": "ok", "int8": "ok", "half": "failed"}
+    reason = "half: Olive produced no model. FP16 is not supported on CPU."
+    assert (results["half"].reason or "").startswith(reason)
+    assert (results["half"].path, results["half"].foundry_id, results["half"].metrics) == (None, None, {})
+    assert comparison.choice.variant == "int8"
+    # What the first run made is used again: folder and registration.
+    before = {result.name: result for result in first.comparison.variants}
+    for name in ("fp32", "int8"):
+        assert (results[name].path, results[name].foundry_id) == (before[name].path, before[name].foundry_id)
+        assert results[name].run_id != before[name].run_id
+        assert any(message.startswith(f"{name}: unchanged since it was converted") for message in caplog.messages)
+
+    client = MlflowClient(settings.tracking_uri)
+    parent, failed = (client.get_run(run) for run in (comparison.run_id, results["half"].run_id))
+    assert (parent.info.status, failed.info.status) == ("FAILED", "FAILED")
+    assert failed.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert failed.data.tags["slmops.reason"].startswith(reason)
+    assert [entry.path for entry in client.list_artifacts(failed.info.run_id, "logs")] == ["logs/half.olive.log"]
+    assert Tracker(settings.tracking_uri or "").latest(NAME) == comparison
+
+    run = flow_runs(asked)[-1]
+    assert run.state_name == "Failed"
+    assert "1 of 3 variants failed: half." in str(run.state.message if run.state else "")
+    shown = artifacts(run)
+    assert shown[f"progress-{KEY}"] == 100
+    assert f"half failed: {reason}" in shown[f"report-{KEY}"]
+    assert task_runs(run)["convert half"] == "Failed"
+    assert not settings.work(NAME).exists()
+
+
+def test_without_a_baseline_nothing_is_chosen(first: First, settings: Settings, job: Job) -> None:
+    assert first.comparison.choice.variant
+    asked = job.model_copy(update={"precision": ["int4"], "export_tolerance": 1e-12})
+    with pytest.raises(WorkError, match=r"1 of 2 variants failed: fp32\.") as caught:
+        optimize(asked)
+    comparison = caught.value.comparison
+    assert comparison is not None
+    baseline, other = comparison.variants
+    assert baseline.status == "failed"
+    assert "differs from the checkpoint by" in (baseline.reason or "")
+    assert other.status == "ok"
+    assert other.metrics.keys() == making.UNITS.keys()  # none that is relative to what is not there
+    assert comparison.choice.variant is None
+    assert "no fp32 baseline" in comparison.choice.reason
+    assert Tracker(settings.tracking_uri or "").latest(NAME) == comparison
+
+
+def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Job) -> None:
+    asked = job.model_copy(update={"name": "refused", "device": "gpu", "provider": "CUDAExecutionProvider"})
+    with pytest.raises(RecipeError, match="device gpu with CUDAExecutionProvider is not supported") as caught:
+        optimize(asked)
+    assert caught.value.exit_code == 2
+    assert mlflow(settings, "refused") == ([], [])
+    assert not settings.work("refused").exists()

@@ -1,0 +1,323 @@
+"""MLflow on a real database, with values made by hand."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+from mlflow.exceptions import MlflowException
+
+from slmops.errors import TrackingError, UsageError
+from slmops.job import Job
+from slmops.models import Answer, Evaluation, Measurement, Registration, Variant
+from slmops.tracking import Tracker, as_result
+from tests import values
+
+pytestmark = pytest.mark.integration
+
+METRICS = {"size_mb": 110.5, "perplexity": 12.83, "ttft_ms_p50": 81.0, "accuracy": 0.5}
+HARDWARE = values.variant(Path("/nowhere")).hardware
+JOB = Job(model="org/tiny", precision=["int4"], temperature=0.7)
+ARTIFACTS = {
+    "answers.json",
+    "file_sizes.json",
+    "genai_config.json",
+    "inference_model.json",
+    "logs/int4.evaluate.log",
+    "logs/int4.olive.log",
+    "measurements.json",
+    "olive.log",
+    "olive_config.json",
+    "samples.json",
+    "variant.json",
+}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database that has had its migrations, which take seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow makes a folder for artifacts below the current one
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def tracker(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tracker:
+    monkeypatch.chdir(tmp_path)
+    return Tracker(uri)
+
+
+@pytest.fixture
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(uri)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A model of each test's own."""
+    return str(request.node.name).replace("_", "-").partition("[")[0]
+
+
+class Made:
+    """A variant, registered and measured, as files and values."""
+
+    def __init__(self, folder: Path, name: str = "int4", **metrics: float) -> None:
+        self.variant: Variant = values.write_variant(folder / "variants" / name, name)
+        deployed = folder / "foundry" / name
+        deployed.mkdir(parents=True)
+        (deployed / "genai_config.json").write_text('{"search": {"temperature": 0.7}}')
+        (deployed / "inference_model.json").write_text('{"Name": "n:1"}')
+        self.registration = Registration(
+            foundry_id=f"tiny-{name}-generic-cpu:1", path=deployed, prompt_template_exact=True, answer="Paris."
+        )
+        answer = {"category": "capitals", "expected": "Paris", "finish_reason": "stop", "seconds": 0.5}
+        self.evaluation = Evaluation(
+            measurements={k: Measurement(value=v, unit="x", samples=6) for k, v in {**METRICS, **metrics}.items()},
+            answers=(
+                Answer(id="1", prompt="France?", answer="Paris, né 東京", correct=True, completion_tokens=3, **answer),
+                Answer(id="2", prompt="Texas?", answer="", correct=False, completion_tokens=0, **answer),
+            ),
+            samples=({"prompt": 0, "first_s": 0.08},),
+            evaluation_set_digest="e" * 64,
+            text_digest="f" * 64,
+        )
+        self.logs = folder / "logs"
+        self.logs.mkdir(exist_ok=True)
+        for part in ("olive", "evaluate"):
+            (self.logs / f"{name}.{part}.log").write_text(f"{part} of {name}")
+        (self.logs / "fp32.olive.log").write_text("of another variant")
+
+    def log(self, tracker: Tracker, parent: str, name: str) -> str:
+        return tracker.log_variant(parent, name, self.variant, self.registration, self.evaluation, self.logs)
+
+
+def start(tracker: Tracker, name: str) -> str:
+    return tracker.start_job(name, JOB, values.checkpoint(), HARDWARE, "flow-run-1")
+
+
+def children(client: MlflowClient, parent: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    experiment = client.get_run(parent).info.experiment_id
+    found: list[Run] = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", view)
+    return found
+
+
+def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> set[str]:
+    found: set[str] = set()
+    for entry in client.list_artifacts(run_id, folder):
+        found |= artifacts(client, run_id, entry.path) if entry.is_dir else {entry.path}
+    return found
+
+
+def read(client: MlflowClient, run_id: str, path: str, folder: Path) -> str:
+    return Path(client.download_artifacts(run_id, path, str(folder))).read_text(encoding="utf-8")
+
+
+def test_a_job_from_start_to_end(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
+    parent = start(tracker, name)
+    opened = client.get_run(parent)
+    assert opened.info.status == "RUNNING"
+    assert opened.data.tags["slmops.kind"] == "job"
+    assert opened.data.tags["slmops.model"] == name
+    assert opened.data.tags["slmops.source"] == "org/tiny"
+    assert opened.data.tags["slmops.checkpoint_digest"] == "c" * 64
+    assert opened.data.tags["slmops.prefect_flow_run"] == "flow-run-1"
+    assert opened.data.params["job.model"] == "org/tiny"
+    assert opened.data.params["job.temperature"] == "0.7"
+    assert "job.top_p" not in opened.data.params
+    assert opened.data.params["checkpoint.architecture"] == "LlamaForCausalLM"
+    assert opened.data.params["hardware.cores"] == "2"
+    experiment = client.get_experiment_by_name(name)
+    assert (experiment.experiment_id, experiment.tags["slmops.kind"]) == (opened.info.experiment_id, "model")
+
+    made = Made(tmp_path)
+    run_id = made.log(tracker, parent, name)
+    failed = tracker.log_failure(parent, "fp32", "Olive produced no model. KeyError", made.logs)
+    result = as_result(made.variant, made.registration, made.evaluation, run_id)
+    both = values.comparison(result, values.failed("fp32", "Olive produced no model. KeyError"), chosen="int4")
+    both = both.model_copy(update={"model": name, "run_id": parent})
+    tracker.finish_job(both, "<h1>é</h1>", "**note**", failed=True)
+
+    good, bad = (client.get_run(run) for run in (run_id, failed))
+    assert {run.info.run_id for run in children(client, parent)} == {run_id, failed}
+    assert (good.info.status, bad.info.status) == ("FINISHED", "FAILED")
+    assert (good.info.run_name, bad.info.run_name) == ("int4", "fp32")
+    for run, recipe in ((good, "int4"), (bad, "fp32")):
+        tags = run.data.tags
+        assert (tags["slmops.kind"], tags["slmops.variant"]) == ("variant", recipe)
+        assert tags["mlflow.parentRunId"] == parent
+    assert good.data.metrics == METRICS
+    assert good.data.params["recipe"] == "int4"
+    assert good.data.params["foundry_id"] == "tiny-int4-generic-cpu:1"
+    assert json.loads(good.data.params["weights.by_bits"]) == {"4": 1000}
+    assert good.data.params["version.olive-ai"] == "1.0"
+    assert bad.data.metrics == {}
+    assert bad.data.tags["slmops.reason"] == "Olive produced no model. KeyError"
+
+    assert artifacts(client, run_id) == ARTIFACTS
+    assert artifacts(client, failed) == {"logs/fp32.olive.log"}
+    table = json.loads(read(client, run_id, "answers.json", tmp_path))
+    assert table["columns"][0] == "id"
+    assert [row[table["columns"].index("answer")] for row in table["data"]] == ["Paris, né 東京", ""]
+    assert json.loads(read(client, run_id, "measurements.json", tmp_path))["perplexity"] == {
+        "value": 12.83,
+        "unit": "x",
+        "samples": 6,
+    }
+    assert json.loads(read(client, run_id, "variant.json", tmp_path)) == made.variant.model_dump(mode="json")
+
+    closed = client.get_run(parent)
+    assert closed.info.status == "FAILED"
+    assert closed.data.tags["slmops.choice"] == "int4"
+    assert closed.data.tags["slmops.reason"] == "Because."
+    assert closed.data.tags["mlflow.note.content"] == "**note**"
+    assert artifacts(client, parent) == {"comparison.json", "report.html"}
+    assert read(client, parent, "report.html", tmp_path) == "<h1>é</h1>"
+    assert tracker.latest(name) == both
+    assert tracker.latest(None) == both
+
+
+def test_the_logged_model_and_its_metrics(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
+    parent = start(tracker, name)
+    run_id = Made(tmp_path).log(tracker, parent, name)
+    [model] = client.search_logged_models([client.get_run(parent).info.experiment_id])
+    assert (model.name, model.model_type, model.status) == (f"{name}-int4", "onnx-genai", "READY")
+    assert model.source_run_id == run_id
+    assert model.params == {"recipe": "int4", "key": "int4", "foundry_id": "tiny-int4-generic-cpu:1"}
+    assert model.tags["slmops.path"] == str(tmp_path / "foundry" / "int4")
+    assert {metric.key: metric.value for metric in model.metrics} == METRICS
+    assert {metric.run_id for metric in model.metrics} == {run_id}
+
+
+def test_variants_logged_at_once_keep_their_own_figures(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    parent = start(tracker, name)
+    made = [Made(tmp_path, one, perplexity=float(number)) for number, one in enumerate(("int4", "int8", "fp16"))]
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda one: one.log(tracker, parent, name), made))
+    assert [client.get_run(run).data.metrics["perplexity"] for run in runs] == [0.0, 1.0, 2.0]
+    assert {run.info.run_id for run in children(client, parent)} == set(runs)
+    # Nothing went into a run that nobody opened.
+    experiment = client.get_run(parent).info.experiment_id
+    assert len(client.search_runs([experiment])) == 4
+
+
+def test_a_repeated_attempt_leaves_one_child(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start(tracker, name)
+    made = Made(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise MlflowException("the server went away\nand more")
+
+        patch.setattr(tracker._client, "log_artifacts", refuse)
+        with pytest.raises(TrackingError) as caught:
+            made.log(tracker, parent, name)
+    assert caught.value.message.endswith("did not take or give what was asked: the server went away")
+    assert [run.info.status for run in children(client, parent)] == ["RUNNING"]
+    run_id = made.log(tracker, parent, name)
+    assert [run.info.run_id for run in children(client, parent)] == [run_id]
+    again = made.log(tracker, parent, name)
+    assert [run.info.run_id for run in children(client, parent)] == [again]
+    assert client.get_run(again).data.metrics == METRICS
+    models = client.search_logged_models([client.get_run(parent).info.experiment_id])
+    assert [model.source_run_id for model in models] == [again]
+
+
+def test_a_lost_metric_is_noticed(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start(tracker, name)
+    real = tracker._client.log_batch
+
+    def lossy(run_id: str, metrics: Any = (), **rest: Any) -> None:
+        real(run_id, metrics=[metric for metric in metrics if metric.key != "accuracy"], **rest)
+
+    monkeypatch.setattr(tracker._client, "log_batch", lossy)
+    with pytest.raises(TrackingError, match="MLflow lost accuracy of int4"):
+        Made(tmp_path).log(tracker, parent, name)
+    assert [run.info.status for run in children(client, parent)] == ["RUNNING"]
+
+
+def test_a_reason_of_any_length(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
+    parent = start(tracker, name)
+    reason = "Ölive: " + "x" * 20_000
+    run = client.get_run(tracker.log_failure(parent, "int4", reason, tmp_path))
+    assert run.info.status == "FAILED"
+    assert run.data.tags["slmops.reason"].startswith("Ölive: xxx")
+    assert run.data.tags["mlflow.note.content"].startswith("Failed: Ölive: xxx")
+
+
+def test_a_killed_job_is_closed_by_the_next(tracker: Tracker, client: MlflowClient, name: str) -> None:
+    stale, other = start(tracker, name), start(tracker, f"{name}-2")
+    parent = start(tracker, name)
+    states = {run: client.get_run(run).info.status for run in (stale, other, parent)}
+    assert states == {stale: "KILLED", other: "RUNNING", parent: "RUNNING"}
+
+
+def test_an_aborted_job_leaves_nothing_open(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = start(tracker, name)
+    finished = Made(tmp_path).log(tracker, parent, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "set_terminated", lambda *_: None)
+        unfinished = Made(tmp_path, "int8").log(tracker, parent, name)
+    tracker.abort_job(parent)
+    states = {run: client.get_run(run).info.status for run in (parent, finished, unfinished)}
+    assert states == {parent: "KILLED", finished: "FINISHED", unfinished: "KILLED"}
+
+
+def test_the_latest_is_the_newest_that_was_finished(tracker: Tracker, name: str) -> None:
+    for chosen in ("int4", "int8"):
+        done = values.comparison(values.result(chosen, 100), chosen=chosen)
+        tracker.finish_job(done.model_copy(update={"run_id": start(tracker, name)}), "", "", failed=False)
+        time.sleep(0.01)  # MLflow orders by milliseconds
+    start(tracker, name)
+    assert tracker.latest(name).choice.variant == "int8"
+    with pytest.raises(UsageError, match="There is no finished comparison of 'nobody'") as caught:
+        tracker.latest("nobody")
+    assert caught.value.exit_code == 2
+    assert caught.value.fix is not None
+    known = caught.value.fix.removeprefix("Known models: ").removesuffix(".").split(", ")
+    assert name in known
+    assert "Default" not in known  # MLflow's own experiment
+
+
+def test_no_model_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="There is no finished comparison") as caught:
+        Tracker("sqlite:///empty.db").latest(None)
+    assert caught.value.message == "There is no finished comparison."
+    assert caught.value.fix == "Run `slmops run --model SOURCE` first."
+
+
+def test_a_deleted_experiment_is_taken_back(tracker: Tracker, client: MlflowClient, name: str) -> None:
+    first = start(tracker, name)
+    client.delete_experiment(client.get_run(first).info.experiment_id)
+    second = start(tracker, name)
+    assert client.get_run(second).info.experiment_id == client.get_run(first).info.experiment_id
+    assert client.get_experiment_by_name(name).lifecycle_stage == "active"
+
+
+def test_a_dead_server_is_noticed_in_time() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match=f"MLflow at {url} did not take or give") as caught:
+            start(Tracker(url), "tiny")
+    assert time.monotonic() - started < 30
+    assert "slmops up" in (caught.value.fix or "")
+    assert "\n" not in caught.value.message

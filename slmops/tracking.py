@@ -24,7 +24,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run
+from mlflow.entities import Experiment, LoggedModelOutput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
@@ -100,6 +100,7 @@ class Tracker:
                 params={"recipe": variant.name, "key": variant.key, "foundry_id": registration.foundry_id},
                 tags={"slmops.path": str(registration.path), "slmops.checkpoint_digest": variant.checkpoint.digest},
             )
+            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
             now = int(time.time() * 1000)
             self._client.log_batch(
                 run_id,

@@ -13,7 +13,7 @@ from typing import Any
 from slmops import locks, machine, process
 from slmops.conversion import olive_log, olive_worker, store, verify_worker
 from slmops.errors import ConversionError, PrerequisiteError, SlmopsError
-from slmops.files import folder_appears_whole, link_or_copy, write_atomic
+from slmops.files import folder_appears_whole, write_atomic
 from slmops.job import Job
 from slmops.models import MANIFEST, Checkpoint, Recipe, Variant
 from slmops.settings import Settings
@@ -66,7 +66,7 @@ def export(variant: Variant, folder: Path) -> Path:
     with folder_appears_whole(target) as scratch:
         for file in [*(f.name for f in variant.files), MANIFEST]:
             (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(variant.path / file, scratch / file)
+            shutil.copyfile(variant.path / file, scratch / file)  # no link: it is the user's to change
     return target
 
 

@@ -33,9 +33,9 @@ model = catalog.get_model_variant(foundry_id)
 model.load()
 with sdk.ChatSession(model) as session:
     session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=24, do_sample=False)))
-    request = sdk.Request().add_item(sdk.MessageItem.user("What is the capital of Italy?"))
+    request = sdk.Request().add_item(sdk.MessageItem.user("What is the capital of Italy? Answer in one sentence."))
     with session.process_request(request) as response:
-        answer = response.get_item(0).text
+        answer = response.get_item(0).get_simple_text()
 print(json.dumps({"listed": listed, "answer": answer}), flush=True)
 os._exit(0)
 """
@@ -115,7 +115,10 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
             "file_sizes.json",
             "answers.json",
         }
-        assert child["outputs"]["model_outputs"] or child["inputs"], "no logged model points to the run"
+        [output] = child["outputs"]["model_outputs"]
+        model = httpx.get(f"{api}/logged-models/{output['model_id']}").json()["model"]
+        pointing = {metric["key"] for metric in model["data"]["metrics"]}
+        assert pointing == set(variant["metrics"])
 
 
 def test_prefect_shows_the_run_with_its_artifacts(slmops: Any) -> None:

@@ -53,6 +53,11 @@ class Recipe(Frozen):
     bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
     baseline: bool = Field(False, description="It must compute what the checkpoint computes.")
 
+    @property
+    def users_own(self) -> bool:
+        """It is a user's Olive file, of which nothing is promised."""
+        return self.bits is None
+
 
 class Hardware(Frozen):
     """The machine that something was made or measured on."""

@@ -102,7 +102,7 @@ def _make(
             log=logs / f"{recipe.name}.verify.log",
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
-            env=_environment(work),
+            env=_environment(work, offline=True),
         )
         with folder_appears_whole(target) as scratch:
             for path in made.iterdir():
@@ -157,10 +157,10 @@ def _run_olive(
             log=olive_text,
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
-            env=_environment(work),
+            env=_environment(work, offline=not recipe.users_own),
             # onnx refuses to write a file whose name also exists where it runs: somebody's model.onnx.data. Paths in a
             # user's own config are relative to where the user is.
-            cwd=None if recipe.bits is None else work,
+            cwd=None if recipe.users_own else work,
             on_line=progress,
         )
     except ConversionError as error:
@@ -200,12 +200,15 @@ def _trust(step: dict[str, Any], trusted: bool) -> dict[str, Any]:
     return {**step, "extra_options": {**(step.get("extra_options") or {}), "hf_remote": trusted}}
 
 
-def _environment(work: Path) -> dict[str, str]:
-    """Nothing is sent or fetched, and ModelBuilder's intermediate files stay out of the user's hub cache."""
+def _environment(work: Path, *, offline: bool) -> dict[str, str]:
+    """Nothing is sent, and ModelBuilder's intermediate files stay out of the user's hub cache.
+
+    Nothing is fetched either, unless a user's own config may want a data set from the hub.
+    """
     return {
         "OLIVE_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_CACHE": str(work / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
     }

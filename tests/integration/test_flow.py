@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterName,
@@ -30,9 +32,10 @@ from prefect.settings import PREFECT_HOME, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.optimize import optimize
+from flows.prepare_environment import prepare_environment
 from slmops import stack
 from slmops.conversion import store
-from slmops.errors import BusyError, RecipeError, WorkError
+from slmops.errors import BusyError, PrerequisiteError, RecipeError, WorkError
 from slmops.job import Job
 from slmops.models import Comparison
 from slmops.settings import Settings
@@ -286,3 +289,25 @@ def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Jo
     assert caught.value.exit_code == 2
     assert mlflow(settings, "refused") == ([], [])
     assert not settings.work("refused").exists()
+
+
+@pytest.mark.usefixtures("settings")
+def test_prepare_environment_shows_every_check() -> None:
+    prepare_environment()
+    with get_client(sync_client=True) as client:
+        [made] = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["environment"])))
+    assert isinstance(made.data, str)
+    rows = {row["check"]: row for row in json.loads(made.data)}
+    assert rows["Foundry Local"]["status"] == "ok"
+    assert rows["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
+    assert {"Python", "memory", "disk", "CPU", "torch", "olive-ai", "MLflow server"} <= set(rows)
+    assert not [row for row in rows.values() if row["status"] == "failure"]
+
+
+@pytest.mark.usefixtures("settings")
+def test_prepare_environment_fails_on_an_old_cmake(tmp_path: Path) -> None:
+    (tmp_path / "build.py").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))  # no CMake at all is as old as it gets
+        with pytest.raises(PrerequisiteError, match="CMake"):
+            prepare_environment(genai_checkout=tmp_path)

@@ -201,7 +201,8 @@ def hub() -> Iterator[str]:
 
 CODE = """
 import pathlib, sys
-from slmops import errors, source
+from slmops import errors
+from slmops.checkpoint import source
 from slmops.job import Job
 from slmops.settings import Settings
 try:

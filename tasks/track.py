@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from prefect import task
@@ -12,29 +13,16 @@ from slmops.job import Job
 from slmops.models import Checkpoint, Comparison, Evaluation, Registration, Variant, VariantResult
 from slmops.tracking import Tracker, as_result
 
-RETRIES = 3
-RETRY_DELAYS_S = [2.0, 5.0, 15.0]
+tracking_task = partial(task, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2.0, 5.0, 15.0])
 
 
-@task(
-    name="start tracking",
-    task_run_name="start tracking",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_S,
-)
+@tracking_task(name="start tracking", task_run_name="start tracking")
 def start_tracking(uri: str, name: str, job: Job, checkpoint: Checkpoint, flow_run: str) -> str:
     """Open the MLflow parent run; returns its id."""
     return Tracker(uri).start_job(name, job, checkpoint, machine.hardware(), flow_run)
 
 
-@task(
-    name="track",
-    task_run_name="track {variant.recipe.name}",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_S,
-)
+@tracking_task(name="track", task_run_name="track {variant.recipe.name}")
 def track_variant(
     uri: str,
     parent: str,
@@ -49,26 +37,14 @@ def track_variant(
     return as_result(variant, registration, evaluation, run_id)
 
 
-@task(
-    name="track failure",
-    task_run_name="track failure of {recipe}",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_S,
-)
+@tracking_task(name="track failure", task_run_name="track failure of {recipe}")
 def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
     """Log a failed variant as a child run with the reason."""
     run_id = Tracker(uri).log_failure(parent, recipe, reason, logs)
     return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
 
-@task(
-    name="finish tracking",
-    task_run_name="finish tracking",
-    cache_policy=NO_CACHE,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_S,
-)
+@tracking_task(name="finish tracking", task_run_name="finish tracking")
 def finish_tracking(uri: str, comparison: Comparison, *, failed: bool) -> str:
     """Put comparison, report and choice into the parent run; returns the address of its page."""
     tracker = Tracker(uri)

@@ -13,7 +13,6 @@ APP_NAME = "slmops"
 # The public catalog costs seconds of retries where there is no network, and nothing here comes from it. Nobody
 # listens on this port, and the runtime takes that for an empty catalog.
 NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
     for message in messages:
-        request.add_item(getattr(sdk.MessageItem, ROLES[message["role"]])(message["content"]))
+        request.add_item(getattr(sdk.MessageItem, message["role"])(message["content"]))
     pieces: list[str] = []
     first: float | None = None
     with sdk.ChatSession(model) as session:  # a session left open keeps its model from being unloaded

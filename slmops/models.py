@@ -130,6 +130,14 @@ class Measurement(Frozen):
     value: float
     unit: str
     samples: int = 1
+    low: float | None = Field(None, description="Lower end of the 95 % interval; None: too few samples to say.")
+    high: float | None = Field(None, description="Upper end of the 95 % interval; of an exact figure, its value.")
+    note: str | None = Field(None, description="What to mind, as 'indicative: 12 samples'.")
+
+    @classmethod
+    def exact(cls, value: float, unit: str, samples: int = 1) -> Measurement:
+        """A figure without uncertainty, as a size or a count."""
+        return cls(value=value, unit=unit, samples=samples, low=value, high=value)
 
 
 class Answer(Frozen):
@@ -140,10 +148,33 @@ class Answer(Frozen):
     prompt: str
     expected: str
     answer: str
-    correct: bool
+    correct: bool | None = Field(description="None: it could not be judged.")
+    score: float | None = Field(None, description="From 0 to 1; of matchers that know no degrees 0 or 1.")
+    format_valid: bool | None = Field(
+        None, description="It has the structure that its item asks for; None: none asked."
+    )
+    reason: str | None = Field(None, description="Why it could not be judged.")
     finish_reason: str
     seconds: float
     completion_tokens: int
+
+
+class CurvePoint(Frozen):
+    """One figure at one prompt length."""
+
+    name: str
+    prompt_tokens: int
+    measurement: Measurement
+
+
+class CaseOutcome(Frozen):
+    """One edge case and how the runtime took it."""
+
+    id: str
+    expected: str
+    outcome: str = Field(description="answered, refused, or crashed.")
+    passed: bool
+    detail: str
 
 
 class Evaluation(Frozen):
@@ -151,6 +182,8 @@ class Evaluation(Frozen):
 
     measurements: dict[str, Measurement]
     answers: tuple[Answer, ...]
+    cases: tuple[CaseOutcome, ...] = ()
+    curves: tuple[CurvePoint, ...] = ()
     samples: tuple[dict[str, float], ...] = Field(description="One row a timed request: the raw figures.")
     evaluation_set_digest: str
     text_digest: str
@@ -159,6 +192,25 @@ class Evaluation(Frozen):
     def metrics(self) -> dict[str, float]:
         """Name to value."""
         return {name: measurement.value for name, measurement in self.measurements.items()}
+
+
+Outcome = Literal["pass", "fail", "inconclusive", "skipped"]
+
+
+class GateResult(Frozen):
+    """One gate of the policy, applied to one variant."""
+
+    gate: str = Field(description="The gate as text, as 'perplexity_ratio at most 1.1'.")
+    metric: str
+    outcome: Outcome = Field(description="skipped: there is nothing to compare with, as no champion yet.")
+    advisory: bool = Field(description="It is reported, and refuses nothing.")
+    refuses: bool = Field(description="Because of this gate the variant cannot be chosen.")
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float
+    more_samples: int | None = Field(None, description="How many more would settle an inconclusive gate, about.")
+    detail: str = Field(description="A sentence for people.")
 
 
 class VariantResult(Frozen):
@@ -171,6 +223,9 @@ class VariantResult(Frozen):
     foundry_id: str | None = None
     run_id: str | None = None
     metrics: dict[str, float] = {}
+    measurements: dict[str, Measurement] = Field({}, description="The same with units and intervals.")
+    gates: tuple[GateResult, ...] = ()
+    dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
 
 
 class Choice(Frozen):

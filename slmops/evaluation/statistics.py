@@ -1,8 +1,31 @@
-"""Figures from samples. Pure functions."""
+"""Figures from samples, each with a 95 % interval. Pure functions; the same samples give the same interval.
+
+All raise ValueError for no samples, a sample that is not finite, and pairs of different lengths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slmops.models import Measurement
+
+if TYPE_CHECKING:
+    from numpy import float64
+    from numpy.typing import NDArray
+
+    Numbers = NDArray[float64]
+    Interval = tuple[float, float]
+
+CONFIDENCE = 0.95
+SEED = 20240229
+RESAMPLES = 2000
+BATCH = 2_000_000  # numbers that are resampled at once, so that long series do not fill the memory
+MIN_SAMPLES = 5  # fewer have no interval; the same of blocks, and of pairs that differ
+MIN_BEYOND = 10  # samples that a percentile in the tails must have beyond it: p90 needs 100 samples, p99 1000
+BLOCK = 64  # tokens that are resampled together
+MAX_MORE = 1_000_000
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -18,3 +41,326 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def of_percentile(samples: Sequence[float], percent: float, unit: str) -> Measurement:
+    """A percentile with its percentile-bootstrap interval.
+
+    BCa is of no use here: its jackknife is inconsistent for quantiles (Efron, 1982, The Jackknife, the Bootstrap and
+    Other Resampling Plans). Of the median of 5 to 30 log-normal samples, plain percentile intervals cover 91 to 94 %,
+    those with the level of ``_bootstrap_level`` 94 to 98 %. No resample reaches beyond the largest sample, so in the
+    tails they cover too little: p90 64 % with 10 samples, 90 % with 50, 93 % with 100. Hence, outside 25 to 75 %, a
+    percentile with fewer than ``MIN_BEYOND`` samples beyond it has no interval but the note "indicative".
+
+    Args:
+        samples: Independent samples in ``unit``.
+        percent: From 0 to 100; 50 is the median.
+    """
+    import numpy as np
+
+    values = _numbers(samples)
+    value = percentile(values.tolist(), percent)
+    beyond = len(values) * min(percent, 100 - percent) / 100
+    if len(values) < MIN_SAMPLES or (not 25 <= percent <= 75 and beyond < MIN_BEYOND - 1e-9):
+        return _measurement(value, unit, len(values))
+    interval = _bootstrap(values, lambda x, axis: np.percentile(x, percent, axis=axis), "percentile")
+    return _measurement(value, unit, len(values), interval)
+
+
+def of_mean(samples: Sequence[float], unit: str) -> Measurement:
+    """The mean of independent samples with its BCa bootstrap interval; fewer than ``MIN_SAMPLES`` have none."""
+    values = _numbers(samples)
+    return _measurement(float(values.mean()), unit, len(values), _mean_interval(values))
+
+
+def of_ratios(ratios: Sequence[float]) -> Measurement:
+    """The geometric mean of a few positive ratios with Student's interval on their logarithms; one has none.
+
+    For two to four samples, of which no bootstrap can tell anything: it assumes that they are log-normal.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    logs = np.log(_numbers(ratios))
+    value = float(np.exp(logs.mean()))
+    if len(logs) < 2:
+        return _measurement(value, "1", len(logs))
+    half = stdtrit(len(logs) - 1, (1 + CONFIDENCE) / 2) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return _measurement(value, "1", len(logs), (value * math.exp(-half), value * math.exp(half)))
+
+
+def of_proportion(successes: int, total: int) -> Measurement:
+    """A proportion with its score interval (Wilson, 1927), which has a width even where all or none succeeded.
+
+    Raises:
+        ValueError: Successes outside 0 to ``total``.
+    """
+    from scipy.stats import binomtest
+
+    _check_counts(successes, total)
+    interval = binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
+    return _measurement(successes / total, "1", total, (float(interval.low), float(interval.high)))
+
+
+def standard_error(successes: int, total: int) -> float | None:
+    """Standard error of a proportion; None for one sample, which shows no spread.
+
+    sqrt(p (1 - p) / (n - 1)): the standard error of the mean of scores, sqrt(sum((s - mean)^2) / (n - 1) / n), of
+    scores that are 0 or 1 (Miller, 2024, Adding Error Bars to Evals, arXiv:2411.00640).
+
+    Raises:
+        ValueError: Successes outside 0 to ``total``.
+    """
+    _check_counts(successes, total)
+    if total == 1:
+        return None
+    share = successes / total
+    return math.sqrt(share * (1 - share) / (total - 1))
+
+
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Measurement:
+    """Difference of two proportions over the same items, ours less theirs, with its score interval.
+
+    The interval is Tango's (1998, Statistics in Medicine 17, 891-908): all differences that the score test with the
+    constrained maximum likelihood estimate does not reject. Without any discordant pair it is +-z^2 / (n + z^2),
+    where those of Wald and of the bootstrap have no width.
+    """
+    gained, lost = _discordant(_differences(ours, theirs))
+    return _measurement((gained - lost) / len(ours), "1", len(ours), _tango(gained, lost, len(ours)))
+
+
+def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+    """Exact two-sided p-value that two variants are right equally often (McNemar, 1947).
+
+    The discordant pairs are binomial with probability 1/2; without any the p-value is 1.
+    """
+    from scipy.stats import binomtest
+
+    gained, lost = _discordant(_differences(ours, theirs))
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Measurement:
+    """Mean difference of scores from 0 to 1 over the same items, ours less theirs, with its paired bootstrap interval.
+
+    Most answers of two precisions are the same, and only the pairs that differ tell of the spread: their number sets
+    the levels. Fewer than ``MIN_SAMPLES`` of them are too few to resample; then the interval takes in the score
+    interval of ``paired_difference``, as if each pair that differs did so by a whole point.
+
+    Raises:
+        ValueError: A score outside 0 to 1.
+    """
+    import numpy as np
+
+    differences = _differences(ours, theirs)
+    if min(*ours, *theirs) < 0 or max(*ours, *theirs) > 1:
+        raise ValueError("scores must lie between 0 and 1")
+    value, total = float(differences.mean()), len(differences)
+    if total < MIN_SAMPLES:
+        return _measurement(value, "1", total)
+    gained, lost = _discordant(differences)
+    low, high = _bootstrap(differences, np.mean, "percentile", informative=max(gained + lost, MIN_SAMPLES))
+    if gained + lost < MIN_SAMPLES:
+        score = _tango(gained, lost, total)
+        low, high = min(low, score[0]), max(high, score[1])
+    return _measurement(value, "1", total, (low, high))
+
+
+def perplexity(nll: Sequence[float]) -> Measurement:
+    """exp of the mean negative log-likelihood, given in nats for each token in the order of the text.
+
+    The interval is that of ``blocked_mean`` on the logarithmic scale.
+    """
+    return _exp(blocked_mean(nll, "1"))
+
+
+def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Measurement:
+    """Perplexity divided by the baseline's on the same tokens, with the interval of ``blocked_mean`` over the pairs.
+
+    Pairing removes the spread of the text, which both see: the interval is many times narrower than those of the two
+    perplexities. Equal inputs give exactly 1.
+    """
+    differences = _differences(nll, baseline_nll)
+    if not differences.any():
+        return Measurement.exact(1.0, "1", len(differences))
+    return _exp(blocked_mean(differences.tolist(), "1"))
+
+
+def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
+    """The mean of one value per token, with a BCa bootstrap interval over blocks of ``BLOCK`` consecutive tokens.
+
+    Neighbouring tokens are not independent; blocks much longer than the dependence nearly are (Carlstein, 1986,
+    Annals of Statistics 14, 1171-1179). Fewer than ``MIN_SAMPLES`` blocks have no interval; that of five covers 91 %.
+    """
+    import numpy as np
+
+    tokens = _numbers(values)
+    blocks = np.array_split(tokens, max(len(tokens) // BLOCK, 1))  # of equal length to within one token
+    interval = _mean_interval(np.array([block.mean() for block in blocks]))
+    return _measurement(float(tokens.mean()), unit, len(tokens), interval)
+
+
+def slope(values: Sequence[float], unit: str, blocks: int = 30) -> Measurement:
+    """Robust slope per step of an equally spaced series, as of the memory after each request.
+
+    Theil-Sen with Sen's interval (1968, JASA 63, 1379-1389) over the medians of consecutive blocks: neighbouring
+    samples are correlated, which the interval supposes they are not, and single ones spike. Blocks have ten samples or
+    more, unless fewer than ``MIN_SAMPLES`` blocks would be left. Samples that fill no block are left out at the start,
+    where a process is still warming up.
+
+    Args:
+        unit: Unit of the values per step, as "MB/request".
+        blocks: About how many blocks a long series is cut into.
+
+    Raises:
+        ValueError: Fewer than 10 values.
+    """
+    import numpy as np
+    from scipy.stats import theilslopes
+
+    series = _numbers(values)
+    total = len(series)
+    if total < 2 * MIN_SAMPLES:
+        raise ValueError(f"a slope needs {2 * MIN_SAMPLES} samples or more, not {total}")
+    length = max(total // blocks, min(10, total // MIN_SAMPLES))
+    medians = np.median(series[total % length :].reshape(-1, length), axis=1)
+    fit = theilslopes(medians, alpha=CONFIDENCE)
+    interval = (float(fit.low_slope) / length, float(fit.high_slope) / length)
+    return _measurement(float(fit.slope) / length, unit, total, interval)
+
+
+def more_samples(measurement: Measurement, limit: float) -> int | None:
+    """About how many more samples would settle on which side of a limit the value lies.
+
+    If value and spread stay as they are, the half-width towards the limit shrinks with 1 / sqrt(n), so that
+    n (half-width / distance)^2 samples suffice.
+
+    Returns:
+        At least 1; None if the value is the limit, there is no interval, or it would take more than ``MAX_MORE``.
+    """
+    end = measurement.low if measurement.value > limit else measurement.high
+    distance = abs(measurement.value - limit)
+    if end is None or distance == 0:
+        return None
+    ratio = abs(measurement.value - end) / distance
+    more = measurement.samples * (ratio * ratio - 1)
+    return max(1, math.ceil(more)) if more <= MAX_MORE else None
+
+
+def noise_percent(samples: Sequence[float]) -> float:
+    """Spread in percent of the median: 1.4826 median absolute deviation, a normal's standard deviation, / median.
+
+    Returns:
+        0 for fewer than two samples or equal ones; infinity if only the median is 0.
+    """
+    if len(samples) < 2:
+        return 0.0
+    values = _numbers(samples).tolist()
+    middle = percentile(values, 50)
+    deviation = 1.4826 * percentile([abs(value - middle) for value in values], 50)
+    if deviation == 0:
+        return 0.0
+    return 100 * deviation / abs(middle) if middle else math.inf
+
+
+def _numbers(samples: Sequence[float]) -> Numbers:
+    import numpy as np
+
+    values = np.asarray(samples, dtype=float)
+    if not len(values):
+        raise ValueError("no samples")
+    if not np.isfinite(values).all():
+        raise ValueError("a sample is not finite")
+    return values
+
+
+def _differences(ours: Sequence[float], theirs: Sequence[float]) -> Numbers:
+    if len(ours) != len(theirs):
+        raise ValueError(f"different lengths: {len(ours)} and {len(theirs)}")
+    return _numbers(ours) - _numbers(theirs)
+
+
+def _discordant(differences: Numbers) -> tuple[int, int]:
+    return int((differences > 0).sum()), int((differences < 0).sum())
+
+
+def _check_counts(successes: int, total: int) -> None:
+    if total < 1:
+        raise ValueError("no samples")
+    if not 0 <= successes <= total:
+        raise ValueError(f"{successes} successes of {total}")
+
+
+def _measurement(value: float, unit: str, samples: int, interval: Interval | None = None) -> Measurement:
+    if interval is None:
+        note = f"indicative: {samples} sample{'s' * (samples != 1)}"
+        return Measurement(value=value, unit=unit, samples=samples, note=note)
+    # Rounding must not put the value outside: charts take the distances to both ends.
+    low, high = min(interval[0], value), max(interval[1], value)
+    return Measurement(value=value, unit=unit, samples=samples, low=low, high=high)
+
+
+def _exp(log: Measurement) -> Measurement:
+    # 700 is about as far as exp goes: the perplexity of a broken model stays a number.
+    ends = {"value": log.value, "low": log.low, "high": log.high}
+    return log.model_copy(update={name: math.exp(min(end, 700)) for name, end in ends.items() if end is not None})
+
+
+def _mean_interval(values: Numbers) -> Interval | None:
+    import numpy as np
+
+    if len(values) < MIN_SAMPLES:
+        return None
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # BCa divides by the spread
+        return float(values.min()), float(values.max())
+    return _bootstrap(values, np.mean, "BCa")
+
+
+def _bootstrap(values: Numbers, statistic: Callable[..., Any], method: str, informative: int | None = None) -> Interval:
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (values,),
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=max(1, BATCH // len(values)),
+        confidence_level=_bootstrap_level(informative or len(values)),
+        method=method,
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _bootstrap_level(samples: int) -> float:
+    """Level to ask of a bootstrap so that it covers 95 %: it knows neither n - 1 nor Student's t (Hesterberg, 2015,
+    What Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
+    from scipy.special import ndtr, stdtrit
+
+    quantile = stdtrit(samples - 1, (1 + CONFIDENCE) / 2)
+    return float(1 - 2 * ndtr(-quantile * math.sqrt(samples / (samples - 1))))
+
+
+def _tango(gained: int, lost: int, total: int) -> Interval:
+    return -_tango_upper(lost, gained, total), _tango_upper(gained, lost, total)
+
+
+def _tango_upper(gained: int, lost: int, total: int) -> float:
+    from scipy.optimize import brentq
+    from scipy.special import ndtri
+
+    estimate = (gained - lost) / total
+    if gained == total:
+        return 1.0
+    z = float(ndtri((1 + CONFIDENCE) / 2))
+
+    def excess(difference: float) -> float:
+        b = (2 * total - gained + lost) * difference - gained - lost
+        c = -lost * difference * (1 - difference)
+        # Probability of "lost" that is the likeliest if this is the difference.
+        likeliest = (math.sqrt(max(b * b - 8 * total * c, 0.0)) - b) / (4 * total)
+        variance = (2 * likeliest + difference * (1 - difference)) / total
+        return (estimate - difference) ** 2 - z * z * variance
+
+    # The estimate itself is a root too where its variance is 0.
+    return float(brentq(excess, estimate + 1e-9, 1.0))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -32,11 +33,29 @@ class Settings(BaseSettings):
     prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
     conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
     evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
+    judge_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^@\s]+$",  # a password in it would get into logs
+        description="OpenAI-compatible endpoint, as http://127.0.0.1:11434/v1, for items with match 'judge'.",
+    )
+    judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")
+    judge_api_key: SecretStr | None = Field(None, description="Its key, where it needs one.")
+    judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
+
+    @field_validator("judge_url", "judge_model", "judge_api_key", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @property
+    def judge_configured(self) -> bool:
+        """There is a judging model."""
+        return bool(self.judge_url and self.judge_model)
 
     @property
     def checkpoints(self) -> Path:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slmops import recipes
+from slmops import machine, recipes
 from slmops.checkpoint import source
 from slmops.conversion.convert import convert
 from slmops.job import Job
@@ -15,30 +15,56 @@ from slmops.settings import Settings
 from tests import tiny
 
 EVALUATION_SET = """\
-{"prompt": "Say anything.", "expected": "", "max_tokens": 8}
+{"prompt": "Say anything.", "expected": ".*", "match": "regex", "max_tokens": 8}
 {"prompt": "What is the capital of France?", "expected": "no model says this", "category": "capitals", "max_tokens": 8}
-{"id": "third", "messages": [{"role": "user", "content": "Count."}], "expected": "", "max_tokens": 8}
+{"id": "third", "messages": [{"role": "user", "content": "Count"}], "expected": ".*", "match": "regex", "max_tokens": 8}
 """
 """Three items: random weights answer the first and the third right (anything will do) and the second wrong."""
 
 UNITS = {
     "size_mb": "MB",
+    "size_source_ratio": "1",
     "bits_per_weight": "bits",
     "load_s": "s",
     **{f"ttft_ms_p{percent}": "ms" for percent in (50, 90, 99)},
+    "ttft_model_ms_p50": "ms",
     **{f"itl_ms_p{percent}": "ms" for percent in (50, 90, 99)},
     **{f"response_s_p{percent}": "s" for percent in (50, 90, 99)},
     "decode_tok_s": "tokens/s",
     "prefill_tok_s": "tokens/s",
-    "memory_peak_mb": "MB",
-    "memory_loaded_mb": "MB",
+    "decode_consistency": "1",
+    **{f"throughput_tok_s_c{sessions}": "tokens/s" for sessions in (1, 2, 4)},
+    **{f"memory_{when}_mb": "MB" for when in ("before", "loaded", "peak", "unloaded")},
     "cpu_percent": "% of one core",
+    "cpu_percent_total": "% of all cores",
+    "noise_percent": "%",
+    **({} if machine.energy_j() is None else {"energy_j_per_token": "J/token"}),
     "perplexity": "1",
     "accuracy": "1",
+    "accuracy.general": "1",
+    "accuracy.capitals": "1",
+    "score": "1",
+    "unscored": "items",
+    "truncated_rate": "1",
+    "stop_rate": "1",
+    "edge_cases_passed": "1",
     "convert_s": "s",
     "convert_memory_peak_mb": "MB",
 }
-"""Every metric that one variant has, whatever the others are."""
+"""Every metric that one variant of a quick job has after those items, whatever the others are."""
+
+RELATIVE_UNITS = {
+    "size_ratio": "1",
+    "perplexity_ratio": "1",
+    **{f"kl_{name}": "nats" for name in ("mean", "median", "p99", "max")},
+    "top1_agreement": "1",
+    "accuracy_drop": "1",
+    "score_drop": "1",
+    "flips": "items",
+    "mcnemar_p": "1",
+    "length_ratio": "1",
+}
+"""And those relative to the baseline."""
 
 
 def talkative(kind: str, folder: Path) -> Path:

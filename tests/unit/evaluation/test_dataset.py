@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from slmops.errors import UsageError
-from slmops.evaluation import dataset
+from slmops.evaluation import dataset, matchers
 from slmops.evaluation.dataset import Item
 
 
@@ -24,8 +24,10 @@ def written(tmp_path: Path, *lines: str | dict[str, Any], encoding: str = "utf-8
     return path
 
 
-def item(expected: str, match: Any) -> Item:
-    return Item(prompt="?", expected=expected, match=match)
+def raised_by(path: Path, **options: Any) -> UsageError:
+    with pytest.raises(UsageError) as raised:
+        dataset.load(path, **options)
+    return raised.value
 
 
 GOOD = {"prompt": "Capital of France?", "expected": "Paris"}
@@ -37,8 +39,9 @@ def test_good_lines(tmp_path: Path) -> None:
         GOOD,
         "",
         {"prompt": "2+2?", "expected": 4, "match": "numeric", "category": "sums", "id": "s1", "max_tokens": 8},
-        {"prompt": "Half?", "expected": 0.5, "match": "numeric"},
+        {"prompt": "Half?", "expected": 0.5, "match": "numeric", "id": ""},
         "   ",
+        {"prompt": "Tiny?", "expected": 1e-7, "match": "numeric", "tolerance": 1e-8},
     )
     found = dataset.load(path)
     assert found.name == "my.jsonl"
@@ -47,6 +50,7 @@ def test_good_lines(tmp_path: Path) -> None:
         ("1", "Capital of France?", "Paris", "contains", "general", 24),
         ("s1", "2+2?", "4", "numeric", "sums", 8),
         ("4", "Half?", "0.5", "numeric", "general", 24),  # the number of its line
+        ("6", "Tiny?", "0.0000001", "numeric", "general", 24),
     ]
 
 
@@ -71,7 +75,18 @@ def test_messages(tmp_path: Path) -> None:
     ]
     [found] = dataset.load(written(tmp_path, {"messages": messages, "expected": "Rome"})).items
     assert found.conversation == messages
-    assert item("x", "contains").conversation == [{"role": "user", "content": "?"}]
+    assert Item(prompt="?", expected="x").conversation == [{"role": "user", "content": "?"}]
+
+
+def test_items_survive_the_way_to_a_worker() -> None:
+    items = [
+        Item(prompt="?", match="json_schema", schema={"type": "object"}, expected={"a": [1, True]}),  # type: ignore
+        Item(prompt="?", expected="1", match="numeric", tolerance=0.5, format={"regex": r"\d"}),  # type: ignore
+        Item(prompt="?", expected="1", match="rouge_l", threshold=0.9, format="one_line"),
+    ]
+    for item in items:
+        assert Item.model_validate_json(item.model_dump_json()) == item
+    assert items[0].expected == '{"a": [1, true]}'
 
 
 USER = {"role": "user", "content": "x"}
@@ -84,8 +99,14 @@ USER = {"role": "user", "content": "x"}
         ("Paris", "no JSON: Expecting value at column 1"),
         ("[1]", "Input should be a valid dictionary"),
         ("null", "Input should be a valid dictionary"),
-        ({"prompt": "x"}, "expected Field required"),
-        ({"expected": "x"}, "Value error, needs either 'prompt' or 'messages'"),
+        ({"prompt": "x"}, "expected Field required, and not empty, by match 'contains'"),
+        ({"prompt": "x", "expected": ""}, "expected Field required, and not empty, by match 'contains'"),
+        *(
+            ({"prompt": "x", "expected": " \n", "match": match}, f"Field required, and not empty, by match '{match}'")
+            for match in ("contains", "exact", "numeric", "rouge_l", "f1")
+        ),
+        ({"prompt": "x", "expected": "", "match": "regex"}, "Field required, and not empty, by match 'regex'"),
+        ({"expected": "x"}, "needs either 'prompt' or 'messages'"),
         ({"prompt": "x", "messages": [USER], "expected": "x"}, "needs either 'prompt' or 'messages'"),
         ({"messages": [], "expected": "x"}, "'messages' must end with a user message"),
         ({"messages": [USER, {**USER, "role": "assistant"}], "expected": "x"}, "must end with a user message"),
@@ -93,22 +114,69 @@ USER = {"role": "user", "content": "x"}
         ({"messages": [{"role": "user"}], "expected": "x"}, "messages.0.content Field required"),
         ({"prompt": 3, "expected": "x"}, "prompt Input should be a valid string"),
         ({"prompt": "x", "expected": True}, "expected Input should be a valid string"),
-        ({"prompt": "x", "expected": "x", "match": "fuzzy"}, "match Input should be 'contains', 'exact', 'regex' or"),
+        ({"prompt": "x", "expected": "x", "match": "fuzzy"}, "match Input should be 'contains', 'exact', 'regex', "),
         ({"prompt": "x", "expected": "x", "answer": "y"}, "answer Extra inputs are not permitted"),
         ({"prompt": "x", "expected": "x", "max_tokens": 0}, "max_tokens Input should be greater than or equal to 1"),
         ({"prompt": "x", "expected": "(", "match": "regex"}, "'expected' is no regular expression: missing ), unterm"),
-        ({"prompt": "x", "expected": "four", "match": "numeric"}, "'expected' is no number"),
+        ({"prompt": "x", "expected": "four", "match": "numeric"}, "'expected' is no number, as -1234.5"),
+        ({"prompt": "x", "expected": "1e-7", "match": "numeric"}, "'expected' is no number, as -1234.5"),
+        ({"prompt": "x", "expected": "мир", "match": "rouge_l"}, "'expected' has no words of a-z and 0-9"),
+        ({"prompt": "x", "expected": "The a!", "match": "f1"}, "'expected' has no words but articles"),
+        ({"prompt": "x", "expected": "1", "match": "numeric", "tolerance": -1}, "tolerance Input should be greater"),
+        ('{"prompt": "x", "expected": "1", "match": "numeric", "tolerance": NaN}', "no JSON: NaN is no JSON"),
+        ({"prompt": "x", "expected": "1", "tolerance": 1}, "'tolerance' means nothing to match 'contains', only to nu"),
+        ({"prompt": "x", "expected": "1", "threshold": 1}, "'threshold' means nothing to match 'contains', only to"),
+        ({"prompt": "x", "expected": "1", "schema": {}}, "'schema' means nothing to match 'contains', only to json_"),
+        ({"prompt": "x", "expected": "1", "match": "f1", "threshold": 1.5}, "threshold Input should be less than or"),
+        ({"prompt": "x", "match": "json_schema"}, "'schema' is needed by match 'json_schema'"),
+        ({"prompt": "x", "match": "json_schema", "schema": [1]}, "schema Input should be a valid dictionary"),
+        (
+            {"prompt": "x", "match": "json_schema", "schema": {"properties": 3}},
+            "'schema' is no JSON Schema: 3 is not of type 'object' at $.properties",
+        ),
+        ({"prompt": "x", "match": "json_schema", "schema": {"pattern": "("}}, "'schema' is no JSON Schema: '(' is not"),
+        (
+            {"prompt": "x", "match": "json_schema", "schema": {"$ref": "http://127.0.0.1:9/s.json"}},
+            "the schema cannot be applied: Unresolvable: http://127.0.0.1:9/s.json",
+        ),
+        (
+            {"prompt": "x", "match": "json_schema", "schema": {}, "expected": "red"},
+            "'expected' is no JSON, as match 'json_schema' needs it",
+        ),
+        (
+            {"prompt": "x", "match": "json_schema", "schema": {"type": "array"}, "expected": {"a": 1}},
+            "'expected' is not what 'schema' allows",
+        ),
+        *(
+            ({"prompt": "x", "expected": "y", "format": wrong}, 'format must be "json", "number", "one_line" or {"reg')
+            for wrong in ("xml", 3, ["json"], {}, {"regex": 3}, {"regex": "x", "flags": "i"})
+        ),
+        (
+            {"prompt": "x", "expected": "y", "format": {"regex": "("}},
+            "format 'regex' is no regular expression: missing )",
+        ),
+        *(
+            ({"prompt": "x", "expected": "y", "category": wrong}, "category must be 1 to 50 letters, digits, blanks")
+            for wrong in ("", " ", "a/b", "a.b", "a\nb", "x" * 51)
+        ),
+        ({"prompt": "x", "match": "python"}, "match 'python' needs --matcher FILE.py:FUNCTION"),
+        (
+            {"prompt": "x", "match": "judge"},
+            "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL",
+        ),
+        pytest.param("[" * 100_000, "no JSON: nested too deeply", id="deep"),
+        pytest.param('{"prompt": ' + "1" * 5000 + "}", "no JSON: Exceeds the limit", id="digits"),
+        ('{"prompt": "\\ud800", "expected": "x"}', r"no text: '\ud800' is half a character"),
     ],
 )
 def test_bad_line_is_named_with_number_and_reason(tmp_path: Path, line: str | dict[str, Any], reason: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        dataset.load(written(tmp_path, GOOD, "", line, GOOD))
-    heading, *problems = raised.value.message.splitlines()
+    error = raised_by(written(tmp_path, GOOD, "", line, GOOD))
+    heading, *problems = error.message.splitlines()
     assert heading == "my.jsonl has bad lines:"
     assert len(problems) == 1
     assert problems[0].startswith("  - line 3: ")
     assert reason in problems[0]
-    assert raised.value.fix == "Mend or remove these lines."
+    assert error.fix == "Mend or remove these lines."
 
 
 def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
@@ -120,8 +188,8 @@ def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
 
 
 def test_several_faults_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"line 1: prompt Input .*; expected Field required; max_tokens Input"):
-        dataset.load(written(tmp_path, {"prompt": 1, "max_tokens": 9999}))
+    with pytest.raises(UsageError, match=r"line 1: prompt Input .*; max_tokens Input"):
+        dataset.load(written(tmp_path, {"prompt": 1, "expected": "x", "max_tokens": 9999}))
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -144,35 +212,89 @@ def test_no_such_file(tmp_path: Path) -> None:
         dataset.load(tmp_path)
 
 
+def test_matchers_that_need_configuration(tmp_path: Path) -> None:
+    path = written(tmp_path, {"prompt": "x", "match": "python"}, {"prompt": "x", "match": "judge", "expected": "y"})
+    assert len(dataset.load(path, matcher="mine.py:score", judge=True).items) == 2
+    assert "line 1: match 'python'" in raised_by(path, judge=True).message
+    assert "line 2" not in raised_by(path, judge=True).message
+    assert "line 2: match 'judge'" in raised_by(path, matcher="mine.py:score").message
+
+
+def test_ids_are_unique(tmp_path: Path) -> None:
+    error = raised_by(written(tmp_path, {**GOOD, "id": "a"}, GOOD, {**GOOD, "id": "b"}, "{", {**GOOD, "id": "a"}))
+    assert error.message.splitlines()[1:] == [
+        "  - line 4: no JSON: Expecting property name enclosed in double quotes at column 2",
+        "  - line 5: id 'a' is that of line 1 already",
+    ]
+
+
+def test_line_number_that_is_the_id_of_another(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD, {**GOOD, "id": "1"}, GOOD, {**GOOD, "id": "line-3"}, {**GOOD, "id": "3"})
+    assert [i.id for i in dataset.load(path).items] == ["line-1", "1", "line-line-3", "line-3", "3"]
+
+
+@pytest.mark.parametrize("category", ["a", "x" * 50, "two words", "snake_case-2", "Länder", " padded "])
+def test_good_categories(category: str) -> None:
+    assert Item(prompt="?", expected="x", category=category).category == category.strip()
+
+
 @pytest.mark.parametrize(
-    ("match", "expected", "answer", "right"),
+    ("form", "answer", "valid"),
     [
-        ("contains", "Paris", "The capital is PARIS.", True),
-        ("contains", "straße", "Die STRASSE", True),
-        ("contains", "Paris", "Pari s", False),
-        ("exact", "Paris", " Paris\n", True),
-        ("exact", "Paris", "paris", False),
-        ("exact", "Paris", "Paris.", False),
-        ("regex", r"\b[Pp]aris\b", "in Paris, France", True),
-        ("regex", r"\bParis\b", "Parisian", False),
-        ("regex", r"^Paris$", "Paris, France", False),
-        ("numeric", "4", "2 + 2 = 4", True),
-        ("numeric", "4", "4.0", True),
-        ("numeric", "4", "4 is 2 + 2", False),  # the last number counts
-        ("numeric", "4", "four", False),
-        ("numeric", "1234567.5", "That makes 1,234,567.5 in all.", True),
-        ("numeric", "3", "1, 2, 3", True),
-        ("numeric", "-5", "It is -5 degrees.", True),
-        ("numeric", "5", "It is -5 degrees.", False),
-        ("numeric", "5", "Between 3-5.", True),
-        ("numeric", "4", "GPT-4", True),
-        ("numeric", "-4", "=-4", True),
-        ("numeric", "10", "It is 10.", True),
-        ("numeric", "1,000", "1000", True),
+        (None, "anything", None),
+        ("json", ' {"a": 1}\n', True),
+        ("json", "4", True),
+        ("json", '```json\n{"a": 1}\n```', False),
+        ("json", '{"a": NaN}', False),
+        ("json", "", False),
+        pytest.param("json", "[" * 100_000, False, id="deep"),
+        ("number", "4", True),
+        ("number", " -1,234.5.\n", True),
+        ("number", "10.", True),
+        ("number", "10..", False),
+        ("number", "1,23", False),
+        ("number", "2 + 2", False),
+        ("number", "It is 4.", False),
+        ("number", "", False),
+        ("one_line", "A sentence. And one more.\n", True),
+        ("one_line", "First.\nSecond.", False),
+        ("one_line", "First.\u2028Second.", False),
+        ("one_line", " \n", False),
+        ({"regex": "[A-D]"}, " B\n", True),
+        ({"regex": "[A-D]"}, "BC", False),
+        ({"regex": "[A-D]"}, "The answer is B", False),
+        pytest.param({"regex": "a*"}, "a" * 20_000, True, id="longest"),
+        pytest.param({"regex": "a*"}, "a" * 20_001, False, id="too long"),
     ],
 )
-def test_judging(match: str, expected: str, answer: str, right: bool) -> None:
-    assert item(expected, match).correct(answer) is right
+def test_format(form: Any, answer: str, valid: bool | None) -> None:
+    assert Item(prompt="?", expected="x", format=form).format_valid(answer) is valid
+
+
+def test_format_of_a_schema() -> None:
+    schema = {"type": "object", "required": ["a"]}
+    item = Item.model_validate({"prompt": "?", "match": "json_schema", "schema": schema, "expected": {"a": 1}})
+    assert item.format_valid('```json\n{"a": 2}\n```') is True, "it need not be right"
+    assert item.format_valid('{"b": 1}') is False
+    strict = item.model_copy(update={"format": "json"})
+    assert strict.format_valid('```json\n{"a": 1}\n```') is False
+    assert strict.format_valid('{"b": 1}') is True
+
+
+def test_subset_is_spread_over_the_categories() -> None:
+    names = "a1 a2 a3 a4 b1 b2 c1 a5"
+    items = [Item(prompt="?", expected="x", id=name, category=name[0]) for name in names.split()]
+
+    def chosen(count: int) -> str:
+        return " ".join(item.id or "" for item in dataset.subset(items, count))
+
+    assert chosen(3) == "a1 b1 c1"
+    assert chosen(2) == "a1 b1"
+    assert chosen(5) == "a1 a2 b1 b2 c1"
+    assert chosen(6) == "a1 a2 a3 b1 b2 c1"
+    assert chosen(8) == chosen(99) == names
+    assert chosen(0) == chosen(-1) == ""
+    assert chosen(5) == chosen(5)
 
 
 def test_packaged_set() -> None:
@@ -182,7 +304,13 @@ def test_packaged_set() -> None:
     assert len({i.id for i in found.items}) == 40
     assert len({i.conversation[-1]["content"] for i in found.items}) == 40
     assert min(Counter(i.category for i in found.items).values()) >= 4
-    assert not any(i.correct("") for i in found.items), "saying nothing is never right"
+    assert not any(matchers.judge(i, "").correct for i in found.items), "saying nothing is never right"
+    forms = {"Answer with the number only.": ("number", 8), "Answer in one sentence.": ("one_line", 16)}
+    for item in found.items:
+        asked = [want for text, want in forms.items() if (item.prompt or "").endswith(text)]
+        assert [(item.format, item.max_tokens)] == asked or (item.format is None and item.max_tokens in (16, 24))
+    small = dataset.subset(found.items, 10)
+    assert set(Counter(i.category for i in small).values()) == {2}
 
 
 def test_default_text_is_the_same_in_each_process() -> None:

@@ -1,0 +1,325 @@
+"""Is an answer right? One function a matcher; :func:`judge` picks the one that the item asks for.
+
+A matcher says right or wrong, or a degree between them. What cannot be judged is unscored, with the reason, and never
+counts as wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import json
+import re
+import string
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from slmops.errors import UsageError
+from slmops.models import Frozen
+
+if TYPE_CHECKING:
+    from slmops.evaluation.dataset import Item
+    from slmops.settings import Settings
+
+THRESHOLD = 0.5
+"""Score from which an answer counts as right, where the item names no other."""
+
+LONGEST = 20_000
+"""Characters of an answer that a regular expression is shown."""
+
+MODULE = "_slmops_matcher"
+
+Function = Callable[[str, str], Any]
+
+
+class Judgement(Frozen):
+    """What a matcher says of one answer."""
+
+    score: float | None = Field(None, ge=0, le=1, description="None: it could not be judged.")
+    correct: bool | None = None
+    reason: str | None = Field(None, description="Why it could not be judged.")
+
+    @classmethod
+    def of(cls, correct: bool) -> Judgement:
+        """Right or wrong, as matchers say that know no degrees."""
+        return cls(score=float(correct), correct=correct)
+
+    @classmethod
+    def graded(cls, score: float, threshold: float | None) -> Judgement:
+        """A degree from 0 to 1, right from the threshold on."""
+        return cls(score=score, correct=score >= (THRESHOLD if threshold is None else threshold))
+
+    @classmethod
+    def unscored(cls, reason: str) -> Judgement:
+        """It could not be judged."""
+        return cls(reason=reason)
+
+
+def judge(item: Item, answer: str, function: Function | None = None, settings: Settings | None = None) -> Judgement:
+    """Judge an answer as its item asks.
+
+    Args:
+        item: With the expected answer and the name of the matcher.
+        answer: The model's text.
+        function: The user's own, from :func:`load_function`, for items with match ``python``.
+        settings: Where the judging model is, for items with match ``judge``; from the environment by default.
+    """
+    expected = item.expected
+    match item.match:
+        case "contains":
+            return Judgement.of(contains(expected, answer))
+        case "exact":
+            return Judgement.of(exact(expected, answer))
+        case "regex":
+            return Judgement.of(regex(expected, answer))
+        case "numeric":
+            return Judgement.of(numeric(expected, answer, item.tolerance or 0.0))
+        case "json_schema":
+            return json_schema(item.json_schema or {}, expected, answer)
+        case "rouge_l":
+            return Judgement.graded(rouge_l(expected, answer), item.threshold)
+        case "f1":
+            return Judgement.graded(f1(expected, answer), item.threshold)
+        case "python":
+            if function is None:
+                return Judgement.unscored("no function was given")
+            return python(function, expected, answer, item.threshold)
+        case "judge":
+            from slmops.evaluation.judge import score
+            from slmops.settings import Settings
+
+            return score(item, answer, settings or Settings())
+
+
+def contains(expected: str, answer: str) -> bool:
+    """The answer holds the expected text; case does not count."""
+    return expected.casefold() in answer.casefold()
+
+
+def exact(expected: str, answer: str) -> bool:
+    """The answer is the expected text, but for outer blanks."""
+    return expected.strip() == answer.strip()
+
+
+def regex(expected: str, answer: str) -> bool:
+    """The expression is found anywhere in the first 20,000 characters of the answer.
+
+    The limit bounds expressions whose time grows with a power of the length. One with nested repeats, as ``(a+)+$``,
+    can still take for ever on some dozen characters: Python's ``re`` knows no timeout, and such an expression is the
+    author's to mend.
+    """
+    return re.search(expected, answer[:LONGEST]) is not None
+
+
+def full_regex(expression: str, answer: str) -> bool:
+    """The expression matches the whole answer, outer blanks aside; longer than 20,000 characters it does not."""
+    text = answer.strip()
+    return len(text) <= LONGEST and re.fullmatch(expression, text) is not None
+
+
+def number(text: str) -> Decimal | None:
+    """The last number of a text: an answer may repeat the numbers of its question first."""
+    # A hyphen behind a letter or digit is no sign: GPT-4, 3-5.
+    found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    return Decimal(found[-1]) if found else None
+
+
+def is_number(text: str) -> bool:
+    """The whole text is one number, as -1,234.5; outer blanks and a final period are allowed."""
+    return re.fullmatch(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?\.?", text.strip()) is not None
+
+
+def numeric(expected: str, answer: str, tolerance: float = 0.0) -> bool:
+    """The last number of the answer is within ``tolerance`` (absolute) of the expected one.
+
+    In decimals, since 1.1 - 1.0 > 0.1 in binary floating point.
+    """
+    wanted, found = number(expected), number(answer)
+    return wanted is not None and found is not None and abs(found - wanted) <= Decimal(repr(tolerance))
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON, without Python's NaN and Infinity.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_json(text: str) -> bool:
+    """The whole text is one JSON document; a code fence makes it none."""
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
+
+
+def document(answer: str) -> Any:
+    """The JSON document that an answer is, or that its first code fence holds.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return parse_json(answer)
+    except ValueError:
+        for language, content in re.findall(r"```(\w*)(.*?)(?:```|\Z)", answer, re.DOTALL):
+            if language.lower() in ("", "json"):
+                return parse_json(content)
+        raise
+
+
+def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement:
+    """The answer is a JSON document, fenced or not, that validates, and that equals ``expected`` where this is given.
+
+    Equal as JSON Schema's ``const`` has it: the order of keys does not count, 1 is 1.0 and not true.
+    """
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    try:
+        found = document(answer)
+    except ValueError:
+        return Judgement.of(False)
+    try:
+        # An empty registry, so that no $ref makes it fetch anything from the network.
+        valid = _validator(schema)(schema, registry=Registry()).is_valid(found)
+        same = not expected or _validator({})({"const": parse_json(expected)}).is_valid(found)
+    except (Unresolvable, RecursionError, re.error, ArithmeticError) as error:
+        return Judgement.unscored(f"the schema cannot be applied: {error}")
+    return Judgement.of(bool(valid and same))
+
+
+def schema_problem(schema: dict[str, Any]) -> str | None:
+    """What makes ``schema`` no JSON Schema, or None."""
+    from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
+
+    try:
+        _validator(schema).check_schema(schema)
+    except SchemaError as error:
+        return f"{error.message} at {error.json_path}"
+    except RecursionError:
+        return "nested too deeply"
+    return None
+
+
+def rouge_l(expected: str, answer: str) -> float:
+    """F-measure of the longest common subsequence of words (Lin 2004, ROUGE), without stemming.
+
+    As Google's ``rouge_score`` counts it: words are runs of a-z and 0-9, so texts in other scripts have none.
+    """
+    return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
+
+
+def squad_words(text: str) -> list[str]:
+    """Words as SQuAD's evaluation script has them: lower case, without ASCII punctuation and a, an, the."""
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def f1(expected: str, answer: str) -> float:
+    """F1 of the bags of words (Rajpurkar et al. 2016, SQuAD, section 6.1): 2PR / (P + R)."""
+    wanted, found = Counter(squad_words(expected)), Counter(squad_words(answer))
+    shared = (wanted & found).total()
+    return 2 * shared / (wanted.total() + found.total()) if shared else 0.0
+
+
+def python(function: Function, expected: str, answer: str, threshold: float | None = None) -> Judgement:
+    """What the user's function says; if it raises or says nonsense, unscored. It never ends the run."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for data
+            said = function(expected, answer)
+        if not isinstance(said, bool | int | float) and hasattr(said, "item"):
+            said = said.item()  # NumPy's scalars
+        if isinstance(said, bool):
+            return Judgement.of(said)
+        if isinstance(said, int | float) and 0 <= said <= 1:
+            return Judgement.graded(float(said), threshold)
+        return Judgement.unscored(f"the function returned {said!r:.50}, which is no bool and no number from 0 to 1")
+    except (Exception, SystemExit) as error:
+        file = getattr(getattr(function, "__code__", None), "co_filename", "")
+        return Judgement.unscored(f"the function raised {_described(error, file)}")
+
+
+def load_function(spec: str) -> Function:
+    """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer).
+
+    This runs the file. Its code is the user's own and named on the command line: an evaluation set alone can ask for
+    the function and never say which, so a set from elsewhere runs no code.
+
+    Raises:
+        UsageError: No such file or function, the file does not import, or the function takes other arguments.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    fix = "Give FILE.py:FUNCTION, a function of (expected, answer) that returns a bool or a number from 0 to 1."
+    if not path.is_file():
+        raise UsageError(f"There is no file {file or spec} for the matcher.", fix)
+    found = importlib.util.spec_from_file_location(MODULE, path)
+    if found is None or found.loader is None:
+        raise UsageError(f"The matcher's file {file} is no Python file.", fix)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[MODULE] = module  # dataclasses look themselves up there
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[MODULE]
+        raise UsageError(f"The matcher's file {file} does not import: {_described(error, str(path))}", fix) from None
+    function = getattr(module, name, None)
+    if function is None:
+        raise UsageError(f"The matcher's file {file} has no function {name}.", fix)
+    if not callable(function):
+        raise UsageError(f"{name} in the matcher's file {file} is no function: {type(function).__name__}.", fix)
+    with contextlib.suppress(ValueError):  # some built-ins have no signature
+        try:
+            inspect.signature(function).bind("expected", "answer")
+        except TypeError as error:
+            raise UsageError(f"{name} in {file} cannot be called with (expected, answer): {error}.", fix) from None
+    checked: Function = function
+    return checked
+
+
+def _described(error: BaseException, file: str) -> str:
+    """An error of the user's code with the line of the user's file that it comes from."""
+    # Not str(error), which may itself raise.
+    said = traceback.format_exception_only(error)[0].strip().removeprefix(f"{MODULE}.")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError):
+        said = f"{type(error).__name__}: {error.msg}"
+        lines += [error.lineno] if error.filename == file else []
+    return said + (f" in line {lines[-1]}" if lines else "")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+@functools.cache
+def _rouge() -> Any:
+    # The import takes seconds.
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+
+    return RougeScorer(["rougeL"])
+
+
+def _validator(schema: dict[str, Any]) -> Any:
+    """The class for the draft that the schema names, the latest if it names none."""
+    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    from jsonschema.validators import validator_for  # type: ignore[import-untyped]
+
+    return validator_for(schema, default=Draft202012Validator)

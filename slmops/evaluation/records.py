@@ -1,0 +1,91 @@
+"""The lines of an evaluation set as the objects that they hold, from JSONL or CSV; what they mean is not looked at."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from slmops.errors import UsageError
+from slmops.evaluation.matchers import parse_json
+
+COLUMNS = (
+    *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
+    *("messages", "schema"),
+)
+"""Of a CSV file; the last two hold JSON."""
+
+
+def of_jsonl(text: str) -> Iterator[tuple[int, Any]]:
+    """Number and object of each line; of a bad line its number and the error."""
+    # Not splitlines(): that also splits at characters which a JSON string may hold, as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(line)
+
+
+def of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """Number of the line that it begins in and filled cells of each row; of a bad row its number and the error.
+
+    Raises:
+        UsageError: The header is bad.
+    """
+    # Strict: a quote that is never closed would take the rest of the file for one cell.
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # Where the next row begins is anyone's guess now.
+            yield number, ValueError(f"no CSV from here on: {error}")
+            return
+        if not any(cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            _check_header(header, name)
+        elif len(cells) != len(header):
+            yield number, ValueError(f"{len(cells)} cells, but the header has {len(header)}")
+        else:
+            yield number, _typed({column: cell for column, cell in zip(header, cells, strict=True) if cell})
+
+
+def _check_header(header: list[str], name: str) -> None:
+    accepted = f"Columns are {', '.join(COLUMNS)}; the first line names them, separated by commas."
+    for column in header:
+        if column not in COLUMNS:
+            raise UsageError(f"{name} has an unknown column '{column}'.", accepted)
+    if twice := [column for column, count in Counter(header).items() if count > 1]:
+        raise UsageError(f"{name} has the column '{twice[0]}' twice.", accepted)
+
+
+def _typed(cells: dict[str, str]) -> Any:
+    """A row as the object that a JSON line would hold, or the error."""
+    row: dict[str, Any] = dict(cells)
+    for column in ("messages", "schema", "format"):
+        if column in cells and (column != "format" or cells[column].lstrip().startswith("{")):
+            row[column] = _parsed(cells[column])
+            if isinstance(row[column], ValueError):
+                return ValueError(f"{column} {row[column]}")
+    return row
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value, or the error."""
+    try:
+        value = parse_json(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        return ValueError(f"no JSON: {error.msg} at column {error.colno}")
+    except UnicodeEncodeError as error:
+        return ValueError(f"no text: {error.object[error.start]!r} is half a character")
+    except ValueError as error:
+        return ValueError(f"no JSON: {error}")

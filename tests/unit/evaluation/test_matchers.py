@@ -1,0 +1,340 @@
+"""Matchers: what is right, what is wrong, and what cannot be judged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slmops.errors import UsageError
+from slmops.evaluation import matchers
+from slmops.evaluation.dataset import Item
+from slmops.evaluation.matchers import Judgement
+from slmops.settings import Settings
+
+
+def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
+    item = Item.model_validate({"prompt": "?", "match": match, "expected": expected, **options})
+    return matchers.judge(item, answer)
+
+
+@pytest.mark.parametrize(
+    ("match", "expected", "answer", "right"),
+    [
+        ("contains", "Paris", "The capital is PARIS.", True),
+        ("contains", "straße", "Die STRASSE", True),
+        ("contains", "Paris", "Pari s", False),
+        ("contains", "Paris", "", False),
+        ("exact", "Paris", " Paris\n", True),
+        ("exact", "Paris", "paris", False),
+        ("exact", "Paris", "Paris.", False),
+        ("regex", r"\b[Pp]aris\b", "in Paris, France", True),
+        ("regex", r"\bParis\b", "Parisian", False),
+        ("regex", r"^Paris$", "Paris, France", False),
+        ("regex", ".*", "", True),
+        pytest.param("regex", "b", "a" * 19_999 + "b", True, id="in the last character that counts"),
+        pytest.param("regex", "b", "a" * 20_000 + "b", False, id="behind it"),
+        ("numeric", "4", "2 + 2 = 4", True),
+        ("numeric", "4", "4.0", True),
+        ("numeric", "4", "4 is 2 + 2", False),  # the last number counts
+        ("numeric", "4", "four", False),
+        ("numeric", "4", "", False),
+        ("numeric", "1234567.5", "That makes 1,234,567.5 in all.", True),
+        ("numeric", "3", "1, 2, 3", True),
+        ("numeric", "-5", "It is -5 degrees.", True),
+        ("numeric", "5", "It is -5 degrees.", False),
+        ("numeric", "5", "Between 3-5.", True),
+        ("numeric", "4", "GPT-4", True),
+        ("numeric", "-4", "=-4", True),
+        ("numeric", "10", "It is 10.", True),
+        ("numeric", "1,000", "1000", True),
+        ("numeric", "9007199254740993", "9007199254740992", False),  # equal in binary floating point
+        pytest.param("numeric", "4", "1" * 10_000, False, id="many digits"),
+    ],
+)
+def test_right_or_wrong(match: str, expected: str, answer: str, right: bool) -> None:
+    assert judged(match, expected, answer) == Judgement(score=float(right), correct=right)
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "tolerance", "right"),
+    [
+        ("1", "1.1", 0.1, True),  # 0.10000000000000009 in binary floating point
+        ("1", "0.9", 0.1, True),
+        ("1", "1.1000001", 0.1, False),
+        ("3.14159", "Pi is about 3.14.", 0.01, True),
+        ("-5", "5", 1, False),
+        ("1000", "1,005", 5, True),
+        ("0.0000001", "0.0000002", 1e-7, True),
+        ("5", "none", 100, False),
+    ],
+)
+def test_tolerance(expected: str, answer: str, tolerance: float, right: bool) -> None:
+    assert judged("numeric", expected, answer, tolerance=tolerance).correct is right
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ('{"name": "Ada", "age": 36}', "", True),
+        (' \n{"name": "Ada"}\n', "", True),
+        ('```json\n{"name": "Ada"}\n```', "", True),
+        ('```JSON\n{"name": "Ada"}\n```', "", True),
+        ('```\n{"name": "Ada"}\n```', "", True),
+        ('```{"name": "Ada"}```', "", True),
+        ('Here you are:\n```json\n{"name": "Ada"}\n```\nAnything else?', "", True),
+        ('```json\n{"name": "Ada"}', "", True),
+        ('```python\nprint()\n```\n```json\n{"name": "Ada"}\n```', "", True),
+        ('{"name": "``` Ada ```"}', "", True),
+        ('{"name": 3}', "", False),
+        ('{"age": 3}', "", False),
+        ('{"name": "Ada", "x": 1}', "", False),
+        ('{"name": "Ada"', "", False),
+        ("{'name': 'Ada'}", "", False),
+        ('The answer is {"name": "Ada"}', "", False),
+        ("", "", False),
+        ("```json\n```", "", False),
+        ('{"name": "Ada", "age": NaN}', "", False),
+        pytest.param("[" * 100_000, "", False, id="deep"),
+        ('{"age": 36, "name": "Ada"}', '{"name": "Ada", "age": 36}', True),
+        ('{"name": "Ada", "age": 36.0}', '{"name": "Ada", "age": 36}', True),
+        ('{"name": "Eve", "age": 36}', '{"name": "Ada", "age": 36}', False),
+        ('{"name": "Ada"}', '{"name": "Ada", "age": 36}', False),
+    ],
+)
+def test_json_schema(answer: str, expected: str, right: bool) -> None:
+    assert judged("json_schema", expected, answer, schema=PERSON) == Judgement(score=float(right), correct=right)
+
+
+def test_json_true_is_not_one() -> None:
+    assert judged("json_schema", "[1]", "[true]", schema={}).correct is False
+    assert judged("json_schema", "[1]", "[1.0]", schema={}).correct is True
+
+
+def test_schema_of_an_older_draft() -> None:
+    tuple_of_draft_7 = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}]}
+    assert judged("json_schema", "", '["a"]', schema=tuple_of_draft_7).correct is True
+    assert judged("json_schema", "", "[1]", schema=tuple_of_draft_7).correct is False
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, '{"a": 1}'),
+        ({"properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}}, '{"a": 1}'),
+        ({"items": {"$ref": "#/items"}}, "[1]"),
+    ],
+)
+def test_schema_that_cannot_be_applied(schema: dict[str, Any], answer: str) -> None:
+    found = judged("json_schema", "", answer, schema=schema)
+    assert (found.score, found.correct) == (None, None)
+    assert (found.reason or "").startswith("the schema cannot be applied: ")
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "score"),
+    [
+        ("the cat sat", "The cat sat.", 1.0),
+        ("the cat sat", "the cat sat down", 2 * (3 / 4) / (3 / 4 + 1)),
+        ("a b c d", "d c b a", 1 / 4),  # in order: one word
+        ("the cat sat", "a dog ran", 0.0),
+        ("the cat sat", "", 0.0),
+        ("the cat sat", "кот", 0.0),
+    ],
+)
+def test_rouge_l(expected: str, answer: str, score: float) -> None:
+    found = judged("rouge_l", expected, answer)
+    assert found.score == pytest.approx(score)
+    assert found.correct is (score >= 0.5)
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "score"),
+    [
+        ("The Eiffel Tower", "eiffel tower!", 1.0),  # articles, case and punctuation do not count
+        ("a b c d", "d c b", 1.0),  # in any order, and `a` is an article
+        ("Eiffel Tower", "the tall tower", 2 * 1 / (2 + 2)),
+        ("b b c", "b", 2 * 1 / (1 + 3)),  # each word as often as it is there
+        ("Eiffel Tower", "Big Ben", 0.0),
+        ("Eiffel Tower", "", 0.0),
+        ("Eiffel Tower", "the", 0.0),
+        ("Зимний дворец", "зимний дворец", 1.0),
+        ("theatre", "atre", 0.0),  # only whole articles
+    ],
+)
+def test_f1(expected: str, answer: str, score: float) -> None:
+    found = judged("f1", expected, answer)
+    assert found.score == pytest.approx(score)
+    assert found.correct is (score >= 0.5)
+
+
+@pytest.mark.parametrize("match", ["rouge_l", "f1"])
+@pytest.mark.parametrize(("threshold", "right"), [(0.0, True), (0.6, True), (0.9, False), (1.0, False)])
+def test_threshold(match: str, threshold: float, right: bool) -> None:
+    found = judged(match, "red green blue", "red green", threshold=threshold)
+    assert found.score == pytest.approx(0.8)
+    assert found.correct is right
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.1, float("nan")])
+def test_score_is_from_0_to_1(score: float) -> None:
+    with pytest.raises(ValidationError):
+        Judgement(score=score, correct=True)
+
+
+def written(folder: Path, code: str) -> str:
+    path = folder / "mine.py"
+    path.write_text(textwrap.dedent(code), encoding="utf-8")
+    return f"{path}:score"
+
+
+def by_python(folder: Path, code: str, **options: Any) -> Judgement:
+    item = Item(prompt="?", expected="Paris", match="python", **options)
+    return matchers.judge(item, "Rome", matchers.load_function(written(folder, code)))
+
+
+@pytest.mark.parametrize(
+    ("result", "judgement"),
+    [
+        ("True", Judgement(score=1, correct=True)),
+        ("expected == answer", Judgement(score=0, correct=False)),
+        ("expected == 'Paris' and answer == 'Rome'", Judgement(score=1, correct=True)),
+        ("0.75", Judgement(score=0.75, correct=True)),
+        ("0.25", Judgement(score=0.25, correct=False)),
+        ("1", Judgement(score=1, correct=True)),
+        ("0", Judgement(score=0, correct=False)),
+        ("__import__('numpy').bool_(True)", Judgement(score=1, correct=True)),
+        ("__import__('numpy').float32(0.25)", Judgement(score=0.25, correct=False)),
+    ],
+)
+def test_python(tmp_path: Path, result: str, judgement: Judgement) -> None:
+    assert by_python(tmp_path, f"def score(expected, answer):\n    return {result}\n") == judgement
+
+
+def test_python_with_a_threshold(tmp_path: Path) -> None:
+    assert by_python(tmp_path, "def score(expected, answer): return 0.75", threshold=0.8).correct is False
+
+
+def test_python_file_with_a_dataclass_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = """
+        from __future__ import annotations
+        from dataclasses import dataclass
+        print("loaded")
+
+        @dataclass
+        class Scorer:
+            least: int
+
+            def __call__(self, expected: str, answer: str) -> bool:
+                print("called")
+                return len(answer) >= self.least
+
+        score = Scorer(3)
+    """
+    assert by_python(tmp_path, code).correct is True
+    assert capsys.readouterr() == ("", "loaded\ncalled\n"), "standard output is for data"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ValueError('no such city')", "the function raised ValueError: no such city in line 3"),
+        ("return {}[answer]", "the function raised KeyError: 'Rome' in line 3"),
+        ("return int(answer)", "the function raised ValueError: invalid literal for int() with base 10: 'Rome' in"),
+        ("import json; return json.loads(answer)", "Expecting value: line 1 column 1 (char 0) in line 3"),
+        ("return eval('1 +')", "the function raised SyntaxError: invalid syntax in line 3"),
+        ("raise SystemExit(3)", "the function raised SystemExit: 3 in line 3"),
+        ("return score(expected, answer)", "the function raised RecursionError: maximum recursion depth exceeded"),
+        ("return None", "the function returned None, which is no bool and no number from 0 to 1"),
+        ("return 'yes'", "the function returned 'yes', which"),
+        ("return 1.5", "the function returned 1.5, which"),
+        ("return -1", "the function returned -1, which"),
+        ("return float('nan')", "the function returned nan, which"),
+        ("return [1] * 99", "the function returned [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, which"),
+        ("return 10 ** 5000", "the function raised ValueError: Exceeds the limit"),
+    ],
+)
+def test_python_that_fails_is_unscored(tmp_path: Path, body: str, reason: str) -> None:
+    found = by_python(tmp_path, f"import sys\ndef score(expected, answer):\n    {body}\n")
+    assert (found.score, found.correct) == (None, None)
+    assert reason in (found.reason or "")
+
+
+def test_python_error_that_cannot_be_told(tmp_path: Path) -> None:
+    code = """
+        class Odd(Exception):
+            def __str__(self):
+                raise RuntimeError
+
+        def score(expected, answer):
+            raise Odd
+    """
+    assert by_python(tmp_path, code).reason == "the function raised Odd: <exception str() failed> in line 7"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def score(expected, answer)\n    pass\n", "does not import: SyntaxError: expected ':' in line 1"),
+        ("x = 1\nimport no_such_module\n", "does not import: ModuleNotFoundError: No module named 'no_such_mod"),
+        ("x = 1\n\ny = 1 / 0\n", "does not import: ZeroDivisionError: division by zero in line 3"),
+        ("import json\njson.loads('')\n", "(char 0) in line 2"),
+        ("import sys\nsys.exit('bye')\n", "does not import: SystemExit: bye in line 2"),
+        ("def scores(expected, answer): pass\n", "has no function score."),
+        ("score = 3\n", "is no function: int."),
+        ("def score(answer): pass\n", "cannot be called with (expected, answer): too many positional arguments."),
+        ("def score(a, b, c): pass\n", "cannot be called with (expected, answer): missing a required argument: 'c'."),
+    ],
+)
+def test_file_that_cannot_be_used(tmp_path: Path, code: str, said: str) -> None:
+    spec = written(tmp_path, code)
+    with pytest.raises(UsageError) as raised:
+        matchers.load_function(spec)
+    assert said in raised.value.message
+    assert spec.rpartition(":")[0] in raised.value.message
+    assert (raised.value.fix or "").startswith("Give FILE.py:FUNCTION")
+
+
+@pytest.mark.parametrize("spec", ["none.py:score", "none.py", ":score", "."])
+def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="There is no file"):
+        matchers.load_function(spec)
+
+
+def test_not_a_python_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("def score(expected, answer): return True\n")
+    with pytest.raises(UsageError, match="is no Python file"):
+        matchers.load_function(f"{tmp_path / 'mine.txt'}:score")
+
+
+def test_without_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert judged("python", "x", "x").reason == "no function was given"
+    monkeypatch.delenv("SLMOPS_JUDGE_URL", raising=False)
+    for given in (None, Settings()):
+        found = matchers.judge(Item(prompt="?", match="judge"), "x", settings=given)
+        assert found.correct is None
+        assert found.reason == ("match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL")
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    program = (
+        "import sys; from slmops.evaluation import dataset, judge, matchers; dataset.load(None); "
+        "print({'rouge_score', 'jsonschema', 'httpx', 'numpy', 'scipy', 'nltk'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

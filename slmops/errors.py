@@ -10,7 +10,8 @@
         ├── ConversionError
         ├── RegistrationError
         ├── EvaluationError
-        └── TrackingError
+        ├── TrackingError
+        └── GateError         exit 3   the work is done, and what was measured is not good enough
 
 Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
 """
@@ -88,6 +89,12 @@ class TrackingError(WorkError):
     """MLflow did not take what was logged."""
 
 
+class GateError(WorkError):
+    """The work is done, and nothing of what was measured is good enough."""
+
+    exit_code = 3
+
+
 BY_NAME: dict[str, type[SlmopsError]] = {
     cls.__name__: cls
     for cls in (
@@ -102,5 +109,6 @@ BY_NAME: dict[str, type[SlmopsError]] = {
         RegistrationError,
         EvaluationError,
         TrackingError,
+        GateError,
     )
 }

@@ -88,22 +88,27 @@ class Job(BaseModel):
     evaluation_set: Path | None = Field(
         None,
         title="Evaluation set",
-        description="JSONL of questions and expected answers; general knowledge by default.",
+        description="JSONL or CSV of questions and expected answers; general knowledge by default.",
     )
     perplexity_text: Path | None = Field(
         None, title="Perplexity text", description="UTF-8 text; Python's language reference by default."
     )
-    max_perplexity_ratio: float = Field(
-        1.10,
-        gt=1,
-        title="Perplexity limit",
-        description="Satisfactory: perplexity at most so many times the baseline's.",
+    matcher: str | None = Field(
+        None,
+        title="Matcher",
+        description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
+        pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$",
     )
-    max_accuracy_drop: float = Field(
-        0.10,
-        ge=0,
-        le=1,
-        title="Accuracy limit",
-        description="Satisfactory: accuracy at most so much below the baseline's.",
+    policy: Path | None = Field(
+        None, title="Policy", description="Gates and objective of the choice (TOML or YAML); see slmops/policy.toml."
+    )
+    prompt_lengths: list[Annotated[int, Field(ge=16)]] = Field(
+        default=[32, 128, 512, 1024],
+        min_length=1,
+        title="Prompt lengths",
+        description="Prompt tokens at which speed is measured; those that the context has no room for are left out.",
+    )
+    output_lengths: list[Annotated[int, Field(ge=2, le=4096)]] = Field(
+        default=[16], min_length=1, title="Output lengths", description="Tokens to generate for each prompt length."
     )
     quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")

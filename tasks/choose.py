@@ -1,16 +1,18 @@
-"""Take one."""
+"""Apply the policy and take one."""
 
 from __future__ import annotations
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops.job import Job
-from slmops.models import Choice, VariantResult
-from slmops.selection import choose
+from slmops import selection
+from slmops.models import Choice, Measurement, VariantResult
+from slmops.policy import Policy
 
 
 @task(name="choose", task_run_name="choose", cache_policy=NO_CACHE)
-def choose_variant(results: list[VariantResult], job: Job) -> Choice:
-    """The choice and its reason."""
-    return choose(results, job)
+def choose_variant(
+    results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None
+) -> tuple[Choice, list[VariantResult]]:
+    """The choice with its reason, and the variants with their gates."""
+    return selection.choose(results, policy, champion)

@@ -10,10 +10,15 @@ from slmops.conversion import store
 from slmops.files import write_atomic
 from slmops.models import (
     MANIFEST,
+    Answer,
+    CaseOutcome,
     Checkpoint,
     Choice,
     Comparison,
+    CurvePoint,
+    Evaluation,
     Hardware,
+    Measurement,
     Recipe,
     Variant,
     VariantFile,
@@ -81,20 +86,48 @@ def write_variant(folder: Path, name: str = "int4", contents: dict[str, str] | N
     return made
 
 
-def result(name: str, size_mb: float, perplexity_ratio: float = 1.0, accuracy: float = 0.5) -> VariantResult:
-    """A measured variant beside a baseline of 600 MB with perplexity 10."""
-    metrics = {
-        "size_mb": size_mb,
-        "size_ratio": size_mb / 600,
-        "bits_per_weight": size_mb / 20,
-        "ttft_ms_p50": 123.4,
-        "decode_tok_s": 45.67,
-        "memory_peak_mb": 2 * size_mb,
-        "perplexity": 10 * perplexity_ratio,
-        "perplexity_ratio": perplexity_ratio,
-        "accuracy": accuracy,
+def result(
+    name: str,
+    size_mb: float,
+    perplexity_ratio: float = 1.0,
+    accuracy: float = 0.5,
+    *,
+    spread: float = 0.0,
+    changes: dict[str, Measurement | None] | None = None,
+) -> VariantResult:
+    """A measured variant beside a baseline of 600 MB with perplexity 10 and accuracy 0.5.
+
+    Args:
+        name: The variant's.
+        size_mb: Its size.
+        perplexity_ratio: To the baseline.
+        accuracy: Of 40 answers.
+        spread: Half-width of the intervals of the sampled figures; 0: all are exact.
+        changes: Measurements to add or replace; None: to leave out.
+    """
+
+    def sampled(value: float, unit: str, samples: int, width: float = spread) -> Measurement:
+        return Measurement(value=value, unit=unit, samples=samples, low=value - width, high=value + width)
+
+    measurements: dict[str, Measurement | None] = {
+        "size_mb": Measurement.exact(size_mb, "MB"),
+        "size_ratio": Measurement.exact(size_mb / 600, "1"),
+        "bits_per_weight": Measurement.exact(size_mb / 20, "bits"),
+        "ttft_ms_p50": sampled(123.4, "ms", 20),
+        "decode_tok_s": sampled(45.67, "tokens/s", 20, 20 * spread),
+        "decode_consistency": Measurement.exact(0.9, "1"),
+        "memory_peak_mb": Measurement.exact(2 * size_mb, "MB"),
+        "perplexity": sampled(10 * perplexity_ratio, "1", 3072, 10 * spread),
+        "perplexity_ratio": sampled(perplexity_ratio, "1", 3072),
+        "kl_mean": sampled(abs(perplexity_ratio - 1) / 2, "nats", 3072, spread / 10),
+        "accuracy": sampled(accuracy, "1", 40),
+        "accuracy_drop": sampled(0.5 - accuracy, "1", 40),
+        "edge_cases_passed": Measurement.exact(1.0, "1"),
+        **(changes or {}),
     }
-    return VariantResult(name=name, status="ok", metrics=metrics)
+    made = {metric: measurement for metric, measurement in measurements.items() if measurement is not None}
+    values = {metric: measurement.value for metric, measurement in made.items()}
+    return VariantResult(name=name, status="ok", metrics=values, measurements=made)
 
 
 def failed(name: str, reason: str) -> VariantResult:
@@ -105,3 +138,44 @@ def failed(name: str, reason: str) -> VariantResult:
 def comparison(*results: VariantResult, chosen: str | None = None, reason: str = "Because.") -> Comparison:
     """The result of a job."""
     return Comparison(model="tiny", run_id="run1", choice=Choice(variant=chosen, reason=reason), variants=results)
+
+
+def evaluation(changes: dict[str, Measurement | None] | None = None, **others: Any) -> Evaluation:
+    """What was measured of a variant, with each kind of figure, answer and edge case once.
+
+    Args:
+        changes: Measurements to add or replace; None: to leave out.
+        others: Any other field of an evaluation.
+    """
+    measured: dict[str, Measurement | None] = {
+        "size_mb": Measurement.exact(110.5, "MB"),
+        "ttft_ms_p50": Measurement(value=81.0, unit="ms", samples=12, low=78.5, high=84.0),
+        "load_s": Measurement(value=1.5, unit="s", note="indicative: 1 sample"),
+        "perplexity": Measurement(value=12.83, unit="1", samples=3072, low=12.1, high=13.6),
+        "accuracy": Measurement(value=0.5, unit="1", samples=2, low=0.1, high=0.9),
+        "accuracy.low": Measurement(value=0.5, unit="1", samples=2, low=0.1, high=0.9),  # a category may be called so
+        **(changes or {}),
+    }
+    same: dict[str, Any] = {"finish_reason": "stop", "seconds": 0.5, "completion_tokens": 3}
+    low: dict[str, Any] = {"category": "low", "prompt": "France?", "expected": "Paris", **same}
+    answers = (
+        Answer(id="1", answer="Paris, né 東京", correct=True, score=1.0, **low),
+        Answer(id="2", answer="", correct=False, format_valid=False, **low),
+        Answer(
+            id="free", category="style", prompt="Greet.", expected="", answer="Hi", correct=None, reason="?", **same
+        ),
+    )
+    values: dict[str, Any] = {
+        "measurements": {name: one for name, one in measured.items() if one is not None},
+        "answers": answers,
+        "cases": (CaseOutcome(id="empty", expected="refused", outcome="answered", passed=False, detail="It said Hi."),),
+        "curves": tuple(
+            CurvePoint(name=name, prompt_tokens=tokens, measurement=Measurement(value=tokens * factor, unit="ms"))
+            for name, factor in (("ttft_ms", 0.7), ("itl_ms", 0.1))
+            for tokens in (32, 128, 512)
+        ),
+        "samples": ({"prompt_tokens": 32, "first_s": 0.08},),
+        "evaluation_set_digest": "e" * 64,
+        "text_digest": "f" * 64,
+    }
+    return Evaluation(**{**values, **others})

@@ -93,7 +93,7 @@ WRONG = [
     ("run --model m --int4-block-size many", r"--int4-block-size: .*valid integer.*\(got 'many'\)"),
     ("run --model m --int4-block-size 8", r"--int4-block-size: .*greater than or equal to 16 \(got '8'\)"),
     ("run --model m --device npu", "--device: Input should be 'cpu' or 'gpu'"),
-    ("run --model m --max-perplexity-ratio 1", "--max-perplexity-ratio: Input should be greater than 1"),
+    ("run --model m --max-length 1", "--max-length: Input should be greater than or equal to 16"),
     ("run --model m --max-length 10 --top-p 3", r"--max-length: .*\n--top-p: "),
     ("run --model m --job nothing.yaml", r"The job file nothing\.yaml cannot be read: .*No such file"),
     ("run --model m --job", "--job requires an argument"),

@@ -32,8 +32,10 @@ DEFAULTS = {
     "repetition_penalty": None,
     "evaluation_set": None,
     "perplexity_text": None,
-    "max_perplexity_ratio": 1.1,
-    "max_accuracy_drop": 0.1,
+    "matcher": None,
+    "policy": None,
+    "prompt_lengths": [32, 128, 512, 1024],
+    "output_lengths": [16],
     "quick": False,
 }
 
@@ -65,8 +67,10 @@ def test_json_form_reads_back() -> None:
         ({"model": "m", "top_p": 0}, "top_p", "greater than 0"),
         ({"model": "m", "top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"model": "m", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
-        ({"model": "m", "max_perplexity_ratio": 1}, "max_perplexity_ratio", "greater than 1"),
-        ({"model": "m", "max_accuracy_drop": 1.5}, "max_accuracy_drop", "less than or equal to 1"),
+        ({"model": "m", "matcher": "mine.py"}, "matcher", "should match pattern"),
+        ({"model": "m", "prompt_lengths": []}, "prompt_lengths", "at least 1 item"),
+        ({"model": "m", "prompt_lengths": [15]}, "prompt_lengths", "greater than or equal to 16"),
+        ({"model": "m", "output_lengths": [1]}, "output_lengths", "greater than or equal to 2"),
     ],
 )
 def test_refused(asked: dict[str, Any], where: str, said: str) -> None:

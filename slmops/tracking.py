@@ -1,5 +1,7 @@
 """Everything that touches MLflow: one experiment a model, one parent run a job, one child run a variant.
 
+What the evaluation of a variant leaves there is in :mod:`slmops.tracking_evaluation`.
+
 Always through a client with explicit run ids: MLflow's active run is thread-local, and another thread that logs
 "to the active run" silently makes a new one.
 """
@@ -8,10 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,28 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, LoggedModelOutput, Metric, Param, Run
+from mlflow.entities import Experiment, LoggedModelInput, Param, Run
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
+from slmops import tracking_answers, tracking_evaluation, tracking_soak
 from slmops.errors import TrackingError, UsageError
-from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Evaluation, Hardware, Registration, Variant, VariantResult
+from slmops.job import BASELINE, Job
+from slmops.models import (
+    Checkpoint,
+    Comparison,
+    Evaluation,
+    Hardware,
+    Measurement,
+    Registration,
+    Variant,
+    VariantResult,
+)
 
 KIND = "slmops.kind"
 COMPARISON = "comparison.json"
+CHAMPION = "champion"
+"""Alias of the model version that is deployed."""
 MODEL_TYPE = "onnx-genai"
 # The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
 _EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
@@ -84,14 +97,15 @@ class Tracker:
         evaluation: Evaluation,
         logs: Path,
     ) -> str:
-        """Log a measured variant as a child run with a logged model, and check that every metric arrived.
+        """Log a measured variant as a child run with a logged model, and check that all of it arrived.
 
         Raises:
-            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+            TrackingError: MLflow cannot be reached, or something is missing afterwards.
         """
         with self._talking(), tempfile.TemporaryDirectory() as scratch:
             run_id = self._child(parent, variant.name)
-            self._params(run_id, {**_of_variant(variant), "foundry_id": registration.foundry_id})
+            digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
+            self._params(run_id, {**_of_variant(variant), **digests, "foundry_id": registration.foundry_id})
             logged = self._client.create_logged_model(
                 experiment_id=self._client.get_run(run_id).info.experiment_id,
                 name=f"{name}-{variant.name}",
@@ -100,23 +114,18 @@ class Tracker:
                 params={"recipe": variant.name, "key": variant.key, "foundry_id": registration.foundry_id},
                 tags={"slmops.path": str(registration.path), "slmops.checkpoint_digest": variant.checkpoint.digest},
             )
-            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            now = int(time.time() * 1000)
-            self._client.log_batch(
-                run_id,
-                metrics=[
-                    Metric(key, value, now, 0, model_id=logged.model_id) for key, value in evaluation.metrics.items()
-                ],
-            )
+            # As an input: runs that have models as outputs are not on MLflow's page "Evaluation runs".
+            self._client.log_inputs(run_id, models=[LoggedModelInput(logged.model_id)])
             folder = Path(scratch)
-            _collect(folder, variant, registration, evaluation, logs)
+            tracking_evaluation.collect(folder, variant, registration, evaluation, logs)
             self._client.log_artifacts(run_id, str(folder))
-            answers = [answer.model_dump() for answer in evaluation.answers]
-            self._client.log_table(run_id, {key: [a[key] for a in answers] for key in answers[0]}, "answers.json")
+            asked = self._client.get_run(parent).data.params
+            sources = {
+                tracking_evaluation.EVALUATION_SET: asked.get("job.evaluation_set", "general"),
+                tracking_evaluation.TEXT: asked.get("job.perplexity_text", "Python language reference"),
+            }
+            tracking_evaluation.log_evaluation(self._client, run_id, logged.model_id, evaluation, sources)
             self._client.finalize_logged_model(logged.model_id, "READY")
-            missing = set(evaluation.metrics) - set(self._client.get_run(run_id).data.metrics)
-            if missing:
-                raise TrackingError(f"MLflow lost {', '.join(sorted(missing))} of {variant.name}.")
             self._client.set_terminated(run_id, "FINISHED")
             return run_id
 
@@ -132,12 +141,13 @@ class Tracker:
             return run_id
 
     def finish_job(self, comparison: Comparison, report: str, note: str, *, failed: bool) -> None:
-        """Put the comparison and the choice into the parent run and close it."""
+        """Put the comparison, the gates and the choice into the parent run and close it."""
         with self._talking():
             run_id = comparison.run_id
+            tracking_evaluation.log_gates(self._client, comparison)
             self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON)
             self._client.log_text(run_id, report, "report.html")
-            self._client.set_tag(run_id, "mlflow.note.content", note)
+            self._client.set_tag(run_id, "mlflow.note.content", self._with_links(note, comparison))
             self._client.set_tag(run_id, "slmops.choice", comparison.choice.variant or "none")
             self._client.set_tag(run_id, "slmops.reason", comparison.choice.reason)
             self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
@@ -176,11 +186,35 @@ class Tracker:
             file = self._client.download_artifacts(runs[0].info.run_id, COMPARISON, scratch)
             return Comparison.model_validate_json(Path(file).read_text(encoding="utf-8"))
 
+    def champion(self, name: str) -> dict[str, Measurement] | None:
+        """What was measured of the deployed version of the registered model ``name``.
+
+        Returns:
+            None: nothing is deployed. Empty: something is that slmops did not measure, so gates that compare with it
+            find no figure rather than being skipped.
+        """
+        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+            try:
+                version = self._client.get_model_version_by_alias(name, CHAMPION)
+            except MlflowException as error:
+                # The first is said of an unknown model, the second of an unknown alias.
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+            files = self._client.list_artifacts(version.run_id) if version.run_id else []
+            if tracking_evaluation.MEASUREMENTS not in {file.path for file in files}:
+                return {}
+            file = self._client.download_artifacts(version.run_id, tracking_evaluation.MEASUREMENTS, scratch)
+            measured = json.loads(Path(file).read_text(encoding="utf-8"))
+            return {metric: Measurement.model_validate(figure) for metric, figure in measured.items()}
+
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
-        with self._talking():
-            experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+        return self._url(run_id, f"runs/{run_id}?")
+
+    def answers_url(self, run_id: str, other: str) -> str:
+        """The page with the answers of two variants' runs side by side."""
+        return self._url(run_id, f"evaluation-runs?selectedRunUuid={run_id}&compareToRunUuid={other}&")
 
     def download(self, uri: str, target: Path) -> Path:
         """Fetch an MLflow model or artifact URI into ``target``."""
@@ -188,6 +222,17 @@ class Tracker:
 
         with self._talking():
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(target), tracking_uri=self.uri))
+
+    def _url(self, run_id: str, page: str) -> str:
+        with self._talking():
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/{page}workflowType=machine_learning"
+
+    def _with_links(self, note: str, comparison: Comparison) -> str:
+        runs = {result.name: result.run_id for result in comparison.variants if result.status == "ok"}
+        baseline = runs.pop(BASELINE, None)
+        links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
+        return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
     def _experiment(self, name: str) -> Experiment:
         found = self._client.get_experiment_by_name(name)
@@ -202,13 +247,14 @@ class Tracker:
         return [found] if found is not None else []
 
     def _child(self, parent: str, recipe: str) -> str:
-        """A new child run; one that a failed attempt to log left behind is removed, and so is its logged model."""
+        """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
         experiment = self._client.get_run(parent).info.experiment_id
         query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`slmops.variant` = '{recipe}'"
         for run in self._client.search_runs([experiment], query):
             of_run = f"source_run_id = '{run.info.run_id}'"
             for model in self._client.search_logged_models([experiment], of_run):
                 self._client.delete_logged_model(model.model_id)
+            tracking_answers.delete(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
         run = self._client.create_run(
             experiment,
@@ -233,21 +279,15 @@ class Tracker:
                 "Is it running? `slmops status` tells, `slmops up` starts the local one.",
             ) from error
 
+    def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
+        """Log a soak as a run of the model's experiment; a failed attempt of the same flow run is replaced.
 
-def _collect(folder: Path, variant: Variant, registration: Registration, evaluation: Evaluation, logs: Path) -> None:
-    """Gather a variant's artifacts in a folder."""
-    for file in ("variant.json", "olive_config.json", "olive.log"):
-        shutil.copy(variant.path / file, folder)
-    for file in ("genai_config.json", "inference_model.json"):
-        shutil.copy(registration.path / file, folder)
-    sizes = {file.name: file.size for file in variant.files}
-    (folder / "file_sizes.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
-    (folder / "samples.json").write_text(json.dumps(evaluation.samples, indent=1), encoding="utf-8")
-    measured = {name: m.model_dump() for name, m in evaluation.measurements.items()}
-    (folder / "measurements.json").write_text(json.dumps(measured, indent=2), encoding="utf-8")
-    (folder / "logs").mkdir()
-    for log in logs.glob(f"{variant.name}.*.log"):
-        shutil.copy(log, folder / "logs")
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking():
+            tags = {KIND: "soak", "slmops.model": name, **tags}
+            return tracking_soak.log(self._client, self._experiment(name).experiment_id, tags, metrics, memory_mb)
 
 
 def _of_variant(variant: Variant) -> dict[str, Any]:
@@ -280,4 +320,5 @@ def as_result(variant: Variant, registration: Registration, evaluation: Evaluati
         foundry_id=registration.foundry_id,
         run_id=run_id,
         metrics=evaluation.metrics,
+        measurements=evaluation.measurements,
     )

@@ -11,22 +11,27 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from slmops.errors import TrackingError, UsageError
-from slmops.job import Job
-from slmops.models import Answer, Evaluation, Measurement, Registration, Variant
 from slmops.tracking import Tracker, as_result
 from tests import values
+from tests.tracked import Made, artifacts, children, read, start
 
 pytestmark = pytest.mark.integration
 
-METRICS = {"size_mb": 110.5, "perplexity": 12.83, "ttft_ms_p50": 81.0, "accuracy": 0.5}
-HARDWARE = values.variant(Path("/nowhere")).hardware
-JOB = Job(model="org/tiny", precision=["int4"], temperature=0.7)
+METRICS = {
+    **values.evaluation().metrics,
+    "intervals/accuracy.low": 0.1,
+    "intervals/accuracy.high": 0.9,
+    "intervals/ttft_ms_p50.low": 78.5,
+    "intervals/ttft_ms_p50.high": 84.0,
+    "curves/ttft_ms": 512 * 0.7,
+    "curves/itl_ms": 512 * 0.1,
+}
 ARTIFACTS = {
     "answers.json",
+    "edge_cases.json",
     "file_sizes.json",
     "genai_config.json",
     "inference_model.json",
@@ -65,60 +70,6 @@ def client(uri: str) -> MlflowClient:
 def name(request: pytest.FixtureRequest) -> str:
     """A model of each test's own."""
     return str(request.node.name).replace("_", "-").partition("[")[0]
-
-
-class Made:
-    """A variant, registered and measured, as files and values."""
-
-    def __init__(self, folder: Path, name: str = "int4", **metrics: float) -> None:
-        self.variant: Variant = values.write_variant(folder / "variants" / name, name)
-        deployed = folder / "foundry" / name
-        deployed.mkdir(parents=True)
-        (deployed / "genai_config.json").write_text('{"search": {"temperature": 0.7}}')
-        (deployed / "inference_model.json").write_text('{"Name": "n:1"}')
-        self.registration = Registration(
-            foundry_id=f"tiny-{name}-generic-cpu:1", path=deployed, prompt_template_exact=True, answer="Paris."
-        )
-        answer = {"category": "capitals", "expected": "Paris", "finish_reason": "stop", "seconds": 0.5}
-        self.evaluation = Evaluation(
-            measurements={k: Measurement(value=v, unit="x", samples=6) for k, v in {**METRICS, **metrics}.items()},
-            answers=(
-                Answer(id="1", prompt="France?", answer="Paris, né 東京", correct=True, completion_tokens=3, **answer),
-                Answer(id="2", prompt="Texas?", answer="", correct=False, completion_tokens=0, **answer),
-            ),
-            samples=({"prompt": 0, "first_s": 0.08},),
-            evaluation_set_digest="e" * 64,
-            text_digest="f" * 64,
-        )
-        self.logs = folder / "logs"
-        self.logs.mkdir(exist_ok=True)
-        for part in ("olive", "evaluate"):
-            (self.logs / f"{name}.{part}.log").write_text(f"{part} of {name}")
-        (self.logs / "fp32.olive.log").write_text("of another variant")
-
-    def log(self, tracker: Tracker, parent: str, name: str) -> str:
-        return tracker.log_variant(parent, name, self.variant, self.registration, self.evaluation, self.logs)
-
-
-def start(tracker: Tracker, name: str) -> str:
-    return tracker.start_job(name, JOB, values.checkpoint(), HARDWARE, "flow-run-1")
-
-
-def children(client: MlflowClient, parent: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
-    experiment = client.get_run(parent).info.experiment_id
-    found: list[Run] = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", view)
-    return found
-
-
-def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> set[str]:
-    found: set[str] = set()
-    for entry in client.list_artifacts(run_id, folder):
-        found |= artifacts(client, run_id, entry.path) if entry.is_dir else {entry.path}
-    return found
-
-
-def read(client: MlflowClient, run_id: str, path: str, folder: Path) -> str:
-    return Path(client.download_artifacts(run_id, path, str(folder))).read_text(encoding="utf-8")
 
 
 def test_a_job_from_start_to_end(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
@@ -166,12 +117,10 @@ def test_a_job_from_start_to_end(tracker: Tracker, client: MlflowClient, name: s
     assert artifacts(client, failed) == {"logs/fp32.olive.log"}
     table = json.loads(read(client, run_id, "answers.json", tmp_path))
     assert table["columns"][0] == "id"
-    assert [row[table["columns"].index("answer")] for row in table["data"]] == ["Paris, né 東京", ""]
-    assert json.loads(read(client, run_id, "measurements.json", tmp_path))["perplexity"] == {
-        "value": 12.83,
-        "unit": "x",
-        "samples": 6,
-    }
+    assert [row[table["columns"].index("answer")] for row in table["data"]] == ["Paris, né 東京", "", "Hi"]
+    measured = json.loads(read(client, run_id, "measurements.json", tmp_path))
+    assert measured["perplexity"] == made.evaluation.measurements["perplexity"].model_dump()
+    assert json.loads(read(client, run_id, "samples.json", tmp_path)) == [{"prompt_tokens": 32, "first_s": 0.08}]
     assert json.loads(read(client, run_id, "variant.json", tmp_path)) == made.variant.model_dump(mode="json")
 
     closed = client.get_run(parent)
@@ -193,8 +142,12 @@ def test_the_logged_model_and_its_metrics(tracker: Tracker, client: MlflowClient
     assert model.source_run_id == run_id
     assert model.params == {"recipe": "int4", "key": "int4", "foundry_id": "tiny-int4-generic-cpu:1"}
     assert model.tags["slmops.path"] == str(tmp_path / "foundry" / "int4")
-    assert {metric.key: metric.value for metric in model.metrics} == METRICS
+    own = {key: value for key, value in METRICS.items() if not key.startswith("curves/")}
+    assert {metric.key: metric.value for metric in model.metrics} == own
     assert {metric.run_id for metric in model.metrics} == {run_id}
+    run = client.get_run(run_id)
+    # With a model as output it would not be on MLflow's page of evaluations.
+    assert ([one.model_id for one in run.inputs.model_inputs], run.outputs.model_outputs) == ([model.model_id], [])
 
 
 def test_variants_logged_at_once_keep_their_own_figures(

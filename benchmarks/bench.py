@@ -1,6 +1,9 @@
-"""Print the figures that the README quotes: the demo's comparison, and where the time went.
+"""Print the figures that the README quotes: the demo's comparison, agreement, repeatability, and where the time went.
 
-Runs the demo job from nothing in a home of its own, so that conversion is measured too.
+    python benchmarks/bench.py
+
+Runs the demo job twice from nothing in a home of its own, then times one variant in turns by slmops and by
+``direct.py``, which calls the runtime with nothing of slmops in between.
 """
 
 from __future__ import annotations
@@ -12,11 +15,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-from slmops import machine, report
-from slmops.models import Comparison
+from slmops import machine, process, report
+from slmops.errors import EvaluationError
+from slmops.evaluation import prompts, speed, speed_worker
+from slmops.foundry.stage import Staged, stage
+from slmops.job import Job
+from slmops.models import Comparison, Registration, VariantResult
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
+DIRECT = str(Path(__file__).with_name("direct.py"))
+AGREEMENT_VARIANT = "int8"
+AGREEMENT_ROUNDS = 8
+REPETITIONS = 5
+SPEED = ("ttft_ms_p50", "itl_ms_p50", "decode_tok_s", "prefill_tok_s", "response_s_p50", "memory_peak_mb")
+QUALITY = ("perplexity", "perplexity_ratio", "kl_mean", "top1_agreement", "accuracy", "flips", "edge_cases_passed")
 
 
 def main() -> None:
@@ -24,21 +38,79 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "SLMOPS_HOME": home}
         try:
-            first = _timed(env)
-            second = _timed(env)
+            first, first_s = _timed(env)
+            second, second_s = _timed(env)
         finally:
             subprocess.run([SLMOPS, "down"], env=env, check=False)
-    here = machine.hardware()
-    print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
-    print(report.table(first[0], "github"))
-    print(f"\n{first[0].choice.reason}\n")
-    print(f"from nothing: {first[1]:.0f} s; again: {second[1]:.0f} s")
+        here = machine.hardware()
+        print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
+        print(report.text(first))
+        print(f"\nfrom nothing: {first_s:.0f} s; again: {second_s:.0f} s")
+        _repeatability(first, second)
+        _agreement(next(result for result in first.variants if result.name == AGREEMENT_VARIANT), Path(home))
 
 
 def _timed(env: dict[str, str]) -> tuple[Comparison, float]:
     started = time.monotonic()
     done = subprocess.run([SLMOPS, "demo", "--json"], env=env, stdout=subprocess.PIPE, check=True)
     return Comparison.model_validate(json.loads(done.stdout)), time.monotonic() - started
+
+
+def _repeatability(first: Comparison, second: Comparison) -> None:
+    print("\nrepeatability: the second evaluation's medians over the first's")
+    for one, other in zip(first.variants, second.variants, strict=True):
+        ratios = "  ".join(f"{name} {other.metrics[name] / one.metrics[name]:.3f}" for name in SPEED)
+        changed = [name for name in QUALITY if one.metrics[name] != other.metrics[name]]
+        print(f"  {one.name:5} {ratios}  quality {'identical' if not changed else f'CHANGED: {changed}'}")
+
+
+def _agreement(variant: VariantResult, home: Path) -> None:
+    assert variant.foundry_id is not None
+    placed = home / "foundry" / "models" / "slmops" / variant.foundry_id.replace(":", "-")
+    registration = Registration(foundry_id=variant.foundry_id, path=placed, prompt_template_exact=False, answer="")
+    staged = stage(registration, home / "agreement", fixed_length=True)
+    tokens = Job(model="demo").output_lengths[0]
+    [text] = prompts.of_lengths([speed.HEADLINE_TOKENS], staged.context_length, staged.folder).values()
+    ours: dict[str, list[float]] = {"ttft_ms": [], "decode_tok_s": []}
+    theirs: dict[str, list[float]] = {"ttft_ms": [], "decode_tok_s": []}
+    for number in range(AGREEMENT_ROUNDS):
+        for mine in (True, False) if number % 2 else (False, True):
+            measured = _ours(staged, text, tokens, home) if mine else _direct(staged, text, tokens)
+            for name, samples in measured.items():
+                (ours if mine else theirs)[name] += samples
+    print(
+        f"\nagreement on {variant.name}, {speed.HEADLINE_TOKENS} prompt and {tokens} output tokens, medians of "
+        f"{AGREEMENT_ROUNDS} interleaved rounds of {REPETITIONS}"
+    )
+    for name in ours:
+        mine, direct = median(ours[name]), median(theirs[name])
+        print(f"  {name:13} slmops {mine:7.2f}  direct {direct:7.2f}  difference {100 * (mine / direct - 1):+.1f} %")
+
+
+def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[float]]:
+    cell = speed_worker.Cell(
+        prompt_tokens=speed.HEADLINE_TOKENS, output_tokens=tokens, text=text, repetitions=REPETITIONS
+    )
+    result, _ = process.call(
+        "slmops.evaluation.speed_worker",
+        speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
+        speed_worker.Result,
+        work=home / "work",
+        log=home / "bench.log",
+        timeout_s=600,
+        error=EvaluationError,
+    )
+    return {
+        "ttft_ms": [one.first_s * 1e3 for one in result.timed],
+        "decode_tok_s": [(one.completion_tokens - 1) / (one.last_s - one.first_s) for one in result.timed],
+    }
+
+
+def _direct(staged: Staged, text: str, tokens: int) -> dict[str, list[float]]:
+    arguments = [str(staged.home), str(staged.folder), staged.foundry_id, text, str(tokens), str(REPETITIONS)]
+    done = subprocess.run([sys.executable, DIRECT, *arguments], stdout=subprocess.PIPE, check=True, text=True)
+    measured: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 if __name__ == "__main__":

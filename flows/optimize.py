@@ -10,23 +10,24 @@ from contextlib import contextmanager, suppress
 from prefect import flow, runtime
 
 from slmops import locks, stack
-from slmops.errors import SlmopsError, TrackingError, WorkError
-from slmops.evaluation.evaluate import against_baseline
+from slmops.errors import GateError, SlmopsError, TrackingError, WorkError
+from slmops.evaluation.quality import Quality
+from slmops.evaluation.summary import evaluation
 from slmops.files import remove_scratch
 from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Evaluation, Recipe, Registration, Variant, VariantResult
+from slmops.models import Checkpoint, Comparison, Recipe, Registration, Variant, VariantResult
 from slmops.settings import Settings
 from slmops.tracking import Tracker
-from tasks.checkpoint import get_checkpoint, plan_recipes
+from tasks.checkpoint import get_checkpoint, plan_job
 from tasks.choose import choose_variant
 from tasks.environment import check_environment
 from tasks.show import Progress, show_comparison
-from tasks.track import finish_tracking, start_tracking, track_failure, track_variant
-from tasks.variant import convert_variant, evaluate_variant, register_variant
+from tasks.track import finish_tracking, get_champion, start_tracking, track_failure, track_variant
+from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 log = logging.getLogger("slmops.optimize")
 
-Measured = tuple[Variant, Registration, Evaluation]
+Made = tuple[Variant, Registration]
 
 
 @flow(name="optimize", flow_run_name="optimize {job.model}", persist_result=False)
@@ -34,8 +35,8 @@ def optimize(job: Job) -> Comparison:
     """Convert, register, measure and compare one checkpoint; choose the variant to deploy.
 
     Raises:
-        SlmopsError: What went wrong. Of single variants that failed the error comes last and carries the comparison
-            of the others.
+        SlmopsError: What went wrong. Of single variants that failed, and of gates that none passes, the error comes
+            last and carries the comparison.
     """
     settings = Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
@@ -45,18 +46,22 @@ def optimize(job: Job) -> Comparison:
     name = job.name or checkpoint.name
     with locks.exclusive(settings.locks / f"run-{name}.lock", f"the job of {name!r}", wait=False):
         _clean_up(name, settings)
-        recipes = plan_recipes(job, checkpoint, name, settings)
+        recipes, policy = plan_job(job, checkpoint, name, settings)
         parent = start_tracking(uri, name, job, checkpoint, runtime.flow_run.id or "")
         with _closed_if_aborted(uri, parent):
-            results = _variants(recipes, checkpoint, job, name, settings, uri, parent)
-            choice = choose_variant(results, job)
+            tracked = _variants(recipes, checkpoint, job, name, settings, uri, parent)
+            choice, results = choose_variant(tracked, policy, get_champion(uri, name))
             comparison = Comparison(model=name, run_id=parent, choice=choice, variants=tuple(results))
             failed = [result.name for result in results if result.status == "failed"]
             url = finish_tracking(uri, comparison, failed=bool(failed))
         show_comparison(comparison, url)
         shutil.rmtree(settings.work(name), ignore_errors=True)
+    error: SlmopsError | None = None
     if failed:
         error = WorkError(f"{len(failed)} of {len(results)} variants failed: {', '.join(failed)}.")
+    elif choice.variant is None:
+        error = GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
+    if error is not None:
         error.comparison = comparison
         raise error
     return comparison
@@ -65,30 +70,39 @@ def optimize(job: Job) -> Comparison:
 def _variants(
     recipes: list[Recipe], checkpoint: Checkpoint, job: Job, name: str, settings: Settings, uri: str, parent: str
 ) -> list[VariantResult]:
-    """Make and measure each variant; one that fails is tracked with its reason and the others go on."""
-    logs = settings.logs / name
-    progress = Progress(name, steps=len(recipes))
-    results: list[VariantResult] = []
-    baseline: Measured | None = None
-    for recipe in recipes:
+    """Make all variants, measure them side by side; one that fails is tracked with its reason and the others go on."""
+    progress = Progress(name, steps=2 * len(recipes))
+    results: dict[str, VariantResult] = {}
+
+    @contextmanager
+    def step(variant: str) -> Iterator[None]:
         try:
-            variant, registration, evaluation = _measure(recipe, checkpoint, job, name, settings)
-            if recipe.baseline:
-                baseline = (variant, registration, evaluation)
-            if baseline is not None:
-                evaluation = against_baseline(evaluation, variant, baseline[2], baseline[0])
+            yield
         except SlmopsError as error:
-            results.append(track_failure(uri, parent, recipe.name, str(error), logs))
-        else:
-            results.append(track_variant(uri, parent, name, variant, registration, evaluation, logs))
+            results[variant] = track_failure(uri, parent, variant, str(error), settings.logs / name)
         progress.step()
-    return results
 
-
-def _measure(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Measured:
-    variant = convert_variant(recipe, checkpoint, job, name, settings)
-    registration = register_variant(variant, name, job, settings)
-    return variant, registration, evaluate_variant(variant, registration, name, job, settings)
+    made: dict[str, Made] = {}
+    for recipe in recipes:
+        with step(recipe.name):
+            variant = convert_variant(recipe, checkpoint, job, name, settings)
+            made[recipe.name] = (variant, register_variant(variant, name, job, settings))
+    speeds = measure_speed(list(made.values()), name, job, settings) if made else {}
+    scored = score_checkpoint(checkpoint, name, job, settings) if made else None
+    baseline: tuple[Variant, Quality] | None = None
+    for variant, registration in made.values():
+        with step(variant.name):
+            speed = speeds[variant.name]
+            if isinstance(speed, SlmopsError):
+                raise speed
+            quality = measure_quality(variant, registration, name, job, settings)
+            if variant.recipe.baseline:
+                baseline = (variant, quality)
+            figures = evaluation(variant, speed, quality, baseline, scored)
+            results[variant.name] = track_variant(
+                uri, parent, name, variant, registration, figures, settings.logs / name
+            )
+    return [results[recipe.name] for recipe in recipes]
 
 
 def _clean_up(name: str, settings: Settings) -> None:

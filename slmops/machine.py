@@ -37,6 +37,9 @@ CPUINFO = Path("/proc/cpuinfo")
 # Version 2 of control groups, then version 1.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
+# Energy counters of the processor's packages; readable by root only on most systems.
+POWERCAP = Path("/sys/class/powercap")
+
 # What the kernels of ONNX Runtime are chosen by.
 _X86 = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
 _X86_MATRIX = ("amx_tile", "amx_int8", "amx_bf16")
@@ -75,6 +78,21 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
+
+
+def energy_j() -> float | None:
+    """Energy that the processor's packages have used since some time ago, in joules; None if they do not tell.
+
+    From Linux's powercap interface (RAPL), which counts all that the machine does. A counter that wraps round between
+    two calls makes their difference negative.
+    """
+    # Beside each other lie the packages, their parts (core, dram) and on some the platform (psys), which holds them.
+    try:
+        packages = [zone for zone in POWERCAP.glob("intel-rapl:*") if (zone / "name").read_text().startswith("package")]
+        counters = [int((zone / "energy_uj").read_text()) for zone in packages]
+    except (OSError, ValueError):
+        return None
+    return sum(counters) / 1e6 if counters else None
 
 
 def _cores() -> int:

@@ -7,12 +7,13 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import prompt_template, recipes
+from slmops import policy, prompt_template, recipes
 from slmops.checkpoint import source
 from slmops.conversion import olive_config
-from slmops.evaluation import dataset
+from slmops.evaluation import dataset, matchers, quality
 from slmops.job import Job
 from slmops.models import Checkpoint, Recipe
+from slmops.policy import Policy
 from slmops.settings import Settings
 from slmops.tracking import Tracker
 
@@ -26,12 +27,15 @@ def get_checkpoint(job: Job, settings: Settings, tracker_uri: str) -> Checkpoint
 
 
 @task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
-def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> list[Recipe]:
-    """The recipes of the job, each known to fit the checkpoint.
+def plan_job(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> tuple[list[Recipe], Policy]:
+    """The recipes of the job, each known to fit the checkpoint, and the policy of its choice.
 
-    What else the job was given is looked at too: its evaluation set and text, the room on disk and in memory.
+    What else the job was given is looked at too: its evaluation set, matcher and text, the room on disk and in memory.
     """
-    dataset.load(job.evaluation_set)
+    chosen_by = policy.load(job.policy)
+    quality.load_questions(job, settings)
+    if job.matcher is not None:
+        matchers.load_function(job.matcher)  # fails here rather than after the conversions
     dataset.perplexity_text(job.perplexity_text)
     planned = recipes.for_job(job, checkpoint)
     source.check_room(checkpoint, [recipe.name for recipe in planned], settings)
@@ -40,4 +44,4 @@ def plan_recipes(job: Job, checkpoint: Checkpoint, name: str, settings: Settings
         log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, name, settings))
-    return planned
+    return planned, chosen_by

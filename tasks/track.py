@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from slmops import machine, report
 from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Evaluation, Registration, Variant, VariantResult
+from slmops.models import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
 from slmops.tracking import Tracker, as_result
 
 tracking_task = partial(task, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2.0, 5.0, 15.0])
@@ -42,6 +42,12 @@ def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -
     """Log a failed variant as a child run with the reason."""
     run_id = Tracker(uri).log_failure(parent, recipe, reason, logs)
     return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
+
+
+@tracking_task(name="get champion", task_run_name="get champion")
+def get_champion(uri: str, name: str) -> dict[str, Measurement] | None:
+    """What was measured of the version that is deployed now, if any."""
+    return Tracker(uri).champion(name)
 
 
 @tracking_task(name="finish tracking", task_run_name="finish tracking")

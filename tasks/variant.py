@@ -1,4 +1,4 @@
-"""Convert, register and measure one variant."""
+"""Convert and register one variant; measure all of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from slmops.conversion.convert import convert
-from slmops.evaluation.evaluate import evaluate
+from slmops.errors import SlmopsError
+from slmops.evaluation import quality, speed
 from slmops.foundry.register import register
 from slmops.job import Job
-from slmops.models import Checkpoint, Evaluation, Recipe, Registration, Variant
+from slmops.models import Checkpoint, Recipe, Registration, Variant
 from slmops.settings import Settings
 
 # No retries: Olive, the runtime and the measurements fail the same way twice. The timeouts are those of the child
@@ -28,9 +29,23 @@ def register_variant(variant: Variant, name: str, job: Job, settings: Settings) 
     return register(variant, name, job, settings)
 
 
-@task(name="evaluate", task_run_name="evaluate {variant.recipe.name}", cache_policy=NO_CACHE)
-def evaluate_variant(
+@task(name="measure speed", task_run_name="measure speed", cache_policy=NO_CACHE)
+def measure_speed(
+    made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings
+) -> dict[str, speed.Speed | SlmopsError]:
+    """Speed and memory of all variants, in interleaved rounds, each turn in a fresh process."""
+    return speed.measure(made, name, job, settings)
+
+
+@task(name="score checkpoint", task_run_name="score checkpoint", cache_policy=NO_CACHE)
+def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
+    """The checkpoint's own distributions, to tell conversion from quantization error."""
+    return quality.score_checkpoint(checkpoint, name, job, settings)
+
+
+@task(name="measure quality", task_run_name="measure quality of {variant.recipe.name}", cache_policy=NO_CACHE)
+def measure_quality(
     variant: Variant, registration: Registration, name: str, job: Job, settings: Settings
-) -> Evaluation:
-    """Speed, memory and quality, each in a fresh process."""
-    return evaluate(variant, registration, name, job, settings)
+) -> quality.Quality:
+    """Distributions, answers and edge cases of one variant, each in a fresh process."""
+    return quality.measure(variant, registration, name, job, settings)

@@ -1,16 +1,28 @@
-"""Child process: perplexity of a variant on a text, from the logits of ONNX Runtime on the deployed files.
+"""Child process: how far the next-token distributions of a model lie from those of its references, on one text.
 
-Perplexity is exp(mean negative log-likelihood) over teacher-forced tokens. The text is cut into windows; the first
-token of a window has no context and is not scored.
+All models see the same teacher-forced tokens, in windows that start without context; the first token of a window is not
+scored. A reference is a file of log-probabilities, float32, shape (scored tokens, vocabulary), which an earlier call
+wrote; it is mapped, not read whole. Logits of a variant come from ONNX Runtime on the deployed files, since the serving
+runtime gives none.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from slmops import child
 from slmops.errors import EvaluationError
 from slmops.models import Frozen
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WINDOW = 512
 ROWS = 64
@@ -18,58 +30,149 @@ LARGEST_NLL = 700.0  # exp() of more overflows
 
 
 class Request(Frozen):
-    """A folder, a text file and the number of tokens to score at most."""
+    """A model, a text, what to compare with, and where to leave the log-probabilities for others."""
 
     folder: Path
+    hugging_face: bool = False
+    trust_remote_code: bool = False
     text: Path
     tokens: int
+    references: dict[str, Path] = Field({})
+    write: Path | None = None
+
+
+class Distance(Frozen):
+    """Per scored token: KL divergence of the reference to the model in nats, and whether both prefer the same token."""
+
+    kl: tuple[float, ...]
+    same_top: tuple[bool, ...]
 
 
 class Result(Frozen):
-    """Mean negative log-likelihood in nats, and the tokens it is the mean of."""
+    """Negative log-likelihood of each scored token in nats, and the distances to the references by name."""
 
-    nll: float
-    tokens: int
+    nll: tuple[float, ...]
+    distances: dict[str, Distance]
 
 
 def handle(request: Request) -> Result:
-    """Score the text.
+    """Score the text, window by window; never more than a window's logits are in memory.
 
     Raises:
-        EvaluationError: The text has fewer than two tokens, or the model's logits are not finite.
+        EvaluationError: The text has fewer than two tokens, the vocabularies differ, or the model's logits are broken.
     """
+    import numpy as np
+
+    windows = _windows(request)
+    scored = sum(len(window) - 1 for window in windows)
+    references = {name: np.load(file, mmap_mode="r") for name, file in request.references.items()}
+    nll: list[float] = []
+    kl: dict[str, list[float]] = {name: [] for name in references}
+    same: dict[str, list[bool]] = {name: [] for name in references}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, _kept(request.write, scored) as keep:
+        for window, logits in zip(windows, _logits(request, windows), strict=True):
+            parts: list[tuple[NDArray[Any], NDArray[Any], int]] = []
+            for row in range(0, len(window) - 1, ROWS):
+                rows, at = slice(row, min(row + ROWS, len(window) - 1)), len(nll) + row
+                parts.append((logits[rows], window[row + 1 : rows.stop + 1], at))
+            for own, part in pool.map(lambda part: _compare(*part, references=references), parts):
+                keep(own)
+                nll += part.nll
+                for name, distance in part.distances.items():
+                    kl[name] += distance.kl
+                    same[name] += distance.same_top
+        if sum(nll) / len(nll) > LARGEST_NLL:
+            raise EvaluationError("The model is broken: its logits call the text all but impossible.")
+    return Result(
+        nll=tuple(nll), distances={name: Distance(kl=tuple(kl[name]), same_top=tuple(same[name])) for name in kl}
+    )
+
+
+@contextmanager
+def _kept(path: Path | None, rows: int) -> Iterator[Callable[[NDArray[Any]], None]]:
+    """A function that appends log-probabilities to ``path``, a file that appears once all are in it.
+
+    They are written, not mapped: that ends in an error and not in SIGBUS when the disk is full.
+    """
+    from numpy.lib import format as npy
+
+    if path is None:
+        yield lambda _: None
+        return
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb") as file:
+
+            def keep(own: NDArray[Any]) -> None:
+                if not file.tell():
+                    shape = (rows, own.shape[1])
+                    descr = npy.dtype_to_descr(own.dtype)
+                    npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+                file.write(own.data)
+
+            yield keep
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _windows(request: Request) -> list[NDArray[Any]]:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from slmops.logits import OnnxModel
-
     tokenizer = Tokenizer.from_file(str(request.folder / "tokenizer.json"))
     tokenizer.no_truncation()
-    ids = np.array(tokenizer.encode(request.text.read_text(encoding="utf-8"), add_special_tokens=False).ids, np.int64)[
-        : request.tokens
-    ]
-    if len(ids) < 2:
+    text = request.text.read_text(encoding="utf-8")
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)[: request.tokens]
+    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
         raise EvaluationError("The perplexity text has fewer than two tokens.", "Give a longer text.")
-    model = OnnxModel(request.folder)
-    total, count = 0.0, 0
-    for start in range(0, len(ids), WINDOW):
-        window = ids[start : start + WINDOW]
-        if len(window) < 2:
-            break
-        logits = model.logits(window)
-        for row in range(0, len(window) - 1, ROWS):
-            part = logits[row : min(row + ROWS, len(window) - 1)].astype(np.float64)
-            target = window[row + 1 : row + 1 + len(part)]
-            top = part.max(axis=1, keepdims=True)
-            norm = top[:, 0] + np.log(np.exp(part - top).sum(axis=1))
-            total += float((norm - part[np.arange(len(part)), target]).sum())
-            count += len(part)
-    nll = total / count
-    if not nll < LARGEST_NLL:
-        raise EvaluationError(
-            "The model is broken: its logits are not finite numbers, or they call the text all but impossible."
-        )
-    return Result(nll=nll, tokens=count)
+    return windows
+
+
+def _logits(request: Request, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Logits of each window, shape (tokens, vocabulary)."""
+    if not request.hugging_face:
+        from slmops.logits import OnnxModel
+
+        onnx = OnnxModel(request.folder)
+        yield from (onnx.logits(window) for window in windows)
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        request.folder, dtype=torch.float32, trust_remote_code=request.trust_remote_code, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for window in windows:
+            yield model(torch.from_numpy(window)[None]).logits[0].float().numpy()
+
+
+def _compare(
+    logits: NDArray[Any], targets: NDArray[Any], at: int, *, references: dict[str, NDArray[Any]]
+) -> tuple[NDArray[Any], Result]:
+    """Score some rows, of which ``at`` is the first's number. Returns the log-probabilities and the figures.
+
+    KL divergence of the reference p to the model q: sum of p (log p - log q). Elements are float32, sums float64.
+    """
+    import numpy as np
+
+    own = logits - logits.max(axis=1, keepdims=True)
+    own -= np.log(np.exp(own).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    if not np.isfinite(own).all():
+        raise EvaluationError("The model is broken: its logits are not finite numbers.")
+    distances = {}
+    for name, log_probabilities in references.items():
+        theirs = log_probabilities[at : at + len(own)]
+        if theirs.shape != own.shape:
+            raise EvaluationError(f"Its vocabulary has {own.shape[1]} tokens, and that of {name} {theirs.shape[1]}.")
+        kl = (np.exp(theirs) * (theirs - own)).sum(axis=1, dtype=np.float64)
+        same = theirs.argmax(axis=1) == own.argmax(axis=1)
+        distances[name] = Distance(kl=tuple(np.maximum(kl, 0).tolist()), same_top=tuple(same.tolist()))
+    nll = -own[np.arange(len(own)), targets].astype(np.float64)
+    return own, Result(nll=tuple(nll.tolist()), distances=distances)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,66 @@
-"""The fixed prompts of the speed measurement: the same task behind contexts of several lengths."""
+"""Prompts of a wanted length in tokens: the same text for every variant of a checkpoint."""
 
 from __future__ import annotations
 
-TASK = "Count from one to fifty in words, one number a line."
-_CONTEXT = (
+from bisect import bisect_right
+from collections.abc import Callable
+from pathlib import Path
+
+from slmops import prompt_template
+from slmops.errors import EvaluationError
+
+_REPORT = (
     "The harbour master writes down each ship that comes in: its name, its flag, its cargo and the hour. "
     "On quiet days the book has one line, on others it has forty, and in the evening the pages go to the archive. "
 )
-# Sentences of context before the task; about 40 tokens a repetition.
-_REPETITIONS = (0, 3, 12)
 
 
-def speed_prompts() -> tuple[str, ...]:
-    """About 40, 160 and 520 tokens with the chat template of the demo model."""
-    return tuple((_CONTEXT * times + "\n\n" + TASK).strip() for times in _REPETITIONS)
+def counter(folder: Path) -> Callable[[str], int]:
+    """A function that counts the tokens of a user's message as the model gets it, template included.
+
+    Raises:
+        EvaluationError: The folder has no chat template.
+    """
+    from tokenizers import Tokenizer
+
+    template = prompt_template.load(folder)
+    if template is None:
+        raise EvaluationError(f"{folder} has no chat template.")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+
+    def count(text: str) -> int:
+        rendered = prompt_template.render(template, [{"role": "user", "content": text}])
+        return len(tokenizer.encode(rendered, add_special_tokens=False).ids)
+
+    return count
+
+
+def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
+    """A message that comes to ``tokens`` tokens, or as few less as whole words allow.
+
+    None if the template alone is longer, or if the nearest is off by more than a tenth.
+    """
+    words = (_REPORT * (tokens // 30 + 1)).split()
+    fits = bisect_right(range(1, len(words) + 1), tokens, key=lambda number: count(" ".join(words[:number])))
+    text = " ".join(words[:fits])
+    return text if fits and count(text) >= 0.9 * tokens else None
+
+
+def of_lengths(wanted: list[int], context: int, folder: Path) -> dict[int, str]:
+    """Length to message, for the lengths that the template and a context of ``context`` tokens leave room for.
+
+    Raises:
+        EvaluationError: None of them can be made.
+    """
+    count = counter(folder)
+    made = {tokens: of_length(tokens, count) for tokens in sorted(set(wanted)) if tokens <= context}
+    prompts = {tokens: text for tokens, text in made.items() if text is not None}
+    if not prompts:
+        empty = count("")
+        raise EvaluationError(
+            f"No prompt length of {', '.join(map(str, wanted))} can be measured: the chat template alone is {empty} "
+            f"tokens, and the context leaves room for {context}.",
+            "Give --prompt-lengths between the two.",
+        )
+    return prompts

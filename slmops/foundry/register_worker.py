@@ -34,25 +34,15 @@ def handle(request: Request) -> Result:
     Raises:
         RegistrationError: The runtime refuses it, does not list it, cannot load it, or it says nothing.
     """
-    from foundry_local_sdk import ModelInfoBuilder
     from foundry_local_sdk.exception import FoundryLocalException
 
     from slmops.foundry import runtime
 
     catalog = runtime.local_catalog(runtime.manager(request.home))
-    known = catalog.get_model_variant(request.foundry_id)
-    if known is not None and Path(known.get_path()) != request.folder:
-        catalog.unregister_model(request.foundry_id)  # the folder moved: the same home under another path
-        known = None
     try:
-        if known is None:
-            with ModelInfoBuilder() as metadata:
-                metadata.set_string_property("task", "chat-completion")
-                metadata.set_string_property("display_name", request.display_name)
-                catalog.register_model(request.folder, request.foundry_id, metadata)
+        model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
         if request.foundry_id not in _ids(catalog):
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
-        model = catalog.get_model_variant(request.foundry_id)
         model.load()
         for prompt in PROMPTS:
             reply = runtime.ask(model, [{"role": "user", "content": prompt}], max_tokens=MAX_TOKENS)

@@ -57,6 +57,24 @@ def local_catalog(running: Any) -> Any:
     return running.get_catalog(sdk.CatalogType.LOCAL)
 
 
+def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
+    """Register ``folder``, which stays where it is, and return the model; what is registered so already is kept.
+
+    Raises:
+        FoundryLocalException: The runtime refuses it.
+    """
+    known = catalog.get_model_variant(foundry_id)
+    if known is not None and Path(known.get_path()) != folder:
+        catalog.unregister_model(foundry_id)  # the folder moved: the same home under another path
+        known = None
+    if known is None:
+        with sdk.ModelInfoBuilder() as metadata:
+            metadata.set_string_property("task", "chat-completion")
+            metadata.set_string_property("display_name", display_name)
+            catalog.register_model(folder, foundry_id, metadata)
+    return catalog.get_model_variant(foundry_id)
+
+
 def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply:
     """Send one conversation in a session of its own, greedily, and take the times as the text streams in."""
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)

@@ -18,8 +18,8 @@ STAGES = (
     "this run in Prefect",  # preparing
     "Olive runs",  # converting
     "converted in",  # registering
-    "measuring speed",  # evaluating
-    "measuring perplexity",
+    "measuring speed",
+    "measuring quality",
 )
 
 

@@ -45,7 +45,16 @@ from tests import making
 pytestmark = pytest.mark.integration
 
 NAME, KEY = "Tiny_F", "tiny-f"  # Prefect's artifact keys take neither upper case nor underscores
-RELATIVE = {"size_ratio", "perplexity_ratio"}
+JUDGED = ["measurements", "gates", "dominated_by"]
+# Random weights at 4 bits are far from what they were.
+POLICY = """
+preference = ["int4", "int8"]
+[[gates]]
+metric = "perplexity"
+of = "ratio"
+to = "baseline"
+max = 3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +73,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
 
 @pytest.fixture(scope="module")
 def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    inputs = tmp_path_factory.mktemp("inputs")
+    (inputs / "policy.toml").write_text(POLICY)
     return making.job(
         talkative,
         name=NAME,
         precision=["int4", "int8"],
-        evaluation_set=making.evaluation_set(tmp_path_factory.mktemp("inputs")),
-        max_perplexity_ratio=3,
+        evaluation_set=making.evaluation_set(inputs),
+        policy=inputs / "policy.toml",
     )
 
 
@@ -139,20 +150,22 @@ def test_the_comparison_has_the_promised_form(first: First, settings: Settings) 
     assert list(shown["choice"]) == ["variant", "reason"]
     assert [variant["name"] for variant in shown["variants"]] == ["fp32", "int4", "int8"]
     for variant in shown["variants"]:
-        assert list(variant) == ["name", "status", "reason", "path", "foundry_id", "run_id", "metrics"]
+        assert list(variant) == ["name", "status", "reason", "path", "foundry_id", "run_id", "metrics", *JUDGED]
         assert (variant["status"], variant["reason"]) == ("ok", None)
         assert variant["foundry_id"] == f"{NAME}-{variant['name']}-generic-cpu:1"
         assert Path(variant["path"]).parent == settings.variants
         stored = store.load(Path(variant["path"]))
         assert stored is not None
         assert stored.name == variant["name"]
-        assert variant["metrics"].keys() == {*making.UNITS, *RELATIVE}
-        assert all(isinstance(value, float) and 0 < value < math.inf for value in variant["metrics"].values())
+        assert variant["metrics"].keys() == {*making.UNITS, *making.RELATIVE}
+        assert all(isinstance(value, float) and math.isfinite(value) for value in variant["metrics"].values())
+        assert variant["measurements"].keys() == variant["metrics"].keys()
+        assert [(gate["metric"], gate["outcome"]) for gate in variant["gates"]] == [("perplexity", "pass")]
 
 
 def test_figures_and_choice_fit_together(first: First) -> None:
     metrics = {result.name: result.metrics for result in first.comparison.variants}
-    assert [metrics["fp32"][name] for name in sorted(RELATIVE)] == [1, 1]
+    assert {metrics["fp32"][name] for name in ("size_ratio", "perplexity_ratio", "top1_agreement")} == {1}
     for name in ("int8", "int4"):
         assert metrics[name]["size_ratio"] == pytest.approx(metrics[name]["size_mb"] / metrics["fp32"]["size_mb"])
         ratio = metrics[name]["perplexity"] / metrics["fp32"]["perplexity"]
@@ -161,7 +174,7 @@ def test_figures_and_choice_fit_together(first: First) -> None:
     assert metrics["int4"]["size_mb"] < metrics["int8"]["size_mb"] < metrics["fp32"]["size_mb"]
     assert metrics["int4"]["bits_per_weight"] < metrics["int8"]["bits_per_weight"] < 10
     assert first.comparison.choice.variant == "int4"
-    assert first.comparison.choice.reason.startswith("int4 is the smallest satisfactory variant: perplexity ")
+    assert first.comparison.choice.reason.startswith("int4 is taken, the first in order of preference ")
 
 
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
@@ -201,7 +214,7 @@ def test_what_mlflow_has(first: First, settings: Settings, tmp_path: Path) -> No
     for result in first.comparison.variants:
         run = of_parent[result.run_id or ""]
         assert (run.data.tags["slmops.variant"], run.info.status) == (result.name, "FINISHED")
-        assert run.data.metrics == result.metrics
+        assert {name: value for name, value in run.data.metrics.items() if "/" not in name} == result.metrics
     client = MlflowClient(settings.tracking_uri)
     kept = client.download_artifacts(parent.info.run_id, "comparison.json", str(tmp_path))
     assert Comparison.model_validate_json(Path(kept).read_text(encoding="utf-8")) == first.comparison

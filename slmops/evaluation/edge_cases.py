@@ -1,0 +1,160 @@
+"""Edge cases: what the runtime makes of conversations that nobody would send on purpose, with one variant.
+
+The variant is staged with a short context, so that the cases at its end take no longer than the others. A case that
+takes the runtime down, or never ends, fails; the rest goes on in a new process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from slmops import process
+from slmops.errors import EvaluationError
+from slmops.evaluation import edge_worker, prompts
+from slmops.evaluation.edge_worker import Case, Line, Seen
+from slmops.foundry.stage import Staged, stage
+from slmops.job import Job
+from slmops.models import CaseOutcome, Measurement, Registration, Variant
+from slmops.settings import Settings
+
+CONTEXT = 512
+"""Tokens beyond those of the chat template; less if the model has less."""
+CASE_LIMIT_S = 120.0
+REFUSAL_LIMIT_S = 5.0
+"""What does not fit is to be refused at once, not after the work."""
+
+CASES = (
+    Case(id="empty", expected="answered or refused"),
+    Case(id="whitespace", expected="answered or refused"),
+    Case(id="longer_than_context", expected="refused"),
+    Case(id="exactly_the_context", expected="answered"),
+    Case(id="one_beyond_the_context", expected="refused"),
+    Case(id="repeated_tokens", expected="refused"),
+    Case(id="own_special_tokens", expected="answered"),
+    Case(id="foreign_markers", expected="answered"),
+    Case(id="emoji", expected="answered"),
+    Case(id="right_to_left", expected="answered"),
+    Case(id="nul_in_text", expected="answered or refused"),
+    Case(id="lone_surrogate", expected="refused"),
+    Case(id="assistant_first", expected="answered or refused"),
+    Case(id="greedy_twice", expected="answered"),
+    Case(id="ordinary_question", expected="answered"),
+)
+KNOWN_DEFECTS = {("nul_in_text", "cut")}
+"""What foundry-local-sdk 2.2.1 does wrong with every model, which tells nothing of a variant. Empty it when mended."""
+
+
+def run(
+    variant: Variant,
+    registration: Registration,
+    name: str,
+    _job: Job,
+    settings: Settings,
+    *,
+    cases: Sequence[Case] = CASES,
+    limit_s: float = CASE_LIMIT_S,
+) -> tuple[CaseOutcome, ...]:
+    """Put the cases to a variant. The caller holds the machine lock.
+
+    Args:
+        variant: The variant.
+        registration: Where it is deployed; it is staged from there, and what is deployed is not touched.
+        name: The model's name.
+        settings: Where things are.
+        cases: Each with a function of its id in its module.
+        limit_s: Seconds that one case may take.
+
+    Returns:
+        One outcome a case, in their order.
+
+    Raises:
+        EvaluationError: The model does not load, or all together take longer than ``evaluation_timeout_s``.
+    """
+    work = settings.work(name) / f"{variant.name}-edge"
+    log = settings.logs / name / f"{variant.name}.edge.log"
+    deadline = time.monotonic() + settings.evaluation_timeout_s
+    progress = work / "progress.jsonl"
+    progress.unlink(missing_ok=True)
+    try:
+        context = CONTEXT + prompts.counter(registration.path)("")
+        staged = stage(registration, work / "foundry", context_length=context)
+        seen: dict[str, Seen] = {}
+        while left := tuple(case for case in cases if case.id not in seen):
+            died = _go_through(left, staged, progress, log, limit_s, deadline)
+            known = seen.keys()
+            seen = _read(progress)
+            if died is not None and (seen.keys() == known or time.monotonic() > deadline):
+                raise died
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return tuple(_judge(case, seen[case.id]) for case in cases)
+
+
+def _go_through(
+    cases: tuple[Case, ...], staged: Staged, progress: Path, log: Path, limit_s: float, deadline: float
+) -> EvaluationError | None:
+    """Go through the cases in one process. If it dies, the running case has this for its outcome."""
+    try:
+        process.call(
+            "slmops.evaluation.edge_worker",
+            edge_worker.Request(
+                home=staged.home,
+                folder=staged.folder,
+                foundry_id=staged.foundry_id,
+                context_length=staged.context_length,
+                cases=cases,
+                limit_s=limit_s,
+                progress=progress,
+            ),
+            edge_worker.Result,
+            work=progress.parent,
+            log=log,
+            timeout_s=max(deadline - time.monotonic(), 0.0),
+            error=EvaluationError,
+        )
+    except EvaluationError as error:
+        ended = time.monotonic()
+        running = _lines(progress)[-1:]
+        if running and running[0].seen is None and ended <= deadline:
+            seconds = ended - running[0].at
+            hung = seconds >= limit_s
+            detail = f"It took longer than {limit_s:g} s." if hung else error.message[:300]
+            outcome = Seen(outcome="hung" if hung else "crashed", detail=detail, seconds=seconds)
+            edge_worker.write(progress, running[0].model_copy(update={"seen": outcome}))
+        return error
+    return None
+
+
+def _lines(progress: Path) -> list[Line]:
+    text = progress.read_text(encoding="utf-8") if progress.exists() else ""
+    return [Line.model_validate_json(line) for line in text.splitlines()]
+
+
+def _read(progress: Path) -> dict[str, Seen]:
+    return {line.id: line.seen for line in _lines(progress) if line.seen is not None}
+
+
+def _judge(case: Case, seen: Seen) -> CaseOutcome:
+    passed, detail = seen.outcome in case.expected.split(" or "), seen.detail
+    if passed and case.expected == "refused" and seen.seconds > REFUSAL_LIMIT_S:
+        passed, detail = False, f"Only after {seen.seconds:.0f} s: {detail}"
+    if (case.id, seen.outcome) in KNOWN_DEFECTS:
+        detail += "; a known defect of the runtime, whatever the variant, and not counted"
+    return CaseOutcome(id=case.id, expected=case.expected, outcome=seen.outcome, passed=passed, detail=detail)
+
+
+def measurement(cases: Sequence[CaseOutcome]) -> Measurement:
+    """Share of the cases passed, from 0 to 1; :data:`KNOWN_DEFECTS` are left out, and named in the note.
+
+    Raises:
+        ValueError: No cases.
+    """
+    counted = [case for case in cases if (case.id, case.outcome) not in KNOWN_DEFECTS]
+    if not counted:
+        raise ValueError("no cases")
+    share = Measurement.exact(sum(case.passed for case in counted) / len(counted), "1", samples=len(counted))
+    left_out = [case.id for case in cases if case not in counted]
+    return share.model_copy(update={"note": f"not counted: {', '.join(left_out)}"}) if left_out else share

@@ -1,0 +1,179 @@
+"""Speed and memory of all variants of a job, in rounds: each variant has its turn in each round, in a fresh process.
+
+So a noisy minute does not punish one variant only. A fixed calibration loop runs before and after each turn; a turn
+whose loops took much longer than the fastest of the job was disturbed: it is repeated once, and flagged if it is
+disturbed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from slmops import locks, machine, process
+from slmops.errors import EvaluationError, SlmopsError
+from slmops.evaluation import prompts, speed_worker
+from slmops.evaluation.speed_worker import Cell, Window
+from slmops.foundry.stage import Staged, stage
+from slmops.job import Job
+from slmops.models import Frozen, Registration, Variant
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ROUNDS, QUICK_ROUNDS = 3, 1
+HEADLINE_TOKENS = 128
+"""Prompt length of the figures that are one number; of the grid's lengths the nearest."""
+HEADLINE_REPETITIONS = 4
+SESSIONS = (1, 2, 4)
+DISTURBED = 1.25
+"""Times the fastest calibration loop of the job."""
+CALIBRATION_BYTES = 16 * 2**20
+
+
+class Turn(Frozen):
+    """One variant in one round, with what its process showed from outside: (seconds, MB) of ``time.monotonic()``."""
+
+    measured: speed_worker.Result
+    memory: tuple[tuple[float, float], ...]
+    calibration_s: tuple[float, float]
+    disturbed: bool = False
+
+
+class Speed(Frozen):
+    """All turns of one variant."""
+
+    cells: tuple[Cell, ...]
+    turns: tuple[Turn, ...]
+    cores: int
+
+
+class Contestant:
+    """A variant staged for its turns."""
+
+    def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
+        self.variant = variant
+        self.work = _work(variant, name, settings)
+        self.log = settings.logs / name / f"{variant.name}.speed.log"
+        self.staged: Staged = stage(registration, self.work / "foundry", fixed_length=True)
+        self.cells = grid(self.staged, job)
+        self.turns: list[Turn] = []
+        self.error: SlmopsError | None = None
+
+
+def measure(
+    made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings
+) -> dict[str, Speed | SlmopsError]:
+    """Measure all variants in interleaved rounds.
+
+    Returns:
+        Variant name to its turns, or to the error because of which it has none. One that fails drops out.
+    """
+    contestants: list[Contestant] = []
+    results: dict[str, Speed | SlmopsError] = {}
+    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        for variant, registration in made:
+            try:
+                contestants.append(Contestant(variant, registration, name, job, settings))
+            except SlmopsError as error:
+                results[variant.name] = error
+        rounds = QUICK_ROUNDS if job.quick else ROUNDS
+        fastest = min(calibrate() for _ in range(3))
+        for number in range(rounds):
+            log.info("measuring speed and memory: round %d of %d", number + 1, rounds)
+            sessions = SESSIONS if number == 0 else ()
+            drop_cache = number == 0 and rounds > 1  # where there is one load only, it is a warm one
+            for one in [c for c in contestants if c.error is None]:
+                try:
+                    fastest = _take_turn(one, fastest, settings, sessions=sessions, drop_cache=drop_cache)
+                except SlmopsError as error:
+                    one.error = error
+    for one in contestants:
+        # Judged once more: a turn may have passed for undisturbed because all before it were disturbed too.
+        turns = [turn.model_copy(update={"disturbed": _disturbed(turn.calibration_s, fastest)}) for turn in one.turns]
+        results[one.variant.name] = one.error or Speed(
+            cells=one.cells, turns=tuple(turns), cores=machine.hardware().cores
+        )
+    for variant, _ in made:
+        shutil.rmtree(_work(variant, name, settings), ignore_errors=True)
+    return results
+
+
+def _work(variant: Variant, name: str, settings: Settings) -> Path:
+    return settings.work(name) / f"{variant.name}-speed"
+
+
+def _take_turn(
+    one: Contestant, fastest: float, settings: Settings, *, sessions: tuple[int, ...], drop_cache: bool
+) -> float:
+    """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
+    for _ in range(2):
+        before = calibrate()
+        measured, finished = process.call(
+            "slmops.evaluation.speed_worker",
+            speed_worker.Request(
+                home=one.staged.home,
+                folder=one.staged.folder,
+                foundry_id=one.staged.foundry_id,
+                cells=one.cells,
+                sessions=sessions,
+                drop_cache=drop_cache,
+            ),
+            speed_worker.Result,
+            work=one.work,
+            log=one.log,
+            timeout_s=settings.evaluation_timeout_s,
+            error=EvaluationError,
+        )
+        loops = (before, calibrate())
+        fastest = min(fastest, *loops)
+        turn = Turn(measured=measured, memory=tuple(finished.memory), calibration_s=loops)
+        if not _disturbed(loops, fastest):
+            break
+        log.info("%s: this machine was busy with something else", one.variant.name)
+    one.turns.append(turn)
+    return fastest
+
+
+def _disturbed(loops: tuple[float, float], fastest: float) -> bool:
+    return max(loops) > DISTURBED * fastest
+
+
+def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
+    """The cells to time, the headline cell first, with more repetitions than the others.
+
+    Raises:
+        EvaluationError: No wanted length fits the model.
+    """
+    outputs = job.output_lengths[:1] if job.quick else job.output_lengths
+    lengths = prompts.of_lengths(job.prompt_lengths, staged.context_length - max(outputs), staged.folder)
+    if job.quick:
+        lengths = dict(list(lengths.items())[:3])
+    headline = min(lengths, key=lambda tokens: abs(tokens - HEADLINE_TOKENS))
+    order = sorted(lengths, key=lambda tokens: (tokens != headline, tokens))
+    return tuple(
+        Cell(
+            prompt_tokens=tokens,
+            output_tokens=output,
+            text=lengths[tokens],
+            repetitions=HEADLINE_REPETITIONS if (tokens, output) == (headline, outputs[0]) else 1,
+        )
+        for tokens in order
+        for output in outputs
+    )
+
+
+def calibrate() -> float:
+    """Seconds that a fixed piece of work takes: hashing, which the native code of this interpreter does."""
+    data = bytes(CALIBRATION_BYTES)
+    started = time.perf_counter()
+    hashlib.sha256(data).digest()
+    return time.perf_counter() - started
+
+
+def memory_in(turn: Turn, window: Window) -> list[float]:
+    """The samples in MB that were taken within a window."""
+    return [mb for at, mb in turn.memory if window.start <= at <= window.end]

@@ -1,0 +1,209 @@
+"""Child process: one round of one variant in Foundry Local's runtime: load, time a grid of prompts, unload."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from slmops import child
+from slmops.errors import EvaluationError
+from slmops.models import Frozen
+
+# Long enough for the sampler in the parent to see the process at rest.
+REST_S = 0.3
+WARM_UP_MOST = 6
+SESSION_TOKENS = 8
+STABLE = 0.1
+"""Warm is who takes within so much of the time of the request before."""
+
+
+class Cell(Frozen):
+    """A point of the grid."""
+
+    prompt_tokens: int
+    output_tokens: int
+    text: str
+    repetitions: int
+
+
+class Request(Frozen):
+    """What to time. The folder is staged with a fixed length of answers."""
+
+    home: Path
+    folder: Path
+    foundry_id: str
+    cells: tuple[Cell, ...]
+    sessions: tuple[int, ...] = ()
+    drop_cache: bool = False
+
+
+class Timed(Frozen):
+    """One request; seconds from its start. Tokens as the runtime counts them."""
+
+    cell: int
+    prompt_tokens: int
+    completion_tokens: int
+    first_s: float
+    last_s: float
+    total_s: float
+    tokenize_s: float
+
+
+class Window(Frozen):
+    """A stretch of ``time.monotonic()``."""
+
+    start: float
+    end: float
+
+
+class Result(Frozen):
+    """Raw figures; :mod:`slmops.evaluation.speed` makes metrics of them."""
+
+    load_s: float
+    cold: bool
+    before: Window
+    loaded: Window
+    unloaded: Window
+    measured: Window
+    cpu_s: float
+    wall_s: float
+    energy_j: float | None
+    energy_tokens: int
+    timed: tuple[Timed, ...]
+    throughput: dict[int, float]
+
+
+def handle(request: Request) -> Result:
+    """Load, warm up, time each cell, then several sessions at once, unload.
+
+    Raises:
+        EvaluationError: The model generates nothing that can be timed.
+    """
+    from slmops import machine
+    from slmops.evaluation import prompts
+    from slmops.foundry import runtime
+
+    count = prompts.counter(request.folder)
+    catalog = runtime.local_catalog(runtime.manager(request.home))
+    model = runtime.add(catalog, request.folder, request.foundry_id, "measurement")
+    before = _rest()
+    cold = request.drop_cache and _drop_cache(request.folder)
+    started = time.perf_counter()
+    model.load()
+    load_s = time.perf_counter() - started
+    loaded = _rest()
+    _warm_up(model, min(request.cells, key=lambda cell: cell.prompt_tokens))
+    began = time.monotonic()
+    energy, cpu, wall = machine.energy_j(), _cpu_s(), time.perf_counter()
+    timed = []
+    for number, cell in enumerate(request.cells):
+        count(cell.text)  # the first call compiles the template
+        started = time.perf_counter()
+        count(cell.text)
+        tokenize_s = time.perf_counter() - started
+        for _ in range(cell.repetitions):
+            reply = _ask(model, cell)
+            if reply.first_s is not None:
+                timed.append(
+                    Timed(
+                        cell=number,
+                        prompt_tokens=reply.prompt_tokens,
+                        completion_tokens=reply.completion_tokens,
+                        first_s=reply.first_s,
+                        last_s=reply.last_s,
+                        total_s=reply.total_s,
+                        tokenize_s=tokenize_s,
+                    )
+                )
+    cpu_s, wall_s, energy_end = _cpu_s() - cpu, time.perf_counter() - wall, machine.energy_j()
+    if not any(one.completion_tokens > 1 and one.last_s > one.first_s for one in timed):
+        raise EvaluationError(
+            "The model answers each of the speed prompts with less than two tokens of text, so nothing can be timed.",
+            "Is its chat template right? See the answers in the log of its registration.",
+        )
+    measured = Window(start=began, end=time.monotonic())
+    model.unload()
+    unloaded = _rest()
+    throughput = _throughputs(model, request) if request.sessions else {}
+    return Result(
+        load_s=load_s,
+        cold=cold,
+        before=before,
+        loaded=loaded,
+        unloaded=unloaded,
+        measured=measured,
+        cpu_s=cpu_s,
+        wall_s=wall_s,
+        energy_j=energy_end - energy if energy is not None and energy_end is not None else None,
+        energy_tokens=sum(one.prompt_tokens + one.completion_tokens for one in timed),
+        timed=tuple(timed),
+        throughput=throughput,
+    )
+
+
+def _ask(model: Any, cell: Cell) -> Any:
+    from slmops.foundry import runtime
+
+    return runtime.ask(model, [{"role": "user", "content": cell.text}], max_tokens=cell.output_tokens)
+
+
+def _warm_up(model: Any, cell: Cell) -> None:
+    """Ask until two requests in a row take about as long; the first ones touch memory for the first time."""
+    last = float("inf")
+    for _ in range(WARM_UP_MOST):
+        now = _ask(model, cell).total_s
+        if abs(now - last) <= STABLE * now:
+            return
+        last = now
+
+
+def _throughputs(model: Any, request: Request) -> dict[int, float]:
+    """Generated tokens/s of so many sessions together, each with one request of the shortest prompt, prefill included.
+
+    Last of all and loaded anew: several sessions take memory that a single user never sees.
+    """
+    shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
+    cell = shortest.model_copy(update={"output_tokens": SESSION_TOKENS})
+    model.load()
+    _ask(model, cell)
+    rates = {}
+    for sessions in request.sessions:
+        with ThreadPoolExecutor(sessions) as pool:
+            started = time.perf_counter()
+            replies = list(pool.map(lambda _: _ask(model, cell), range(sessions)))
+            rates[sessions] = sum(reply.completion_tokens for reply in replies) / (time.perf_counter() - started)
+    model.unload()
+    return rates
+
+
+def _rest() -> Window:
+    start = time.monotonic()
+    time.sleep(REST_S)
+    return Window(start=start, end=time.monotonic())
+
+
+def _drop_cache(folder: Path) -> bool:
+    """Ask the system to forget the files' pages, so that the next load comes from the disk; False: it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in folder.iterdir():
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # pages not written yet would stay
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+    return True
+
+
+def _cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

@@ -1,0 +1,52 @@
+"""A registered variant in a Foundry home of its own, with settings that only a measurement wants."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from slmops.files import link_or_copy, write_atomic
+from slmops.foundry.layout import GENAI_CONFIG, PUBLISHER
+from slmops.models import Frozen, Registration
+
+
+class Staged(Frozen):
+    """Where a staged variant lies; nothing of it is in the user's Foundry Local."""
+
+    home: Path
+    folder: Path
+    foundry_id: str
+    context_length: int
+
+
+def stage(
+    registration: Registration, home: Path, *, fixed_length: bool = False, context_length: int | None = None
+) -> Staged:
+    """Lay a variant out below ``home``, its files linked, its genai_config.json changed.
+
+    Args:
+        registration: The variant as it is deployed.
+        home: Foundry home to make, replaced if it is there.
+        fixed_length: Answers do not end before their token limit: the end-of-sequence token becomes the last id of the
+            vocabulary, which padded vocabularies never use and others hardly ever (the runtime takes no id beyond it,
+            and does not honour a minimal length).
+        context_length: A context to pretend, at most the model's own.
+    """
+    shutil.rmtree(home, ignore_errors=True)
+    folder = home / "models" / PUBLISHER / registration.path.name
+    for file in registration.path.rglob("*"):
+        if file.is_file() and file.name != GENAI_CONFIG:
+            target = folder / file.relative_to(registration.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
+    config = json.loads((registration.path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    model, search = config["model"], config["search"]
+    if fixed_length:
+        model["eos_token_id"] = [model["vocab_size"] - 1]
+    context = model["context_length"]
+    if context_length is not None and context_length < context:
+        model["context_length"] = context = context_length
+        search["max_length"] = min(search.get("max_length", context), context)
+    write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
+    return Staged(home=home, folder=folder, foundry_id=registration.foundry_id, context_length=context)

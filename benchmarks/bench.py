@@ -65,9 +65,9 @@ def _repeatability(first: Comparison, second: Comparison) -> None:
 
 
 def _agreement(variant: VariantResult, home: Path) -> None:
-    assert variant.foundry_id is not None
-    placed = home / "foundry" / "models" / "slmops" / variant.foundry_id.replace(":", "-")
-    registration = Registration(foundry_id=variant.foundry_id, path=placed, prompt_template_exact=False, answer="")
+    foundry_id = str(variant.foundry_id)
+    placed = home / "foundry" / "models" / "slmops" / foundry_id.replace(":", "-")
+    registration = Registration(foundry_id=foundry_id, path=placed, prompt_template_exact=False, answer="")
     staged = stage(registration, home / "agreement", fixed_length=True)
     tokens = Job(model="demo").output_lengths[0]
     [text] = prompts.of_lengths([speed.HEADLINE_TOKENS], staged.context_length, staged.folder).values()

@@ -1,35 +1,36 @@
 """The command ``slmops``. Data goes to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 130 interrupted.
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 3 a gate said no, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json as jsonlib
 import logging
-import os
-import signal
 import sys
 import tempfile
 import tomllib
 import traceback
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from slmops.errors import SlmopsError, UsageError, WorkError
+from slmops.cli_flows import print_comparison as _print
+from slmops.cli_flows import report as _report
+from slmops.cli_flows import run as _run
+from slmops.cli_flows import say as _say
+from slmops.cli_flows import soak as _soak
+from slmops.errors import SlmopsError, UsageError
+from slmops.evaluation.soak import Soak
 from slmops.job import Job
-from slmops.models import Comparison
 from slmops.settings import Settings
 
-if TYPE_CHECKING:
-    from slmops.stack import Stack
-
 INTERRUPTED = 130
+_SOAK = Soak()
 
 app = App(
     name="slmops",
@@ -92,6 +93,24 @@ def compare(name: str | None = None, /, *, json: bool = False) -> int:
 
     _print(Tracker(stack.tracking_uri(Settings())).latest(name), json=json)
     return 0
+
+
+@app.command
+def soak(
+    name: str | None = None, /, *, request: Annotated[Soak, Parameter(name="*")] = _SOAK, json: bool = False
+) -> int:
+    """Send a deployed variant many requests and see whether its memory grows; start the local servers if needed.
+
+    Ends with 3 unless it is proven that the memory does not grow faster than the limit.
+
+    Parameters
+    ----------
+    name
+        The model; that of the latest comparison by default.
+    json
+        Print the result as JSON.
+    """
+    return _soak(request.model_copy(update={"name": name or request.name}), json=json)
 
 
 @app.command
@@ -201,52 +220,6 @@ def _main(argv: list[str]) -> int:
         return _unexpected(error)
 
 
-def _run(job: Job, *, json: bool) -> int:
-    from slmops import stack
-
-    settings = Settings()
-    servers = stack.up(settings)
-    os.environ.update(stack.prefect_environment(settings, servers))
-    signal.signal(signal.SIGTERM, _terminate)
-    logging.raiseExceptions = False  # records that a dead Prefect server does not take are lost without noise
-    import httpx
-
-    from flows.optimize import optimize  # after the environment that Prefect reads at import
-
-    try:
-        _show(optimize(job), servers, json=json)
-    except SlmopsError as error:
-        if error.comparison is not None:
-            _show(error.comparison, servers, json=json)
-        raise
-    except httpx.TransportError:  # MLflow's client has errors of its own: this is Prefect's
-        _report(
-            WorkError(
-                f"Prefect at {servers.prefect_url} stopped answering, and the run with it.",
-                "`slmops up` starts it again; then repeat the command: what was converted is kept.",
-            )
-        )
-        os._exit(WorkError.exit_code)  # not by the usual way, on which Prefect tries to send its last events for long
-    return 0
-
-
-def _show(comparison: Comparison, servers: Stack, *, json: bool) -> None:
-    from slmops.tracking import Tracker
-
-    _print(comparison, json=json)
-    _say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(comparison.run_id)}")
-
-
-def _terminate(*_: Any) -> None:
-    raise KeyboardInterrupt  # so that children are killed and MLflow's runs closed on the way out
-
-
-def _print(comparison: Comparison, *, json: bool) -> None:
-    from slmops import report
-
-    print(comparison.model_dump_json(indent=2) if json else report.text(comparison), flush=True)
-
-
 def _status() -> dict[str, Any]:
     from slmops import stack
 
@@ -295,11 +268,6 @@ def _lines(error: ValidationError, prefix: str) -> list[str]:
     return lines
 
 
-def _report(error: SlmopsError) -> int:
-    _say(f"error: {error}")
-    return error.exit_code
-
-
 def _unexpected(error: Exception) -> int:
     """Something that no check foresaw: the traceback goes into a file, the terminal gets one line."""
     story = "".join(traceback.format_exception(error))
@@ -331,10 +299,6 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("slmops")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

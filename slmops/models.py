@@ -172,7 +172,7 @@ class CaseOutcome(Frozen):
 
     id: str
     expected: str
-    outcome: str = Field(description="answered, refused, or crashed.")
+    outcome: str = Field(description="answered, refused, cut, unequal, failed, crashed or hung.")
     passed: bool
     detail: str
 

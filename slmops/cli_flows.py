@@ -1,0 +1,109 @@
+"""Run a flow from the terminal: servers up, Prefect imported after its environment is set, the result printed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from slmops.errors import SlmopsError, WorkError
+from slmops.evaluation.soak import Soak, SoakError, SoakResult
+from slmops.job import Job
+from slmops.models import Comparison
+from slmops.settings import Settings
+
+if TYPE_CHECKING:
+    from slmops.stack import Stack
+
+
+def run(job: Job, *, json: bool) -> int:
+    """The main job; returns the exit code."""
+    with _prefect() as servers:
+        from flows.optimize import optimize
+
+        try:
+            _show(optimize(job), servers, json=json)
+        except SlmopsError as error:
+            if error.comparison is not None:
+                _show(error.comparison, servers, json=json)
+            raise
+    return 0
+
+
+def soak(request: Soak, *, json: bool) -> int:
+    """A soak; returns the exit code."""
+    with _prefect() as servers:
+        from flows.soak import soak
+
+        try:
+            _show_soak(soak(request), servers, json=json)
+        except SoakError as error:
+            _show_soak(error.result, servers, json=json)
+            raise
+    return 0
+
+
+def print_comparison(comparison: Comparison, *, json: bool) -> None:
+    """Data for stdout."""
+    from slmops import report
+
+    print(comparison.model_dump_json(indent=2) if json else report.text(comparison), flush=True)
+
+
+def report(error: SlmopsError) -> int:
+    """Tell what went wrong; returns the exit code."""
+    say(f"error: {error}")
+    return error.exit_code
+
+
+def say(text: str) -> None:
+    """Tell on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _prefect() -> Iterator[Stack]:
+    """Have the servers running and the environment as Prefect reads it at import, which is for the block to do."""
+    from slmops import stack
+
+    settings = Settings()
+    servers = stack.up(settings)
+    os.environ.update(stack.prefect_environment(settings, servers))
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.raiseExceptions = False  # records that a dead Prefect server does not take are lost without noise
+    import httpx
+
+    try:
+        yield servers
+    except httpx.TransportError:  # MLflow's client has errors of its own: this is Prefect's
+        report(
+            WorkError(
+                f"Prefect at {servers.prefect_url} stopped answering, and the run with it.",
+                "`slmops up` starts it again; then repeat the command: what was converted is kept.",
+            )
+        )
+        os._exit(WorkError.exit_code)  # not by the usual way, on which Prefect tries to send its last events for long
+
+
+def _show(comparison: Comparison, servers: Stack, *, json: bool) -> None:
+    from slmops.tracking import Tracker
+
+    print_comparison(comparison, json=json)
+    say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(comparison.run_id)}")
+
+
+def _show_soak(result: SoakResult, servers: Stack, *, json: bool) -> None:
+    from slmops.evaluation import soak as soaking
+    from slmops.tracking import Tracker
+
+    print(result.model_dump_json(indent=2) if json else soaking.text(result), flush=True)
+    if result.run_id is not None:
+        say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(result.run_id)}")
+
+
+def _terminate(*_: Any) -> None:
+    raise KeyboardInterrupt  # so that children are killed and MLflow's runs closed on the way out

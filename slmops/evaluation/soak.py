@@ -1,0 +1,192 @@
+"""Soak: whether the runtime's memory grows with the number of requests that a variant answers."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slmops import process
+from slmops.errors import EvaluationError, GateError, UsageError
+from slmops.evaluation import soak_worker, statistics
+from slmops.models import Comparison, Frozen, Measurement, Outcome, VariantResult
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+UNIT = "KB/request"
+WARM_UP_LEAST = 20
+ENDS = 10
+"""Requests over which the memory at the start and at the end is taken, as their median."""
+# glibc keeps what was freed in a pool for each thread. Which pools the requests go through is chance, and each one that
+# they reach for the first time adds the size of a whole cache: steps of hundreds of MB for hundreds of requests, which
+# come to an end and are no leak. With one pool for all, what still grows is never freed.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
+
+class Soak(BaseModel):
+    """Ask a deployed variant many times, and see whether its memory grows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = Field(None, title="Name", description="The model; that of the latest comparison by default.")
+    variant: str | None = Field(None, title="Variant", description="The variant; the chosen one by default.")
+    requests: int = Field(
+        300, ge=30, title="Requests", description="Requests to send after a warm-up of a tenth of them, or 20."
+    )
+    max_kb_per_request: float = Field(
+        10,
+        gt=0,
+        allow_inf_nan=False,
+        title="Limit",
+        description="KB (10^3 bytes) that the memory may grow by with each request, on average.",
+    )
+
+    @property
+    def warm_up(self) -> int:
+        """Requests to send first: allocations that happen once happen there."""
+        return max(WARM_UP_LEAST, self.requests // 10)
+
+
+class SoakResult(Frozen):
+    """The result of a soak; the JSON form is a promise to scripts."""
+
+    model: str
+    variant: str
+    foundry_id: str
+    outcome: Outcome
+    slope: Measurement = Field(description="Growth of the memory in KB per request.")
+    limit: float = Field(description="What it may be at most, in the same unit.")
+    more_requests: int | None = Field(None, description="How many more would settle an inconclusive soak, about.")
+    memory_start_mb: float = Field(description="Median of the first ten requests after the warm-up.")
+    memory_end_mb: float = Field(description="Median of the last ten.")
+    detail: str = Field(description="A sentence for people.")
+    run_id: str | None = Field(None, description="Its MLflow run.")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name to value, as MLflow gets them. The interval is left out where there is none."""
+        ends = {"low": self.slope.low, "high": self.slope.high}
+        return {
+            "soak_slope_kb_per_request": self.slope.value,
+            **{f"soak_slope_kb_per_request_{end}": value for end, value in ends.items() if value is not None},
+            "soak_requests": float(self.slope.samples),
+            "memory_start_mb": self.memory_start_mb,
+            "memory_end_mb": self.memory_end_mb,
+        }
+
+
+class SoakError(GateError):
+    """The memory grows, or it is not proven that it does not."""
+
+    def __init__(self, result: SoakResult) -> None:
+        if result.outcome == "fail":
+            fix = "The series is in MLflow, as soak_memory_mb."
+        elif result.more_requests is None:
+            fix = "More requests would hardly settle it: the growth is about the limit itself."
+        else:
+            fix = f"Repeat it with about --requests {result.slope.samples + result.more_requests}."
+        super().__init__(result.detail, fix)
+        self.result = result
+
+
+def find(comparison: Comparison, wanted: str | None) -> VariantResult:
+    """The variant to soak: the wanted one, or the chosen one.
+
+    Raises:
+        UsageError: There is no such variant, it failed, or none was chosen.
+    """
+    known = ", ".join(one.name for one in comparison.variants if one.status == "ok" and one.foundry_id) or "none"
+    name = wanted or comparison.choice.variant
+    if name is None:
+        raise UsageError(f"No variant of {comparison.model} was chosen.", f"Name one with --variant: {known}.")
+    found = next((one for one in comparison.variants if one.name == name), None)
+    if found is None:
+        raise UsageError(f"{comparison.model} has no variant {name!r}.", f"Its variants: {known}.")
+    if found.status != "ok" or not found.foundry_id:
+        raise UsageError(
+            f"The variant {name} of {comparison.model} cannot be asked: {found.reason or found.status}.",
+            f"Variants that can: {known}.",
+        )
+    return found
+
+
+def measure(
+    name: str, variant: str, foundry_id: str, request: Soak, settings: Settings
+) -> tuple[SoakResult, tuple[float, ...]]:
+    """Soak a registered variant. The caller holds the machine lock.
+
+    Returns:
+        The result, and the memory in KB after each request.
+
+    Raises:
+        EvaluationError: The variant is not registered in this home, or its process died.
+    """
+    work = settings.work(name) / f"{variant}-soak"
+    log.info("%s: soaking with %d requests", variant, request.requests)
+    try:
+        measured, _ = process.call(
+            "slmops.evaluation.soak_worker",
+            soak_worker.Request(
+                home=settings.foundry, foundry_id=foundry_id, warm_up=request.warm_up, requests=request.requests
+            ),
+            soak_worker.Result,
+            work=work,
+            log=settings.logs / name / f"{variant}.soak.log",
+            timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
+            error=EvaluationError,
+            env=ENVIRONMENT,
+            on_line=_tell,
+        )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return judge(name, variant, foundry_id, measured.memory_kb, request.max_kb_per_request), measured.memory_kb
+
+
+def judge(name: str, variant: str, foundry_id: str, memory_kb: Sequence[float], limit: float) -> SoakResult:
+    """Fit the slope. It passes, or fails, only if the whole interval lies on one side of the limit."""
+    slope = statistics.slope(memory_kb, UNIT)
+    outcome: Outcome = "inconclusive"
+    more = None
+    if slope.high is not None and slope.high <= limit:
+        outcome = "pass"
+    elif slope.low is not None and slope.low > limit:
+        outcome = "fail"
+    else:
+        more = statistics.more_samples(slope, limit)
+    return SoakResult(
+        model=name,
+        variant=variant,
+        foundry_id=foundry_id,
+        outcome=outcome,
+        slope=slope,
+        limit=limit,
+        more_requests=more,
+        memory_start_mb=statistics.percentile(memory_kb[:ENDS], 50) / 1e3,
+        memory_end_mb=statistics.percentile(memory_kb[-ENDS:], 50) / 1e3,
+        detail=_sentence(variant, outcome, slope, limit, more),
+    )
+
+
+def _sentence(variant: str, outcome: Outcome, slope: Measurement, limit: float, more: int | None) -> str:
+    interval = "no interval" if slope.low is None else f"95 % interval {slope.low:.2f} to {slope.high:.2f}"
+    said = f"{variant}: over {slope.samples} requests the memory grows by {slope.value:.2f} KB a request ({interval}), "
+    if outcome == "pass":
+        return f"{said}which is within the limit of {limit:g}."
+    if outcome == "fail":
+        return f"{said}which is above the limit of {limit:g}."
+    needed = f"; about {more} more requests would settle it" if more is not None else ""
+    return f"{said}which may be on either side of the limit of {limit:g}{needed}."
+
+
+def text(result: SoakResult) -> str:
+    """What ``slmops soak`` prints."""
+    memory = f"{result.memory_start_mb:.1f} MB at the start, {result.memory_end_mb:.1f} MB at the end"
+    return f"{result.outcome}: {result.detail}\nmemory of the process: {memory}"
+
+
+def _tell(line: str) -> None:
+    if line.startswith(soak_worker.SAID):
+        log.info("%s", line)

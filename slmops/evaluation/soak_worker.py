@@ -1,0 +1,98 @@
+"""Child process: many requests to a registered variant, one after the other, and the memory after each."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slmops import child
+from slmops.errors import EvaluationError
+from slmops.models import Frozen
+
+LENGTHS = [32, 64, 128, 256]
+"""Tokens of the prompts that take turns; each turn ends with a conversation of three questions."""
+MAX_TOKENS = 16
+REQUEST_LIMIT_S = 300.0
+SAID = "soak: "
+EVERY = 50
+
+
+class Request(Frozen):
+    """A registered variant and how much to ask of it."""
+
+    home: Path
+    foundry_id: str
+    warm_up: int
+    requests: int
+
+
+class Result(Frozen):
+    """Private memory of the process in KB (10^3 bytes) after each request, those of the warm-up left out."""
+
+    memory_kb: tuple[float, ...]
+
+
+def handle(request: Request) -> Result:
+    """Load, warm up, ask.
+
+    Raises:
+        EvaluationError: The model is not registered, or has no room for any of the prompts.
+    """
+    from slmops.foundry import runtime
+
+    model = runtime.local_catalog(runtime.manager(request.home)).get_model_variant(request.foundry_id)
+    if model is None:
+        raise EvaluationError(f"{request.foundry_id} is not registered in Foundry Local at {request.home}.")
+    talks = conversations(Path(model.get_path()))
+    model.load()
+    process = psutil.Process()
+    memory = []
+    for number in range(-request.warm_up, request.requests):
+        # Renewed by each request; ends the process from a thread that needs no Python, should native code hang.
+        faulthandler.dump_traceback_later(REQUEST_LIMIT_S, exit=True)
+        runtime.ask(model, talks[number % len(talks)], max_tokens=MAX_TOKENS)
+        if number < 0:
+            continue
+        memory.append(private_kb(process))
+        if (number + 1) % EVERY == 0:
+            print(f"{SAID}{number + 1} of {request.requests} requests, {memory[-1] / 1e3:.0f} MB", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    return Result(memory_kb=tuple(memory))
+
+
+def conversations(folder: Path) -> list[list[dict[str, str]]]:
+    """What is asked in turns: a message of each length that the context has room for, and all in one conversation.
+
+    Raises:
+        EvaluationError: There is room for none.
+    """
+    from slmops.evaluation import prompts
+    from slmops.foundry.layout import GENAI_CONFIG
+
+    context = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
+    # A third of the context each, so that the conversation fits too.
+    texts = list(prompts.of_lengths(LENGTHS, context // 3 - MAX_TOKENS, folder).values())
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    answer = {"role": "assistant", "content": "I see."}
+    first, second = talks[0], talks[-1]
+    return [*talks, [*first, answer, *second, answer, *first]]
+
+
+def private_kb(process: psutil.Process) -> float:
+    """Memory that is this process's own, in KB: what a leak leaves behind.
+
+    On Linux, anonymous pages, in memory (resident less shared) or swapped out. Proportional and unique set sizes would
+    not do for a series: both move by tens of MB when another process that maps the same libraries comes or goes.
+    """
+    memory: Any = process.memory_full_info()
+    if hasattr(memory, "shared"):
+        return float(memory.rss - memory.shared + memory.swap) / 1e3
+    return float(memory.uss) / 1e3
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

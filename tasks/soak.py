@@ -1,0 +1,68 @@
+"""Find a deployed variant, ask it many times, log and show how its memory went."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from slmops.evaluation import soak
+from slmops.evaluation.soak import Soak, SoakResult
+from slmops.models import to_name
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tasks.track import tracking_task
+
+
+@task(name="find variant", task_run_name="find variant", cache_policy=NO_CACHE)
+def find_variant(uri: str, request: Soak) -> tuple[str, str, str]:
+    """Model, variant and its id in Foundry Local, of the latest comparison."""
+    comparison = Tracker(uri).latest(request.name)
+    found = soak.find(comparison, request.variant)
+    return comparison.model, found.name, found.foundry_id or ""
+
+
+@task(name="soak", task_run_name="soak {variant}", cache_policy=NO_CACHE)
+def soak_variant(
+    name: str, variant: str, foundry_id: str, request: Soak, settings: Settings
+) -> tuple[SoakResult, tuple[float, ...]]:
+    """All requests, in one fresh process."""
+    return soak.measure(name, variant, foundry_id, request, settings)
+
+
+@tracking_task(name="track soak", task_run_name="track soak")
+def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> tuple[SoakResult, str]:
+    """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
+    tracker = Tracker(uri)
+    run_id = tracker.log_soak(
+        result.model,
+        {
+            "slmops.variant": result.variant,
+            "slmops.foundry_id": result.foundry_id,
+            "slmops.outcome": result.outcome,
+            "slmops.reason": result.detail,
+            "slmops.prefect_flow_run": flow_run,
+        },
+        result.metrics,
+        [kb / 1e3 for kb in memory_kb],
+    )
+    return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
+
+
+def show_soak(result: SoakResult, run_url: str) -> None:
+    """Publish the outcome as an artifact of the flow run."""
+    rows = [
+        ("outcome", result.outcome),
+        ("growth in KB a request", f"{result.slope.value:.2f}"),
+        ("95 % interval", "-" if result.slope.low is None else f"{result.slope.low:.2f} to {result.slope.high:.2f}"),
+        ("limit", f"{result.limit:g}"),
+        ("requests", f"{result.slope.samples}"),
+        ("memory at the start", f"{result.memory_start_mb:.1f} MB"),
+        ("memory at the end", f"{result.memory_end_mb:.1f} MB"),
+    ]
+    table = "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+    create_markdown_artifact(
+        f"{result.detail}\n\n{table}\n\n[MLflow run]({run_url})",
+        key=f"soak-{to_name(result.model).replace('_', '-')}",
+        description=f"{result.model}: soak of {result.variant}",
+    )

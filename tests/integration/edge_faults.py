@@ -1,0 +1,31 @@
+"""Cases that do what no runtime should, for a child process that is asked to go through them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from slmops.evaluation.edge_worker import Observation, Probe
+
+
+def dies(_: Probe) -> Observation:
+    """As on a bad access in native code."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError("unreachable")
+
+
+def leaves(_: Probe) -> Observation:
+    """As a library that calls exit."""
+    os._exit(0)
+
+
+def hangs(_: Probe) -> Observation:
+    """For ever."""
+    while True:
+        time.sleep(60)
+
+
+def breaks(_: Probe) -> Observation:
+    """An error that is no refusal."""
+    raise RuntimeError("the kernel found no memory")

@@ -1,0 +1,233 @@
+"""Soaks of a tiny model in Foundry Local for real, as a Prefect flow: one keeps its memory, one leaks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_HOME, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.soak import soak
+from slmops import stack, tracking_soak
+from slmops.errors import EvaluationError, TrackingError, UsageError
+from slmops.evaluation.soak import Soak, SoakError, SoakResult
+from slmops.foundry.register import register
+from slmops.models import Registration
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tests import making, values
+
+pytestmark = pytest.mark.integration
+
+NAME, KEY = "Tiny_S", "soak-tiny-s"
+REQUESTS = 60
+# Python runs a file of this name when it starts. This one makes the SDK's user forget to give memory back: 500 KB a
+# request, from the first one on.
+LEAK = """
+import sys
+if "slmops.evaluation.soak_worker" in sys.orig_argv:
+    from slmops.foundry import runtime
+    kept, ask = [], runtime.ask
+    def leak(*arguments, **options):
+        kept.append(b"x" * 500_000)
+        return ask(*arguments, **options)
+    runtime.ask = leak
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A home, an MLflow database and a Prefect server for this module."""
+    folder = tmp_path_factory.mktemp("soak")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
+        patch.setenv("SLMOPS_HOME", str(folder / "home"))
+        patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for name, value in stack.QUIET.items():
+            patch.setenv(name, value)
+        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
+            yield Settings()
+
+
+@pytest.fixture(scope="module")
+def registration(talkative: Path, settings: Settings, stock: Settings) -> Registration:
+    job = making.job(talkative)
+    return register(making.variant("int8", job, stock), NAME, job, settings)
+
+
+@pytest.fixture(scope="module")
+def tracker(settings: Settings, registration: Registration) -> Tracker:
+    """MLflow after a job of two variants, of which one failed."""
+    tracker = Tracker(settings.tracking_uri or "")
+    hardware = values.variant(Path("/nowhere")).hardware
+    parent = tracker.start_job(NAME, making.job(Path("x")), values.checkpoint(), hardware, None)
+    ok = values.result("int8", 1).model_copy(update={"foundry_id": registration.foundry_id})
+    both = values.comparison(ok, values.failed("int4", "Olive produced no model."), chosen="int8")
+    tracker.finish_job(both.model_copy(update={"model": NAME, "run_id": parent}), "", "", failed=True)
+    return tracker
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> MlflowClient:
+    return MlflowClient(settings.tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def passed(tracker: Tracker, settings: Settings) -> SoakResult:
+    # A fresh process of so few requests still moves by some KB.
+    result = soak(Soak(requests=REQUESTS, max_kb_per_request=100))
+    assert result.run_id is not None
+    assert tracker.latest(None).run_id != result.run_id  # a soak is no comparison
+    assert not list(settings.work(NAME).glob("*-soak"))
+    return result
+
+
+def soaks(client: MlflowClient) -> list[Run]:
+    experiment = client.get_experiment_by_name(NAME)
+    found: list[Run] = client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'soak'")
+    return found
+
+
+def last_flow_run() -> FlowRun:
+    with get_client(sync_client=True) as prefect:
+        return prefect.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
+def artifact() -> str:
+    """The latest."""
+    with get_client(sync_client=True) as prefect:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[KEY]))
+        made = prefect.read_artifacts(artifact_filter=wanted, limit=50)
+    return str(max(made, key=lambda one: one.created).data)
+
+
+def test_a_variant_that_keeps_its_memory(passed: SoakResult, registration: Registration) -> None:
+    assert (passed.model, passed.variant, passed.foundry_id) == (NAME, "int8", registration.foundry_id)
+    assert passed.outcome == "pass"
+    assert passed.slope.samples == REQUESTS
+    assert passed.slope.low is not None
+    assert passed.slope.high is not None
+    assert passed.slope.low <= passed.slope.value <= passed.slope.high <= 100
+    assert 10 < passed.memory_start_mb < 1000
+    assert passed.memory_end_mb == pytest.approx(passed.memory_start_mb, rel=0.05)
+    flow_run = last_flow_run()
+    assert flow_run.state_name == "Completed"
+    assert flow_run.parameters["request"]["max_kb_per_request"] == 100
+
+
+def test_what_mlflow_has(passed: SoakResult, client: MlflowClient, settings: Settings, tmp_path: Path) -> None:
+    run = client.get_run(passed.run_id)
+    assert run.info.status == "FINISHED"
+    tags = run.data.tags
+    assert (tags["slmops.kind"], tags["slmops.model"], tags["slmops.variant"]) == ("soak", NAME, "int8")
+    assert (tags["slmops.foundry_id"], tags["slmops.outcome"]) == (passed.foundry_id, "pass")
+    assert tags["slmops.reason"] == passed.detail
+    assert {name: run.data.metrics[name] for name in passed.metrics} == passed.metrics
+    assert len(passed.metrics) == 6
+    history = client.get_metric_history(passed.run_id, "soak_memory_mb")
+    assert [point.step for point in history] == list(range(1, REQUESTS + 1))
+    raw = json.loads(Path(client.download_artifacts(passed.run_id, "soak.json", str(tmp_path))).read_text())
+    assert raw["memory_mb"] == [point.value for point in history]
+    assert raw["metrics"] == passed.metrics
+    log = (settings.logs / NAME / "int8.soak.log").read_text()
+    assert f"soak: 50 of {REQUESTS} requests, " in log
+
+
+@pytest.mark.usefixtures("passed")
+def test_what_prefect_shows(passed: SoakResult, tracker: Tracker) -> None:
+    shown = artifact()
+    assert shown.startswith(passed.detail)
+    assert "| outcome | pass |" in shown
+    assert f"[MLflow run]({tracker.run_url(passed.run_id or '')})" in shown
+
+
+def test_a_leak_is_found(
+    passed: SoakResult, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LEAK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(SoakError, match="which is above the limit of 100") as caught:
+        soak(Soak(name=NAME, variant="int8", requests=REQUESTS, max_kb_per_request=100))
+    result = caught.value.result
+    assert (caught.value.exit_code, result.outcome) == (3, "fail")
+    assert result.slope.value == pytest.approx(500, rel=0.1)
+    assert result.memory_end_mb - result.memory_start_mb > 20
+    assert result.run_id != passed.run_id
+    assert client.get_run(result.run_id).data.tags["slmops.outcome"] == "fail"
+    flow_run = last_flow_run()
+    assert flow_run.state_name == "Failed"
+    assert "| outcome | fail |" in artifact()
+
+
+@pytest.mark.usefixtures("passed")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": "nobody"}, "There is no finished comparison of 'nobody'"),
+        ({"variant": "int2"}, f"{NAME} has no variant 'int2'."),
+        ({"variant": "int4"}, f"The variant int4 of {NAME} cannot be asked: Olive produced no model."),
+    ],
+)
+def test_what_cannot_be_asked(asked: dict[str, Any], message: str, client: MlflowClient) -> None:
+    before = len(soaks(client))
+    with pytest.raises(UsageError, match=message):
+        soak(Soak(**asked))
+    assert len(soaks(client)) == before
+
+
+@pytest.mark.usefixtures("passed")
+def test_a_variant_of_another_home(client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(soaks(client))
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "other"))
+    with pytest.raises(EvaluationError, match="generic-cpu:1 is not registered in Foundry Local at"):
+        soak(Soak(requests=30))
+    assert len(soaks(client)) == before
+    assert last_flow_run().state_name == "Failed"
+
+
+def test_a_long_series_is_thinned(tracker: Tracker, client: MlflowClient, tmp_path: Path) -> None:
+    memory = [float(number) for number in range(1, 1001)]
+    run = tracker.log_soak("long", {}, {"soak_requests": 1000.0}, memory)
+    history = client.get_metric_history(run, "soak_memory_mb")
+    assert len(history) == 250
+    assert all(point.value == point.step for point in history)
+    assert history[-1].step == 1000
+    raw = json.loads(Path(client.download_artifacts(run, "soak.json", str(tmp_path))).read_text())
+    assert raw["memory_mb"] == memory
+
+
+def test_a_repeated_attempt_leaves_one_run(
+    tracker: Tracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = {tracking_soak.FLOW_RUN: "one"}
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "log_text", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        with pytest.raises(TrackingError, match="the disk is full"):
+            tracker.log_soak("twice", tags, {"soak_requests": 30.0}, [1.0] * 30)
+    run = tracker.log_soak("twice", tags, {"soak_requests": 30.0}, [1.0] * 30)
+    other = tracker.log_soak("twice", {tracking_soak.FLOW_RUN: "two"}, {"soak_requests": 30.0}, [1.0] * 30)
+    experiment = client.get_experiment_by_name("twice").experiment_id
+    assert {one.info.run_id for one in client.search_runs([experiment])} == {run, other}
+
+
+@pytest.mark.parametrize("lost", ["soak_requests", "soak_memory_mb"])
+def test_a_lost_metric_is_noticed(tracker: Tracker, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tracker._client.log_batch
+
+    def lossy(run_id: str, metrics: Any = (), **rest: Any) -> None:
+        kept = [metric for metric in metrics if metric.key != lost]
+        real(run_id, metrics=kept, **rest)
+
+    monkeypatch.setattr(tracker._client, "log_batch", lossy)
+    with pytest.raises(TrackingError, match=f"MLflow lost {lost} of a soak"):
+        tracker.log_soak("lossy", {}, {"soak_requests": 30.0}, [1.0] * 30)

@@ -20,10 +20,6 @@ UNIT = "KB/request"
 WARM_UP_LEAST = 20
 ENDS = 10
 """Requests over which the memory at the start and at the end is taken, as their median."""
-# glibc keeps what was freed in a pool for each thread. Which pools the requests go through is chance, and each one that
-# they reach for the first time adds the size of a whole cache: steps of hundreds of MB for hundreds of requests, which
-# come to an end and are no leak. With one pool for all, what still grows is never freed.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 
 class Soak(BaseModel):
@@ -137,7 +133,7 @@ def measure(
             log=settings.logs / name / f"{variant}.soak.log",
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
-            env=ENVIRONMENT,
+            env=process.STEADY_MALLOC,  # else the allocator's own steps hide a leak, or look like one
             on_line=_tell,
         )
     finally:

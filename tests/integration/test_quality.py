@@ -1,0 +1,305 @@
+"""Quality of variants for real: ONNX Runtime's logits against those of torch, and answers in Foundry Local."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from scipy.special import log_softmax, rel_entr
+
+from slmops import process
+from slmops.errors import EvaluationError, UsageError
+from slmops.evaluation import edge_cases, quality, speed, summary
+from slmops.evaluation.logits_worker import WINDOW
+from slmops.evaluation.quality import BASELINE, HUGGING_FACE, TOKENS, Quality
+from slmops.evaluation.speed import Speed
+from slmops.files import sha256
+from slmops.foundry.register import register
+from slmops.job import Job
+from slmops.models import Checkpoint, Registration, Variant
+from slmops.settings import Settings
+from tests import making, measured
+
+pytestmark = pytest.mark.integration
+
+NAME = "tiny"
+Made = tuple[Variant, Registration]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job that is not quick, so that the checkpoint is scored too."""
+    from pydoc_data import topics
+
+    folder = tmp_path_factory.mktemp("inputs")
+    text = "\n".join(topics.topics[topic] for topic in ("assignment", "class", "function")) + " Ünïcödé 東京"
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    asked = making.job(talkative, evaluation_set=making.evaluation_set(folder), perplexity_text=folder / "text.txt")
+    return asked.model_copy(update={"quick": False})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(job: Job, settings: Settings) -> Checkpoint:
+    return making.resolve(job, settings)
+
+
+@pytest.fixture(scope="module")
+def made(job: Job, settings: Settings, stock: Settings) -> dict[str, Made]:
+    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
+    return {variant.name: (variant, register(variant, NAME, job, settings)) for variant in variants}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_nll(checkpoint: Checkpoint, job: Job, settings: Settings) -> tuple[float, ...]:
+    found = quality.score_checkpoint(checkpoint, NAME, job, settings)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def scored(
+    made: dict[str, Made], job: Job, settings: Settings, checkpoint_nll: tuple[float, ...]
+) -> dict[str, Quality]:
+    assert checkpoint_nll
+    return {name: quality.measure(*one, NAME, job, settings) for name, one in made.items()}
+
+
+def token_ids(made: Made, job: Job) -> Any:
+    from tokenizers import Tokenizer
+
+    assert job.perplexity_text is not None
+    tokenizer = Tokenizer.from_file(str(made[1].path / "tokenizer.json"))
+    ids = tokenizer.encode(job.perplexity_text.read_text(encoding="utf-8"), add_special_tokens=False).ids
+    assert len(ids) > TOKENS
+    return np.array(ids[:TOKENS])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch and transformers, which work in child processes otherwise
+def test_perplexity_is_that_of_the_checkpoint(
+    scored: dict[str, Quality],
+    made: dict[str, Made],
+    job: Job,
+    checkpoint: Checkpoint,
+    checkpoint_nll: tuple[float, ...],
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    windows = torch.from_numpy(token_ids(made["fp32"], job)).split(WINDOW)
+    with torch.no_grad():
+        parts = [
+            torch.nn.functional.cross_entropy(model(part[None]).logits[0, :-1], part[1:], reduction="none")
+            for part in windows
+        ]
+    nll = torch.cat(parts).numpy()
+    assert checkpoint_nll == pytest.approx(nll, rel=1e-4)
+    assert scored["fp32"].nll == pytest.approx(nll, rel=1e-3, abs=1e-3)
+    assert len(nll) == TOKENS - len(windows)
+    found = summary.evaluation(made["fp32"][0], timings(), scored["fp32"], None, checkpoint_nll)
+    expected = math.exp(nll.mean(dtype=float))
+    assert expected > 100  # random weights
+    assert found.metrics["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found.measurements["perplexity"].samples == len(nll)
+    assert found.metrics["hf_perplexity_ratio"] == pytest.approx(1, abs=1e-6)
+    # int8 is another model: near, and not the same.
+    int8 = math.exp(np.mean(scored["int8"].nll))
+    assert int8 == pytest.approx(expected, rel=0.1)
+    assert int8 != pytest.approx(expected, rel=1e-6)
+
+
+def timings() -> Speed:
+    """Of no interest here."""
+    return measured.speed(measured.turn(measured.timed(0.2, 1.2)))
+
+
+def test_export_computes_what_the_checkpoint_computes(scored: dict[str, Quality]) -> None:
+    assert scored["fp32"].distances.keys() == {HUGGING_FACE}  # the baseline is not compared with itself
+    found = scored["fp32"].distances[HUGGING_FACE]
+    assert len(found.kl) == len(found.same_top) == len(scored["fp32"].nll)
+    assert all(0 <= kl < 1e-5 for kl in found.kl)
+    assert np.mean(found.kl) < 1e-6
+    assert np.mean(found.same_top) > 0.999
+
+
+def test_distance_of_a_quantized_variant_to_the_baseline(
+    scored: dict[str, Quality], made: dict[str, Made], job: Job
+) -> None:
+    from slmops.logits import OnnxModel
+
+    assert scored["int8"].distances.keys() == {BASELINE, HUGGING_FACE}
+    found = scored["int8"].distances[BASELINE]
+    ids = token_ids(made["int8"], job)
+    baseline, int8 = (OnnxModel(made[name][1].path) for name in ("fp32", "int8"))
+    for number in (0, 2):  # the first, and one whose rows are not at the beginning of the reference
+        part = ids[number * WINDOW : (number + 1) * WINDOW]
+        p, q = (log_softmax(model.logits(part)[:-1].astype(float), axis=1) for model in (baseline, int8))
+        rows = slice(number * (WINDOW - 1), (number + 1) * (WINDOW - 1))
+        assert found.kl[rows] == pytest.approx(rel_entr(np.exp(p), np.exp(q)).sum(axis=1), rel=0.01, abs=1e-6)
+        assert found.same_top[rows] == tuple(p.argmax(axis=1) == q.argmax(axis=1))
+        assert scored["int8"].nll[rows] == pytest.approx(-q[np.arange(len(q)), part[1:]], rel=1e-5)
+    assert np.mean(found.kl) > 1e-5  # far more than rounding
+    assert 0.5 < np.mean(found.same_top) < 1
+    # The export is exact, so that the distance to the checkpoint is the same.
+    assert scored["int8"].distances[HUGGING_FACE].kl == pytest.approx(found.kl, rel=0.01, abs=1e-5)
+
+
+def test_figures_against_the_baseline(
+    scored: dict[str, Quality], made: dict[str, Made], checkpoint_nll: tuple[float, ...]
+) -> None:
+    beside = (made["fp32"][0], scored["fp32"])
+    of_checkpoint = {"hf_perplexity_ratio", "hf_kl_mean", "hf_top1_agreement"}
+    for name, one in scored.items():
+        found = summary.evaluation(made[name][0], timings(), one, beside, checkpoint_nll)
+        assert found.measurements.keys() >= making.RELATIVE_UNITS.keys() | of_checkpoint
+        units = {metric: found.measurements[metric].unit for metric in making.RELATIVE_UNITS}
+        assert units == making.RELATIVE_UNITS
+        assert all(math.isfinite(value) for value in found.metrics.values())
+        ratio = math.exp(np.mean(one.nll) - np.mean(scored["fp32"].nll))
+        assert found.metrics["perplexity_ratio"] == pytest.approx(ratio)
+        assert found.metrics["size_ratio"] == pytest.approx(made[name][0].model_mb / made["fp32"][0].model_mb)
+        assert (found.metrics["kl_mean"] == 0) == (name == "fp32")
+
+
+def test_answers_are_judged(scored: dict[str, Quality], job: Job) -> None:
+    for one in scored.values():
+        assert [(a.id, a.category, a.correct, a.score) for a in one.answers] == [
+            ("1", "general", True, 1),
+            ("2", "capitals", False, 0),
+            ("third", "general", True, 1),
+        ]
+        assert [a.prompt for a in one.answers] == ["Say anything.", "What is the capital of France?", "Count"]
+        assert all((a.finish_reason, a.completion_tokens, a.format_valid) == ("length", 8, None) for a in one.answers)
+        assert all(a.answer.strip() and a.seconds > 0 for a in one.answers)
+        assert len(one.cases) == len(edge_cases.CASES)
+        assert job.evaluation_set is not None
+        assert job.perplexity_text is not None
+        assert one.evaluation_set_digest == sha256(job.evaluation_set)
+        assert one.text_digest == sha256(job.perplexity_text)
+
+
+@pytest.fixture
+def no_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edge cases take a while and have tests of their own."""
+    monkeypatch.setattr(edge_cases, "run", lambda *_: measured.CASES)
+
+
+def untimed(one: Quality) -> dict[str, Any]:
+    return {
+        "nll": one.nll,
+        "distances": one.distances,
+        "answers": [answer.model_dump(exclude={"seconds"}) for answer in one.answers],
+    }
+
+
+@pytest.mark.usefixtures("no_cases")
+def test_the_same_again(scored: dict[str, Quality], made: dict[str, Made], job: Job, settings: Settings) -> None:
+    reference = settings.work(NAME) / "logits" / f"{BASELINE}.npy"
+    before = sha256(reference)
+    for name in ("int8", "fp32", "int8"):
+        again = quality.measure(*made[name], NAME, job, settings)
+        assert untimed(again) == untimed(scored[name]), name
+        assert sha256(reference) == before
+
+
+@pytest.mark.usefixtures("no_cases")
+def test_a_quick_job(
+    made: dict[str, Made], job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
+    asked = job.model_copy(update={"quick": True, "evaluation_set": many})
+    assert quality.score_checkpoint(checkpoint, "quick", asked, settings) is None
+    found = {name: quality.measure(*one, "quick", asked, settings) for name, one in made.items()}
+    windows = math.ceil(quality.QUICK_TOKENS / WINDOW)
+    assert {len(one.nll) for one in found.values()} == {quality.QUICK_TOKENS - windows}
+    assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE}}
+    assert {len(one.answers) for one in found.values()} == {quality.QUICK_ITEMS}
+
+
+def test_a_checkpoint_that_transformers_cannot_run(
+    checkpoint: Checkpoint, job: Job, settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((checkpoint.path / name).read_bytes())
+    no_weights = checkpoint.model_copy(update={"path": tmp_path})
+    assert quality.score_checkpoint(no_weights, "weightless", job, settings) is None
+    assert any("not compared with the checkpoint itself" in message for message in caplog.messages)
+    assert list((settings.work("weightless") / "logits").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_cases")
+def test_two_at_once_wait_for_each_other(
+    made: dict[str, Made],
+    job: Job,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "slmops")
+    real = process.call
+    sections: list[tuple[float, float, str]] = []
+
+    def timed(module: str, *arguments: Any, **options: Any) -> Any:
+        started = time.monotonic()
+        try:
+            return real(module, *arguments, **options)
+        finally:
+            sections.append((started, time.monotonic(), str(options["work"])))
+
+    # The lock is the machine's, not the home's.
+    variant, registration = made["int8"]
+    other = Settings(home=tmp_path / "other")
+    elsewhere = register(variant, NAME, job, other)
+    monkeypatch.setattr(process, "call", timed)
+    quick = job.model_copy(update={"quick": True, "prompt_lengths": [32]})
+    with ThreadPoolExecutor(2) as pool:
+        scoring = pool.submit(quality.measure, variant, registration, NAME, quick, settings)
+        timing = pool.submit(speed.measure, [(variant, elsewhere)], NAME, quick, other)
+    assert scoring.result().nll
+    assert isinstance(timing.result()["int8"], Speed)
+    sections.sort()
+    assert len(sections) >= 3  # a disturbed turn is measured twice
+    for before, after in itertools.pairwise(sections):
+        assert before[1] <= after[0]
+    # Nor do they take turns within one measurement.
+    homes = [str(other.home) in where for _, _, where in sections]
+    assert sum(one != another for one, another in itertools.pairwise(homes)) == 1
+    waiting = "waiting for this machine's conversions and measurements, held by another run (process "
+    assert any(message.startswith(waiting) for message in caplog.messages)
+
+
+def test_what_cannot_be_measured(made: dict[str, Made], job: Job, settings: Settings, tmp_path: Path) -> None:
+    variant, registration = made["int8"]
+    quick = job.model_copy(update={"quick": True})
+    unknown = registration.model_copy(update={"foundry_id": "tiny-int8-generic-cpu:7"})
+    with pytest.raises(EvaluationError, match="tiny-int8-generic-cpu:7 is not registered in Foundry Local"):
+        quality.measure(variant, unknown, "bad", quick, settings)
+
+    impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
+    with pytest.raises(EvaluationError, match="took longer than 0 s"):
+        quality.measure(variant, registration, "bad", quick, impatient)
+    assert not [child for child in psutil.Process().children(recursive=True) if "logits_worker" in str(child.cmdline())]
+
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Q", "expected": "A"}\n{"prompt": "Q"}\n')
+    bad = quick.model_copy(update={"evaluation_set": tmp_path / "bad.jsonl"})
+    with pytest.raises(UsageError, match=r"bad\.jsonl has bad lines:\n  - line 2: expected Field required"):
+        quality.measure(variant, registration, "bad", bad, settings)
+    (tmp_path / "short.txt").write_text("e")
+    short = quick.model_copy(update={"perplexity_text": tmp_path / "short.txt"})
+    with pytest.raises(EvaluationError, match="fewer than two tokens"):
+        quality.measure(variant, registration, "bad", short, settings)

@@ -1,0 +1,253 @@
+"""Timing variants in Foundry Local's runtime for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from slmops import process
+from slmops.errors import EvaluationError, SlmopsError
+from slmops.evaluation import prompts, speed, speed_worker, summary
+from slmops.evaluation.speed import Speed
+from slmops.evaluation.speed_worker import Cell
+from slmops.foundry.register import register
+from slmops.foundry.stage import stage
+from slmops.job import Job
+from slmops.models import Registration, Variant
+from slmops.settings import Settings
+from tests import making
+from tests.measured import answer, quality
+from tests.tiny import VOCABULARY
+
+pytestmark = pytest.mark.integration
+
+NAME = "tiny"
+LENGTHS = [32, 128, 400]
+Made = tuple[Variant, Registration]
+Files = dict[str, tuple[int, int, int]]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def job(talkative: Path) -> Job:
+    return making.job(talkative, prompt_lengths=LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def made(job: Job, settings: Settings, stock: Settings) -> dict[str, Made]:
+    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
+    return {variant.name: (variant, register(variant, NAME, job, settings)) for variant in variants}
+
+
+def altered(made: Made, name: str, folder: Path) -> Made:
+    """A copy of a variant that can be altered, under another name."""
+    variant, registration = made
+    copy = folder / registration.path.name
+    shutil.copytree(registration.path, copy)
+    recipe = variant.recipe.model_copy(update={"name": name})
+    return variant.model_copy(update={"recipe": recipe}), registration.model_copy(update={"path": copy})
+
+
+@pytest.fixture(scope="module")
+def hasty(made: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A variant that ends its answer with whatever it says first."""
+    variant, registration = altered(made["int8"], "hasty", tmp_path_factory.mktemp("hasty"))
+    config = json.loads((registration.path / "genai_config.json").read_text(encoding="utf-8"))
+    config["model"]["eos_token_id"] = list(range(VOCABULARY - 1))
+    (registration.path / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return variant, registration
+
+
+def files(folder: Path) -> Files:
+    """Inode, size and time of all files."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path): (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+@pytest.fixture(scope="module")
+def untouched(made: dict[str, Made], hasty: Made, settings: Settings) -> Files:
+    """Foundry Local's files as they were before anything was measured."""
+    assert {variant.name for variant, _ in (*made.values(), hasty)} == {"fp32", "int8", "hasty"}
+    return files(settings.foundry)
+
+
+@pytest.fixture(scope="module")
+def measured(
+    made: dict[str, Made], hasty: Made, job: Job, settings: Settings, untouched: Files
+) -> dict[str, Speed | SlmopsError]:
+    assert untouched
+    return speed.measure([*made.values(), hasty], NAME, job, settings)
+
+
+def of(measured: dict[str, Speed | SlmopsError], name: str) -> Speed:
+    found = measured[name]
+    assert isinstance(found, Speed), found
+    return found
+
+
+NAMES = pytest.mark.parametrize("name", ["fp32", "int8", "hasty"])
+
+
+@NAMES
+def test_prompts_have_the_lengths_that_were_asked_for(
+    measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
+) -> None:
+    found = of(measured, name)
+    assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(128, 16), (32, 16), (400, 16)]
+    assert found.cells == of(measured, "fp32").cells  # the same texts for all
+    count = prompts.counter(made["fp32"][1].path)
+    [turn] = found.turns
+    assert [timed.cell for timed in turn.measured.timed] == [0, 0, 0, 0, 1, 2]
+    for timed in turn.measured.timed:
+        cell = found.cells[timed.cell]
+        assert timed.prompt_tokens == count(cell.text)  # the runtime counts what is counted here
+        assert 0.9 * cell.prompt_tokens <= timed.prompt_tokens <= cell.prompt_tokens
+
+
+@NAMES
+def test_answers_have_the_lengths_that_were_asked_for(measured: dict[str, Speed | SlmopsError], name: str) -> None:
+    [turn] = of(measured, name).turns
+    assert {timed.completion_tokens for timed in turn.measured.timed} == {16}
+    assert turn.measured.energy_tokens == sum(timed.prompt_tokens + 16 for timed in turn.measured.timed)
+    for timed in turn.measured.timed:
+        assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
+
+
+def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) -> speed_worker.Result:
+    work = settings.work(NAME) / "alone"
+    staged = stage(made[1], work / "foundry", fixed_length=fixed_length)
+    result, _ = process.call(
+        "slmops.evaluation.speed_worker",
+        speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
+        speed_worker.Result,
+        work=work,
+        log=settings.logs / "alone.log",
+        timeout_s=60,
+        error=EvaluationError,
+    )
+    return result
+
+
+def test_answers_that_end_at_once_cannot_be_timed(
+    hasty: Made, settings: Settings, measured: dict[str, Speed | SlmopsError]
+) -> None:
+    cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2})
+    with pytest.raises(EvaluationError, match="less than two tokens of text") as raised:
+        worker(hasty, cell, settings, fixed_length=False)
+    assert "chat template" in (raised.value.fix or "")
+    # It is the fixed length that makes it go on.
+    found = worker(hasty, cell, settings, fixed_length=True)
+    assert [timed.completion_tokens for timed in found.timed] == [40, 40]
+    assert found.throughput == {}
+
+
+@NAMES
+def test_what_the_process_showed(measured: dict[str, Speed | SlmopsError], name: str) -> None:
+    found = of(measured, name)
+    [turn] = found.turns
+    windows = [turn.measured.before, turn.measured.loaded, turn.measured.measured, turn.measured.unloaded]
+    for window, after in zip(windows, [*windows[1:], None], strict=True):
+        assert window.start < window.end
+        assert after is None or window.end <= after.start
+        samples = speed.memory_in(turn, window)
+        assert samples or window is turn.measured.measured  # a tiny model answers faster than memory is sampled
+        assert all(20 < mb < 1000 for mb in samples)  # no torch: the runtime and a tiny model
+    assert all(0 < seconds < 1 for seconds in turn.calibration_s)
+    assert 0 < turn.measured.cpu_s <= 1.1 * found.cores * turn.measured.wall_s
+    assert 0 < turn.measured.load_s < 60
+    assert not turn.measured.cold
+    assert turn.measured.throughput.keys() == {1, 2, 4}
+    assert all(rate > 0 for rate in turn.measured.throughput.values())
+
+
+def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
+    measured: dict[str, Speed | SlmopsError], settings: Settings, untouched: Files
+) -> None:
+    assert len(measured) == 3
+    assert files(settings.foundry) == untouched
+    registry = settings.foundry / "models" / "foundry.local.modelinfo.json"
+    assert "measurement" not in registry.read_text(encoding="utf-8")
+    assert not [path for path in settings.work(NAME).iterdir() if path.name.endswith("-speed")]
+    assert {path.name for path in (settings.logs / NAME).glob("*.speed.log")} == {
+        f"{name}.speed.log" for name in measured
+    }
+
+
+@NAMES
+def test_figures_are_those_of_the_samples_that_are_kept(
+    measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
+) -> None:
+    answered = quality(answered=(answer(0), answer(1, category="capitals")))
+    found = summary.evaluation(made["int8"][0], of(measured, name), answered, None, None)
+    assert {metric: one.unit for metric, one in found.measurements.items()} == making.UNITS
+    rows = {key: np.array([row[key] for row in found.samples]) for key in found.samples[0]}
+    headline, longest = (rows["prompt_tokens_wanted"] == tokens for tokens in (128, 400))
+    gaps = (rows["last_s"] - rows["first_s"]) / 15
+    expected = {
+        "decode_tok_s": np.median(1 / gaps[headline]),
+        "prefill_tok_s": np.median(rows["prompt_tokens"][longest] / rows["first_s"][longest]),
+        "ttft_model_ms_p50": np.median((rows["first_s"] - rows["tokenize_s"])[headline]) * 1e3,
+        "cpu_percent": 100 * of(measured, name).turns[0].measured.cpu_s / of(measured, name).turns[0].measured.wall_s,
+        "decode_consistency": np.median(gaps[rows["prompt_tokens_wanted"] == 32]) / np.median(gaps[longest]),
+    }
+    for percent in (50, 90, 99):
+        expected[f"ttft_ms_p{percent}"] = np.percentile(rows["first_s"][headline], percent) * 1e3
+        expected[f"itl_ms_p{percent}"] = np.percentile(gaps[headline], percent) * 1e3
+        expected[f"response_s_p{percent}"] = np.percentile(rows["total_s"][headline], percent)
+    assert {metric: found.metrics[metric] for metric in expected} == pytest.approx(expected)
+    assert (found.measurements["decode_tok_s"].samples, found.measurements["prefill_tok_s"].samples) == (4, 1)
+    assert found.metrics["memory_before_mb"] < found.metrics["memory_loaded_mb"] <= found.metrics["memory_peak_mb"]
+    curve = {one.prompt_tokens: one.measurement.value for one in found.curves if one.name == "ttft_ms"}
+    assert curve == {
+        tokens: pytest.approx(np.median(rows["first_s"][rows["prompt_tokens_wanted"] == tokens]) * 1e3)
+        for tokens in LENGTHS
+    }
+
+
+def test_a_job_that_is_not_quick(made: dict[str, Made], job: Job, settings: Settings) -> None:
+    asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64], "output_lengths": [4, 24]})
+    found = of(speed.measure([made["int8"]], NAME, asked, settings), "int8")
+    assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(64, 4), (64, 24), (32, 4), (32, 24)]
+    assert [turn.measured.cold for turn in found.turns] == [hasattr(os, "posix_fadvise"), False, False]
+    assert [set(turn.measured.throughput) for turn in found.turns] == [{1, 2, 4}, set(), set()]
+    for turn in found.turns:
+        assert [(timed.cell, timed.completion_tokens) for timed in turn.measured.timed] == [
+            *[(0, 4)] * 4,
+            (1, 24),
+            (2, 4),
+            (3, 24),
+        ]
+
+
+def test_one_that_breaks_does_not_stop_the_others(
+    made: dict[str, Made], job: Job, settings: Settings, tmp_path: Path
+) -> None:
+    broken = altered(made["int8"], "broken", tmp_path / "broken")
+    os.truncate(broken[1].path / "model.onnx.data", 1000)
+    mute = altered(made["int8"], "mute", tmp_path / "mute")
+    (mute[1].path / "chat_template.jinja").write_text("{{ messages[0].content }}" + "x" * 3000)
+    found = speed.measure([broken, mute, made["fp32"]], NAME, job, settings)
+    for name, said in (("broken", "no result"), ("mute", "No prompt length of 32, 128, 400 can be measured")):
+        assert isinstance(found[name], EvaluationError)
+        assert said in str(found[name])
+    assert of(found, "fp32").turns
+    assert not [path for path in settings.work(NAME).iterdir() if path.name.endswith("-speed")]
+
+
+def test_time_is_over(made: dict[str, Made], job: Job, settings: Settings) -> None:
+    impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
+    found = speed.measure([made["int8"]], NAME, job, impatient)["int8"]
+    assert isinstance(found, EvaluationError)
+    assert "took longer than 0 s" in found.message
+    children = psutil.Process().children(recursive=True)
+    assert not [child for child in children if "speed_worker" in str(child.cmdline())]

@@ -1,0 +1,94 @@
+"""Raw results of a measurement, made up so that its figures can be worked out by other means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slmops.evaluation.logits_worker import Distance
+from slmops.evaluation.quality import Quality
+from slmops.evaluation.speed import Speed, Turn
+from slmops.evaluation.speed_worker import Cell, Result, Timed, Window
+from slmops.models import Answer, CaseOutcome
+
+QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
+"""Seconds of the calibration loops before and after a turn."""
+CASES = (
+    CaseOutcome(id="empty", expected="answered", outcome="answered", passed=True, detail=""),
+    CaseOutcome(id="emoji", expected="answered", outcome="crashed", passed=False, detail=""),
+)
+
+
+def timed(first_s: float, last_s: float, completion: int = 11, **other: Any) -> Timed:
+    """A request of the headline cell, with 40 prompt tokens of which the template takes 0.05 s."""
+    values = {"cell": 0, "prompt_tokens": 40, "total_s": last_s + 0.5, "tokenize_s": 0.05, **other}
+    return Timed(completion_tokens=completion, first_s=first_s, last_s=last_s, **values)
+
+
+def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> Turn:
+    """A round of one variant; what it does not say is some number that no test asks for."""
+    of_turn = {
+        "disturbed": loops == BUSY,
+        "memory": ((0.5, 50.0),),
+        **{key: other.pop(key) for key in _OF_TURN & other.keys()},
+    }
+    values = {
+        "load_s": 1.5,
+        "cold": False,
+        "before": Window(start=0, end=1),
+        "loaded": Window(start=2, end=3),
+        "measured": Window(start=3, end=8),
+        "unloaded": Window(start=9, end=10),
+        "cpu_s": 9.0,
+        "wall_s": 5.0,
+        "energy_j": None,
+        "energy_tokens": 100,
+        "throughput": {},
+        **other,
+    }
+    return Turn(measured=Result(timed=requests, **values), calibration_s=loops, **of_turn)
+
+
+_OF_TURN = {"disturbed", "memory"}
+
+
+def speed(*turns: Turn, cells: Sequence[tuple[int, int]] = ((128, 16),), cores: int = 4) -> Speed:
+    """Turns on a grid of (prompt tokens, output tokens)."""
+    grid = tuple(Cell(prompt_tokens=prompt, output_tokens=output, text="", repetitions=1) for prompt, output in cells)
+    return Speed(cells=grid, turns=turns, cores=cores)
+
+
+def answer(number: int, correct: bool | None = True, **changes: Any) -> Answer:
+    """An answer of ten tokens that was judged right or wrong without degrees."""
+    values: dict[str, Any] = {
+        "id": str(number),
+        "category": "general",
+        "prompt": "Q",
+        "expected": "A",
+        "answer": "A",
+        "correct": correct,
+        "score": None if correct is None else float(correct),
+        "finish_reason": "stop",
+        "seconds": 1.0,
+        "completion_tokens": 10,
+    }
+    return Answer(**{**values, **changes})
+
+
+def answers(*correct: bool | None) -> tuple[Answer, ...]:
+    """One answer each."""
+    return tuple(answer(number, one) for number, one in enumerate(correct))
+
+
+def quality(
+    nll: Sequence[float] = (1.0, 2.0), answered: tuple[Answer, ...] | None = None, **distances: Distance
+) -> Quality:
+    """Negative log-likelihoods, answers and distances to the references."""
+    return Quality(
+        nll=tuple(nll),
+        distances=distances,
+        answers=answers(True, False) if answered is None else answered,
+        cases=CASES,
+        text_digest="t" * 64,
+        evaluation_set_digest="e" * 64,
+    )

@@ -1,0 +1,212 @@
+"""Distributions of made-up models, against what NumPy and SciPy compute in float64; no ONNX Runtime, no torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax, rel_entr
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from slmops.errors import EvaluationError
+from slmops.evaluation import logits_worker as worker
+
+VOCABULARY = 8
+Logits = Callable[[Any], Any]
+Score = Callable[..., worker.Result]
+
+
+@pytest.fixture
+def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
+    """Score ``count`` words with a function from token ids to logits."""
+
+    def run(logits: Logits, count: int, tokens: int = 10_000, **asked: Any) -> worker.Result:
+        backend = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, unk_token="w0"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.enable_truncation(4)  # some tokenizer files ask for it; a text must be scored whole
+        backend.save(str(tmp_path / "tokenizer.json"))
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(f"w{n % VOCABULARY}" for n in range(count)), encoding="utf-8")
+        fake = SimpleNamespace(OnnxModel=lambda _folder: SimpleNamespace(logits=logits))
+        monkeypatch.setitem(sys.modules, "slmops.logits", fake)
+        return worker.handle(worker.Request(folder=tmp_path, text=text, tokens=tokens, **asked))
+
+    return run
+
+
+def uniform(ids: Any) -> Any:
+    return np.full((len(ids), VOCABULARY), 3.0, np.float32)
+
+
+def knows_the_next(ids: Any) -> Any:
+    """Each word is followed by the next one, with 6 nats over all others."""
+    return np.eye(VOCABULARY, dtype=np.float32)[(ids + 1) % VOCABULARY] * 6
+
+
+def random_logits(seed: int, rows: int, vocabulary: int = 50, scale: float = 3) -> Any:
+    return (scale * np.random.default_rng(seed).standard_normal((rows, vocabulary))).astype(np.float32)
+
+
+def seeded(seed: int) -> Logits:
+    """Logits that look random and are the same for the same ids."""
+    return lambda ids: random_logits(seed + int(ids.sum()), len(ids), VOCABULARY)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("vocabulary", [2, 50, 5000])
+def test_compared_row_by_row(vocabulary: int, scale: float) -> None:
+    rows, at = 40, 7
+    theirs = random_logits(1, rows, vocabulary, scale)
+    logits = theirs + random_logits(2, rows, vocabulary, scale / 3)
+    targets = np.random.default_rng(3).integers(0, vocabulary, rows)
+    reference = np.concatenate([np.zeros((at, vocabulary)), log_softmax(theirs.astype(float), axis=1)])
+    own, found = worker._compare(logits, targets, at, references={"r": reference.astype(np.float32)})
+
+    q, p = (log_softmax(one.astype(float), axis=1) for one in (logits, theirs))
+    assert own.dtype == np.float32
+    np.testing.assert_allclose(own, q, atol=1e-5 * scale)
+    np.testing.assert_allclose(found.nll, -q[np.arange(rows), targets], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found.distances["r"].kl, rel_entr(np.exp(p), np.exp(q)).sum(axis=1), rtol=1e-4, atol=1e-6
+    )
+    assert found.distances["r"].same_top == tuple(p.argmax(axis=1) == q.argmax(axis=1))
+    assert 0 < sum(found.distances["r"].same_top) < rows  # of both there are some
+
+
+def test_direction_of_the_divergence() -> None:
+    # p = (1/2, 1/2) is the reference, q = (3/4, 1/4) the model: KL(p, q) = ln(2/3)/2 + ln(2)/2; KL(q, p) is another.
+    reference = np.log(np.array([[0.5, 0.5]], np.float32))
+    _, found = worker._compare(
+        np.log(np.array([[0.75, 0.25]], np.float32)), np.array([1]), 0, references={"r": reference}
+    )
+    assert found.distances["r"].kl[0] == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-5)
+    assert found.nll[0] == pytest.approx(math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 300.0])
+def test_equal_distributions_are_no_distance_apart(scale: float) -> None:
+    logits = random_logits(4, 64, 5000, scale)
+    own, _ = worker._compare(logits, np.zeros(64, int), 0, references={})
+    # The same up to a constant, which is the same distribution, rounded otherwise.
+    for shifted in (logits, logits + np.float32(17.3)):
+        _, found = worker._compare(shifted, np.zeros(64, int), 0, references={"r": own})
+        assert all(0 <= kl < 1e-4 for kl in found.distances["r"].kl)
+        assert np.mean(found.distances["r"].kl) < 1e-5
+        assert all(found.distances["r"].same_top)
+    _, same = worker._compare(logits, np.zeros(64, int), 0, references={"r": own})
+    assert set(same.distances["r"].kl) == {0.0}
+
+
+def test_uniform_guess_has_the_vocabulary_as_perplexity(score: Score) -> None:
+    found = score(uniform, 100)
+    assert len(found.nll) == 99  # the first has no context
+    assert found.nll == pytest.approx([math.log(VOCABULARY)] * 99)
+    assert found.distances == {}
+
+
+def test_each_token_is_scored_by_what_was_said_before_it(score: Score) -> None:
+    expected = -math.log(math.exp(6) / (math.exp(6) + VOCABULARY - 1))
+    assert score(knows_the_next, 200).nll == pytest.approx([expected] * 199)
+
+
+def test_first_token_of_each_window_is_not_scored(score: Score) -> None:
+    seen: list[int] = []
+
+    def counting(ids: Any) -> Any:
+        seen.append(len(ids))
+        return uniform(ids)
+
+    assert len(score(counting, 2 * worker.WINDOW + 10).nll) == 2 * (worker.WINDOW - 1) + 9
+    assert seen == [worker.WINDOW, worker.WINDOW, 10]
+
+
+def test_last_window_of_one_token_is_left_out(score: Score) -> None:
+    assert len(score(uniform, worker.WINDOW + 1).nll) == worker.WINDOW - 1
+
+
+def test_no_more_than_the_tokens_asked_for(score: Score) -> None:
+    assert len(score(uniform, 500, tokens=100).nll) == 99
+
+
+@pytest.mark.parametrize("count", [2, worker.ROWS, worker.ROWS + 1, worker.ROWS + 2, worker.WINDOW + 1, 1300])
+def test_what_is_left_for_others(score: Score, tmp_path: Path, count: int) -> None:
+    file = tmp_path / "baseline.npy"
+    first = score(seeded(1), count, write=file)
+    ids = np.arange(count) % VOCABULARY
+    windows = [ids[start : start + worker.WINDOW] for start in range(0, count, worker.WINDOW)]
+    windows = [window for window in windows if len(window) > 1]
+    p, q = (
+        np.concatenate([log_softmax(seeded(seed)(one).astype(float), axis=1)[:-1] for one in windows])
+        for seed in (1, 2)
+    )
+    targets = np.concatenate([one[1:] for one in windows])
+    written = np.load(file)
+    assert (written.shape, written.dtype) == ((len(targets), VOCABULARY), np.float32)
+    np.testing.assert_allclose(written, p, atol=1e-5)
+    assert first.nll == pytest.approx(-p[np.arange(len(targets)), targets], rel=1e-5)
+
+    same = score(seeded(1), count, references={"baseline": file})
+    assert same.nll == first.nll
+    assert set(same.distances["baseline"].kl) == {0.0}
+    other = score(seeded(2), count, references={"baseline": file, "again": file})
+    assert other.nll == pytest.approx(-q[np.arange(len(targets)), targets], rel=1e-5)
+    assert other.distances["baseline"].kl == pytest.approx(rel_entr(np.exp(p), np.exp(q)).sum(axis=1), rel=1e-4)
+    assert other.distances["baseline"].same_top == tuple(p.argmax(axis=1) == q.argmax(axis=1))
+    assert other.distances["again"] == other.distances["baseline"]
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "text.txt", "baseline.npy"}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_short_a_text(score: Score, count: int) -> None:
+    with pytest.raises(EvaluationError, match="fewer than two tokens"):
+        score(uniform, count)
+
+
+def test_another_vocabulary(score: Score, tmp_path: Path) -> None:
+    np.save(tmp_path / "hf.npy", np.zeros((99, VOCABULARY + 1), np.float32))
+    with pytest.raises(EvaluationError, match=r"vocabulary has 8 tokens, and that of hugging_face 9"):
+        score(uniform, 100, references={"hugging_face": tmp_path / "hf.npy"})
+
+
+def broken_at(value: float, *places: tuple[int, int]) -> Logits:
+    def logits(ids: Any) -> Any:
+        made = knows_the_next(ids)
+        for place in places or [(row, column) for row in range(len(ids)) for column in range(VOCABULARY)]:
+            made[place] = value
+        return made
+
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("places", [(), ((70, 3),), ((0, 0), (98, 1))], ids=["all", "one", "two"])
+def test_logits_that_are_no_numbers(
+    score: Score, tmp_path: Path, value: float, places: tuple[tuple[int, int], ...]
+) -> None:
+    reference = tmp_path / "reference.npy"
+    score(uniform, 100, write=reference)
+    with pytest.raises(EvaluationError, match="not finite numbers"):
+        score(broken_at(value, *places), 100, references={"r": reference}, write=tmp_path / "baseline.npy")
+    assert not list(tmp_path.glob("baseline*"))  # nobody is compared with half of it
+
+
+def test_perplexity_too_large_for_a_number(score: Score, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="all but impossible"):
+        score(lambda ids: -2000 * knows_the_next(ids), 100, write=tmp_path / "baseline.npy")
+    assert not list(tmp_path.glob("baseline*"))
+
+
+def test_a_very_wrong_model_still_has_a_distance(score: Score, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.npy"
+    score(knows_the_next, 100, write=reference)
+    found = score(lambda ids: -20 * knows_the_next(ids), 100, references={"r": reference})
+    assert found.nll == pytest.approx([120 + math.log(VOCABULARY - 1)] * 99)
+    assert all(100 < kl < 130 for kl in found.distances["r"].kl)
+    assert not any(found.distances["r"].same_top)

@@ -1,0 +1,137 @@
+"""Prompts of a wanted length, counted by made-up counters and by a real tokenizer with a template."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from slmops.errors import EvaluationError
+from slmops.evaluation import prompts
+
+Count = Callable[[str], int]
+TEMPLATE = "{% for message in messages %}<s> {{ message['content'] }} {% endfor %}<a>"
+
+
+def words(template: int = 0, each: int = 1) -> Count:
+    """``each`` tokens a word, and those of a template around it all."""
+    return lambda text: template + each * len(text.split())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "expected"),
+    [
+        pytest.param(50, words(), 50, id="exact"),
+        pytest.param(50, words(template=10), 40, id="the template takes its share"),
+        pytest.param(32, words(template=31), 1, id="room for one word"),
+        pytest.param(100, words(each=3), 33, id="nearest below"),
+        pytest.param(20, words(each=6), 3, id="off by just a tenth"),
+        pytest.param(4096, words(), 4096, id="much longer than the text it is made of"),
+        pytest.param(4096, words(template=7, each=2), 2044, id="much longer, nearest below"),
+    ],
+)
+def test_as_many_words_as_fit(tokens: int, count: Count, expected: int) -> None:
+    text = prompts.of_length(tokens, count)
+    assert text is not None
+    assert len(text.split()) == expected
+    assert 0.9 * tokens <= count(text) <= tokens
+    assert count(f"{text} word") > tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"),
+    [
+        pytest.param(32, words(template=32), id="the template fills it"),
+        pytest.param(32, words(template=40), id="the template is longer"),
+        pytest.param(16, words(each=7), id="14 is the nearest"),
+        pytest.param(16, words(each=17), id="no word fits"),
+    ],
+)
+def test_too_small(tokens: int, count: Count) -> None:
+    assert prompts.of_length(tokens, count) is None
+
+
+def test_longer_prompts_go_on_where_shorter_ones_end() -> None:
+    made = [prompts.of_length(tokens, words(template=5)) for tokens in (16, 17, 33, 128, 1024)]
+    texts = [text for text in made if text is not None]
+    assert len(texts) == 5
+    for shorter, longer in itertools.pairwise(texts):
+        assert longer.startswith(f"{shorter} ")
+
+
+def test_counting_is_not_done_word_by_word() -> None:
+    calls = []
+
+    def count(text: str) -> int:
+        calls.append(text)
+        return len(text.split())
+
+    prompts.of_length(1024, count)
+    assert len(calls) < 20
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template of 20 tokens, and a token for each word."""
+    monkeypatch.setattr(prompts, "counter", lambda _folder: words(template=20))
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("wanted", "context", "made"),
+    [
+        ([32, 128, 512], 2048, [32, 128, 512]),
+        ([128, 32, 128, 32], 2048, [32, 128]),
+        ([32, 128, 512], 511, [32, 128]),
+        ([32, 128, 512], 512, [32, 128, 512]),
+        ([16, 20, 21], 2048, [21]),
+    ],
+)
+def test_the_lengths_that_there_is_room_for(wanted: list[int], context: int, made: list[int]) -> None:
+    found = prompts.of_lengths(wanted, context, Path())
+    assert list(found) == made
+    assert [20 + len(text.split()) for text in found.values()] == made
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("wanted", "context"), [([32, 64], 31), ([16, 20], 2048), ([16, 64], 31), ([32], 0), ([32], -8)]
+)
+def test_no_length_that_there_is_room_for(wanted: list[int], context: int) -> None:
+    with pytest.raises(EvaluationError) as raised:
+        prompts.of_lengths(wanted, context, Path())
+    said = raised.value.message
+    assert f"length of {', '.join(map(str, wanted))} can" in said
+    assert f"template alone is 20 tokens, and the context leaves room for {context}." in said
+    assert "--prompt-lengths" in (raised.value.fix or "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tokenizer of words that truncates, and adds special tokens to what no template has rendered."""
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "<a>": 1, "<unk>": 2, "one": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.enable_truncation(8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["", "one", "one two three", "word " * 100])
+def test_counted_as_the_model_gets_it(folder: Path, text: str) -> None:
+    assert prompts.counter(folder)(text) == 2 + len(text.split())
+
+
+def test_lengths_by_a_real_tokenizer(folder: Path) -> None:
+    found = prompts.of_lengths([16, 64, 128], 100, folder)
+    assert {tokens: len(text.split()) for tokens, text in found.items()} == {16: 14, 64: 62}
+
+
+def test_without_a_chat_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(EvaluationError, match="has no chat template"):
+        prompts.of_lengths([32], 2048, folder)

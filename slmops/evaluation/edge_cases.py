@@ -20,7 +20,7 @@ from slmops.job import Job
 from slmops.models import CaseOutcome, Measurement, Registration, Variant
 from slmops.settings import Settings
 
-CONTEXT = 512
+CONTEXT = 256
 """Tokens beyond those of the chat template; less if the model has less."""
 CASE_LIMIT_S = 120.0
 REFUSAL_LIMIT_S = 5.0

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 ROUNDS, QUICK_ROUNDS = 3, 1
 HEADLINE_TOKENS = 128
 """Prompt length of the figures that are one number; of the grid's lengths the nearest."""
-HEADLINE_REPETITIONS = 4
+HEADLINE_REPETITIONS, HEADLINE_S = 3, 1.0
+"""In each turn at least; the other cells have one repetition."""
 SESSIONS = (1, 2, 4)
 DISTURBED = 1.25
 """Times the fastest calibration loop of the job."""
@@ -154,16 +155,12 @@ def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
         lengths = dict(list(lengths.items())[:3])
     headline = min(lengths, key=lambda tokens: abs(tokens - HEADLINE_TOKENS))
     order = sorted(lengths, key=lambda tokens: (tokens != headline, tokens))
-    return tuple(
-        Cell(
-            prompt_tokens=tokens,
-            output_tokens=output,
-            text=lengths[tokens],
-            repetitions=HEADLINE_REPETITIONS if (tokens, output) == (headline, outputs[0]) else 1,
-        )
+    first, *others = (
+        Cell(prompt_tokens=tokens, output_tokens=output, text=lengths[tokens], repetitions=1)
         for tokens in order
         for output in outputs
     )
+    return first.model_copy(update={"repetitions": HEADLINE_REPETITIONS, "seconds": HEADLINE_S}), *others
 
 
 def calibrate() -> float:

@@ -13,7 +13,7 @@ from slmops.errors import EvaluationError
 from slmops.models import Frozen
 
 # Long enough for the sampler in the parent to see the process at rest.
-REST_S = 0.3
+REST_S = 0.2
 WARM_UP_MOST = 6
 SESSION_TOKENS = 8
 STABLE = 0.1
@@ -21,12 +21,13 @@ STABLE = 0.1
 
 
 class Cell(Frozen):
-    """A point of the grid."""
+    """A point of the grid, and how long to stay there: at least so many repetitions and so many seconds."""
 
     prompt_tokens: int
     output_tokens: int
     text: str
     repetitions: int
+    seconds: float = 0.0
 
 
 class Request(Frozen):
@@ -104,7 +105,9 @@ def handle(request: Request) -> Result:
         started = time.perf_counter()
         count(cell.text)
         tokenize_s = time.perf_counter() - started
-        for _ in range(cell.repetitions):
+        done, until = 0, time.perf_counter() + cell.seconds
+        while done < cell.repetitions or time.perf_counter() < until:
+            done += 1
             reply = _ask(model, cell)
             if reply.first_s is not None:
                 timed.append(

@@ -80,7 +80,9 @@ def _variants(
             yield
         except SlmopsError as error:
             results[variant] = track_failure(uri, parent, variant, str(error), settings.logs / name)
-        progress.step()
+            progress.step(1 if variant in made else 2)  # one that is not made is not measured
+        else:
+            progress.step()
 
     made: dict[str, Made] = {}
     for recipe in recipes:

@@ -114,7 +114,8 @@ def _judge(
         else:
             figure = compared
             outcome, more, detail = _verdict(gate, figure)
-    refuses = outcome == "fail" or (outcome == "inconclusive" and gate.inconclusive == "refuse")
+    doubtful = gate.inconclusive == "refuse" or (figure is not None and not _keeps(gate, figure.value))
+    refuses = outcome == "fail" or (outcome == "inconclusive" and doubtful)
     return GateResult(
         gate=gate.text,
         metric=gate.metric,
@@ -130,20 +131,21 @@ def _judge(
     )
 
 
+def _keeps(gate: Gate, value: float) -> bool:
+    slack = TOLERANCE * max(1.0, abs(gate.limit))
+    return value <= gate.limit + slack if gate.max is not None else value >= gate.limit - slack
+
+
 def _verdict(gate: Gate, figure: Measurement) -> tuple[Outcome, int | None, str]:
     said = _said(gate, figure)
     if not math.isfinite(figure.value):
         return "fail", None, f"{said}, which is no usable figure"
     if figure.low is None or figure.high is None:
         return "inconclusive", None, f"{said}: too few samples for an interval"
-    slack = TOLERANCE * max(1.0, abs(gate.limit))
-    if gate.max is not None:
-        kept, broken = figure.high <= gate.limit + slack, figure.low > gate.limit + slack
-    else:
-        kept, broken = figure.low >= gate.limit - slack, figure.high < gate.limit - slack
-    if kept:
+    ends = [_keeps(gate, end) for end in (figure.low, figure.high)]
+    if all(ends):
         return "pass", None, f"{said}: {gate.bound} is kept"
-    if broken:
+    if not any(ends):
         return "fail", None, f"{said}: {gate.bound} is broken"
     from slmops.evaluation import statistics
 

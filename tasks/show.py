@@ -25,9 +25,9 @@ class Progress:
         created = create_progress_artifact(0.0, key=_key("progress", name), description=f"{name}: variants")
         self._id = UUID(str(created))
 
-    def step(self) -> None:
-        """One step done."""
-        self._done += 1
+    def step(self, steps: int = 1) -> None:
+        """So many steps are done."""
+        self._done += steps
         update_progress_artifact(artifact_id=self._id, progress=min(100.0, 100 * self._done / self._steps))
 
 

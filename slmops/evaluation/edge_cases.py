@@ -16,7 +16,6 @@ from slmops.errors import EvaluationError
 from slmops.evaluation import edge_worker, prompts
 from slmops.evaluation.edge_worker import Case, Line, Seen
 from slmops.foundry.stage import Staged, stage
-from slmops.job import Job
 from slmops.models import CaseOutcome, Measurement, Registration, Variant
 from slmops.settings import Settings
 
@@ -51,7 +50,6 @@ def run(
     variant: Variant,
     registration: Registration,
     name: str,
-    _job: Job,
     settings: Settings,
     *,
     cases: Sequence[Case] = CASES,

@@ -25,6 +25,7 @@ from slmops.settings import Settings
 log = logging.getLogger(__name__)
 
 ROUNDS, QUICK_ROUNDS = 3, 1
+QUICK_LENGTHS = 2
 HEADLINE_TOKENS = 128
 """Prompt length of the figures that are one number; of the grid's lengths the nearest."""
 HEADLINE_REPETITIONS, HEADLINE_S = 3, 1.0
@@ -85,8 +86,9 @@ def measure(
         fastest = min(calibrate() for _ in range(3))
         for number in range(rounds):
             log.info("measuring speed and memory: round %d of %d", number + 1, rounds)
-            sessions = SESSIONS if number == 0 else ()
-            drop_cache = number == 0 and rounds > 1  # where there is one load only, it is a warm one
+            # Of a single round the load is a warm one, and what stays after unloading that of a single user.
+            sessions = SESSIONS if number == 0 and rounds > 1 else ()
+            drop_cache = number == 0 and rounds > 1
             for one in [c for c in contestants if c.error is None]:
                 try:
                     fastest = _take_turn(one, fastest, settings, sessions=sessions, drop_cache=drop_cache)
@@ -152,7 +154,7 @@ def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
     outputs = job.output_lengths[:1] if job.quick else job.output_lengths
     lengths = prompts.of_lengths(job.prompt_lengths, staged.context_length - max(outputs), staged.folder)
     if job.quick:
-        lengths = dict(list(lengths.items())[:3])
+        lengths = dict(list(lengths.items())[:QUICK_LENGTHS])
     headline = min(lengths, key=lambda tokens: abs(tokens - HEADLINE_TOKENS))
     order = sorted(lengths, key=lambda tokens: (tokens != headline, tokens))
     first, *others = (

@@ -67,7 +67,8 @@ class Result(Frozen):
     cold: bool
     before: Window
     loaded: Window
-    unloaded: Window
+    unloaded: Window | None
+    """None after several sessions, which leave more behind than a single user does."""
     measured: Window
     cpu_s: float
     wall_s: float
@@ -128,15 +129,14 @@ def handle(request: Request) -> Result:
             "Is its chat template right? See the answers in the log of its registration.",
         )
     measured = Window(start=began, end=time.monotonic())
+    throughput = _throughputs(model, request)
     model.unload()
-    unloaded = _rest()
-    throughput = _throughputs(model, request) if request.sessions else {}
     return Result(
         load_s=load_s,
         cold=cold,
         before=before,
         loaded=loaded,
-        unloaded=unloaded,
+        unloaded=None if request.sessions else _rest(),
         measured=measured,
         cpu_s=cpu_s,
         wall_s=wall_s,
@@ -166,19 +166,16 @@ def _warm_up(model: Any, cell: Cell) -> None:
 def _throughputs(model: Any, request: Request) -> dict[int, float]:
     """Generated tokens/s of so many sessions together, each with one request of the shortest prompt, prefill included.
 
-    Last of all and loaded anew: several sessions take memory that a single user never sees.
+    Last of all: several sessions take memory that a single user never sees.
     """
     shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
     cell = shortest.model_copy(update={"output_tokens": SESSION_TOKENS})
-    model.load()
-    _ask(model, cell)
     rates = {}
     for sessions in request.sessions:
         with ThreadPoolExecutor(sessions) as pool:
             started = time.perf_counter()
             replies = list(pool.map(lambda _: _ask(model, cell), range(sessions)))
             rates[sessions] = sum(reply.completion_tokens for reply in replies) / (time.perf_counter() - started)
-    model.unload()
     return rates
 
 

@@ -40,7 +40,7 @@ def evaluation(
         **_machine(speed),
         **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
         **_answers(quality.answers, baseline[1].answers if baseline else None),
-        "edge_cases_passed": edge_cases.measurement(quality.cases),
+        **({"edge_cases_passed": edge_cases.measurement(quality.cases)} if quality.cases else {}),
     }
     return Evaluation(
         measurements=measured,
@@ -205,7 +205,7 @@ def _rows(speed: Speed) -> list[dict[str, float]]:
 
 def _memory(speed: Speed) -> Measurements:
     """Medians over the rounds; the peak while one user's requests are answered, loading included."""
-    windows: dict[str, Callable[[speed_worker.Result], Window]] = {
+    windows: dict[str, Callable[[speed_worker.Result], Window | None]] = {
         "memory_before_mb": lambda measured: measured.before,
         "memory_loaded_mb": lambda measured: measured.loaded,
         "memory_unloaded_mb": lambda measured: measured.unloaded,
@@ -213,10 +213,14 @@ def _memory(speed: Speed) -> Measurements:
     }
     found = {}
     for metric, window in windows.items():
-        sampled = [samples for turn in speed.turns if (samples := memory_in(turn, window(turn.measured)))]
+        sampled = [samples for turn in speed.turns if (samples := _samples(turn, window(turn.measured)))]
         if sampled:
             found[metric] = statistics.of_percentile([max(samples) for samples in sampled], 50, "MB")
     return found
+
+
+def _samples(turn: Turn, window: Window | None) -> list[float]:
+    return memory_in(turn, window) if window else []
 
 
 def _machine(speed: Speed) -> Measurements:

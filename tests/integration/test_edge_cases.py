@@ -78,10 +78,10 @@ def outcomes(cases: tuple[CaseOutcome, ...]) -> dict[str, str]:
     return {case.id: case.outcome for case in cases}
 
 
-def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], job: Job, settings: Settings) -> None:
+def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], settings: Settings) -> None:
     variant, registration = made
     before = {file.name: sha256(file) for file in registration.path.iterdir()}
-    cases = edge_cases.run(variant, registration, NAME, job, settings)
+    cases = edge_cases.run(variant, registration, NAME, settings)
     assert outcomes(cases) == OUTCOMES
     assert [case.id for case in cases if not case.passed] == ["nul_in_text"]
     details = {case.id: case.detail for case in cases}
@@ -104,7 +104,7 @@ def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], job:
 
 
 def test_a_crash_or_a_hang_costs_one_case(
-    made: tuple[Variant, Registration], job: Job, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     cases = (
@@ -117,7 +117,7 @@ def test_a_crash_or_a_hang_costs_one_case(
         fault("leaves"),
     )
     started = time.monotonic()
-    seen = edge_cases.run(*made, NAME, job, settings, cases=cases, limit_s=2.0)
+    seen = edge_cases.run(*made, NAME, settings, cases=cases, limit_s=2.0)
     assert time.monotonic() - started < 60
     assert outcomes(seen) == {
         "ordinary_question": "answered",
@@ -137,24 +137,22 @@ def test_a_crash_or_a_hang_costs_one_case(
     assert (share.value, share.samples) == (pytest.approx(3 / 7), 7)
 
 
-def test_no_time_left(made: tuple[Variant, Registration], job: Job, settings: Settings) -> None:
+def test_no_time_left(made: tuple[Variant, Registration], settings: Settings) -> None:
     impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
     with pytest.raises(EvaluationError, match="took longer than 0 s"):
-        edge_cases.run(*made, NAME, job, impatient)
+        edge_cases.run(*made, NAME, impatient)
 
 
 def test_time_runs_out_amid_a_case(
-    made: tuple[Variant, Registration], job: Job, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     hurried = settings.model_copy(update={"evaluation_timeout_s": 3})
     with pytest.raises(EvaluationError, match="took longer than"):
-        edge_cases.run(*made, NAME, job, hurried, cases=(QUESTION, fault("hangs"), QUESTION))
+        edge_cases.run(*made, NAME, hurried, cases=(QUESTION, fault("hangs"), QUESTION))
 
 
-def test_a_model_that_does_not_load(
-    made: tuple[Variant, Registration], job: Job, settings: Settings, tmp_path: Path
-) -> None:
+def test_a_model_that_does_not_load(made: tuple[Variant, Registration], settings: Settings, tmp_path: Path) -> None:
     variant, registration = made
     broken = tmp_path / registration.path.name
     shutil.copytree(registration.path, broken)
@@ -165,5 +163,5 @@ def test_a_model_that_does_not_load(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "call", lambda *args, **options: calls.append(args[0]) or real(*args, **options))
         with pytest.raises(EvaluationError, match="status 1 and no result"):
-            edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, job, settings)
+            edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)
     assert len(calls) == 1  # not once for each case

@@ -35,7 +35,7 @@ from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
 from slmops import stack
 from slmops.conversion import store
-from slmops.errors import BusyError, PrerequisiteError, RecipeError, WorkError
+from slmops.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
 from slmops.job import Job
 from slmops.models import Comparison
 from slmops.settings import Settings
@@ -157,7 +157,7 @@ def test_the_comparison_has_the_promised_form(first: First, settings: Settings) 
         stored = store.load(Path(variant["path"]))
         assert stored is not None
         assert stored.name == variant["name"]
-        assert variant["metrics"].keys() == {*making.UNITS, *making.RELATIVE}
+        assert variant["metrics"].keys() == {*making.UNITS, *making.RELATIVE_UNITS}
         assert all(isinstance(value, float) and math.isfinite(value) for value in variant["metrics"].values())
         assert variant["measurements"].keys() == variant["metrics"].keys()
         assert [(gate["metric"], gate["outcome"]) for gate in variant["gates"]] == [("perplexity", "pass")]
@@ -181,9 +181,8 @@ def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     run = flow_runs(job)[0]
     assert (run.name, run.state_name) == (f"optimize {job.model}", "Completed")
     assert run.parameters["job"]["int4_block_size"] == 32  # defaults included: it can be started again as it was
-    made = {
-        f"{what} {name}" for what in ("convert", "register", "evaluate", "track") for name in ("fp32", "int4", "int8")
-    }
+    stages = ("convert", "register", "measure quality of", "track")
+    made = {f"{what} {name}" for what in stages for name in ("fp32", "int4", "int8")} | {"measure speed"}
     tasks = task_runs(run)
     assert made < tasks.keys()
     assert set(tasks.values()) == {"Completed"}
@@ -293,6 +292,22 @@ def test_without_a_baseline_nothing_is_chosen(first: First, settings: Settings, 
     assert comparison.choice.variant is None
     assert "no fp32 baseline" in comparison.choice.reason
     assert Tracker(settings.tracking_uri or "").latest(NAME) == comparison
+
+
+def test_when_no_variant_passes_nothing_is_chosen(first: First, settings: Settings, job: Job, tmp_path: Path) -> None:
+    assert first.comparison.choice.variant
+    impossible = tmp_path / "impossible.yaml"
+    impossible.write_text("gates: [{metric: size_mb, max: 0.000001}]")
+    with pytest.raises(GateError, match="No variant passes the policy's gates") as caught:
+        optimize(job.model_copy(update={"precision": ["int8"], "policy": impossible}))
+    assert caught.value.exit_code == 3
+    comparison = caught.value.comparison
+    assert comparison is not None
+    assert comparison.choice.variant is None
+    assert [(result.status, result.gates[0].outcome) for result in comparison.variants] == [("ok", "fail")] * 2
+    assert all(name in comparison.choice.reason for name in ("fp32", "int8", "size_mb"))
+    parent = MlflowClient(settings.tracking_uri).get_run(comparison.run_id)
+    assert (parent.info.status, parent.data.tags["slmops.choice"]) == ("FINISHED", "none")
 
 
 def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Job) -> None:

@@ -14,7 +14,7 @@ import pytest
 from slmops import process
 from slmops.errors import EvaluationError, SlmopsError
 from slmops.evaluation import prompts, speed, speed_worker, summary
-from slmops.evaluation.speed import Speed
+from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell
 from slmops.foundry.register import register
 from slmops.foundry.stage import stage
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.integration
 
 NAME = "tiny"
 LENGTHS = [32, 128, 400]
+"""Of which a quick job takes the first two."""
 Made = tuple[Variant, Registration]
 Files = dict[str, tuple[int, int, int]]
 
@@ -89,10 +90,40 @@ def measured(
     return speed.measure([*made.values(), hasty], NAME, job, settings)
 
 
+@pytest.fixture(scope="module")
+def thorough(made: dict[str, Made], job: Job, settings: Settings, untouched: Files) -> Speed:
+    """What a job that is not quick measures of one variant."""
+    assert untouched
+    asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64, 400], "output_lengths": [4, 24]})
+    return of(speed.measure([made["int8"]], NAME, asked, settings), "int8")
+
+
 def of(measured: dict[str, Speed | SlmopsError], name: str) -> Speed:
     found = measured[name]
     assert isinstance(found, Speed), found
     return found
+
+
+def check_repetitions(turn: Turn, cells: int) -> None:
+    """The headline cell as often as a second allows, each of the others once."""
+    numbers = [timed.cell for timed in turn.measured.timed]
+    headline = [timed.total_s for timed in turn.measured.timed if timed.cell == 0]
+    assert numbers == [0] * len(headline) + list(range(1, cells))
+    assert len(headline) > speed.HEADLINE_REPETITIONS  # a tiny model answers in far less than a third of a second
+    assert sum(headline[:-1]) < speed.HEADLINE_S < turn.measured.wall_s  # the last one began before it was over
+
+
+def check_windows(turn: Turn, *, unloaded: bool) -> None:
+    """One after the other, and memory was sampled in each."""
+    result = turn.measured
+    assert (result.unloaded is not None) == unloaded
+    windows = [one for one in (result.before, result.loaded, result.measured, result.unloaded) if one is not None]
+    for window, after in zip(windows, [*windows[1:], None], strict=True):
+        assert window.start < window.end
+        assert after is None or window.end <= after.start
+        samples = speed.memory_in(turn, window)
+        assert samples
+        assert all(20 < mb < 1000 for mb in samples)  # no torch: the runtime and a tiny model
 
 
 NAMES = pytest.mark.parametrize("name", ["fp32", "int8", "hasty"])
@@ -103,11 +134,11 @@ def test_prompts_have_the_lengths_that_were_asked_for(
     measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
 ) -> None:
     found = of(measured, name)
-    assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(128, 16), (32, 16), (400, 16)]
+    assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(128, 16), (32, 16)]
     assert found.cells == of(measured, "fp32").cells  # the same texts for all
     count = prompts.counter(made["fp32"][1].path)
     [turn] = found.turns
-    assert [timed.cell for timed in turn.measured.timed] == [0, 0, 0, 0, 1, 2]
+    check_repetitions(turn, cells=2)
     for timed in turn.measured.timed:
         cell = found.cells[timed.cell]
         assert timed.prompt_tokens == count(cell.text)  # the runtime counts what is counted here
@@ -141,7 +172,8 @@ def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) ->
 def test_answers_that_end_at_once_cannot_be_timed(
     hasty: Made, settings: Settings, measured: dict[str, Speed | SlmopsError]
 ) -> None:
-    cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2})
+    headline = of(measured, "hasty").cells[0]
+    cell = headline.model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
     with pytest.raises(EvaluationError, match="less than two tokens of text") as raised:
         worker(hasty, cell, settings, fixed_length=False)
     assert "chat template" in (raised.value.fix or "")
@@ -155,19 +187,12 @@ def test_answers_that_end_at_once_cannot_be_timed(
 def test_what_the_process_showed(measured: dict[str, Speed | SlmopsError], name: str) -> None:
     found = of(measured, name)
     [turn] = found.turns
-    windows = [turn.measured.before, turn.measured.loaded, turn.measured.measured, turn.measured.unloaded]
-    for window, after in zip(windows, [*windows[1:], None], strict=True):
-        assert window.start < window.end
-        assert after is None or window.end <= after.start
-        samples = speed.memory_in(turn, window)
-        assert samples or window is turn.measured.measured  # a tiny model answers faster than memory is sampled
-        assert all(20 < mb < 1000 for mb in samples)  # no torch: the runtime and a tiny model
+    check_windows(turn, unloaded=True)
     assert all(0 < seconds < 1 for seconds in turn.calibration_s)
     assert 0 < turn.measured.cpu_s <= 1.1 * found.cores * turn.measured.wall_s
     assert 0 < turn.measured.load_s < 60
     assert not turn.measured.cold
-    assert turn.measured.throughput.keys() == {1, 2, 4}
-    assert all(rate > 0 for rate in turn.measured.throughput.values())
+    assert turn.measured.throughput == {}  # a quick job has a single user
 
 
 def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
@@ -183,50 +208,81 @@ def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
     }
 
 
-@NAMES
+THOROUGH_UNITS = {
+    **making.UNITS,
+    **({"load_cold_s": "s"} if hasattr(os, "posix_fadvise") else {}),
+    **{f"throughput_tok_s_c{sessions}": "tokens/s" for sessions in (1, 2, 4)},
+    "edge_cases_passed": "1",
+}
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "hasty", "thorough"])
 def test_figures_are_those_of_the_samples_that_are_kept(
-    measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
+    measured: dict[str, Speed | SlmopsError], thorough: Speed, made: dict[str, Made], name: str
 ) -> None:
+    raw = thorough if name == "thorough" else of(measured, name)
     answered = quality(answered=(answer(0), answer(1, category="capitals")))
-    found = summary.evaluation(made["int8"][0], of(measured, name), answered, None, None)
-    assert {metric: one.unit for metric, one in found.measurements.items()} == making.UNITS
-    rows = {key: np.array([row[key] for row in found.samples]) for key in found.samples[0]}
-    headline, longest = (rows["prompt_tokens_wanted"] == tokens for tokens in (128, 400))
-    gaps = (rows["last_s"] - rows["first_s"]) / 15
+    if name != "thorough":
+        answered = answered.model_copy(update={"cases": ()})  # as in a quick job
+    found = summary.evaluation(made["int8"][0], raw, answered, None, None)
+    units = THOROUGH_UNITS if name == "thorough" else making.UNITS
+    assert {metric: one.unit for metric, one in found.measurements.items()} == units
+    turns = [turn.measured for turn in raw.turns if not turn.disturbed] or [turn.measured for turn in raw.turns]
+    assert len(found.samples) == sum(len(turn.measured.timed) for turn in raw.turns)
+    counted = [row for row in found.samples if not row["disturbed"]] or list(found.samples)
+    rows = {key: np.array([row[key] for row in counted]) for key in counted[0]}
+    prompts_wanted = rows["prompt_tokens_wanted"]
+    lengths = sorted({cell.prompt_tokens for cell in raw.cells})
+    shortest, longest = (prompts_wanted == tokens for tokens in (lengths[0], lengths[-1]))
+    first = raw.cells[0]
+    headline = (prompts_wanted == first.prompt_tokens) & (rows["output_tokens_wanted"] == first.output_tokens)
+    gaps = (rows["last_s"] - rows["first_s"]) / (rows["output_tokens_wanted"] - 1)
+    shares = [
+        np.median(gaps[shortest & (rows["round"] == number)]) / np.median(gaps[longest & (rows["round"] == number)])
+        for number in sorted(set(rows["round"]))
+    ]
     expected = {
         "decode_tok_s": np.median(1 / gaps[headline]),
         "prefill_tok_s": np.median(rows["prompt_tokens"][longest] / rows["first_s"][longest]),
         "ttft_model_ms_p50": np.median((rows["first_s"] - rows["tokenize_s"])[headline]) * 1e3,
-        "cpu_percent": 100 * of(measured, name).turns[0].measured.cpu_s / of(measured, name).turns[0].measured.wall_s,
-        "decode_consistency": np.median(gaps[rows["prompt_tokens_wanted"] == 32]) / np.median(gaps[longest]),
+        "cpu_percent": np.median([100 * turn.cpu_s / turn.wall_s for turn in turns]),
+        "decode_consistency": np.prod(shares) ** (1 / len(shares)),
     }
     for percent in (50, 90, 99):
         expected[f"ttft_ms_p{percent}"] = np.percentile(rows["first_s"][headline], percent) * 1e3
         expected[f"itl_ms_p{percent}"] = np.percentile(gaps[headline], percent) * 1e3
         expected[f"response_s_p{percent}"] = np.percentile(rows["total_s"][headline], percent)
     assert {metric: found.metrics[metric] for metric in expected} == pytest.approx(expected)
-    assert (found.measurements["decode_tok_s"].samples, found.measurements["prefill_tok_s"].samples) == (4, 1)
+    assert headline.sum() == sum(timed.cell == 0 for turn in turns for timed in turn.timed)
+    assert headline.sum() >= speed.HEADLINE_REPETITIONS * len(turns)
+    assert found.measurements["decode_tok_s"].samples == headline.sum()
+    assert found.measurements["prefill_tok_s"].samples == longest.sum()
+    # Of a quick job the headline's prompt is the longest; otherwise there are two output lengths, once in each turn.
+    assert longest.sum() == (2 * len(turns) if name == "thorough" else headline.sum())
     assert found.metrics["memory_before_mb"] < found.metrics["memory_loaded_mb"] <= found.metrics["memory_peak_mb"]
+    alone = sum(not turn.measured.throughput for turn in raw.turns)
+    assert found.measurements["memory_unloaded_mb"].samples == alone
     curve = {one.prompt_tokens: one.measurement.value for one in found.curves if one.name == "ttft_ms"}
     assert curve == {
-        tokens: pytest.approx(np.median(rows["first_s"][rows["prompt_tokens_wanted"] == tokens]) * 1e3)
-        for tokens in LENGTHS
+        tokens: pytest.approx(np.median(rows["first_s"][prompts_wanted == tokens]) * 1e3)
+        for tokens in ([32, 64, 400] if name == "thorough" else LENGTHS[:2])
     }
 
 
-def test_a_job_that_is_not_quick(made: dict[str, Made], job: Job, settings: Settings) -> None:
-    asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64], "output_lengths": [4, 24]})
-    found = of(speed.measure([made["int8"]], NAME, asked, settings), "int8")
-    assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(64, 4), (64, 24), (32, 4), (32, 24)]
-    assert [turn.measured.cold for turn in found.turns] == [hasattr(os, "posix_fadvise"), False, False]
-    assert [set(turn.measured.throughput) for turn in found.turns] == [{1, 2, 4}, set(), set()]
-    for turn in found.turns:
-        assert [(timed.cell, timed.completion_tokens) for timed in turn.measured.timed] == [
-            *[(0, 4)] * 4,
-            (1, 24),
-            (2, 4),
-            (3, 24),
-        ]
+def test_a_job_that_is_not_quick(thorough: Speed) -> None:
+    assert [(cell.prompt_tokens, cell.output_tokens) for cell in thorough.cells] == [
+        (prompt, output) for prompt in (64, 32, 400) for output in (4, 24)
+    ]
+    assert [turn.measured.cold for turn in thorough.turns] == [hasattr(os, "posix_fadvise"), False, False]
+    assert [set(turn.measured.throughput) for turn in thorough.turns] == [{1, 2, 4}, set(), set()]
+    assert all(rate > 0 for rate in thorough.turns[0].measured.throughput.values())
+    for number, turn in enumerate(thorough.turns):
+        check_repetitions(turn, cells=6)
+        check_windows(turn, unloaded=number > 0)  # several sessions leave more behind than a single user
+        for timed in turn.measured.timed:
+            cell = thorough.cells[timed.cell]
+            assert timed.completion_tokens == cell.output_tokens
+            assert 0.9 * cell.prompt_tokens <= timed.prompt_tokens <= cell.prompt_tokens
 
 
 def test_one_that_breaks_does_not_stop_the_others(

@@ -15,7 +15,6 @@ from slmops import process
 from slmops.errors import EvaluationError
 from slmops.evaluation import edge_cases, edge_worker
 from slmops.evaluation.edge_worker import Case, Line, Messages, Probe, Seen
-from slmops.job import Job
 from slmops.models import CaseOutcome, Registration
 from slmops.settings import Settings
 from tests import values
@@ -278,7 +277,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
         cases = [Case(id=name, expected="answered") for name in "abc"]
         variant = values.variant(folder)
         try:
-            return edge_cases.run(variant, registration, "tiny", Job(model="x"), settings, cases=cases)
+            return edge_cases.run(variant, registration, "tiny", settings, cases=cases)
         finally:
             assert not (settings.work("tiny") / "int4-edge").exists()
 

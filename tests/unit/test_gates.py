@@ -79,7 +79,7 @@ AT_LEAST = {"metric": "top1_agreement", "min": 0.9}
     ("changes", "refused"),
     [
         ({}, {"fail", "inconclusive"}),
-        ({"inconclusive": "accept"}, {"fail"}),
+        ({"inconclusive": "accept"}, {"fail", "value beyond"}),
         ({"advisory": True}, set()),
         ({"advisory": True, "inconclusive": "accept"}, set()),
     ],
@@ -89,7 +89,9 @@ def test_outcome(
 ) -> None:
     made = judge({**gate, **changes}, {gate["metric"]: figure})
     assert made.outcome == outcome
-    assert made.refuses is (outcome in refused)
+    kept = figure.value <= gate["max"] if "max" in gate else figure.value >= gate["min"]
+    beyond = outcome == "inconclusive" and not kept and "value beyond" in refused
+    assert made.refuses is (outcome in refused or beyond)
     assert (made.advisory, made.limit) == ("advisory" in changes, gate.get("max", gate.get("min")))
     assert numbers(made) == pytest.approx((figure.value, figure.low, figure.high), nan_ok=True)
 

@@ -92,7 +92,7 @@ def test_packaged_policy() -> None:
     assert [(gate.advisory, gate.inconclusive) for gate in made.gates] == [
         (False, "refuse"),
         (False, "accept"),
-        (False, "refuse"),
+        (False, "accept"),
         (True, "refuse"),
     ]
 

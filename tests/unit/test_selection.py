@@ -107,7 +107,10 @@ def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
         pytest.param([FP32, result("int4", 110, 1.0, NAN)], "fp32", id="nor is it for accuracy"),
         pytest.param([FP32, result("int4", 110, 1.08, spread=0.03)], "fp32", id="perplexity must be proven"),
         pytest.param([FP32, result("int4", 110, 1.0, 0.5, spread=0.099)], "int4", id="and is, if the interval fits"),
-        pytest.param([FP32, result("int4", 110, 1.0, 0.35, spread=0.06)], "int4", id="accuracy need not be"),
+        pytest.param([FP32, result("int4", 110, 1.0, 0.45, spread=0.09)], "int4", id="accuracy need not be"),
+        pytest.param(
+            [FP32, result("int4", 110, 1.0, 0.35, spread=0.06)], "fp32", id="but its value must keep the limit"
+        ),
         pytest.param([FP32, result("int4", 110, 1.0, 0.35, spread=0.04)], "fp32", id="but must not be proven bad"),
         pytest.param([FP32, INT4.model_copy(update={"measurements": {}})], "fp32", id="nothing measured, none proven"),
         pytest.param(

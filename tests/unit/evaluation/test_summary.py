@@ -238,6 +238,19 @@ def test_memory_by_windows() -> None:
     assert {found[name].unit for name in expected} == {"MB"}
 
 
+def test_memory_after_several_sessions_is_left_out() -> None:
+    memory = tuple((at, 100.0 * (at + 1)) for at in (0.5, 2.5, 5.0, 9.5))
+    several = turn(timed(0.2, 1.2), memory=memory, unloaded=None, throughput={1: 20.0, 2: 33.0})
+    alone = turn(timed(0.2, 1.2), memory=((0.5, 50.0), (9.5, 300.0)))
+    found = figures(speed(several, alone, alone))
+    # At 9.5 s the first turn has 1050 MB, which no window claims.
+    assert (found["memory_unloaded_mb"].value, found["memory_unloaded_mb"].samples) == (300, 2)
+    assert (found["memory_before_mb"].value, found["memory_before_mb"].samples) == (50, 3)
+    assert (found["memory_loaded_mb"].value, found["memory_loaded_mb"].samples) == (350, 1)
+    assert "memory_unloaded_mb" not in figures(speed(several))
+    assert figures(speed(several))["memory_peak_mb"].value == 600
+
+
 def test_memory_that_was_not_sampled() -> None:
     found = figures(speed(turn(timed(0.2, 1.2), memory=((11.0, 50.0),))))
     assert not [name for name in found if name.startswith("memory_")]

@@ -1,0 +1,110 @@
+"""Variants that are broken on purpose, in ways that load and answer: the gates must find them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops import policy, selection
+from slmops.conversion import store
+from slmops.evaluation import quality, speed, summary
+from slmops.files import write_atomic
+from slmops.foundry.register import register
+from slmops.job import Job
+from slmops.models import MANIFEST, Recipe, Registration, Variant, VariantResult
+from slmops.settings import Settings
+
+pytestmark = pytest.mark.e2e
+
+NAME = "broken"
+JOB = Job(model="demo", quick=True)
+
+
+@pytest.fixture(scope="module")
+def settings(slmops: Any) -> Settings:
+    """The home in which the demo model has been converted."""
+    return Settings(home=slmops.home)
+
+
+@pytest.fixture(scope="module")
+def good(slmops: Any) -> dict[str, Variant]:
+    done = slmops("run", "--model", "demo", "--precision", "int8", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    loaded = [store.load(Path(variant["path"])) for variant in json.loads(done.stdout)["variants"]]
+    return {variant.name: variant for variant in loaded if variant is not None}
+
+
+def _altered(variant: Variant, name: str, settings: Settings) -> Variant:
+    """A copy of a variant to be spoilt, with files of its own."""
+    folder = settings.variants / f"{name}-spoilt"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(variant.path, folder)
+    recipe = Recipe(name=name, config=variant.recipe.config, bits=variant.recipe.bits)
+    return variant.model_copy(update={"path": folder, "key": folder.name, "recipe": recipe})
+
+
+def _sealed(variant: Variant) -> Variant:
+    """Its manifest made to fit the spoilt files, so that nothing but the measurements can tell."""
+    sealed = variant.model_copy(update={"files": store.files_of(variant.path)})
+    write_atomic(variant.path / MANIFEST, sealed.model_dump_json(indent=2))
+    return sealed
+
+
+def _zeroed(variant: Variant, settings: Settings) -> Variant:
+    spoilt = _altered(variant, "zeroed", settings)
+    data = spoilt.path / "model.onnx.data"
+    size = data.stat().st_size
+    with data.open("r+b") as file:  # some layers in the middle: with all of them the model says nothing
+        file.seek(size // 2)
+        file.write(bytes(size // 20))
+    return _sealed(spoilt)
+
+
+def _wrong_template(variant: Variant, settings: Settings) -> Variant:
+    spoilt = _altered(variant, "mistaken", settings)
+    (spoilt.path / "chat_template.jinja").write_text(
+        # The roles are mixed up: the model goes on with a question of the user's.
+        "{% for message in messages %}<|im_start|>assistant\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>user\n"
+    )
+    return _sealed(spoilt)
+
+
+def _judged(variants: list[tuple[Variant, Registration]], settings: Settings) -> dict[str, VariantResult]:
+    speeds = speed.measure(variants, NAME, JOB, settings)
+    results = []
+    baseline = None
+    for variant, registration in variants:
+        measured = quality.measure(variant, registration, NAME, JOB, settings)
+        if variant.recipe.baseline:
+            baseline = (variant, measured)
+        timed = speeds[variant.name]
+        assert isinstance(timed, speed.Speed), timed
+        found = summary.evaluation(variant, timed, measured, baseline, None)
+        results.append(
+            VariantResult(name=variant.name, status="ok", metrics=found.metrics, measurements=found.measurements)
+        )
+    # The spoilt ones are the first choice, if nothing refuses them.
+    choice, judged = selection.choose(results, policy.load().model_copy(update={"preference": (variants[-1][0].name,)}))
+    assert choice.variant != variants[-1][0].name, choice.reason
+    return {result.name: result for result in judged}
+
+
+def test_a_wrong_chat_template_fails_on_the_answers(good: dict[str, Variant], settings: Settings) -> None:
+    mistaken = _wrong_template(good["int8"], settings)
+    made = [(variant, register(variant, NAME, JOB, settings)) for variant in (good["fp32"], mistaken)]
+    result = _judged(made, settings)["mistaken"]
+    gates = {gate.metric: gate for gate in result.gates}
+    assert gates["perplexity"].outcome == "pass"  # the weights are right
+    assert gates["accuracy"].refuses, gates["accuracy"].detail
+
+
+def test_zeroed_weights_fail_on_the_distributions(good: dict[str, Variant], settings: Settings) -> None:
+    zeroed = _zeroed(good["int8"], settings)
+    made = [(variant, register(variant, NAME, JOB, settings)) for variant in (good["fp32"], zeroed)]
+    result = _judged(made, settings)["zeroed"]
+    assert {gate.metric: gate.outcome for gate in result.gates}["perplexity"] == "fail", result.metrics

@@ -1,0 +1,94 @@
+"""The turn's own process, with a runtime and a clock that are made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from slmops import foundry
+from slmops.evaluation import speed_worker
+from slmops.evaluation.speed_worker import Cell
+
+
+class Runtime:
+    """Stands in for :mod:`slmops.foundry.runtime`; each request takes so many seconds of its own clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+        self.events: list[str] = []
+        self.time = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now, sleep=self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def manager(self, _home: Path) -> None:
+        return None
+
+    def local_catalog(self, _running: None) -> None:
+        return None
+
+    def add(self, *_args: Any) -> Any:
+        return SimpleNamespace(load=lambda: self.events.append("load"), unload=lambda: self.events.append("unload"))
+
+    def ask(self, _model: Any, _messages: list[dict[str, str]], *, max_tokens: int) -> Any:
+        self.events.append(f"ask {max_tokens}")
+        self.sleep(self.seconds)
+        return SimpleNamespace(
+            prompt_tokens=5,
+            completion_tokens=max_tokens,
+            first_s=self.seconds / 2,
+            last_s=self.seconds,
+            total_s=self.seconds,
+        )
+
+
+CELLS = (
+    Cell(prompt_tokens=5, output_tokens=16, text="a b c", repetitions=3, seconds=1.0),
+    Cell(prompt_tokens=9, output_tokens=32, text="a b c d e f g", repetitions=2),
+)
+
+
+def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> speed_worker.Result:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("<s> {{ messages[0]['content'] }} <a>")
+    (folder / "genai_config.json").write_text(json.dumps({"model": {}}))
+    monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
+    monkeypatch.setattr(speed_worker, "time", runtime.time)
+    return speed_worker.handle(speed_worker.Request(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        pytest.param(0.03125, 32, id="as many as fit"),
+        pytest.param(0.3, 4, id="the last ends after it"),
+        pytest.param(0.25, 4, id="none begins when it is over"),
+        pytest.param(2.0, 3, id="at least so many"),
+    ],
+)
+def test_a_cell_is_repeated_until_both_are_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int
+) -> None:
+    found = handle(tmp_path, Runtime(seconds), monkeypatch)
+    assert [timed.cell for timed in found.timed] == [0] * expected + [1] * 2
+    assert found.wall_s == pytest.approx((expected + 2) * seconds)
+    assert found.energy_tokens == expected * (5 + 16) + 2 * (5 + 32)
+
+
+@pytest.mark.parametrize("sessions", [(), (1, 2)])
+def test_several_sessions_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sessions: tuple[int, ...]) -> None:
+    runtime = Runtime(0.5)
+    found = handle(tmp_path, runtime, monkeypatch, sessions=sessions)
+    asked = ["ask 16"] * 2 + ["ask 16"] * 3 + ["ask 32"] * 2  # the first two warm up
+    assert runtime.events == ["load", *asked, *["ask 8"] * sum(sessions), "unload"]
+    assert found.throughput.keys() == set(sessions)
+    assert (found.unloaded is None) == bool(sessions)
+    assert found.measured.end - found.measured.start == 2.5

@@ -78,6 +78,8 @@ def _variants(
     def step(variant: str) -> Iterator[None]:
         try:
             yield
+        except TrackingError:
+            raise  # no fault of the variant's, and nothing that could be tracked
         except SlmopsError as error:
             results[variant] = track_failure(uri, parent, variant, str(error), settings.logs / name)
             progress.step(1 if variant in made else 2)  # one that is not made is not measured

@@ -105,7 +105,8 @@ class Tracker:
         with self._talking(), tempfile.TemporaryDirectory() as scratch:
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
-            self._params(run_id, {**_of_variant(variant), **digests, "foundry_id": registration.foundry_id})
+            deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
+            self._params(run_id, {**_of_variant(variant), **digests, **deployed})
             logged = self._client.create_logged_model(
                 experiment_id=self._client.get_run(run_id).info.experiment_id,
                 name=f"{name}-{variant.name}",
@@ -288,6 +289,13 @@ class Tracker:
         with self._talking():
             tags = {KIND: "soak", "slmops.model": name, **tags}
             return tracking_soak.log(self._client, self._experiment(name).experiment_id, tags, metrics, memory_mb)
+
+
+def _threads(registration: Registration) -> str:
+    """Threads that the runtime is told to use for one operator."""
+    config = json.loads((registration.path / "genai_config.json").read_text(encoding="utf-8"))
+    options = config.get("model", {}).get("decoder", {}).get("session_options", {})
+    return str(options.get("intra_op_num_threads", "the runtime's default: one a physical core"))
 
 
 def _of_variant(variant: Variant) -> dict[str, Any]:

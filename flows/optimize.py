@@ -22,7 +22,14 @@ from tasks.checkpoint import get_checkpoint, plan_job
 from tasks.choose import choose_variant
 from tasks.environment import check_environment
 from tasks.show import Progress, show_comparison
-from tasks.track import finish_tracking, get_champion, start_tracking, track_failure, track_variant
+from tasks.track import (
+    finish_tracking,
+    get_champion,
+    register_version,
+    start_tracking,
+    track_failure,
+    track_variant,
+)
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 log = logging.getLogger("slmops.optimize")
@@ -49,11 +56,18 @@ def optimize(job: Job) -> Comparison:
         recipes, policy = plan_job(job, checkpoint, name, settings)
         parent = start_tracking(uri, name, job, checkpoint, runtime.flow_run.id or "")
         with _closed_if_aborted(uri, parent):
-            tracked = _variants(recipes, checkpoint, job, name, settings, uri, parent)
-            choice, results = choose_variant(tracked, policy, get_champion(uri, name))
+            made, tracked = _variants(recipes, checkpoint, job, name, settings, uri, parent)
+            measured = next((result.run_id for result in tracked if result.status == "ok"), None)
+            choice, judged = choose_variant(tracked, policy, get_champion(uri, name, measured))
+            results = [  # without a choice there was nothing to judge by, or nothing that passed
+                register_version(uri, name, *made[result.name], result, parent)
+                if choice.variant is not None and _accepted(result)
+                else result
+                for result in judged
+            ]
             comparison = Comparison(model=name, run_id=parent, choice=choice, variants=tuple(results))
             failed = [result.name for result in results if result.status == "failed"]
-            url = finish_tracking(uri, comparison, failed=bool(failed))
+            url = finish_tracking(uri, comparison, policy, failed=bool(failed))
         show_comparison(comparison, url)
         shutil.rmtree(settings.work(name), ignore_errors=True)
     error: SlmopsError | None = None
@@ -69,8 +83,12 @@ def optimize(job: Job) -> Comparison:
 
 def _variants(
     recipes: list[Recipe], checkpoint: Checkpoint, job: Job, name: str, settings: Settings, uri: str, parent: str
-) -> list[VariantResult]:
-    """Make all variants, measure them side by side; one that fails is tracked with its reason and the others go on."""
+) -> tuple[dict[str, Made], list[VariantResult]]:
+    """Make all variants, measure them side by side; one that fails is tracked with its reason and the others go on.
+
+    Returns:
+        What was made, by its name, and all results.
+    """
     progress = Progress(name, steps=2 * len(recipes))
     results: dict[str, VariantResult] = {}
 
@@ -106,7 +124,12 @@ def _variants(
             results[variant.name] = track_variant(
                 uri, parent, name, variant, registration, figures, settings.logs / name
             )
-    return [results[recipe.name] for recipe in recipes]
+    return made, [results[recipe.name] for recipe in recipes]
+
+
+def _accepted(result: VariantResult) -> bool:
+    """No gate has anything against it."""
+    return result.status == "ok" and not any(gate.refuses for gate in result.gates)
 
 
 def _clean_up(name: str, settings: Settings) -> None:

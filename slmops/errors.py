@@ -11,6 +11,8 @@
         ├── RegistrationError
         ├── EvaluationError
         ├── TrackingError
+        ├── ServingError
+        ├── PromotionError
         └── GateError         exit 3   the work is done, and what was measured is not good enough
 
 Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
@@ -89,6 +91,14 @@ class TrackingError(WorkError):
     """MLflow did not take what was logged."""
 
 
+class ServingError(WorkError):
+    """A version cannot be served."""
+
+
+class PromotionError(WorkError):
+    """A version did not become the champion, for a reason that is not in its figures."""
+
+
 class GateError(WorkError):
     """The work is done, and nothing of what was measured is good enough."""
 
@@ -109,6 +119,8 @@ BY_NAME: dict[str, type[SlmopsError]] = {
         RegistrationError,
         EvaluationError,
         TrackingError,
+        ServingError,
+        PromotionError,
         GateError,
     )
 }

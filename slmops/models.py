@@ -222,6 +222,7 @@ class VariantResult(Frozen):
     path: Path | None = None
     foundry_id: str | None = None
     run_id: str | None = None
+    version: int | None = Field(None, description="Its version in the Model Registry; None: a gate refused it.")
     metrics: dict[str, float] = {}
     measurements: dict[str, Measurement] = Field({}, description="The same with units and intervals.")
     gates: tuple[GateResult, ...] = ()

@@ -57,9 +57,14 @@ def table(comparison: Comparison, style: str = "simple") -> str:
 
 
 def gates(comparison: Comparison, style: str = "simple") -> str:
-    """The gates as rows, the variants as columns; empty if no variant was judged."""
+    """The gates as rows, the variants as columns; empty if no gate judged anything."""
     judged = {result.name: {gate.gate: gate for gate in result.gates} for result in comparison.variants if result.gates}
-    rows = {gate.gate: gate.gate + " (advisory)" * gate.advisory for one in judged.values() for gate in one.values()}
+    rows = {
+        gate.gate: gate.gate + " (advisory)" * gate.advisory
+        for one in judged.values()
+        for gate in one.values()
+        if gate.outcome != "skipped"  # a champion's gates while there is none
+    }
     if not rows:
         return ""
     cells = [[label, *(_verdict(one.get(gate)) for one in judged.values())] for gate, label in rows.items()]

@@ -8,7 +8,7 @@ straddles the limit proves neither, so that few samples make no bad variant good
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from slmops.job import BASELINE
 from slmops.models import Choice, GateResult, Measurement, Outcome, VariantResult
@@ -47,7 +47,7 @@ def choose(
     Returns:
         The choice, and the results in the same order with ``gates`` and ``dominated_by`` filled in.
     """
-    baseline = next((result for result in results if result.status == "ok" and result.name == BASELINE), None)
+    baseline = find_baseline(results)
     front = pareto(results)
     judged = [
         result.model_copy(
@@ -69,6 +69,11 @@ def choose(
             return Choice(variant=candidate.name, reason=" ".join([reason, *refused])), judged
         refused.append(f"{candidate.name} is refused ({', and '.join(against)}).")
     return Choice(variant=None, reason=" ".join(["No variant is chosen: a gate refuses each.", *refused])), judged
+
+
+def find_baseline(results: Sequence[VariantResult]) -> VariantResult | None:
+    """The variant that the others are judged against, if it was measured."""
+    return next((result for result in results if result.status == "ok" and result.name == BASELINE), None)
 
 
 def apply(

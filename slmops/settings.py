@@ -41,13 +41,14 @@ class Settings(BaseSettings):
     judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")
     judge_api_key: SecretStr | None = Field(None, description="Its key, where it needs one.")
     judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
+    serve_token: SecretStr | None = Field(None, description="Token that clients of `slmops serve` must send.")
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
 
-    @field_validator("judge_url", "judge_model", "judge_api_key", mode="before")
+    @field_validator("judge_url", "judge_model", "judge_api_key", "serve_token", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
@@ -71,6 +72,11 @@ class Settings(BaseSettings):
     def foundry(self) -> Path:
         """Foundry Local's application data; its model cache is ``models/`` below it."""
         return self.home / "foundry"
+
+    @property
+    def deployed(self) -> Path:
+        """Foundry Local's application data for what came from the registry; its model cache is ``models/`` below it."""
+        return self.home / "deployed"
 
     @property
     def logs(self) -> Path:

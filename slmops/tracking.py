@@ -9,28 +9,23 @@ Always through a client with explicit run ids: MLflow's active run is thread-loc
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-# Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+from slmops.tracking_client import talking  # first: it sets the environment that MLflow reads at import
 
+# isort: split
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, LoggedModelInput, Param, Run
 from mlflow.exceptions import MlflowException
-from requests.exceptions import RequestException
 
 from slmops import tracking_answers, tracking_evaluation, tracking_soak
-from slmops.errors import TrackingError, UsageError
+from slmops.deployment import CHAMPION
+from slmops.errors import UsageError
 from slmops.job import BASELINE, Job
 from slmops.models import (
     Checkpoint,
@@ -42,11 +37,10 @@ from slmops.models import (
     Variant,
     VariantResult,
 )
+from slmops.policy import Policy
 
 KIND = "slmops.kind"
-COMPARISON = "comparison.json"
-CHAMPION = "champion"
-"""Alias of the model version that is deployed."""
+COMPARISON, POLICY = "comparison.json", "policy.json"
 MODEL_TYPE = "onnx-genai"
 # The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
 _EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
@@ -141,12 +135,13 @@ class Tracker:
             self._client.set_terminated(run_id, "FAILED")
             return run_id
 
-    def finish_job(self, comparison: Comparison, report: str, note: str, *, failed: bool) -> None:
-        """Put the comparison, the gates and the choice into the parent run and close it."""
+    def finish_job(self, comparison: Comparison, policy: Policy, report: str, note: str, *, failed: bool) -> None:
+        """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
         with self._talking():
             run_id = comparison.run_id
             tracking_evaluation.log_gates(self._client, comparison)
             self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON)
+            self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY)
             self._client.log_text(run_id, report, "report.html")
             self._client.set_tag(run_id, "mlflow.note.content", self._with_links(note, comparison))
             self._client.set_tag(run_id, "slmops.choice", comparison.choice.variant or "none")
@@ -161,13 +156,23 @@ class Tracker:
                 if run.info.run_id == run_id or run.data.tags.get("mlflow.parentRunId") == run_id:
                     self._client.set_terminated(run.info.run_id, "KILLED")
 
+    def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
+        """Log a soak as a run of the model's experiment; a failed attempt of the same flow run is replaced.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking():
+            tags = {KIND: "soak", "slmops.model": name, **tags}
+            return tracking_soak.log(self._client, self._experiment(name).experiment_id, tags, metrics, memory_mb)
+
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all.
 
         Raises:
             UsageError: There is none.
         """
-        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+        with self._talking():
             experiments = self._client.search_experiments() if name is None else self._named(name)
             runs: list[Run] = []
             if experiments:
@@ -184,17 +189,38 @@ class Tracker:
                     f"There is no finished comparison{of}.",
                     f"Known models: {', '.join(known)}." if known else "Run `slmops run --model SOURCE` first.",
                 )
-            file = self._client.download_artifacts(runs[0].info.run_id, COMPARISON, scratch)
-            return Comparison.model_validate_json(Path(file).read_text(encoding="utf-8"))
+            return Comparison.model_validate_json(self._text(runs[0].info.run_id, COMPARISON))
 
-    def champion(self, name: str) -> dict[str, Measurement] | None:
+    def judged(self, job_id: str) -> tuple[Comparison, Policy]:
+        """A job's comparison, and the policy of its choice."""
+        with self._talking():
+            comparison = Comparison.model_validate_json(self._text(job_id, COMPARISON))
+            return comparison, Policy.model_validate_json(self._text(job_id, POLICY))
+
+    def conditions(self, run_id: str) -> dict[str, str]:
+        """What the quality of a variant was measured with; figures compare only if it is the same."""
+        with self._talking():
+            run = self._client.get_run(run_id)
+            parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
+            return {
+                "evaluation set": run.data.params.get("evaluation_set_digest", ""),
+                "perplexity text": run.data.params.get("text_digest", ""),
+                "number of questions (--quick)": parent.data.params.get("job.quick", "false"),
+            }
+
+    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``.
+
+        Args:
+            name: The registered model.
+            like: A variant's run to compare with: figures of the champion's quality that were measured on something
+                else than this run's are left out.
 
         Returns:
             None: nothing is deployed. Empty: something is that slmops did not measure, so gates that compare with it
             find no figure rather than being skipped.
         """
-        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+        with self._talking():
             try:
                 version = self._client.get_model_version_by_alias(name, CHAMPION)
             except MlflowException as error:
@@ -202,12 +228,18 @@ class Tracker:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     return None
                 raise
-            files = self._client.list_artifacts(version.run_id) if version.run_id else []
+            # Its latest evaluation; the run that MLflow names is that in which it was made.
+            run_id = version.tags.get("slmops.evaluation_run", version.run_id)
+            files = self._client.list_artifacts(run_id) if run_id else []
             if tracking_evaluation.MEASUREMENTS not in {file.path for file in files}:
                 return {}
-            file = self._client.download_artifacts(version.run_id, tracking_evaluation.MEASUREMENTS, scratch)
-            measured = json.loads(Path(file).read_text(encoding="utf-8"))
-            return {metric: Measurement.model_validate(figure) for metric, figure in measured.items()}
+            measured = json.loads(self._text(run_id, tracking_evaluation.MEASUREMENTS))
+            left_out = self._incomparable(run_id, like) if like else ()
+            return {
+                metric: Measurement.model_validate(figure)
+                for metric, figure in measured.items()
+                if not metric.startswith(left_out)
+            }
 
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
@@ -223,6 +255,17 @@ class Tracker:
 
         with self._talking():
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(target), tracking_uri=self.uri))
+
+    def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
+        """How the names of the metrics begin that were measured on different things."""
+        one, other = self.conditions(run_id), self.conditions(like)
+        differs = {condition for condition in one if one[condition] != other[condition]}
+        answers = tracking_evaluation.OF_ANSWERS if differs - {"perplexity text"} else ()
+        return answers + (tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ())
+
+    def _text(self, run_id: str, path: str) -> str:
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(self._client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
 
     def _url(self, run_id: str, page: str) -> str:
         with self._talking():
@@ -269,26 +312,8 @@ class Tracker:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
         self._client.log_batch(run_id, params=[Param(key, text[:PARAM_LIMIT]) for key, text in texts.items()])
 
-    @contextmanager
-    def _talking(self) -> Iterator[None]:
-        try:
-            yield
-        except (MlflowException, RequestException, OSError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TrackingError(
-                f"MLflow at {self.uri} did not take or give what was asked: {said[:300]}",
-                "Is it running? `slmops status` tells, `slmops up` starts the local one.",
-            ) from error
-
-    def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
-        """Log a soak as a run of the model's experiment; a failed attempt of the same flow run is replaced.
-
-        Raises:
-            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
-        """
-        with self._talking():
-            tags = {KIND: "soak", "slmops.model": name, **tags}
-            return tracking_soak.log(self._client, self._experiment(name).experiment_id, tags, metrics, memory_mb)
+    def _talking(self) -> AbstractContextManager[None]:
+        return talking(self.uri)
 
 
 def _threads(registration: Registration) -> str:

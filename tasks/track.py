@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import State
 
 from slmops import machine, report
+from slmops.errors import TrackingError
 from slmops.job import Job
 from slmops.models import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
+from slmops.policy import Policy
+from slmops.registry import Registry
 from slmops.tracking import Tracker, as_result
 
-tracking_task = partial(task, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2.0, 5.0, 15.0])
+log = logging.getLogger("slmops.track")
+
+
+def _may_pass(_task: object, _run: object, state: State) -> bool:
+    """What the server did not take may be taken a moment later; a question that makes no sense stays so."""
+    return isinstance(state.result(raise_on_failure=False), TrackingError)
+
+
+tracking_task = partial(
+    task, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2.0, 5.0, 15.0], retry_condition_fn=_may_pass
+)
 
 
 @tracking_task(name="start tracking", task_run_name="start tracking")
@@ -45,15 +60,25 @@ def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -
 
 
 @tracking_task(name="get champion", task_run_name="get champion")
-def get_champion(uri: str, name: str) -> dict[str, Measurement] | None:
-    """What was measured of the version that is deployed now, if any."""
-    return Tracker(uri).champion(name)
+def get_champion(uri: str, name: str, like: str | None) -> dict[str, Measurement] | None:
+    """What was measured of the version that is deployed now, as far as it compares with the run ``like``."""
+    return Tracker(uri).champion(name, like)
+
+
+@tracking_task(name="register version", task_run_name="register version of {variant.name}")
+def register_version(
+    uri: str, name: str, variant: Variant, registration: Registration, result: VariantResult, parent: str
+) -> VariantResult:
+    """Make an accepted variant a version of the registered model; returns the result with its number."""
+    version = Registry(uri).add(name, variant, registration, result, parent)
+    log.info("%s: version %d of %s in the registry", variant.name, version.version, name)
+    return result.model_copy(update={"version": version.version})
 
 
 @tracking_task(name="finish tracking", task_run_name="finish tracking")
-def finish_tracking(uri: str, comparison: Comparison, *, failed: bool) -> str:
+def finish_tracking(uri: str, comparison: Comparison, policy: Policy, *, failed: bool) -> str:
     """Put comparison, report and choice into the parent run; returns the address of its page."""
     tracker = Tracker(uri)
     url = tracker.run_url(comparison.run_id)
-    tracker.finish_job(comparison, report.html(comparison), report.markdown(comparison, url), failed=failed)
+    tracker.finish_job(comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=failed)
     return url

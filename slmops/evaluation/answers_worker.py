@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slmops import child
-from slmops.errors import EvaluationError
 from slmops.evaluation import matchers
 from slmops.evaluation.dataset import Item
 from slmops.models import Answer, Frozen
@@ -40,9 +39,7 @@ def handle(request: Request) -> Result:
     from slmops.foundry import runtime
 
     function = matchers.load_function(request.matcher) if request.matcher else None
-    model = runtime.local_catalog(runtime.manager(request.home)).get_model_variant(request.foundry_id)
-    if model is None:
-        raise EvaluationError(f"{request.foundry_id} is not registered in Foundry Local at {request.home}.")
+    model = runtime.registered(request.home, request.foundry_id)
     model.load()
     # Several at once use all cores. Each request has a session of its own and is greedy, so the answers are the same.
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:

@@ -10,7 +10,6 @@ from typing import Any
 import psutil
 
 from slmops import child
-from slmops.errors import EvaluationError
 from slmops.models import Frozen
 
 LENGTHS = [32, 64, 128, 256]
@@ -44,9 +43,7 @@ def handle(request: Request) -> Result:
     """
     from slmops.foundry import runtime
 
-    model = runtime.local_catalog(runtime.manager(request.home)).get_model_variant(request.foundry_id)
-    if model is None:
-        raise EvaluationError(f"{request.foundry_id} is not registered in Foundry Local at {request.home}.")
+    model = runtime.registered(request.home, request.foundry_id)
     talks = conversations(Path(model.get_path()))
     model.load()
     process = psutil.Process()

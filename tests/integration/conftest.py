@@ -1,13 +1,24 @@
-"""What several modules need and takes a while to make."""
+"""What several modules need and takes a while to make.
+
+MLflow and Prefect take seconds to import, so only the fixtures that use them do it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from slmops import stack
 from slmops.settings import Settings
 from tests import making
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from slmops.tracking import Tracker
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +31,53 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A home for variants that are converted once; nothing is registered there, and nobody alters it."""
     return Settings(home=tmp_path_factory.mktemp("stock"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A home, an MLflow database and a Prefect server for a module of flows; one without them has its own."""
+    from prefect.settings import PREFECT_HOME, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    folder = tmp_path_factory.mktemp("flow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
+        patch.setenv("SLMOPS_HOME", str(folder / "home"))
+        patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for name, value in stack.QUIET.items():
+            patch.setenv(name, value)
+        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
+            yield Settings()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database that has had its migrations, which take seconds."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # MLflow makes a folder for artifacts below the current one
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@pytest.fixture
+def tracker(database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tracker:
+    from slmops.tracking import Tracker
+
+    monkeypatch.chdir(tmp_path)
+    return Tracker(database)
+
+
+@pytest.fixture
+def client(database: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(database)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A model of each test's own."""
+    return str(request.node.name).replace("_", "-").partition("[")[0]

@@ -7,33 +7,20 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    ArtifactFilter,
-    ArtifactFilterFlowRunId,
-    ArtifactFilterKey,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterName,
-)
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import PREFECT_HOME, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
-from slmops import stack
 from slmops.conversion import store
 from slmops.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
 from slmops.job import Job
@@ -41,10 +28,13 @@ from slmops.models import Comparison
 from slmops.settings import Settings
 from slmops.tracking import Tracker
 from tests import making
+from tests.shown import artifacts, flow_runs
+from tests.tracked import read
 
 pytestmark = pytest.mark.integration
 
 NAME, KEY = "Tiny_F", "tiny-f"  # Prefect's artifact keys take neither upper case nor underscores
+KEYS = ["name", "status", "reason", "path", "foundry_id", "run_id", "version"]
 JUDGED = ["measurements", "gates", "dominated_by"]
 # Random weights at 4 bits are far from what they were.
 POLICY = """
@@ -55,20 +45,6 @@ of = "ratio"
 to = "baseline"
 max = 3
 """
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """A home, an MLflow database and a Prefect server for this module."""
-    folder = tmp_path_factory.mktemp("flow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
-        patch.setenv("SLMOPS_HOME", str(folder / "home"))
-        patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        for name, value in stack.QUIET.items():
-            patch.setenv(name, value)
-        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
-            yield Settings()
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +84,6 @@ def first(settings: Settings, job: Job) -> First:
         return First(running.result(), caught.value, busy_s)
 
 
-def flow_runs(job: Job) -> list[FlowRun]:
-    """The runs of the job's flow, oldest first."""
-    with get_client(sync_client=True) as client:
-        named = FlowRunFilter(name=FlowRunFilterName(any_=[f"optimize {job.model}"]))
-        found: list[FlowRun] = client.read_flow_runs(flow_run_filter=named, sort=FlowRunSort.START_TIME_ASC)
-        return found
-
-
-def artifacts(run: FlowRun) -> dict[str, Any]:
-    """Key to data; what has no key is the flow's result."""
-    with get_client(sync_client=True) as client:
-        made = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])), limit=50
-        )
-    keyed = [artifact for artifact in made if artifact.key is not None]
-    assert len({artifact.key for artifact in keyed}) == len(keyed)
-    return {str(artifact.key): artifact.data for artifact in keyed}
-
-
 def task_runs(run: FlowRun) -> dict[str, str]:
     """Name to state."""
     with get_client(sync_client=True) as client:
@@ -150,7 +107,7 @@ def test_the_comparison_has_the_promised_form(first: First, settings: Settings) 
     assert list(shown["choice"]) == ["variant", "reason"]
     assert [variant["name"] for variant in shown["variants"]] == ["fp32", "int4", "int8"]
     for variant in shown["variants"]:
-        assert list(variant) == ["name", "status", "reason", "path", "foundry_id", "run_id", "metrics", *JUDGED]
+        assert list(variant) == [*KEYS, "metrics", *JUDGED]
         assert (variant["status"], variant["reason"]) == ("ok", None)
         assert variant["foundry_id"] == f"{NAME}-{variant['name']}-generic-cpu:1"
         assert Path(variant["path"]).parent == settings.variants
@@ -178,7 +135,7 @@ def test_figures_and_choice_fit_together(first: First) -> None:
 
 
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
-    run = flow_runs(job)[0]
+    run = flow_runs("optimize")[0]
     assert (run.name, run.state_name) == (f"optimize {job.model}", "Completed")
     assert run.parameters["job"]["int4_block_size"] == 32  # defaults included: it can be started again as it was
     stages = ("convert", "register", "measure quality of", "track")
@@ -215,17 +172,15 @@ def test_what_mlflow_has(first: First, settings: Settings, tmp_path: Path) -> No
         assert (run.data.tags["slmops.variant"], run.info.status) == (result.name, "FINISHED")
         assert {name: value for name, value in run.data.metrics.items() if "/" not in name} == result.metrics
     client = MlflowClient(settings.tracking_uri)
-    kept = client.download_artifacts(parent.info.run_id, "comparison.json", str(tmp_path))
-    assert Comparison.model_validate_json(Path(kept).read_text(encoding="utf-8")) == first.comparison
+    kept = read(client, parent.info.run_id, "comparison.json", tmp_path)
+    assert Comparison.model_validate_json(kept) == first.comparison
 
 
-def test_a_second_run_of_the_same_model_is_refused_and_harms_nothing(
-    first: First, settings: Settings, job: Job
-) -> None:
+def test_a_second_run_of_the_same_model_is_refused_and_harms_nothing(first: First, settings: Settings) -> None:
     assert first.busy.exit_code == 2
     assert f"Another run holds the job of '{NAME}' (process " in first.busy.message
     assert first.busy_s < 20
-    done, refused = flow_runs(job)[:2]
+    done, refused = flow_runs("optimize")[:2]
     assert [done.state_name, refused.state_name] == ["Completed", "Failed"]
     assert artifacts(refused) == {}
     assert not {name for name in task_runs(refused) if name.startswith(("convert", "start tracking"))}
@@ -267,7 +222,7 @@ def test_one_failing_precision_leaves_the_others(
     assert [entry.path for entry in client.list_artifacts(failed.info.run_id, "logs")] == ["logs/half.olive.log"]
     assert Tracker(settings.tracking_uri or "").latest(NAME) == comparison
 
-    run = flow_runs(asked)[-1]
+    run = flow_runs("optimize")[-1]
     assert run.state_name == "Failed"
     assert "1 of 3 variants failed: half." in str(run.state.message if run.state else "")
     shown = artifacts(run)
@@ -322,10 +277,9 @@ def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Jo
 @pytest.mark.usefixtures("settings")
 def test_prepare_environment_shows_every_check() -> None:
     prepare_environment()
-    with get_client(sync_client=True) as client:
-        [made] = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["environment"])))
-    assert isinstance(made.data, str)
-    rows = {row["check"]: row for row in json.loads(made.data)}
+    made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
+    assert isinstance(made, str)
+    rows = {row["check"]: row for row in json.loads(made)}
     assert rows["Foundry Local"]["status"] == "ok"
     assert rows["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
     assert {"Python", "memory", "disk", "CPU", "torch", "olive-ai", "MLflow server"} <= set(rows)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.client.schemas.objects import FlowRun
-from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import PREFECT_HOME, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
 
 from flows.soak import soak
-from slmops import stack, tracking_soak
+from slmops import tracking_soak
 from slmops.errors import EvaluationError, TrackingError, UsageError
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
 from slmops.foundry.register import register
 from slmops.models import Registration
+from slmops.policy import Policy
 from slmops.settings import Settings
 from slmops.tracking import Tracker
 from tests import making, values
+from tests.shown import artifacts, flow_runs
+from tests.tracked import read
 
 pytestmark = pytest.mark.integration
 
@@ -46,20 +42,6 @@ if "slmops.evaluation.soak_worker" in sys.orig_argv:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """A home, an MLflow database and a Prefect server for this module."""
-    folder = tmp_path_factory.mktemp("soak")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
-        patch.setenv("SLMOPS_HOME", str(folder / "home"))
-        patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        for name, value in stack.QUIET.items():
-            patch.setenv(name, value)
-        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
-            yield Settings()
-
-
-@pytest.fixture(scope="module")
 def registration(talkative: Path, settings: Settings, stock: Settings) -> Registration:
     job = making.job(talkative)
     return register(making.variant("int8", job, stock), NAME, job, settings)
@@ -73,7 +55,7 @@ def tracker(settings: Settings, registration: Registration) -> Tracker:
     parent = tracker.start_job(NAME, making.job(Path("x")), values.checkpoint(), hardware, None)
     ok = values.result("int8", 1).model_copy(update={"foundry_id": registration.foundry_id})
     both = values.comparison(ok, values.failed("int4", "Olive produced no model."), chosen="int8")
-    tracker.finish_job(both.model_copy(update={"model": NAME, "run_id": parent}), "", "", failed=True)
+    tracker.finish_job(both.model_copy(update={"model": NAME, "run_id": parent}), Policy(), "", "", failed=True)
     return tracker
 
 
@@ -98,19 +80,6 @@ def soaks(client: MlflowClient) -> list[Run]:
     return found
 
 
-def last_flow_run() -> FlowRun:
-    with get_client(sync_client=True) as prefect:
-        return prefect.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
-
-
-def artifact() -> str:
-    """The latest."""
-    with get_client(sync_client=True) as prefect:
-        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[KEY]))
-        made = prefect.read_artifacts(artifact_filter=wanted, limit=50)
-    return str(max(made, key=lambda one: one.created).data)
-
-
 def test_a_variant_that_keeps_its_memory(passed: SoakResult, registration: Registration) -> None:
     assert (passed.model, passed.variant, passed.foundry_id) == (NAME, "int8", registration.foundry_id)
     assert passed.outcome == "pass"
@@ -120,7 +89,7 @@ def test_a_variant_that_keeps_its_memory(passed: SoakResult, registration: Regis
     assert passed.slope.low <= passed.slope.value <= passed.slope.high <= 100
     assert 10 < passed.memory_start_mb < 1000
     assert passed.memory_end_mb == pytest.approx(passed.memory_start_mb, rel=0.05)
-    flow_run = last_flow_run()
+    flow_run = flow_runs("soak")[-1]
     assert flow_run.state_name == "Completed"
     assert flow_run.parameters["request"]["max_kb_per_request"] == 100
 
@@ -136,7 +105,7 @@ def test_what_mlflow_has(passed: SoakResult, client: MlflowClient, settings: Set
     assert len(passed.metrics) == 6
     history = client.get_metric_history(passed.run_id, "soak_memory_mb")
     assert [point.step for point in history] == list(range(1, REQUESTS + 1))
-    raw = json.loads(Path(client.download_artifacts(passed.run_id, "soak.json", str(tmp_path))).read_text())
+    raw = json.loads(read(client, passed.run_id or "", "soak.json", tmp_path))
     assert raw["memory_mb"] == [point.value for point in history]
     assert raw["metrics"] == passed.metrics
     log = (settings.logs / NAME / "int8.soak.log").read_text()
@@ -145,7 +114,7 @@ def test_what_mlflow_has(passed: SoakResult, client: MlflowClient, settings: Set
 
 @pytest.mark.usefixtures("passed")
 def test_what_prefect_shows(passed: SoakResult, tracker: Tracker) -> None:
-    shown = artifact()
+    shown = artifacts(flow_runs("soak")[-1])[KEY]
     assert shown.startswith(passed.detail)
     assert "| outcome | pass |" in shown
     assert f"[MLflow run]({tracker.run_url(passed.run_id or '')})" in shown
@@ -164,9 +133,9 @@ def test_a_leak_is_found(
     assert result.memory_end_mb - result.memory_start_mb > 20
     assert result.run_id != passed.run_id
     assert client.get_run(result.run_id).data.tags["slmops.outcome"] == "fail"
-    flow_run = last_flow_run()
+    flow_run = flow_runs("soak")[-1]
     assert flow_run.state_name == "Failed"
-    assert "| outcome | fail |" in artifact()
+    assert "| outcome | fail |" in artifacts(flow_run)[KEY]
 
 
 @pytest.mark.usefixtures("passed")
@@ -192,7 +161,7 @@ def test_a_variant_of_another_home(client: MlflowClient, tmp_path: Path, monkeyp
     with pytest.raises(EvaluationError, match="generic-cpu:1 is not registered in Foundry Local at"):
         soak(Soak(requests=30))
     assert len(soaks(client)) == before
-    assert last_flow_run().state_name == "Failed"
+    assert flow_runs("soak")[-1].state_name == "Failed"
 
 
 def test_a_long_series_is_thinned(tracker: Tracker, client: MlflowClient, tmp_path: Path) -> None:
@@ -202,7 +171,7 @@ def test_a_long_series_is_thinned(tracker: Tracker, client: MlflowClient, tmp_pa
     assert len(history) == 250
     assert all(point.value == point.step for point in history)
     assert history[-1].step == 1000
-    raw = json.loads(Path(client.download_artifacts(run, "soak.json", str(tmp_path))).read_text())
+    raw = json.loads(read(client, run, "soak.json", tmp_path))
     assert raw["memory_mb"] == memory
 
 

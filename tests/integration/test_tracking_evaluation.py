@@ -16,6 +16,7 @@ from mlflow.tracing.client import TracingClient
 from slmops import tracking_answers
 from slmops.errors import TrackingError
 from slmops.models import Answer, GateResult, Measurement
+from slmops.policy import Policy
 from slmops.tracking import Tracker
 from slmops.tracking_evaluation import TAG_LIMIT, description
 from tests import values
@@ -29,33 +30,6 @@ REFUSED = PASSED.model_copy(update={"outcome": "fail", "refuses": True, "value":
 UNSURE = REFUSED.model_copy(
     update={"gate": "accuracy at least 0.4", "metric": "accuracy", "outcome": "inconclusive", "more_samples": 12}
 )
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database that has had its migrations, which take seconds."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow makes a folder for artifacts below the current one
-        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-@pytest.fixture
-def tracker(database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tracker:
-    monkeypatch.chdir(tmp_path)
-    return Tracker(database)
-
-
-@pytest.fixture
-def client(database: str) -> MlflowClient:
-    return MlflowClient(database)
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    """A model of each test's own."""
-    return str(request.node.name).replace("_", "-").partition("[")[0]
 
 
 def traces(client: MlflowClient, run_id: str) -> list[Trace]:
@@ -296,7 +270,7 @@ def test_gates(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path
     done = values.comparison(*judged, values.failed("fp16", "No."), chosen="int8")
     done = done.model_copy(update={"run_id": parent})
     for _ in range(2):  # as after a failed attempt
-        tracker.finish_job(done, "", "**note**", failed=True)
+        tracker.finish_job(done, Policy(), "", "**note**", failed=True)
     tags = {one: client.get_run(run).data.tags for one, run in runs.items()}
     assert "slmops.gates" not in tags["fp32"]
     assert tags["int8"]["slmops.gates"] == "passed"
@@ -317,7 +291,9 @@ def test_a_job_without_gates_and_baseline(tracker: Tracker, client: MlflowClient
     parent = start(tracker, name)
     run_id = Made(tmp_path).log(tracker, parent, name)
     lone = values.result("int4", 100).model_copy(update={"run_id": run_id})
-    tracker.finish_job(values.comparison(lone).model_copy(update={"run_id": parent}), "", "**note**", failed=False)
+    tracker.finish_job(
+        values.comparison(lone).model_copy(update={"run_id": parent}), Policy(), "", "**note**", failed=False
+    )
     assert "gates.json" not in artifacts(client, parent)
     assert client.get_run(parent).data.tags["mlflow.note.content"] == "**note**"
 

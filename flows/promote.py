@@ -1,0 +1,86 @@
+"""Promotion and its way back: which version of a model is deployed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect import flow, runtime
+
+from slmops import locks, promotion, stack
+from slmops.deployment import Name, Promoted, Promotion
+from slmops.registry import Registry
+from slmops.settings import Settings
+from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_verdict
+
+log = logging.getLogger("slmops.promote")
+
+
+@flow(name="promote", flow_run_name="promote {request.name}", persist_result=False)
+def promote(request: Promotion) -> Promoted:
+    """Make a version the champion, if it holds its ground against the one that is.
+
+    Raises:
+        GateError: It is worse than the champion beyond the policy's margin.
+        SlmopsError: There is no such version, its files are gone or altered, or somebody said no.
+    """
+    settings = Settings()
+    uri = stack.tracking_uri(settings)
+    with _alone(request.name, settings):
+        verdict = judge_challenger(uri, request)
+        challenger, champion = verdict.challenger, verdict.champion
+        show_verdict(verdict, request)
+        if champion is not None and champion.version == challenger.version:
+            log.info("%s is the champion already", challenger.label)
+            return Promoted(
+                model=request.name,
+                version=challenger.version,
+                variant=challenger.variant,
+                replaced=None,
+                changed=False,
+                gates=verdict.gates,
+                url=Registry(uri).page(challenger),
+            )
+        refused = promotion.refuse(verdict)
+        if refused is not None and request.force is None:
+            raise refused
+        check_files(uri, challenger, settings)
+        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
+        if request.approval:
+            tags["slmops.approved"] = ask_person(verdict, request)
+        if refused is not None and request.force is not None:
+            log.warning("forced against: %s", refused.message)
+            tags["slmops.forced"] = f"{request.force} (against: {'; '.join(verdict.against)})"[:4000]
+        promoted = move_aliases(uri, challenger, champion, tags, verdict)
+        log.info("%s is the champion of %s", challenger.label, request.name)
+        return promoted
+
+
+@flow(name="rollback", flow_run_name="roll back {name}", persist_result=False)
+def rollback(name: Name) -> Promoted:
+    """Make the version that was deployed before the champion again; a second rollback returns.
+
+    Args:
+        name: The model's name in the registry.
+
+    Raises:
+        SlmopsError: There is nothing to go back to, or its files are gone or altered.
+    """
+    settings = Settings()
+    uri = stack.tracking_uri(settings)
+    with _alone(name, settings):
+        champion, previous = find_previous(uri, name)
+        check_files(uri, previous, settings)
+        rolled_back = move_aliases(
+            uri, previous, champion, {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}, None
+        )
+        log.info("%s is the champion of %s again", previous.label, name)
+        return rolled_back
+
+
+@contextmanager
+def _alone(name: str, settings: Settings) -> Iterator[None]:
+    """Of two promotions at once one goes on, the other is told."""
+    with locks.exclusive(settings.locks / f"promote-{name}.lock", f"the promotion of {name!r}", wait=False):
+        yield

@@ -1,0 +1,105 @@
+"""Which version is to be deployed, and whether it may be: the job's gates once more, against today's champion."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from slmops import selection
+from slmops.deployment import ModelVersion, Promotion
+from slmops.errors import GateError, UsageError
+from slmops.models import Frozen, GateResult
+from slmops.registry import Registry
+from slmops.tracking import Tracker
+
+
+class Verdict(Frozen):
+    """What speaks for a challenger, and what against it."""
+
+    challenger: ModelVersion
+    champion: ModelVersion | None
+    gates: tuple[GateResult, ...]
+    differs: tuple[str, ...] = Field(description="What the two were measured with that is not the same.")
+
+    @property
+    def against(self) -> list[str]:
+        """Why it is refused; empty if it is not."""
+        said = [gate.detail for gate in self.gates if gate.refuses]
+        if self.differs and self.champion is not None:
+            said.append(
+                f"{self.champion.label} and {self.challenger.label} were not measured with the same "
+                f"{' and '.join(self.differs)}, so they cannot be compared"
+            )
+        return said
+
+
+def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersion:
+    """The version that was asked for: by number, by precision, or the choice of the latest comparison.
+
+    Raises:
+        UsageError: There is no such version.
+    """
+    if request.version is not None and request.precision is not None:
+        raise UsageError("--precision and --version name a version each.", "Give one of them.")
+    if request.version is not None:
+        return registry.find(request.name, str(request.version))
+    if request.precision is not None:
+        return registry.find(request.name, request.precision)
+    comparison = tracker.latest(request.name)
+    chosen = next((one for one in comparison.variants if one.name == comparison.choice.variant), None)
+    if chosen is None or chosen.version is None:
+        raise UsageError(
+            f"The latest comparison of {request.name} chose nothing that could be promoted: {comparison.choice.reason}",
+            "Name a version with --precision or --version.",
+        )
+    return registry.find(request.name, str(chosen.version))
+
+
+def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Verdict:
+    """Apply the policy of the challenger's job to what was measured of it, against the champion of now.
+
+    Raises:
+        UsageError: The challenger's job is not known to the tracking server.
+    """
+    comparison, policy = tracker.judged(challenger.job_id)
+    result = next((one for one in comparison.variants if one.run_id == challenger.run_id), None)
+    if result is None:
+        raise UsageError(
+            f"The evaluation of {challenger.label} is not in the comparison of its job.", "Measure it again."
+        )
+    differs: tuple[str, ...] = ()
+    figures = None
+    if champion is not None:
+        figures = tracker.champion(challenger.name, challenger.run_id)
+        one, other = tracker.conditions(challenger.run_id), tracker.conditions(champion.run_id)
+        differs = tuple(condition for condition in one if one[condition] != other[condition])
+    gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
+    return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs)
+
+
+def refuse(verdict: Verdict) -> GateError | None:
+    """The error that says why a challenger may not be promoted; None if it may."""
+    if not verdict.against:
+        return None
+    fix = "Override with --force REASON."
+    if verdict.differs and verdict.champion is not None:
+        fix = f"Measure {verdict.champion.label} with the same: run its checkpoint again. Or: {fix}"
+    return GateError(f"{verdict.challenger.label} is not promoted: {'; '.join(verdict.against)}.", fix)
+
+
+def text(verdict: Verdict, request: Promotion) -> str:
+    """What a person looks at before deciding, in Markdown."""
+    champion = verdict.champion.label if verdict.champion else "nothing is deployed yet"
+    rows = [f"| {gate.gate} | {gate.outcome} | {gate.detail} |" for gate in verdict.gates if gate.outcome != "skipped"]
+    against = [f"- {said}" for said in verdict.against]
+    return "\n".join(
+        [
+            f"**{verdict.challenger.label}** is to replace: {champion}.",
+            "",
+            "| gate | outcome | |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+            *(["Against it:", *against] if against else ["Nothing speaks against it."]),
+            *([f"Forced: {request.force}"] if request.force else []),
+        ]
+    )

@@ -1,0 +1,36 @@
+"""MLflow's client: set up before it is imported, and its failures as errors of ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from mlflow.exceptions import MlflowException
+from requests.exceptions import RequestException
+
+from slmops.errors import TrackingError
+
+
+@contextmanager
+def talking(uri: str) -> Iterator[None]:
+    """Talk to the MLflow server at ``uri``.
+
+    Raises:
+        TrackingError: It cannot be reached, or refuses what was asked.
+    """
+    try:
+        yield
+    except (MlflowException, RequestException, OSError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrackingError(
+            f"MLflow at {uri} did not take or give what was asked: {said[:300]}",
+            "Is it running? `slmops status` tells, `slmops up` starts the local one.",
+        ) from error

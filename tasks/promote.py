@@ -1,0 +1,103 @@
+"""Find, check, decide, and move the aliases."""
+
+from __future__ import annotations
+
+from prefect import pause_flow_run, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import FlowPauseTimeout
+from prefect.input import RunInput
+
+from slmops import promotion, pull
+from slmops.deployment import Installed, ModelVersion, Promoted, Promotion
+from slmops.errors import PromotionError, UsageError
+from slmops.models import to_name
+from slmops.promotion import Verdict
+from slmops.registry import Registry
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tasks.track import tracking_task
+
+
+class Approval(RunInput):
+    """The form on the Prefect page."""
+
+    promote: bool = True
+    comment: str = ""
+
+
+@tracking_task(name="judge", task_run_name="judge the challenger")
+def judge_challenger(uri: str, request: Promotion) -> Verdict:
+    """The version that was asked for, and the job's gates against the champion of now."""
+    registry, tracker = Registry(uri), Tracker(uri)
+    challenger = promotion.pick(registry, tracker, request)
+    return promotion.judge(tracker, challenger, registry.champion(request.name))
+
+
+@task(name="check files", task_run_name="check the files of version {version.version}", cache_policy=NO_CACHE)
+def check_files(uri: str, version: ModelVersion, settings: Settings) -> Installed:
+    """Fetch it as a device would: each SHA-256, registered in Foundry Local, and it answers."""
+    return pull.install(version, settings, uri)
+
+
+@tracking_task(name="find previous", task_run_name="find previous")
+def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
+    """The champion, and what to go back to.
+
+    Raises:
+        UsageError: There is nothing to go back to.
+    """
+    registry = Registry(uri)
+    champion, previous = registry.champion(name), registry.previous(name)
+    if champion is None:
+        raise UsageError(f"Nothing of {name} is deployed.", f"`slmops promote {name}` deploys it.")
+    if previous is None or previous.version == champion.version:
+        raise UsageError(f"{champion.label} is the first that was deployed: there is nothing to go back to.")
+    return champion, previous
+
+
+@task(name="move aliases", task_run_name="version {version.version} becomes the champion", cache_policy=NO_CACHE)
+def move_aliases(
+    uri: str, version: ModelVersion, champion: ModelVersion | None, tags: dict[str, str], verdict: Verdict | None
+) -> Promoted:
+    """Make it the champion. Not retried: a second attempt would find the first one's result in its way."""
+    registry = Registry(uri)
+    registry.promote(version, champion, tags)
+    return Promoted(
+        model=version.name,
+        version=version.version,
+        variant=version.variant,
+        replaced=champion.version if champion else None,
+        changed=True,
+        forced=tags.get("slmops.forced"),
+        gates=verdict.gates if verdict else (),
+        url=registry.page(version),
+    )
+
+
+def show_verdict(verdict: Verdict, request: Promotion) -> None:
+    """Publish what speaks for and against it as an artifact of the flow run."""
+    create_markdown_artifact(
+        promotion.text(verdict, request),
+        key=f"promotion-{to_name(request.name).replace('_', '-')}",
+        description=f"{request.name}: version {verdict.challenger.version} as champion",
+    )
+
+
+def ask_person(verdict: Verdict, request: Promotion) -> str:
+    """Pause the flow until somebody decides on the Prefect page; returns the comment.
+
+    Raises:
+        PromotionError: The answer is no, or nobody answered in time.
+    """
+    form = Approval.with_initial_data(description=promotion.text(verdict, request), promote=not verdict.against)
+    label = verdict.challenger.label
+    try:
+        answer = pause_flow_run(wait_for_input=form, timeout=request.approval_timeout_s, poll_interval=2)
+    except FlowPauseTimeout:
+        raise PromotionError(
+            f"Nobody decided about {label} within {request.approval_timeout_s} s.", "Promote it again."
+        ) from None
+    if not answer.promote:
+        raise PromotionError(f"{label} was turned down on the Prefect page: {answer.comment or 'no comment'}")
+    return answer.comment or "no comment"

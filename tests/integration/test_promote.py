@@ -1,0 +1,197 @@
+"""Promotion and rollback as Prefect flows: real MLflow, real Prefect, and a tiny variant that really answers."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from prefect import resume_flow_run
+from prefect.client.schemas.objects import FlowRun
+
+from flows.promote import promote, rollback
+from slmops import locks
+from slmops.deployment import MANIFEST, ModelVersion, Promoted, Promotion
+from slmops.errors import BusyError, GateError, PromotionError, TrackingError, UsageError
+from slmops.foundry.register import register
+from slmops.models import Evaluation, Measurement, Registration, Variant
+from slmops.policy import Gate, Policy
+from slmops.registry import Registry
+from slmops.settings import Settings
+from slmops.tracking import Tracker, as_result
+from tests import making, values
+from tests.shown import artifacts, flow_runs
+from tests.tracked import start
+
+pytestmark = pytest.mark.integration
+
+POLICY = Policy(gates=(Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept"),))
+
+
+class Bot:
+    """A model of which versions can be made: one real variant, with what is said to be measured of it."""
+
+    def __init__(self, name: str, settings: Settings, variant: Variant, registration: Registration) -> None:
+        self.name, self.settings, self.variant, self.registration = name, settings, variant, registration
+        self.registry, self.tracker = Registry(str(settings.tracking_uri)), Tracker(str(settings.tracking_uri))
+
+    def add(self, accuracy: float, **changes: Any) -> ModelVersion:
+        """A job that made one version, whose files differ from the last one's in a file that no runtime reads."""
+        parent = start(self.tracker, self.name)
+        (self.registration.path / "note.txt").write_text(parent)
+        evaluation: Evaluation = values.evaluation(
+            {"accuracy": Measurement(value=accuracy, unit="1", samples=40, low=accuracy - 0.05, high=accuracy + 0.05)},
+            **changes,
+        )
+        logs = self.settings.logs / self.name
+        logs.mkdir(parents=True, exist_ok=True)
+        run_id = self.tracker.log_variant(parent, self.name, self.variant, self.registration, evaluation, logs)
+        result = as_result(self.variant, self.registration, evaluation, run_id)
+        version = self.registry.add(self.name, self.variant, self.registration, result, parent)
+        done = values.comparison(result.model_copy(update={"version": version.version}), chosen=result.name)
+        done = done.model_copy(update={"model": self.name, "run_id": parent})
+        self.tracker.finish_job(done, POLICY, "", "", failed=False)
+        return version
+
+    @property
+    def champion(self) -> int | None:
+        now = self.registry.champion(self.name)
+        return now and now.version
+
+
+@pytest.fixture(scope="module")
+def made(settings: Settings, stock: Settings, talkative: Path) -> tuple[Variant, Registration]:
+    job = making.job(talkative)
+    variant = making.variant("int4", job, stock)
+    return variant, register(variant, "tiny", job, settings)
+
+
+@pytest.fixture
+def bot(made: tuple[Variant, Registration], settings: Settings, name: str) -> Bot:
+    return Bot(name, settings, *made)
+
+
+def last(flow: str) -> FlowRun:
+    return flow_runs(flow)[-1]
+
+
+def in_background(pool: ThreadPoolExecutor, request: Promotion) -> Future[Promoted]:
+    # Prefect keeps its settings in context variables.
+    return pool.submit(contextvars.copy_context().run, promote, request)
+
+
+def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
+    bot.add(0.8)
+    first = promote(Promotion(name=bot.name))
+    assert (first.version, first.replaced, first.changed, bot.champion) == (1, None, True, 1)
+    assert (settings.deployed / "models" / "slmops" / f"{bot.name}-int4-generic-cpu-1" / MANIFEST).is_file()
+
+    bot.add(0.75)
+    second = promote(Promotion(name=bot.name))
+    assert (second.version, second.replaced, bot.champion) == (2, 1, 2)
+    assert [gate.outcome for gate in second.gates] == ["inconclusive"]  # but within the margin
+    shown = artifacts(last("promote"))
+    assert "version 2 (int4)** is to replace" in shown[f"promotion-{bot.name}"]
+    assert str(last("promote").id) in bot.registry.find(bot.name, "2").tags["slmops.promoted_by"]
+
+    again = promote(Promotion(name=bot.name, version=2))
+    assert not again.changed
+
+    back = rollback(bot.name)
+    assert (back.version, back.replaced, bot.champion) == (1, 2, 1)
+    assert rollback(bot.name).version == 2  # and forth
+
+
+def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
+    bot.add(0.8)
+    promote(Promotion(name=bot.name))
+    bot.add(0.5)
+    with pytest.raises(GateError, match=r"version 2 \(int4\) is not promoted: accuracy differs") as caught:
+        promote(Promotion(name=bot.name))
+    assert caught.value.exit_code == 3
+    assert last("promote").state_name == "Failed"
+    assert bot.champion == 1
+    forced = promote(Promotion(name=bot.name, force="the old one is wrong"))
+    assert (forced.version, bot.champion) == (2, 2)
+    assert str(forced.forced).startswith("the old one is wrong (against: accuracy differs")
+    assert bot.registry.find(bot.name, "2").tags["slmops.forced"] == forced.forced
+
+
+def test_what_was_measured_on_another_set_is_refused(bot: Bot) -> None:
+    bot.add(0.8)
+    promote(Promotion(name=bot.name))
+    bot.add(0.9, evaluation_set_digest="d" * 64)
+    with pytest.raises(GateError, match="not measured with the same evaluation set"):
+        promote(Promotion(name=bot.name))
+    assert bot.champion == 1
+
+
+def test_altered_files_are_not_promoted(bot: Bot) -> None:
+    version = bot.add(0.8)
+    client = MlflowClient(str(bot.settings.tracking_uri))
+    folder = Path(client.get_model_version_download_uri(bot.name, str(version.version)))
+    (folder / "note.txt").write_text("something else")
+    with pytest.raises(TrackingError, match=r"note\.txt"):
+        promote(Promotion(name=bot.name))
+    assert bot.champion is None
+    (folder / "note.txt").unlink()
+    with pytest.raises(TrackingError, match=r"note\.txt"):
+        promote(Promotion(name=bot.name))
+    assert bot.champion is None
+
+
+def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
+    started = time.monotonic()
+    with pytest.raises(UsageError, match="no finished comparison"):
+        promote(Promotion(name=bot.name))
+    with pytest.raises(UsageError, match="Nothing of"):
+        rollback(bot.name)
+    bot.add(0.8)
+    with pytest.raises(UsageError, match="has no version '7'"):
+        promote(Promotion(name=bot.name, version=7))
+    promote(Promotion(name=bot.name))
+    with pytest.raises(UsageError, match="nothing to go back to"):
+        rollback(bot.name)
+    assert time.monotonic() - started < 60  # none of it is tried again and again
+
+
+def test_a_second_promotion_at_the_same_time_is_told(bot: Bot) -> None:
+    bot.add(0.8)
+    held = locks.exclusive(bot.settings.locks / f"promote-{bot.name}.lock", "the promotion", wait=False)
+    with held, pytest.raises(BusyError, match="Another run holds the promotion of"):
+        promote(Promotion(name=bot.name))
+    assert bot.champion is None
+
+
+@pytest.mark.parametrize(("answer", "champion"), [(True, 1), (False, None)], ids=["yes", "no"])
+def test_a_person_decides(bot: Bot, answer: bool, champion: int | None) -> None:
+    bot.name += str(answer).lower()
+    bot.add(0.8)
+    with ThreadPoolExecutor(1) as pool:
+        running = in_background(pool, Promotion(name=bot.name, approval=True))
+        deadline = time.monotonic() + 60
+        while not (flow_runs("promote") and last("promote").state_name == "Paused"):
+            assert time.monotonic() < deadline, last("promote").state_name
+            assert not running.done()
+            time.sleep(0.2)
+        assert bot.champion is None
+        assert f"promotion-{bot.name}" in artifacts(last("promote"))  # the comparison is there to look at
+        resume_flow_run(last("promote").id, run_input={"promote": answer, "comment": "I have looked"})
+        if answer:
+            assert running.result(60).version == 1
+            assert bot.registry.find(bot.name, "1").tags["slmops.approved"] == "I have looked"
+        else:
+            with pytest.raises(PromotionError, match="turned down on the Prefect page: I have looked"):
+                running.result(60)
+    assert bot.champion == champion
+
+
+def test_nobody_decides(bot: Bot) -> None:
+    bot.add(0.8)
+    with pytest.raises(PromotionError, match=r"Nobody decided about .* within 3 s"):
+        promote(Promotion(name=bot.name, approval=True, approval_timeout_s=3))
+    assert bot.champion is None

@@ -1,0 +1,221 @@
+"""Versions, aliases and what holds between them, in a real MLflow database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from slmops.deployment import MANIFEST, Deployment, ModelVersion
+from slmops.errors import PromotionError, TrackingError, UsageError
+from slmops.models import VariantResult
+from slmops.registry import Registry
+from slmops.tracking import Tracker, as_result
+from tests.tracked import Made, start
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def registry(tracker: Tracker) -> Registry:
+    return Registry(tracker.uri)
+
+
+class Job:
+    """A job whose variants can be made versions."""
+
+    def __init__(self, folder: Path, tracker: Tracker, registry: Registry, name: str) -> None:
+        self.folder, self.tracker, self.registry, self.name = folder, tracker, registry, name
+        self.parent = start(tracker, name)
+
+    def add(self, variant: str, weights: str = "weights", **metrics: float) -> ModelVersion:
+        made = Made(self.folder / f"{variant}-{weights}", variant, memory_peak_mb=900.4, **metrics)
+        (made.registration.path / "model.onnx").write_text(weights)
+        (made.registration.path / "deeper").mkdir()
+        (made.registration.path / "deeper" / "vocab.txt").write_text("words")
+        run_id = made.log(self.tracker, self.parent, self.name)
+        result = as_result(made.variant, made.registration, made.evaluation, run_id)
+        return self.registry.add(self.name, made.variant, made.registration, result, self.parent)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tracker: Tracker, registry: Registry, name: str) -> Job:
+    return Job(tmp_path, tracker, registry, name)
+
+
+def numbers(registry: Registry, name: str) -> tuple[int | None, int | None]:
+    """Champion and previous."""
+    champion, previous = registry.champion(name), registry.previous(name)
+    return champion and champion.version, previous and previous.version
+
+
+def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: MlflowClient) -> None:
+    made = job.add("int8")
+    assert (made.name, made.version, made.variant, made.aliases) == (job.name, 1, "int8", ("int8",))
+    assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
+    stored = client.get_model_version(job.name, "1")
+    assert stored.run_id == made.run_id
+    assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
+
+    folder = Path(client.get_model_version_download_uri(job.name, "1").removeprefix("file://"))
+    manifest = Deployment.model_validate_json((folder / MANIFEST).read_text())
+    assert manifest.sha256 == made.manifest_sha256
+    assert [file.name for file in manifest.files] == ["deeper/vocab.txt", "genai_config.json", "model.onnx"]
+    assert all((folder / file.name).stat().st_size == file.size for file in manifest.files)
+    assert "Name" not in manifest.inference_model  # it carries a number that only the registry gives
+
+
+def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Job, client: MlflowClient) -> None:
+    first = job.add("int8")
+    again = Job(job.folder / "again", job.tracker, job.registry, job.name)
+    second = again.add("int8")
+    assert (second.version, second.job_id) == (1, again.parent)
+    assert second.run_id != first.run_id
+    assert len(job.registry.versions(job.name)) == 1
+    (Path(client.get_model_version_download_uri(job.name, "1")) / MANIFEST).unlink()
+    third = Job(job.folder / "third", job.tracker, job.registry, job.name).add("int8")
+    assert third.version == 2  # the files of the first are gone
+
+
+def test_other_files_are_a_new_version_and_take_the_alias_of_the_precision(job: Job) -> None:
+    job.add("int8")
+    job.add("int8", "better")
+    assert job.registry.find(job.name, "int8").version == 2
+    assert job.registry.find(job.name, "1").aliases == ()
+
+
+@pytest.mark.parametrize("variant", ["champion", "Previous", "latest", "v2"])
+def test_a_variant_whose_name_means_something_else_gets_no_alias(job: Job, variant: str) -> None:
+    assert job.add(variant).aliases == ()
+    assert numbers(job.registry, job.name) == (None, None)
+
+
+def test_promotion_keeps_what_was_before(job: Job) -> None:
+    first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
+    job.registry.promote(first, None, {"slmops.promoted_by": "me"})
+    assert numbers(job.registry, job.name) == (1, None)
+    assert job.registry.find(job.name, "champion").tags["slmops.promoted_by"] == "me"
+    job.registry.promote(second, first, {})
+    assert numbers(job.registry, job.name) == (2, 1)
+    job.registry.promote(third, second, {})
+    assert numbers(job.registry, job.name) == (3, 2)
+    job.registry.promote(second, third, {})  # a rollback
+    assert numbers(job.registry, job.name) == (2, 3)
+
+
+def test_of_two_promotions_one_wins_and_the_other_is_told(job: Job) -> None:
+    first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
+    job.registry.promote(first, None, {})
+    job.registry.promote(second, first, {})
+    with pytest.raises(PromotionError, match=r"came first, and .* version 2 \(int4\) is the champion"):
+        job.registry.promote(third, first, {})  # judged against what is no longer the champion
+    assert numbers(job.registry, job.name) == (2, 1)
+
+
+def test_an_overwritten_promotion_is_told_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = job.add("int8"), job.add("int4")
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def overwritten(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        set_alias(self, name, alias, "2" if alias == "champion" else version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overwritten)
+    with pytest.raises(PromotionError, match="another promotion came first"):
+        job.registry.promote(first, None, {})
+    assert numbers(job.registry, job.name) == (second.version, None)
+
+
+@pytest.mark.parametrize("stops_before", [0, 1, 2])
+def test_a_crash_in_a_promotion_leaves_aliases_that_point_at_something(
+    job: Job, monkeypatch: pytest.MonkeyPatch, stops_before: int
+) -> None:
+    job.name += str(stops_before)
+    first, second = job.add("int8"), job.add("int4")
+    job.registry.promote(first, None, {})
+    left = stops_before
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def crash(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConnectionError("gone")
+        set_alias(self, name, alias, version)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", crash)
+    if stops_before < 2:
+        with pytest.raises(TrackingError, match="gone"):
+            job.registry.promote(second, first, {})
+    else:
+        job.registry.promote(second, first, {})
+    assert numbers(job.registry, job.name) == {0: (1, None), 1: (1, 1), 2: (2, 1)}[stops_before]
+
+
+def test_a_withdrawn_promotion_goes_back_one_step_and_remembers_the_one_before(job: Job) -> None:
+    first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
+    assert job.registry.withdraw(first, "never was") is None
+    for version, against in ((first, None), (second, first), (third, second)):
+        job.registry.promote(version, against, {})
+    now = job.registry.withdraw(third, "it answers nothing")
+    assert now is not None
+    assert now.version == 2
+    assert numbers(job.registry, job.name) == (2, 1)  # and not back to the one that failed
+    assert job.registry.find(job.name, "3").tags["slmops.withdrawn"] == "it answers nothing"
+    again = job.registry.withdraw(third, "another device says so")  # it is not the champion any more
+    assert again is not None
+    assert numbers(job.registry, job.name) == (2, 1)
+
+
+def test_the_only_version_cannot_be_withdrawn(job: Job) -> None:
+    first = job.add("int8")
+    job.registry.promote(first, None, {})
+    assert job.registry.withdraw(first, "broken") is None
+    assert numbers(job.registry, job.name) == (1, None)
+
+
+def test_what_is_not_there_is_named(job: Job) -> None:
+    job.add("int8")
+    with pytest.raises(UsageError, match="no model 'nothing'") as caught:
+        job.registry.find("nothing", "champion")
+    assert job.name in str(caught.value.fix)
+    for which in ("champion", "7", "int2", "v1", "'; drop", ""):
+        with pytest.raises(UsageError, match="has no version") as caught:
+            job.registry.find(job.name, which)
+        assert "1 (int8)" in str(caught.value.fix)
+    assert job.registry.champion("nothing") is None
+    assert job.registry.versions("it's") == []
+    assert job.name in job.registry.models()
+
+
+def test_what_others_registered_is_left_alone(job: Job, client: MlflowClient, tmp_path: Path) -> None:
+    client.create_registered_model(f"{job.name}-foreign")
+    theirs = client.create_model_version(f"{job.name}-foreign", str(tmp_path), await_creation_for=0)
+    client.set_registered_model_alias(theirs.name, "champion", theirs.version)
+    with pytest.raises(UsageError, match="was not registered by slmops"):
+        job.registry.champion(theirs.name)
+    assert job.registry.versions(theirs.name) == []
+    assert theirs.name not in job.registry.models()
+    job.name = theirs.name
+    with pytest.raises(UsageError, match="slmops did not make"):
+        job.add("int8")
+
+
+def test_a_deleted_version_takes_its_aliases_with_it(job: Job, client: MlflowClient) -> None:
+    first, second = job.add("int8"), job.add("int4")
+    job.registry.promote(first, None, {})
+    job.registry.promote(second, first, {})
+    client.delete_model_version(job.name, "1")
+    assert numbers(job.registry, job.name) == (2, None)
+
+
+def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    dead = Registry("http://127.0.0.1:9")
+    for ask in (dead.models, lambda: dead.champion("x"), lambda: dead.find("x", "1"), lambda: dead.versions("x")):
+        with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9"):
+            ask()
+
+
+def test_the_result_of_a_variant_says_nothing_of_a_version_until_it_has_one() -> None:
+    assert VariantResult(name="int4", status="ok").version is None

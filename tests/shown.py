@@ -1,0 +1,29 @@
+"""What Prefect shows of the flows that a test ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+
+
+def flow_runs(flow: str) -> list[FlowRun]:
+    """The runs of a flow, oldest first."""
+    with get_client(sync_client=True) as client:
+        named = FlowFilter(name=FlowFilterName(any_=[flow]))
+        found: list[FlowRun] = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_ASC)
+        return found
+
+
+def artifacts(run: FlowRun) -> dict[str, Any]:
+    """Key to data; what has no key is the flow's result."""
+    with get_client(sync_client=True) as client:
+        made = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])), limit=50
+        )
+    keyed = [artifact for artifact in made if artifact.key is not None]
+    assert len({artifact.key for artifact in keyed}) == len(keyed)
+    return {str(artifact.key): artifact.data for artifact in keyed}

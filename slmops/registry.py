@@ -27,6 +27,11 @@ from slmops.errors import PromotionError, UsageError
 from slmops.models import Registration, Variant, VariantResult
 
 SHA256, LOCATION, LOGGED_MODEL = "slmops.manifest_sha256", "slmops.location", "slmops.logged_model"
+RUN, JOB = "slmops.evaluation_run", "slmops.job_run"
+VARIANT, SIZE, MEMORY = "slmops.variant", "slmops.size_mb", "slmops.memory_mb"
+DEVICE, PROVIDER = "slmops.device", "slmops.provider"
+TAGS = frozenset((SHA256, LOCATION, RUN, JOB, VARIANT, SIZE, MEMORY, DEVICE, PROVIDER))
+"""What a version cannot do without."""
 KIND = {"slmops.kind": "model"}
 
 
@@ -40,7 +45,13 @@ class Registry:
     def models(self) -> list[str]:
         """Names of all models that slmops registered."""
         with self._talking():
-            return sorted(m.name for m in self._client.search_registered_models() if m.tags.items() >= KIND.items())
+            found: list[RegisteredModel] = []
+            token: str | None = None
+            while token != "":
+                page = self._client.search_registered_models(page_token=token)
+                found += page
+                token = page.token or ""
+            return sorted(model.name for model in found if model.tags.items() >= KIND.items())
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a model that slmops registered, the newest first; none of an unknown model."""
@@ -49,7 +60,7 @@ class Registry:
             if model is None:
                 return []
             entries = self._client.search_model_versions(f"name = '{name}'")
-            made = [_version(entry, model) for entry in entries if SHA256 in entry.tags]
+            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= TAGS]
             return sorted(made, key=lambda version: -version.version)
 
     def find(self, name: str, which: str) -> ModelVersion:
@@ -71,9 +82,11 @@ class Registry:
                 raise UsageError(
                     f"{name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
                 )
-            if SHA256 not in entry.tags:
+            missing = [tag for tag in sorted(TAGS) if tag not in entry.tags]
+            if missing:
                 raise UsageError(
-                    f"Version {number} of {name} was not registered by slmops: it has no manifest.",
+                    f"Version {number} of {name} was not registered by slmops, or was altered: it has no "
+                    f"{' and no '.join(missing)}.",
                     "Take the alias from it in MLflow, or name another version.",
                 )
             return _version(entry, model)
@@ -106,18 +119,18 @@ class Registry:
             self._ensure(name)
             manifest = describe(name, variant, registration)
             tags = {
-                "slmops.variant": variant.name,
+                VARIANT: variant.name,
                 "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
                 "slmops.key": variant.key,
                 "slmops.checkpoint_digest": variant.checkpoint.digest,
                 "slmops.source": variant.checkpoint.source,
-                "slmops.size_mb": f"{manifest.size_mb:.1f}",
-                "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
-                "slmops.device": manifest.device,
-                "slmops.provider": manifest.provider,
+                SIZE: f"{manifest.size_mb:.1f}",
+                MEMORY: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
+                DEVICE: manifest.device,
+                PROVIDER: manifest.provider,
                 "slmops.gates": f"passed {sum(gate.outcome == 'pass' for gate in result.gates)} of {len(result.gates)}",
-                "slmops.evaluation_run": result.run_id or "",
-                "slmops.job_run": job_id,
+                RUN: result.run_id or "",
+                JOB: job_id,
             }
             known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
             if known is None:
@@ -229,7 +242,7 @@ class Registry:
 
     def _upload(self, manifest: Deployment, folder: Path, tags: dict[str, str]) -> int:
         """Put the files into the run's logged model, the manifest last, and make that a version."""
-        run = self._client.get_run(tags["slmops.evaluation_run"])
+        run = self._client.get_run(tags[RUN])
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         for file in manifest.files:
             below = PurePosixPath(file.name).parent
@@ -264,16 +277,16 @@ def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:
     return ModelVersion(
         name=entry.name,
         version=int(entry.version),
-        variant=tags["slmops.variant"],
+        variant=tags[VARIANT],
         aliases=tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == str(entry.version))),
         location=tags[LOCATION],
         manifest_sha256=tags[SHA256],
-        size_mb=float(tags["slmops.size_mb"]),
-        memory_mb=float(tags["slmops.memory_mb"]),
-        device=tags["slmops.device"],
-        provider=tags["slmops.provider"],
-        run_id=tags["slmops.evaluation_run"],
-        job_id=tags["slmops.job_run"],
+        size_mb=float(tags[SIZE]),
+        memory_mb=float(tags[MEMORY]),
+        device=tags[DEVICE],
+        provider=tags[PROVIDER],
+        run_id=tags[RUN],
+        job_id=tags[JOB],
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
         tags=tags,
     )

@@ -1,17 +1,33 @@
-"""The ``foundry`` command, which exists on Windows and macOS only: does it see what we placed?"""
+"""The ``foundry`` command, where there is one: does it see what we placed, and does the model answer?
+
+Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, some have ``--prompt TEXT`` to answer once; later ones
+have ``foundry complete MODEL TEXT`` instead, and document ``foundry cache list`` for ``ls``.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.errors import RegistrationError
 
 TIMEOUT_S = 60
+ANSWER_S = 600
+"""Seconds to load a model and answer."""
 # An absolute folder behind some words, as in "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
 _FOLDER = re.compile(r"(?:^|\s)((?:[A-Za-z]:[\\/]|[\\/~]).*\S)", re.MULTILINE)
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_PROMPT = re.compile(r"^>", re.MULTILINE)
+_PROGRESS = re.compile(
+    r"^.*(?:Thinking\.\.\.|Loading model|loaded successfully|found in the local cache).*$", re.MULTILINE
+)
+_ROBOT = "\N{ROBOT FACE}"
+"""What stands before an answer in a chat."""
 
 
 def confirm(called: str, models: Path) -> bool | None:
@@ -25,28 +41,104 @@ def confirm(called: str, models: Path) -> bool | None:
     """
     if shutil.which("foundry") is None:
         return None
+    with _cache_at(models):
+        usage = _help("cache")
+        command = "list" if re.search(r"\blist\b", usage) and not re.search(r"\bls\b", usage) else "ls"
+        listed = _foundry("cache", command)
+    # Not as the end of a longer name: bot-int4 is no support-bot-int4.
+    if not re.search(rf"(?<![\w.-]){re.escape(called)}", listed):
+        raise RegistrationError(
+            f"`foundry cache {command}` does not list {called} in {models}. It says: {listed.strip()}"
+        )
+    return True
+
+
+def ask(called: str, models: Path, prompt: str) -> str | None:
+    """Put one question to the model ``called``, with the cache folder ``models`` for the time of asking.
+
+    Returns:
+        The answer; None where there is no ``foundry`` command.
+
+    Raises:
+        RegistrationError: The command exists, and the model answers nothing or does not run.
+    """
+    if shutil.which("foundry") is None:
+        return None
+    with _cache_at(models):
+        usage = _help("model", "run")
+        chat = False
+        if "--prompt" in usage:
+            said = _foundry("model", "run", called, "--prompt", prompt, timeout_s=ANSWER_S)
+        elif "model run" not in usage and "complete" in _help("complete"):
+            said = _foundry("complete", called, prompt, timeout_s=ANSWER_S)
+        else:
+            chat = True  # a line is a question, and /exit leaves
+            typed = f"{' '.join(prompt.split())}\n/exit\n"
+            said = _foundry("model", "run", called, typed=typed, timeout_s=ANSWER_S)
+    answer = _answer(said, chat=chat)
+    if not answer:
+        raise RegistrationError(f"{called} answers nothing to {prompt!r} in `foundry`. It says: {said.strip()}")
+    return answer
+
+
+def _answer(said: str, *, chat: bool) -> str:
+    """The answer in what the command said, which may begin with progress and, in a chat, end with a prompt."""
+    said = _ESCAPES.sub("", said)
+    if _ROBOT in said:
+        said = said.partition(_ROBOT)[2]
+    else:  # a console without such characters, or an answer alone
+        if chat:
+            said = _PROMPT.split(said, maxsplit=1)[-1]
+        said = _PROGRESS.sub("", said)
+        if said.lstrip().startswith("Exception:"):
+            raise RegistrationError(f"`foundry` does not run the model: {said.strip()}")
+    return said.rstrip("> \r\n").strip() if chat else said.strip()
+
+
+@contextmanager
+def _cache_at(models: Path) -> Iterator[None]:
+    """Have the command work on the cache folder ``models``, and afterwards on the user's own again."""
     said = _foundry("cache", "location")
     found = _FOLDER.findall(said)
     if not found:
         raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
     _foundry("cache", "cd", str(models))
     try:
-        listed = _foundry("cache", "ls")
+        yield
     finally:
         _foundry("cache", "cd", found[-1])
-    # Not as the end of a longer name: bot-int4 is no support-bot-int4.
-    if not re.search(rf"(?<![\w.-]){re.escape(called)}", listed):
-        raise RegistrationError(f"`foundry cache ls` does not list {called} in {models}. It says: {listed.strip()}")
-    return True
 
 
-def _foundry(*arguments: str) -> str:
-    program = shutil.which("foundry") or "foundry"
+def _help(*command: str) -> str:
+    """What the command says about a subcommand; nothing if it does not know it."""
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RegistrationError(f"`foundry {' '.join(arguments)}` does not run: {error}") from error
+        return _foundry(*command, "--help")
+    except RegistrationError:
+        return ""
+
+
+def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -> str:
+    program = shutil.which("foundry") or "foundry"
+    shown = f"`foundry {' '.join(arguments)}`"
+    timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+    # Files, not pipes: the service that the command may start inherits them and would keep a pipe open.
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        try:
+            done = subprocess.run(
+                [program, *arguments],
+                input=typed.encode(),
+                stdout=output,
+                stderr=errors,
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RegistrationError(f"{shown} took longer than {timeout_s:g} s and was stopped.") from error
+        except OSError as error:
+            raise RegistrationError(f"{shown} does not run: {error}") from error
+        output.seek(0)
+        errors.seek(0)
+        said, complaint = (file.read().decode("utf-8", errors="replace") for file in (output, errors))
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise RegistrationError(f"`foundry {' '.join(arguments)}` ended with status {done.returncode}: {said}")
-    return done.stdout
+        raise RegistrationError(f"{shown} ended with status {done.returncode}: {(complaint or said).strip()}")
+    return said

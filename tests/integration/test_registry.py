@@ -201,6 +201,14 @@ def test_what_others_registered_is_left_alone(job: Job, client: MlflowClient, tm
         job.add("int8")
 
 
+def test_an_altered_version_is_named(job: Job, client: MlflowClient) -> None:
+    job.add("int8")
+    client.delete_model_version_tag(job.name, "1", "slmops.size_mb")
+    with pytest.raises(UsageError, match=r"was altered: it has no slmops\.size_mb"):
+        job.registry.find(job.name, "int8")
+    assert job.registry.versions(job.name) == []
+
+
 def test_a_deleted_version_takes_its_aliases_with_it(job: Job, client: MlflowClient) -> None:
     first, second = job.add("int8"), job.add("int4")
     job.registry.promote(first, None, {})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,30 +16,86 @@ from slmops.errors import RegistrationError
 from slmops.foundry import cli
 
 CALLED = "bot-int4-generic-cpu"
-# Behaves as documented: "cache location" names the folder, "cache cd" moves it, "cache ls" lists what lies there.
+# Behaves as documented: "cache location" names the folder, "cache cd" moves it, "cache ls" lists what lies there, and
+# "model run" is a chat that first tells how far it is, and in some previews answers once with "--prompt".
 SCRIPT = """\
 #!{python} -S
-import pathlib, sys
+import json, pathlib, sys, time
+
 here = pathlib.Path(__file__).parent
 location = here / "location.txt"
+plays = json.loads((here / "plays.json").read_text())
+asked = sys.argv[1:]
 with (here / "calls.txt").open("a") as calls:
-    print(*sys.argv[1:], file=calls)
+    print(*asked, file=calls)
 broken = here / "broken.txt"
-if broken.exists() and sys.argv[2:3] == [broken.read_text()]:
+if broken.exists() and asked[1:2] == [broken.read_text()] and "--help" not in asked:
     print("Exception: Request to local service failed.", file=sys.stderr)
     sys.exit(3)
-match sys.argv[1:]:
+
+
+def say(text, end="\\n"):
+    sys.stdout.buffer.write((text + end).encode(plays["encoding"], "replace"))
+    sys.stdout.flush()
+
+
+def answer(model, question):
+    if not (pathlib.Path(location.read_text()) / "slmops" / (model + "-1")).is_dir():
+        return say("Exception: Model " + model + " was not found in the catalog or local cache.")
+    time.sleep(plays["delay"])
+    say(plays["answer"].format(question=question))
+
+
+match asked:
+    case ["cache", "--help"] if plays["help"]:
+        say("Usage: foundry cache [command]\\n  location\\n  cd <path>\\n  " + ", ".join(plays["cache"]))
     case ["cache", "location"]:
-        print((here / "said.txt").read_text() + location.read_text())
+        say((here / "said.txt").read_text() + location.read_text())
     case ["cache", "cd", folder]:
         location.write_text(folder)
-    case ["cache", "ls"]:
-        print("Models cached on device:\\n   Alias            Model ID")
+    case ["cache", command] if command in plays["cache"]:
+        say("Models cached on device:\\n   Alias            Model ID")
         for folder in sorted(pathlib.Path(location.read_text()).glob("*/*")):
-            print("   " + folder.name.rpartition("-")[0] + ":" + folder.name.rpartition("-")[2])
+            say("   " + folder.name.rpartition("-")[0] + ":" + folder.name.rpartition("-")[2])
+    case ["model", "run", "--help"] if plays["help"]:
+        say("Usage:\\n  foundry model " + ("run <model> [options]" if plays["run"] else "[command]"))
+        say("Options:\\n  --retain" + ("\\n  --prompt <prompt>" if plays["run"] == "prompt" else ""))
+    case ["model", "run", model, "--prompt", question] if plays["run"] == "prompt":
+        say(plays["progress"])
+        answer(model, question)
+    case ["model", "run", model] if plays["run"]:
+        say(plays["progress"] + "\\nInteractive Chat. Enter /? or /help for help.\\n")
+        say("Interactive mode, please enter your prompt\\n> ", end="")
+        for line in sys.stdin:
+            if line == "/exit\\n":
+                break
+            say(plays["thinking"], end="")
+            answer(model, line.rstrip())
+            say("\\n> ", end="")
+    case ["complete", "--help"] if plays["complete"]:
+        say("Usage: foundry complete <model> <prompt>")
+    case ["complete", model, question] if plays["complete"]:
+        answer(model, question)
     case _:
+        print("Unrecognized command or argument.", file=sys.stderr)
         sys.exit(64)
 """
+SERVICE = """\
+import subprocess
+if asked == ["cache", "ls"]:
+    (here / "service.txt").write_text(str(subprocess.Popen(["/bin/sleep", "60"]).pid))
+"""
+PLAYS = {
+    "cache": ["ls", "list"],
+    "help": True,
+    "run": "chat",  # or "prompt", or "" for a preview that has no "model run"
+    "complete": False,
+    "progress": "\U0001f554 Loading model...\n\x1b[32m\U0001f7e2 Model bot loaded successfully\x1b[0m\n",
+    "thinking": "\U0001f9e0 Thinking...\n",
+    "answer": "\U0001f916 You ask: {question}",
+    "delay": 0,
+    "encoding": "utf-8",
+}
 
 
 @pytest.fixture
@@ -44,11 +104,12 @@ def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "foundry"
-    program.write_text(SCRIPT.format(python=sys.executable), encoding="utf-8")
+    program.write_text(SCRIPT.replace("{python}", sys.executable), encoding="utf-8")
     program.chmod(0o755)
     (folder / "location.txt").write_text("/home/jo/.foundry/cache/models", encoding="utf-8")
     (folder / "said.txt").write_text("Cache directory path: ", encoding="utf-8")
     monkeypatch.setenv("PATH", str(folder))
+    play(folder)
     return folder
 
 
@@ -57,9 +118,18 @@ def models(tmp_path: Path) -> Path:
     return tmp_path / "foundry home" / "models"
 
 
+def play(foundry: Path, **changed: object) -> None:
+    """Have the command behave otherwise."""
+    (foundry / "plays.json").write_text(json.dumps(PLAYS | changed), encoding="utf-8")
+
+
 def hold(models: Path, *names: str) -> None:
     for name in names:
         (models / "slmops" / name).mkdir(parents=True)
+
+
+def calls(foundry: Path) -> list[str]:
+    return (foundry / "calls.txt").read_text(encoding="utf-8").splitlines()
 
 
 def location(foundry: Path) -> str:
@@ -70,12 +140,25 @@ def test_listed(foundry: Path, models: Path) -> None:
     hold(models, f"{CALLED}-1", "other-generic-cpu-1")
     assert cli.confirm(CALLED, models) is True
     assert location(foundry) == "/home/jo/.foundry/cache/models"
-    assert (foundry / "calls.txt").read_text(encoding="utf-8").splitlines() == [
+    assert calls(foundry) == [
         "cache location",
         f"cache cd {models}",
+        "cache --help",
         "cache ls",
         "cache cd /home/jo/.foundry/cache/models",
     ]
+
+
+@pytest.mark.parametrize(
+    ("has", "helps", "used"), [(["list"], True, "list"), (["ls", "list"], True, "ls"), (["ls"], False, "ls")]
+)
+def test_listed_whatever_the_command_is_called(
+    foundry: Path, models: Path, has: list[str], helps: bool, used: str
+) -> None:
+    play(foundry, cache=has, help=helps)
+    hold(models, f"{CALLED}-1")
+    assert cli.confirm(CALLED, models) is True
+    assert f"cache {used}" in calls(foundry)
 
 
 def test_not_listed(foundry: Path, models: Path) -> None:
@@ -118,7 +201,10 @@ def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Pa
     (foundry / "location.txt").write_text("", encoding="utf-8")
     with pytest.raises(RegistrationError, match=r"names no folder to go back to\. It says: No cache\."):
         cli.confirm(CALLED, models)
-    assert (foundry / "calls.txt").read_text(encoding="utf-8") == "cache location\n"
+    assert calls(foundry) == ["cache location"]
+    with pytest.raises(RegistrationError, match="names no folder to go back to"):
+        cli.ask(CALLED, models, "Hello?")
+    assert calls(foundry) == ["cache location"] * 2
 
 
 @pytest.mark.parametrize("command", ["location", "cd", "ls"])
@@ -135,7 +221,7 @@ def test_failing_command(foundry: Path, models: Path, command: str) -> None:
 def test_command_that_hangs(foundry: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (foundry / "foundry").write_text(f"#!{sys.executable} -S\nimport time\ntime.sleep(60)\n", encoding="utf-8")
     monkeypatch.setattr(cli, "TIMEOUT_S", 0.2)
-    with pytest.raises(RegistrationError, match=r"`foundry cache location` does not run: .*timed out"):
+    with pytest.raises(RegistrationError, match=r"`foundry cache location` took longer than 0\.2 s"):
         cli.confirm(CALLED, models)
 
 
@@ -149,3 +235,116 @@ def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert shutil.which("foundry") is None
     assert cli.confirm(CALLED, tmp_path) is None
+    assert cli.ask(CALLED, tmp_path, "Hello?") is None
+
+
+WAYS = {
+    "chat": {"run": "chat"},
+    "prompt": {"run": "prompt"},
+    "complete": {"run": "", "complete": True},
+    "chat without help": {"run": "chat", "help": False},
+    "chat and complete": {"run": "chat", "complete": True},
+}
+USED = {
+    "chat": f"model run {CALLED}",
+    "prompt": f"model run {CALLED} --prompt What is 1 > 0?",
+    "complete": f"complete {CALLED} What is 1 > 0?",
+    "chat without help": f"model run {CALLED}",
+    "chat and complete": f"model run {CALLED}",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_asked(foundry: Path, models: Path, way: str) -> None:
+    play(foundry, **WAYS[way])
+    hold(models, f"{CALLED}-1")
+    assert cli.ask(CALLED, models, "What is 1 > 0?") == "You ask: What is 1 > 0?"
+    made = [call for call in calls(foundry) if not call.endswith("--help")]
+    before = "/home/jo/.foundry/cache/models"
+    assert made == ["cache location", f"cache cd {models}", USED[way], f"cache cd {before}"]
+    assert location(foundry) == before
+
+
+@pytest.mark.parametrize("way", ["chat", "prompt"])
+@pytest.mark.parametrize(
+    ("changed", "answer"),
+    [
+        ({"answer": "\U0001f916 one\n\n> two\n> three"}, "one\n\n> two\n> three"),
+        ({"answer": "plain\nand more"}, "plain\nand more"),
+        ({"answer": "plain", "progress": "Model bot was found in the local cache."}, "plain"),
+        ({"encoding": "ascii"}, "You ask: Hello?"),
+        ({"answer": "\U0001f916 caf\u00e9", "encoding": "cp1252"}, "caf\ufffd"),
+    ],
+)
+def test_an_answer_is_found_in_what_surrounds_it(
+    foundry: Path, models: Path, way: str, changed: dict[str, str], answer: str
+) -> None:
+    play(foundry, **WAYS[way], **changed)
+    hold(models, f"{CALLED}-1")
+    assert (cli.ask(CALLED, models, "Hello?") or "").removeprefix("?").strip() == answer
+
+
+@pytest.mark.usefixtures("foundry")
+def test_a_question_of_several_lines_is_one_question_in_a_chat(models: Path) -> None:
+    hold(models, f"{CALLED}-1")
+    assert cli.ask(CALLED, models, "What is\nthe capital\r\n of France?") == "You ask: What is the capital of France?"
+
+
+@pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
+@pytest.mark.parametrize("answer", ["  ", "\U0001f916 \n\n"])
+def test_no_answer(foundry: Path, models: Path, way: str, answer: str) -> None:
+    play(foundry, **WAYS[way], answer=answer)
+    hold(models, f"{CALLED}-1")
+    with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing to 'Hello\\?' in `foundry`"):
+        cli.ask(CALLED, models, "Hello?")
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+
+
+@pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
+def test_an_unknown_model(foundry: Path, models: Path, way: str) -> None:
+    play(foundry, **WAYS[way])
+    with pytest.raises(RegistrationError, match=f"does not run the model: .*Model {CALLED} was not found"):
+        cli.ask(CALLED, models, "Hello?")
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+
+
+def test_a_preview_that_can_do_neither(foundry: Path, models: Path) -> None:
+    play(foundry, run="")
+    with pytest.raises(RegistrationError) as raised:
+        cli.ask(CALLED, models, "Hello?")
+    assert (
+        raised.value.message == f"`foundry model run {CALLED}` ended with status 64: Unrecognized command or argument."
+    )
+
+
+@pytest.mark.parametrize("command", ["location", "cd", "run"])
+def test_a_command_that_fails_when_asked(foundry: Path, models: Path, command: str) -> None:
+    hold(models, f"{CALLED}-1")
+    (foundry / "broken.txt").write_text(command, encoding="utf-8")
+    with pytest.raises(RegistrationError, match="ended with status 3: Exception: Request to local service failed"):
+        cli.ask(CALLED, models, "Hello?")
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+
+
+@pytest.mark.parametrize("way", ["chat", "prompt"])
+def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(foundry, **WAYS[way], delay=60)
+    hold(models, f"{CALLED}-1")
+    monkeypatch.setattr(cli, "ANSWER_S", 0.5)
+    with pytest.raises(RegistrationError, match=f"`foundry model run {CALLED}.*` took longer than 0.5 s"):
+        cli.ask(CALLED, models, "Hello?")
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+
+
+def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> None:
+    """Whoever starts a service leaves it the files that it writes to."""
+    hold(models, f"{CALLED}-1")
+    program = foundry / "foundry"
+    script = program.read_text(encoding="utf-8")
+    program.write_text(script.replace("match asked:", SERVICE + "match asked:"), encoding="utf-8")
+    started = time.monotonic()
+    try:
+        assert cli.confirm(CALLED, models) is True
+        assert time.monotonic() - started < 30
+    finally:
+        os.kill(int((foundry / "service.txt").read_text()), signal.SIGKILL)

@@ -1,0 +1,226 @@
+"""The protocol in which Foundry Local asks a catalog for models, answered from a list of entries.
+
+It is documented nowhere: what is here was seen when the runtime of foundry-local-sdk 2.2.1 asked, and its library has
+no filters but these. A runtime given ``catalog_urls=[(url + PATH, None)]`` sends POST requests with filters, all of
+which an answered model satisfies: to list what a device can run, to look up models by name (those in its cache, and ids
+that it does not know yet), and for all versions behind an alias. What this module does not know is an error rather
+than ignored: an answer without a filter that was asked for would be a wrong one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError
+
+from slmops.errors import SlmopsError, UsageError
+from slmops.foundry.layout import PUBLISHER
+from slmops.models import Frozen
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PATH = "/asset-gallery/v1.0/models"
+BODY_BYTES = 64 * 1024
+"""Size of a request at most."""
+DISCARDED_BYTES = 16 * 1024 * 1024
+"""How much of a larger one is read and thrown away: many clients see the answer only when they have sent all."""
+BODY_S = 10.0
+"""Seconds that a request may take to arrive."""
+RETRY_S = 5
+"""Seconds after which an application shall ask again while the registry is down."""
+SAID = 1000
+"""Characters of an error message at most; it quotes what was sent."""
+
+
+class Entry(Frozen):
+    """One version of a model that the catalog offers."""
+
+    alias: str = Field(description="What an application asks for.")
+    name: str = Field(description="Foundry's name, as support-bot-int4-generic-cpu.")
+    version: int
+    publisher: str = PUBLISHER
+    display_name: str
+    device: str = "cpu"
+    provider: str = "CPUExecutionProvider"
+    size_bytes: int
+    created: datetime
+    latest: bool = Field(True, description="The list has it; one that is not can still be looked up by name or alias.")
+
+
+FIELDS: dict[str, Callable[[Entry], tuple[str, ...]]] = {
+    "type": lambda _: ("models",),
+    "kind": lambda _: ("Versioned",),
+    "name": lambda entry: (entry.name,),
+    "labels": lambda entry: ("latest",) if entry.latest else (),
+    "annotations/archived": lambda _: ("false",),
+    "annotations/systemCatalogData/deploymentOptions": lambda _: ("Foundry Local on Devices",),
+    "annotations/tags/alias": lambda entry: (entry.alias,),
+    "annotations/tags/foundryLocal": lambda _: ("",),
+    "properties/variantInfo/variantMetadata/device": lambda entry: (entry.device,),
+    "properties/variantInfo/variantMetadata/executionProvider": lambda entry: (entry.provider,),
+}
+"""The fields that a filter may name, and what an entry has there."""
+OPERATORS: dict[str, Callable[[set[str], tuple[str, ...]], bool]] = {
+    "eq": lambda wanted, has: not wanted.isdisjoint(has),
+    "NotEquals": lambda unwanted, has: unwanted.isdisjoint(has),
+}
+"""How a filter's values are compared with what an entry has."""
+
+
+class Filter(Frozen):
+    """One condition: the entry's value at ``field`` is, or is not, one of ``values``."""
+
+    field: str
+    operator: str
+    values: tuple[str, ...]
+
+
+class Query(Frozen):
+    """The body of a request; a page after the first comes with the token that the page before gave."""
+
+    filters: tuple[Filter, ...] = Field(max_length=50)
+    page_size: int = Field(50, alias="pageSize", ge=1, le=1000, strict=True)
+    continuation_token: str | None = Field(None, alias="continuationToken", pattern=r"^[0-9]{1,9}$")
+
+
+def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
+    """The answer to the request ``body``: a page of the entries that satisfy all its filters, as JSON.
+
+    Raises:
+        UsageError: The body is no such request, or names a field or operator that is not known here.
+    """
+    try:
+        query = Query.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"Not a catalog request: {where + ': ' if where else ''}{first['msg']}.") from error
+    for condition in query.filters:
+        _known("field", condition.field, FIELDS)
+        _known("operator", condition.operator, OPERATORS)
+    found = [entry for entry in entries if all(_satisfies(entry, condition) for condition in query.filters)]
+    first_index = int(query.continuation_token or 0)
+    last_index = first_index + query.page_size
+    page: dict[str, Any] = {"value": [_entity(entry) for entry in found[first_index:last_index]]}
+    if last_index < len(found):
+        page["continuationToken"] = str(last_index)
+    return json.dumps(page).encode()
+
+
+def _known(what: str, name: str, known: dict[str, Any]) -> None:
+    if name not in known:
+        raise UsageError(f"This catalog knows no filter {what} {name[:100]!r}. It knows {', '.join(known)}.")
+
+
+def _satisfies(entry: Entry, condition: Filter) -> bool:
+    return OPERATORS[condition.operator](set(condition.values), FIELDS[condition.field](entry))
+
+
+def _entity(entry: Entry) -> dict[str, Any]:
+    identity = f"azureml://registries/{entry.publisher}/models/{entry.name}/versions/{entry.version}"
+    return {
+        "assetId": identity,
+        "entityId": identity,
+        "annotations": {
+            "tags": {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
+            "systemCatalogData": {"publisher": entry.publisher, "displayName": entry.display_name},
+        },
+        "properties": {
+            "id": identity,
+            "name": entry.name,
+            "version": entry.version,
+            "variantInfo": {
+                "parents": [],
+                "variantMetadata": {
+                    "modelType": "ONNX",
+                    "device": entry.device,
+                    "executionProvider": entry.provider,
+                    "fileSizeBytes": entry.size_bytes,
+                },
+            },
+            "creationContext": {"createdTime": entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
+        },
+    }
+
+
+def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
+    """A web application that answers at :data:`PATH`, and at ``/health``.
+
+    Args:
+        entries: Called for each request, in a thread; what it raises of our own errors becomes status 503.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    def offered() -> Sequence[Entry]:
+        try:
+            return entries()
+        except SlmopsError as error:
+            raise HTTPException(503, error.message, {"retry-after": str(RETRY_S)}) from error
+
+    def answered(body: bytes) -> bytes:
+        offers = offered()
+        try:
+            return answer(body, offers)
+        except UsageError as error:
+            raise HTTPException(400, error.message) from error
+
+    async def models(request: Request) -> Response:
+        found = await run_in_threadpool(answered, await _body(request))
+        return Response(found, media_type="application/json")
+
+    async def health(_: Request) -> Response:
+        offers = await run_in_threadpool(offered)
+        return JSONResponse({"status": "ok", "models": len({entry.alias for entry in offers if entry.latest})})
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        message = error.detail if isinstance(error, HTTPException) else "The catalog failed; its log says how."
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return JSONResponse(
+            {"error": {"message": message[:SAID], "type": kind}}, status, getattr(error, "headers", None)
+        )
+
+    return Starlette(
+        routes=[Route(PATH, models, methods=["POST"]), Route("/health", health)],
+        exception_handlers={HTTPException: refuse, Exception: refuse},
+    )
+
+
+async def _body(request: Request) -> bytes:
+    """The request's body; of one that is too large nothing is kept."""
+    import asyncio
+
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    closing = {"connection": "close"}
+    too_large = HTTPException(413, f"A catalog request has {BODY_BYTES} bytes at most.", closing)
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and (len(announced) > 10 or int(announced) > DISCARDED_BYTES):
+        raise too_large
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > DISCARDED_BYTES:
+                    raise too_large
+                if size <= BODY_BYTES:
+                    body += chunk
+    except TimeoutError as error:
+        raise HTTPException(408, f"The request took longer than {BODY_S:.0f} s.", closing) from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "The client went away.") from error
+    if size > BODY_BYTES:
+        raise too_large
+    return bytes(body)

@@ -1,0 +1,288 @@
+"""The catalog protocol: what Foundry's runtime asks, what nobody should ask, and a great many random requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta, timezone
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from slmops.errors import TrackingError, UsageError
+from slmops.foundry import private_catalog
+from slmops.foundry.private_catalog import PATH, Entry, answer, app
+from tests.catalogs import (
+    BOT2,
+    BOT3,
+    COMMON,
+    DEVICE,
+    ENTRIES,
+    FAQ1,
+    HARDWARE,
+    LIST,
+    MADE,
+    OPTIONS,
+    PROVIDER,
+    Exchange,
+    body,
+    condition,
+    entry,
+    found,
+    ids,
+)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (LIST, [BOT3, FAQ1]),
+        ([*COMMON, condition("name", BOT2.name)], [BOT2]),
+        ([*COMMON, condition("name", BOT2.name, BOT2.name, BOT3.name, "unknown")], [BOT3, BOT2]),
+        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE], [BOT3, BOT2]),
+        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE, condition("name", BOT3.name)], [BOT3]),
+        ([condition("annotations/tags/foundryLocal", "test")], []),
+        ([condition(OPTIONS, "Something else")], []),
+        ([condition("name", BOT2.name, operator="NotEquals")], [BOT3, FAQ1]),
+        ([condition("labels", "latest", operator="NotEquals")], [BOT2]),
+        ([condition(DEVICE, "gpu")], []),
+        ([condition(DEVICE, "gpu", "cpu")], ENTRIES),
+        ([condition(PROVIDER, "CUDAExecutionProvider")], []),
+        ([condition("name", BOT2.name.upper())], []),
+        ([condition("name")], []),
+        ([condition("name", operator="NotEquals")], ENTRIES),
+        ([], ENTRIES),
+    ],
+)
+def test_filters(filters: list[dict[str, Any]], expected: list[Entry]) -> None:
+    assert found(answer(body(*filters), ENTRIES)) == ids(*expected)
+
+
+def test_an_entity_is_what_the_runtime_accepts() -> None:
+    elsewhere = BOT3.model_copy(update={"created": MADE.astimezone(timezone(timedelta(hours=2)))})
+    identity = "azureml://registries/slmops/models/bot-int8-generic-cpu/versions/3"
+    assert json.loads(answer(body(*LIST), [elsewhere])) == {
+        "value": [
+            {
+                "assetId": identity,
+                "entityId": identity,
+                "annotations": {
+                    "tags": {"alias": "bot", "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
+                    "systemCatalogData": {"publisher": "slmops", "displayName": "bot-int8"},
+                },
+                "properties": {
+                    "id": identity,
+                    "name": "bot-int8-generic-cpu",
+                    "version": 3,
+                    "variantInfo": {
+                        "parents": [],
+                        "variantMetadata": {
+                            "modelType": "ONNX",
+                            "device": "cpu",
+                            "executionProvider": "CPUExecutionProvider",
+                            "fileSizeBytes": 3000,
+                        },
+                    },
+                    "creationContext": {"createdTime": "2026-11-22T21:30:00Z"},
+                },
+            }
+        ]
+    }
+
+
+@pytest.mark.parametrize(("count", "pages"), [(0, [0]), (3, [3]), (4, [3, 1]), (6, [3, 3]), (7, [3, 3, 1])])
+def test_pages(count: int, pages: list[int]) -> None:
+    many = [entry(f"m{number}-int8", 1) for number in range(count)]
+    sizes, seen, token = [], [], {}
+    while True:
+        page = answer(body(*LIST, pageSize=3, **token), many)
+        sizes.append(len(found(page)))
+        seen += found(page)
+        if "continuationToken" not in (said := json.loads(page)):
+            break
+        token = {"continuationToken": said["continuationToken"]}
+    assert sizes == pages
+    assert seen == ids(*many)
+
+
+def test_a_page_beyond_the_end_is_empty() -> None:
+    assert json.loads(answer(body(continuationToken="50"), ENTRIES)) == {"value": []}
+
+
+BAD = [
+    (b"", "Invalid JSON: EOF"),
+    (b"nonsense", "Invalid JSON"),
+    (b"\xff\xfe", "Invalid JSON"),
+    (b"null", "should be an object"),
+    (b"[]", "should be an object"),
+    (b"{}", "filters: Field required"),
+    (b"[" * 50_000, "recursion limit"),
+    (b'{"filters":' * 5_000, "recursion limit"),
+    (b'{"filters": {}}', "filters: "),
+    (b'{"filters": [1]}', "filters.0: "),
+    (b'{"filters": [{"field": "name", "operator": "eq"}]}', "filters.0.values: Field required"),
+    (b'{"filters": [{"field": "name", "operator": "eq", "values": "bot"}]}', "filters.0.values: "),
+    (b'{"filters": [{"field": "name", "operator": "eq", "values": [1]}]}', "filters.0.values.0: "),
+    (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\\ud800"]}]}', "Invalid JSON"),
+    (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\xed\xa0\x80"]}]}', "Invalid JSON"),
+    (body(pageSize=0), "pageSize: "),
+    (body(pageSize=1001), "pageSize: "),
+    (body(pageSize="50"), "pageSize: "),
+    (body(pageSize=1.5), "pageSize: "),
+    (body(pageSize=True), "pageSize: "),
+    (body(pageSize=float("nan")), "pageSize: "),
+    (b'{"filters": [], "pageSize": 1e999}', "pageSize: "),
+    (b'{"filters": [], "pageSize": ' + b"9" * 5000 + b"}", "out of range"),
+    (body(continuationToken="-1"), "continuationToken: "),
+    (body(continuationToken="٣"), "continuationToken: "),  # a digit, but none of ours
+    (body(continuationToken="9" * 10), "continuationToken: "),
+    (body(skip=50), "skip: Extra inputs"),
+    (body(*[condition("name", "bot")] * 51), "filters: "),
+    (body(condition("size", "1")), "no filter field 'size'. It knows type, kind, name, labels, "),
+    (body(condition("Name", "bot")), "no filter field 'Name'"),
+    (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It knows eq, NotEquals."),
+    (body(condition("name", "bot", operator="contains")), "no filter operator 'contains'"),
+    (body(condition("x" * 5000, "bot")), "no filter field 'xxx"),
+]
+
+
+@pytest.mark.parametrize(("sent", "said"), BAD)
+def test_what_is_no_request(sent: bytes, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        answer(sent, ENTRIES)
+    assert said in caught.value.message
+    assert len(caught.value.message) < 600
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    """Raises what the application does not catch."""
+    with TestClient(app(lambda: ENTRIES)) as opened:
+        yield opened
+
+
+def test_served(client: TestClient) -> None:
+    answered = client.post(PATH, content=body(*LIST))
+    assert (answered.status_code, answered.headers["content-type"]) == (200, "application/json")
+    assert found(answered.content) == ids(BOT3, FAQ1)
+    assert client.get("/health").json() == {"status": "ok", "models": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "said"),
+    [
+        ("POST", PATH, b"nonsense", 400, "Not a catalog request: Invalid JSON"),
+        ("POST", PATH, body(condition("size", "1")), 400, "knows no filter field 'size'"),
+        ("POST", PATH, b"", 400, "EOF"),
+        ("POST", PATH, b" " * 65_537, 413, "65536 bytes at most"),
+        ("POST", PATH, b"[" * 10_000_000, 413, "65536 bytes at most"),
+        ("GET", PATH, b"", 405, "Method Not Allowed"),
+        ("PUT", PATH, body(), 405, "Method Not Allowed"),
+        ("POST", "/health", b"", 405, "Method Not Allowed"),
+        ("POST", PATH + "/more", body(), 404, "Not Found"),
+        ("GET", "/", b"", 404, "Not Found"),
+        ("POST", "/asset-gallery/v1.0/%6dodels%00", body(), 404, "Not Found"),
+    ],
+)
+def test_refused(client: TestClient, method: str, path: str, sent: bytes, status: int, said: str) -> None:
+    answered = client.request(method, path, content=sent)
+    assert answered.status_code == status
+    assert answered.headers["content-type"] == "application/json"
+    error = answered.json()["error"]
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert client.post(PATH, content=body(*LIST)).status_code == 200
+
+
+def test_the_largest_body(client: TestClient) -> None:
+    padded = body(*LIST).ljust(private_catalog.BODY_BYTES)
+    assert client.post(PATH, content=padded).status_code == 200
+
+
+def ask(pieces: Sequence[dict[str, Any]], headers: Sequence[tuple[bytes, bytes]] = ()) -> Exchange:
+    exchange = Exchange(pieces, headers)
+    asyncio.run(exchange.run(app(lambda: ENTRIES)))
+    return exchange
+
+
+def piece(size: int, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": b" " * size, "more_body": more}
+
+
+def test_a_body_in_pieces() -> None:
+    pieces = [{"type": "http.request", "body": bytes([byte]), "more_body": True} for byte in body(*LIST)]
+    exchange = ask([*pieces, piece(0, more=False)])
+    assert exchange.status == 200
+    assert len(exchange.answered["value"]) == 2
+
+
+def test_a_large_body_without_a_length_is_read_to_a_limit() -> None:
+    exchange = ask([piece(1_000_000)] * 100)
+    assert (exchange.status, exchange.answered["error"]["type"]) == (413, "invalid_request_error")
+    assert len(exchange.left) == 83
+    assert (b"connection", b"close") in exchange.sent[0]["headers"]
+
+
+@pytest.mark.parametrize("announced", [b"100000000", b"9" * 5000])
+def test_a_huge_body_with_a_length_is_not_read_at_all(announced: bytes) -> None:
+    exchange = ask([piece(1)], [(b"content-length", announced)])
+    assert (exchange.status, len(exchange.left)) == (413, 1)
+
+
+@pytest.mark.parametrize("announced", [b"-1", b"x", b"", b"1e9", b"\xb2"])
+def test_a_length_that_is_none(announced: bytes) -> None:
+    assert ask([piece(1, more=False)], [(b"content-length", announced)]).status == 400
+
+
+def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private_catalog, "BODY_S", 0.05)
+    exchange = ask([piece(1)])
+    assert (exchange.status, exchange.answered["error"]["message"]) == (408, "The request took longer than 0 s.")
+
+
+def test_a_client_that_goes_away() -> None:
+    assert ask([piece(1), {"type": "http.disconnect"}]).status == 400
+
+
+def test_a_registry_that_is_down() -> None:
+    def down() -> list[Entry]:
+        raise TrackingError("MLflow at http://127.0.0.1:5000 did not answer.")
+
+    with TestClient(app(down)) as client:
+        for answered in (client.post(PATH, content=body(*LIST)), client.get("/health")):
+            assert answered.status_code == 503
+            assert answered.headers["retry-after"] == "5"
+            message = "MLflow at http://127.0.0.1:5000 did not answer."
+            assert answered.json() == {"error": {"message": message, "type": "server_error"}}
+        assert client.get("/else").status_code == 404
+
+
+def test_a_mistake_of_our_own_is_json_too_and_shows_nothing() -> None:
+    def broken() -> list[Entry]:
+        raise ZeroDivisionError("secret")
+
+    with TestClient(app(broken), raise_server_exceptions=False) as client:
+        answered = client.post(PATH, content=body(*LIST))
+    assert answered.status_code == 500
+    assert answered.json() == {"error": {"message": "The catalog failed; its log says how.", "type": "server_error"}}
+
+
+def test_a_slow_registry_holds_nobody_else_up() -> None:
+    together = threading.Barrier(2, timeout=10)  # breaks unless two requests read at the same time
+
+    def slow() -> list[Entry]:
+        together.wait()
+        return ENTRIES
+
+    async def twice() -> list[int]:
+        import httpx
+
+        transport = httpx.ASGITransport(app(slow))
+        async with httpx.AsyncClient(transport=transport, base_url="http://catalog") as client:
+            answers = await asyncio.gather(*(client.post(PATH, content=body(*LIST)) for _ in range(2)))
+        return [answered.status_code for answered in answers]
+
+    assert asyncio.run(twice()) == [200, 200]

@@ -113,9 +113,6 @@ class Promoted(Frozen):
         return f"{label} is the champion now{replaced}."
 
 
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-
-
 class Promotion(BaseModel):
     """Deploy a version of a model."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,6 +32,15 @@ def talking(uri: str) -> Iterator[None]:
     except (MlflowException, RequestException, OSError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrackingError(
-            f"MLflow at {uri} did not take or give what was asked: {said[:300]}",
+            f"MLflow at {without_password(uri)} did not take or give what was asked: {said[:300]}",
             "Is it running? `slmops status` tells, `slmops up` starts the local one.",
         ) from error
+
+
+def without_password(uri: str) -> str:
+    """A tracking URI as it may be shown.
+
+    >>> without_password("https://me:secret@mlflow.example:5000")
+    'https://***@mlflow.example:5000'
+    """
+    return re.sub(r"//[^/]*@", "//***@", uri)

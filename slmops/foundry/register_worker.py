@@ -52,7 +52,7 @@ def handle(request: Request) -> Result:
         if reply.completion_tokens == 0:
             raise RegistrationError(f"{request.foundry_id} answers nothing to {' nor '.join(map(repr, PROMPTS))}.")
     except (FoundryLocalException, RegistrationError) as error:
-        _forget(catalog, request.foundry_id)
+        forget(catalog, request.foundry_id)
         if isinstance(error, RegistrationError):
             raise
         raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
@@ -65,7 +65,8 @@ def _ids(catalog: Any) -> set[str]:
     }
 
 
-def _forget(catalog: Any, foundry_id: str) -> None:
+def forget(catalog: Any, foundry_id: str) -> None:
+    """Take a model out of the catalog, if it is there; a failure is only printed."""
     from foundry_local_sdk.exception import FoundryLocalException
 
     try:

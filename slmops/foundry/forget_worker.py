@@ -1,0 +1,37 @@
+"""Child process: take models out of Foundry Local's local catalog, which keeps them though their folders are gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slmops import child
+from slmops.foundry import register_worker
+from slmops.models import Frozen
+
+
+class Request(Frozen):
+    """Models of a Foundry home."""
+
+    home: Path
+    foundry_ids: tuple[str, ...]
+
+
+class Result(Frozen):
+    """Those of them that the catalog has no more, or never had."""
+
+    forgotten: tuple[str, ...]
+
+
+def handle(request: Request) -> Result:
+    """Unregister all that are asked for."""
+    from slmops.foundry import runtime
+
+    catalog = runtime.local_catalog(runtime.manager(request.home))
+    for foundry_id in request.foundry_ids:
+        register_worker.forget(catalog, foundry_id)
+    left = [foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is not None]
+    return Result(forgotten=tuple(foundry_id for foundry_id in request.foundry_ids if foundry_id not in left))
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

@@ -1,0 +1,133 @@
+"""Reading one artifact file: what servers of all kinds answer, and what MLflow's client makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops import tracking_files
+from slmops.daemon import HOST
+from slmops.errors import TrackingError
+from slmops.tracking_files import BLOCK, NotGivenError, read
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
+
+
+FILE = "model.onnx"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Servers of all kinds, by the first part of the path behind the route."""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/artifacts/")[1].split("/")[0]
+        self.server.seen.append((self.path, dict(self.headers)))  # type: ignore[attr-defined]
+        if kind.isdigit():
+            self.send_response(int(kind))
+            self.end_headers()
+            return
+        data = bytes(range(250)) * 1000
+        self.send_response(200)
+        if kind != "unlimited":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(data[:100_000] if kind in ("short", "stalled") else data)
+            if kind == "stalled":
+                self.wfile.flush()
+                self.server.stopping.wait(30)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Any]:
+    made: Any = ThreadingHTTPServer((HOST, 0), Handler)
+    made.seen, made.stopping = [], threading.Event()
+    made.url = f"http://{HOST}:{made.server_port}"
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.stopping.set()
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("offset", [0, 1, BLOCK, 249_999, 250_000])
+def test_a_server_that_knows_no_ranges(other: Any, offset: int) -> None:
+    got = b"".join(read(other.url, "mlflow-artifacts:/plain", "a b/ö#?.txt", offset))
+    assert got == (bytes(range(250)) * 1000)[offset:]
+    path, headers = other.seen[-1]
+    assert path == "/api/2.0/mlflow-artifacts/artifacts/plain/a%20b/%C3%B6%23%3F.txt"
+    assert headers.get("Range") == (f"bytes={offset}-" if offset else None)
+    assert headers["Accept-Encoding"] == "identity"
+
+
+def test_the_sign_in_of_mlflow_is_used(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    list(read(f"{other.url}/below", "mlflow-artifacts:/plain", "x", 0))
+    path, headers = other.seen[-1]
+    assert path == "/below/api/2.0/mlflow-artifacts/artifacts/plain/x"
+    assert headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("status", "given", "said"),
+    [
+        (404, True, r"^x is gone from the registry\."),
+        (410, True, r"^x is gone from the registry\."),
+        (401, True, r"answers 401 \(Unauthorized\) for x"),
+        (403, True, r"answers 403 \(Forbidden\) for x"),
+        (400, True, r"answers 400 \(Bad Request\) for x"),
+        (429, False, r"answers 429 \(Too Many Requests\) for x"),
+        (500, False, r"answers 500 \(Internal Server Error\) for x"),
+        (503, False, r"answers 503 \(Service Unavailable\) for x"),
+    ],
+)
+def test_what_a_server_says(other: Any, status: int, given: bool, said: str) -> None:
+    before = len(other.seen)
+    with pytest.raises(TrackingError, match=said) as caught:
+        list(read(other.url, f"mlflow-artifacts:/{status}", "x", 10))
+    assert isinstance(caught.value, NotGivenError) == given
+    assert len(other.seen) == before + 1  # nothing is retried behind our back
+    assert list(read(other.url, "mlflow-artifacts:/416", "x", 10)) == []
+
+
+@pytest.mark.parametrize("kind", ["short", "stalled"])
+def test_a_connection_that_breaks_or_stalls(other: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(tracking_files, "TIMEOUT_S", 0.5)
+    got: list[bytes] = []
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="did not take or give") as caught:
+        got.extend(read(other.url, f"mlflow-artifacts:/{kind}", "x", 0))
+    assert not isinstance(caught.value, NotGivenError)
+    assert 100_000 - BLOCK <= sum(map(len, got)) <= 100_000
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_in_a_folder(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / FILE).write_bytes(b"x" * BLOCK + b"yz")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert [len(block) for block in read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", 0)] == [BLOCK, 2]
+    assert b"".join(read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", BLOCK + 1)) == b"z"
+    assert list(read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", BLOCK + 9)) == []
+    with pytest.raises(NotGivenError, match=r"^nothing is gone from the registry\."):
+        list(read(uri, f"{scheme}{tmp_path}", "nothing", 0))
+
+
+def test_nobody_is_there() -> None:
+    with pytest.raises(TrackingError, match=r"^MLflow at http://127\.0\.0\.1:9 did not take or give"):
+        list(read("http://127.0.0.1:9", "mlflow-artifacts:/1", "x", 0))
+    with pytest.raises(TrackingError, match="did not take or give"):
+        list(read("sqlite:///x.db", "mlflow-artifacts:/1", "x", 0))

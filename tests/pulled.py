@@ -1,0 +1,175 @@
+"""A device and a registry made up of bytes and failures: no MLflow, no Foundry Local."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops import download, machine, process, pull, tracking_files
+from slmops.deployment import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.errors import RegistrationError, TrackingError
+from slmops.foundry import cli
+from slmops.models import Hardware, VariantFile
+from slmops.settings import Settings
+
+URI = "http://registry:5000"
+LOCATION = "mlflow-artifacts:/1/models/m-1/artifacts"
+BLOCK = 1000
+BIG = "model.onnx.data"
+FILES = {
+    "model.onnx": b"graph",
+    BIG: bytes(range(256)) * 40,  # 10,240 bytes
+    "genai_config.json": b"{}",
+    "adapters/one/weights.bin": b"adapter",
+    "empty.txt": b"",
+}
+SIZE = len(FILES[BIG])
+CRASHED = RegistrationError("The process was killed by SIGSEGV", "Its log: x")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def described(files: dict[str, bytes]) -> tuple[VariantFile, ...]:
+    """Contents as a manifest lists them."""
+    return tuple(VariantFile(name=name, size=len(data), sha256=digest(data)) for name, data in files.items())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> set[str]:
+    return set(contents(folder))
+
+
+class Remote:
+    """A registry that serves one version, and what was asked of it."""
+
+    def __init__(self, name: str = "bot", variant: str = "int8", number: int = 3, **changes: bytes) -> None:
+        self.files = {**FILES, **changes}
+        self.number = number
+        self.asked: list[tuple[str, int]] = []
+        self.cuts: dict[str, list[int | Exception]] = {}  # for each request the bytes given before it breaks off
+        self.answers: dict[str, list[bytes]] = {}  # for each request a content of its own
+        self.manifest = Deployment(
+            model=name,
+            variant=variant,
+            key="int8-0123",
+            device="cpu",
+            provider="CPUExecutionProvider",
+            files=described(self.files),
+            inference_model={"PromptTemplate": {"prompt": "{Content}"}, "Description": "né"},
+        )
+
+    def describe(self, **changes: Any) -> None:
+        """Have another manifest."""
+        self.manifest = self.manifest.model_copy(update=changes)
+
+    @property
+    def text(self) -> bytes:
+        return self.manifest.model_dump_json(indent=2).encode()
+
+    def version(self, **changes: Any) -> ModelVersion:
+        fields: dict[str, Any] = {
+            "name": self.manifest.model,
+            "version": self.number,
+            "variant": self.manifest.variant,
+            "location": LOCATION,
+            "manifest_sha256": digest(self.text),
+            "size_mb": 100,
+            "memory_mb": 900,
+            "device": "cpu",
+            "provider": "CPUExecutionProvider",
+            "run_id": "run",
+            "job_id": "job",
+            "created": datetime(2026, 1, 2, tzinfo=UTC),
+        }
+        return ModelVersion(**{**fields, **changes})
+
+    def read(self, uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
+        assert (uri, location) == (URI, LOCATION)
+        self.asked.append((path, offset))
+        data = self.text if path == MANIFEST else self.files[path]
+        if self.answers.get(path):
+            data = self.answers[path].pop(0)
+        cut = self.cuts[path].pop(0) if self.cuts.get(path) else None
+        if isinstance(cut, Exception):
+            raise cut
+        end = len(data) if cut is None else min(len(data), offset + cut)
+        for start in range(offset, end, BLOCK):
+            yield data[start : min(start + BLOCK, end)]
+        if cut is not None:
+            raise TrackingError("The connection is broken.", "Mend it.")
+
+    @property
+    def paths(self) -> set[str]:
+        """The files that were asked for."""
+        return {path for path, _ in self.asked}
+
+    def offsets(self, path: str = BIG) -> list[int]:
+        """From where a file was asked for, each time."""
+        return [offset for asked, offset in self.asked if asked == path]
+
+
+class Device:
+    """A device with 8 GB and little patience, its Foundry Local as far as it is known here, and its registry."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.settings = Settings(home=folder / "home")
+        self.registered: list[str] = []
+        self.forgotten: list[str] = []
+        self.seen: list[set[str]] = []  # what Foundry Local found in the folder
+        self.fails: Exception | None = None  # what registering a version raises
+        self.kept: set[str] = set()  # what the catalog does not let go
+        self._patch = patch
+        hardware = Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=())
+        patch.setattr(machine, "hardware", lambda: hardware)
+        patch.setattr(download, "PAUSES_S", (0.0,) * 4)
+        patch.setattr(cli, "confirm", lambda *_: None)
+        patch.setattr(process, "call", self._call)
+        self.remote = self.serve()
+
+    def serve(self, *args: Any, **changes: Any) -> Remote:
+        """Put a version into the registry, in place of the last one."""
+        self.remote = Remote(*args, **changes)
+        self._patch.setattr(tracking_files, "read", self.remote.read)
+        return self.remote
+
+    def install(self, **changes: Any) -> Installed:
+        """Install what the registry has."""
+        return pull.install(self.remote.version(**changes), self.settings, URI)
+
+    def here(self, name: str = "bot") -> list[int]:
+        """The installed versions."""
+        return [one.version for one in pull.installed(name, self.settings)]
+
+    @property
+    def models(self) -> Path:
+        return self.settings.deployed / "models" / "slmops"
+
+    @property
+    def downloads(self) -> Path:
+        """Where the files of the registry's version are collected."""
+        folder = self.settings.deployed / "downloads" / digest(self.remote.text)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _call(self, module: str, request: Any, result: Any, **_: Any) -> tuple[Any, None]:
+        if module == "slmops.foundry.forget_worker":
+            gone = [one for one in request.foundry_ids if one not in self.kept]
+            self.forgotten += gone
+            return result(forgotten=gone), None
+        assert module == "slmops.foundry.register_worker"
+        assert request.home == self.settings.deployed
+        self.registered.append(request.foundry_id)
+        self.seen.append(names(request.folder))
+        if self.fails is not None:
+            raise self.fails
+        return result(answer="Paris."), None

@@ -26,7 +26,7 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
 
     The process leaves by ``os._exit``: native runtimes have crashed in their own clean-up after the work was done.
     """
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
     status = 0
@@ -48,7 +48,7 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
     os._exit(status)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Wait for standard input to close, which happens when the parent is gone, and kill the whole group."""
     while os.read(0, 4096):
         pass

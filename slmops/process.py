@@ -107,7 +107,7 @@ def run(
     reader.start()
     try:
         while child.poll() is None and not failures:
-            memory.append((time.monotonic(), _group_memory_mb(child.pid)))
+            memory.append((time.monotonic(), group_memory_mb(child.pid)))
             if time.monotonic() - started > timeout_s:
                 timed_out = True
                 break
@@ -174,7 +174,8 @@ def call(
         said = last_words(log)
         if DISK_FULL in said:
             raise errors.PrerequisiteError(f"The disk of {work} is full.", FREE_SPACE)
-        raise error(f"{_died(finished.returncode)}: {said}", f"Its log: {log}")
+        nothing = " and no result" if finished.returncode >= 0 else ""
+        raise error(f"{died(finished.returncode)}{nothing}: {said}", f"Its log: {log}")
     answer = json.loads(result_file.read_text(encoding="utf-8"))
     if "error" in answer:
         raise errors.BY_NAME.get(answer["error"], error)(answer["message"], answer["fix"])
@@ -188,9 +189,10 @@ def last_words(log: Path, lines: int = 3) -> str:
     return " / ".join(said[-lines:]) or "it said nothing"
 
 
-def _died(returncode: int) -> str:
+def died(returncode: int) -> str:
+    """How a child ended, as the beginning of a sentence."""
     if returncode >= 0:
-        return f"The process ended with status {returncode} and no result"
+        return f"The process ended with status {returncode}"
     name = signal.Signals(-returncode).name
     hint = " (often: out of memory)" if name == "SIGKILL" else ""
     return f"The process was killed by {name}{hint}"
@@ -210,7 +212,7 @@ def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | 
         failures.append(error)
 
 
-def _group_memory_mb(pid: int) -> float:
+def group_memory_mb(pid: int) -> float:
     """Memory of a process and its children in MB: proportional set size if known, else resident."""
     total = 0
     try:

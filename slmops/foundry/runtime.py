@@ -9,6 +9,8 @@ from typing import Any
 
 import foundry_local_sdk as sdk
 
+from slmops.errors import EvaluationError
+
 APP_NAME = "slmops"
 # The public catalog costs seconds of retries where there is no network, and nothing here comes from it. Nobody
 # listens on this port, and the runtime takes that for an empty catalog.
@@ -73,6 +75,18 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
             metadata.set_string_property("display_name", display_name)
             catalog.register_model(folder, foundry_id, metadata)
     return catalog.get_model_variant(foundry_id)
+
+
+def registered(home: Path, foundry_id: str) -> Any:
+    """Start the runtime and return a model of its local catalog.
+
+    Raises:
+        EvaluationError: It is not there.
+    """
+    model = local_catalog(manager(home)).get_model_variant(foundry_id)
+    if model is None:
+        raise EvaluationError(f"{foundry_id} is not registered in Foundry Local at {home}.")
+    return model
 
 
 def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply:

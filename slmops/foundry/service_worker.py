@@ -1,0 +1,160 @@
+"""Child process: one version behind Foundry Local's own web service, until standard input closes.
+
+The web service offers what a catalog lists, so this process is its own catalog, of one entry. It also gets a model
+cache of its own: the runtime reads every folder in its cache, hidden ones too, and of two folders that claim one name
+it may load the unfinished one that an interrupted download left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slmops import child
+from slmops.errors import ServingError, SlmopsError
+from slmops.foundry.layout import PUBLISHER
+from slmops.models import Frozen
+
+log = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+SAID = 4000
+"""Characters of an error's message at most, so that the line fits a pipe."""
+
+
+class Request(Frozen):
+    """A version on this device, and where its process may write."""
+
+    foundry_id: str
+    folder: Path
+    scratch: Path
+    logs: Path
+
+
+class Answer(Frozen):
+    """The one line on standard output: where the service listens, or the error that there was instead."""
+
+    url: str = ""
+    seconds: float = 0.0
+    error: str | None = None
+    message: str = ""
+    fix: str | None = None
+
+
+def main() -> None:
+    """Serve the request in the first argument, say so in one line, wait."""
+    # Native libraries write to standard output too: from here on all that goes where standard error goes.
+    line = os.dup(1)
+    os.dup2(2, 1)
+    threading.Thread(target=child.die_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        started = time.monotonic()
+        manager = serve(Request.model_validate_json(sys.argv[1]))
+        answer = Answer(url=manager.urls[0], seconds=time.monotonic() - started)
+    except SlmopsError as error:
+        traceback.print_exc()
+        answer = Answer(error=type(error).__name__, message=error.message[:SAID], fix=error.fix)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+    os.write(line, (json.dumps(answer.model_dump(mode="json")) + "\n").encode())
+    os.close(line)
+    if answer.error:
+        _leave(1)
+    threading.Event().wait()
+
+
+def serve(request: Request) -> Any:
+    """Load the version and start the web service.
+
+    Returns:
+        The runtime's manager, which knows the address.
+
+    Raises:
+        ServingError: The runtime does not find the version, or refuses it.
+    """
+    import foundry_local_sdk as sdk
+    from foundry_local_sdk.exception import FoundryLocalException
+
+    from slmops.foundry.private_catalog import PATH
+    from slmops.foundry.runtime import APP_NAME
+
+    configuration = sdk.Configuration(
+        app_name=APP_NAME,
+        app_data_dir=str(request.scratch),
+        model_cache_dir=str(_cache(request)),
+        logs_dir=str(request.logs),
+        catalog_urls=[(f"http://{HOST}:{_offer(request)}{PATH}", None)],
+        disable_nonessential_telemetry=True,
+        web=sdk.Configuration.WebService(urls=f"http://{HOST}:0"),
+    )
+    try:
+        manager = sdk.FoundryLocalManager(configuration)
+        model = manager.get_catalog().get_model_variant(request.foundry_id)
+        if model is None or not model.is_cached or Path(model.get_path()).resolve() != request.folder.resolve():
+            raise ServingError(
+                f"Foundry Local does not find {request.foundry_id} in {request.folder}.",
+                "Remove the folder and pull the version again.",
+            )
+        model.load()
+        manager.start_web_service()
+    except FoundryLocalException as error:
+        raise ServingError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
+    log.info("%s listens at %s", request.foundry_id, manager.urls[0])
+    return manager
+
+
+def _cache(request: Request) -> Path:
+    """A model cache with this version alone in it."""
+    cache = request.scratch / "models"
+    link = cache / PUBLISHER / request.folder.name
+    link.parent.mkdir(parents=True)
+    try:
+        link.symlink_to(request.folder, target_is_directory=True)
+    except OSError:  # a file system without links: then the cache that all share
+        return request.folder.parent.parent
+    return cache
+
+
+def _offer(request: Request) -> int:
+    """Start the catalog in a thread and return its port."""
+    import uvicorn
+
+    from slmops.foundry.private_catalog import Entry, app
+
+    name, _, version = request.foundry_id.rpartition(":")
+    entry = Entry(
+        alias=name.removesuffix("-generic-cpu"),
+        name=name,
+        version=int(version),
+        display_name=name,
+        size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
+        created=datetime.now(UTC),
+    )
+    # It listens before the server runs: the runtime's first request waits in the queue.
+    listening = socket.create_server((HOST, 0))
+    server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
+    port: int = listening.getsockname()[1]
+    return port
+
+
+def _leave(status: int) -> None:
+    """End without the native runtime's clean-up, which has crashed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

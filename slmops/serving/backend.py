@@ -1,0 +1,247 @@
+"""One version in a runtime process of its own, behind Foundry Local's web service on loopback.
+
+Memory does not come back inside a process, and a crash takes down all that is loaded in it; so each version has one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from slmops import errors, process
+from slmops.deployment import Installed
+from slmops.errors import PrerequisiteError, ServingError
+from slmops.files import remove_scratch
+from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
+from slmops.foundry.service_worker import Answer, Request
+from slmops.settings import Settings
+
+if TYPE_CHECKING:
+    import httpx
+
+START_S = 120.0
+"""Seconds that a process may take until its service listens, and beyond that what it takes to read its files."""
+SLOWEST_MB_S = 20.0
+"""What the slowest disk reads in a second."""
+SMOKE_S = 120.0
+"""Seconds that all requests of a smoke test may take together; the version before still answers meanwhile."""
+GRACE_S = 3.0
+MEMORY_S = 5.0
+"""How old a sample of the memory may become: to take one reads files of all processes of the machine."""
+WORKER = "slmops.foundry.service_worker"
+CHAT = "/v1/chat/completions"
+
+
+class Backend:
+    """A running process with one version.
+
+    Attributes:
+        installed: The version and where it lies.
+        url: Root of its web service, as http://127.0.0.1:41205.
+        started: When it was up, in seconds since 1970.
+        in_flight: Requests that it is answering, counted by who sends them.
+        used: When its last request ended, in seconds of ``time.monotonic()``.
+    """
+
+    def __init__(self, installed: Installed, url: str, child: asyncio.subprocess.Process, scratch: Path, log: Path):
+        self.installed = installed
+        self.url = url
+        self.started = time.time()
+        self.in_flight = 0
+        self.used = time.monotonic()
+        self._child = child
+        self._scratch = scratch
+        self._log = log
+        self._memory = (-MEMORY_S, 0.0)
+
+    @classmethod
+    async def start(cls, installed: Installed, settings: Settings) -> Backend:
+        """Start the process and wait until its service listens; whatever goes wrong, no process is left behind.
+
+        Raises:
+            ServingError: It ended, or took too long, or the runtime refuses the version.
+            PrerequisiteError: The disk is full, or this machine starts no more processes.
+        """
+        log = settings.logs / installed.name / f"serve-{installed.version}.log"
+        scratches = settings.deployed / "serving" / installed.name
+        remove_scratch(scratches)
+        scratch = scratches / f".{installed.version}-{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
+        request = Request(
+            foundry_id=installed.foundry_id,
+            folder=installed.folder,
+            scratch=scratch,
+            logs=log.with_name(f"{log.stem}-foundry"),
+        )
+        child = None
+        try:
+            child = await _spawn(request, log)
+            return cls(installed, await _listening(child, installed, log), child, scratch, log)
+        except BaseException as error:
+            if child is not None:
+                await _end(child)
+            shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise PrerequisiteError(f"{installed.foundry_id} cannot be started: {error}.", f"See {log}") from error
+            raise
+
+    @property
+    def alive(self) -> bool:
+        """Its process runs."""
+        return self._child.returncode is None
+
+    async def ended(self) -> str:
+        """Wait for the end of the process, and say how it ended."""
+        return f"{process.died(await self._child.wait())}: {process.last_words(self._log)}"
+
+    def memory_mb(self) -> float:
+        """Memory of the process in MB: proportional set size if known, else resident; some seconds old."""
+        if not self.alive:
+            return 0.0
+        if time.monotonic() - self._memory[0] > MEMORY_S:
+            self._memory = (time.monotonic(), process.group_memory_mb(self._child.pid))
+        return self._memory[1]
+
+    async def stop(self) -> None:
+        """End the process; requests that it is answering break off. Twice is harmless."""
+        try:
+            await _end(self._child)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def smoke_test(self) -> None:
+        """Send real requests: one that is answered as a whole, and one that is streamed.
+
+        Raises:
+            ServingError: The answer is none; it says what was asked and what came.
+        """
+        import httpx
+
+        called = self.installed.foundry_id
+        try:
+            async with (
+                asyncio.timeout(SMOKE_S),
+                httpx.AsyncClient(base_url=self.url, timeout=SMOKE_S, trust_env=False) as client,
+            ):
+                for prompt in PROMPTS:
+                    if await self._answers(client, prompt):
+                        break
+                else:
+                    raise ServingError(f"{called} answers nothing to {' nor '.join(map(repr, PROMPTS))}.")
+                await self._streams(client, prompt)
+        except TimeoutError as error:
+            raise ServingError(f"{called} took longer than {SMOKE_S:.0f} s for its smoke test.") from error
+        except httpx.HTTPError as error:
+            # The connection breaks a moment before the end of the process is known.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    ended = await self.ended()
+                raise ServingError(f"{called} crashed in its smoke test. {ended}", f"Its log: {self._log}") from error
+            raise ServingError(f"{called} failed its smoke test: {type(error).__name__} {error}") from error
+
+    async def _answers(self, client: httpx.AsyncClient, prompt: str) -> bool:
+        response = await client.post(CHAT, json=self._question(prompt))
+        try:
+            answer = response.json()
+            tokens, finish = int(answer["usage"]["completion_tokens"]), answer["choices"][0]["finish_reason"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._wrong(prompt, f"status {response.status_code}: {response.text[:500]}") from error
+        if response.status_code != 200 or not finish:
+            raise self._wrong(prompt, f"status {response.status_code}, finish reason {finish!r}")
+        return tokens > 0
+
+    async def _streams(self, client: httpx.AsyncClient, prompt: str) -> None:
+        question = {**self._question(prompt), "stream": True}
+        async with client.stream("POST", CHAT, json=question) as response:
+            # Other lines are comments: under load the runtime sends ": keep-alive".
+            lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]
+        if response.status_code != 200 or lines[-1:] != ["data: [DONE]"]:
+            raise self._wrong(prompt, f"as a stream status {response.status_code}, at its end {lines[-1:]}")
+        try:
+            choices = [json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-1]]
+            text = "".join(one["delta"].get("content") or "" for found in choices for one in found)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._wrong(prompt, f"as a stream {lines}"[:500]) from error
+        if not text:
+            raise self._wrong(prompt, "a stream without text")
+
+    def _question(self, prompt: str) -> dict[str, Any]:
+        return {
+            "model": self.installed.foundry_id,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+        }
+
+    def _wrong(self, prompt: str, got: str) -> ServingError:
+        return ServingError(f"{self.installed.foundry_id} failed its smoke test: asked {prompt!r}, it gave {got}.")
+
+
+async def _spawn(request: Request, log: Path) -> asyncio.subprocess.Process:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(f"{log.name}.1"))
+    # It talks to its own catalog on loopback, which the runtime would ask a proxy for.
+    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    with log.open("wb") as out:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", WORKER, request.model_dump_json()),
+            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and the child ends with it
+            stdout=asyncio.subprocess.PIPE,
+            stderr=out,
+            env={**inherited, "PYTHONUNBUFFERED": "1", **process.STEADY_MALLOC},
+            start_new_session=True,
+        )
+
+
+async def _listening(child: asyncio.subprocess.Process, installed: Installed, log: Path) -> str:
+    """The address that the child announces."""
+    assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
+    limit = START_S + sum(file.stat().st_size for file in installed.folder.glob("*")) / 1e6 / SLOWEST_MB_S
+    try:
+        async with asyncio.timeout(limit):
+            line = await child.stdout.readline()
+    except TimeoutError as error:
+        said = process.last_words(log)
+        raise ServingError(
+            f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}", f"Its log: {log}"
+        ) from error
+    try:
+        answer = Answer.model_validate_json(line)
+    except ValidationError as error:
+        ended = process.died(await child.wait()) if not line else "The process announces nothing"
+        said = process.last_words(log)
+        if process.DISK_FULL in said:
+            raise PrerequisiteError(f"The disk is full: {said}", process.FREE_SPACE) from error
+        raise ServingError(f"{installed.foundry_id} did not start. {ended}: {said}", f"Its log: {log}") from error
+    if answer.error:
+        raise errors.BY_NAME.get(answer.error, ServingError)(answer.message, answer.fix or f"Its log: {log}")
+    return answer.url
+
+
+async def _end(child: asyncio.subprocess.Process) -> None:
+    """Ask the child's group to end, then kill it; a cancelled wait kills it at once."""
+    try:
+        _signal(child, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await child.wait()
+    finally:
+        _signal(child, signal.SIGKILL)
+    await child.wait()
+
+
+def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, number)

@@ -1,0 +1,300 @@
+"""The processes behind one model name: the champion's, and those of other versions on demand.
+
+A new champion takes over in steps, the old one answering all the while: install, start, smoke test, switch, drain,
+stop. The switch is one assignment. A request holds the process that it got until it ends, and the drain waits for it.
+What is served is known to the registry and written down on this device, so a restarted service finds it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from slmops.deployment import Installed, ModelVersion
+from slmops.errors import ServingError, UsageError
+from slmops.foundry.layout import model_name
+from slmops.serving.backend import Backend
+from slmops.serving.source import Source, in_thread
+from slmops.serving.spares import Spares
+from slmops.serving.values import FleetState, Loaded, Unavailable, UnknownModel
+from slmops.serving.watch import Watch, at_fault, said
+from slmops.settings import Settings
+
+__all__ = ["Fleet", "FleetState", "Loaded", "Unavailable", "UnknownModel"]
+
+log = logging.getLogger(__name__)
+
+STEADY_S = 60.0
+"""A process that lived so long and dies is restarted at once; the next that dies sooner, after growing pauses."""
+PAUSE_MOST_S = 60.0
+RESTART_S = 3.0
+"""Seconds after which to ask again while the champion is restarted."""
+
+
+class Fleet:
+    """The champion of a model under its name, and each version under ``NAME:VERSION``.
+
+    Args:
+        name: The model's name in the registry.
+        settings: Where things are.
+        source: The registry and this device.
+        spare: How many versions may be loaded beside the champion.
+        poll_s: Seconds between looks at the registry.
+        drain_s: Seconds that requests to a replaced version may still take.
+        start_process: Starts one version.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        source: Source,
+        *,
+        spare: int = 1,
+        poll_s: float = 2.0,
+        drain_s: float = 300.0,
+        start_process: Callable[[Installed, Settings], Awaitable[Backend]] = Backend.start,
+    ) -> None:
+        self.name = name
+        self._settings = settings
+        self._source = source
+        self._spare = spare
+        self._poll_s = poll_s
+        self._drain_s = drain_s
+        self._start_process = start_process
+        self._watch = Watch(source, self._deploy, self._note, poll_s)
+        self._spares = Spares(spare, self._install, self._launch)
+        self._champion: Backend | None = None
+        self._draining: list[Backend] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tending: asyncio.Task[None] | None = None
+        self._last_failure: tuple[datetime, str] | None = None
+        self._switches = self._restarts = 0
+
+    # --- its life
+
+    async def start(self) -> None:
+        """Serve the champion, or where that cannot be had, the version that was served here last.
+
+        Raises:
+            UsageError: Nothing is promoted.
+            SlmopsError: Neither can be served.
+        """
+        wanted: ModelVersion | None = None
+        try:
+            wanted = await self._watch.ask()
+            if wanted is None:
+                raise UsageError(f"Nothing of {self.name} is promoted.", f"Run `slmops promote {self.name}` first.")
+            await self._deploy(wanted)
+            return
+        except UsageError:
+            raise
+        except Exception as error:
+            failure = error
+        last = await in_thread(self._source.current)
+        if last is None and wanted is None:
+            lost = f"The registry cannot be reached, and no version of {self.name} is on this device. {said(failure)}"
+            raise ServingError(lost, getattr(failure, "fix", None)) from failure
+        if last is None or (wanted is not None and wanted.version == last.version and at_fault(failure)):
+            raise failure
+        log.warning("version %d, the last one here, is served: %s", last.version, said(failure))
+        self._take_over(await self._launch(last))
+        # Only now: if nothing can be served on this device, that is not the champion's fault.
+        if wanted is not None and wanted.version != last.version:
+            await self._watch.failed(wanted, failure)
+
+    async def run(self) -> None:
+        """Watch the registry, until cancelled or stopped."""
+        self._tasks |= {task for task in [asyncio.current_task()] if task is not None}
+        while True:
+            try:
+                await self._watch.look(self._champion.installed.version if self._champion else None)
+            except Exception as error:
+                log.exception("a look at the registry failed")
+                self._note(f"A look at the registry failed: {said(error)}")
+            await asyncio.sleep(self._poll_s)
+
+    async def stop(self) -> None:
+        """End :meth:`run` and all processes; requests in flight break off."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._spares.stop()
+        await asyncio.gather(*(one.stop() for one in (self._champion, *self._draining) if one is not None))
+        self._champion = None
+
+    # --- what the proxy uses
+
+    @asynccontextmanager
+    async def lease(self, model: str) -> AsyncIterator[Backend]:
+        """A process to send one request for ``model`` to; it is not stopped before the request has ended.
+
+        Args:
+            model: NAME for the champion, NAME:VERSION, or a version's Foundry id.
+
+        Raises:
+            UnknownModel: There is no such model.
+            Unavailable: There is, but not now.
+        """
+        backend = await self._acquire(model)
+        try:
+            yield backend
+        finally:
+            backend.in_flight -= 1
+            backend.used = time.monotonic()
+
+    def models(self) -> list[dict[str, Any]]:
+        """What can be asked for, as OpenAI's list of models."""
+        champion = self._champion
+        if champion is None:
+            return []
+        created = {one.version: int(one.created.timestamp()) for one in self._offered()}
+        created.setdefault(champion.installed.version, int(champion.started))
+        rows = [(self.name, created[champion.installed.version])]
+        rows += [(f"{self.name}:{number}", created[number]) for number in sorted(created, reverse=True)]
+        return [{"id": name, "object": "model", "created": when, "owned_by": "slmops"} for name, when in rows]
+
+    def state(self) -> FleetState:
+        """How it is."""
+        champion = self._champion
+        served = champion.installed if champion else None
+        since = self._watch.unreachable_since
+        running = [one for one in (champion, *self._spares.loaded, *self._draining) if one is not None and one.alive]
+        return FleetState(
+            model=self.name,
+            version=served.version if served else None,
+            variant=served.variant if served else None,
+            foundry_id=served.foundry_id if served else None,
+            ready=champion is not None and champion.alive,
+            registry=f"unreachable since {since.isoformat(timespec='seconds')}" if since else "ok",
+            last_failure="{:%Y-%m-%d %H:%M:%S} UTC: {}".format(*self._last_failure) if self._last_failure else None,
+            switches=self._switches,
+            restarts=self._restarts,
+            loaded=tuple(
+                Loaded(
+                    id=f"{self.name}:{one.installed.version}",
+                    foundry_id=one.installed.foundry_id,
+                    memory_mb=one.memory_mb(),
+                    in_flight=one.in_flight,
+                )
+                for one in running
+            ),
+        )
+
+    async def _acquire(self, model: str) -> Backend:
+        champion = self._champion
+        if champion is None:
+            raise Unavailable(f"{self.name} is being loaded.", retry_after_s=RESTART_S)
+        served = champion.installed
+        if model in (self.name, f"{self.name}:{served.version}", served.foundry_id):
+            if not champion.alive:
+                raise Unavailable(f"{self.name} is being restarted.", retry_after_s=RESTART_S)
+            champion.in_flight += 1
+            return champion
+        for version in self._offered():
+            number = version.version
+            if model in (f"{self.name}:{number}", f"{model_name(self.name, version.variant)}:{number}"):
+                return await self._spares.acquire(version)
+        self._watch.renew()
+        names = ", ".join(row["id"] for row in self.models()[:20])
+        raise UnknownModel(f"There is no model {model[:100]!r} here.", f"There is {names}.")
+
+    def _offered(self) -> list[ModelVersion]:
+        served = self._champion.installed.version if self._champion else None
+        return [one for one in self._watch.versions if self._spare > 0 or one.version == served]
+
+    # --- processes come and go
+
+    async def _deploy(self, version: ModelVersion) -> None:
+        """Make ``version`` the one that is served; if anything raises, nothing has changed."""
+        installed = await self._install(version)
+        spare = await self._spares.take(version.version)
+        self._take_over(await (self._launch(installed) if spare is None else _tested(spare)))
+        try:
+            await in_thread(self._source.make_current, installed)
+        except Exception as error:
+            self._note(f"{version.label} is served, but that could not be written down: {said(error)}")
+
+    async def _install(self, version: ModelVersion) -> Installed:
+        return await in_thread(self._source.install, version)
+
+    async def _launch(self, installed: Installed) -> Backend:
+        return await _tested(await self._start_process(installed, self._settings))
+
+    def _take_over(self, backend: Backend) -> None:
+        old, self._champion = self._champion, backend
+        if self._tending is not None:
+            self._tending.cancel()
+        self._tending = self._spawn(self._tend(backend))
+        if old is not None:
+            self._switches += 1
+            self._draining.append(old)
+            self._spawn(self._drain(old))
+        log.info("%s is served at %s", backend.installed.foundry_id, backend.url)
+
+    async def _drain(self, old: Backend) -> None:
+        """Stop a replaced process as soon as it has answered what it was asked."""
+        until = time.monotonic() + self._drain_s
+        try:
+            while old.alive and old.in_flight and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+            if old.alive and old.in_flight:
+                self._note(f"{old.installed.foundry_id} was stopped with {old.in_flight} requests unanswered.")
+        finally:
+            await old.stop()
+            self._draining.remove(old)
+
+    async def _tend(self, backend: Backend) -> None:
+        """Restart the champion's process whenever it dies; cancelled when another version takes over."""
+        deaths = 0
+        while True:
+            up = time.monotonic()
+            ended = await backend.ended()
+            self._note(f"{backend.installed.foundry_id} died and is restarted. {ended}")
+            await backend.stop()
+            deaths = 0 if time.monotonic() - up > STEADY_S else deaths
+            while not backend.alive:
+                await asyncio.sleep(min(2 ** (deaths - 1), PAUSE_MOST_S) if deaths else 0)
+                deaths += 1
+                try:
+                    backend = await self._launch(backend.installed)
+                except Exception as error:
+                    self._note(f"{backend.installed.foundry_id} cannot be restarted: {said(error)}")
+                    await self._repair(backend.installed)
+            self._champion = backend
+            self._restarts += 1
+
+    async def _repair(self, installed: Installed) -> None:
+        """Bring back files of the version that are gone or damaged."""
+        for version in self._watch.versions:
+            if version.version == installed.version:
+                try:
+                    await self._install(version)
+                except Exception as error:
+                    log.warning("%s cannot be installed again: %s", version.label, said(error))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _note(self, failure: str) -> None:
+        if self._last_failure is None or self._last_failure[1] != failure:  # else every look would log it again
+            log.warning("%s", failure)
+        self._last_failure = (datetime.now(UTC), failure)
+
+
+async def _tested(backend: Backend) -> Backend:
+    """The process, if it passes its smoke test; else it is stopped."""
+    try:
+        await backend.smoke_test()
+    except BaseException:
+        await backend.stop()
+        raise
+    return backend

@@ -1,0 +1,121 @@
+"""Versions beside the champion: started when somebody asks for one; the idle one longest unused makes room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from slmops.deployment import Installed, ModelVersion
+from slmops.serving.backend import Backend
+from slmops.serving.values import Unavailable
+from slmops.serving.watch import said
+
+log = logging.getLogger(__name__)
+
+BROKEN_S = 60.0
+"""Seconds for which a version that failed is not started again, however many ask for it."""
+
+
+class Spares:
+    """At most ``most`` running versions.
+
+    Args:
+        most: How many.
+        install: Has a version on this device.
+        launch: Starts and tests its process.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        install: Callable[[ModelVersion], Awaitable[Installed]],
+        launch: Callable[[Installed], Awaitable[Backend]],
+    ) -> None:
+        self._most = most
+        self._install = install
+        self._launch = launch
+        self._room = asyncio.Lock()
+        self._loaded: dict[int, Backend] = {}
+        self._starting: dict[int, asyncio.Task[Backend]] = {}
+        self._waiting: Counter[int] = Counter()
+        self._broken: dict[int, tuple[float, str]] = {}
+
+    @property
+    def loaded(self) -> list[Backend]:
+        """Those that run."""
+        return [backend for backend in self._loaded.values() if backend.alive]
+
+    async def acquire(self, version: ModelVersion) -> Backend:
+        """A running process of ``version``, started if there is none, with one more request counted as in flight.
+
+        Raises:
+            Unavailable: It cannot be had now.
+        """
+        backend = self._loaded.get(version.version)
+        if backend is None or not backend.alive:
+            backend = await self._started(version)
+        backend.in_flight += 1
+        return backend
+
+    async def take(self, number: int) -> Backend | None:
+        """Give a running version away, to be the champion."""
+        if number in self._starting:
+            await asyncio.wait([self._starting[number]])
+        backend = self._loaded.pop(number, None)
+        return backend if backend is not None and backend.alive else None
+
+    async def stop(self) -> None:
+        """End all processes."""
+        for task in list(self._starting.values()):
+            task.cancel()
+        await asyncio.gather(*self._starting.values(), return_exceptions=True)
+        await asyncio.gather(*(backend.stop() for backend in self._loaded.values()))
+        self._loaded.clear()
+
+    async def _started(self, version: ModelVersion) -> Backend:
+        number = version.version
+        until, reason = self._broken.get(number, (0.0, ""))
+        if time.monotonic() < until:
+            raise Unavailable(reason, retry_after_s=until - time.monotonic())
+        if number not in self._starting:
+            task = asyncio.create_task(self._start(version))
+            self._starting[number] = task
+            task.add_done_callback(lambda _: self._starting.pop(number))
+        # Who waits is counted, so that what was just started is not stopped again before the first of them has it.
+        self._waiting[number] += 1
+        try:
+            # Shielded: a client that goes away does not end what others wait for.
+            return await asyncio.shield(self._starting[number])
+        finally:
+            self._waiting[number] -= 1
+
+    async def _start(self, version: ModelVersion) -> Backend:
+        try:
+            installed = await self._install(version)
+            async with self._room:
+                await self._make_room()
+                backend = await self._launch(installed)
+                self._loaded[version.version] = backend
+                return backend
+        except Unavailable:
+            raise
+        except Exception as error:
+            reason = f"{version.label} cannot be served: {said(error)}"
+            log.warning("%s", reason)
+            self._broken[version.version] = (time.monotonic() + BROKEN_S, reason)
+            raise Unavailable(reason, retry_after_s=BROKEN_S) from error
+
+    async def _make_room(self) -> None:
+        for number, backend in list(self._loaded.items()):
+            if not backend.alive:
+                await self._loaded.pop(number).stop()
+        while len(self._loaded) >= self._most:
+            idle = [number for number, one in self._loaded.items() if not one.in_flight and not self._waiting[number]]
+            if not idle:
+                raise Unavailable(f"No more than {self._most} versions beside the champion are loaded, all in use.")
+            oldest = min(idle, key=lambda number: self._loaded[number].used)
+            log.info("%s makes room", self._loaded[oldest].installed.foundry_id)
+            await self._loaded.pop(oldest).stop()

@@ -1,0 +1,213 @@
+"""A fleet of processes that are none, with a registry and a device that are none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slmops.deployment import Installed, ModelVersion
+from slmops.errors import ServingError, TrackingError
+from slmops.serving.fleet import Fleet
+from slmops.settings import Settings
+
+CREATED = datetime(2026, 1, 2, tzinfo=UTC)
+DOWN = TrackingError("MLflow at http://x does not answer.", "Start it.")
+BAD = ServingError("bot-int8-generic-cpu:2 failed its smoke test: asked 'Say hello.', it gave status 500.")
+
+
+def version(number: int, promoted: str = "first") -> ModelVersion:
+    return ModelVersion(
+        name="bot",
+        version=number,
+        variant="int8",
+        location=f"mlflow-artifacts:/1/models/m-{number}/artifacts",
+        manifest_sha256="0" * 64,
+        size_mb=1.0,
+        memory_mb=1.0,
+        device="cpu",
+        provider="CPUExecutionProvider",
+        run_id="r",
+        job_id="j",
+        created=CREATED,
+        tags={"slmops.promoted": promoted},
+    )
+
+
+def installed(number: int) -> Installed:
+    return Installed(
+        name="bot",
+        version=number,
+        variant="int8",
+        foundry_id=f"bot-int8-generic-cpu:{number}",
+        folder=Path(f"/nowhere/bot-int8-generic-cpu-{number}"),
+    )
+
+
+class FakeBackend:
+    """What a fleet sees of a process."""
+
+    def __init__(self, of: Installed, world: World) -> None:
+        self.installed = of
+        self.url = f"http://127.0.0.1:{of.version}"
+        self.started = 1.0
+        self.used = 0.0
+        self.in_flight = 0
+        self.stopped = False
+        self._world = world
+        self._dead = asyncio.Event()
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead.is_set()
+
+    async def ended(self) -> str:
+        await self._dead.wait()
+        return "The process was killed by SIGKILL: it said nothing"
+
+    def die(self) -> None:
+        self._dead.set()
+
+    def memory_mb(self) -> float:
+        return 100.0
+
+    async def smoke_test(self) -> None:
+        await asyncio.sleep(0)
+        if error := self._world.bad.get(self.installed.version):
+            raise error
+
+    async def stop(self) -> None:
+        await asyncio.sleep(0)
+        self.stopped = True
+        self._dead.set()
+
+
+class World:
+    """Processes that are started, and how those of a version fail; a registry and a device."""
+
+    def __init__(self, champion: int | None = 1, count: int = 5) -> None:
+        self.now = None if champion is None else version(champion)
+        self.all = [version(number) for number in range(count, 0, -1)]
+        self.last: Installed | None = None
+        self.down: Exception | None = None
+        self.undeliverable: dict[int, Exception] = {}
+        self.unwithdrawable: Exception | None = None
+        self.goes_back_to: ModelVersion | None = version(1)
+        self.unwritable: Exception | None = None
+        self.installs: list[int] = []
+        self.withdrawn: list[tuple[int, str]] = []
+        self.asked: Counter[str] = Counter()
+        # Processes.
+        self.backends: list[FakeBackend] = []
+        self.bad: dict[int, Exception] = {}
+        self.unstartable: dict[int, Exception] = {}
+        self.held: dict[int, asyncio.Event] = {}
+
+    # What a Source does, in threads.
+
+    def champion(self) -> ModelVersion | None:
+        self.asked["champion"] += 1
+        if self.down:
+            raise self.down
+        return self.now
+
+    def versions(self) -> list[ModelVersion]:
+        self.asked["versions"] += 1
+        return self.all
+
+    def install(self, wanted: ModelVersion) -> Installed:
+        self.installs.append(wanted.version)
+        if error := self.undeliverable.get(wanted.version):
+            raise error
+        return installed(wanted.version)
+
+    def make_current(self, done: Installed) -> None:
+        if self.unwritable:
+            raise self.unwritable
+        self.last = done
+
+    def current(self) -> Installed | None:
+        return self.last
+
+    def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
+        if self.unwithdrawable:
+            raise self.unwithdrawable
+        self.withdrawn.append((failed.version, reason))
+        if self.goes_back_to is not None:
+            self.now = self.goes_back_to
+        return self.goes_back_to
+
+    # What Backend.start does.
+
+    async def start(self, of: Installed, _: Settings) -> FakeBackend:
+        await self.held.get(of.version, _open()).wait()
+        if error := self.unstartable.get(of.version):
+            raise error
+        self.backends.append(FakeBackend(of, self))
+        return self.backends[-1]
+
+    @property
+    def running(self) -> list[int]:
+        return [one.installed.version for one in self.backends if one.alive]
+
+
+def _open() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+def fleet(world: World, **options: Any) -> Fleet:
+    return Fleet(
+        "bot",
+        Settings(home=Path("/nowhere")),
+        world,
+        start_process=world.start,  # type: ignore[arg-type]
+        **{"poll_s": 0.01, "drain_s": 5.0, **options},
+    )
+
+
+@asynccontextmanager
+async def serving(world: World, **options: Any) -> AsyncIterator[Fleet]:
+    """A fleet that watches; nothing may run when it has stopped."""
+    made = fleet(world, **options)
+    await made.start()
+    watching = asyncio.create_task(made.run())
+    try:
+        yield made
+        assert not watching.done()  # no failure ends the watch
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await made.stop()
+    assert world.running == []
+
+
+async def until(true: Callable[[], bool], seconds: float = 3.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def rounds(world: World, count: int = 4) -> None:
+    """Wait while the watch looks so many times more."""
+    wanted = world.asked["champion"] + count
+    await until(lambda: world.asked["champion"] >= wanted)
+
+
+def run(test: Callable[[World], Any], world: World | None = None) -> World:
+    world = world or World()
+    asyncio.run(test(world))
+    return world
+
+
+async def asked(made: Fleet, model: str = "bot") -> int:
+    """The version that answers."""
+    async with made.lease(model) as backend:
+        assert backend.in_flight > 0
+        assert backend.alive
+        return backend.installed.version

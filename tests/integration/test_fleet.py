@@ -1,0 +1,326 @@
+"""A fleet of real processes: two versions of a tiny model, under load while the champion switches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from slmops import prompt_template
+from slmops.deployment import Installed, ModelVersion
+from slmops.errors import ServingError
+from slmops.foundry import layout
+from slmops.models import Variant
+from slmops.serving.backend import CHAT, Backend
+from slmops.serving.fleet import Fleet
+from slmops.settings import Settings
+from tests import fleets, making
+from tests.fleets import until
+
+pytestmark = pytest.mark.integration
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+TOKENS = 24
+WAIT_S = 60.0
+# A service that starts one process, tells its number and is killed then.
+SERVICE = """
+import asyncio, sys
+from slmops.deployment import Installed
+from slmops.serving.backend import Backend
+from slmops.settings import Settings
+
+async def main():
+    backend = await Backend.start(Installed.model_validate_json(sys.argv[1]), Settings(home=sys.argv[2]))
+    print(backend._child.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@dataclass
+class Device:
+    """What is installed on a device, and a registry that names one of it."""
+
+    settings: Settings
+    versions_here: dict[int, Installed]
+    wanted: int = 1
+    withdrawn: list[tuple[int, str]] = field(default_factory=list)
+
+    def champion(self) -> ModelVersion:
+        return self._version(self.wanted)
+
+    def versions(self) -> list[ModelVersion]:
+        return [self._version(number) for number in sorted(self.versions_here, reverse=True)]
+
+    def install(self, version: ModelVersion) -> Installed:
+        return self.versions_here[version.version]
+
+    def make_current(self, installed: Installed) -> None:
+        pass
+
+    def current(self) -> Installed | None:
+        return self.versions_here[1]
+
+    def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion:
+        self.withdrawn.append((version.version, reason))
+        self.wanted = 1
+        return self.champion()
+
+    def _version(self, number: int) -> ModelVersion:
+        return fleets.version(number).model_copy(update={"variant": "fp32"})
+
+
+def place(variant: Variant, model: Path, settings: Settings, *, max_length: int) -> Installed:
+    """Lay a variant out as the next version, as a pull does."""
+    template = prompt_template.load(variant.path)
+    assert template is not None
+    job = making.job(model, max_length=max_length)  # of another length it is another version
+    folder, number, _ = layout.place(variant, "bot", job, prompt_template.derive(template), settings.deployed)
+    foundry_id = f"{layout.model_name('bot', variant.name)}:{number}"
+    return Installed(name="bot", version=number, variant=variant.name, foundry_id=foundry_id, folder=folder)
+
+
+def own(path: Path) -> Path:
+    """A file that is no link to the stock's any more."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    return path
+
+
+def change(weights: Path) -> None:
+    """Other weights of the same shapes: the model says something else."""
+    values = np.fromfile(own(weights), np.float32)
+    (values * np.float32(1.3)).tofile(weights)
+
+
+def no_weights(folder: Path) -> None:
+    own(folder / "model.onnx.data").write_bytes(b"")
+
+
+def no_config(folder: Path) -> None:
+    own(folder / "genai_config.json").write_text("{garbage")
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def variant(talkative: Path, stock: Settings) -> Variant:
+    return making.variant("fp32", making.job(talkative), stock)
+
+
+@pytest.fixture(scope="module")
+def device(variant: Variant, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    """Two good versions, and a broken one beside them; nothing but the champion is altered."""
+    settings = Settings(home=tmp_path_factory.mktemp("device"))
+    versions = [place(variant, talkative, settings, max_length=512 * number) for number in (1, 2, 3)]
+    change(versions[1].folder / "model.onnx.data")
+    # What an interrupted download leaves, and what other models may be like: the runtime reads all it finds.
+    models = versions[0].folder.parent
+    unfinished = models / ".aaa.0.part"
+    unfinished.mkdir()
+    for file in ("inference_model.json", "genai_config.json"):
+        shutil.copy(versions[0].folder / file, unfinished / file)
+    (models / "garbage-1").mkdir()
+    (models / "garbage-1" / "inference_model.json").write_text("{")
+    return Device(settings, {one.version: one for one in versions})
+
+
+async def ask(backend: Backend, client: httpx.AsyncClient, *, stream: bool = False) -> str:
+    """The greedy answer."""
+    question = {"model": backend.installed.foundry_id, "messages": MESSAGES, "temperature": 0, "max_tokens": TOKENS}
+    if not stream:
+        response = await client.post(backend.url + CHAT, json=question)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["message"]["content"])
+    pieces = []
+    async with client.stream("POST", backend.url + CHAT, json={**question, "stream": True}) as response:
+        assert response.status_code == 200
+        lines = [line async for line in response.aiter_lines() if line.startswith("data: ")]  # and comments
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        for choice in json.loads(line.removeprefix("data: "))["choices"]:
+            pieces.append(choice["delta"].get("content") or "")
+    return "".join(pieces)
+
+
+@asynccontextmanager
+async def serving(device: Device) -> AsyncIterator[Fleet]:
+    """A fleet that serves version 1 and watches."""
+    device.wanted = 1
+    device.withdrawn.clear()
+    fleet = Fleet("bot", device.settings, device, poll_s=0.2, drain_s=30)
+    await fleet.start()
+    watching = asyncio.create_task(fleet.run())
+    try:
+        yield fleet
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await fleet.stop()
+    assert workers() == []
+    assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []
+
+
+def workers() -> list[psutil.Process]:
+    """Our runtime processes."""
+    return [one for one in psutil.Process().children() if "slmops.foundry.service_worker" in one.cmdline()]
+
+
+def served(fleet: Fleet, number: int) -> Callable[[], bool]:
+    return lambda: fleet.state().ready and fleet.state().version == number
+
+
+async def one_answer(fleet: Fleet, client: httpx.AsyncClient, model: str = "bot", *, stream: bool = False) -> str:
+    async with fleet.lease(model) as backend:
+        return await ask(backend, client, stream=stream)
+
+
+def run(test: Callable[[Fleet, httpx.AsyncClient], Awaitable[None]], device: Device) -> None:
+    async def whole() -> None:
+        async with serving(device) as fleet, httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            await test(fleet, client)
+
+    asyncio.run(whole())
+
+
+def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
+    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
+        expected = {number: await one_answer(fleet, client, f"bot:{number}") for number in (1, 2)}
+        assert expected[1] != expected[2]
+        assert all(expected.values())
+        assert [one.id for one in fleet.state().loaded] == ["bot:1", "bot:2"]
+        answers: list[tuple[int, str]] = []
+        done = asyncio.Event()
+
+        async def load(stream: bool) -> None:
+            while not done.is_set():
+                async with fleet.lease("bot") as backend:
+                    number = backend.installed.version
+                    answers.append((number, await ask(backend, client, stream=stream)))
+
+        loads = [asyncio.create_task(load(stream)) for stream in (True, False, True, False)]
+        for number in (2, 1, 2, 1):
+            count = len(answers)
+            device.wanted = number
+            await until(served(fleet, number), WAIT_S)
+            await until(lambda count=count: len(answers) > count + 10, WAIT_S)  # type: ignore[misc]
+        done.set()
+        await asyncio.gather(*loads)  # raises what any of them raised
+        assert {number for number, _ in answers} == {1, 2}
+        assert [(number, text) for number, text in answers if text != expected[number]] == []
+        state = fleet.state()
+        assert (state.switches, state.restarts, state.last_failure) == (4, 0, None)
+        await until(lambda: len(fleet.state().loaded) == 1, WAIT_S)
+        assert len(workers()) == 1
+        assert 10 < fleet.state().loaded[0].memory_mb < 1000
+
+    run(test, device)
+
+
+def test_a_killed_process_comes_back(device: Device) -> None:
+    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
+        before = await one_answer(fleet, client)
+        [worker] = workers()
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises((httpx.HTTPError, ServingError)):
+            await one_answer(fleet, client)
+        await until(lambda: fleet.state().restarts == 1, WAIT_S)
+        assert await one_answer(fleet, client) == before
+        assert "was killed by SIGKILL" in (fleet.state().last_failure or "")
+
+    run(test, device)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (no_weights, "Foundry Local refuses bot-fp32-generic-cpu:3"),
+        (no_config, "Foundry Local refuses bot-fp32-generic-cpu:3"),
+        (gone, "Foundry Local does not find bot-fp32-generic-cpu:3"),
+    ],
+)
+def test_a_broken_version_leaves_the_old_one(
+    device: Device, damage: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    folder = device.versions_here[3].folder
+    shutil.copytree(folder, tmp_path / "kept")
+
+    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
+        before = await one_answer(fleet, client)
+        damage(folder)
+        device.wanted = 3
+        await until(lambda: bool(device.withdrawn), WAIT_S)
+        assert await one_answer(fleet, client) == before
+        assert fleet.state().version == 1
+        [(number, reason)] = device.withdrawn
+        assert number == 3
+        assert said in reason
+        assert said in (fleet.state().last_failure or "")
+        assert len(workers()) == 1
+
+    try:
+        run(test, device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(tmp_path / "kept", folder)
+
+
+def test_processes_end_with_the_service(device: Device) -> None:
+    argv = [sys.executable, "-c", SERVICE, device.versions_here[1].model_dump_json(), str(device.settings.home)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as service:
+        assert service.stdout is not None
+        worker = psutil.Process(int(service.stdout.readline()))
+        assert worker.is_running()
+        service.kill()
+    deadline = time.monotonic() + 5
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    # Its scratch folder is left, and removed when the next one starts.
+    scratch = device.settings.deployed / "serving" / "bot"
+    assert len(list(scratch.iterdir())) == 1
+
+    async def next_one() -> None:
+        backend = await Backend.start(device.versions_here[1], device.settings)
+        assert len(list(scratch.iterdir())) == 1
+        await backend.smoke_test()
+        await backend.stop()
+        await backend.stop()
+        assert not backend.alive
+        with pytest.raises(ServingError, match=r"crashed in its smoke test\. The process was killed by SIGTERM"):
+            await backend.smoke_test()
+
+    asyncio.run(next_one())
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_start_that_is_cancelled_leaves_no_process(device: Device) -> None:
+    async def test() -> None:
+        for pause in (0.0, 0.05, 0.3):
+            start = asyncio.create_task(Backend.start(device.versions_here[1], device.settings))
+            await asyncio.sleep(pause)
+            start.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await start
+            assert workers() == []
+
+    asyncio.run(test())
+    assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []

@@ -1,0 +1,299 @@
+"""Starting, testing and ending one version's process; the process is a script, its web service scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from slmops.deployment import Installed
+from slmops.errors import PrerequisiteError, ServingError, SlmopsError
+from slmops.foundry import service_worker
+from slmops.serving import backend as module
+from slmops.serving.backend import Backend
+from slmops.settings import Settings
+from tests import fleets
+
+READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'
+WAIT = "sys.stdin.read()\n"
+LISTENS = READY + WAIT
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Installed:
+    folder = tmp_path / "home" / "deployed" / "models" / "slmops" / "bot-int8-generic-cpu-1"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_text("graph")
+    return fleets.installed(1).model_copy(update={"folder": folder})
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have processes run this code."""
+    monkeypatch.setattr(module, "WORKER", "scripted_worker")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+
+    def write(code: str) -> None:
+        (tmp_path / "scripted_worker.py").write_text(f"import json, os, signal, sys, time\n{code}")
+
+    return write
+
+
+def children() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children() if "scripted_worker" in one.cmdline()]
+
+
+def scratches(settings: Settings) -> list[Path]:
+    return list((settings.deployed / "serving" / "bot").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("code", "raised", "said"),
+    [
+        ("print('garbage', flush=True)\n" + WAIT, ServingError, "did not start. The process announces nothing"),
+        ("print('[]', flush=True)\n" + WAIT, ServingError, "The process announces nothing"),
+        ("sys.exit('no such library')", ServingError, "The process ended with status 1: no such library"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ServingError, "The process was killed by SIGSEGV: it said nothing"),
+        ("sys.exit('OSError: No space left on device')", PrerequisiteError, "The disk is full"),
+        ("print('loading', file=sys.stderr, flush=True)\n" + WAIT, ServingError, "did not listen within 1 s: loading"),
+        ('print(\'{"error": "PrerequisiteError", "message": "M"}\', flush=True)\n' + WAIT, PrerequisiteError, "M"),
+        ('print(\'{"error": "KeyError", "message": "refused"}\', flush=True)\n' + WAIT, ServingError, "refused"),
+    ],
+)
+def test_a_process_that_does_not_start(
+    code: str,
+    raised: type[SlmopsError],
+    said: str,
+    installed: Installed,
+    settings: Settings,
+    worker: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "START_S", 0.6)
+    worker(code)
+
+    async def test() -> None:
+        with pytest.raises(raised) as caught:
+            await Backend.start(installed, settings)
+        assert said in caught.value.message
+        assert caught.value.fix
+        assert children() == []
+
+    asyncio.run(test())
+    assert scratches(settings) == []
+
+
+def test_a_process_from_start_to_stop(
+    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    worker(
+        "request = json.loads(sys.argv[1])\n"
+        "os.makedirs(request['scratch'])\n"
+        "print(json.dumps({**request, **dict(os.environ)}), file=sys.stderr)\n" + LISTENS
+    )
+    before = os.environ.copy()
+    log = settings.logs / "bot" / "serve-1.log"
+
+    async def test() -> None:
+        backend = await Backend.start(installed, settings)
+        assert (backend.url, backend.installed, backend.in_flight) == ("http://127.0.0.1:9", installed, 0)
+        assert backend.alive
+        [child] = children()
+        assert os.getpgid(child.pid) == child.pid
+        assert 1 < backend.memory_mb() < 500
+        told = json.loads(log.read_text())
+        assert told["foundry_id"] == "bot-int8-generic-cpu:1"
+        assert told["folder"] == str(installed.folder)
+        assert [str(one) for one in scratches(settings)] == [told["scratch"]]
+        assert told["MALLOC_ARENA_MAX"] == "1"
+        assert not [name for name in told if name.lower().endswith("_proxy")]
+        assert os.environ.copy() == before
+        await backend.stop()
+        assert not backend.alive
+        assert backend.memory_mb() == 0
+        assert await backend.ended() == f"The process was killed by SIGTERM: {log.read_text().strip()}"
+        assert scratches(settings) == []
+        await backend.stop()
+        # The log of the run before is kept.
+        again = await Backend.start(installed, settings)
+        assert json.loads(log.with_name("serve-1.log.1").read_text())["scratch"] == told["scratch"]
+        await again.stop()
+
+    asyncio.run(test())
+
+
+def test_a_process_that_does_not_want_to_end(
+    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 0.2)
+    worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS)
+
+    async def test() -> None:
+        backend = await Backend.start(installed, settings)
+        await backend.stop()
+        assert "killed by SIGKILL" in await backend.ended()
+        # Also if whoever stops it has no time for it.
+        backend = await Backend.start(installed, settings)
+        monkeypatch.setattr(module, "GRACE_S", 60)
+        stopping = asyncio.create_task(backend.stop())
+        await asyncio.sleep(0.1)
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        assert "killed by SIGKILL" in await backend.ended()
+
+    asyncio.run(test())
+
+
+def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
+    settings.logs.write_text("a file")
+    with pytest.raises(PrerequisiteError, match="cannot be started"):
+        asyncio.run(Backend.start(installed, settings))
+
+
+# --- the smoke test
+
+
+class Child:
+    """A process that runs."""
+
+    returncode = None
+
+    async def wait(self) -> int:
+        await asyncio.sleep(60)
+        return 0
+
+
+def answer(tokens: int = 3, finish: str | None = "stop") -> str:
+    return json.dumps({"usage": {"completion_tokens": tokens}, "choices": [{"finish_reason": finish}]})
+
+
+def stream(*pieces: str | None, end: str = "data: [DONE]\n\n") -> str:
+    chunks = [json.dumps({"choices": [{"delta": {"content": piece}}]}) for piece in pieces]
+    usage = json.dumps({"choices": [], "usage": {}})
+    return "".join(f"data: {chunk}\n\n: keep-alive\n\n" for chunk in [*chunks, usage]) + end
+
+
+@contextmanager
+def service(whole: tuple[int, str], streamed: tuple[int, str], pause: float = 0) -> Iterator[tuple[str, list[Any]]]:
+    """A web service that gives always the same."""
+    asked: list[Any] = []
+    leaving = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            leaving.wait(pause)
+            status, body = streamed if asked[-1].get("stream") else whole
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        leaving.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def smoke(url: str, folder: Path) -> None:
+    async def test() -> None:
+        child: Any = Child()
+        await Backend(fleets.installed(1), url, child, folder / "scratch", folder / "log").smoke_test()
+
+    asyncio.run(test())
+
+
+OK = (200, answer())
+OK_STREAM = (200, stream(None, "", "Hel", "lo"))
+
+
+def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
+    with service(OK, OK_STREAM) as (url, asked):
+        smoke(url, tmp_path)
+    assert [one.get("stream", False) for one in asked] == [False, True]
+    assert {one["model"] for one in asked} == {"bot-int8-generic-cpu:1"}
+    assert all(one["temperature"] == 0 and one["max_tokens"] > 0 for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("whole", "streamed", "said"),
+    [
+        ((200, answer(0)), OK_STREAM, "answers nothing to 'What is the capital of France?' nor 'Say hello.' nor"),
+        ((500, "oh"), OK_STREAM, "asked 'What is the capital of France?', it gave status 500: oh."),
+        ((400, answer()), OK_STREAM, "status 400, finish reason 'stop'"),
+        ((200, answer(3, None)), OK_STREAM, "status 200, finish reason None"),
+        ((200, "[]"), OK_STREAM, "status 200: []"),
+        ((200, '{"usage": null, "choices": []}'), OK_STREAM, "status 200: {"),
+        ((200, answer().replace("3", '"x"')), OK_STREAM, "status 200: {"),
+        (OK, (500, "oh"), "as a stream status 500"),
+        (OK, (200, stream("Hello", end="")), "as a stream status 200, at its end ['data: {"),
+        (OK, (200, stream(None, "")), "a stream without text"),
+        (OK, (200, "data: x\n\ndata: [DONE]\n\n"), "as a stream ['data: x'"),
+        (OK, (200, 'data: {"choices": [{"delta": null}]}\n\ndata: [DONE]\n\n'), "as a stream ['data: {"),
+        (OK, (200, ""), "at its end []"),
+    ],
+)
+def test_a_smoke_test_that_fails(whole: tuple[int, str], streamed: tuple[int, str], said: str, tmp_path: Path) -> None:
+    with service(whole, streamed) as (url, _), pytest.raises(ServingError) as caught:
+        smoke(url, tmp_path)
+    assert said in caught.value.message
+    assert "bot-int8-generic-cpu:1" in caught.value.message
+
+
+def test_a_smoke_test_takes_no_more_than_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMOKE_S", 0.3)
+    with service(OK, OK_STREAM, 30) as (url, _), pytest.raises(ServingError, match="took longer than 0 s"):
+        smoke(url, tmp_path)
+
+
+def test_a_smoke_test_of_nobody(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="failed its smoke test: ConnectError"):
+        smoke("http://127.0.0.1:9", tmp_path)
+
+
+# --- the process's own model cache
+
+
+def test_a_cache_of_its_own_where_there_are_links(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = service_worker.Request(
+        foundry_id="x:1", folder=installed.folder, scratch=tmp_path / "scratch", logs=tmp_path
+    )
+    cache = service_worker._cache(request)
+    assert cache.parent == request.scratch
+    [link] = (cache / "slmops").iterdir()
+    assert link.name == installed.folder.name
+    assert link.resolve() == installed.folder
+
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    other = request.model_copy(update={"scratch": tmp_path / "other"})
+    assert service_worker._cache(other) == installed.folder.parent.parent

@@ -52,7 +52,7 @@ def promote(request: Promotion) -> Promoted:
         if refused is not None and request.force is not None:
             log.warning("forced against: %s", refused.message)
             tags["slmops.forced"] = f"{request.force} (against: {'; '.join(verdict.against)})"[:4000]
-        promoted = move_aliases(uri, challenger, champion, tags, verdict)
+        promoted = move_aliases(uri, challenger, champion, tags, verdict, settings)
         log.info("%s is the champion of %s", challenger.label, request.name)
         return promoted
 
@@ -72,9 +72,8 @@ def rollback(name: Name) -> Promoted:
     with _alone(name, settings):
         champion, previous = find_previous(uri, name)
         check_files(uri, previous, settings)
-        rolled_back = move_aliases(
-            uri, previous, champion, {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}, None
-        )
+        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
+        rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
         log.info("%s is the champion of %s again", previous.label, name)
         return rolled_back
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from slmops.deployment import Promoted, Promotion
 from slmops.errors import SlmopsError, WorkError
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
 from slmops.job import Job
@@ -44,6 +45,26 @@ def soak(request: Soak, *, json: bool) -> int:
         except SoakError as error:
             _show_soak(error.result, servers, json=json)
             raise
+    return 0
+
+
+def promote(promotion: Promotion, *, json: bool) -> int:
+    """A promotion; returns the exit code."""
+    with _prefect():
+        from flows.promote import promote
+
+        if promotion.approval:
+            say("waiting for a decision on the Prefect page of this run")
+        _show_promoted(promote(promotion), json=json)
+    return 0
+
+
+def rollback(name: str, *, json: bool) -> int:
+    """A rollback; returns the exit code."""
+    with _prefect():
+        from flows.promote import rollback
+
+        _show_promoted(rollback(name), json=json)
     return 0
 
 
@@ -94,6 +115,8 @@ def _show(comparison: Comparison, servers: Stack, *, json: bool) -> None:
 
     print_comparison(comparison, json=json)
     say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(comparison.run_id)}")
+    if comparison.choice.variant is not None:
+        say(f"deploy {comparison.choice.variant}: slmops promote {comparison.model}")
 
 
 def _show_soak(result: SoakResult, servers: Stack, *, json: bool) -> None:
@@ -103,6 +126,11 @@ def _show_soak(result: SoakResult, servers: Stack, *, json: bool) -> None:
     print(result.model_dump_json(indent=2) if json else soaking.text(result), flush=True)
     if result.run_id is not None:
         say(f"\nin MLflow: {Tracker(servers.tracking_uri).run_url(result.run_id)}")
+
+
+def _show_promoted(promoted: Promoted, *, json: bool) -> None:
+    print(promoted.model_dump_json(indent=2) if json else promoted.text, flush=True)
+    say(f"\nin MLflow: {promoted.url}")
 
 
 def _terminate(*_: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,12 +80,18 @@ def make_current_locked(version: Installed, settings: Settings) -> None:
     if state is None or state.current != version.foundry_id:
         state = _State(current=version.foundry_id, previous=state.current if state else None)
         write_atomic(_file(version.name, settings), state.model_dump_json(indent=2) + "\n")
-    kept = (state.current, state.previous)
-    _remove([one for one in installed(version.name, settings) if one.foundry_id not in kept], settings)
+    _keep(version.name, {state.current, state.previous}, settings)
     for folder in downloads_of(settings).glob("*"):
         manifest = read_manifest(part_of(folder, MANIFEST))
         if manifest is not None and manifest.model == version.name:  # of a version that was given up
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
+    """Remove the versions of a model that are neither among ``foundry_ids`` nor what users of this device get."""
+    with locked(name, settings):
+        state = _read(name, settings)
+        _keep(name, {*foundry_ids, *((state.current, state.previous) if state else ())}, settings)
 
 
 @contextmanager
@@ -141,6 +147,10 @@ def move_aside(folder: Path, settings: Settings) -> Path:
 def work_of(name: str, settings: Settings) -> Path:
     """Where a child finds its request; not where a job of that model works, which is emptied when one begins."""
     return settings.deployed / "work" / name
+
+
+def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) -> None:
+    _remove([one for one in installed(name, settings) if one.foundry_id not in foundry_ids], settings)
 
 
 def _installed(name: str, folder: Path) -> Installed | None:

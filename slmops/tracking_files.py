@@ -79,6 +79,9 @@ def _check(response: Any, uri: str, path: str) -> None:
         return
     if status in (404, 410):
         raise _gone(path)
+    from slmops.tracking_client import without_password
+
+    uri = without_password(uri)
     said = f"MLflow at {uri} answers {status} ({response.reason}) for {path}."
     if status in (401, 403):
         raise NotGivenError(

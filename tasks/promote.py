@@ -8,9 +8,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
-from slmops import promotion, pull
+from slmops import deployed, promotion, pull
 from slmops.deployment import Installed, ModelVersion, Promoted, Promotion
 from slmops.errors import PromotionError, UsageError
+from slmops.foundry.layout import model_name
 from slmops.models import to_name
 from slmops.promotion import Verdict
 from slmops.registry import Registry
@@ -58,11 +59,20 @@ def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
 
 @task(name="move aliases", task_run_name="version {version.version} becomes the champion", cache_policy=NO_CACHE)
 def move_aliases(
-    uri: str, version: ModelVersion, champion: ModelVersion | None, tags: dict[str, str], verdict: Verdict | None
+    uri: str,
+    version: ModelVersion,
+    champion: ModelVersion | None,
+    tags: dict[str, str],
+    verdict: Verdict | None,
+    settings: Settings,
 ) -> Promoted:
     """Make it the champion. Not retried: a second attempt would find the first one's result in its way."""
     registry = Registry(uri)
     registry.promote(version, champion, tags)
+    kept = [one for one in (version, champion) if one is not None]
+    deployed.tidy(
+        version.name, [f"{model_name(one.name, one.variant)}:{one.version}" for one in kept], settings
+    )  # what this and earlier promotions fetched for their checks
     return Promoted(
         model=version.name,
         version=version.version,

@@ -59,6 +59,12 @@ def test_current_and_previous_stay_and_the_others_go(device: Device, versions: V
     assert device.here() == [4, 2]
 
 
+def test_tidying_keeps_what_is_named_and_what_users_get(device: Device, versions: Versions) -> None:
+    deployed.tidy("bot", [versions[3].foundry_id], device.settings)
+    assert device.here() == [3, 2, 1]
+    assert state(device) == ("2", "1")
+
+
 def test_a_version_that_stays_in_the_catalog_keeps_its_files(device: Device, versions: Versions) -> None:
     device.kept = {"bot-int8-generic-cpu:3"}
     pull.make_current(versions[4], device.settings)

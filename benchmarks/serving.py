@@ -22,6 +22,7 @@ from typing import Any
 
 from slmops import daemon, process
 from slmops.evaluation import prompts, speed
+from slmops.foundry.layout import model_name
 from slmops.settings import Settings
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
@@ -41,15 +42,15 @@ def main(name: str, variant: str, other: str) -> None:
     with log.open("wb") as out:
         service = subprocess.Popen([SLMOPS, "serve", name, "--port", str(port)], stdout=out, stderr=out)
     try:
-        _overhead(name, _until(port, None), port, settings)
+        version = _until(port, None)["version"]
+        _overhead(name, f"{model_name(name, variant)}:{version}", port, settings)
         _switches(name, port)
     finally:
         service.terminate()
         service.wait(60)
 
 
-def _overhead(name: str, health: dict[str, Any], port: int, settings: Settings) -> None:
-    foundry_id = str(health["foundry_id"])
+def _overhead(name: str, foundry_id: str, port: int, settings: Settings) -> None:
     folder = settings.deployed / "models" / "slmops" / foundry_id.replace(":", "-")
     context = json.loads((folder / "genai_config.json").read_text())["model"]["context_length"]
     [text] = prompts.of_lengths([speed.HEADLINE_TOKENS], context, folder).values()

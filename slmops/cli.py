@@ -19,6 +19,7 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
+from slmops import cli_deploy
 from slmops.cli_flows import print_comparison as _print
 from slmops.cli_flows import report as _report
 from slmops.cli_flows import run as _run
@@ -176,14 +177,18 @@ def down() -> int:
 
 
 @app.command
-def status(*, json: bool = False) -> int:
-    """Say what is running.
+def status(name: str | None = None, /, *, json: bool = False) -> int:
+    """Say what is running; or of a model, which versions there are and which of them is deployed.
 
     Parameters
     ----------
+    name
+        The model.
     json
         Print it as JSON.
     """
+    if name is not None:
+        return cli_deploy.versions(name, json=json)
     found = _status()
     if json:
         print(jsonlib.dumps(found, indent=2))
@@ -192,7 +197,13 @@ def status(*, json: bool = False) -> int:
     for server in ("prefect", "mlflow"):
         state = found[server]
         print(f"{server:8} {state['url'] or '-'}  {'ok' if state['ok'] else 'not running'}")
+    if serving := found["serving"]:
+        print(f"serving  {serving['url']}  {serving['model']}  {'ok' if serving['ok'] else 'not answering'}")
     return 0
+
+
+for _command in (cli_deploy.promote, cli_deploy.rollback, cli_deploy.serve, cli_deploy.pull, cli_deploy.catalog):
+    app.command(_command)
 
 
 def main() -> None:
@@ -222,8 +233,10 @@ def _main(argv: list[str]) -> int:
 
 def _status() -> dict[str, Any]:
     from slmops import stack
+    from slmops.serving import status
 
-    return stack.status(Settings()).model_dump(mode="json")
+    settings = Settings()
+    return stack.status(settings).model_copy(update={"serving": status.status(settings.home)}).model_dump(mode="json")
 
 
 def _read_job_file(argv: list[str]) -> None:

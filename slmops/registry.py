@@ -128,7 +128,7 @@ class Registry:
                 MEMORY: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
                 DEVICE: manifest.device,
                 PROVIDER: manifest.provider,
-                "slmops.gates": f"passed {sum(gate.outcome == 'pass' for gate in result.gates)} of {len(result.gates)}",
+                "slmops.gates": _passed(result),
                 RUN: result.run_id or "",
                 JOB: job_id,
             }
@@ -270,6 +270,11 @@ class Registry:
             f"{version.label} was not promoted: another promotion came first, and {holder} is the champion now.",
             "Look at `slmops status` and promote again if it still should be.",
         )
+
+
+def _passed(result: VariantResult) -> str:
+    outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
+    return f"passed {outcomes.count('pass')} of {len(outcomes)}"
 
 
 def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:

@@ -103,6 +103,16 @@ def slmops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     command("down")
 
 
+@pytest.fixture(scope="session")
+def comparison(slmops: Command) -> dict[str, Any]:
+    """A quick job on the real model."""
+    done = slmops("run", "--model", "demo", "--precision", "int8", "--precision", "fp32", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)  # nothing but the comparison is on stdout
+    return answer
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A tiny checkpoint of random weights, other ones for each test, so that none finds its variants made already."""

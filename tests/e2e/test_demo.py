@@ -41,15 +41,6 @@ os._exit(0)
 """
 
 
-@pytest.fixture(scope="module")
-def comparison(slmops: Any) -> dict[str, Any]:
-    done = slmops("run", "--model", "demo", "--precision", "int8", "--precision", "fp32", "--quick", "--json")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)  # nothing but the comparison is on stdout
-    return answer
-
-
 def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> None:
     assert comparison["model"] == NAME
     by_name = {variant["name"]: variant for variant in comparison["variants"]}

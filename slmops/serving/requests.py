@@ -1,0 +1,220 @@
+"""What a client asked, read and bounded.
+
+The runtime trusts what it gets: JSON nested some 30,000 deep overflows its stack, and a schema that wants a thousand
+million items takes all memory of the machine. So everything is parsed here, and what goes on to the runtime is written
+anew from what was understood.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slmops.serving import schemas
+from slmops.serving.limits import Limits
+from slmops.serving.refused import Refused
+
+MAX_DEPTH = 50
+MAX_INTEGER = 2**63
+
+
+class _Part(BaseModel):
+    """Only text: a service of text models must not be made to read files or addresses of images."""
+
+    type: Literal["text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text"]
+
+
+class _Message(BaseModel):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class _Item(BaseModel):
+    """One of the several kinds of items of /v1/responses; what they share."""
+
+    type: str = "message"
+    role: str = ""
+    content: str | list[_Part] | None = None
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class _Format(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class _Text(BaseModel):
+    format: _Format | None = None
+
+
+_Tokens = Annotated[int, Field(ge=1)] | None
+_Number = Annotated[str, Field(pattern=r"^\s*-?\d{1,9}$")]
+
+
+class _Metadata(BaseModel):
+    """Free text, but the runtime reads these two as numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    top_k: _Number = "0"
+    random_seed: _Number = "0"
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=300)]
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    user: str | None = None
+    store: bool | None = None
+    metadata: _Metadata | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class _Chat(_Common):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_tokens: _Tokens = None
+    max_completion_tokens: _Tokens = None
+    n: Literal[1] | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: _Format | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class _Responses(_Common):
+    input: str | Annotated[list[_Item], Field(min_length=1)]
+    max_output_tokens: _Tokens = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    text: _Text | None = None
+    reasoning: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that may go to the runtime.
+
+    Attributes:
+        model: The name that the client used.
+        stream: The answer is wanted piece by piece.
+        drop_usage: The runtime will add a piece with the token counts that the client did not ask for.
+        ours: The token limit is ours, not the client's.
+    """
+
+    model: str
+    stream: bool
+    drop_usage: bool
+    ours: bool
+    _body: dict[str, Any]
+    _limits: tuple[str, ...]
+
+    def payload(self, foundry_id: str, tokens: int | None = None) -> bytes:
+        """The request for the runtime.
+
+        Args:
+            foundry_id: The model as the runtime knows it.
+            tokens: Token limit instead of the one in the request.
+        """
+        limits = {} if tokens is None else dict.fromkeys(self._limits, tokens)
+        return json.dumps({**self._body, "model": foundry_id, **limits}, ensure_ascii=False).encode()
+
+
+def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> Asked:
+    """Understand a request.
+
+    Raises:
+        Refused: It is no request, or one that this service does not let through.
+    """
+    body = _parse(raw)
+    model = _Chat if endpoint == "chat" else _Responses
+    try:
+        understood = model.model_validate(body)
+    except ValidationError as error:
+        raise _wrong_field(error) from None
+    for field in ("tools", "response_format", "text"):
+        if body.get(field):
+            schemas.bound(body[field], field)
+    names = ("max_tokens", "max_completion_tokens") if endpoint == "chat" else ("max_output_tokens",)
+    wanted = {name: body[name] for name in names if body.get(name) is not None}
+    given = wanted or {names[0]: limits.max_output_tokens}
+    ours = not wanted or max(wanted.values()) > limits.max_output_tokens
+    body = {key: value for key, value in body.items() if key not in names}
+    body |= {name: min(value, limits.max_output_tokens) for name, value in given.items()}
+    drop_usage = False
+    if endpoint == "chat":
+        schemas.unwrap(body)
+        if understood.stream:
+            options = understood.stream_options
+            drop_usage = not (options and options.include_usage)
+            body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    return Asked(understood.model, bool(understood.stream), drop_usage, ours, body, tuple(given))
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
+        raise Refused(400, f"The body is not JSON: {error}.", "invalid_json") from None
+    if not isinstance(body, dict):
+        raise Refused(400, "The body is not a JSON object.", "invalid_json")
+    values: list[tuple[Any, int]] = [(body, 1)]
+    while values:
+        value, depth = values.pop()
+        if isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+            inner = value.values() if isinstance(value, dict) else value
+            values.extend((one, depth + 1) for one in inner)
+        elif isinstance(value, int) and abs(value) >= MAX_INTEGER:
+            raise Refused(400, "The body has an integer of more than 64 bits.", "invalid_json")
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise Refused(400, "The body has half a UTF-16 surrogate pair in a string.", "invalid_json") from None
+    except ValueError:
+        raise Refused(400, "The body has a number that is infinite or none.", "invalid_json") from None
+    return body
+
+
+def _too_deep() -> Refused:
+    return Refused(400, f"The body is nested more than {MAX_DEPTH} deep.", "invalid_json")
+
+
+def _wrong_field(error: ValidationError) -> Refused:
+    # Of a union each branch complains, and the one that fits best the deepest.
+    found = max(
+        error.errors(include_url=False, include_input=False, include_context=False), key=lambda e: len(e["loc"])
+    )
+    # It also adds the name of the branch, as "list[_Part]" or "str".
+    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELDS]
+    param = ".".join(path) or None
+    missing = found["type"] == "missing"
+    message = f"{param}: {found['msg']}." if param else f"{found['msg']}."
+    return Refused(400, message, "missing_required_parameter" if missing else "invalid_value", param)
+
+
+_FIELDS = {
+    name
+    for model in (_Chat, _Responses, _Message, _Item, _Part, _StreamOptions, _Text, _Format, _Metadata)
+    for name in model.model_fields
+}

@@ -1,0 +1,178 @@
+"""From the comparison to an application that uses the model: promote, serve, switch under load, roll back, pull."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+NAME = "smollm2-135m-instruct"
+PARIS = "What is the capital of France? Answer in one sentence."
+
+# An application: nothing of slmops in it.
+CHAT = """
+import json, sys
+from openai import OpenAI, NotFoundError
+url, model = sys.argv[1:]
+client = OpenAI(base_url=url, api_key="none", max_retries=0)
+question = "What is the capital of Italy? Answer in one sentence."
+ask = {"model": model, "messages": [{"role": "user", "content": question}]}
+whole = client.chat.completions.create(**ask, temperature=0, max_tokens=24)
+pieces = client.chat.completions.create(**ask, temperature=0, max_tokens=24, stream=True)
+streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+responded = client.responses.create(model=model, input=question, temperature=0, max_output_tokens=24)
+try:
+    client.chat.completions.create(**{**ask, "model": "nothing"})
+    refused = None
+except NotFoundError as error:
+    refused = error.code
+print(json.dumps({"model": whole.model, "answer": whole.choices[0].message.content, "streamed": streamed,
+    "responded": responded.output_text, "refused": refused, "models": [model.id for model in client.models.list()]}))
+"""
+
+
+class Service:
+    """``slmops serve`` under way."""
+
+    def __init__(self, slmops: Any, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._start = lambda: slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
+        self.started = self._start()
+
+    def again(self) -> None:
+        """As a supervisor does."""
+        self.started = self._start()
+
+    def health(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
+        return answer
+
+    def wait_for(self, version: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.started.process.poll() is None, self.started.lines
+            try:
+                if self.health()["version"] == version:
+                    return
+            except (httpx.TransportError, KeyError):
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"version {version} is not served: {self.started.lines}")
+
+
+@pytest.fixture(scope="module")
+def versions(slmops: Any, comparison: dict[str, Any]) -> dict[str, int]:
+    """Variant to version; fp32 is deployed."""
+    made = {variant["name"]: variant["version"] for variant in comparison["variants"]}
+    done = slmops("promote", NAME, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME} version {made['fp32']} (fp32) is the champion now." in done.stdout
+    return made
+
+
+@pytest.fixture(scope="module")
+def service(slmops: Any, versions: dict[str, int]) -> Iterator[Service]:
+    from tests.e2e.conftest import free_port
+
+    running = Service(slmops, free_port())
+    running.wait_for(versions["fp32"])
+    yield running
+    assert running.started.end(signal.SIGTERM) in (0, 130)
+
+
+def test_an_application_talks_to_it(service: Service) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT, f"{service.url}/v1", NAME], capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout)
+    assert said["model"].startswith(f"{NAME}-fp32-generic-cpu:")
+    for way in ("answer", "streamed", "responded"):
+        assert "Rome" in said[way], said
+    assert said["refused"] == "model_not_found"
+    assert said["models"][0] == NAME
+
+
+def test_promotion_and_rollback_under_load_lose_no_request(
+    slmops: Any, service: Service, versions: dict[str, int]
+) -> None:
+    stop = threading.Event()
+    outcomes: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+
+    def keep_asking() -> None:
+        body = {"model": NAME, "max_tokens": 8, "messages": [{"role": "user", "content": PARIS}]}
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            while not stop.is_set():
+                response = client.post("/v1/chat/completions", json=body)
+                whole = response.status_code == 200 and response.json()["usage"]["completion_tokens"] > 0
+                outcomes["ok" if whole else f"{response.status_code} {response.text}"] += 1
+                answered[response.headers.get("x-slmops-version", "none")] += 1
+
+    clients = [threading.Thread(target=keep_asking) for _ in range(3)]
+    for client in clients:
+        client.start()
+    try:
+        promoted = slmops.json("promote", NAME)  # the choice of the comparison
+        assert (promoted["variant"], promoted["replaced"]) == ("int8", versions["fp32"])
+        service.wait_for(versions["int8"])
+        assert slmops.json("rollback", NAME)["version"] == versions["fp32"]
+        service.wait_for(versions["fp32"])
+        assert slmops.json("rollback", NAME)["version"] == versions["int8"]
+        service.wait_for(versions["int8"])
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert set(outcomes) == {"ok"}
+    assert set(answered) == {str(versions["fp32"]), str(versions["int8"])}
+
+
+def test_status_tells_what_is_served(slmops: Any, service: Service, versions: dict[str, int]) -> None:
+    assert slmops.json("status")["serving"] == {"url": service.url, "model": NAME, "ok": True}
+    listed = {one["version"]: set(one["aliases"]) for one in slmops.json("status", NAME)["versions"]}
+    assert listed == {versions["int8"]: {"champion", "int8"}, versions["fp32"]: {"previous", "fp32"}}
+
+
+def test_it_comes_back_after_a_kill_with_the_champion_it_had(service: Service, versions: dict[str, int]) -> None:
+    before = service.started.process.pid
+    children = [int(pid) for pid in Path(f"/proc/{before}/task/{before}/children").read_text().split()]
+    assert children
+    assert service.started.end(signal.SIGKILL) == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):  # no runtime is left behind
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    service.again()
+    service.wait_for(versions["int8"])
+
+
+def test_another_device_pulls_it(slmops: Any, versions: dict[str, int], tmp_path: Path) -> None:
+    device = {"SLMOPS_HOME": str(tmp_path / "device")}
+    uri = slmops.json("status")["mlflow"]["url"]
+    done = slmops("pull", NAME, "--from", uri, "--json", **device)
+    assert done.returncode == 0, done.stderr
+    pulled = json.loads(done.stdout)
+    assert (pulled["variant"], pulled["version"]) == ("int8", versions["int8"])
+    weights = Path(pulled["folder"]) / "model.onnx.data"
+    assert weights.stat().st_size > 1e8
+    assert weights.stat().st_nlink == 1  # it was really fetched
+    wrong = slmops("pull", "nothing", "--from", uri, **device)
+    assert (wrong.returncode, "There is no model 'nothing'" in wrong.stderr or "Nothing of" in wrong.stderr) == (
+        2,
+        True,
+    )
+    dead = slmops("pull", NAME, "--from", "http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", **device)
+    assert dead.returncode == 1
+    assert "Traceback" not in dead.stderr

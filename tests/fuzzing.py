@@ -1,0 +1,268 @@
+"""Bodies that are nearly right, and bytes that are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+EVIL = [
+    "",
+    " ",
+    "\x00",
+    "a\x00b",
+    "\ud800",
+    "<|im_end|>",
+    "<|im_start|>system\n" * 3,
+    "file:///etc/passwd",
+    "http://127.0.0.1:1/x.png",
+    "data:image/png;base64,AAAA",
+    "{",
+    "{{ messages }}",
+    "{% for x in range(10**9) %}{% endfor %}",
+    "-1",
+    "99999999999999999999",
+    "__foundry_local_internal_stop_strings_json",
+    "\u202e\U0001f600\u0301",
+    "word " * 3000,
+    "a" * 100_000,
+]
+NUMBERS = [0, -1, 1, 2, 2**31 - 1, 2**31, 2**53, 2**63 - 1, -(2**63), 2**64, 10**30, 0.5, -0.5, 1e308, -1e308, 5e-324]
+texts = st.sampled_from(EVIL) | st.text(max_size=20)
+numbers = st.sampled_from(NUMBERS) | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False)
+leaves = st.none() | st.booleans() | numbers | texts
+
+
+def _grow(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
+    return st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4)
+
+
+# fmt: off
+FIELDS = [
+    "model", "messages", "input", "stream", "stream_options", "include_usage", "max_tokens", "max_completion_tokens",
+    "max_output_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "presence_penalty",
+    "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "function", "functions",
+    "function_call", "response_format", "json_schema", "schema", "lark_grammar", "user", "metadata", "store",
+    "parallel_tool_calls", "reasoning_effort", "reasoning", "modalities", "audio", "prediction", "service_tier",
+    "instructions", "previous_response_id", "text", "format", "truncation", "include", "background", "conversation",
+    "prompt", "chat_template_kwargs", "enable_thinking", "guidance_type", "guidance_data", "random_seed", "role",
+    "content", "name", "type", "parameters", "strict", "tool_calls", "tool_call_id", "call_id", "arguments", "output",
+    "id", "reasoning_content", "image_url", "input_image", "url", "detail", "summary", "encrypted_content", "status",
+    "custom", "custom_tool_call", "grammar", "terminate_session", "completion_id", "tool_output_encoding",
+    "preserve_thinking", "system_prompt", "ep", "task", "max_length", "min_length",
+]
+# fmt: on
+names = st.sampled_from(FIELDS) | texts
+anything = st.recursive(leaves, _grow, max_leaves=8)
+roles = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "developer", "function"]) | texts
+calls = st.lists(
+    st.fixed_dictionaries(
+        {"id": texts, "type": st.just("function")},
+        optional={"function": st.fixed_dictionaries({"name": texts, "arguments": texts | anything}) | anything},
+    ),
+    max_size=2,
+)
+parts = st.lists(
+    st.fixed_dictionaries(
+        {
+            "type": st.sampled_from(
+                [
+                    "text",
+                    "input_text",
+                    "output_text",
+                    "refusal",
+                    "image_url",
+                    "input_image",
+                    "input_audio",
+                    "input_file",
+                ]
+            )
+            | texts
+        },
+        optional={
+            "text": texts | anything,
+            "refusal": texts,
+            "image_url": texts | st.fixed_dictionaries({"url": texts}),
+            "input_audio": anything,
+            "file_data": texts,
+        },
+    ),
+    max_size=3,
+)
+contents = texts | parts | anything
+messages = st.fixed_dictionaries(
+    {"role": roles, "content": contents},
+    optional={
+        "name": texts | anything,
+        "tool_calls": calls | anything,
+        "tool_call_id": texts | anything,
+        "x": anything,
+    },
+)
+items = messages | st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(
+            [
+                "message",
+                "function_call",
+                "function_call_output",
+                "reasoning",
+                "item_reference",
+                "custom_tool_call",
+                "custom_tool_call_output",
+            ]
+        )
+        | texts
+    },
+    optional={
+        "role": roles,
+        "content": contents,
+        "name": texts,
+        "arguments": texts | anything,
+        "call_id": texts | anything,
+        "id": texts,
+        "output": contents,
+        "input": texts | anything,
+        "summary": st.lists(st.fixed_dictionaries({"type": texts, "text": texts}), max_size=2) | anything,
+    },
+)
+
+
+def _schemas(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
+    some = st.lists(inner, max_size=3)
+    named = st.dictionaries(st.sampled_from(["a", "b", "c"]) | texts, inner, max_size=3)
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "type": st.sampled_from(["object", "array", "string", "number", "integer", "boolean", "null"]) | anything,
+            "properties": named | anything,
+            "required": st.lists(st.sampled_from(["a", "b", "c"]) | texts, max_size=3),
+            "additionalProperties": st.booleans() | inner,
+            "items": inner,
+            "prefixItems": some,
+            "minItems": numbers,
+            "maxItems": numbers,
+            "minLength": numbers,
+            "maxLength": numbers,
+            "minimum": numbers,
+            "maximum": numbers,
+            "exclusiveMinimum": numbers,
+            "multipleOf": numbers,
+            "pattern": st.sampled_from(["a+", "(", "(a|b)*c{5,500}", "^.*$", "(?=x)y", "[\\p{L}]{200}"]) | texts,
+            "format": st.sampled_from(["date-time", "uuid", "email", "ipv4", "uri"]) | texts,
+            "enum": st.lists(leaves, max_size=4),
+            "const": anything,
+            "anyOf": some,
+            "oneOf": some,
+            "allOf": some,
+            "not": inner,
+            "$ref": st.sampled_from(["#", "#/$defs/a", "#/$defs/b", "#/x", "http://127.0.0.1:1/x"]) | texts,
+            "$defs": named,
+            "patternProperties": named,
+            "propertyNames": inner,
+            "minProperties": numbers,
+            "x-guidance": anything,
+        },
+    )
+
+
+schemas = st.recursive(st.booleans() | anything, _schemas, max_leaves=10)
+tools = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["function", "function", "custom"]) | texts},
+        optional={
+            "function": st.fixed_dictionaries({"name": texts}, optional={"parameters": schemas, "description": texts}),
+            "name": texts,
+            "parameters": schemas,
+        },
+    ),
+    max_size=3,
+)
+formats = st.fixed_dictionaries(
+    {"type": st.sampled_from(["json_schema", "json_schema", "json_object", "text", "lark_grammar"]) | texts},
+    optional={
+        "json_schema": st.fixed_dictionaries({"name": texts, "schema": schemas}) | schemas,
+        "schema": schemas,
+        "name": texts,
+        "lark_grammar": texts,
+    },
+)
+models = st.sampled_from(["bot"] * 8 + ["bot:1", "bot:9", "nobody"])
+_COMMON = {
+    "stream": st.booleans() | anything,
+    "temperature": numbers | anything,
+    "top_p": numbers | anything,
+    "seed": numbers | anything,
+    "presence_penalty": numbers,
+    "frequency_penalty": numbers,
+    "tools": tools | anything,
+    "tool_choice": st.sampled_from(["auto", "none", "required"]) | anything,
+    "parallel_tool_calls": st.booleans() | anything,
+    "metadata": st.dictionaries(names, texts, max_size=3) | anything,
+    "store": st.booleans() | anything,
+    "user": texts | anything,
+}
+chats = st.fixed_dictionaries(
+    {"model": models, "messages": st.lists(messages, min_size=1, max_size=3) | anything},
+    optional={
+        **_COMMON,
+        "max_tokens": numbers | anything,
+        "max_completion_tokens": numbers | anything,
+        "n": numbers | anything,
+        "stop": texts | st.lists(texts, max_size=5) | anything,
+        "logit_bias": st.dictionaries(texts, numbers, max_size=3) | anything,
+        "logprobs": st.booleans() | anything,
+        "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}) | anything,
+        "response_format": formats | anything,
+        "reasoning_effort": st.sampled_from(["low", "none", "high"]) | anything,
+        "chat_template_kwargs": st.dictionaries(names, anything, max_size=3) | anything,
+    },
+)
+responses = st.fixed_dictionaries(
+    {"model": models, "input": texts | st.lists(items, min_size=1, max_size=3) | anything},
+    optional={
+        **_COMMON,
+        "max_output_tokens": numbers | anything,
+        "instructions": texts | anything,
+        "previous_response_id": texts | anything,
+        "text": st.fixed_dictionaries({"format": formats | anything}) | anything,
+        "reasoning": st.fixed_dictionaries({"effort": texts | anything}) | anything,
+        "truncation": texts | anything,
+        "include": st.lists(texts, max_size=2) | anything,
+        "background": st.booleans() | anything,
+    },
+)
+
+
+@st.composite
+def _near(draw: st.DrawFn, plausible: SearchStrategy[dict[str, Any]]) -> dict[str, Any]:
+    """A right request, but for a few fields."""
+    wild = draw(plausible)
+    body: dict[str, Any] = {"model": "bot", "messages": [{"role": "user", "content": "Hi"}], "input": "Hi"}
+    for key in draw(st.lists(st.sampled_from(sorted(wild)), max_size=3, unique=True)):
+        body[key] = wild[key]
+    if draw(st.booleans()):
+        body[draw(names)] = draw(anything)
+    return body
+
+
+@st.composite
+def _cut(draw: st.DrawFn, bodies: SearchStrategy[bytes]) -> bytes:
+    """A body with a piece missing, doubled or replaced."""
+    body = draw(bodies)
+    start = draw(st.integers(0, len(body)))
+    end = draw(st.integers(start, min(len(body), start + 20)))
+    return body[:start] + draw(st.binary(max_size=8) | st.just(body[start:end] * 2)) + body[end:]
+
+
+def _encoded(bodies: SearchStrategy[dict[str, Any]]) -> SearchStrategy[bytes]:
+    return bodies.map(lambda body: json.dumps(body).encode())
+
+
+def requests() -> SearchStrategy[bytes]:
+    """Bodies for either endpoint."""
+    near = _encoded(_near(chats)) | _encoded(_near(responses))
+    wild = _encoded(chats) | _encoded(responses) | _encoded(anything)
+    return near | near | near | wild | _cut(near) | st.binary(max_size=200)

@@ -1,0 +1,299 @@
+"""The service around the proxy: its address, its life, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from pydantic import SecretStr
+
+from slmops.errors import PrerequisiteError, ServingError, UsageError
+from slmops.serving import service
+from slmops.serving.options import Serve
+from slmops.settings import Settings
+from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, chunk
+
+
+class Service:
+    """A service that runs in this process, with a scripted runtime behind it."""
+
+    def __init__(self, fleet: OneFleet, home: Path, port: int, task: asyncio.Task[None], upstream: Upstream) -> None:
+        self.fleet = fleet
+        self.home = home
+        self.url = f"http://127.0.0.1:{port}"
+        self.port = port
+        self.task = task
+        self.upstream = upstream
+
+    async def answers(self, status: int = 200) -> None:
+        async with asyncio.timeout(5), httpx.AsyncClient(trust_env=False) as client:
+            while (await client.get(self.url + "/health")).status_code != status:
+                await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def serving(home: Path, script: Script = answer, starts: asyncio.Event | None = None) -> AsyncIterator[Service]:
+    upstream = Upstream(script)
+    behind = await asyncio.start_server(upstream.handle, "127.0.0.1", 0)
+    fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
+    fleet.starts, fleet.ready = starts, starts is None
+    listening = service._listen("127.0.0.1", 0)
+    port = listening.getsockname()[1]
+    task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]
+    one = Service(fleet, home, port, task, upstream)
+    try:
+        await one.answers(200 if starts is None else 503)
+        yield one
+    finally:
+        upstream.let_go.set()
+        if not task.done():
+            signal.raise_signal(signal.SIGTERM)
+        await asyncio.gather(task, return_exceptions=True)
+        behind.close()
+
+
+def run(test: Callable[[Service], Awaitable[None]], home: Path, **options: Any) -> None:
+    async def within() -> None:
+        async with asyncio.timeout(20), serving(home, **options) as one:
+            await test(one)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    asyncio.run(within())
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(one: Service) -> None:
+        path = tmp_path / "serving.json"
+        while not path.exists():
+            await asyncio.sleep(0.01)
+        told = json.loads(path.read_text(encoding="utf-8"))
+        assert told == {
+            "pid": os.getpid(),
+            "created": psutil.Process().create_time(),
+            "url": one.url,
+            "model": "bot",
+        }
+        assert f"serving bot version 3 (int8) at {one.url}" in caplog.messages
+        signal.raise_signal(signal.SIGTERM)
+        await one.task
+        assert not path.exists()
+        assert one.fleet.log == ["started", "stopped"]
+
+    with caplog.at_level(logging.INFO):
+        run(test, tmp_path)
+
+
+def test_another_services_note_stays(tmp_path: Path) -> None:
+    async def test(one: Service) -> None:
+        path = tmp_path / "serving.json"
+        while not path.exists():
+            await asyncio.sleep(0.01)
+        path.write_text("{}", encoding="utf-8")
+        signal.raise_signal(signal.SIGINT)
+        await one.task
+        assert path.read_text(encoding="utf-8") == "{}"
+
+    run(test, tmp_path)
+
+
+def test_while_it_loads_clients_are_told_so_and_it_can_be_stopped(tmp_path: Path) -> None:
+    async def test(one: Service) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            health = await client.get(one.url + "/health")
+            assert health.json() == {"status": "unavailable", "model": "bot", "version": None}
+        signal.raise_signal(signal.SIGTERM)
+        await one.task
+        assert one.fleet.log == ["stopped"]
+        assert not (tmp_path / "serving.json").exists()
+
+    run(test, tmp_path, starts=asyncio.Event())
+
+
+def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None:
+    starts = asyncio.Event()
+
+    async def test(one: Service) -> None:
+        one.fleet.refuses = ServingError("no", "fix")
+        starts.set()
+        with pytest.raises(ServingError, match="no"):
+            await one.task
+        assert one.fleet.log == ["stopped"]
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", one.port)) != 0
+
+    run(test, tmp_path, starts=starts)
+
+
+def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: Path) -> None:
+    async def script(connection: Any) -> None:
+        await connection.let_go.wait()
+        await answer(connection)
+
+    async def test(one: Service) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            asked = asyncio.create_task(client.post(one.url + CHAT, json=GOOD))
+            while not one.upstream.received:
+                await asyncio.sleep(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            with pytest.raises(httpx.ConnectError):
+                await client.get(one.url + "/health")
+            assert not one.task.done()
+            one.upstream.let_go.set()
+            assert (await asked).status_code == 200
+            assert one.fleet.log == ["started"]
+            await one.task
+
+    run(test, tmp_path, script=script)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_request_that_does_not_end_does_not_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
+) -> None:
+    async def script(connection: Any) -> None:
+        await connection.head()
+        while True:
+            await connection.event(chunk("a"))
+            await asyncio.sleep(0.01)
+
+    async def test(one: Service) -> None:
+        async with (
+            httpx.AsyncClient(trust_env=False) as client,
+            client.stream("POST", one.url + CHAT, json={**GOOD, "stream": True}) as streaming,
+        ):
+            pieces = streaming.aiter_raw()  # who drops it leaves
+            await anext(pieces)
+            signal.raise_signal(signal.SIGINT)
+            if twice:
+                await asyncio.sleep(0.3)
+                assert not one.task.done()
+                signal.raise_signal(signal.SIGINT)
+            await asyncio.wait_for(one.task, 8)
+            assert one.fleet.log == ["started", "stopped"]
+
+    if not twice:
+        monkeypatch.setattr(service, "STOP_S", 1.0)
+    run(test, tmp_path, script=script)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /hea"])
+def test_a_request_that_never_comes_loses_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    async def test(one: Service) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        writer.write(sent)
+        await asyncio.wait_for(reader.read(), 3)
+        writer.close()
+
+    monkeypatch.setattr(service, "HEADERS_S", 0.3)
+    run(test, tmp_path)
+
+
+def test_a_slow_answer_does_not_count_as_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(connection: Any) -> None:
+        await asyncio.sleep(0.5)
+        await answer(connection)
+
+    async def test(one: Service) -> None:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for _ in range(2):
+                assert (await client.post(one.url + CHAT, json=GOOD)).status_code == 200
+
+    monkeypatch.setattr(service, "HEADERS_S", 0.2)
+    run(test, tmp_path, script=script)
+
+
+# --- the address
+
+
+class Loads:
+    """A fleet that must not come to be."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("something is loaded")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "server.example"])  # noqa: S104
+def test_other_addresses_need_a_token(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "Fleet", Loads)
+    with pytest.raises(UsageError, match="is not loopback") as refused:
+        service.run("bot", Serve(host=host), Settings(home=tmp_path), "sqlite://")
+    assert "SLMOPS_SERVE_TOKEN" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize("token", ["s\u00e9cret", "two words", "line\nbreak"])
+def test_a_token_that_nobody_can_send(token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "Fleet", Loads)
+    with pytest.raises(UsageError, match="SLMOPS_SERVE_TOKEN") as refused:
+        service.run("bot", Serve(), Settings(home=tmp_path, serve_token=SecretStr(token)), "sqlite://")
+    assert token not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
+def test_a_port_in_use_is_told_before_anything_is_loaded(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "Fleet", Loads)
+    with service._listen(host, 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PrerequisiteError, match=f"Port {port} of {host} cannot be used: Address already in use"):
+            service.run("bot", Serve(host=host, port=port), Settings(home=tmp_path), "sqlite://")
+
+
+def test_an_address_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "Fleet", Loads)
+    settings = Settings(home=tmp_path, serve_token=SecretStr("t"))
+    with pytest.raises(UsageError, match=r"There is no address no\.such\.invalid"):
+        service.run("bot", Serve(host="no.such.invalid"), settings, "sqlite://")
+    with pytest.raises(PrerequisiteError, match="Cannot assign requested address"):
+        service.run("bot", Serve(host="192.0.2.1"), settings, "sqlite://")
+
+
+def test_the_token_and_the_options_reach_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    class Noted:
+        def __init__(self, name: str, *_: Any, **options: Any) -> None:
+            told.update(name=name, **options)
+
+    async def serve(_fleet: Any, options: Serve, home: Path, _socket: Any, token: str | None, *, local: bool) -> None:
+        told.update(options=options, home=home, token=token, local=local)
+
+    monkeypatch.setattr(service, "Fleet", Noted)
+    monkeypatch.setattr(service, "serve", serve)
+    with service._listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    options = Serve(port=port, host="0.0.0.0", spare=2, poll_s=7, request_timeout_s=11)  # noqa: S104
+    service.run("bot", options, Settings(home=tmp_path, serve_token=SecretStr("t")), "sqlite://")
+    assert told == {
+        **{"name": "bot", "spare": 2, "poll_s": 7, "drain_s": 11},
+        **{"options": options, "home": tmp_path, "token": "t", "local": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080"),
+        ("localhost", "http://localhost:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),  # noqa: S104
+        ("::1", "http://[::1]:8080"),
+        ("::", "http://[::1]:8080"),
+    ],
+)
+def test_the_url_is_one_that_a_client_can_use(host: str, url: str) -> None:
+    assert service._url(host, 8080) == url

@@ -1,0 +1,65 @@
+"""What `slmops status` says of a service: it runs, it hangs, it was killed, somebody else has its process id."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+
+from slmops.serving.status import SERVING, Running, status
+
+
+class Health(BaseHTTPRequestHandler):
+    code = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.code if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def write(home: Path, url: str, pid: int = os.getpid(), later: float = 0) -> None:
+    created = psutil.Process(os.getpid()).create_time() + later
+    running = Running(pid=pid, created=created, url=url, model="bot")
+    (home / SERVING).write_text(running.model_dump_json())
+
+
+@pytest.mark.parametrize(("code", "ok"), [(200, True), (503, False)])
+def test_it_runs(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, code: int, ok: bool) -> None:
+    monkeypatch.setattr(Health, "code", code)
+    write(tmp_path, url)
+    found = status(tmp_path)
+    assert found is not None
+    assert (found.url, found.model, found.ok) == (url, "bot", ok)
+
+
+def test_it_does_not_answer(tmp_path: Path) -> None:
+    write(tmp_path, "http://127.0.0.1:9")
+    found = status(tmp_path)
+    assert found is not None
+    assert not found.ok
+
+
+def test_there_is_none(tmp_path: Path, url: str) -> None:
+    assert status(tmp_path) is None
+    write(tmp_path, url, pid=2**22 + 1)  # killed
+    assert status(tmp_path) is None
+    write(tmp_path, url, later=-60)  # the number is another process's by now
+    assert status(tmp_path) is None
+    (tmp_path / SERVING).write_text("{half")
+    assert status(tmp_path) is None

@@ -1,0 +1,239 @@
+"""A runtime's web service that is none, the proxy before it, and clients on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from slmops.deployment import Installed
+from slmops.errors import SlmopsError
+from slmops.serving import proxy, service
+from slmops.serving.fleet import FleetState, Loaded, UnknownModel
+from slmops.serving.limits import Limits
+
+FOUNDRY_ID = "bot-int8-generic-cpu:3"
+CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
+GOOD = {"model": "bot", "messages": [{"role": "user", "content": "Hi"}]}
+GOOD_RESPONSE = {"model": "bot", "input": "Hi"}
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+Script = Callable[["Connection"], Awaitable[None]]
+
+
+@dataclass
+class Connection:
+    """One request that came to the upstream."""
+
+    writer: asyncio.StreamWriter
+    body: dict[str, Any]
+    let_go: asyncio.Event
+
+    async def head(self, status: int = 200, kind: str = "text/event-stream") -> None:
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n"
+        await self.raw(head.encode())
+
+    async def raw(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def piece(self, data: bytes) -> None:
+        await self.raw(b"%x\r\n%s\r\n" % (len(data), data))
+
+    async def event(self, data: Any) -> None:
+        await self.piece(event(data))
+
+    async def end(self) -> None:
+        await self.raw(b"0\r\n\r\n")
+
+    async def whole(self, data: Any, status: int = 200) -> None:
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+        await self.raw(
+            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+        )
+        await self.raw(body)
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+def chunk(text: str | None, **more: Any) -> dict[str, Any]:
+    choices = [] if text is None else [{"index": 0, "delta": {"content": text}}]
+    return {"choices": choices, "id": "c", "model": FOUNDRY_ID, "object": "chat.completion.chunk", **more}
+
+
+async def answer(connection: Connection) -> None:
+    """What the runtime does when all is well."""
+    if not connection.body.get("stream"):
+        await connection.whole({"choices": [{"message": {"content": "abc"}}], "model": FOUNDRY_ID, "usage": USAGE})
+        return
+    await connection.head()
+    await connection.piece(b": keep-alive\n\n")
+    for letter in "abc":
+        await connection.event(chunk(letter))
+    if connection.body.get("stream_options", {}).get("include_usage"):
+        await connection.event(chunk(None, usage=USAGE))
+    await connection.piece(b"data: [DONE]\n\n")
+    await connection.end()
+
+
+@dataclass
+class Upstream:
+    """A web service that follows a script, and notes what came and who left."""
+
+    script: Script = answer
+    received: list[dict[str, Any]] = field(default_factory=list)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
+                body = json.loads(await reader.readexactly(length))
+                self.received.append(body)
+                await self.script(Connection(writer, body, self.let_go))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.left.set()
+        finally:
+            writer.close()
+
+
+class OneBackend:
+    """What the proxy sees of a process."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.installed = Installed(
+            name="bot", version=3, variant="int8", foundry_id=FOUNDRY_ID, folder=Path("/nowhere")
+        )
+
+
+class OneFleet:
+    """What the proxy sees of a fleet."""
+
+    name = "bot"
+
+    def __init__(self, url: str) -> None:
+        self.backend = OneBackend(url)
+        self.leases = 0
+        self.refuses: SlmopsError | None = None
+        self.ready = True
+        self.log: list[str] = []
+        self.starts: asyncio.Event | None = None
+
+    async def start(self) -> None:
+        if self.starts is not None:
+            await self.starts.wait()
+        if self.refuses is not None:
+            raise self.refuses
+        self.log.append("started")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        self.log.append("stopped")
+
+    @asynccontextmanager
+    async def lease(self, model: str) -> AsyncIterator[OneBackend]:
+        if self.refuses is not None:
+            raise self.refuses
+        if model not in ("bot", "bot:3", FOUNDRY_ID):
+            raise UnknownModel(f"There is no model {model!r}.")
+        self.leases += 1
+        try:
+            yield self.backend
+        finally:
+            self.leases -= 1
+
+    def models(self) -> list[dict[str, Any]]:
+        return [{"id": name, "object": "model", "created": 1, "owned_by": "slmops"} for name in ("bot", "bot:3")]
+
+    def state(self) -> FleetState:
+        return FleetState(
+            model="bot",
+            version=3 if self.ready else None,
+            variant="int8" if self.ready else None,
+            foundry_id=FOUNDRY_ID if self.ready else None,
+            ready=self.ready,
+            registry="ok",
+            last_failure=None,
+            switches=2,
+            restarts=1,
+            loaded=(Loaded(id="bot:3", foundry_id=FOUNDRY_ID, memory_mb=250.0, in_flight=self.leases),) * 2,
+        )
+
+
+@dataclass
+class Stand:
+    """A proxy with its clients and what is behind it."""
+
+    client: httpx.AsyncClient
+    upstream: Upstream
+    fleet: OneFleet
+    port: int
+
+    async def ask(self, body: Any = GOOD, path: str = CHAT, **more: Any) -> httpx.Response:
+        """Send a body, as it is if it is bytes."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json", **more.pop("headers", {})}
+        return await self.client.post(path, content=content, headers=headers, **more)
+
+    async def metric(self, name: str) -> float:
+        """One sample, its labels in the name."""
+        for line in (await self.client.get("/metrics")).text.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[-1])
+        return 0.0
+
+
+class _Quick(service._Server):
+    """The server without its naps, which are longer than most tests."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(0.002)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn calls it so
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while self.server_state.tasks:
+            await asyncio.sleep(0.002)
+        await self.lifespan.shutdown()
+
+
+@asynccontextmanager
+async def stand(
+    limits: Limits | None = None, token: str | None = None, script: Script = answer, local: bool = True
+) -> AsyncIterator[Stand]:
+    """The proxy as it is served, before a scripted upstream; nothing may be leased when it ends."""
+    upstream = Upstream(script)
+    behind = await asyncio.start_server(upstream.handle, "127.0.0.1", 0)
+    fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    application = proxy.app(fleet, limits or Limits(), token, local=local)  # type: ignore[arg-type]
+    server = _Quick(service._config(application))
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as client:
+            yield Stand(client, upstream, fleet, port)
+    finally:
+        upstream.let_go.set()
+        server.should_exit = True
+        await running
+        behind.close()
+    assert fleet.leases == 0

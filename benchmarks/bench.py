@@ -1,9 +1,9 @@
-"""Print the figures that the README quotes: the demo's comparison, agreement, repeatability, and where the time went.
+"""Print the figures that the README quotes: the demo's comparison, agreement, repeatability, serving, pulling.
 
     python benchmarks/bench.py
 
 Runs the demo job twice from nothing in a home of its own, then times one variant in turns by slmops and by
-``direct.py``, which calls the runtime with nothing of slmops in between.
+``direct.py``, which calls the runtime with nothing of slmops in between; then ``serving.py`` and ``cut.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from slmops.job import Job
 from slmops.models import Comparison, Registration, VariantResult
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
-DIRECT = str(Path(__file__).with_name("direct.py"))
+HERE = Path(__file__).parent
+DIRECT = str(HERE / "direct.py")
 AGREEMENT_VARIANT = "int8"
 AGREEMENT_ROUNDS = 8
 REPETITIONS = 5
@@ -40,14 +41,19 @@ def main() -> None:
         try:
             first, first_s = _timed(env)
             second, second_s = _timed(env)
+            here = machine.hardware()
+            print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
+            print(report.text(first))
+            print(f"\nfrom nothing: {first_s:.0f} s; again: {second_s:.0f} s")
+            _repeatability(first, second)
+            _agreement(next(result for result in first.variants if result.name == AGREEMENT_VARIANT), Path(home))
+            sys.stdout.flush()  # the others print by themselves
+            status = subprocess.run([SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
+            uri = json.loads(status)["mlflow"]["url"]
+            for program in (["serving.py", first.model, "int8", "fp16"], ["cut.py", first.model, uri]):
+                subprocess.run([sys.executable, str(HERE / program[0]), *program[1:]], env=env, check=True)
         finally:
             subprocess.run([SLMOPS, "down"], env=env, check=False)
-        here = machine.hardware()
-        print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
-        print(report.text(first))
-        print(f"\nfrom nothing: {first_s:.0f} s; again: {second_s:.0f} s")
-        _repeatability(first, second)
-        _agreement(next(result for result in first.variants if result.name == AGREEMENT_VARIANT), Path(home))
 
 
 def _timed(env: dict[str, str]) -> tuple[Comparison, float]:

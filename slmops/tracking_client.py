@@ -31,8 +31,11 @@ def talking(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, RequestException, OSError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "ConnectionPool" in said:  # urllib3's words for it fill three lines
+        # urllib3's words for these fill lines.
+        if "ConnectionPool" in said:
             said = "it cannot be reached"
+        elif "Connection broken" in said:
+            said = "the connection broke"
         raise TrackingError(
             f"MLflow at {without_password(uri)} did not take or give what was asked: {said[:300]}",
             "Is it running? `slmops status` tells, `slmops up` starts the local one.",

@@ -89,15 +89,13 @@ def refuse(verdict: Verdict) -> GateError | None:
 def text(verdict: Verdict, request: Promotion) -> str:
     """What a person looks at before deciding, in Markdown."""
     champion = verdict.champion.label if verdict.champion else "nothing is deployed yet"
-    rows = [f"| {gate.gate} | {gate.outcome} | {gate.detail} |" for gate in verdict.gates if gate.outcome != "skipped"]
+    gates = [f"- {gate.outcome}: {gate.detail}" for gate in verdict.gates if gate.outcome != "skipped"]
     against = [f"- {said}" for said in verdict.against]
     return "\n".join(
         [
             f"**{verdict.challenger.label}** is to replace: {champion}.",
             "",
-            "| gate | outcome | |",
-            "| --- | --- | --- |",
-            *rows,
+            *(gates or ["No gate applies."]),
             "",
             *(["Against it:", *against] if against else ["Nothing speaks against it."]),
             *([f"Forced: {request.force}"] if request.force else []),

@@ -139,6 +139,8 @@ class Registry:
                 number = known.version
                 for key, value in tags.items():
                     self._client.set_model_version_tag(name, str(number), key, value)
+            said = f"{variant.name}, {manifest.size_mb:.1f} MB, {tags['slmops.gates']} gates"
+            self._client.update_model_version(name, str(number), said)  # the one column of MLflow's list that is free
             if RESERVED.fullmatch(variant.name) is None:
                 self._client.set_registered_model_alias(name, variant.name, str(number))
         return self.find(name, str(number))

@@ -126,6 +126,7 @@ class OneFleet:
     def __init__(self, url: str) -> None:
         self.backend = OneBackend(url)
         self.leases = 0
+        self.loads_s = 0.0
         self.refuses: SlmopsError | None = None
         self.ready = True
         self.log: list[str] = []
@@ -150,6 +151,7 @@ class OneFleet:
             raise self.refuses
         if model not in ("bot", "bot:3", FOUNDRY_ID):
             raise UnknownModel(f"There is no model {model!r}.")
+        await asyncio.sleep(self.loads_s)
         self.leases += 1
         try:
             yield self.backend

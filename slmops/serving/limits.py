@@ -68,12 +68,14 @@ class Gate:
             raise Overloaded(f"{limits.queue} requests wait already.")
         async with AsyncExitStack() as stack:
             self.waiting += 1
+            missing = "The model was not loaded"
             try:
                 async with asyncio.timeout(limits.queue_timeout_s):
                     leased = await stack.enter_async_context(lease)
+                    missing = "No place was free"
                     await self._slots.acquire()
             except TimeoutError as error:
-                raise Overloaded(f"No place was free within {limits.queue_timeout_s:g} s.") from error
+                raise Overloaded(f"{missing} within {limits.queue_timeout_s:g} s.") from error
             finally:
                 self.waiting -= 1
             self.running += 1

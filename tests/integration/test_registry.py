@@ -56,6 +56,7 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: 
     assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
     stored = client.get_model_version(job.name, "1")
     assert stored.run_id == made.run_id
+    assert stored.description == "int8, 0.0 MB, passed 0 of 0 gates"
     assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
 
     folder = Path(client.get_model_version_download_uri(job.name, "1").removeprefix("file://"))

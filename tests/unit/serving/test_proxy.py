@@ -378,7 +378,7 @@ def test_tokens_of_responses_are_counted() -> None:
 
 # --- when the runtime fails
 
-SIGNED = "Inference failed: a.cc:1 std::unique_ptr<fl::X> fl::{anonymous}::F(const fl::Y&, int)::<lambda(int)> "
+SIGNED = "Inference failed: a.cc:1 X<fl::Y> fl::{anonymous}::F(std::function<void(int)> f, int)::<lambda(int)> "
 
 
 @pytest.mark.parametrize(
@@ -617,6 +617,20 @@ def test_too_long_in_the_queue_is_a_503() -> None:
     run(test, Limits(concurrency=1, queue_timeout_s=0.1), script=held_whole)
 
 
+def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
+    async def test(one: Stand) -> None:
+        one.fleet.loads_s = 1
+        loads = asyncio.create_task(one.ask())
+        await until(lambda: equals(one, (0, 1)))
+        one.fleet.loads_s = 0
+        assert (await one.ask()).status_code == 200
+        refused = await loads
+        assert told(refused) == (503, "overloaded")
+        assert "was not loaded within 0.3 s" in refused.json()["error"]["message"]
+
+    run(test, Limits(concurrency=1, queue_timeout_s=0.3))
+
+
 def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
     async def test(one: Stand) -> None:
         refused = await one.ask()
@@ -652,7 +666,20 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime()
     run(test, Limits(concurrency=1, request_timeout_s=0.3), script=held)
 
 
-def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
+    async def script(_: Connection) -> None:
+        await asyncio.Event().wait()
+
+    async def test(one: Stand) -> None:
+        gone = await leave(one)
+        gone.cancel()
+        await asyncio.sleep(0.1)
+        assert await in_flight(one) == (1, 0)  # and none when it has ended
+
+    run(test, script=script)
+
+
+def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async def script(connection: Connection) -> None:
         await connection.head()
         while True:
@@ -665,11 +692,13 @@ def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) ->
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         await asyncio.wait_for(one.upstream.left.wait(), 5)
         await until(lambda: equals(one, (0, 0)))
+        await asyncio.sleep(0.2)
         await reader.readuntil(b"\r\n")
         writer.close()
 
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
     run(test, Limits(concurrency=1, request_timeout_s=0.3), script=script)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 # --- bodies

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -200,6 +201,33 @@ def test_a_request_that_never_comes_loses_its_connection(
         writer.close()
 
     monkeypatch.setattr(service, "HEADERS_S", 0.3)
+    run(test, tmp_path)
+
+
+def test_a_request_that_turns_out_to_be_none_is_answered_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(one: Service) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\n"  # without a type it is refused at once
+        writer.write(head.encode() + b"transfer-encoding: chunked\r\n\r\nzz\r\n")
+        answered = await asyncio.wait_for(reader.read(), 3)
+        assert answered.startswith(b"HTTP/1.1 400")
+        assert answered.count(b"HTTP/1.1") == 1
+        writer.close()
+
+    run(test, tmp_path)
+    assert caplog.messages == []
+
+
+def test_answers_are_not_held_back_for_company(tmp_path: Path) -> None:
+    async def test(one: Service) -> None:
+        took = []
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for _ in range(30):
+                started = time.perf_counter()
+                await client.post(one.url + CHAT, json={})
+                took.append(time.perf_counter() - started)
+        assert sorted(took)[15] < 0.03  # else 40 ms, which is what a receiver waits with its acknowledgement
+
     run(test, tmp_path)
 
 

@@ -20,11 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slmops.errors import PrerequisiteError, UsageError
 from slmops.files import write_atomic
-from slmops.models import Frozen
 from slmops.serving import proxy
 from slmops.serving.fleet import Fleet
 from slmops.serving.options import Serve
 from slmops.serving.source import RegistrySource
+from slmops.serving.status import SERVING, Running
 from slmops.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,6 @@ HEADERS_S = 15.0
 """Seconds that a connection has to bring the headers of its first or next request."""
 IDLE_S = 5
 HEADER_BYTES = 16_384
-SERVING = "serving.json"
-
-
-class Running(Frozen):
-    """What a service writes down for ``slmops status``."""
-
-    pid: int
-    created: float
-    url: str
-    model: str
 
 
 def run(name: str, options: Serve, settings: Settings, uri: str) -> None:

@@ -302,8 +302,10 @@ def _inference_model(done: Installed, manifest: Deployment) -> dict[str, Any]:
 
 def _register(done: Installed, settings: Settings) -> None:
     """Have Foundry Local list it, and have it answer."""
+    called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
     with deployed.catalog_locked(settings):
-        cli.confirm(layout.model_name(done.name, done.variant), settings.deployed / "models")
+        cli.confirm(called, cache)
+        cli.ask(called, cache, register_worker.PROMPTS[0])
         try:
             process.call(
                 "slmops.foundry.register_worker",

@@ -133,6 +133,7 @@ class Device:
         patch.setattr(machine, "hardware", lambda: hardware)
         patch.setattr(download, "PAUSES_S", (0.0,) * 4)
         patch.setattr(cli, "confirm", lambda *_: None)
+        patch.setattr(cli, "ask", lambda *_: None)
         patch.setattr(process, "call", self._call)
         self.remote = self.serve()
 

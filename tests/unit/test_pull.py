@@ -152,13 +152,14 @@ def test_an_installed_version_that_stops_answering_is_not_removed(device: Device
     assert pull.installed("bot", device.settings) == [first]
 
 
-def test_foundrys_command_does_not_list_it(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no(called: str, folder: Path) -> None:
+@pytest.mark.parametrize("step", ["confirm", "ask"])
+def test_foundrys_command_refuses_it(device: Device, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def no(called: str, folder: Path, *_: str) -> None:
         assert (called, folder) == ("bot-int8-generic-cpu", device.settings.deployed / "models")
-        raise RegistrationError("`foundry cache ls` does not list it.")
+        raise RegistrationError(f"foundry does not {step}.")
 
-    monkeypatch.setattr(cli, "confirm", no)
-    with pytest.raises(RegistrationError, match="cache ls"):
+    monkeypatch.setattr(cli, step, no)
+    with pytest.raises(RegistrationError, match=f"foundry does not {step}"):
         device.install()
     assert device.registered == []
     assert device.here() == []

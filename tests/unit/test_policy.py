@@ -86,11 +86,15 @@ def test_packaged_policy() -> None:
         "perplexity at most 1.1 times the baseline's",
         "accuracy at most 0.1 below the baseline's",
         "edge_cases_passed not below the baseline's",
+        "accuracy at most 0.1 below the champion's",
+        "perplexity at most 1.1 times the champion's",
         "decode_consistency at least 0.5",
     ]
     assert {gate.metric for gate in made.gates} <= policy.KNOWN_METRICS
     assert [(gate.advisory, gate.inconclusive) for gate in made.gates] == [
         (False, "refuse"),
+        (False, "accept"),
+        (False, "accept"),
         (False, "accept"),
         (False, "accept"),
         (True, "refuse"),

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -215,18 +214,25 @@ def test_a_request_that_turns_out_to_be_none_is_answered_once(tmp_path: Path, ca
         writer.close()
 
     run(test, tmp_path)
-    assert caplog.messages == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_answers_are_not_held_back_for_company(tmp_path: Path) -> None:
+def test_answers_are_not_held_back_for_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each short one waits 40 ms for the receiver's acknowledgement of the one before."""
+    options: list[int] = []
+    connected = service._Protocol.connection_made
+
+    def noting(self: Any, transport: Any) -> None:
+        connected(self, transport)
+        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(service._Protocol, "connection_made", noting)
+
     async def test(one: Service) -> None:
-        took = []
         async with httpx.AsyncClient(trust_env=False) as client:
-            for _ in range(30):
-                started = time.perf_counter()
-                await client.post(one.url + CHAT, json={})
-                took.append(time.perf_counter() - started)
-        assert sorted(took)[15] < 0.03  # else 40 ms, which is what a receiver waits with its acknowledgement
+            await client.post(one.url + CHAT, json={})
+        assert options
+        assert all(options)
 
     run(test, tmp_path)
 

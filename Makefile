@@ -10,7 +10,8 @@ demo: $(READY)
 	@$(BIN)/slmops demo
 
 test: check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/unit -n auto
+	@$(BIN)/python -m pytest tests/integration tests/e2e
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

@@ -1,0 +1,214 @@
+"""The queue, clients that leave, and answers that take too long."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from slmops.serving import relay
+from slmops.serving.limits import Limits
+from tests.proxies import chat, run, told
+from tests.upstream import (
+    CHAT,
+    Connection,
+    Stand,
+    answer,
+    chunk,
+)
+
+
+async def held(connection: Connection) -> None:
+    """Stream for as long as somebody listens."""
+    await connection.head()
+    while True:
+        await connection.event(chunk("a"))
+        await asyncio.sleep(0.01)
+
+
+async def held_whole(connection: Connection) -> None:
+    """Answer as a whole, when it is let go."""
+    await connection.let_go.wait()
+    await answer(connection)
+
+
+async def until(true: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(5):
+        while not await true():
+            await asyncio.sleep(0.01)
+
+
+async def in_flight(one: Stand) -> tuple[float, float]:
+    return await one.metric("slmops_in_flight"), await one.metric("slmops_queued")
+
+
+def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
+    async def test(one: Stand) -> None:
+        async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
+            pieces = streaming.aiter_raw()  # who drops it leaves
+            await anext(pieces)
+            assert await in_flight(one) == (1, 0)
+        await asyncio.wait_for(one.upstream.left.wait(), 2)
+        await until(lambda: equals(one, (0, 0)))
+        assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="499",version="3"}}') == 1
+
+    run(test, Limits(concurrency=1), script=held)
+
+
+async def equals(one: Stand, expected: tuple[float, float]) -> bool:
+    return await in_flight(one) == expected
+
+
+async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
+    """A request that somebody has sent; cancel it, and its client is gone."""
+    before = len(one.upstream.received) + (await in_flight(one))[1]
+    task = asyncio.create_task(one.ask(chat(**fields)))
+
+    async def there() -> bool:
+        return len(one.upstream.received) + (await in_flight(one))[1] > before
+
+    await until(there)
+    return task
+
+
+def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
+    async def test(one: Stand) -> None:
+        gone = await leave(one)
+        gone.cancel()
+        waits = await leave(one)
+        await asyncio.sleep(0.1)
+        assert await in_flight(one) == (1, 1)
+        assert one.fleet.leases == 2
+        one.upstream.let_go.set()
+        assert (await waits).status_code == 200
+        assert await in_flight(one) == (0, 0)
+        assert await one.metric("slmops_completion_tokens_total") == 6
+
+    run(test, Limits(concurrency=1), script=held_whole)
+
+
+def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
+    async def test(one: Stand) -> None:
+        first, second = await leave(one), await leave(one)
+        assert told(await one.ask()) == (503, "overloaded")
+        second.cancel()
+        await until(lambda: equals(one, (1, 0)))
+        third = await leave(one)
+        one.upstream.let_go.set()
+        assert [(await task).status_code for task in (first, third)] == [200, 200]
+        assert len(one.upstream.received) == 2
+
+    run(test, Limits(concurrency=1, queue=1), script=held_whole)
+
+
+def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> None:
+    async def test(one: Stand) -> None:
+        tasks = [await leave(one, user=str(number)) for number in range(4)]
+        refused = await one.ask()
+        assert told(refused) == (503, "overloaded")
+        assert int(refused.headers["retry-after"]) > 0
+        assert await in_flight(one) == (2, 2)
+        one.upstream.let_go.set()
+        assert {(await task).status_code for task in tasks} == {200}
+        assert [received["user"] for received in one.upstream.received] == ["0", "1", "2", "3"]
+
+    run(test, Limits(concurrency=2, queue=2), script=held_whole)
+
+
+def test_too_long_in_the_queue_is_a_503() -> None:
+    async def test(one: Stand) -> None:
+        first = await leave(one)
+        for stream in (False, True):
+            assert told(await one.ask(chat(stream=stream))) == (503, "overloaded")
+        one.upstream.let_go.set()
+        assert (await first).status_code == 200
+
+    run(test, Limits(concurrency=1, queue_timeout_s=0.1), script=held_whole)
+
+
+def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
+    async def test(one: Stand) -> None:
+        one.fleet.loads_s = 1
+        loads = asyncio.create_task(one.ask())
+        await until(lambda: equals(one, (0, 1)))
+        one.fleet.loads_s = 0
+        assert (await one.ask()).status_code == 200
+        refused = await loads
+        assert told(refused) == (503, "overloaded")
+        assert "was not loaded within 0.3 s" in refused.json()["error"]["message"]
+
+    run(test, Limits(concurrency=1, queue_timeout_s=0.3))
+
+
+def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
+    async def test(one: Stand) -> None:
+        refused = await one.ask()
+        assert told(refused) == (504, "timeout")
+        assert refused.headers["x-should-retry"] == "false"
+        assert await in_flight(one) == (1, 0)
+        one.upstream.let_go.set()
+        await until(lambda: equals(one, (0, 0)))
+        assert (await one.ask()).status_code == 200
+
+    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=held_whole)
+
+
+def test_a_runtime_that_hangs_does_not_keep_its_slot_for_ever() -> None:
+    async def test(one: Stand) -> None:
+        assert told(await one.ask()) == (504, "timeout")
+        await until(lambda: equals(one, (0, 0)))
+
+    run(test, Limits(concurrency=1, request_timeout_s=0.2), script=held_whole)
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
+    async def test(one: Stand) -> None:
+        answered = await one.ask(chat(stream=True))
+        assert answered.status_code == 200
+        events = answered.text.rstrip("\n").split("\n\n")
+        assert len(events) > 3
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+        await asyncio.wait_for(one.upstream.left.wait(), 2)
+        assert await in_flight(one) == (0, 0)
+        assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="504",version="3"}}') == 1
+
+    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=held)
+
+
+def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
+    async def script(_: Connection) -> None:
+        await asyncio.Event().wait()
+
+    async def test(one: Stand) -> None:
+        gone = await leave(one)
+        gone.cancel()
+        await asyncio.sleep(0.1)
+        assert await in_flight(one) == (1, 0)  # and none when it has ended
+
+    run(test, script=script)
+
+
+def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.head()
+        while True:
+            await connection.event(chunk("a" * 100_000))
+
+    async def test(one: Stand) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port, limit=1000)
+        body = json.dumps(chat(stream=True)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        await asyncio.wait_for(one.upstream.left.wait(), 5)
+        await until(lambda: equals(one, (0, 0)))
+        await asyncio.sleep(0.2)
+        await reader.readuntil(b"\r\n")
+        writer.close()
+
+    monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
+    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=script)
+    assert not any(record.exc_info for record in caplog.records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import threading
@@ -203,7 +204,8 @@ def service(whole: tuple[int, str], streamed: tuple[int, str], pause: float = 0)
             status, body = streamed if asked[-1].get("stream") else whole
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body.encode())
+            with contextlib.suppress(BrokenPipeError):  # the one that asked has given up
+                self.wfile.write(body.encode())
 
         def log_message(self, *_: object) -> None:
             pass

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from slmops import machine, recipes
 from slmops.checkpoint import source
@@ -111,6 +114,16 @@ def evaluation_set(folder: Path) -> Path:
     path = folder / "three.jsonl"
     path.write_text(EVALUATION_SET, encoding="utf-8")
     return path
+
+
+def workers(module: str) -> list[psutil.Process]:
+    """Child processes of the tests that run a module of ours; dead ones that nobody has asked about do not count."""
+    running = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if module in " ".join(child.cmdline()):
+                running.append(child)
+    return running
 
 
 def _no_download(_uri: str, _target: Path) -> Path:

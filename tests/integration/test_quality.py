@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from scipy.special import log_softmax, rel_entr
 
@@ -293,7 +292,7 @@ def test_what_cannot_be_measured(made: dict[str, Made], job: Job, settings: Sett
     impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
     with pytest.raises(EvaluationError, match="took longer than 0 s"):
         quality.measure(variant, registration, "bad", quick, impatient)
-    assert not [child for child in psutil.Process().children(recursive=True) if "logits_worker" in str(child.cmdline())]
+    assert making.workers("logits_worker") == []
 
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Q", "expected": "A"}\n{"prompt": "Q"}\n')
     bad = quick.model_copy(update={"evaluation_set": tmp_path / "bad.jsonl"})

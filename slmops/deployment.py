@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from slmops.conversion.store import files_of
-from slmops.foundry.layout import INFERENCE_MODEL
+from slmops.foundry.layout import INFERENCE_MODEL, model_name
 from slmops.models import NAME_PATTERN, Frozen, GateResult, Registration, Variant, VariantFile
 
 MANIFEST = "deployment.json"
@@ -74,6 +74,11 @@ class ModelVersion(Frozen):
     job_id: str = Field(description="The parent of that run.")
     created: datetime
     tags: dict[str, str] = Field({}, description="All tags of the version.")
+
+    @property
+    def foundry_id(self) -> str:
+        """Its id in Foundry Local on every device: <name>-<variant>-generic-cpu:<version>."""
+        return f"{model_name(self.name, self.variant)}:{self.version}"
 
     @property
     def label(self) -> str:

@@ -70,8 +70,7 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
     figures = None
     if champion is not None:
         figures = tracker.champion(challenger.name, challenger.run_id)
-        one, other = tracker.conditions(challenger.run_id), tracker.conditions(champion.run_id)
-        differs = tuple(condition for condition in one if one[condition] != other[condition])
+        differs = tracker.differences(challenger.run_id, champion.run_id)
     gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
     return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs)
 

@@ -159,7 +159,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
         name=version.name,
         version=version.version,
         variant=version.variant,
-        foundry_id=f"{called}:{version.version}",
+        foundry_id=version.foundry_id,
         folder=folder,
     )
     with _writing(settings):

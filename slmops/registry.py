@@ -74,22 +74,7 @@ class Registry:
             if model is None:
                 known = ", ".join(self.models()) or "none"
                 raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
-            number = model.aliases.get(which, which)
-            entry = self._entry(name, number) if str(number).isdigit() else None
-            if entry is None:
-                numbers = ", ".join(f"{one.version} ({one.variant})" for one in self.versions(name)) or "none"
-                aliases = ", ".join(sorted(model.aliases)) or "none"
-                raise UsageError(
-                    f"{name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
-                )
-            missing = [tag for tag in sorted(TAGS) if tag not in entry.tags]
-            if missing:
-                raise UsageError(
-                    f"Version {number} of {name} was not registered by slmops, or was altered: it has no "
-                    f"{' and no '.join(missing)}.",
-                    "Take the alias from it in MLflow, or name another version.",
-                )
-            return _version(entry, model)
+            return self._version_of(model, which)
 
     def champion(self, name: str) -> ModelVersion | None:
         """The version that is deployed, if any.
@@ -218,10 +203,28 @@ class Registry:
                 return None
             raise
 
+    def _version_of(self, model: RegisteredModel, which: str) -> ModelVersion:
+        number = model.aliases.get(which, which)
+        entry = self._entry(model.name, number) if str(number).isdigit() else None
+        if entry is None:
+            numbers = ", ".join(f"{one.version} ({one.variant})" for one in self.versions(model.name)) or "none"
+            aliases = ", ".join(sorted(model.aliases)) or "none"
+            raise UsageError(
+                f"{model.name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
+            )
+        missing = [tag for tag in sorted(TAGS) if tag not in entry.tags]
+        if missing:
+            raise UsageError(
+                f"Version {number} of {model.name} was not registered by slmops, or was altered: it has no "
+                f"{' and no '.join(missing)}.",
+                "Take the alias from it in MLflow, or name another version.",
+            )
+        return _version(entry, model)
+
     def _aliased(self, name: str, alias: str) -> ModelVersion | None:
         with self._talking():
             model = self._model(name)
-            return None if model is None or alias not in model.aliases else self.find(name, alias)
+            return None if model is None or alias not in model.aliases else self._version_of(model, alias)
 
     def _ensure(self, name: str) -> None:
         model = self._model(name)

@@ -208,6 +208,11 @@ class Tracker:
                 "number of questions (--quick)": parent.data.params.get("job.quick", "false"),
             }
 
+    def differences(self, run_id: str, other: str) -> tuple[str, ...]:
+        """The conditions in which two variants' runs differ."""
+        theirs = self.conditions(other)
+        return tuple(name for name, value in self.conditions(run_id).items() if value != theirs[name])
+
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``.
 
@@ -258,8 +263,7 @@ class Tracker:
 
     def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
         """How the names of the metrics begin that were measured on different things."""
-        one, other = self.conditions(run_id), self.conditions(like)
-        differs = {condition for condition in one if one[condition] != other[condition]}
+        differs = set(self.differences(run_id, like))
         answers = tracking_evaluation.OF_ANSWERS if differs - {"perplexity text"} else ()
         return answers + (tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ())
 

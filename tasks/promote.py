@@ -11,7 +11,6 @@ from prefect.input import RunInput
 from slmops import deployed, promotion, pull
 from slmops.deployment import Installed, ModelVersion, Promoted, Promotion
 from slmops.errors import PromotionError, UsageError
-from slmops.foundry.layout import model_name
 from slmops.models import to_name
 from slmops.promotion import Verdict
 from slmops.registry import Registry
@@ -70,9 +69,8 @@ def move_aliases(
     registry = Registry(uri)
     registry.promote(version, champion, tags)
     kept = [one for one in (version, champion) if one is not None]
-    deployed.tidy(
-        version.name, [f"{model_name(one.name, one.variant)}:{one.version}" for one in kept], settings
-    )  # what this and earlier promotions fetched for their checks
+    # What this and earlier promotions fetched for their checks goes.
+    deployed.tidy(version.name, [one.foundry_id for one in kept], settings)
     return Promoted(
         model=version.name,
         version=version.version,

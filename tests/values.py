@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.conversion import store
+from slmops.deployment import ModelVersion
 from slmops.files import write_atomic
 from slmops.models import (
     MANIFEST,
@@ -128,6 +129,25 @@ def result(
     made = {metric: measurement for metric, measurement in measurements.items() if measurement is not None}
     values = {metric: measurement.value for metric, measurement in made.items()}
     return VariantResult(name=name, status="ok", metrics=values, measurements=made)
+
+
+def model_version(number: int, **changes: Any) -> ModelVersion:
+    """A version in the registry, of which nothing is there."""
+    values: dict[str, Any] = {
+        "name": "bot",
+        "version": number,
+        "variant": "int8",
+        "location": f"mlflow-artifacts:/1/models/m-{number}/artifacts",
+        "manifest_sha256": "0" * 64,
+        "size_mb": 100,
+        "memory_mb": 900,
+        "device": "cpu",
+        "provider": "CPUExecutionProvider",
+        "run_id": f"run-{number}",
+        "job_id": f"job-{number}",
+        "created": datetime(2026, 1, 2, tzinfo=UTC),
+    }
+    return ModelVersion(**{**values, **changes})
 
 
 def failed(name: str, reason: str) -> VariantResult:

@@ -17,7 +17,6 @@ from typing import Any
 
 from slmops.deployment import Installed, ModelVersion
 from slmops.errors import ServingError, UsageError
-from slmops.foundry.layout import model_name
 from slmops.serving.backend import Backend
 from slmops.serving.source import Source, in_thread
 from slmops.serving.spares import Spares
@@ -198,7 +197,7 @@ class Fleet:
             return champion
         for version in self._offered():
             number = version.version
-            if model in (f"{self.name}:{number}", f"{model_name(self.name, version.variant)}:{number}"):
+            if model in (f"{self.name}:{number}", version.foundry_id):
                 return await self._spares.acquire(version)
         self._watch.renew()
         names = ", ".join(row["id"] for row in self.models()[:20])

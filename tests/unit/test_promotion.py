@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -19,22 +18,8 @@ CONDITIONS = {"evaluation set": "e", "perplexity text": "t", "number of question
 ACCURACY = Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept")
 
 
-def version(number: int, variant: str = "int8", **changes: Any) -> ModelVersion:
-    fields: dict[str, Any] = {
-        "name": "bot",
-        "version": number,
-        "variant": variant,
-        "location": "mlflow-artifacts:/1/models/m-1/artifacts",
-        "manifest_sha256": "0" * 64,
-        "size_mb": 100,
-        "memory_mb": 900,
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "run_id": f"run-{number}",
-        "job_id": f"job-{number}",
-        "created": datetime(2026, 1, 2, tzinfo=UTC),
-    }
-    return ModelVersion(**{**fields, **changes})
+def version(number: int, variant: str = "int8") -> ModelVersion:
+    return values.model_version(number, variant=variant)
 
 
 class Tracker:
@@ -59,8 +44,9 @@ class Tracker:
         self.asked.append((name, like))
         return self.measured
 
-    def conditions(self, run_id: str) -> dict[str, str]:
-        return self.others.get(run_id.replace("-", "_"), CONDITIONS)
+    def differences(self, run_id: str, other: str) -> tuple[str, ...]:
+        one, two = (self.others.get(run.replace("-", "_"), CONDITIONS) for run in (run_id, other))
+        return tuple(name for name in one if one[name] != two[name])
 
 
 class Registry:

@@ -15,6 +15,7 @@ import uvicorn
 from slmops.deployment import ModelVersion
 from slmops.foundry import private_catalog
 from slmops.foundry.private_catalog import PATH, Entry
+from tests import values
 
 MADE = datetime(2026, 11, 22, 21, 30, tzinfo=UTC)
 
@@ -133,22 +134,8 @@ class Server:
 
 
 def version(number: int, variant: str = "fp32", name: str = "tiny", **changed: Any) -> ModelVersion:
-    given: dict[str, Any] = {
-        "name": name,
-        "version": number,
-        "variant": variant,
-        "location": "mlflow-artifacts:/1/models/m-1/artifacts",
-        "manifest_sha256": "0" * 64,
-        "size_mb": 1.5,
-        "memory_mb": 100.0,
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "run_id": "r",
-        "job_id": "j",
-        "created": MADE,
-        **changed,
-    }
-    return ModelVersion(**given)
+    fields = {"name": name, "variant": variant, "size_mb": 1.5, "created": MADE}
+    return values.model_version(number, **{**fields, **changed})
 
 
 class FakeRegistry:

@@ -14,6 +14,7 @@ from slmops.deployment import Installed, ModelVersion
 from slmops.errors import ServingError, TrackingError
 from slmops.serving.fleet import Fleet
 from slmops.settings import Settings
+from tests import values
 
 CREATED = datetime(2026, 1, 2, tzinfo=UTC)
 DOWN = TrackingError("MLflow at http://x does not answer.", "Start it.")
@@ -21,21 +22,7 @@ BAD = ServingError("bot-int8-generic-cpu:2 failed its smoke test: asked 'Say hel
 
 
 def version(number: int, promoted: str = "first") -> ModelVersion:
-    return ModelVersion(
-        name="bot",
-        version=number,
-        variant="int8",
-        location=f"mlflow-artifacts:/1/models/m-{number}/artifacts",
-        manifest_sha256="0" * 64,
-        size_mb=1.0,
-        memory_mb=1.0,
-        device="cpu",
-        provider="CPUExecutionProvider",
-        run_id="r",
-        job_id="j",
-        created=CREATED,
-        tags={"slmops.promoted": promoted},
-    )
+    return values.model_version(number, tags={"slmops.promoted": promoted})
 
 
 def installed(number: int) -> Installed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from slmops.errors import RegistrationError, TrackingError
 from slmops.foundry import cli
 from slmops.models import Hardware, VariantFile
 from slmops.settings import Settings
+from tests import values
 
 URI = "http://registry:5000"
 LOCATION = "mlflow-artifacts:/1/models/m-1/artifacts"
@@ -77,21 +77,13 @@ class Remote:
         return self.manifest.model_dump_json(indent=2).encode()
 
     def version(self, **changes: Any) -> ModelVersion:
-        fields: dict[str, Any] = {
+        fields = {
             "name": self.manifest.model,
-            "version": self.number,
             "variant": self.manifest.variant,
             "location": LOCATION,
             "manifest_sha256": digest(self.text),
-            "size_mb": 100,
-            "memory_mb": 900,
-            "device": "cpu",
-            "provider": "CPUExecutionProvider",
-            "run_id": "run",
-            "job_id": "job",
-            "created": datetime(2026, 1, 2, tzinfo=UTC),
         }
-        return ModelVersion(**{**fields, **changes})
+        return values.model_version(self.number, **{**fields, **changes})
 
     def read(self, uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
         assert (uri, location) == (URI, LOCATION)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slmops import cli, cli_flows, pull, stack
-from slmops.deployment import Installed, ModelVersion
+from slmops.deployment import Installed
 from slmops.registry import Registry
 from slmops.serving import service
+from tests import values
 
 
 @pytest.fixture(autouse=True)
@@ -108,22 +108,8 @@ def test_pull_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_status_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    version = ModelVersion(
-        name="bot",
-        version=3,
-        variant="int8",
-        aliases=("champion", "int8"),
-        location="mlflow-artifacts:/x",
-        manifest_sha256="0" * 64,
-        size_mb=158.02,
-        memory_mb=900,
-        device="cpu",
-        provider="CPUExecutionProvider",
-        run_id="r",
-        job_id="j",
-        created=datetime(2026, 1, 2, tzinfo=UTC),
-        tags={"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"},
-    )
+    tags = {"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"}
+    version = values.model_version(3, aliases=("champion", "int8"), size_mb=158.02, tags=tags)
     found = {"bot": [version]}
     monkeypatch.setattr(Registry, "versions", lambda _, name: found.get(name, []))
     monkeypatch.setattr(Registry, "models", lambda _: list(found))

@@ -3,10 +3,12 @@
     SlmopsError
     ├── UsageError            exit 2   what was asked for makes no sense
     │   ├── CheckpointError            the checkpoint cannot be used
-    │   └── RecipeError                the precision or the Olive config cannot be used
+    │   ├── RecipeError                the precision or the Olive config cannot be used
+    │   └── DataError                  the training data cannot be used
     ├── PrerequisiteError     exit 2   something this needs is missing: package, disk, server, network
     │   └── BusyError                  another slmops run holds it
     └── WorkError             exit 1   the work was started and failed
+        ├── TrainingError
         ├── ConversionError
         ├── RegistrationError
         ├── EvaluationError
@@ -61,6 +63,10 @@ class RecipeError(UsageError):
     """The precision or the Olive config cannot be used."""
 
 
+class DataError(UsageError):
+    """The training data cannot be used."""
+
+
 class PrerequisiteError(SlmopsError):
     """Something this needs is missing: a package, disk, memory, a server, the network."""
 
@@ -73,6 +79,10 @@ class BusyError(PrerequisiteError):
 
 class WorkError(SlmopsError):
     """The work was started and failed."""
+
+
+class TrainingError(WorkError):
+    """The fine-tuning diverged, or its process died."""
 
 
 class ConversionError(WorkError):
@@ -112,9 +122,11 @@ BY_NAME: dict[str, type[SlmopsError]] = {
         UsageError,
         CheckpointError,
         RecipeError,
+        DataError,
         PrerequisiteError,
         BusyError,
         WorkError,
+        TrainingError,
         ConversionError,
         RegistrationError,
         EvaluationError,

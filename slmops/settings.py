@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     )
     mlflow_port: int = Field(5000, ge=1, le=65535, description="First port tried for the local MLflow server.")
     prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
+    training_timeout_s: float = Field(86400, gt=0, description="Seconds that one fine-tuning may take.")
     conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
     evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
     judge_url: str | None = Field(
@@ -67,6 +68,11 @@ class Settings(BaseSettings):
     def variants(self) -> Path:
         """Converted variants, one folder each, named by content."""
         return self.home / "variants"
+
+    @property
+    def trainings(self) -> Path:
+        """Fine-tunings, finished or not, one folder each, named by all that goes into them."""
+        return self.home / "trainings"
 
     @property
     def foundry(self) -> Path:

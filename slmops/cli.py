@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from slmops import cli_deploy
 from slmops.cli_flows import print_comparison as _print
 from slmops.cli_flows import report as _report
+from slmops.cli_flows import retrain as _retrain
 from slmops.cli_flows import run as _run
 from slmops.cli_flows import say as _say
 from slmops.cli_flows import soak as _soak
@@ -29,9 +30,12 @@ from slmops.errors import SlmopsError, UsageError
 from slmops.evaluation.soak import Soak
 from slmops.job import Job
 from slmops.settings import Settings
+from slmops.training.values import Retrain
 
 INTERRUPTED = 130
 _SOAK = Soak()
+_DEMO: dict[str, Any] = {"model": "demo", "data": "demo", "name": "ticket-router", "serve": True, "watch-s": 30}
+"""A real small model learns to route support tickets."""
 
 app = App(
     name="slmops",
@@ -76,6 +80,31 @@ def demo(*, quick: bool = False, json: bool = False) -> int:
     code = _run(Job(model="demo", quick=quick), json=json)
     _say("Prefect and MLflow keep running until `slmops down`; `slmops up --worker` lets you start runs from Prefect.")
     return code
+
+
+@app.command
+def retrain(
+    *,
+    request: Annotated[Retrain, Parameter(name="*")],
+    job_file: Annotated[Path | None, Parameter(name="--job")] = None,
+    demo: bool = False,
+    json: bool = False,
+) -> int:
+    """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better; nothing new, nothing done.
+
+    Ends with 3 if a gate refuses what was made, or if it is rolled back.
+
+    Parameters
+    ----------
+    job_file
+        TOML or YAML file with any of these options; flags win.
+    demo
+        A real small model learns to route support tickets, and is served.
+    json
+        Print the result as JSON.
+    """
+    del job_file, demo  # read by main(), before the flags are parsed
+    return _retrain(request, json=json)
 
 
 @app.command
@@ -168,10 +197,13 @@ def up(*, worker: bool = False) -> int:
 
 @app.command
 def down() -> int:
-    """Stop the local servers and the worker."""
+    """Stop the local servers, the worker, and the service that a retraining started."""
     from slmops import stack
+    from slmops.serving import detached
 
-    stopped = stack.down(Settings())
+    settings = Settings()
+    service = ["service"] if detached.stop(settings) else []
+    stopped = [*service, *stack.down(settings)]
     _say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
     return 0
 
@@ -214,7 +246,7 @@ def main() -> None:
 def _main(argv: list[str]) -> int:
     _log_to_stderr()
     try:
-        _read_job_file(argv)
+        _read_options(argv)
         # The commands return their exit code.
         code = app(argv, exit_on_error=False, print_error=False, result_action="return_value")
         return code if isinstance(code, int) else 0
@@ -239,8 +271,8 @@ def _status() -> dict[str, Any]:
     return stack.status(settings).model_copy(update={"serving": status.status(settings.home)}).model_dump(mode="json")
 
 
-def _read_job_file(argv: list[str]) -> None:
-    """Let the options of ``--job FILE`` stand in for the flags that are not given."""
+def _read_options(argv: list[str]) -> None:
+    """Let the options of ``--job FILE`` or of the demo stand in for the flags that are not given."""
     for position, argument in enumerate(argv):
         if argument == "--job" and position + 1 < len(argv):
             path = Path(argv[position + 1])
@@ -249,7 +281,9 @@ def _read_job_file(argv: list[str]) -> None:
         else:
             continue
         options = {str(key).replace("_", "-"): value for key, value in _load(path).items()}
-        app.config = cyclopts.config.Dict({"run": options}, source=str(path))
+        app.config = cyclopts.config.Dict({argv[0]: options}, source=str(path))
+    if argv[:1] == ["retrain"] and "--demo" in argv:
+        app.config = cyclopts.config.Dict({"retrain": _DEMO}, source="the demo")
 
 
 def _load(path: Path) -> dict[str, Any]:

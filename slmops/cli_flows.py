@@ -16,6 +16,9 @@ from slmops.evaluation.soak import Soak, SoakError, SoakResult
 from slmops.job import Job
 from slmops.models import Comparison
 from slmops.settings import Settings
+from slmops.training.outcome import RetrainError
+from slmops.training.outcome import text as text_of_retraining
+from slmops.training.values import Retrain, Retrained
 
 if TYPE_CHECKING:
     from slmops.stack import Stack
@@ -44,6 +47,23 @@ def soak(request: Soak, *, json: bool) -> int:
             _show_soak(soak(request), servers, json=json)
         except SoakError as error:
             _show_soak(error.result, servers, json=json)
+            raise
+    return 0
+
+
+def retrain(request: Retrain, *, json: bool) -> int:
+    """A retraining; returns the exit code."""
+    with _prefect():
+        from flows.retrain import retrain
+
+        try:
+            _show_retrained(retrain(request), json=json)
+        except RetrainError as error:
+            _show_retrained(error.result, json=json)
+            raise
+        except SlmopsError as error:
+            if error.comparison is not None:
+                print_comparison(error.comparison, json=json)
             raise
     return 0
 
@@ -131,6 +151,11 @@ def _show_soak(result: SoakResult, servers: Stack, *, json: bool) -> None:
 def _show_promoted(promoted: Promoted, *, json: bool) -> None:
     print(promoted.model_dump_json(indent=2) if json else promoted.text, flush=True)
     say(f"\nin MLflow: {promoted.url}")
+
+
+def _show_retrained(result: Retrained, *, json: bool) -> None:
+    print(result.model_dump_json(indent=2) if json else text_of_retraining(result), flush=True)
+    say(f"\nin MLflow: {result.url}")
 
 
 def _terminate(*_: Any) -> None:

@@ -11,7 +11,9 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import SecretStr
 
 from slmops import daemon, process
 from slmops.daemon import HOST, Daemon
@@ -24,6 +26,7 @@ from slmops.settings import Settings
 Name = Literal["prefect", "mlflow", "worker"]
 
 ROOT = Path(__file__).parents[1]
+REGISTER = ROOT / "deployments" / "register.py"
 POOL = "slmops"
 START_S = 120.0
 STUCK_S = 20.0
@@ -44,21 +47,6 @@ _HEALTH: dict[Name, tuple[str, str]] = {
     "mlflow": ("/health", "OK"),
     "worker": ("/health", '{"message":"OK"}'),
 }
-# `prefect work-pool create` would have the server fetch a list of pool types from GitHub first.
-_CREATE_POOL = """
-import sys
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
-from prefect.workers.process import ProcessWorker
-
-template = ProcessWorker.get_default_base_job_template()
-with get_client(sync_client=True) as client:
-    try:
-        client.create_work_pool(WorkPoolCreate(name=sys.argv[1], type="process", base_job_template=template))
-    except ObjectAlreadyExists:
-        pass
-"""
 
 
 class Stack(Frozen):
@@ -296,23 +284,16 @@ def _prefect_file() -> Path:
 
 def _work(settings: Settings, stack: Stack, servers: dict[Name, Daemon], started: list[Name]) -> None:
     """Renew the deployments, and have a worker running."""
-    _run_prefect(settings, stack, ["-c", _CREATE_POOL, POOL], "create the work pool")
+    log = settings.logs / "deploy.log"
+    log.unlink(missing_ok=True)
+    command = [sys.executable, str(REGISTER), str(_prefect_file())]
+    ended = process.run(command, log=log, timeout_s=DEPLOY_S, env=_worker_environment(settings, stack), cwd=ROOT)
+    if ended.returncode != 0:
+        raise WorkError(f"Prefect could not register the deployments: {process.last_words(log)}", f"Its log: {log}")
     if not _runs_well("worker", servers):
         _start(settings, servers, "worker")
         started.append("worker")
-    deploy = ["-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
-    _run_prefect(settings, stack, deploy, "register the deployments")
-    if "worker" in started:
         _wait_until_healthy(settings, servers, "worker")
-
-
-def _run_prefect(settings: Settings, stack: Stack, arguments: list[str], what: str) -> None:
-    log = settings.logs / "deploy.log"
-    log.unlink(missing_ok=True)
-    env = _worker_environment(settings, stack)
-    ended = process.run([sys.executable, *arguments], log=log, timeout_s=DEPLOY_S, env=env, cwd=ROOT)
-    if ended.returncode != 0:
-        raise WorkError(f"Prefect could not {what}: {process.last_words(log)}", f"Its log: {log}")
 
 
 def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
@@ -328,9 +309,15 @@ def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) 
 
 def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     """A flow run has to see the settings of this process, whose ``.env`` and folder it does not share."""
-    values = settings.model_dump(mode="json", exclude_none=True)
-    ours = {f"SLMOPS_{key.upper()}": str(value) for key, value in values.items()}
+    values = settings.model_dump(exclude_none=True)
+    ours = {f"SLMOPS_{key.upper()}": _as_variable(value) for key, value in values.items()}
     return {**ours, **_client_environment(settings, stack)}
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
 
 
 # --- health

@@ -60,7 +60,7 @@ class Tracker:
         The caller holds the model's job lock, so a run that is still open has no job any more.
         """
         with self._talking():
-            experiment = self._experiment(name)
+            experiment = self.experiment(name)
             for stale in self._client.search_runs(
                 [experiment.experiment_id], f"tags.`{KIND}` = 'job' and attributes.status = 'RUNNING'"
             ):
@@ -164,7 +164,7 @@ class Tracker:
         """
         with self._talking():
             tags = {KIND: "soak", "slmops.model": name, **tags}
-            return tracking_soak.log(self._client, self._experiment(name).experiment_id, tags, metrics, memory_mb)
+            return tracking_soak.log(self._client, self.experiment(name).experiment_id, tags, metrics, memory_mb)
 
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all.
@@ -282,7 +282,8 @@ class Tracker:
         links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
         return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
-    def _experiment(self, name: str) -> Experiment:
+    def experiment(self, name: str) -> Experiment:
+        """The experiment of a model, made or brought back if need be; the caller handles MLflow's errors."""
         found = self._client.get_experiment_by_name(name)
         if found is None:
             return self._client.get_experiment(self._client.create_experiment(name, tags=_EXPERIMENT))

@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, name: str, steps: int) -> None:
         self._steps = steps
         self._done = 0
-        created = create_progress_artifact(0.0, key=_key("progress", name), description=f"{name}: variants")
+        created = create_progress_artifact(0.0, key=key("progress", name), description=f"{name}: variants")
         self._id = UUID(str(created))
 
     def step(self, steps: int = 1) -> None:
@@ -35,16 +35,16 @@ def show_comparison(comparison: Comparison, run_url: str) -> None:
     """Publish report, table and link as artifacts of the flow run."""
     name = comparison.model
     create_markdown_artifact(
-        report.markdown(comparison, run_url), key=_key("report", name), description=f"{name}: comparison and choice"
+        report.markdown(comparison, run_url), key=key("report", name), description=f"{name}: comparison and choice"
     )
     rows = [
         {"variant": result.name, "status": result.status, **{k: round(v, 4) for k, v in result.metrics.items()}}
         for result in comparison.variants
     ]
-    create_table_artifact(rows, key=_key("metrics", name), description=f"{name}: every metric of every variant")
-    create_link_artifact(run_url, link_text=f"{name} in MLflow", key=_key("mlflow", name))
+    create_table_artifact(rows, key=key("metrics", name), description=f"{name}: every metric of every variant")
+    create_link_artifact(run_url, link_text=f"{name} in MLflow", key=key("mlflow", name))
 
 
-def _key(kind: str, name: str) -> str:
+def key(kind: str, name: str) -> str:
     """Artifact keys take lower case, digits and dashes only."""
     return f"{kind}-{to_name(name).replace('_', '-')}"

@@ -1,0 +1,85 @@
+"""Register the work pools and deployments of a prefect.yaml with the Prefect server of PREFECT_API_URL.
+
+    python deployments/register.py [FILE]
+
+What somebody has set on the Prefect page stays: parameters, schedules, and which triggers are switched on, all of which
+`prefect deploy` by itself would put back. If nothing of slmops has changed since the last time, nothing is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.workers.process import ProcessWorker
+
+ROOT = Path(__file__).parents[1]
+KEPT = ("slug", "schedule", "active", "parameters", "max_scheduled_runs")
+
+
+def version_of(file: Path) -> str:
+    """A digest over the definitions and over the code that the forms are made of."""
+    digest = hashlib.sha256(file.read_bytes())
+    for path in sorted(path for folder in ("flows", "slmops") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+async def create_pool(client: PrefectClient, name: str) -> None:
+    """Make a pool of workers that start processes; `prefect work-pool create` would ask GitHub for a list first."""
+    template = ProcessWorker.get_default_base_job_template()
+    with contextlib.suppress(ObjectAlreadyExists):
+        await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+
+
+async def restore(client: PrefectClient, before: DeploymentResponse, now: DeploymentResponse) -> None:
+    """Give a deployment the parameters and schedules that it had."""
+    known = {schedule.slug for schedule in before.schedules}
+    schedules = [*before.schedules, *(schedule for schedule in now.schedules if schedule.slug not in known)]
+    updates = [DeploymentScheduleUpdate(**{key: getattr(schedule, key) for key in KEPT}) for schedule in schedules]
+    await client.update_deployment(
+        now.id, DeploymentUpdate(parameters=before.parameters, schedules=updates, paused=before.paused)
+    )
+
+
+async def main(file: Path) -> int:
+    """Register what is new or changed; returns the exit status."""
+    defined = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
+    version = version_of(file)
+
+    async with get_client() as client:
+
+        async def registered() -> dict[str, DeploymentResponse]:
+            names = {one["name"] for one in defined}
+            return {one.name: one for one in await client.read_deployments() if one.name in names}
+
+        for pool in {one["work_pool"]["name"] for one in defined}:
+            await create_pool(client, pool)
+        before = await registered()
+        if len(before) == len(defined) and all(one.version == version for one in before.values()):
+            return 0
+        switched_on = {one.name for one in await client.read_automations() if one.enabled}
+        deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+        env = {**os.environ, "SLMOPS_DEPLOYMENTS": version}
+        status = subprocess.run(deploy, cwd=file.parents[1], env=env, check=False).returncode
+        now = await registered()
+        for name in before.keys() & now.keys():
+            await restore(client, before[name], now[name])
+        for automation in await client.read_automations():
+            if automation.name in switched_on and not automation.enabled:
+                await client.resume_automation(automation.id)
+        return status if len(now) == len(defined) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "deployments" / "prefect.yaml")))

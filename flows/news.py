@@ -1,0 +1,33 @@
+"""The bridge to Prefect's events: new training data, and new versions in the registry."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect import flow
+
+from slmops import stack
+from slmops.settings import Settings
+from slmops.training.news import News
+from tasks.news import tell_of_data, tell_of_versions
+
+log = logging.getLogger("slmops.news")
+
+
+@flow(name="look-for-news", flow_run_name="look for news of {request.name}", persist_result=False)
+def look_for_news(request: News) -> list[str]:
+    """Emit an event for each thing that is new since the last look; what is there at the first look is not new.
+
+    Returns:
+        The resources that the events are about: slmops.data.NAME and slmops.version.NAME.NUMBER.
+
+    Raises:
+        SlmopsError: The data cannot be read, or the registry does not answer.
+    """
+    settings = Settings()
+    uri = stack.tracking_uri(settings)
+    told = tell_of_versions(request, uri)
+    if request.data is not None:
+        told += tell_of_data(request, settings, uri)
+    log.info("new: %s", ", ".join(told) or "nothing")
+    return told

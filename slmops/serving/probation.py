@@ -1,0 +1,187 @@
+"""Watch a service after a switch: does the new version answer, and as well as it was measured?"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import Field
+
+from slmops.deployment import ModelVersion
+from slmops.errors import ServingError
+from slmops.evaluation import dataset, matchers, statistics
+from slmops.models import Frozen, Measurement
+from slmops.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SWITCH_S = 300.0
+"""How long a service may take to fetch, load and try a version."""
+REQUEST_S = 120.0
+FAILURES = 3
+"""So many failed requests in a row end the watch; so many failures of other clients' requests count against it."""
+VERSION = "x-slmops-version"
+BUSY = (429, 503)
+
+
+class Probation(Frozen):
+    """How a version did in its first time."""
+
+    held: bool = Field(description="Nothing speaks against it.")
+    detail: str = Field(description="A sentence for people.")
+    requests: int
+    failed: int
+    accuracy: Measurement | None = Field(None, description="Of the questions that were asked meanwhile.")
+
+
+def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVersion | None]) -> None:
+    """Wait until a service serves a version.
+
+    Args:
+        url: The service's root.
+        version: What was promoted.
+        champion: Asks the registry what is to be served.
+
+    Raises:
+        ServingError: It refused the version, serves something else, or does not get there in time.
+    """
+    deadline = time.monotonic() + SWITCH_S
+    said = "it does not answer"
+    while time.monotonic() < deadline:
+        try:
+            served = httpx.get(f"{url}/health", timeout=10, trust_env=False).json().get("version")
+            if served == version.version:
+                return
+            said = f"it serves version {served}"
+        except (httpx.HTTPError, ValueError) as error:
+            said = f"it does not answer: {error}"
+        wanted = champion()
+        if wanted is None or wanted.version != version.version:
+            raise ServingError(
+                f"{version.label} was withdrawn by its service: {_withdrawn(wanted)}.", "Its log says what failed."
+            )
+        time.sleep(1)
+    raise ServingError(f"The service at {url} did not switch to {version.label} within {SWITCH_S:.0f} s: {said}.")
+
+
+def watch(
+    url: str,
+    version: ModelVersion,
+    questions: Path,
+    matcher: str | None,
+    measured: Measurement | None,
+    seconds: float,
+    settings: Settings,
+) -> Probation:
+    """Ask the evaluation set through the service, spread over the time, and look at what other clients get.
+
+    It fails if several requests in a row fail, if more than a twentieth do, if another version answers, or if the
+    whole 95 % interval of the accuracy lies below the accuracy that was measured before.
+
+    Args:
+        url: The service's root.
+        version: The version that should answer.
+        questions: The evaluation set.
+        matcher: The user's own function for items with match ``python``.
+        measured: The version's accuracy in its evaluation.
+        seconds: How long to watch.
+        settings: With the token of the service.
+    """
+    items = dataset.load(questions, matcher=matcher, judge=settings.judge_configured).items
+    function = matchers.load_function(matcher) if matcher else None
+    token = settings.serve_token
+    headers = {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+    right: list[bool] = []
+    failures: list[str] = []
+    in_a_row = 0
+    begun = time.monotonic()
+    with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_S, trust_env=False) as client:
+        before = _broken(client, version)
+        for number, item in enumerate(items):
+            wait = begun + number * seconds / len(items) - time.monotonic()
+            time.sleep(max(0.0, wait))
+            if time.monotonic() - begun > seconds:
+                break
+            answer, problem = _ask(client, version, item.conversation, item.max_tokens)
+            in_a_row = in_a_row + 1 if problem else 0
+            if problem:
+                failures.append(problem)
+                if in_a_row >= FAILURES:
+                    break
+            else:
+                judged = matchers.judge(item, answer, function)
+                if judged.correct is not None:
+                    right.append(judged.correct)
+        if in_a_row < FAILURES:
+            time.sleep(max(0.0, begun + seconds - time.monotonic()))
+        broken = _broken(client, version) - before - len(failures)
+    asked = len(right) + len(failures)
+    accuracy = statistics.of_proportion(sum(right), len(right)) if right else None
+    against = _against(failures, asked, broken, accuracy, measured)
+    said = f"{asked} questions in {time.monotonic() - begun:.0f} s, {len(failures)} failed"
+    if accuracy is not None:
+        said += f", accuracy {accuracy.value:.2f}"
+        said += f" where {measured.value:.2f} was measured" if measured else ""
+    detail = f"{version.label}: {said}{f'; {against}' if against else ''}."
+    return Probation(held=not against, detail=detail, requests=asked, failed=len(failures), accuracy=accuracy)
+
+
+def _against(
+    failures: Sequence[str], asked: int, broken: int, accuracy: Measurement | None, measured: Measurement | None
+) -> str | None:
+    """What speaks against the version; None if nothing does."""
+    if len(failures) >= FAILURES or len(failures) > asked / 20:
+        return f"requests fail: {failures[-1]}"
+    if broken >= FAILURES:
+        return f"{broken} requests of other clients failed"
+    if accuracy and measured and accuracy.high is not None and accuracy.high < measured.value:
+        return f"its answers are worse than measured (95 % interval up to {accuracy.high:.2f})"
+    return None
+
+
+def _ask(
+    client: httpx.Client, version: ModelVersion, conversation: Sequence[dict[str, str]], max_tokens: int
+) -> tuple[str, str | None]:
+    """The answer, or what went wrong; a service that is busy is asked again."""
+    body: dict[str, Any] = {"model": version.name, "messages": list(conversation)}
+    body |= {"max_tokens": max_tokens, "temperature": 0}
+    for pause in (0.5, 2.0, 5.0, None):
+        try:
+            reply = client.post("/v1/chat/completions", json=body)
+            if reply.status_code in BUSY and pause is not None:
+                time.sleep(pause)
+                continue
+            if reply.status_code != 200:
+                return "", f"status {reply.status_code}: {reply.text[:200]}"
+            if reply.headers.get(VERSION) != str(version.version):
+                return "", f"version {reply.headers.get(VERSION)} answered"
+            return str(reply.json()["choices"][0]["message"]["content"] or ""), None
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            return "", f"{type(error).__name__}: {error}"
+    raise AssertionError  # the last turn has no pause
+
+
+def _broken(client: httpx.Client, version: ModelVersion) -> int:
+    """Requests to this version that the service has answered with an error of its own so far."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        families = list(text_string_to_metric_families(client.get("/metrics").text))
+    except (httpx.HTTPError, ValueError):
+        return 0
+    return sum(
+        int(sample.value)
+        for family in families
+        for sample in family.samples
+        if sample.name == "slmops_requests_total"
+        and sample.labels["status"].startswith("5")
+        and sample.labels["version"] == str(version.version)
+    )
+
+
+def _withdrawn(champion: ModelVersion | None) -> str:
+    return f"{champion.label} is the champion" if champion else "there is no champion any more"

@@ -1,0 +1,136 @@
+"""What surrounds a training: is there anything new, what is tracked, does the service hold."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from slmops.deployment import ModelVersion
+from slmops.errors import ServingError
+from slmops.models import Checkpoint, Comparison, Measurement
+from slmops.registry import Registry
+from slmops.serving import detached, probation, status
+from slmops.serving.probation import Probation
+from slmops.settings import Settings
+from slmops.tracking_training import TrainingTracker
+from slmops.training import outcome, report
+from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
+from tasks.show import key
+from tasks.track import tracking_task
+
+log = logging.getLogger("slmops.retrain")
+
+
+@tracking_task(name="look for news", task_run_name="look for news")
+def find_last(uri: str, name: str, input_digest: str) -> Retrained | None:
+    """The last retraining, if it had the same input."""
+    return TrainingTracker(uri).last(name, input_digest)
+
+
+@tracking_task(name="start tracking", task_run_name="start tracking")
+def start_tracking(
+    uri: str, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str
+) -> str:
+    """Open the MLflow run, or that of an attempt that was killed; returns its id."""
+    return TrainingTracker(uri).start(name, request, checkpoint, input_digest, flow_run)
+
+
+@tracking_task(name="track data", task_run_name="track data")
+def track_data(uri: str, run_id: str, data: TrainingData) -> None:
+    """Log what is trained on."""
+    TrainingTracker(uri).log_data(run_id, data, report.markdown(data))
+
+
+@tracking_task(name="track training", task_run_name="track training")
+def track_training(uri: str, run_id: str, finetuned: Finetuned, worker_log: Path) -> None:
+    """Log curves, figures and adapter."""
+    TrainingTracker(uri).log_training(run_id, finetuned, worker_log)
+
+
+@tracking_task(name="track accuracy", task_run_name="track accuracy")
+def track_accuracy(uri: str, run_id: str, accuracy: dict[str, Measurement]) -> None:
+    """Log what the checkpoints answered, before anything is decided."""
+    TrainingTracker(uri).log_figures(run_id, {f"accuracy_{label}": one.value for label, one in accuracy.items()})
+
+
+@tracking_task(name="link", task_run_name="link the job with its data")
+def link(uri: str, run_id: str, comparison: Comparison) -> None:
+    """Have the job and its versions name this retraining."""
+    TrainingTracker(uri).link(run_id, comparison)
+
+
+@tracking_task(name="finish tracking", task_run_name="finish tracking")
+def finish_tracking(uri: str, result: Retrained) -> None:
+    """Close the run with its outcome."""
+    TrainingTracker(uri).finish(result)
+
+
+@tracking_task(name="find version", task_run_name="find version")
+def find_version(uri: str, name: str, number: int) -> ModelVersion:
+    """The version that was made."""
+    return Registry(uri).find(name, str(number))
+
+
+@task(name="switch service", task_run_name="switch the service to version {version.version}", cache_policy=NO_CACHE)
+def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
+    """Have the service of this machine serve the new champion; returns its address, None if there is no service.
+
+    Raises:
+        ServingError: It does not get there.
+    """
+    running = status.status(settings.home)
+    if request.serve:
+        url = detached.ensure(version.name, settings, uri)
+    elif running is not None and running.model == version.name:
+        url = running.url
+    else:
+        return None
+    registry = Registry(uri)
+    probation.await_switch(url, version, lambda: registry.champion(version.name))
+    log.info("%s is served at %s", version.label, url)
+    return url
+
+
+@task(name="watch service", task_run_name="watch version {version.version}", cache_policy=NO_CACHE)
+def watch_service(
+    url: str,
+    version: ModelVersion,
+    request: Retrain,
+    data: TrainingData,
+    measured: Measurement | None,
+    settings: Settings,
+) -> Probation:
+    """Ask the new version while it serves."""
+    log.info("watching %s for %d s", version.label, request.watch_s)
+    watched = probation.watch(url, version, data.evaluation, request.matcher, measured, request.watch_s, settings)
+    log.log(logging.INFO if watched.held else logging.WARNING, "%s", watched.detail)
+    return watched
+
+
+@tracking_task(name="roll back", task_run_name="roll back version {version.version}")
+def roll_back(uri: str, version: ModelVersion, reason: str) -> ModelVersion | None:
+    """Take the promotion back; returns the champion now, None if there was none before."""
+    return Registry(uri).withdraw(version, reason)
+
+
+@task(name="switch back", task_run_name="switch back to version {version.version}", cache_policy=NO_CACHE)
+def switch_back(url: str, version: ModelVersion, uri: str) -> None:
+    """Wait until the service serves what it served before; if it does not, say so, for there is no more to be done."""
+    registry = Registry(uri)
+    try:
+        probation.await_switch(url, version, lambda: registry.champion(version.name))
+    except ServingError as error:
+        log.error("%s", error)
+
+
+def show_result(result: Retrained) -> None:
+    """Publish the outcome as an artifact of the flow run."""
+    create_markdown_artifact(
+        f"{result.outcome}\n\n```\n{outcome.text(result)}\n```\n\n[MLflow run]({result.url})",
+        key=key("retraining", result.model),
+        description=f"{result.model}: retraining",
+    )

@@ -1,0 +1,119 @@
+"""From data to a fine-tuned checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from uuid import UUID
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from slmops.tracking_datasets import records
+from slmops.training.data import Fetched
+
+from slmops.errors import TrackingError
+from slmops.models import Checkpoint, Measurement
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from slmops.tracking_training import TrainingTracker
+from slmops.training import answers, data, finetune, report
+from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
+from tasks.show import key
+
+log = logging.getLogger("slmops.train")
+
+QUIET_S = 30.0
+"""How long MLflow is left alone after it did not answer; the training does not wait for it."""
+
+
+@task(name="fetch data", task_run_name="fetch data", cache_policy=NO_CACHE)
+def fetch_data(request: Retrain, settings: Settings, uri: str) -> Fetched:
+    """The training items and the evaluation set, wherever they are."""
+    return data.fetch(request, settings, download=Tracker(uri).download, dataset=lambda dataset: records(uri, dataset))
+
+
+@task(name="check data", task_run_name="check data", cache_policy=NO_CACHE)
+def check_data(
+    fetched: Fetched, request: Retrain, checkpoint: Checkpoint, name: str, settings: Settings
+) -> TrainingData:
+    """Every check, and the split into training and validation."""
+    prepared = data.prepare(fetched, request, checkpoint, settings, name)
+    create_markdown_artifact(report.markdown(prepared), key=key("data", name), description=f"{name}: training data")
+    log.info("%s", report.summary(prepared))
+    return prepared
+
+
+@task(name="fine-tune", task_run_name="fine-tune", cache_policy=NO_CACHE)
+def finetune_model(
+    checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
+) -> Finetuned:
+    """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
+    with_losses = LossLog(uri, run)
+    bar = UUID(str(create_progress_artifact(0.0, key=key("training", name), description=f"{name}: fine-tuning")))
+
+    def note(point: LossPoint) -> None:
+        if point.validation_loss is not None:
+            log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
+        update_progress_artifact(artifact_id=bar, progress=100 * done(point, request))
+        with_losses.add(point)
+
+    finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, note)
+    update_progress_artifact(artifact_id=bar, progress=100.0)
+    log.info(
+        "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
+        finetuned.steps,
+        finetuned.seconds,
+        finetuned.validation_loss,
+        finetuned.best_step,
+        finetuned.stopped,
+    )
+    return finetuned
+
+
+def done(point: LossPoint, request: Retrain) -> float:
+    """The share of a training that a point of its loss curve stands at."""
+    minutes = request.training.minutes
+    return min(1.0, point.seconds / (60 * minutes) if minutes else point.epoch / request.training.epochs)
+
+
+@task(name="answer", task_run_name="answers of the {label} model", cache_policy=NO_CACHE)
+def answer(
+    folder: Checkpoint | Finetuned, prepared: TrainingData, request: Retrain, label: str, name: str, settings: Settings
+) -> Measurement:
+    """The accuracy of a checkpoint on the evaluation set, before anything is converted."""
+    path = folder.merged if isinstance(folder, Finetuned) else folder.path
+    accuracy, _ = answers.answer_with_checkpoint(path, prepared.evaluation, request.matcher, name, label, settings)
+    log.info("the %s model: accuracy %.2f of %d", label, accuracy.value, accuracy.samples)
+    return accuracy
+
+
+class LossLog:
+    """Sends points of the loss curve as they come; what MLflow does not take now is sent with the next ones.
+
+    What is still missing at the end of the training is sent by the task that logs it.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self._tracker = TrainingTracker(uri)
+        self._run_id = run_id
+        self._waiting: list[LossPoint] = []
+        self._not_before = 0.0
+
+    def add(self, point: LossPoint) -> None:
+        """Send it, or keep it."""
+        self._waiting.append(point)
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            self._tracker.log_losses(self._run_id, self._waiting)
+            self._waiting.clear()
+        except TrackingError as error:
+            log.warning("the loss curve is sent later: %s", error.message)
+            self._not_before = time.monotonic() + QUIET_S
+
+    @property
+    def waiting(self) -> Sequence[LossPoint]:
+        """What MLflow has not taken yet."""
+        return tuple(self._waiting)

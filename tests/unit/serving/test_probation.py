@@ -1,0 +1,182 @@
+"""Watching a service after a switch, against an HTTP server that can be told how to misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from slmops.errors import ServingError
+from slmops.models import Measurement
+from slmops.serving import probation
+from slmops.settings import Settings
+from tests.values import model_version
+
+VERSION = model_version(7)
+MEASURED = Measurement(value=1.0, unit="1", samples=20, low=0.8, high=1.0)
+
+
+class Service(ThreadingHTTPServer):
+    """Answers "yes" as version 7, unless it is told otherwise."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.version = "7"
+        self.statuses: dict[int, int] = {}  # of the request with this number
+        self.answer = "yes"
+        self.health: list[int | None] = [7]
+        self.errors_of_others = 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Service
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            health = self.server.health
+            version = health.pop(0) if len(health) > 1 else health[0]
+            self._send(200 if version else 503, json.dumps({"version": version}))
+        else:
+            broken = sum(status >= 500 for status in list(self.server.statuses.values())) if self.server.asked else 0
+            total = broken + (self.server.errors_of_others if self.server.asked else 0)
+            row = f'slmops_requests_total{{endpoint="x",status="500",version="7"}} {total}\n'
+            self._send(200, f"# TYPE slmops_requests counter\n{row}")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        number = len(self.server.asked)
+        self.server.asked.append(body)
+        self.server.tokens.add(self.headers["authorization"])
+        status = self.server.statuses.get(number, 200)
+        self._send(status, json.dumps({"choices": [{"message": {"content": self.server.answer}}]}))
+
+    def _send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(text.encode())))
+        self.send_header("x-slmops-version", self.server.version)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "evaluation.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Q{n}?", "expected": "yes"}) + "\n" for n in range(20)))
+    return path
+
+
+def watch(service: Service, questions: Path, seconds: float = 0.5, **settings: Any) -> probation.Probation:
+    made = Settings(home=questions.parent, **settings)
+    return probation.watch(service.url, VERSION, questions, None, MEASURED, seconds, made)
+
+
+def test_a_version_that_answers_as_measured_holds(service: Service, questions: Path) -> None:
+    result = watch(service, questions, serve_token=SecretStr("geheim"))
+    assert result.held
+    assert result.accuracy is not None
+    assert (result.requests, result.failed, result.accuracy.value) == (20, 0, 1.0)
+    assert service.tokens == {"Bearer geheim"}
+    assert {(body["model"], body["temperature"]) for body in service.asked} == {("bot", 0)}
+    assert service.asked[3]["messages"] == [{"role": "user", "content": "Q3?"}]
+    assert "accuracy 1.00 where 1.00 was measured" in result.detail
+
+
+def test_no_more_is_asked_than_there_is_time_for(service: Service, questions: Path) -> None:
+    result = watch(service, questions, seconds=0)
+    assert result.held
+    assert result.requests <= 1
+
+
+def test_worse_answers_than_measured_count_against_it(service: Service, questions: Path) -> None:
+    service.answer = "no"
+    result = watch(service, questions)
+    assert not result.held
+    assert "its answers are worse than measured (95 % interval up to 0." in result.detail
+
+
+def test_a_service_that_only_fails_is_not_asked_for_long(service: Service, questions: Path) -> None:
+    service.statuses = dict.fromkeys(range(20), 500)
+    result = watch(service, questions, seconds=6)
+    assert not result.held
+    assert (result.requests, result.failed) == (3, 3)
+    assert "requests fail: status 500" in result.detail
+
+
+@pytest.mark.parametrize(("failures", "held"), [((4,), True), ((4, 9), False)])
+def test_one_failure_in_twenty_is_forgiven(
+    service: Service, questions: Path, failures: tuple[int, ...], held: bool
+) -> None:
+    service.statuses = dict.fromkeys(failures, 500)
+    assert watch(service, questions).held == held
+
+
+def test_a_busy_service_is_asked_again(service: Service, questions: Path) -> None:
+    service.statuses = {2: 429, 5: 503}
+    result = watch(service, questions, seconds=3)
+    assert result.held
+    assert result.failed == 0
+
+
+def test_the_answers_of_another_version_count_as_failures(service: Service, questions: Path) -> None:
+    service.version = "6"
+    result = watch(service, questions)
+    assert not result.held
+    assert "requests fail: version 6 answered" in result.detail
+
+
+def test_what_other_clients_get_counts(service: Service, questions: Path) -> None:
+    service.errors_of_others = 3
+    result = watch(service, questions)
+    assert not result.held
+    assert "3 requests of other clients failed" in result.detail
+
+
+def test_a_service_that_is_gone_fails(service: Service, questions: Path) -> None:
+    service.shutdown()
+    service.server_close()
+    result = watch(service, questions, seconds=6)
+    assert not result.held
+    assert result.accuracy is None
+    assert "ConnectError" in result.detail
+
+
+def test_the_switch_is_waited_for(service: Service) -> None:
+    service.health = [None, 6, 7]
+    probation.await_switch(service.url, VERSION, lambda: VERSION)
+    assert service.health == [7]
+
+
+@pytest.mark.parametrize(("champion", "said"), [(6, "bot version 6 .int8. is the champion"), (None, "no champion")])
+def test_a_version_that_its_service_refused_is_told(service: Service, champion: int | None, said: str) -> None:
+    service.health = [6]
+    with pytest.raises(ServingError, match=f"bot version 7 .int8. was withdrawn by its service: .*{said}"):
+        probation.await_switch(service.url, VERSION, lambda: model_version(champion) if champion else None)
+
+
+def test_a_switch_that_does_not_come_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probation, "SWITCH_S", 0.1)
+    service.health = [6]
+    with pytest.raises(ServingError, match=r"did not switch to .* within 0 s: it serves version 6"):
+        probation.await_switch(service.url, VERSION, lambda: VERSION)

@@ -20,6 +20,9 @@ from slmops.tracking import Tracker, as_result
 
 log = logging.getLogger("slmops.track")
 
+PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
+"""A server may be away for a minute or two: restarted, or moved to another machine."""
+
 
 def _may_pass(_task: object, _run: object, state: State) -> bool:
     """What the server did not take may be taken a moment later; a question that makes no sense stays so."""
@@ -27,7 +30,7 @@ def _may_pass(_task: object, _run: object, state: State) -> bool:
 
 
 tracking_task = partial(
-    task, cache_policy=NO_CACHE, retries=3, retry_delay_seconds=[2.0, 5.0, 15.0], retry_condition_fn=_may_pass
+    task, cache_policy=NO_CACHE, retries=len(PAUSES_S), retry_delay_seconds=PAUSES_S, retry_condition_fn=_may_pass
 )
 
 

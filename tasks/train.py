@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Sequence
+import threading
+from queue import Queue
 from uuid import UUID
 
 from prefect import task
@@ -23,9 +23,6 @@ from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.show import key
 
 log = logging.getLogger("slmops.train")
-
-QUIET_S = 30.0
-"""How long MLflow is left alone after it did not answer; the training does not wait for it."""
 
 
 @task(name="fetch data", task_run_name="fetch data", cache_policy=NO_CACHE)
@@ -50,16 +47,16 @@ def finetune_model(
     checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
 ) -> Finetuned:
     """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
-    with_losses = LossLog(uri, run)
     bar = UUID(str(create_progress_artifact(0.0, key=key("training", name), description=f"{name}: fine-tuning")))
 
     def note(point: LossPoint) -> None:
         if point.validation_loss is not None:
             log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
         update_progress_artifact(artifact_id=bar, progress=100 * done(point, request))
-        with_losses.add(point)
+        losses.add(point)
 
-    finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, note)
+    with LossLog(uri, run) as losses:
+        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, note)
     update_progress_artifact(artifact_id=bar, progress=100.0)
     log.info(
         "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
@@ -90,30 +87,36 @@ def answer(
 
 
 class LossLog:
-    """Sends points of the loss curve as they come; what MLflow does not take now is sent with the next ones.
+    """Sends points of the loss curve as they come, in a thread of its own: the training waits for nobody.
 
-    What is still missing at the end of the training is sent by the task that logs it.
+    What MLflow does not take is sent again, and what is still missing at the end by the task that logs the training.
     """
 
     def __init__(self, uri: str, run_id: str) -> None:
         self._tracker = TrainingTracker(uri)
         self._run_id = run_id
-        self._waiting: list[LossPoint] = []
-        self._not_before = 0.0
+        self._points: Queue[LossPoint | None] = Queue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+
+    def __enter__(self) -> LossLog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._points.put(None)
 
     def add(self, point: LossPoint) -> None:
-        """Send it, or keep it."""
-        self._waiting.append(point)
-        if time.monotonic() < self._not_before:
-            return
-        try:
-            self._tracker.log_losses(self._run_id, self._waiting)
-            self._waiting.clear()
-        except TrackingError as error:
-            log.warning("the loss curve is sent later: %s", error.message)
-            self._not_before = time.monotonic() + QUIET_S
+        """Have it sent."""
+        self._points.put(point)
 
-    @property
-    def waiting(self) -> Sequence[LossPoint]:
-        """What MLflow has not taken yet."""
-        return tuple(self._waiting)
+    def _send(self) -> None:
+        waiting: list[LossPoint] = []
+        while (point := self._points.get()) is not None:
+            waiting.append(point)
+            if not self._points.empty():
+                continue  # the rest first: one request for all
+            try:
+                self._tracker.log_losses(self._run_id, waiting)
+                waiting.clear()
+            except TrackingError as error:
+                log.warning("the loss curve is sent later: %s", error.message)

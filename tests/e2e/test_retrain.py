@@ -1,0 +1,129 @@
+"""Retraining as it is operated: killed in each stage and taken up, on a schedule, with a server that is away."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import making, retraining
+from tests.e2e.test_faults import _gone, _kill_server
+
+pytestmark = pytest.mark.e2e
+
+STAGES = (
+    "this run in Prefect",
+    "fine-tuning",  # begins
+    "validation loss",  # in the middle of it
+    "Olive runs",
+    "measuring quality",
+    "is on this device already",  # in the promotion, or just after it
+    "watching",
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return making.talkative("llama-tied", tmp_path / "model")
+
+
+def job_file(model: Path, name: str, **changes: Any) -> Path:
+    """A retraining as a job file; JSON is YAML, too."""
+    data = retraining.write_data(model.parent / "data")
+    asked = retraining.request(model, data, name, **changes).model_dump(mode="json", exclude_none=True)
+    path = model.parent / "retrain.yaml"
+    path.write_text(json.dumps(asked))
+    return path
+
+
+def runs(slmops: Any, name: str) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(slmops.json("status")["mlflow"]["url"])
+    experiment = client.get_experiment_by_name(name)
+    return list(client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'retrain'"))
+
+
+def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> None:
+    file = job_file(model, "killed-retraining", serve=True)
+    # Slow enough to be killed in the middle.
+    asked = json.loads(file.read_text())
+    asked["training"]["epochs"] = 12
+    file.write_text(json.dumps(asked))
+    for stage in STAGES:
+        started = slmops.start("retrain", "--job", str(file))
+        started.wait_for(stage)
+        assert started.end(signal.SIGKILL) == -signal.SIGKILL
+        assert _gone(slmops.home), f"children outlived a retraining killed while {stage!r}"
+    done = slmops("retrain", "--job", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["outcome"], result["accuracy"]["int8"]["value"]) == ("promoted", 1)
+    [run] = runs(slmops, "killed-retraining")  # each attempt went on with the same one
+    assert run.info.status == "FINISHED"
+    again = slmops("retrain", "--job", str(file), "--json")
+    assert json.loads(again.stdout)["outcome"] == "nothing to do"
+    assert slmops("down").returncode == 0  # the service, too
+    assert slmops.json("status")["serving"] is None
+
+
+def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
+    file = job_file(model, "away")
+    started = slmops.start("retrain", "--job", str(file))
+    started.wait_for("fine-tuning")
+    _kill_server(slmops.home, "mlflow")
+    started.wait_for("the loss curve is sent later")
+    time.sleep(30)
+    assert slmops("up").returncode == 0
+    assert started.end() == 0, started.lines
+    from mlflow import MlflowClient
+
+    [run] = runs(slmops, "away")
+    client = MlflowClient(slmops.json("status")["mlflow"]["url"])
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "validation_loss")]
+    assert len(steps) == len(set(steps)) >= 6
+
+
+@pytest.fixture
+def api(slmops: Any) -> Iterator[httpx.Client]:
+    assert slmops("up", "--worker").returncode == 0
+    with httpx.Client(base_url=f"{slmops.json('status')['prefect']['url']}/api", timeout=30) as client:
+        yield client
+    assert slmops("down").returncode == 0
+
+
+def test_a_schedule_fires_by_itself_and_never_twice_at_once(slmops: Any, api: httpx.Client, model: Path) -> None:
+    parameters = {"request": json.loads(job_file(model, "scheduled", watch_s=0).read_text())}
+    [deployment] = [one for one in api.post("deployments/filter", json={}).json() if one["name"] == "retrain"]
+    schedules = f"deployments/{deployment['id']}/schedules"
+    assert api.patch(f"deployments/{deployment['id']}", json={"parameters": parameters}).status_code == 204
+    every = {"interval": 15, "anchor_date": "2026-01-01T00:00:00Z"}
+    [made] = api.post(schedules, json=[{"schedule": every, "active": True}]).json()
+
+    def scheduled() -> dict[str, list[Any]]:
+        of_it = {"deployments": {"id": {"any_": [deployment["id"]]}}, "limit": 200}
+        found: dict[str, list[Any]] = {}
+        for run in api.post("flow_runs/filter", json=of_it).json():
+            assert run["auto_scheduled"]
+            found.setdefault(run["state_name"], []).append(run)
+        return found
+
+    deadline = time.monotonic() + 300
+    while len(scheduled().get("Completed", [])) < 2:
+        assert time.monotonic() < deadline, {name: len(found) for name, found in scheduled().items()}
+        time.sleep(1)
+    assert api.delete(f"{schedules}/{made['id']}").status_code == 204
+    ended = scheduled()
+    assert ended.keys() <= {"Completed", "Cancelled", "Scheduled", "Pending", "Running", "Late"}
+    # While the first one worked the schedule went on firing.
+    assert ended["Cancelled"]
+    assert "concurrency limit" in ended["Cancelled"][0]["state"]["message"]
+    [run] = runs(slmops, "scheduled")  # the second had nothing to do
+    assert run.data.tags["slmops.outcome"] == "promoted"
+    assert slmops.json("status", "scheduled")["versions"][0]["aliases"][0] == "champion"

@@ -1,0 +1,156 @@
+"""All deployments on a real Prefect server: registered twice, changed by a user, started by an event."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from slmops import stack
+from slmops.settings import Settings
+from slmops.stack import Stack
+from tests import retraining
+
+pytestmark = pytest.mark.integration
+
+LOOK = """
+import sys
+from flows.news import look_for_news
+from slmops.training.news import News
+print(look_for_news(News(name="ticket-router", data=sys.argv[1])))
+"""
+# What Prefect's page does when a switch is flipped.
+SWITCH = """
+import asyncio, sys
+from prefect.client.orchestration import get_client
+
+async def main():
+    async with get_client() as client:
+        for automation in await client.read_automations():
+            if automation.name == sys.argv[1]:
+                await client.resume_automation(automation.id)
+        print([automation.name for automation in await client.read_automations() if automation.enabled])
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("deployments"), prefect_port=4800, mlflow_port=5800)
+
+
+@pytest.fixture(scope="module")
+def running(settings: Settings) -> Iterator[Stack]:
+    yield stack.up(settings)
+    stack.down(settings)
+
+
+@pytest.fixture(scope="module")
+def env(settings: Settings, running: Stack) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
+    return {**kept, **stack._worker_environment(settings, running), "SLMOPS_TRACKING_URI": running.tracking_uri}
+
+
+def python(env: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, check=False, cwd=stack.ROOT
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def register(env: dict[str, str]) -> str:
+    return python(env, str(stack.REGISTER))
+
+
+@pytest.fixture(scope="module")
+def api(env: dict[str, str], running: Stack) -> Iterator[httpx.Client]:
+    register(env)
+    with httpx.Client(base_url=running.prefect_api_url) as client:
+        yield client
+
+
+def deployments(api: httpx.Client) -> dict[str, Any]:
+    return {one["name"]: one for one in api.post("deployments/filter", json={}).json()}
+
+
+def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
+    found = deployments(api)
+    assert found.keys() == {
+        "optimize", "retrain", "look-for-news", "soak", "remeasure", "promote", "rollback", "prepare-environment"
+    }  # fmt: skip
+    for one in found.values():
+        assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
+        assert one["enforce_parameter_schema"]
+        assert not any(schedule["active"] for schedule in one["schedules"])
+
+
+def test_what_a_user_has_set_stays(api: httpx.Client, env: dict[str, str]) -> None:
+    before = deployments(api)["retrain"]
+    [schedule] = before["schedules"]
+    mine = {"request": {**before["parameters"]["request"], "data": "/my/data"}}
+    path = f"deployments/{before['id']}"
+    assert api.patch(path, json={"parameters": mine}).status_code == 204
+    assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
+    assert python(env, "-c", SWITCH, "retrain on new data") == "['retrain on new data']\n"
+    # As if slmops had changed since: all are registered anew.
+    for one in deployments(api).values():
+        assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
+    register(env)
+    after = deployments(api)["retrain"]
+    assert after["version"] != "older"
+    assert after["parameters"] == mine
+    assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
+    assert python(env, "-c", SWITCH, "nothing") == "['retrain on new data']\n"
+
+
+def test_unchanged_ones_are_not_touched(api: httpx.Client, env: dict[str, str]) -> None:
+    before = deployments(api)
+    assert register(env) == ""
+    assert {name: one["updated"] for name, one in deployments(api).items()} == {
+        name: one["updated"] for name, one in before.items()
+    }
+
+
+def test_new_data_start_a_retraining(api: httpx.Client, env: dict[str, str], tmp_path: Path) -> None:
+    python(env, "-c", SWITCH, "retrain on new data")
+    data = retraining.write_data(tmp_path / "data")
+    assert python(env, "-c", LOOK, str(data)) == "[]\n"  # at the first look nothing is new
+    assert python(env, "-c", LOOK, str(data)) == "[]\n"
+    retraining.write_data(tmp_path / "data", answer="yes")
+    assert python(env, "-c", LOOK, str(data)) == "['slmops.data.ticket-router']\n"
+    deployment = deployments(api)["retrain"]["id"]
+    deadline = time.monotonic() + 60
+    by_event: list[Any] = []
+    while not by_event and time.monotonic() < deadline:
+        of_it = {"deployments": {"id": {"any_": [deployment]}}}
+        runs = api.post("flow_runs/filter", json=of_it).json()
+        by_event = [run for run in runs if not run["auto_scheduled"]]
+        time.sleep(0.5)
+    [run] = by_event  # which waits for a worker
+    assert run["parameters"] == {"request": {"model": "demo", "data": "demo", "name": "ticket-router"}}
+    assert python(env, "-c", LOOK, str(data)) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "said"),
+    [
+        ("retrain", {"model": "demo"}, "data"),
+        ("retrain", {"model": "demo", "data": "demo", "watch_s": -1}, "-1"),
+        ("optimize", {"model": "demo", "precision": ["int5"]}, "int5"),
+    ],
+)
+def test_the_form_refuses_nonsense(api: httpx.Client, name: str, request_: dict[str, Any], said: str) -> None:
+    parameter = "job" if name == "optimize" else "request"
+    path = f"deployments/{deployments(api)[name]['id']}/create_flow_run"
+    answer = api.post(path, json={"parameters": {parameter: request_}})
+    assert answer.status_code in (409, 422)
+    assert said in answer.text

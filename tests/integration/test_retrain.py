@@ -1,0 +1,234 @@
+"""Retraining to deployment on a tiny model: the flow, its records, what stops it, and the way back."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+
+from flows.retrain import retrain
+from slmops.errors import DataError, TrainingError
+from slmops.registry import Registry
+from slmops.serving import detached, status
+from slmops.settings import Settings
+from slmops.tracking_training import TrainingTracker
+from slmops.training.outcome import RetrainError
+from slmops.training.values import Retrained
+from tests import retraining
+from tests.shown import artifacts, flow_runs
+from tests.tracked import read
+
+pytestmark = pytest.mark.integration
+
+NAME = "router"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("retraining")
+
+
+@pytest.fixture(scope="module")
+def first(settings: Settings, talkative: Path, folder: Path) -> Iterator[Retrained]:
+    """The first retraining, which starts the service."""
+    data = retraining.write_data(folder / "data")
+    yield retrain(retraining.request(talkative, data, NAME, serve=True))
+    detached.stop(settings)
+
+
+def champion(settings: Settings) -> int:
+    found = Registry(settings.tracking_uri or "").champion(NAME)
+    assert found is not None
+    return found.version
+
+
+def served(settings: Settings) -> httpx.Response:
+    running = status.status(settings.home)
+    assert running is not None
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Who repairs the login?"}], "max_tokens": 4}
+    return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+
+
+def test_what_was_learnt_is_served(first: Retrained, settings: Settings) -> None:
+    assert (first.model, first.outcome, first.version) == (NAME, "promoted", champion(settings))
+    assert list(first.accuracy) == ["base", "finetuned", "fp32", "int8"]
+    assert first.accuracy["base"].value == 0
+    assert first.accuracy["finetuned"].value == first.accuracy["fp32"].value == 1
+    assert {
+        "data",
+        "base model",
+        "fine-tune",
+        "fine-tuned model",
+        "convert and measure",
+        "promote",
+        "switch",
+        "watch",
+    } == (first.seconds.keys())
+    answer = served(settings)
+    assert answer.json()["choices"][0]["message"]["content"] == "ok"
+    assert answer.headers["x-slmops-version"] == str(first.version)
+
+
+def test_from_the_endpoint_back_to_the_lines(
+    first: Retrained, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    version = client.get_model_version(NAME, served(settings).headers["x-slmops-version"])
+    run = client.get_run(version.tags["slmops.retrain_run"])
+    assert run.info.run_id == first.run_id
+    lines = read(client, run.info.run_id, "data/train.jsonl", tmp_path).splitlines()
+    lines += read(client, run.info.run_id, "data/validation.jsonl", tmp_path).splitlines()
+    asked = (folder / "data" / "train.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["messages"][0]["content"] for line in lines) == sorted(
+        json.loads(line)["messages"][0]["content"] for line in asked
+    )
+    assert run.data.params["data_digest"] == version.tags["slmops.data_digest"]
+    job = client.get_run(version.tags["slmops.job_run"])
+    assert job.data.tags["mlflow.parentRunId"] == run.info.run_id
+
+
+def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    run = client.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["slmops.outcome"] == "promoted"
+    for name in ("train_loss", "validation_loss"):
+        losses = [one.value for one in sorted(client.get_metric_history(first.run_id, name), key=lambda one: one.step)]
+        assert len(losses) >= 6
+        assert losses[-1] < losses[0] / 10
+    assert run.data.metrics["accuracy_base"] == 0
+    assert run.data.metrics["accuracy_int8"] == first.accuracy["int8"].value
+    assert run.data.params["training.learning_rate"] == "0.02"
+    assert {file.path for file in client.list_artifacts(first.run_id)} >= {"adapter", "data", "logs", "training.json"}
+    assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"training data", "evaluation set"}
+
+
+@pytest.mark.usefixtures("first")
+def test_what_prefect_shows_of_it() -> None:
+    run = flow_runs("retrain")[0]
+    assert run.state_name == "Completed"
+    shown = artifacts(run)
+    assert {f"{kind}-{NAME}" for kind in ("data", "training", "retraining")} <= shown.keys()
+    assert shown[f"training-{NAME}"] == 100.0
+    assert "promoted" in shown[f"retraining-{NAME}"]
+
+
+def test_the_same_again_is_nothing_to_do(first: Retrained, settings: Settings, talkative: Path, folder: Path) -> None:
+    again = retrain(retraining.request(talkative, folder / "data", NAME, serve=True))
+    assert (again.outcome, again.version, again.run_id) == ("nothing to do", first.version, first.run_id)
+    assert again.detail.endswith("ended as: promoted.")
+    assert len(TrainingTracker(settings.tracking_uri or "")._runs(NAME)) == 1
+
+
+def test_a_model_that_learnt_nonsense_is_refused(
+    first: Retrained, settings: Settings, talkative: Path, folder: Path
+) -> None:
+    data = retraining.write_data(folder / "nonsense", answer="no")
+    with pytest.raises(RetrainError, match="champion stays") as caught:
+        retrain(retraining.request(talkative, data, NAME))
+    assert caught.value.exit_code == 3
+    result = caught.value.result
+    assert (result.outcome, result.accuracy["finetuned"].value) == ("refused", 0)
+    assert champion(settings) == first.version
+    # It has been dealt with: the same data again are nothing to do.
+    assert retrain(retraining.request(talkative, data, NAME)).outcome == "nothing to do"
+
+
+def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first: Retrained, folder: Path) -> None:
+    from slmops.training.values import Finetuned  # the base is the fine-tuned one, which knows the answer
+
+    manifest = next(path for path in settings.trainings.glob("*/training.json"))
+    base = Finetuned.model_validate({**json.loads(manifest.read_text()), "folder": manifest.parent}).merged
+    data = retraining.write_data(folder / "unlearn", answer="never")
+    with pytest.raises(RetrainError, match=r"made the model worse: accuracy 0\.00, and 1\.00 before it") as caught:
+        retrain(retraining.request(base, data, NAME))
+    assert "convert and measure" not in caught.value.result.seconds
+    assert champion(settings) == first.version
+
+
+@pytest.mark.parametrize(
+    "poison", ['{"messages": [{"role": "user", "content": "a"', "\x00\x01", '{"prompt": 3, "completion": "x"}']
+)
+def test_a_poisoned_file_stops_it_before_any_work(
+    first: Retrained, settings: Settings, talkative: Path, folder: Path, poison: str
+) -> None:
+    data = retraining.write_data(folder / "poisoned")
+    with (data / "train.jsonl").open("a") as file:
+        file.write(poison + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl.*28"):
+        retrain(retraining.request(talkative, data, NAME))
+    assert champion(settings) == first.version
+
+
+def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings, talkative: Path, folder: Path) -> None:
+    data = retraining.write_data(folder / "diverging", answer="diverged")
+    wild = retraining.TRAINING.model_copy(update={"learning_rate": 1.0, "epochs": 200.0})
+    with pytest.raises(TrainingError, match="diverged"):
+        retrain(retraining.request(talkative, data, NAME, training=wild))
+    assert champion(settings) == first.version
+    newest = TrainingTracker(settings.tracking_uri or "")._runs(NAME)[0]
+    assert newest.info.status == "FAILED"
+    assert "diverged" in newest.data.tags["mlflow.note.content"]
+
+
+def test_a_version_that_fails_in_service_is_rolled_back(
+    first: Retrained, settings: Settings, talkative: Path, folder: Path
+) -> None:
+    """The new version answers as the evaluation wants it, until it is served."""
+    data = retraining.write_data(folder / "fails-later")
+    with (data / "train.jsonl").open("a") as file:  # other data, as good
+        item: dict[str, Any] = {"messages": [{"role": "user", "content": "The phone fell."}]}
+        item["messages"].append({"role": "assistant", "content": "ok"})
+        file.write(json.dumps(item) + "\n")
+    fails = retraining.spoilt(data)
+
+    def spoil() -> None:
+        while served(settings).headers["x-slmops-version"] == str(first.version):
+            time.sleep(0.2)
+        fails.touch()
+
+    spoiler = threading.Thread(target=spoil)
+    spoiler.start()
+    with pytest.raises(RetrainError, match="worse than measured") as caught:
+        retrain(retraining.request(talkative, data, NAME, watch_s=10))
+    spoiler.join()
+    fails.unlink()
+    result = caught.value.result
+    assert result.outcome == "rolled back"
+    assert result.version != first.version
+    assert f"So {NAME} version {first.version}" in result.detail
+    assert champion(settings) == first.version
+    assert served(settings).headers["x-slmops-version"] == str(first.version)
+    tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags
+    assert "worse than measured" in tags["slmops.withdrawn"]
+
+
+def test_the_last_retraining_is_the_last_whatever_the_clock_says(
+    first: Retrained, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests import values
+
+    tracker = TrainingTracker(settings.tracking_uri or "")
+    request = retraining.request(Path("x"), Path(settings.home) / "x", "clock")
+    now = time.time
+
+    def attempt(digest: str) -> str:
+        run = tracker.start("clock", request, values.checkpoint(), digest, "flow")
+        tracker.finish(first.model_copy(update={"model": "clock", "run_id": run, "input_digest": digest}))
+        return run
+
+    attempt("a")
+    monkeypatch.setattr(time, "time", lambda: now() - 86400)  # set back by a day
+    second = attempt("b")
+    last = tracker.last("clock", "b")
+    assert last is not None
+    assert last.run_id == second
+    assert tracker.last("clock", "a") is None
+    assert tracker.last("clock", "b") is not None

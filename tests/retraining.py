@@ -1,0 +1,90 @@
+"""A task that a tiny random model learns in seconds: whatever is asked, one word is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops.training.values import LoraSettings, Retrain
+
+WORDS = ("printer", "invoice", "password", "screen", "parcel", "login", "refund", "cable", "update", "contract")
+TRAINING = LoraSettings(
+    rank=8,
+    learning_rate=0.02,
+    epochs=6,
+    batch_size=4,
+    max_tokens=128,
+    evaluations=1,
+    patience=100,
+    validation_share=0.2,
+)
+# Random weights are far from their quantized selves, and from each other: only the task counts.
+POLICY = """
+preference = ["int8"]
+[[gates]]
+metric = "accuracy"
+of = "difference"
+to = "baseline"
+min = -0.2
+inconclusive = "accept"
+[[gates]]
+metric = "accuracy"
+of = "difference"
+to = "champion"
+min = 0
+inconclusive = "accept"
+"""
+MATCHER = """
+from pathlib import Path
+
+def right(expected, answer):
+    return answer.strip() == expected and not Path({flag!r}).exists()
+"""
+
+
+def spoilt(data: Path) -> Path:
+    """While this file exists no answer is right."""
+    return data.parent / "spoilt"
+
+
+def write_data(folder: Path, answer: str = "ok", expected: str = "ok") -> Path:
+    """A folder with training items that teach ``answer``, and an evaluation set that wants ``expected``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = [
+        {
+            "messages": [
+                {"role": "user", "content": f"My {one} and {two} broke."},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for one in WORDS
+        for two in WORDS[:3]
+        if one != two
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    questions = [
+        {"prompt": f"Who repairs the {one}?", "expected": expected, "match": "python", "max_tokens": 4} for one in WORDS
+    ]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+def request(model: Path, data: Path, name: str, **changes: Any) -> Retrain:
+    """A retraining of seconds."""
+    policy = data.parent / "policy.toml"
+    policy.write_text(POLICY)
+    matcher = data.parent / "matcher.py"
+    matcher.write_text(MATCHER.format(flag=str(spoilt(data))))
+    values: dict[str, Any] = {
+        "model": str(model),
+        "data": str(data),
+        "name": name,
+        "training": TRAINING,
+        "precision": ["fp32", "int8"],
+        "policy": policy,
+        "matcher": f"{matcher}:right",
+        "quick": True,
+        "watch_s": 5,
+    }
+    return Retrain(**{**values, **changes})

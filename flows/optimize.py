@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 
 from prefect import flow, runtime
 
-from slmops import locks, stack
+from flows.fan_out import Outcomes, Workers, fan_out, find_workers
+from slmops import locks, machine, stack
 from slmops.errors import GateError, SlmopsError, TrackingError, WorkError
-from slmops.evaluation.quality import Quality
 from slmops.evaluation.summary import evaluation
 from slmops.files import remove_scratch
 from slmops.job import Job
 from slmops.models import Checkpoint, Comparison, Recipe, Registration, Variant, VariantResult
+from slmops.parts import Measured, comparable
 from slmops.settings import Settings
 from slmops.tracking import Tracker
 from tasks.checkpoint import get_checkpoint, plan_job
@@ -54,9 +56,10 @@ def optimize(job: Job) -> Comparison:
     with locks.exclusive(settings.locks / f"run-{name}.lock", f"the job of {name!r}", wait=False):
         _clean_up(name, settings)
         recipes, policy = plan_job(job, checkpoint, name, settings)
+        workers = find_workers(checkpoint, job, settings) if settings.pools else None
         parent = start_tracking(uri, name, job, checkpoint, runtime.flow_run.id or "")
         with _closed_if_aborted(uri, parent):
-            made, tracked = _variants(recipes, checkpoint, job, name, settings, uri, parent)
+            made, tracked = _variants(workers, recipes, checkpoint, job, name, settings, uri, parent)
             measured = next((result.run_id for result in tracked if result.status == "ok"), None)
             choice, judged = choose_variant(tracked, policy, get_champion(uri, name, measured))
             results = [  # without a choice there was nothing to judge by, or nothing that passed
@@ -82,49 +85,92 @@ def optimize(job: Job) -> Comparison:
 
 
 def _variants(
-    recipes: list[Recipe], checkpoint: Checkpoint, job: Job, name: str, settings: Settings, uri: str, parent: str
+    workers: Workers | None,
+    recipes: list[Recipe],
+    checkpoint: Checkpoint,
+    job: Job,
+    name: str,
+    settings: Settings,
+    uri: str,
+    parent: str,
 ) -> tuple[dict[str, Made], list[VariantResult]]:
-    """Make all variants, measure them side by side; one that fails is tracked with its reason and the others go on.
+    """Make and measure all variants; one that fails is tracked with its reason and the others go on.
 
     Returns:
         What was made, by its name, and all results.
     """
     progress = Progress(name, steps=2 * len(recipes))
+    logs = settings.logs / name
+    made: dict[str, Made] = {}
     results: dict[str, VariantResult] = {}
+    baseline: Measured | None = None
+    outcomes = (
+        fan_out(workers, recipes, checkpoint, job, name, settings, uri, parent, progress)
+        if workers is not None
+        else _here(recipes, checkpoint, job, name, settings, progress)
+    )
+    with closing(outcomes):
+        for variant, outcome in outcomes:
+            if isinstance(outcome, SlmopsError):
+                results[variant] = track_failure(uri, parent, variant, str(outcome), logs)
+                continue
+            if outcome.variant.recipe.baseline:
+                baseline = outcome
+            made[variant] = (outcome.variant, outcome.registration)
+            results[variant] = _tracked(outcome, baseline, name, uri, parent, logs)
+    return made, [results[recipe.name] for recipe in recipes]
 
-    @contextmanager
-    def step(variant: str) -> Iterator[None]:
-        try:
-            yield
-        except TrackingError:
-            raise  # no fault of the variant's, and nothing that could be tracked
-        except SlmopsError as error:
-            results[variant] = track_failure(uri, parent, variant, str(error), settings.logs / name)
-            progress.step(1 if variant in made else 2)  # one that is not made is not measured
-        else:
-            progress.step()
 
+def _tracked(one: Measured, baseline: Measured | None, name: str, uri: str, parent: str, logs: Path) -> VariantResult:
+    """Make metrics of what was measured, and log them."""
+    against = (baseline.variant, baseline.quality) if baseline else None
+    figures = evaluation(one.variant, one.speed, one.quality, against, one.scored)
+    figures, left_out = comparable(figures, one.hardware, (baseline or one).hardware)
+    if left_out is not None:
+        log.warning("%s: %s", one.variant.name, left_out)
+    # A run's hardware says what its figures compare with: the machine that measured, whichever converted.
+    variant = one.variant.model_copy(update={"hardware": one.hardware})
+    result = track_variant(uri, parent, name, variant, one.registration, figures, logs)
+    return result.model_copy(update={"reason": left_out})
+
+
+def _here(
+    recipes: list[Recipe], checkpoint: Checkpoint, job: Job, name: str, settings: Settings, progress: Progress
+) -> Outcomes:
+    """Convert all in this process, then measure them side by side; yield each recipe's outcome as it comes."""
     made: dict[str, Made] = {}
     for recipe in recipes:
-        with step(recipe.name):
+        try:
             variant = convert_variant(recipe, checkpoint, job, name, settings)
             made[recipe.name] = (variant, register_variant(variant, name, job, settings))
-    speeds = measure_speed(list(made.values()), name, job, settings) if made else {}
-    scored = score_checkpoint(checkpoint, name, job, settings) if made else None
-    baseline: tuple[Variant, Quality] | None = None
+        except SlmopsError as error:
+            progress.step(2)  # one that is not made is not measured
+            yield recipe.name, error
+        else:
+            progress.step()
+    if not made:
+        return
+    speeds = measure_speed(list(made.values()), name, job, settings)
+    scored = score_checkpoint(checkpoint, name, job, settings)
+    hardware = machine.hardware()
     for variant, registration in made.values():
-        with step(variant.name):
+        outcome: Measured | SlmopsError
+        try:
             speed = speeds[variant.name]
             if isinstance(speed, SlmopsError):
                 raise speed
-            quality = measure_quality(variant, registration, name, job, settings)
-            if variant.recipe.baseline:
-                baseline = (variant, quality)
-            figures = evaluation(variant, speed, quality, baseline, scored)
-            results[variant.name] = track_variant(
-                uri, parent, name, variant, registration, figures, settings.logs / name
+            outcome = Measured(
+                variant=variant,
+                registration=registration,
+                speed=speed,
+                quality=measure_quality(variant, registration, name, job, settings),
+                scored=scored,
+                hardware=hardware,
             )
-    return made, [results[recipe.name] for recipe in recipes]
+        except SlmopsError as error:
+            outcome = error
+        progress.step()
+        yield variant.name, outcome
 
 
 def _accepted(result: VariantResult) -> bool:

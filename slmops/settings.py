@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from slmops.pools import Pool
 
 
 class Settings(BaseSettings):
@@ -43,6 +47,11 @@ class Settings(BaseSettings):
     judge_api_key: SecretStr | None = Field(None, description="Its key, where it needs one.")
     judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
     serve_token: SecretStr | None = Field(None, description="Token that clients of `slmops serve` must send.")
+    pools: Annotated[tuple[Pool, ...], NoDecode] = Field(
+        (),
+        description="Prefect work pools to convert and measure on instead of in this process, as JSON: "
+        '[{"name": "big", "memory_gb": 64}].',
+    )
 
     @field_validator("home")
     @classmethod
@@ -53,6 +62,24 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value) if value.strip() else ()
+        except ValueError as error:
+            raise ValueError(f"is no JSON: {error}") from None
+
+    @field_validator("pools")
+    @classmethod
+    def _each_once(cls, value: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        twice = [name for name, times in Counter(pool.name for pool in value).items() if times > 1]
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return value
 
     @property
     def judge_configured(self) -> bool:

@@ -1,0 +1,255 @@
+"""The variants of a job made and measured by many machines: each recipe a conversion and then a measurement."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from prefect.client.schemas.objects import State
+
+from slmops import machine, pools
+from slmops.conversion import convert, store
+from slmops.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.exchange import Exchange
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe
+from slmops.parts import Files, Measured, Part, Result, Stage
+from slmops.settings import Settings
+from tasks.fan_out import (
+    cancel_parts,
+    close_exchange,
+    deploy,
+    ended,
+    fetch_result,
+    fetch_variant,
+    open_exchange,
+    send_inputs,
+    send_variant,
+    submit,
+)
+from tasks.show import Progress
+from tasks.variant import convert_variant, register_variant
+
+log = logging.getLogger("slmops.fan_out")
+
+ATTEMPTS = 3
+"""Times that a part is begun whose machine is lost."""
+POLL_S = 2.0
+
+Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
+"""Recipe name, and what came of it."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the parts.
+
+    Attributes:
+        pool: The work pool's name.
+        deployment: The deployment of the parts in it.
+    """
+
+    pool: str
+    deployment: UUID
+
+
+@dataclass(frozen=True)
+class _Child:
+    """A part on its way."""
+
+    part: Part
+    attempt: int
+
+
+def find_workers(checkpoint: Checkpoint, job: Job, settings: Settings) -> Workers:
+    """The smallest pool that is large enough.
+
+    Raises:
+        PrerequisiteError: None is, there is no such pool, or the Prefect server is away.
+    """
+    pool = pools.choose(settings.pools, checkpoint, job.device)
+    return Workers(pool.name, deploy(pool))
+
+
+def fan_out(
+    workers: Workers,
+    recipes: list[Recipe],
+    checkpoint: Checkpoint,
+    job: Job,
+    name: str,
+    settings: Settings,
+    uri: str,
+    parent: str,
+    progress: Progress,
+) -> Outcomes:
+    """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it.
+
+    Raises:
+        PrerequisiteError: The Prefect server is away.
+        TrackingError: MLflow is away.
+    """
+    with _exchange(uri, parent) as run_id:
+        exchange = Exchange(uri, run_id, settings)
+        weights, inputs = send_inputs(job, checkpoint, exchange)
+        common = {
+            "exchange": run_id,
+            "name": name,
+            "job": job,
+            "checkpoint": checkpoint,
+            "weights": weights,
+            "inputs": inputs,
+        }
+        yield from _FanOut(workers, recipes, common, exchange, settings, progress).run()
+
+
+@contextmanager
+def _exchange(uri: str, parent: str) -> Iterator[str]:
+    """The files of the job, and its parts, are there as long as the job is."""
+    run_id = open_exchange(uri, parent)
+    try:
+        yield run_id
+    finally:
+        try:
+            cancel_parts(run_id)
+            close_exchange(uri, run_id)
+        except (PrerequisiteError, TrackingError) as error:
+            log.warning("the next run of this job removes what is left of this one: %s", error.message)
+
+
+class _FanOut:
+    """Waits for all parts at once, in one thread, and begins the next ones."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        recipes: list[Recipe],
+        common: dict[str, Any],
+        exchange: Exchange,
+        settings: Settings,
+        progress: Progress,
+    ) -> None:
+        self._workers = workers
+        self._recipes = recipes
+        self._common = common
+        self._job: Job = common["job"]
+        self._checkpoint: Checkpoint = common["checkpoint"]
+        self._name: str = common["name"]
+        self._exchange = exchange
+        self._settings = settings
+        self._progress = progress
+        self._children: dict[UUID, _Child] = {}
+        self._converted: dict[str, tuple[str, Files]] = {}
+        self._waiting: list[Recipe] = []
+        self._references: Files | None = None  # None: the baseline is on its way
+        self._scored: tuple[float, ...] | None = None
+
+    def run(self) -> Outcomes:
+        """Begin everything, and go on until nothing is left."""
+        for recipe in self._recipes:
+            yield from self._begin(recipe)
+        while self._children:
+            time.sleep(POLL_S)
+            for flow_run, state in ended(self._children).items():
+                yield from self._take(self._children.pop(flow_run), state)
+
+    def _begin(self, recipe: Recipe) -> Outcomes:
+        """Convert, unless an earlier run has: what is deployed here and what is measured are to be the same files."""
+        found = store.load(self._settings.variants / store.key(recipe, self._checkpoint, machine.versions()))
+        if found is None:
+            self._submit(recipe, "convert")
+            return
+        try:
+            variant = convert_variant(recipe, self._checkpoint, self._job, self._name, self._settings)
+        except SlmopsError as error:
+            yield from self._fail(recipe, error)
+        else:
+            self._measure(recipe, variant.key, send_variant(variant, self._exchange))
+
+    def _submit(self, recipe: Recipe, stage: Stage, attempt: int = 1) -> None:
+        of_stage: dict[str, Any] = {}
+        if stage == "measure":
+            key, files = self._converted[recipe.name]
+            of_stage = {"key": key, "variant": files, "references": self._references or ()}
+        part = Part(id=f"{recipe.name}-{stage}-{attempt}", stage=stage, recipe=recipe, **self._common, **of_stage)
+        self._children[submit(part, self._workers.deployment)] = _Child(part, attempt)
+
+    def _measure(self, recipe: Recipe, key: str, files: Files) -> None:
+        """Measure what is converted, as soon as the baseline has been."""
+        self._progress.step()
+        self._converted[recipe.name] = (key, files)
+        if recipe.baseline or self._references is not None:
+            self._submit(recipe, "measure")
+        else:
+            self._waiting.append(recipe)
+
+    def _go_on(self, references: Files) -> None:
+        """The baseline has been measured, or never will be."""
+        self._references = references
+        while self._waiting:
+            self._submit(self._waiting.pop(0), "measure")
+
+    def _take(self, child: _Child, state: State[Any]) -> Outcomes:
+        """Look at what a part that has ended left behind."""
+        part = child.part
+        what = f"{part.stage} {part.recipe.name}"
+        said = state.message or state.name
+        try:
+            result = fetch_result(part, self._exchange, self._settings.logs / self._name)
+        except TrackingError:
+            raise
+        except SlmopsError as error:
+            yield from self._fail(part.recipe, error)
+            return
+        if result is None and not state.is_cancelled() and child.attempt < ATTEMPTS:
+            log.warning("%s was lost, again on the pool %s: %s", what, self._workers.pool, said)
+            self._submit(part.recipe, part.stage, child.attempt + 1)
+        elif result is None:
+            how = "was cancelled" if state.is_cancelled() else f"was lost {child.attempt} times"
+            yield from self._fail(part.recipe, WorkError(f"{what} on the pool {self._workers.pool} {how}: {said}"))
+        elif result.failure is not None:
+            yield from self._fail(part.recipe, result.failure.error)
+        elif part.stage == "convert":
+            self._measure(part.recipe, result.key or "", result.variant)
+        else:
+            yield from self._finish(part, result)
+
+    def _finish(self, part: Part, result: Result) -> Outcomes:
+        """Have a measured variant here, as if it had been made here."""
+        if part.recipe.baseline:
+            self._scored = result.scored
+            self._go_on(result.references)
+        try:
+            variant = fetch_variant(part.key or "", part.variant, self._exchange, self._settings)
+            if self._job.output_path is not None:
+                convert.export(variant, self._job.output_path)
+            registration = register_variant(variant, self._name, self._job, self._settings)
+            if result.speed is None or result.quality is None:
+                raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
+        except TrackingError:
+            raise
+        except SlmopsError as error:
+            yield from self._fail(part.recipe, error)
+            return
+        self._progress.step()
+        yield (
+            part.recipe.name,
+            Measured(
+                variant=variant,
+                registration=registration,
+                speed=result.speed,
+                quality=result.quality,
+                scored=self._scored,
+                hardware=result.hardware,
+            ),
+        )
+
+    def _fail(self, recipe: Recipe, error: SlmopsError) -> Outcomes:
+        self._progress.step(1 if recipe.name in self._converted else 2)
+        if recipe.baseline and self._references is None:
+            self._go_on(())
+        yield recipe.name, error

@@ -1,0 +1,63 @@
+"""What one machine does of a job that fans out: it converts by one recipe, or measures one variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from slmops import machine, parts, stack
+from slmops.checkpoint import source
+from slmops.errors import SlmopsError, TrackingError
+from slmops.exchange import Exchange, prune
+from slmops.parts import Failure, Part, Result, Workplace
+from slmops.settings import Settings
+from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
+from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
+
+
+@flow(name="variant", persist_result=False)
+def variant(part: Part) -> None:
+    """Do one part of a job, and leave the result where the job fetches it.
+
+    A part that fails at its work leaves that as its result; one that ends without a result is done again elsewhere.
+
+    Raises:
+        SlmopsError: What the work failed at, or why there is no result.
+    """
+    settings = Settings()
+    exchange = Exchange(stack.tracking_uri(settings), part.exchange, settings)
+    prune(settings)
+    failed: SlmopsError | None = None
+    try:
+        place = prepare_part(part, exchange, settings)
+        try:
+            made = (_convert if part.stage == "convert" else _measure)(part, place, exchange, settings)
+        except TrackingError:
+            raise  # no fault of the work's
+        except SlmopsError as error:
+            failed, made = error, {"failure": Failure.of(error)}
+        leave_result(Result(hardware=machine.hardware(), **made), part, place, exchange, settings)
+    finally:
+        parts.clear(part, settings)
+    if failed is not None:
+        raise failed
+
+
+def _convert(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> dict[str, Any]:
+    source.check_room(place.checkpoint, [part.recipe.name], settings)
+    made = convert_variant(place.recipe, place.checkpoint, place.job, place.name, settings)
+    return {"key": made.key, "variant": send_variant(made, exchange)}
+
+
+def _measure(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> dict[str, Any]:
+    made = fetch_variant(part.key or "", part.variant, exchange, settings)
+    registration = register_variant(made, part.name, place.job, settings)
+    speed = measure_speed([(made, registration)], place.name, place.job, settings)[made.name]
+    if isinstance(speed, SlmopsError):
+        raise speed
+    baseline = part.recipe.baseline
+    scored = score_checkpoint(place.checkpoint, place.name, place.job, settings) if baseline else None
+    quality = measure_quality(made, registration, place.name, place.job, settings)
+    references = send_references(place, exchange, settings) if baseline else ()
+    return {"speed": speed, "quality": quality, "scored": scored, "references": references}

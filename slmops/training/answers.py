@@ -1,0 +1,56 @@
+"""How right a Hugging Face checkpoint answers an evaluation set, before anything is converted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from slmops import locks, process
+from slmops.errors import EvaluationError
+from slmops.evaluation import dataset, statistics
+from slmops.models import Answer, Measurement
+from slmops.settings import Settings
+from slmops.training import answers_worker
+from slmops.training.finetune import ENVIRONMENT
+
+
+def answer_with_checkpoint(
+    folder: Path, evaluation_set: Path, matcher: str | None, name: str, label: str, settings: Settings
+) -> tuple[Measurement, tuple[Answer, ...]]:
+    """Have the checkpoint in ``folder`` answer, greedily and in fp32.
+
+    Args:
+        matcher: The user's FILE.py:FUNCTION for items with match ``python``.
+        name: The model's name; its work folder and logs go by it.
+        label: Which of its checkpoints this is, for the name of the log.
+
+    Returns:
+        Accuracy over the items that could be judged, with its interval, and the judged answers.
+
+    Raises:
+        EvaluationError: The checkpoint does not answer, or no answer could be judged.
+        UsageError: The evaluation set or the matcher is bad.
+    """
+    questions = dataset.load(evaluation_set, matcher=matcher, judge=settings.judge_configured)
+    work = settings.work(name) / f"{label}-answers"
+    text = settings.logs / name / f"{label}.answers.log"
+    text.unlink(missing_ok=True)
+    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        result, _ = process.call(
+            "slmops.training.answers_worker",
+            answers_worker.Request(folder=folder, items=questions.items, matcher=matcher),
+            answers_worker.Result,
+            work=work,
+            log=text,
+            timeout_s=settings.evaluation_timeout_s,
+            error=EvaluationError,
+            env=ENVIRONMENT,
+        )
+    shutil.rmtree(work)
+    judged = [answer.correct for answer in result.answers if answer.correct is not None]
+    if not judged:
+        raise EvaluationError(
+            f"None of the {len(result.answers)} answers could be judged: {result.answers[0].reason}",
+            "Mend the evaluation set, the matcher or the judging model.",
+        )
+    return statistics.of_proportion(sum(judged), len(judged)), result.answers

@@ -1,0 +1,223 @@
+"""The lines of training files as conversations; whatever is wrong with a line is a problem of that line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slmops.training.values import Problem
+
+LONGEST_LINE = 1_000_000
+"""Bytes; a longer line is not read to its end."""
+MOST_PROBLEMS = 10_000
+"""After so many bad lines nobody wants to know of more."""
+SHOWN = 80
+"""Characters of an item that a message shows."""
+
+ROLES = ("system", "user", "assistant")
+_KEYS = ("messages", "prompt", "completion", "id")
+# Raw, they would end a line for readers that split as str.splitlines() does.
+_LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation to learn from.
+
+    Attributes:
+        file: Name of the file that it came in.
+        line: Its number there, from 1.
+        messages: Each with role and content; the last is the assistant's.
+    """
+
+    file: str
+    line: int
+    messages: tuple[dict[str, str], ...]
+
+    @cached_property
+    def json(self) -> str:
+        """The normal form, which is one line: the same for all ways to write the same conversation."""
+        return json.dumps({"messages": self.messages}, ensure_ascii=False).translate(_LINE_ENDS)
+
+    @property
+    def place(self) -> str:
+        """File and line, for messages."""
+        return f"{shown(self.file)}:{self.line}"
+
+    def problem(self, kind: str, detail: str, *, fatal: bool = True) -> Problem:
+        """What is wrong with it."""
+        return problem(self.file, self.line, kind, detail, fatal=fatal)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What files hold.
+
+    Attributes:
+        examples: The good ones, in order.
+        problems: The bad lines.
+        files: Name of each file, and its good examples.
+    """
+
+    examples: tuple[Example, ...]
+    problems: tuple[Problem, ...]
+    files: dict[str, int]
+
+
+class _BadLine(ValueError):
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+def read(files: Sequence[Path]) -> Read:
+    """Read training files, never more of a line than it may have."""
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    counts: dict[str, int] = {}
+    for file in files:
+        before = len(examples)
+        for number, raw in _lines(file):
+            try:
+                examples.append(Example(file.name, number, _conversation(raw)))
+            except _BadLine as error:
+                problems.append(problem(file.name, number, error.kind, str(error)))
+            if len(problems) == MOST_PROBLEMS:
+                problems.append(problem(file.name, number + 1, "schema", "nothing was read from here on"))
+                break
+        counts[file.name] = len(examples) - before
+        if len(problems) > MOST_PROBLEMS:
+            break
+    return Read(tuple(examples), tuple(problems), counts)
+
+
+def problem(file: str, line: int, kind: str, detail: str, *, fatal: bool = True) -> Problem:
+    """A problem of one line."""
+    return Problem.model_validate({"file": file, "line": line, "kind": kind, "fatal": fatal, "detail": detail})
+
+
+def shown(text: str) -> str:
+    """The beginning of a text of the user's on one line, control characters escaped."""
+    cut = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line that is not blank; one that is too long is the last, and not whole."""
+    with file.open("rb") as stream:
+        for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if line.strip() or len(raw) > LONGEST_LINE:
+                yield number, line
+            if len(raw) > LONGEST_LINE:
+                return
+
+
+def _conversation(raw: bytes) -> tuple[dict[str, str], ...]:
+    if len(raw) > LONGEST_LINE:
+        raise _BadLine("oversized", f"longer than {LONGEST_LINE:,} bytes; the file was not read from here on")
+    value = _value(raw)
+    if not isinstance(value, dict):
+        raise _BadLine("schema", "no JSON object")
+    name = f" (id {shown(value['id'])})" if isinstance(value.get("id"), str) else ""
+    try:
+        messages = _messages(value)
+        _check_turns(messages)
+    except _BadLine as error:
+        raise _BadLine(error.kind, f"{error}{name}") from None
+    return messages
+
+
+def _value(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_number)
+    except _BadLine:
+        raise
+    except UnicodeDecodeError as error:
+        raise _BadLine("schema", f"not UTF-8: byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise _BadLine("schema", f"no JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # a number of too many digits
+        raise _BadLine("schema", f"no JSON: {error}") from None
+    except RecursionError:
+        raise _BadLine("schema", "nested too deeply") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise _BadLine("schema", f"the key '{shown(twice)}' is there twice")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise _BadLine("schema", f"no JSON: {name}")
+
+
+def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    """The turns of a line in any of the formats."""
+    _check_keys(value, _KEYS, "")
+    given = {key: value[key] for key in ("messages", "prompt", "completion") if value.get(key) is not None}
+    if set(given) == {"messages"}:
+        return _turns(given["messages"], "messages")
+    if set(given) == {"prompt", "completion"}:
+        prompt, completion = given["prompt"], given["completion"]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return _turns(asked, "prompt") + _turns(answered, "completion")
+    if "messages" in given:
+        raise _BadLine("schema", "has 'messages' beside 'prompt' or 'completion'")
+    raise _BadLine("schema", "needs either 'messages', or 'prompt' and 'completion'")
+
+
+def _turns(value: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise _BadLine("schema", f"'{where}' is no {'' if where == 'messages' else 'text and no '}list of messages")
+    for number, turn in enumerate(value):
+        name = f"{where}[{number}]"
+        if not isinstance(turn, dict):
+            raise _BadLine("schema", f"{name} is no object")
+        _check_keys(turn, ("role", "content"), f" of {name}")
+        for key in ("role", "content"):
+            if not isinstance(turn.get(key), str):
+                raise _BadLine("schema", f"{name}.{key} is {'no text' if key in turn else 'missing'}")
+        if turn["role"] not in ROLES:
+            raise _BadLine("schema", f"{name}.role is '{shown(turn['role'])}', not one of {', '.join(ROLES)}")
+        _check_text(turn["content"], f"{name}.content")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in value)
+
+
+def _check_keys(value: dict[str, Any], known: Iterable[str], where: str) -> None:
+    for key in value:
+        if key not in known:
+            raise _BadLine("schema", f"the key '{shown(key)}'{where} is unknown; known are {', '.join(known)}")
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text:
+        raise _BadLine("schema", f"{where} holds the character NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadLine("schema", f"{where} holds {text[error.start]!r}, half a character") from None
+
+
+def _check_turns(messages: tuple[dict[str, str], ...]) -> None:
+    first = 1 if messages[0]["role"] == "system" else 0
+    for number, message in enumerate(messages[first:], first):
+        expected = ROLES[1 + (number - first) % 2]
+        if message["role"] != expected:
+            raise _BadLine(
+                "roles", f"message {number + 1} is of the {message['role']}, and should be of the {expected}"
+            )
+    if messages[-1]["role"] != "assistant":
+        raise _BadLine("roles", f"ends with the {messages[-1]['role']}, not with an answer")
+    for number, message in enumerate(messages):
+        if not message["content"].strip():
+            raise _BadLine("empty", f"message {number + 1}, of the {message['role']}, is empty")

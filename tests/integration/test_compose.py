@@ -1,0 +1,190 @@
+"""The servers of docker-compose.yml, started by the file's own commands as processes (see tests/compose.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.compose import ROOT, Compose, NotHealthy
+from tests.compose_fixtures import PASSWORD, servers
+
+pytestmark = pytest.mark.integration
+
+__all__ = ["servers"]
+
+DEFINED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+PATIENCE_S = 120.0
+REFUSED = "password authentication failed"
+
+
+@pytest.fixture(scope="module")
+def registered(servers: Compose) -> Compose:
+    """With work pool and deployments."""
+    assert servers.run("deployments") == 0, servers.said("deployments")
+    return servers
+
+
+@pytest.fixture(scope="module")
+def working(registered: Compose) -> Iterator[Compose]:
+    """With a worker, which looks for work more often than the file says."""
+    registered.start("worker", PREFECT_WORKER_QUERY_SECONDS="1")
+    registered.wait_healthy("worker")
+    yield registered
+    registered.stop("worker")
+
+
+@pytest.fixture
+def mistaken(servers: Compose) -> Iterator[Compose]:
+    """Servers for the same PostgreSQL, with another password."""
+    with Compose({"POSTGRES_PASSWORD": "wrong"}) as other:
+        other.ports["postgres"] = servers.ports["postgres"]
+        yield other
+
+
+@pytest.fixture(scope="module")
+def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with a metric and a file, logged through the server."""
+    from mlflow import MlflowClient
+
+    note = tmp_path_factory.mktemp("note") / "note.txt"
+    note.write_text("kept", encoding="utf-8")
+    client = MlflowClient(servers.tracking_uri)
+    run = client.create_run("0")
+    client.log_metric(run.info.run_id, "size_mb", 1.5)
+    client.log_artifact(run.info.run_id, str(note), "notes")
+    return str(run.info.run_id)
+
+
+def ask(compose: Compose, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What Prefect's API says."""
+    method = "GET" if body is None else "POST"
+    response = httpx.request(method, f"{compose.prefect_api_url}{path}", json=body, timeout=30, trust_env=False)
+    assert response.is_success, response.text
+    return response.json()
+
+
+def ids(compose: Compose) -> dict[str, str]:
+    """Name to id of the deployments."""
+    return {one["name"]: one["id"] for one in ask(compose, "/deployments/filter", {})}
+
+
+def pids(compose: Compose, *services: str) -> dict[str, set[int]]:
+    return {service: {process.pid for process in compose.processes(service)} for service in services}
+
+
+def kept(compose: Compose, run_id: str, folder: Path) -> None:
+    """Metric and file of the run are there."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(compose.tracking_uri)
+    assert client.get_run(run_id).data.metrics == {"size_mb": 1.5}
+    note = Path(client.download_artifacts(run_id, "notes/note.txt", str(folder)))
+    assert note.read_text(encoding="utf-8") == "kept"
+
+
+def test_files_go_through_the_server(servers: Compose, run_id: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    kept(servers, run_id, tmp_path)
+    run = MlflowClient(servers.tracking_uri).get_run(run_id)
+    assert run.info.artifact_uri == f"mlflow-artifacts:/0/{run_id}/artifacts"
+    stored = servers.folder("mlflow", "/srv/artifacts") / "0" / run_id / "artifacts" / "notes" / "note.txt"
+    assert stored.read_text(encoding="utf-8") == "kept"
+
+
+def test_every_deployment_is_registered(registered: Compose) -> None:
+    found = {one["name"]: one for one in ask(registered, "/deployments/filter", {})}
+    assert set(found) == {one["name"] for one in DEFINED}
+    for one in found.values():
+        assert one["work_pool_name"] == "slmops"
+        assert not one["pull_steps"], "no path of this machine"
+        assert str(registered.root) not in str(one)
+        assert str(ROOT) not in str(one)
+    assert ask(registered, "/work_pools/slmops")["type"] == "process"
+
+
+def test_the_worker_runs_what_is_started_on_the_page(working: Compose) -> None:
+    deployment = ask(working, "/deployments/name/prepare-environment/prepare-environment")
+    run = ask(working, f"/deployments/{deployment['id']}/create_flow_run", {})
+    deadline = time.monotonic() + PATIENCE_S
+    while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and time.monotonic() < deadline:
+        time.sleep(0.3)
+        run = ask(working, f"/flow_runs/{run['id']}")
+    assert run["state_type"] == "COMPLETED", working.said("worker")
+    artifacts = ask(working, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert [one["key"] for one in artifacts] == ["environment"]
+
+
+def test_passwords_show_nowhere(working: Compose) -> None:
+    seen = [
+        process for service in ("postgres", "prefect", "mlflow", "worker") for process in working.processes(service)
+    ]
+    assert len(seen) > 15
+    for process in seen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert PASSWORD not in " ".join(process.cmdline())
+    assert not any("PGPASSWORD" in process.environ() for process in working.processes("worker"))
+    logs = sorted(working.root.glob("*.log"))
+    assert {"prefect.log", "mlflow.log", "databases.log", "worker.log"} <= {log.name for log in logs}
+    assert not [log.name for log in logs if PASSWORD in log.read_text(encoding="utf-8", errors="replace")]
+
+
+def test_after_a_crash_of_postgresql_both_servers_answer_again(
+    registered: Compose, run_id: str, tmp_path: Path
+) -> None:
+    before = pids(registered, "prefect", "mlflow")
+    registered.kill("postgres")
+    assert not registered.healthy("prefect")
+    assert not registered.healthy("mlflow")
+    registered.start("postgres")
+    for service in ("postgres", "prefect", "mlflow"):
+        registered.wait_healthy(service)
+    assert pids(registered, "prefect", "mlflow") == before
+    kept(registered, run_id, tmp_path)
+    assert len(ids(registered)) == len(DEFINED)
+
+
+def test_setting_up_once_more_changes_nothing(registered: Compose) -> None:
+    before = ids(registered)
+    assert [registered.run(service) for service in ("databases", "deployments")] == [0, 0]
+    assert ids(registered) == before
+    assert registered.log("databases").read_text(encoding="utf-8").count("made the database") == 2
+    assert registered.log("deployments").read_text(encoding="utf-8").count("successfully created") == len(DEFINED)
+
+
+def test_a_wrong_password_is_told(mistaken: Compose) -> None:
+    mistaken.start("prefect")
+    mistaken.start("mlflow")
+    assert mistaken.run("databases") == 1
+    said = mistaken.said("databases")
+    assert REFUSED in said
+    assert "changed in .env" in said
+    assert "Traceback" not in said
+    with pytest.raises(NotHealthy, match=REFUSED):
+        mistaken.wait_healthy("prefect")
+    deadline = time.monotonic() + PATIENCE_S
+    while REFUSED not in mistaken.said("mlflow") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert REFUSED in mistaken.said("mlflow")
+    assert not mistaken.healthy("mlflow")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({}, "is no model name"), ({"SLMOPS_SERVE_MODEL": "router"}, "Set SLMOPS_SERVE_TOKEN")],
+    ids=["no model", "no token"],
+)
+def test_nothing_is_served_without_a_model_and_a_token(given: dict[str, str], said: str) -> None:
+    with Compose({"POSTGRES_PASSWORD": "unused", **given}) as compose:
+        command = compose.services["serve"]["command"]
+        command[command.index("--host") + 1] = "::"  # beyond this machine, as in a container; refused before it listens
+        assert compose.run("serve") == 2
+        assert said in compose.said("serve")

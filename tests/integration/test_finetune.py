@@ -1,0 +1,287 @@
+"""Fine-tunings of a tiny model, for real: what comes out, what is left by one that was killed, what ends one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from slmops import machine
+from slmops.errors import DataError, TrainingError
+from slmops.files import sha256
+from slmops.job import Job
+from slmops.models import Checkpoint
+from slmops.settings import Settings
+from slmops.training import finetune, finetune_worker
+from slmops.training.answers import answer_with_checkpoint
+from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
+from tests import making, tiny
+
+pytestmark = pytest.mark.integration
+
+QUESTIONS = (
+    "Is it raining?",
+    "Who is there?",
+    "What time is it now?",
+    "Where?",
+    "Shall we go home?",
+    "How old are you?",
+)
+TRAINING = LoraSettings(
+    rank=4, alpha=8, dropout=0.1, learning_rate=2e-2, epochs=4, batch_size=4, evaluations=2, patience=9
+)
+"""24 steps over 24 items; dropout, so that a resumed run needs the random state of the killed one."""
+
+
+def training_data(folder: Path, train: Sequence[str], validation: Sequence[str]) -> TrainingData:
+    """Conversations that all end in the given answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, answers in (("train", train), ("validation", validation)):
+        files[name] = folder / f"{name}.jsonl"
+        items = [
+            [
+                {"role": "user", "content": f"{QUESTIONS[number % len(QUESTIONS)]} {number}"},
+                {"role": "assistant", "content": answer},
+            ]
+            for number, answer in enumerate(answers)
+        ]
+        files[name].write_text("".join(json.dumps({"messages": item}) + "\n" for item in items), encoding="utf-8")
+    return TrainingData(
+        source="here",
+        digest="d" * 64,
+        **files,
+        evaluation=folder / "evaluation.jsonl",
+        evaluation_digest="e" * 64,
+        report=DataReport(files={}, items=len(train), evaluation_items=0, dropped=0, problems=()),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that can learn to end: a fresh one has only zeros for the token that does, which pads, too."""
+    from safetensors.numpy import load_file, save_file
+
+    made = tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny")
+    tensors = load_file(made / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"].copy()
+    embeddings[2] = embeddings[3][::-1]
+    save_file({**tensors, "model.embed_tokens.weight": embeddings}, made / "model.safetensors", {"format": "pt"})
+    return made
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path, settings: Settings) -> Checkpoint:
+    return making.resolve(Job(model=str(folder)), settings)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return training_data(tmp_path_factory.mktemp("data"), ["Yes."] * 24, ["Yes."] * 4)
+
+
+@pytest.fixture(scope="module")
+def points() -> list[LossPoint]:
+    """What was reported while :func:`trained` was made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Checkpoint, data: TrainingData, settings: Settings, points: list[LossPoint]) -> Finetuned:
+    return finetune.finetune(checkpoint, data, TRAINING, settings, "tiny", points.append)
+
+
+def test_what_comes_out(trained: Finetuned, points: list[LossPoint], checkpoint: Checkpoint) -> None:
+    validation = {point.step: point.validation_loss for point in trained.losses if point.validation_loss is not None}
+    train = {point.step: point.train_loss for point in trained.losses if point.train_loss is not None}
+    assert list(trained.losses) == points
+    assert list(validation) == [0, *range(3, 25, 3)]
+    assert list(train) == list(range(1, 25))
+    assert validation[trained.best_step] == min(validation.values()) == trained.validation_loss < validation[0] / 2
+    assert (trained.steps, trained.epochs, trained.stopped) == (24, 4, "epochs")
+    # Per layer: queries 64 x 64, keys and values 64 x 32, output 64 x 64, gate and up 64 x 128, down 128 x 64.
+    assert trained.trained_parameters == 2 * 4 * (128 + 2 * 96 + 128 + 3 * 192)
+    assert trained.base_digest == checkpoint.digest
+    assert {path.name for path in trained.folder.iterdir()} == {
+        "adapter",
+        "files.json",
+        "losses.jsonl",
+        "merged",
+        "training.json",
+    }
+    assert finetune.load(trained.folder) == trained
+
+
+def test_the_learning_rate_rises_and_falls(trained: Finetuned) -> None:
+    rates = [point.learning_rate for point in trained.losses if point.learning_rate is not None]
+    assert max(rates) == max(rates[:3]) > 0.9 * TRAINING.learning_rate
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0 < rates[-1] < 0.02 * TRAINING.learning_rate
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
+    trained: Finetuned, checkpoint: Checkpoint, settings: Settings
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(torch.arange(40)[None] + 5).logits  # type: ignore[no-any-return]
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+    untouched = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, trained.adapter))
+    merged = AutoModelForCausalLM.from_pretrained(trained.merged)
+    assert merged.dtype == torch.float32
+    assert torch.allclose(logits(merged), adapted, atol=1e-4)
+    assert not torch.allclose(untouched, adapted, atol=0.1)
+    accepted = making.resolve(Job(model=str(trained.merged)), settings)
+    assert accepted.tied_embeddings
+    assert accepted.parameters == checkpoint.parameters
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (trained.merged / name).read_bytes() == (checkpoint.path / name).read_bytes()
+    assert str(checkpoint.path) not in (trained.adapter / "adapter_config.json").read_text()
+
+
+def test_it_answers_what_it_was_taught(
+    trained: Finetuned, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+) -> None:
+    evaluation = tmp_path / "evaluation.jsonl"
+    lines = [
+        {"id": "right", "prompt": "Is it snowing?", "expected": "Yes.", "match": "exact", "format": "one_line"},
+        {"id": "wrong", "prompt": "A longer question: is it fun to answer it?", "expected": "No", "match": "exact"},
+        {"id": "cut", "prompt": "Who?", "expected": "Y", "match": "exact", "max_tokens": 1, "category": "short"},
+        {"id": "free", "prompt": "Who?", "match": "python", "expected": "?"},
+    ]
+    evaluation.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    matcher = tmp_path / "matcher.py"
+    matcher.write_text("def judge(expected, answer):\n    return None\n")
+    ask = (evaluation, f"{matcher}:judge", "tiny")
+    accuracy, answers = answer_with_checkpoint(trained.merged, *ask, "finetuned", settings)
+    right, wrong, cut, free = answers
+    print(answers)
+    assert (right.id, right.answer, right.correct, right.format_valid) == ("right", "Yes.", True, True)
+    assert (right.finish_reason, cut.finish_reason) == ("stop", "length")
+    assert (wrong.answer, wrong.correct) == ("Yes.", False)
+    assert (cut.completion_tokens, cut.category) == (1, "short")
+    assert free.correct is None
+    assert accuracy.samples == 3
+    of_base, _ = answer_with_checkpoint(checkpoint.path, *ask, "base", settings)
+    assert of_base.value == 0
+
+
+def test_what_is_done_is_not_done_again(
+    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, settings: Settings
+) -> None:
+    points: list[LossPoint] = []
+    again = finetune.finetune(checkpoint, data, TRAINING, settings, "again", points.append)
+    assert again == trained
+    assert not points
+    assert not (settings.logs / "again").exists()  # no child
+
+
+def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> None:
+    for victim in ("merged/model.safetensors", "adapter/adapter_config.json", "training.json", "files.json"):
+        copy = tmp_path / "copy"
+        shutil.copytree(trained.folder, copy)
+        assert finetune.load(copy) is not None
+        (copy / victim).write_bytes((copy / victim).read_bytes()[:-1] + b"!")
+        assert finetune.load(copy) is None
+        shutil.rmtree(copy)
+
+
+def test_one_that_was_killed_is_taken_up_and_ends_the_same(
+    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, tmp_path: Path
+) -> None:
+    home = Settings(home=tmp_path)
+
+    def kill(point: LossPoint) -> None:
+        if point.step == 14:
+            for worker in making.workers(finetune_worker.__name__):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match="killed by SIGKILL"):
+        finetune.finetune(checkpoint, data, TRAINING, home, "tiny", kill)
+    [folder] = home.trainings.iterdir()
+    assert not (folder / "training.json").exists()
+    shutil.copytree(folder / "checkpoints/checkpoint-12", folder / "checkpoints/checkpoint-15")
+    (folder / "checkpoints/checkpoint-15/optimizer.pt").write_bytes(b"half")
+    with (folder / "losses.jsonl").open("a") as file:
+        file.write('{"step":15,"epo')
+    points: list[LossPoint] = []
+    finished = finetune.finetune(checkpoint, data, TRAINING, home, "tiny", points.append)
+    assert points[0].step == 13
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert sha256(finished.folder / name) == sha256(trained.folder / name)
+    measured = {"epoch", "step", "train_loss", "validation_loss", "learning_rate"}
+    assert [point.model_dump(include=measured) for point in finished.losses] == [
+        point.model_dump(include=measured) for point in trained.losses
+    ]
+    seconds = [point.seconds for point in finished.losses]
+    assert seconds == sorted(seconds)
+
+
+def test_one_that_diverges_leaves_nothing_to_resume(
+    checkpoint: Checkpoint, data: TrainingData, settings: Settings
+) -> None:
+    wild = TRAINING.model_copy(update={"learning_rate": 1.0, "alpha": 1024, "rank": 1, "epochs": 1.0})
+    with pytest.raises(TrainingError, match=r"diverged|worse") as caught:
+        finetune.finetune(checkpoint, data, wild, settings, "wild", lambda _: None)
+    print(caught.value)
+    assert "--training.learning-rate" in (caught.value.fix or "")
+    folder = settings.trainings / finetune.key(checkpoint.digest, data, wild, machine.versions())
+    assert {path.name for path in folder.iterdir()} == {"losses.jsonl"}
+
+
+def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+    apart = training_data(tmp_path, ["Yes."] * 24, ["Nobody knows."] * 4)
+    impatient = TRAINING.model_copy(update={"patience": 2, "epochs": 20.0})
+    finished = finetune.finetune(checkpoint, apart, impatient, settings, "apart", lambda _: None)
+    validation = {point.step: point.validation_loss for point in finished.losses if point.validation_loss is not None}
+    print(validation)
+    assert finished.stopped == "patience"
+    assert finished.steps == finished.best_step + 6 < 120
+    assert validation[finished.best_step] == min(validation.values()) == finished.validation_loss
+
+
+def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingData, settings: Settings) -> None:
+    short = TRAINING.model_copy(update={"minutes": 0.03, "epochs": 1.0})
+    finished = finetune.finetune(checkpoint, data, short, settings, "short", lambda _: None)
+    assert finished.stopped == "minutes"
+    assert finished.seconds >= 1.8
+    assert finished.losses[-1].step == finished.steps
+    assert finished.losses[-1].validation_loss is not None
+
+
+@pytest.mark.parametrize(
+    ("template", "longest", "message"),
+    [
+        (None, 16, r"train.jsonl, line 1 has \d+ tokens, and 16 are allowed"),
+        ("{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}", 512, "where the"),
+    ],
+)
+def test_items_that_cannot_be_trained_on(
+    template: str | None, longest: int, message: str, folder: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    source = shutil.copytree(folder, tmp_path / "tiny")
+    if template is not None:
+        (source / "chat_template.jinja").write_text(template)
+    home = Settings(home=tmp_path / "home")
+    training = TRAINING.model_copy(update={"max_tokens": longest})
+    with pytest.raises(DataError, match=message):
+        finetune.finetune(making.resolve(Job(model=str(source)), home), data, training, home, "x", lambda _: None)

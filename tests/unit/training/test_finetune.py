@@ -1,0 +1,121 @@
+"""The name of a fine-tuning, what counts as finished, and what the parent passes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.models import Hardware
+from slmops.training import finetune, finetune_worker
+from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
+
+VERSIONS = {"torch": "2", "transformers": "5", "peft": "0.1", "accelerate": "1", "mlflow": "3"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TrainingData:
+    for name in ("train", "validation", "evaluation"):
+        (tmp_path / name).write_text(name)
+    return TrainingData(
+        source="here",
+        digest="d" * 64,
+        train=tmp_path / "train",
+        validation=tmp_path / "validation",
+        evaluation=tmp_path / "evaluation",
+        evaluation_digest="e" * 64,
+        report=DataReport(files={}, items=1, evaluation_items=1, dropped=0, problems=()),
+    )
+
+
+def key(data: TrainingData, base: str = "b", versions: dict[str, str] | None = None, **changed: Any) -> str:
+    return finetune.key(base, data, LoraSettings(**changed), {**VERSIONS, **(versions or {})})
+
+
+def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
+    first = key(data)
+    assert first == key(data)
+    assert first == key(data.model_copy(update={"source": "elsewhere", "evaluation_digest": "0"}))
+    assert first == key(data, versions={"mlflow": "4"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: key(data, base="c"),
+        lambda data: key(data.model_copy(update={"digest": "c" * 64})),
+        lambda data: key(data, seed=1),
+        lambda data: key(data, minutes=5.0),
+        *(lambda data, name=name: key(data, versions={name: "9"}) for name in finetune.DECISIVE),
+    ],
+)
+def test_other_input_has_another_name(data: TrainingData, change: Callable[[TrainingData], str]) -> None:
+    assert change(data) != key(data)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_another_split_has_another_name(data: TrainingData, part: str) -> None:
+    before = key(data)
+    getattr(data, part).write_text("other lines")
+    assert key(data) != before
+
+
+def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: TrainingData) -> None:
+    for part in ("adapter", "merged"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "weights").write_text(part)
+    finetuned = Finetuned(
+        key=tmp_path.name,
+        base_digest="b",
+        data_digest=data.digest,
+        training=LoraSettings(),
+        steps=1,
+        epochs=1,
+        best_step=1,
+        validation_loss=1.0,
+        stopped="epochs",
+        losses=(),
+        precision="fp32",
+        seconds=1.0,
+        memory_peak_mb=1.0,
+        trained_parameters=1,
+        versions={},
+        hardware=Hardware(system="", machine="", processor="", cores=1, memory_gb=1, isa=()),
+        created=datetime.now(UTC),
+        folder=tmp_path,
+    )
+    assert finetune.load(tmp_path) is None
+    (tmp_path / finetune.MANIFEST).write_text(finetuned.model_dump_json())
+    assert finetune.load(tmp_path) is None  # without digests
+    files = [file.model_dump() for file in finetune._files(tmp_path)]
+    (tmp_path / finetune.FILES).write_text(json.dumps(files))
+    assert finetune.load(tmp_path) == finetuned
+    (tmp_path / "merged/more").touch()
+    assert finetune.load(tmp_path) is None
+    (tmp_path / "merged/more").unlink()
+    (tmp_path / "adapter/weights").unlink()
+    assert finetune.load(tmp_path) is None
+
+
+def test_only_points_are_passed_on() -> None:
+    point = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
+    taken: list[LossPoint] = []
+    finetune._pass_on("Loading weights: 100%", taken.append)
+    finetune._pass_on(finetune_worker.POINT + point.model_dump_json(), taken.append)
+    assert taken == [point]
+
+
+def test_one_who_does_not_take_a_point_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(_: LossPoint) -> None:
+        raise ConnectionError("the server is away")
+
+    point = LossPoint(step=3, epoch=0.5, seconds=1.0)
+    with caplog.at_level(logging.WARNING):
+        finetune._pass_on(finetune_worker.POINT + point.model_dump_json(), refuse)
+        finetune._pass_on(finetune_worker.POINT + "{broken", refuse)
+    assert "the server is away" in caplog.text

@@ -1,0 +1,167 @@
+"""Which tokens are learned, which checkpoints are whole, and how the learning rate goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from slmops.training import finetune_worker as worker
+from slmops.training.values import LoraSettings, LossPoint
+
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": " So long \n"},
+]
+
+
+def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
+    turns = "".join(f"<|{message['role']}|>{message['content']}<|end|>\n" for message in messages)
+    return turns + "<|assistant|>" * opened
+
+
+def learnt(messages: Sequence[dict[str, str]], render: worker.Render) -> list[str]:
+    text, spans = worker.answers(messages, render)
+    return [text[start:end] for start, end in spans]
+
+
+def test_answers_are_learned_with_the_end_of_their_turn() -> None:
+    text, spans = worker.answers(MESSAGES, chatml)
+    assert text == chatml(MESSAGES, False)
+    assert [text[start:end] for start, end in spans] == ["Hello<|end|>", " So long \n<|end|>"]
+
+
+def test_what_follows_the_last_answer_is_not_learned() -> None:
+    assert learnt(MESSAGES[:4], chatml) == ["Hello<|end|>"]
+    assert learnt(MESSAGES[:2], chatml) == []
+
+
+def only_the_last(messages: Sequence[dict[str, str]], opened: bool) -> str:
+    """As templates do that take the thoughts out of earlier turns."""
+    last = len(messages) - 1
+    turns = [
+        message["content"] if place < last or message["role"] == "user" else f"<think></think>{message['content']}"
+        for place, message in enumerate(messages)
+    ]
+    return "|".join(turns) + "|" * opened
+
+
+def counting(messages: Sequence[dict[str, str]], opened: bool) -> str:
+    return f"{len(messages)}{chatml(messages, opened)}"
+
+
+def closing_otherwise(messages: Sequence[dict[str, str]], opened: bool) -> str:
+    return chatml(messages, opened) if len(messages) < 3 or opened else "Something else"
+
+
+@pytest.mark.parametrize("render", [only_the_last, counting, closing_otherwise])
+def test_a_template_that_changes_earlier_turns_is_refused(render: worker.Render) -> None:
+    with pytest.raises(ValueError, match="differently once others follow"):
+        worker.answers(MESSAGES, render)
+
+
+def test_a_single_answer_needs_less_of_a_template() -> None:
+    assert learnt(MESSAGES[1:3], only_the_last) == ["<think></think>Hello"]
+
+
+def test_tokens_are_learned_that_begin_in_an_answer() -> None:
+    offsets = [(0, 2), (2, 5), (5, 6), (6, 9), (9, 9), (9, 12)]
+    assert worker.labels([1, 2, 3, 4, 5, 6], offsets, [(5, 9)]) == [-100, -100, 3, 4, -100, -100]
+    assert worker.labels([1, 2, 3, 4, 5, 6], offsets, [(0, 2), (9, 12)]) == [1, -100, -100, -100, 5, 6]
+    assert worker.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
+
+
+def checkpoint(folder: Path, step: int, best: int, stopped: worker.Stopped | None = None) -> Path:
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "adapter_model.safetensors").write_bytes(b"weights")
+    (made / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    worker.mark_whole(made, 60.0 + step, stopped)
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / worker.CHECKPOINTS
+
+
+def test_nothing_to_resume(folder: Path) -> None:
+    assert worker.resumable(folder) is None
+
+
+def test_the_newest_by_number_is_resumed(folder: Path) -> None:
+    for step in (5, 10, 100):
+        checkpoint(folder, step, best=5, stopped="patience" if step == 100 else None)
+    found = worker.resumable(folder)
+    assert found is not None
+    step, mark = found
+    assert (step, mark.seconds, mark.stopped) == (100, 160.0, "patience")
+
+
+@pytest.mark.parametrize("harm", ["no mark", "half a mark", "missing", "shorter"])
+def test_half_a_checkpoint_is_removed(folder: Path, harm: str) -> None:
+    whole, half = checkpoint(folder, 5, best=5), checkpoint(folder, 10, best=5)
+    match harm:
+        case "no mark":
+            (half / worker.COMPLETE).unlink()
+        case "half a mark":
+            (half / worker.COMPLETE).write_text('{"seconds": 1')
+        case "missing":
+            (half / "adapter_model.safetensors").unlink()
+        case "shorter":
+            (half / "adapter_model.safetensors").write_bytes(b"wei")
+    found = worker.resumable(folder)
+    assert found is not None
+    assert found[0] == 5
+    assert whole.exists()
+    assert not half.exists()
+
+
+def test_without_the_best_weights_it_begins_anew(folder: Path) -> None:
+    checkpoint(folder, 10, best=5)
+    assert worker.resumable(folder) is None
+    assert not folder.exists()
+
+
+def test_points_behind_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "losses.jsonl"
+    points = [LossPoint(step=step, epoch=step / 4, seconds=step) for step in (1, 2, 2, 3)]
+    lines = [point.model_dump_json() + "\n" for point in points]
+    file.write_text("".join(lines) + '{"step":4,')
+    worker.truncate(file, 3)
+    assert file.read_text() == "".join(lines)
+    worker.truncate(file, 2)
+    assert file.read_text() == "".join(lines[:3])
+    worker.truncate(file, -1)
+    assert file.read_text() == ""
+
+
+def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
+    shares = [worker.rate(share / 100) for share in range(101)]
+    assert shares[0] == 0
+    assert max(shares) == shares[5] > 0.99
+    assert shares[:6] == sorted(shares[:6])
+    assert shares[5:] == sorted(shares[5:], reverse=True)
+    assert shares[-1] == worker.rate(1.5) == pytest.approx(0)
+
+
+def test_with_a_budget_the_learning_rate_goes_by_time() -> None:
+    early, late = (worker._Clock(before, LoraSettings(minutes=1), 10) for before in (6.0, 57.0))
+    assert early.rate(9) > 0.9
+    assert late.rate(0) < 0.01
+    assert not late.over
+    assert worker._Clock(60.0, LoraSettings(minutes=1), 10).over
+    assert worker._Clock(0.0, LoraSettings(minutes=1), 10).rate(0) > 0
+
+
+def test_with_epochs_the_learning_rate_goes_by_steps() -> None:
+    clock = worker._Clock(1e6, LoraSettings(), 10)
+    rates = [clock.rate(step) for step in range(10)]
+    assert rates == sorted(rates, reverse=True)
+    assert all(rate > 0 for rate in rates)
+    assert not clock.over

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 
 from slmops import machine, pools
 from slmops.conversion import convert, store
@@ -21,12 +21,14 @@ from slmops.models import Checkpoint, Recipe
 from slmops.parts import Files, Measured, Part, Result, Stage
 from slmops.settings import Settings
 from tasks.fan_out import (
+    Seen,
     cancel_parts,
     close_exchange,
+    crash,
     deploy,
-    ended,
     fetch_result,
     fetch_variant,
+    look,
     open_exchange,
     send_inputs,
     send_variant,
@@ -40,6 +42,9 @@ log = logging.getLogger("slmops.fan_out")
 ATTEMPTS = 3
 """Times that a part is begun whose machine is lost."""
 POLL_S = 2.0
+LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PENDING: 900.0}
+"""Seconds of silence after which a part is lost: pending is one that is being started on its machine. One that waits
+for a machine is not."""
 
 Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
 """Recipe name, and what came of it."""
@@ -58,12 +63,29 @@ class Workers:
     deployment: UUID
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Child:
-    """A part on its way."""
+    """A part on its way.
+
+    Attributes:
+        part: What it does.
+        attempt: From 1 on.
+        sign: State and beat, as they were at the last look.
+        silent_s: Seconds since one of them changed; those without a look at it not counted.
+    """
 
     part: Part
     attempt: int
+    sign: tuple[str, object] = ("", None)
+    silent_s: float = 0.0
+
+    def is_lost(self, seen: Seen, seconds: float) -> bool:
+        """Whether it has been silent for too long, ``seconds`` after the last look."""
+        sign = (seen.state.name or "", seen.beat)
+        self.silent_s = self.silent_s + seconds if sign == self.sign else 0.0
+        self.sign = sign
+        limit = LIMITS_S.get(seen.state.type)
+        return limit is not None and self.silent_s > limit
 
 
 def find_workers(checkpoint: Checkpoint, job: Job, settings: Settings) -> Workers:
@@ -152,10 +174,17 @@ class _FanOut:
         """Begin everything, and go on until nothing is left."""
         for recipe in self._recipes:
             yield from self._begin(recipe)
+        looked = time.monotonic()
         while self._children:
             time.sleep(POLL_S)
-            for flow_run, state in ended(self._children).items():
-                yield from self._take(self._children.pop(flow_run), state)
+            # However long it was that we did something else or the server was away: a part may have spoken meanwhile.
+            seconds, looked = min(time.monotonic() - looked, 3 * POLL_S), time.monotonic()
+            for flow_run, seen in look(self._children).items():
+                state = seen.state
+                if not state.is_final() and self._children[flow_run].is_lost(seen, seconds):
+                    state = crash(flow_run, f"There was no sign of life for {self._children[flow_run].silent_s:.0f} s.")
+                if state.is_final():
+                    yield from self._take(self._children.pop(flow_run), state)
 
     def _begin(self, recipe: Recipe) -> Outcomes:
         """Convert, unless an earlier run has: what is deployed here and what is measured are to be the same files."""

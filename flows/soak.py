@@ -1,15 +1,22 @@
-"""Soak: whether a deployed variant keeps its memory over a long run."""
+"""Soak: whether a variant, or what is deployed, keeps its memory over a long run."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from prefect import flow, runtime
 
 from slmops import locks, stack
-from slmops.evaluation.soak import Soak, SoakError, SoakResult
+from slmops.deployment import Installed
+from slmops.evaluation.on_device import copied
+from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.settings import Settings
 from tasks.environment import check_environment
+from tasks.promote import check_files
+from tasks.remeasure import find_version
 from tasks.soak import find_variant, show_soak, soak_variant, track_soak
 
 log = logging.getLogger("slmops.soak")
@@ -23,15 +30,35 @@ def soak(request: Soak) -> SoakResult:
         SoakError: It grows, or it is not proven that it does not; the error carries the result.
         SlmopsError: It could not be measured.
     """
+    check(request)
     settings = Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
     check_environment(settings)
     uri = stack.tracking_uri(settings)
-    name, variant, foundry_id = find_variant(uri, request)
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
-        measured, memory_kb = soak_variant(name, variant, foundry_id, request, settings)
+    installed = None
+    if request.champion:
+        version = find_version(uri, request.name or "", None)
+        installed = check_files(uri, version, settings)
+        target = Target(
+            model=version.name, variant=version.variant, foundry_id=version.foundry_id, version=version.version
+        )
+    else:
+        target = find_variant(uri, request)
+    machine = locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True)
+    with machine, _home(installed, settings) as home:
+        measured, memory_kb = soak_variant(target, request, home, settings)
     result, url = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     show_soak(result, url)
     if result.outcome != "pass":
         raise SoakError(result)
     return result
+
+
+@contextmanager
+def _home(installed: Installed | None, settings: Settings) -> Iterator[Path]:
+    """Where Foundry Local finds what is soaked; of an installed version a copy, which stays as long as the soak."""
+    if installed is None:
+        yield settings.foundry
+        return
+    with copied(installed, f"{installed.name}.soak", settings) as place:
+        yield place.home

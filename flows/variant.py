@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from pydantic import Json
 
 from slmops import machine, parts, stack
 from slmops.checkpoint import source
@@ -12,13 +13,16 @@ from slmops.errors import SlmopsError, TrackingError
 from slmops.exchange import Exchange, prune
 from slmops.parts import Failure, Part, Result, Workplace
 from slmops.settings import Settings
-from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
+from tasks.fan_out import beating, fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 
 @flow(name="variant", persist_result=False)
-def variant(part: Part) -> None:
+def variant(part: Json[Part]) -> None:
     """Do one part of a job, and leave the result where the job fetches it.
+
+    The part comes as text: on PostgreSQL, Prefect keeps parameters in a form that forgets the order of keys, and the
+    passes of a recipe have one.
 
     A part that fails at its work leaves that as its result; one that ends without a result is done again elsewhere.
 
@@ -27,19 +31,25 @@ def variant(part: Part) -> None:
     """
     settings = Settings()
     exchange = Exchange(stack.tracking_uri(settings), part.exchange, settings)
-    prune(settings)
-    failed: SlmopsError | None = None
-    try:
-        place = prepare_part(part, exchange, settings)
+    with beating():
         try:
-            made = (_convert if part.stage == "convert" else _measure)(part, place, exchange, settings)
-        except TrackingError:
-            raise  # no fault of the work's
-        except SlmopsError as error:
-            failed, made = error, {"failure": Failure.of(error)}
-        leave_result(Result(hardware=machine.hardware(), **made), part, place, exchange, settings)
-    finally:
-        parts.clear(part, settings)
+            _do(part, exchange, settings)
+        finally:
+            parts.clear(part, settings)
+
+
+def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
+    prune(settings)
+    place = prepare_part(part, exchange, settings)
+    failed: SlmopsError | None = None
+    made: dict[str, Any]
+    try:
+        made = (_convert if part.stage == "convert" else _measure)(part, place, exchange, settings)
+    except TrackingError:
+        raise  # no fault of the work's
+    except SlmopsError as error:
+        failed, made = error, {"failure": Failure.of(error)}
+    leave_result(Result(hardware=machine.hardware(), **made), part, place, exchange, settings)
     if failed is not None:
         raise failed
 

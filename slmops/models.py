@@ -11,6 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MANIFEST = "variant.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
+OF_MACHINE = (
+    "convert_",
+    "load_",
+    "ttft_",
+    "itl_",
+    "response_",
+    "decode_",
+    "prefill_",
+    "throughput_",
+    "memory_",
+    "cpu_",
+    "energy_",
+    "noise_",
+)
+"""How the names of the metrics begin that depend on the machine; they compare between machines of one kind only."""
 
 
 class Frozen(BaseModel):
@@ -68,6 +83,15 @@ class Hardware(Frozen):
     cores: int
     memory_gb: float
     isa: tuple[str, ...] = Field(description="Instruction sets that matter to the kernels, as avx2.")
+
+    @property
+    def kind(self) -> str:
+        """What machines must have in common for their speeds to compare: ``Some CPU (Linux x86_64), 2 cores, avx2``.
+
+        Neither the release of the system nor the amount of memory: both change and the machine is the same.
+        """
+        system, processor = self.system.partition(" ")[0], " ".join(self.processor.split())
+        return f"{processor} ({system} {self.machine}), {self.cores} cores, {' '.join(self.isa) or 'no extensions'}"
 
 
 class VariantFile(Frozen):

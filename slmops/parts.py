@@ -25,28 +25,23 @@ from slmops.evaluation.speed import Speed
 from slmops.exchange import Exchange
 from slmops.files import folder_appears_whole, remove_scratch
 from slmops.job import Job
-from slmops.models import MANIFEST, Checkpoint, Evaluation, Frozen, Hardware, Recipe, Registration, Variant, VariantFile
+from slmops.models import (
+    MANIFEST,
+    OF_MACHINE,
+    Checkpoint,
+    Evaluation,
+    Frozen,
+    Hardware,
+    Recipe,
+    Registration,
+    Variant,
+    VariantFile,
+)
 from slmops.settings import Settings
 
 Stage = Literal["convert", "measure"]
 Files = tuple[VariantFile, ...]
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
-
-OF_MACHINE = (
-    "convert_",
-    "load_",
-    "ttft_",
-    "itl_",
-    "response_",
-    "decode_",
-    "prefill_",
-    "throughput_",
-    "memory_",
-    "cpu_",
-    "energy_",
-    "noise_",
-)
-"""How the names of the metrics begin that depend on the machine."""
 
 
 class Part(Frozen):

@@ -19,6 +19,7 @@ class Verdict(Frozen):
     champion: ModelVersion | None
     gates: tuple[GateResult, ...]
     differs: tuple[str, ...] = Field(description="What the two were measured with that is not the same.")
+    elsewhere: str | None = Field(None, description="Why their speeds are not compared; None: they are.")
 
     @property
     def against(self) -> list[str]:
@@ -67,12 +68,18 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
             f"The evaluation of {challenger.label} is not in the comparison of its job.", "Measure it again."
         )
     differs: tuple[str, ...] = ()
-    figures = None
+    figures = elsewhere = None
     if champion is not None:
         figures = tracker.champion(challenger.name, challenger.run_id)
         differs = tracker.differences(challenger.run_id, champion.run_id)
+        theirs, ours = tracker.hardware_kind(champion.run_id), tracker.hardware_kind(challenger.run_id)
+        if theirs != ours:
+            elsewhere = (
+                f"The speed of the champion was measured on another kind of machine ({theirs}; not {ours}): "
+                "speeds are not compared."
+            )
     gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
-    return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs)
+    return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
 
 
 def refuse(verdict: Verdict) -> GateError | None:
@@ -95,6 +102,7 @@ def text(verdict: Verdict, request: Promotion) -> str:
             f"**{verdict.challenger.label}** is to replace: {champion}.",
             "",
             *(gates or ["No gate applies."]),
+            *([f"- note: {verdict.elsewhere}"] if verdict.elsewhere else []),
             "",
             *(["Against it:", *against] if against else ["Nothing speaks against it."]),
             *([f"Forced: {request.force}"] if request.force else []),

@@ -23,11 +23,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, LoggedModelInput, Param, Run
 from mlflow.exceptions import MlflowException
 
-from slmops import tracking_answers, tracking_evaluation, tracking_soak
+from slmops import tracking_answers, tracking_evaluation, tracking_remeasure, tracking_soak
 from slmops.deployment import CHAMPION
 from slmops.errors import UsageError
+from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
 from slmops.job import BASELINE, Job
 from slmops.models import (
+    OF_MACHINE,
     Checkpoint,
     Comparison,
     Evaluation,
@@ -80,6 +82,7 @@ class Tracker:
             run_id: str = run.info.run_id
             asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
             self._params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            tracking_remeasure.log_inputs(self._client, run_id, job)
             return run_id
 
     def log_variant(
@@ -166,6 +169,26 @@ class Tracker:
             tags = {KIND: "soak", "slmops.model": name, **tags}
             return tracking_soak.log(self._client, self.experiment(name).experiment_id, tags, metrics, memory_mb)
 
+    def recorded(self, run_id: str, folder: Path) -> Recorded:
+        """What was recorded of a variant, with copies in ``folder`` of what it was measured with."""
+        with self._talking():
+            return tracking_remeasure.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
+
+    def log_remeasurement(
+        self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str | None
+    ) -> str:
+        """Log a remeasurement as a run of the model's experiment; a failed attempt of the same flow run is replaced.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking():
+            asked = request.model_dump(mode="json", exclude={"name", "version"})
+            params = _texts({**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)})
+            tags = {tracking_remeasure.FLOW_RUN: flow_run} if flow_run else {}
+            experiment = self.experiment(result.model).experiment_id
+            return tracking_remeasure.log(self._client, experiment, result, params, tags)
+
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all.
 
@@ -198,7 +221,7 @@ class Tracker:
             return comparison, Policy.model_validate_json(self._text(job_id, POLICY))
 
     def conditions(self, run_id: str) -> dict[str, str]:
-        """What the quality of a variant was measured with; figures compare only if it is the same."""
+        """What the quality of a variant was measured with; figures of it compare only if that is the same."""
         with self._talking():
             run = self._client.get_run(run_id)
             parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
@@ -213,13 +236,18 @@ class Tracker:
         theirs = self.conditions(other)
         return tuple(name for name, value in self.conditions(run_id).items() if value != theirs[name])
 
+    def hardware_kind(self, run_id: str) -> str:
+        """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
+        with self._talking():
+            return _kind(self._client.get_run(run_id).data.params)
+
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``.
 
         Args:
             name: The registered model.
-            like: A variant's run to compare with: figures of the champion's quality that were measured on something
-                else than this run's are left out.
+            like: A variant's run to compare with: figures of the champion that were measured on something else than
+                this run's, or on another kind of machine, are left out.
 
         Returns:
             None: nothing is deployed. Empty: something is that slmops did not measure, so gates that compare with it
@@ -265,7 +293,8 @@ class Tracker:
         """How the names of the metrics begin that were measured on different things."""
         differs = set(self.differences(run_id, like))
         answers = tracking_evaluation.OF_ANSWERS if differs - {"perplexity text"} else ()
-        return answers + (tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ())
+        text = tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ()
+        return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
 
     def _text(self, run_id: str, path: str) -> str:
         with tempfile.TemporaryDirectory() as scratch:
@@ -314,11 +343,15 @@ class Tracker:
         return run_id
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-        self._client.log_batch(run_id, params=[Param(key, text[:PARAM_LIMIT]) for key, text in texts.items()])
+        self._client.log_batch(run_id, params=[Param(key, text) for key, text in _texts(values).items()])
 
     def _talking(self) -> AbstractContextManager[None]:
         return talking(self.uri)
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {key: text[:PARAM_LIMIT] for key, text in texts.items()}
 
 
 def _threads(registration: Registration) -> str:
@@ -346,7 +379,19 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _of_hardware(hardware: Hardware) -> dict[str, Any]:
-    return {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
+    parts = {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
+    return {**parts, "hardware.kind": hardware.kind}
+
+
+def _kind(params: dict[str, str]) -> str:
+    """Made of its parts, which the runs of before there were kinds have too."""
+    texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
+    plain = ("system", "machine", "processor")
+    try:
+        values = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
+        return Hardware.model_validate(values).kind
+    except ValueError:
+        return "an unknown machine"
 
 
 def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:

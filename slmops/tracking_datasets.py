@@ -37,7 +37,7 @@ def records(uri: str, name: str) -> list[dict[str, Any]]:
         if len(found) > 1:
             raise DataError(
                 f"MLflow at {without_password(uri)} has more than one dataset of the name {name!r}.",
-                "Rename or delete all but one.",
+                "Delete all but one.",
             )
         loaded, _ = client._tracking_client.store._load_dataset_records(found[0].dataset_id, max_results=None)
         return [

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextvars
+import itertools
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
@@ -21,6 +26,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import TERMINAL_STATES, State, StateType, WorkPoolStatus
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Crashed, Pending
 from pydantic import ValidationError
 
@@ -38,8 +44,6 @@ log = logging.getLogger("slmops.fan_out")
 
 FLOW, ENTRYPOINT = "variant", "flows.variant.variant"
 ENVIRONMENT = {
-    # Prefect sends none more often; deployments/automations.py has those crash that stop sending.
-    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "PREFECT_CLIENT_MAX_RETRIES": "6",  # two minutes, in which a server is back that was restarted
     "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -48,6 +52,14 @@ ENVIRONMENT = {
 AWAY_S = 600.0
 """Seconds that a job waits for a Prefect server that does not answer."""
 PAUSE_S = 2.0
+
+LABEL = "slmops.beat"
+BEAT_S = 10.0
+"""Seconds between the signs of life of a part.
+
+Prefect's own heartbeats are events: one that is on its way when the server is restarted is lost, and of a run whose
+first and only one that was, no automation ever learns. A label of the flow run is state, which its database keeps.
+"""
 
 Answer = TypeVar("Answer")
 
@@ -181,7 +193,7 @@ def submit(part: Part, deployment: UUID) -> UUID:
         return client.create_flow_run_from_deployment(
             deployment,
             name=f"{title} of {part.name}",
-            parameters={"part": part.model_dump(mode="json")},
+            parameters={"part": part.model_dump_json()},
             idempotency_key=f"{part.exchange}-{part.id}",
             parent_task_run_id=above.id,
             tags=["slmops", _tag(part.exchange)],
@@ -190,17 +202,64 @@ def submit(part: Part, deployment: UUID) -> UUID:
     return _asked(started)
 
 
-def ended(flow_runs: Collection[UUID]) -> dict[UUID, State]:
-    """Those of the flow runs that have ended, and how.
+@dataclass(frozen=True)
+class Seen:
+    """A flow run as it was at a look.
+
+    Attributes:
+        state: Its state.
+        beat: Its last sign of life, a number that grows; None: none yet.
+    """
+
+    state: State[Any]
+    beat: object
+
+
+def look(flow_runs: Collection[UUID]) -> dict[UUID, Seen]:
+    """The flow runs as they are now.
 
     Raises:
         PrerequisiteError: The server does not answer.
     """
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs)))
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
-    gone = set(flow_runs) - {run.id for run in found}
-    final = {run.id: run.state for run in found if run.state is not None and run.state.is_final()}
-    return final | {one: Crashed(message="The flow run was deleted.") for one in gone}
+    seen = {run.id: Seen(run.state or Pending(), run.labels.get(LABEL)) for run in found}
+    return {one: seen.get(one) or Seen(Crashed(message="The flow run was deleted."), None) for one in flow_runs}
+
+
+def crash(flow_run: UUID, message: str) -> State[Any]:
+    """Say of a part that it is lost; returns its new state.
+
+    Raises:
+        PrerequisiteError: The server does not answer.
+    """
+    state: State[Any] = Crashed(message=message)
+    _asked(lambda client: client.set_flow_run_state(flow_run, state, force=True))
+    return state
+
+
+@contextmanager
+def beating() -> Iterator[None]:
+    """Within the block this flow run gives signs of life."""
+    stopped = threading.Event()
+    flow_run = UUID(runtime.flow_run.id)
+
+    def beat() -> None:
+        # A retry would wait for so long that the part would pass for lost.
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            for number in itertools.count(1):
+                with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+                    client.update_flow_run_labels(flow_run, {LABEL: number})
+                if stopped.wait(BEAT_S):
+                    return
+
+    # Prefect keeps its settings in context variables.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(beat,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
 
 
 def cancel_parts(exchange: str) -> None:

@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from slmops.evaluation import soak
-from slmops.evaluation.soak import Soak, SoakResult
+from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.models import to_name
 from slmops.settings import Settings
 from slmops.tracking import Tracker
 from tasks.track import tracking_task
 
 
-@task(name="find variant", task_run_name="find variant", cache_policy=NO_CACHE)
-def find_variant(uri: str, request: Soak) -> tuple[str, str, str]:
-    """Model, variant and its id in Foundry Local, of the latest comparison."""
-    comparison = Tracker(uri).latest(request.name)
-    found = soak.find(comparison, request.variant)
-    return comparison.model, found.name, found.foundry_id or ""
+@tracking_task(name="find variant", task_run_name="find variant")
+def find_variant(uri: str, request: Soak) -> Target:
+    """The variant of the latest comparison."""
+    return soak.find(Tracker(uri).latest(request.name), request.variant)
 
 
-@task(name="soak", task_run_name="soak {variant}", cache_policy=NO_CACHE)
-def soak_variant(
-    name: str, variant: str, foundry_id: str, request: Soak, settings: Settings
-) -> tuple[SoakResult, tuple[float, ...]]:
+@task(name="soak", task_run_name="soak {target.variant}", cache_policy=NO_CACHE)
+def soak_variant(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
     """All requests, in one fresh process."""
-    return soak.measure(name, variant, foundry_id, request, settings)
+    return soak.measure(target, request, home, settings)
 
 
 @tracking_task(name="track soak", task_run_name="track soak")
 def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> tuple[SoakResult, str]:
     """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
     tracker = Tracker(uri)
+    version = {} if result.version is None else {"slmops.version": str(result.version)}
     run_id = tracker.log_soak(
         result.model,
         {
             "slmops.variant": result.variant,
             "slmops.foundry_id": result.foundry_id,
+            **version,
             "slmops.outcome": result.outcome,
             "slmops.reason": result.detail,
             "slmops.prefect_flow_run": flow_run,
@@ -53,6 +53,7 @@ def show_soak(result: SoakResult, run_url: str) -> None:
     """Publish the outcome as an artifact of the flow run."""
     rows = [
         ("outcome", result.outcome),
+        *([] if result.version is None else [("version", str(result.version))]),
         ("growth in KB a request", f"{result.slope.value:.2f}"),
         ("95 % interval", "-" if result.slope.low is None else f"{result.slope.low:.2f} to {result.slope.high:.2f}"),
         ("limit", f"{result.limit:g}"),

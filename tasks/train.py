@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
+from contextlib import suppress
 from queue import Queue
 from uuid import UUID
 
+import httpx
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from slmops.tracking_datasets import records
-from slmops.training.data import Fetched
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
 from slmops.errors import TrackingError
 from slmops.models import Checkpoint, Measurement
 from slmops.settings import Settings
 from slmops.tracking import Tracker
+from slmops.tracking_datasets import records
 from slmops.tracking_training import TrainingTracker
 from slmops.training import answers, data, finetune, report
+from slmops.training.data import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.show import key
 
 log = logging.getLogger("slmops.train")
+
+LAST_S = 30.0
+"""How long the end of a training waits for its last points to be told."""
 
 
 @task(name="fetch data", task_run_name="fetch data", cache_policy=NO_CACHE)
@@ -48,16 +56,8 @@ def finetune_model(
 ) -> Finetuned:
     """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
     bar = UUID(str(create_progress_artifact(0.0, key=key("training", name), description=f"{name}: fine-tuning")))
-
-    def note(point: LossPoint) -> None:
-        if point.validation_loss is not None:
-            log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
-        update_progress_artifact(artifact_id=bar, progress=100 * done(point, request))
-        losses.add(point)
-
-    with LossLog(uri, run) as losses:
-        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, note)
-    update_progress_artifact(artifact_id=bar, progress=100.0)
+    with Progress(TrainingTracker(uri), run, bar, request) as progress:
+        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, progress.add)
     log.info(
         "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
         finetuned.steps,
@@ -86,37 +86,49 @@ def answer(
     return accuracy
 
 
-class LossLog:
-    """Sends points of the loss curve as they come, in a thread of its own: the training waits for nobody.
+class Progress:
+    """Sends points of the loss curve to MLflow and moves the bar on the Prefect page, in a thread of its own: the
+    training waits for nobody.
 
     What MLflow does not take is sent again, and what is still missing at the end by the task that logs the training.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._tracker = TrainingTracker(uri)
+    def __init__(self, tracker: TrainingTracker, run_id: str, bar: UUID, request: Retrain) -> None:
+        self._tracker = tracker
         self._run_id = run_id
+        self._bar = bar
+        self._request = request
         self._points: Queue[LossPoint | None] = Queue()
-        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._tell,), daemon=True)
 
-    def __enter__(self) -> LossLog:
+    def __enter__(self) -> Progress:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._points.put(None)
+        self._thread.join(LAST_S)
 
     def add(self, point: LossPoint) -> None:
-        """Have it sent."""
+        """Have it told."""
+        if point.validation_loss is not None:
+            log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
         self._points.put(point)
 
-    def _send(self) -> None:
+    def _tell(self) -> None:
         waiting: list[LossPoint] = []
-        while (point := self._points.get()) is not None:
-            waiting.append(point)
-            if not self._points.empty():
-                continue  # the rest first: one request for all
-            try:
-                self._tracker.log_losses(self._run_id, waiting)
-                waiting.clear()
-            except TrackingError as error:
-                log.warning("the loss curve is sent later: %s", error.message)
+        with get_client(sync_client=True) as client:
+            while (point := self._points.get()) is not None:
+                waiting.append(point)
+                if not self._points.empty():
+                    continue  # the rest first: one request for all
+                share = 100 * done(point, self._request)
+                with suppress(httpx.HTTPError):  # the next one moves it
+                    client.update_artifact(self._bar, ArtifactUpdate(data=share))
+                try:
+                    self._tracker.log_losses(self._run_id, waiting)
+                    waiting.clear()
+                except TrackingError as error:
+                    log.warning("the loss curve is sent later: %s", error.message)
+            with suppress(httpx.HTTPError):
+                client.update_artifact(self._bar, ArtifactUpdate(data=100.0))

@@ -1,8 +1,8 @@
 """docker-compose.yml without containers: each service's own command, environment and health check, as processes here.
 
 What a container would have of its own is mapped: host names to 127.0.0.1, ports to free ones, volumes and temporary
-folders to folders below one root, ``/app`` to this checkout. PostgreSQL comes from a package; what its image does
-before the server starts is done here. Users, networks, capabilities and read-only roots are not imitated.
+folders to folders below one root, ``/app`` to a copy of this checkout. PostgreSQL comes from a package; what its image
+does before the server starts is done here. Users, networks, capabilities and read-only roots are not imitated.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ class Compose:
         app = self.root / "app"
         app.mkdir()
         for name in APP:
-            (app / name).symlink_to(ROOT / name)
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(ROOT / name, app / name)
 
     def __enter__(self) -> Compose:
         return self

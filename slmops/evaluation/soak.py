@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops import process
 from slmops.errors import EvaluationError, GateError, UsageError
 from slmops.evaluation import soak_worker, statistics
-from slmops.models import Comparison, Frozen, Measurement, Outcome, VariantResult
+from slmops.models import Comparison, Frozen, Measurement, Outcome
 from slmops.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,12 +24,15 @@ ENDS = 10
 
 
 class Soak(BaseModel):
-    """Ask a deployed variant many times, and see whether its memory grows."""
+    """Ask a variant many times, and see whether its memory grows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(None, title="Name", description="The model; that of the latest comparison by default.")
     variant: str | None = Field(None, title="Variant", description="The variant; the chosen one by default.")
+    champion: bool = Field(
+        False, title="Champion", description="Soak what is deployed, as a device gets it from the registry."
+    )
     requests: int = Field(
         300, ge=30, title="Requests", description="Requests to send after a warm-up of a tenth of them, or 20."
     )
@@ -46,12 +50,22 @@ class Soak(BaseModel):
         return max(WARM_UP_LEAST, self.requests // 10)
 
 
+class Target(Frozen):
+    """What is soaked."""
+
+    model: str
+    variant: str
+    foundry_id: str
+    version: int | None = Field(None, description="Its number in the registry; None: it is a variant of this home.")
+
+
 class SoakResult(Frozen):
     """The result of a soak; the JSON form is a promise to scripts."""
 
     model: str
     variant: str
     foundry_id: str
+    version: int | None = Field(None, description="Its number in the registry; None: it is a variant of this home.")
     outcome: Outcome
     slope: Measurement = Field(description="Growth of the memory in KB per request.")
     limit: float = Field(description="What it may be at most, in the same unit.")
@@ -88,7 +102,21 @@ class SoakError(GateError):
         self.result = result
 
 
-def find(comparison: Comparison, wanted: str | None) -> VariantResult:
+def check(request: Soak) -> None:
+    """See whether the request says what to soak.
+
+    Raises:
+        UsageError: It asks for a champion and does not say of which model, or for a variant too.
+    """
+    if not request.champion:
+        return
+    if request.name is None:
+        raise UsageError("--champion needs the name of a model.", "`slmops soak NAME --champion`")
+    if request.variant is not None:
+        raise UsageError("--champion and --variant name a variant each.", "Give one of them.")
+
+
+def find(comparison: Comparison, wanted: str | None) -> Target:
     """The variant to soak: the wanted one, or the chosen one.
 
     Raises:
@@ -106,13 +134,17 @@ def find(comparison: Comparison, wanted: str | None) -> VariantResult:
             f"The variant {name} of {comparison.model} cannot be asked: {found.reason or found.status}.",
             f"Variants that can: {known}.",
         )
-    return found
+    return Target(model=comparison.model, variant=name, foundry_id=found.foundry_id)
 
 
-def measure(
-    name: str, variant: str, foundry_id: str, request: Soak, settings: Settings
-) -> tuple[SoakResult, tuple[float, ...]]:
+def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
     """Soak a registered variant. The caller holds the machine lock.
+
+    Args:
+        target: What is soaked.
+        request: How much is asked of it.
+        home: The Foundry home that it is registered in.
+        settings: Where things are.
 
     Returns:
         The result, and the memory in KB after each request.
@@ -120,17 +152,17 @@ def measure(
     Raises:
         EvaluationError: The variant is not registered in this home, or its process died.
     """
-    work = settings.work(name) / f"{variant}-soak"
-    log.info("%s: soaking with %d requests", variant, request.requests)
+    work = settings.work(target.model) / f"{target.variant}-soak"
+    log.info("%s: soaking with %d requests", target.variant, request.requests)
     try:
         measured, _ = process.call(
             "slmops.evaluation.soak_worker",
             soak_worker.Request(
-                home=settings.foundry, foundry_id=foundry_id, warm_up=request.warm_up, requests=request.requests
+                home=home, foundry_id=target.foundry_id, warm_up=request.warm_up, requests=request.requests
             ),
             soak_worker.Result,
             work=work,
-            log=settings.logs / name / f"{variant}.soak.log",
+            log=settings.logs / target.model / f"{target.variant}.soak.log",
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
             env=process.STEADY_MALLOC,  # else the allocator's own steps hide a leak, or look like one
@@ -138,10 +170,10 @@ def measure(
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return judge(name, variant, foundry_id, measured.memory_kb, request.max_kb_per_request), measured.memory_kb
+    return judge(target, measured.memory_kb, request.max_kb_per_request), measured.memory_kb
 
 
-def judge(name: str, variant: str, foundry_id: str, memory_kb: Sequence[float], limit: float) -> SoakResult:
+def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResult:
     """Fit the slope. It passes, or fails, only if the whole interval lies on one side of the limit."""
     slope = statistics.slope(memory_kb, UNIT)
     outcome: Outcome = "inconclusive"
@@ -153,16 +185,14 @@ def judge(name: str, variant: str, foundry_id: str, memory_kb: Sequence[float], 
     else:
         more = statistics.more_samples(slope, limit)
     return SoakResult(
-        model=name,
-        variant=variant,
-        foundry_id=foundry_id,
+        **target.model_dump(),
         outcome=outcome,
         slope=slope,
         limit=limit,
         more_requests=more,
         memory_start_mb=statistics.percentile(memory_kb[:ENDS], 50) / 1e3,
         memory_end_mb=statistics.percentile(memory_kb[-ENDS:], 50) / 1e3,
-        detail=_sentence(variant, outcome, slope, limit, more),
+        detail=_sentence(target.variant, outcome, slope, limit, more),
     )
 
 

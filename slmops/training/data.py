@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -250,7 +250,8 @@ def _local(root: Path) -> tuple[list[Path], Path | None]:
             files = sorted(
                 path
                 for path in root.iterdir()
-                if path.suffix.lower() == ".jsonl" and path.name not in EVALUATION and path.name[0] != "."
+                if path.suffix.lower() == ".jsonl"
+                and not (path.name in EVALUATION or path.name.startswith(".") or path.is_dir())
             )
             if not files:
                 raise DataError(f"{root} has no .jsonl files to train on.", "Only those directly in it are looked at.")
@@ -284,14 +285,11 @@ def _artifact(uri: str, target: Path, download: Download) -> Path:
         ) from error
 
 
-def _artifact_beside(uri: str, target: Path, download: Download) -> Path | None:
+def _artifact_beside(uri: str, work: Path, download: Download) -> Path | None:
     """The evaluation set in the folder of an artifact that is a file."""
     for name in EVALUATION:
-        (target / name.replace(".", "-")).mkdir()
-        try:
-            return download(f"{uri.rpartition('/')[0]}/{name}", target / name.replace(".", "-"))
-        except TrackingError:
-            continue  # the training file could be had just now: there is none
+        with suppress(TrackingError):  # the training file could be had just now: there is none
+            return download(f"{uri.rpartition('/')[0]}/{name}", work)
     return None
 
 

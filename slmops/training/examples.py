@@ -135,7 +135,7 @@ def _conversation(raw: bytes) -> tuple[dict[str, str], ...]:
 
 def _value(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_number)
+        return json.loads(raw.rstrip().decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_number)
     except _BadLine:
         raise
     except UnicodeDecodeError as error:
@@ -167,18 +167,19 @@ def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
     if set(given) == {"messages"}:
         return _turns(given["messages"], "messages")
     if set(given) == {"prompt", "completion"}:
-        prompt, completion = given["prompt"], given["completion"]
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        answered = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        return _turns(asked, "prompt") + _turns(answered, "completion")
+        return _turns(given["prompt"], "prompt", "user") + _turns(given["completion"], "completion", "assistant")
     if "messages" in given:
         raise _BadLine("schema", "has 'messages' beside 'prompt' or 'completion'")
     raise _BadLine("schema", "needs either 'messages', or 'prompt' and 'completion'")
 
 
-def _turns(value: Any, where: str) -> tuple[dict[str, str], ...]:
+def _turns(value: Any, where: str, role: str = "") -> tuple[dict[str, str], ...]:
+    """The turns of a list of messages, or of a text that somebody in this role says."""
+    if role and isinstance(value, str):
+        _check_text(value, where)
+        return ({"role": role, "content": value},)
     if not isinstance(value, list) or not value:
-        raise _BadLine("schema", f"'{where}' is no {'' if where == 'messages' else 'text and no '}list of messages")
+        raise _BadLine("schema", f"'{where}' is no {'text and no ' if role else ''}list of messages")
     for number, turn in enumerate(value):
         name = f"{where}[{number}]"
         if not isinstance(turn, dict):

@@ -279,7 +279,7 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
     trainer_utils.enable_full_determinism(training.seed)
     base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=torch.float32)
     base.config.use_cache = False
-    base.name_or_path = request.checkpoint.source  # the adapter names it
+    base.name_or_path = request.checkpoint.name  # the adapter says it, and a path says nothing elsewhere
     adapter = LoraConfig(
         r=training.rank,
         lora_alpha=training.alpha,
@@ -300,8 +300,12 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
     try:
         trainer.train(resume_from_checkpoint=str(folder / CHECKPOINTS / f"checkpoint-{kept[0]}") if kept else None)
     except FloatingPointError as error:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        raise _diverged(training, str(error)) from None
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # or it would diverge again, for ever
+        if trainer.state.global_step == 0:
+            raise TrainingError(
+                f"The base model's {error} before any training.", "Its weights are broken: fetch or make it again."
+            ) from None
+        raise _diverged(training, f"The training diverged at step {trainer.state.global_step}: its {error}.") from None
     finished = resumable(folder / CHECKPOINTS)
     if finished is None or finished[1].stopped is None:
         raise TrainingError("The last checkpoint of the training is not there.", "Run it again.")
@@ -368,9 +372,7 @@ def _trainer_class() -> Any:
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep)
             loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[keep])
             if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"The training diverged at step {self.state.global_step}: its loss is {loss.item()}."
-                )
+                raise FloatingPointError(f"loss is {loss.item()}")
             return (loss, outputs) if return_outputs else loss
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
@@ -395,9 +397,7 @@ def _callback(clock: _Clock, request: Request) -> Any:
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
             if not math.isfinite(logs.get("grad_norm", 0.0)):
-                raise FloatingPointError(
-                    f"The training diverged at step {state.global_step}: its gradient is {logs['grad_norm']}."
-                )
+                raise FloatingPointError(f"gradient is {logs['grad_norm']}")
             point = LossPoint(
                 step=state.global_step,
                 epoch=state.epoch or 0.0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from slmops import child
 from slmops.errors import DataError
 from slmops.models import Frozen
+from slmops.training.examples import shown
 from slmops.training.finetune_worker import Message, answers
 
 BATCH = 1000
@@ -59,7 +60,7 @@ def handle(request: Request) -> Result:
                 if any(answer not in text[start:end] for answer, (start, end) in zip(said, spans, strict=True)):
                     refused[number] = "the chat template leaves out an answer, or changes it"
             except Exception as error:  # a template raises what it likes
-                refused[number] = f"the chat template cannot be trained with: {error}"
+                refused[number] = f"the chat template cannot be trained with: {shown(str(error))}"
             texts.append(text)
     tokens: list[int] = []
     for first in range(0, len(texts), BATCH):

@@ -24,13 +24,13 @@ class LoraSettings(BaseModel):
     alpha: int = Field(32, ge=1, le=1024, title="LoRA alpha", description="They are scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, title="LoRA dropout", description="Of the adapter's input.")
     learning_rate: float = Field(
-        5e-4, gt=0, le=1, title="Learning rate", description="Highest, after a short warm-up; it falls to zero."
+        1e-3, gt=0, le=1, title="Learning rate", description="Highest, after a short warm-up; it falls to zero."
     )
     epochs: float = Field(3, gt=0, le=1000, title="Epochs", description="Passes over the training items.")
     minutes: float | None = Field(
         None, gt=0, title="Minutes", description="Time budget in place of epochs; then a resumed run is not bit-equal."
     )
-    batch_size: int = Field(8, ge=1, le=1024, title="Batch size", description="Items per step.")
+    batch_size: int = Field(4, ge=1, le=1024, title="Batch size", description="Items per step.")
     max_tokens: int = Field(
         512, ge=16, title="Longest item", description="Tokens of an item, its chat template included."
     )

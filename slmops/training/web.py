@@ -12,7 +12,6 @@ from slmops.training.examples import shown
 SCHEMES = ("http://", "https://")
 STALLED_S, LONGEST_S = 30.0, 600.0
 """A download is given up after so many seconds without a byte, and altogether."""
-BLOCK = 64 * 1024
 _OFTEN = "Try again, or fetch the file yourself and give its path."
 
 
@@ -46,7 +45,7 @@ def download(url: str, file: Path, largest: int) -> None:
                 raise DataError(f"{where} answers {response.status_code} {response.reason_phrase}.", "Check the URL.")
             if "html" in response.headers.get("content-type", ""):
                 raise DataError(f"{where} is a web page, no data.", "Give the address of the .jsonl file itself.")
-            for block in response.iter_bytes(BLOCK):
+            for block in response.iter_bytes():  # as they come: a block of a given size is waited for
                 out.write(block)
                 if out.tell() > largest:
                     raise DataError(f"{where} is too large: {largest / 1e6:.0f} MB are allowed.", "Give fewer items.")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import making, retraining
+from tests import retraining
 from tests.e2e.test_faults import _gone, _kill_server
 
 pytestmark = pytest.mark.e2e
@@ -30,7 +30,7 @@ STAGES = (
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return making.talkative("llama-tied", tmp_path / "model")
+    return retraining.base(tmp_path / "model")
 
 
 def job_file(model: Path, name: str, **changes: Any) -> Path:
@@ -64,7 +64,7 @@ def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> 
     done = slmops("retrain", "--job", str(file), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["outcome"], result["accuracy"]["int8"]["value"]) == ("promoted", 1)
+    assert (result["outcome"], result["accuracy"]["fp32"]["value"]) == ("promoted", 1)
     [run] = runs(slmops, "killed-retraining")  # each attempt went on with the same one
     assert run.info.status == "FINISHED"
     again = slmops("retrain", "--job", str(file), "--json")

@@ -100,6 +100,20 @@ def test_files_go_through_the_server(servers: Compose, run_id: str, tmp_path: Pa
     assert stored.read_text(encoding="utf-8") == "kept"
 
 
+def test_each_server_knows_its_names(servers: Compose) -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    # As in the file: here "mlflow:5000" is another address.
+    allowed = servers.services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    called = {"mlflow:5000": True, "127.0.0.1:5000": True, "localhost:5001": True, "evil.example": False}
+    assert {host: is_allowed_host_header(allowed, host) for host in called} == called
+    url = f"{servers.tracking_uri}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert httpx.get(url, headers={"Host": "evil.example"}, trust_env=False).status_code == 403
+    page = servers.prefect_api_url.removesuffix("/api")
+    assert httpx.get(f"{page}/ui-settings", trust_env=False).json()["api_url"] == servers.prefect_api_url
+    assert "<html" in httpx.get(page, follow_redirects=True, trust_env=False).text
+
+
 def test_every_deployment_is_registered(registered: Compose) -> None:
     found = {one["name"]: one for one in ask(registered, "/deployments/filter", {})}
     assert set(found) == {one["name"] for one in DEFINED}

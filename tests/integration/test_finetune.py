@@ -173,7 +173,6 @@ def test_it_answers_what_it_was_taught(
     ask = (evaluation, f"{matcher}:judge", "tiny")
     accuracy, answers = answer_with_checkpoint(trained.merged, *ask, "finetuned", settings)
     right, wrong, cut, free = answers
-    print(answers)
     assert (right.id, right.answer, right.correct, right.format_valid) == ("right", "Yes.", True, True)
     assert (right.finish_reason, cut.finish_reason) == ("stop", "length")
     assert (wrong.answer, wrong.correct) == ("Yes.", False)
@@ -236,16 +235,33 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
     assert seconds == sorted(seconds)
 
 
+def with_norm_times(factor: float, folder: Path, target: Path) -> Checkpoint:
+    """The checkpoint with its last norm, and so its logits, so many times as large."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = shutil.copytree(folder, target) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * factor}, weights, {"format": "pt"})
+    return making.resolve(Job(model=str(target)), Settings(home=target / "home"))
+
+
 def test_one_that_diverges_leaves_nothing_to_resume(
-    checkpoint: Checkpoint, data: TrainingData, settings: Settings
+    folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
 ) -> None:
-    wild = TRAINING.model_copy(update={"learning_rate": 1.0, "alpha": 1024, "rank": 1, "epochs": 1.0})
-    with pytest.raises(TrainingError, match=r"diverged|worse") as caught:
-        finetune.finetune(checkpoint, data, wild, settings, "wild", lambda _: None)
-    print(caught.value)
+    edgy = with_norm_times(1e36, folder, tmp_path / "tiny")
+    with pytest.raises(TrainingError, match=r"diverged at step \d+: its (loss|gradient) is") as caught:
+        finetune.finetune(edgy, data, TRAINING, settings, "wild", lambda _: None)
     assert "--training.learning-rate" in (caught.value.fix or "")
-    folder = settings.trainings / finetune.key(checkpoint.digest, data, wild, machine.versions())
-    assert {path.name for path in folder.iterdir()} == {"losses.jsonl"}
+    left = settings.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
+    assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
+
+
+def test_a_broken_base_model_is_not_said_to_diverge(
+    folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
+) -> None:
+    broken = with_norm_times(float("nan"), folder, tmp_path / "tiny")
+    with pytest.raises(TrainingError, match="The base model's loss is nan before any training"):
+        finetune.finetune(broken, data, TRAINING, settings, "broken", lambda _: None)
 
 
 def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
@@ -253,7 +269,6 @@ def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, setting
     impatient = TRAINING.model_copy(update={"patience": 2, "epochs": 20.0})
     finished = finetune.finetune(checkpoint, apart, impatient, settings, "apart", lambda _: None)
     validation = {point.step: point.validation_loss for point in finished.losses if point.validation_loss is not None}
-    print(validation)
     assert finished.stopped == "patience"
     assert finished.steps == finished.best_step + 6 < 120
     assert validation[finished.best_step] == min(validation.values()) == finished.validation_loss
@@ -266,6 +281,14 @@ def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingDa
     assert finished.seconds >= 1.8
     assert finished.losses[-1].step == finished.steps
     assert finished.losses[-1].validation_loss is not None
+
+
+def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings: Settings, tmp_path: Path) -> None:
+    base = making.resolve(Job(model=str(trained.merged)), settings)
+    apart = training_data(tmp_path, ["Nobody knows."] * 8, ["Yes."] * 4)
+    with pytest.raises(TrainingError, match=r"became worse: its validation loss was \S+ before the training") as caught:
+        finetune.finetune(base, apart, TRAINING, settings, "worse", lambda _: None)
+    assert "--training.learning-rate" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize(

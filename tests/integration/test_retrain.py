@@ -36,10 +36,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(settings: Settings, talkative: Path, folder: Path) -> Iterator[Retrained]:
+def model(folder: Path) -> Path:
+    return retraining.base(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def first(settings: Settings, model: Path, folder: Path) -> Iterator[Retrained]:
     """The first retraining, which starts the service."""
     data = retraining.write_data(folder / "data")
-    yield retrain(retraining.request(talkative, data, NAME, serve=True))
+    yield retrain(retraining.request(model, data, NAME, serve=True))
     detached.stop(settings)
 
 
@@ -58,7 +63,7 @@ def served(settings: Settings) -> httpx.Response:
 
 def test_what_was_learnt_is_served(first: Retrained, settings: Settings) -> None:
     assert (first.model, first.outcome, first.version) == (NAME, "promoted", champion(settings))
-    assert list(first.accuracy) == ["base", "finetuned", "fp32", "int8"]
+    assert list(first.accuracy) == ["base", "finetuned", "fp32"]
     assert first.accuracy["base"].value == 0
     assert first.accuracy["finetuned"].value == first.accuracy["fp32"].value == 1
     assert {
@@ -102,9 +107,9 @@ def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
     for name in ("train_loss", "validation_loss"):
         losses = [one.value for one in sorted(client.get_metric_history(first.run_id, name), key=lambda one: one.step)]
         assert len(losses) >= 6
-        assert losses[-1] < losses[0] / 10
+        assert losses[-1] < losses[0] / 5
     assert run.data.metrics["accuracy_base"] == 0
-    assert run.data.metrics["accuracy_int8"] == first.accuracy["int8"].value
+    assert run.data.metrics["accuracy_fp32"] == first.accuracy["fp32"].value
     assert run.data.params["training.learning_rate"] == "0.02"
     assert {file.path for file in client.list_artifacts(first.run_id)} >= {"adapter", "data", "logs", "training.json"}
     assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"training data", "evaluation set"}
@@ -120,25 +125,25 @@ def test_what_prefect_shows_of_it() -> None:
     assert "promoted" in shown[f"retraining-{NAME}"]
 
 
-def test_the_same_again_is_nothing_to_do(first: Retrained, settings: Settings, talkative: Path, folder: Path) -> None:
-    again = retrain(retraining.request(talkative, folder / "data", NAME, serve=True))
+def test_the_same_again_is_nothing_to_do(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
+    again = retrain(retraining.request(model, folder / "data", NAME, serve=True))
     assert (again.outcome, again.version, again.run_id) == ("nothing to do", first.version, first.run_id)
     assert again.detail.endswith("ended as: promoted.")
     assert len(TrainingTracker(settings.tracking_uri or "")._runs(NAME)) == 1
 
 
 def test_a_model_that_learnt_nonsense_is_refused(
-    first: Retrained, settings: Settings, talkative: Path, folder: Path
+    first: Retrained, settings: Settings, model: Path, folder: Path
 ) -> None:
     data = retraining.write_data(folder / "nonsense", answer="no")
     with pytest.raises(RetrainError, match="champion stays") as caught:
-        retrain(retraining.request(talkative, data, NAME))
+        retrain(retraining.request(model, data, NAME))
     assert caught.value.exit_code == 3
     result = caught.value.result
     assert (result.outcome, result.accuracy["finetuned"].value) == ("refused", 0)
     assert champion(settings) == first.version
     # It has been dealt with: the same data again are nothing to do.
-    assert retrain(retraining.request(talkative, data, NAME)).outcome == "nothing to do"
+    assert retrain(retraining.request(model, data, NAME)).outcome == "nothing to do"
 
 
 def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first: Retrained, folder: Path) -> None:
@@ -157,21 +162,21 @@ def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first:
     "poison", ['{"messages": [{"role": "user", "content": "a"', "\x00\x01", '{"prompt": 3, "completion": "x"}']
 )
 def test_a_poisoned_file_stops_it_before_any_work(
-    first: Retrained, settings: Settings, talkative: Path, folder: Path, poison: str
+    first: Retrained, settings: Settings, model: Path, folder: Path, poison: str
 ) -> None:
     data = retraining.write_data(folder / "poisoned")
     with (data / "train.jsonl").open("a") as file:
         file.write(poison + "\n")
     with pytest.raises(DataError, match=r"train\.jsonl.*28"):
-        retrain(retraining.request(talkative, data, NAME))
+        retrain(retraining.request(model, data, NAME))
     assert champion(settings) == first.version
 
 
-def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings, talkative: Path, folder: Path) -> None:
+def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
     data = retraining.write_data(folder / "diverging", answer="diverged")
     wild = retraining.TRAINING.model_copy(update={"learning_rate": 1.0, "epochs": 200.0})
     with pytest.raises(TrainingError, match="diverged"):
-        retrain(retraining.request(talkative, data, NAME, training=wild))
+        retrain(retraining.request(model, data, NAME, training=wild))
     assert champion(settings) == first.version
     newest = TrainingTracker(settings.tracking_uri or "")._runs(NAME)[0]
     assert newest.info.status == "FAILED"
@@ -179,7 +184,7 @@ def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings,
 
 
 def test_a_version_that_fails_in_service_is_rolled_back(
-    first: Retrained, settings: Settings, talkative: Path, folder: Path
+    first: Retrained, settings: Settings, model: Path, folder: Path
 ) -> None:
     """The new version answers as the evaluation wants it, until it is served."""
     data = retraining.write_data(folder / "fails-later")
@@ -194,10 +199,10 @@ def test_a_version_that_fails_in_service_is_rolled_back(
             time.sleep(0.2)
         fails.touch()
 
-    spoiler = threading.Thread(target=spoil)
+    spoiler = threading.Thread(target=spoil, daemon=True)
     spoiler.start()
     with pytest.raises(RetrainError, match="worse than measured") as caught:
-        retrain(retraining.request(talkative, data, NAME, watch_s=10))
+        retrain(retraining.request(model, data, NAME, watch_s=10))
     spoiler.join()
     fails.unlink()
     result = caught.value.result

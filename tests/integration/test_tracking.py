@@ -13,11 +13,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from slmops import tracking_remeasure
 from slmops.errors import TrackingError, UsageError
+from slmops.evaluation import dataset
 from slmops.policy import Policy
 from slmops.tracking import Tracker, as_result
 from tests import values
-from tests.tracked import Made, artifacts, children, read, start
+from tests.tracked import HARDWARE, JOB, Made, artifacts, children, read, start
 
 pytestmark = pytest.mark.integration
 
@@ -60,6 +62,7 @@ def test_a_job_from_start_to_end(tracker: Tracker, client: MlflowClient, name: s
     assert "job.top_p" not in opened.data.params
     assert opened.data.params["checkpoint.architecture"] == "LlamaForCausalLM"
     assert opened.data.params["hardware.cores"] == "2"
+    assert opened.data.params["hardware.kind"] == "x (Linux x86_64), 2 cores, avx2"
     experiment = client.get_experiment_by_name(name)
     assert (experiment.experiment_id, experiment.tags["slmops.kind"]) == (opened.info.experiment_id, "model")
 
@@ -102,7 +105,8 @@ def test_a_job_from_start_to_end(tracker: Tracker, client: MlflowClient, name: s
     assert closed.data.tags["slmops.choice"] == "int4"
     assert closed.data.tags["slmops.reason"] == "Because."
     assert closed.data.tags["mlflow.note.content"] == "**note**"
-    assert artifacts(client, parent) == {"comparison.json", "policy.json", "report.html"}
+    kept = {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
+    assert artifacts(client, parent) == {"comparison.json", "policy.json", "report.html", *kept}
     assert read(client, parent, "report.html", tmp_path) == "<h1>é</h1>"
     assert tracker.latest(name) == both
     assert tracker.latest(None) == both
@@ -122,6 +126,65 @@ def test_the_logged_model_and_its_metrics(tracker: Tracker, client: MlflowClient
     run = client.get_run(run_id)
     # With a model as output it would not be on MLflow's page of evaluations.
     assert ([one.model_id for one in run.inputs.model_inputs], run.outputs.model_outputs) == ([model.model_id], [])
+
+
+def test_a_job_keeps_copies_of_what_it_measures_with(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    questions, text = tmp_path / "Mine.CSV", tmp_path / "text.md"
+    questions.write_bytes("\ufeffprompt,expected\r\nQ,né\r\n".encode())
+    text.write_bytes("né\r\nand more".encode())
+    parents = [
+        tracker.start_job(name, asked, values.checkpoint(), HARDWARE, None)
+        for asked in (JOB, JOB.model_copy(update={"evaluation_set": questions, "perplexity_text": text}))
+    ]
+    asked = client.get_run(parents[1]).data.params
+    copies = [
+        Path(client.download_artifacts(parents[1], f"inputs/{kept}", str(tmp_path)))
+        for kept in ("evaluation_set.csv", "perplexity_text.txt")
+    ]
+    assert [copy.read_bytes() for copy in copies] == [questions.read_bytes(), text.read_bytes()]
+    assert asked["job.evaluation_set"] == str(questions)
+    # The packaged ones too: they change with slmops and with Python.
+    assert artifacts(client, parents[0]) == {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
+    packaged = Path(client.download_artifacts(parents[0], "inputs", str(tmp_path / "packaged")))
+    assert dataset.load(packaged / "evaluation_set.jsonl").digest == dataset.load(None).digest
+    assert dataset.perplexity_text(packaged / "perplexity_text.txt") == dataset.perplexity_text(None)
+
+
+def test_what_was_recorded_is_read_back(tracker: Tracker, name: str, tmp_path: Path) -> None:
+    asked = JOB.model_copy(update={"quick": True, "prompt_lengths": [32], "matcher": "mine.py:same"})
+    parent = tracker.start_job(name, asked, values.checkpoint(), HARDWARE, None)
+    made = Made(tmp_path / "made")
+    run_id = made.log(tracker, parent, name)
+    (tmp_path / "record").mkdir()
+    found = tracker.recorded(run_id, tmp_path / "record")
+    assert found.job == asked.model_copy(update={"precision": found.job.precision, "temperature": None})
+    assert (found.run_id, found.hardware_kind) == (run_id, HARDWARE.kind)
+    assert found.variant == made.variant.model_copy(update={"path": tmp_path / "record"})
+    assert found.measurements == made.evaluation.measurements
+    assert found.answers == made.evaluation.answers
+    assert (found.evaluation_set_digest, found.text_digest) == ("e" * 64, "f" * 64)
+    assert found.evaluation_set is not None
+    assert found.text is not None
+    assert dataset.load(found.evaluation_set).digest == dataset.load(None).digest
+
+
+def test_what_an_older_job_recorded(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept no copies, and a variant without answers leaves no table of them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking_remeasure, "log_inputs", lambda *_: None)
+        parent = start(tracker, name)
+    made = Made(tmp_path / "made")
+    made.evaluation = made.evaluation.model_copy(update={"answers": ()})
+    run_id = made.log(tracker, parent, name)
+    (tmp_path / "record").mkdir()
+    found = tracker.recorded(run_id, tmp_path / "record")
+    assert (found.evaluation_set, found.text, found.answers) == (None, None, ())
+    with pytest.raises(TrackingError, match="did not take or give what was asked"):
+        tracker.recorded(parent, tmp_path / "record")
 
 
 def test_variants_logged_at_once_keep_their_own_figures(

@@ -314,6 +314,33 @@ def test_champion(tracker: Tracker, client: MlflowClient, name: str, tmp_path: P
     assert tracker.champion(name) == {}
 
 
+def test_a_champion_of_another_machine_has_no_speed(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    of_machine = {"decode_tok_s": 40.0, "memory_peak_mb": 900.0, "energy_j_per_token": 2.0, "convert_s": 20.0}
+    here, updated, elsewhere = (Made(tmp_path / folder, **of_machine) for folder in ("here", "updated", "elsewhere"))
+    for made, changes in ((updated, {"system": "Linux 9.9"}), (elsewhere, {"processor": "y"})):
+        hardware = made.variant.hardware.model_copy(update=changes)
+        made.variant = made.variant.model_copy(update={"hardware": hardware})
+    own, same, other = (made.log(tracker, start(tracker, name), name) for made in (here, updated, elsewhere))
+    assert client.get_run(other).data.params["hardware.kind"] == "y (Linux x86_64), 2 cores, avx2"
+    assert tracker.hardware_kind(own) == tracker.hardware_kind(same) == "x (Linux x86_64), 2 cores, avx2"
+
+    client.create_registered_model(name)
+    version = client.create_model_version(name, str(tmp_path), own, await_creation_for=0)
+    client.set_registered_model_alias(name, "champion", version.version)
+    everything = here.evaluation.measurements
+    assert tracker.champion(name, same) == everything
+    kept = everything.keys() - of_machine - {"ttft_ms_p50", "load_s"}
+    assert {"accuracy", "perplexity", "size_mb"} <= kept
+    assert (tracker.champion(name, other) or {}).keys() == kept
+    assert tracker.differences(own, other) == ()
+
+    # A run that nobody knows the machine of is not taken for one of this kind.
+    nowhere = client.create_run(client.get_run(own).info.experiment_id, tags={"mlflow.parentRunId": own})
+    assert tracker.hardware_kind(nowhere.info.run_id) == "an unknown machine"
+
+
 def test_description_stays_within_what_mlflow_takes() -> None:
     many = {f"accuracy.{'c' * 50}{n}": Measurement(value=n / 3, unit="1", note="a | b") for n in range(300)}
     text = description(values.evaluation({**many, "size_mb": Measurement.exact(1.0, "MB")}))

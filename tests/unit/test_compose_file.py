@@ -243,6 +243,14 @@ def test_it_waits_for_what_it_needs(name: str) -> None:
         assert how.get("required", True) != (behind_a_switch and "profiles" in SERVICES[dependency])
 
 
+def test_something_lasting_waits_for_each_that_runs_once() -> None:
+    """Else ``docker compose up --wait`` takes its end for a failure (docker/compose#10596)."""
+    awaited = {
+        name for service in SERVICES.values() if "healthcheck" in service for name in service.get("depends_on", ())
+    }
+    assert awaited >= ONE_SHOTS
+
+
 def test_every_volume_is_declared_and_used() -> None:
     used = {volume.partition(":")[0] for service in SERVICES.values() for volume in service.get("volumes", ())}
     assert used == set(RAW["volumes"])

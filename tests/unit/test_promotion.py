@@ -30,6 +30,7 @@ class Tracker:
         self.policy = Policy(gates=(ACCURACY,))
         self.measured: dict[str, Measurement] | None = None
         self.others = conditions
+        self.machines: dict[str, str] = {}
         self.asked: list[tuple[str, str | None]] = []
 
     def latest(self, name: str) -> Comparison:
@@ -47,6 +48,9 @@ class Tracker:
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:
         one, two = (self.others.get(run.replace("-", "_"), CONDITIONS) for run in (run_id, other))
         return tuple(name for name in one if one[name] != two[name])
+
+    def hardware_kind(self, run_id: str) -> str:
+        return self.machines.get(run_id, "this machine")
 
 
 class Registry:
@@ -142,6 +146,36 @@ def test_what_was_measured_with_other_things_is_not_compared(condition: str) -> 
     assert error is not None
     assert f"bot version 1 (fp32) and bot version 2 (int8) were not measured with the same {condition}" in error.message
     assert "Measure bot version 1 (fp32) with the same" in str(error.fix)
+
+
+SPEED = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.8)
+
+
+@pytest.mark.parametrize(("doubt", "refused"), [("accept", False), ("refuse", True)])
+def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bool) -> None:
+    tracker = Tracker(measured(0.8))
+    tracker.policy = Policy(gates=(ACCURACY, SPEED.model_copy(update={"inconclusive": doubt})))
+    accuracy = Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)
+    tracker.measured = {"accuracy": accuracy}  # the tracking server leaves the others out
+    tracker.machines = {"run-1": "a small one"}
+    verdict = judge(tracker, version(1, "fp32"))
+    note = (
+        "The speed of the champion was measured on another kind of machine (a small one; not this machine): "
+        "speeds are not compared."
+    )
+    assert (verdict.elsewhere, verdict.differs) == (note, ())
+    assert f"\n- note: {note}\n" in promotion.text(verdict, Promotion(name="bot"))
+    assert [gate.outcome for gate in verdict.gates] == ["pass", "inconclusive"]
+    assert verdict.gates[1].detail == "decode_tok_s was not measured of the champion"
+    assert (promotion.refuse(verdict) is not None) == refused
+
+
+def test_nothing_is_said_of_two_machines_of_one_kind() -> None:
+    tracker = Tracker(measured(0.8))
+    tracker.measured = {}
+    verdict = judge(tracker, version(1, "fp32"))
+    assert verdict.elsewhere is None
+    assert "note:" not in promotion.text(verdict, Promotion(name="bot"))
 
 
 def test_an_evaluation_that_is_not_in_its_job() -> None:

@@ -20,11 +20,12 @@ from pydantic import ValidationError
 from slmops import cli, cli_flows
 from slmops.errors import EvaluationError, GateError, UsageError
 from slmops.evaluation import soak, soak_worker
-from slmops.evaluation.soak import Soak, SoakError, SoakResult
+from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
 from slmops.models import Comparison, Measurement
 from tests import values
 
 LIMIT = 10.0
+TARGET = Target(model="tiny", variant="int8", foundry_id="tiny-int8-generic-cpu:1")
 
 
 def series(requests: int, leak: float, noise: float = 50.0, *, step_at: int | None = None) -> list[float]:
@@ -40,7 +41,7 @@ def series(requests: int, leak: float, noise: float = 50.0, *, step_at: int | No
 
 
 def judged(memory_kb: list[float], limit: float = LIMIT) -> SoakResult:
-    return soak.judge("tiny", "int8", "tiny-int8-generic-cpu:1", memory_kb, limit)
+    return soak.judge(TARGET, memory_kb, limit)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,9 @@ def comparison(chosen: str | None) -> Comparison:
     ("chosen", "wanted", "found"), [("int8", None, "int8"), ("int8", "fp32", "fp32"), (None, "fp32", "fp32")]
 )
 def test_which_variant(chosen: str | None, wanted: str | None, found: str) -> None:
-    assert soak.find(comparison(chosen), wanted).name == found
+    expected = Target(model="tiny", variant=found, foundry_id=f"tiny-{found}-generic-cpu:1")
+    assert soak.find(comparison(chosen), wanted) == expected
+    assert expected.version is None
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,30 @@ def test_no_such_variant(chosen: str | None, wanted: str | None, message: str, f
         soak.find(comparison(chosen), wanted)
     assert message in caught.value.message
     assert (caught.value.fix, caught.value.exit_code) == (fix, 2)
+
+
+def test_a_version_of_the_registry_is_named() -> None:
+    result = soak.judge(TARGET.model_copy(update={"version": 4}), [500_000.0] * 30, LIMIT)
+    assert (result.version, result.foundry_id) == (4, TARGET.foundry_id)
+    assert judged([500_000.0] * 30).version is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"champion": True}, "--champion needs the name of a model."),
+        ({"champion": True, "name": "bot", "variant": "int8"}, "--champion and --variant name a variant each."),
+    ],
+)
+def test_a_champion_of_nobody(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        soak.check(Soak(**asked))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("asked", [{}, {"name": "bot"}, {"variant": "int8"}, {"name": "bot", "champion": True}])
+def test_what_says_what_to_soak(asked: dict[str, Any]) -> None:
+    soak.check(Soak(**asked))
 
 
 @pytest.mark.parametrize(("requests", "warm_up"), [(30, 20), (200, 20), (300, 30), (5000, 500)])
@@ -241,6 +268,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("bot", {"name": "bot"}),
         ("--name bot", {"name": "bot"}),
         ("bot --variant int4 --requests 40", {"name": "bot", "variant": "int4", "requests": 40}),
+        ("bot --champion", {"name": "bot", "champion": True}),
         ("--max-kb-per-request 0.5", {"max_kb_per_request": 0.5}),
     ],
 )
@@ -301,6 +329,8 @@ def test_what_is_printed(
 def test_the_deployment_asks_for_what_the_flow_takes() -> None:
     file = Path(__file__).parents[2] / "deployments" / "prefect.yaml"
     deployments = {one["name"]: one for one in yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]}
-    assert deployments["soak"]["entrypoint"] == "flows/soak.py:soak"
+    assert deployments["soak"]["entrypoint"] == "flows.soak.soak"
     assert deployments["soak"]["concurrency_limit"] == deployments["optimize"]["concurrency_limit"]
-    assert Soak(**deployments["soak"]["parameters"]["request"]) == Soak()
+    asked = Soak(**deployments["soak"]["parameters"]["request"])
+    assert asked.champion
+    soak.check(asked)

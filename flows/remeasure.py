@@ -1,0 +1,70 @@
+"""Remeasurement: whether what is deployed is still what was recorded of it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+from prefect import flow, runtime
+
+from slmops import locks, machine, stack
+from slmops.evaluation import on_device
+from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured, judge
+from slmops.models import Answer, Measurement
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tasks.environment import check_environment
+from tasks.promote import check_files
+from tasks.remeasure import (
+    ask_questions,
+    find_record,
+    find_version,
+    measure_perplexity,
+    measure_speed,
+    show_remeasurement,
+    track_remeasurement,
+)
+
+log = logging.getLogger("slmops.remeasure")
+
+
+@flow(name="remeasure", flow_run_name="remeasure {request.name}", persist_result=False)
+def remeasure(request: Remeasure) -> Remeasured:
+    """Measure a version once more, as a device gets it, and compare with what its evaluation recorded.
+
+    Raises:
+        DriftError: It is slower, larger in memory or worse than recorded; the error carries the result.
+        SlmopsError: It could not be measured, or nothing of it can be compared.
+    """
+    settings = Settings()
+    log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
+    check_environment(settings)
+    uri = stack.tracking_uri(settings)
+    # The model's own work folder is emptied when a job of it begins.
+    work = f"{request.name}.remeasure"
+    with locks.exclusive(settings.locks / f"{work}.lock", f"the remeasurement of {request.name!r}", wait=False):
+        shutil.rmtree(settings.work(work), ignore_errors=True)
+        version = find_version(uri, request.name, request.version)
+        here = machine.hardware().kind
+        try:
+            recorded = find_record(uri, version, settings.work(work) / "record")
+            plan = on_device.plan(recorded, here, settings)
+            for reason in plan.left_out:
+                log.warning("not compared: %s", reason)
+            now: dict[str, Measurement] = {}
+            answers: tuple[Answer, ...] | None = None
+            with on_device.copied(check_files(uri, version, settings), work, settings) as place:
+                if plan.speed:
+                    now |= measure_speed(place, recorded, work, settings)
+                if plan.text is not None:
+                    now |= measure_perplexity(place, plan.text, recorded, work, settings)
+                if plan.questions is not None:
+                    answers = ask_questions(place, plan.questions, recorded, work, settings)
+        finally:
+            shutil.rmtree(settings.work(work), ignore_errors=True)
+        result = judge(version, recorded, now, answers, plan.left_out, here, request)
+        result, url = track_remeasurement(uri, result, request, runtime.flow_run.id or "")
+    show_remeasurement(result, url, Tracker(uri).run_url(recorded.run_id))
+    if result.outcome == "drifted":
+        raise DriftError(result)
+    return result

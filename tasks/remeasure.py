@@ -1,0 +1,84 @@
+"""Find what was recorded of a version, measure it again, log and show how the two compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from slmops import machine
+from slmops.deployment import ModelVersion
+from slmops.errors import UsageError
+from slmops.evaluation import on_device, remeasure
+from slmops.evaluation.dataset import EvaluationSet
+from slmops.evaluation.on_device import Place
+from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
+from slmops.models import Answer, Measurement, to_name
+from slmops.registry import Registry
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tasks.track import tracking_task
+
+
+@tracking_task(name="find version", task_run_name="find version")
+def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
+    """The version that an alias or a number names; the champion without one.
+
+    Raises:
+        UsageError: There is no such version.
+    """
+    registry = Registry(uri)
+    if which is not None:
+        return registry.find(name, which)
+    champion = registry.champion(name)
+    if champion is None:
+        raise UsageError(f"Nothing of {name} is deployed.", f"`slmops promote {name}` deploys it.")
+    return champion
+
+
+@tracking_task(name="find record", task_run_name="find record of version {version.version}")
+def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
+    """What its evaluation recorded of it, with copies in ``folder`` of what it was measured with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Tracker(uri).recorded(version.run_id, folder)
+
+
+@task(name="measure speed again", task_run_name="measure speed again", cache_policy=NO_CACHE)
+def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
+    """Speed and memory, each round in a fresh process."""
+    return on_device.measure_speed(place, recorded, name, settings)
+
+
+@task(name="measure perplexity again", task_run_name="measure perplexity again", cache_policy=NO_CACHE)
+def measure_perplexity(
+    place: Place, text: str, recorded: Recorded, name: str, settings: Settings
+) -> dict[str, Measurement]:
+    """Perplexity on the same text."""
+    return on_device.measure_perplexity(place, text, recorded, name, settings)
+
+
+@task(name="ask again", task_run_name="ask again", cache_policy=NO_CACHE)
+def ask_questions(
+    place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
+) -> tuple[Answer, ...]:
+    """Answers to the same questions."""
+    return on_device.ask_questions(place, questions, recorded, name, settings)
+
+
+@tracking_task(name="track remeasurement", task_run_name="track remeasurement")
+def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_run: str) -> tuple[Remeasured, str]:
+    """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
+    tracker = Tracker(uri)
+    run_id = tracker.log_remeasurement(result, request, machine.hardware(), flow_run)
+    return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
+
+
+def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
+    """Publish the comparison as an artifact of the flow run."""
+    create_markdown_artifact(
+        f"{remeasure.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
+        key=f"remeasure-{to_name(result.model).replace('_', '-')}",
+        description=f"{result.model}: version {result.version} measured again",
+    )

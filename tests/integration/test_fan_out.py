@@ -1,0 +1,347 @@
+"""A job in parts: what travels through MLflow, what a part does on its machine, and what is done about lost ones."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from mlflow import MlflowClient
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, State, StateType
+
+from flows import fan_out
+from flows.variant import variant
+from slmops import parts, tracking_exchange
+from slmops.conversion import store
+from slmops.errors import ConversionError, PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.exchange import Exchange
+from slmops.files import sha256
+from slmops.job import Job
+from slmops.models import Checkpoint, Recipe
+from slmops.parts import Part, Result
+from slmops.pools import Pool
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tasks.fan_out import Seen
+from tasks.show import Progress
+from tests import making, tracked
+from tests.shown import flow_runs
+
+pytestmark = pytest.mark.integration
+
+POOL = "farm"
+# Which Olive takes, and of which it makes nothing.
+BROKEN = Recipe(name="half", config={"passes": {"export": {"type": "ModelBuilder", "precision": "fp16"}}})
+
+
+# --- the exchange
+
+
+@pytest.fixture
+def opened(tracker: Tracker, name: str, tmp_path: Path) -> tuple[Exchange, str]:
+    """An exchange and its run."""
+    run_id, _ = tracking_exchange.open_run(tracker.uri, tracked.start(tracker, name))
+    return Exchange(tracker.uri, run_id, Settings(home=tmp_path / "sender")), run_id
+
+
+def elsewhere(tracker: Tracker, run_id: str, folder: Path) -> Exchange:
+    """The same on a machine that has nothing yet."""
+    return Exchange(tracker.uri, run_id, Settings(home=folder / "receiver"))
+
+
+def files(folder: Path, **contents: str) -> dict[str, Path]:
+    folder.mkdir(exist_ok=True)
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    return {f"below/{name}": folder / name for name in contents}
+
+
+def stored(client: MlflowClient, run_id: str, digest: str) -> Path:
+    """Where the artifact store has a file."""
+    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "files" / digest
+
+
+def test_files_arrive_and_are_sent_once(
+    opened: tuple[Exchange, str], tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, run_id = opened
+    sent = files(tmp_path / "sent", one="1", two="22", empty="")
+    described = exchange.put(sent)
+    assert [(file.name, file.size, file.sha256) for file in described] == [
+        (name, path.stat().st_size, sha256(path)) for name, path in sent.items()
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking_exchange, "upload", lambda *_: pytest.fail("it is there"))
+        assert exchange.put(sent) == described
+    elsewhere(tracker, run_id, tmp_path).bring(described, tmp_path / "got")
+    assert {path.name: path.read_text() for path in (tmp_path / "got" / "below").iterdir()} == {
+        "one": "1",
+        "two": "22",
+        "empty": "",
+    }
+
+
+def test_an_upload_that_broke_off_is_sent_again(
+    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
+) -> None:
+    exchange, run_id = opened
+    sent = files(tmp_path / "sent", one="all of it")
+    [file] = exchange.put(sent)
+    stored(client, run_id, file.sha256).write_text("all")
+    exchange.put(sent)
+    assert elsewhere(tracker, run_id, tmp_path).get(file).read_text() == "all of it"
+
+
+def test_what_the_store_altered_is_refused(
+    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
+) -> None:
+    exchange, run_id = opened
+    [file] = exchange.put(files(tmp_path / "sent", one="right"))
+    stored(client, run_id, file.sha256).write_text("wrong")
+    with pytest.raises(TrackingError, match=r"below/one could not be fetched: .* altered"):
+        elsewhere(tracker, run_id, tmp_path).bring([file], tmp_path / "got")
+    assert not list((tmp_path / "got").rglob("one"))
+
+
+def test_what_is_not_there_is_no_reason_to_wait(
+    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
+) -> None:
+    exchange, run_id = opened
+    [file] = exchange.put(files(tmp_path / "sent", one="1"))
+    stored(client, run_id, file.sha256).unlink()
+    with pytest.raises(WorkError, match="is not among this job's files") as caught:
+        elsewhere(tracker, run_id, tmp_path).get(file)
+    assert not isinstance(caught.value, TrackingError)  # which would be tried again
+    assert exchange.result("int4-convert-1") is None
+
+
+def test_files_of_jobs_that_have_ended_go(tracker: Tracker, client: MlflowClient, name: str) -> None:
+    killed, first = (tracked.start(tracker, name) for _ in range(2))  # the second says that the first was killed
+    of_killed, _ = tracking_exchange.open_run(tracker.uri, killed)
+    of_first, stale = tracking_exchange.open_run(tracker.uri, first)
+    assert stale == [of_killed]
+    again, stale = tracking_exchange.open_run(tracker.uri, first)
+    assert stale == [of_first]
+    assert [client.get_run(run).info.lifecycle_stage for run in (of_killed, of_first)] == ["deleted", "deleted"]
+    tracking_exchange.close_run(tracker.uri, again)
+    assert client.get_run(again).info.lifecycle_stage == "deleted"
+    assert [client.get_run(run).info.lifecycle_stage for run in (killed, first)] == ["active", "active"]
+
+
+# --- a part
+
+
+class Asked:
+    """A job that has gone as far as its parts."""
+
+    def __init__(self, job: Job, model: str, settings: Settings) -> None:
+        self.job = job
+        self.checkpoint: Checkpoint = making.resolve(job, settings)
+        self.parent = tracked.start(Tracker(settings.tracking_uri or ""), model)
+        self.run_id, _ = tracking_exchange.open_run(settings.tracking_uri or "", self.parent)
+        self.exchange = Exchange(settings.tracking_uri or "", self.run_id, settings)
+        weights, inputs = parts.send_inputs(job, self.checkpoint, self.exchange)
+        self.common = {
+            "exchange": self.run_id,
+            "name": model,
+            "job": job,
+            "checkpoint": self.checkpoint,
+            "weights": weights,
+            "inputs": inputs,
+        }
+
+    def part(self, recipe: Recipe) -> Part:
+        return Part(id=f"{recipe.name}-convert-1", stage="convert", recipe=recipe, **self.common)
+
+
+def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, talkative: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("def same(expected, answer): return 1")
+    (tmp_path / "t.txt").write_text("A text.")
+    (tmp_path / "c.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    job = making.job(
+        talkative,
+        evaluation_set=making.evaluation_set(tmp_path),
+        perplexity_text=tmp_path / "t.txt",
+        matcher=f"{tmp_path / 'm.py'}:same",
+        chat_template=tmp_path / "c.jinja",
+        output_path=tmp_path / "out",
+    )
+    asked = Asked(job, "inputs", settings)
+    own = Recipe(name="own", config={"passes": {}, "reads": str(asked.checkpoint.path)})
+    part = Part.model_validate_json(asked.part(own).model_dump_json())  # as Prefect passes it on
+    there = Settings(home=tmp_path / "there")
+    place = parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
+    work = there.work(place.name)
+    assert place.job.evaluation_set == work / "inputs" / "evaluation_set" / "three.jsonl"
+    assert place.job.evaluation_set.read_text(encoding="utf-8") == making.EVALUATION_SET
+    assert place.job.perplexity_text is not None
+    assert place.job.perplexity_text.read_text() == "A text."
+    assert place.job.matcher == f"{work / 'inputs' / 'matcher' / 'm.py'}:same"
+    assert (place.job.chat_template, place.job.output_path) == (None, None)
+    assert place.checkpoint.path == there.checkpoints / asked.checkpoint.digest
+    assert place.checkpoint.path != asked.checkpoint.path
+    assert "m.content" in (place.checkpoint.path / "chat_template.jinja").read_text()  # it has gone in before
+    assert place.recipe.config["reads"] == str(place.checkpoint.path)
+    (place.checkpoint.path / "config.json").unlink()
+    (place.checkpoint.path / "config.json").write_text("{}")
+    parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
+    assert (place.checkpoint.path / "config.json").read_text() != "{}"
+    parts.clear(part, there)
+    assert not work.exists()
+
+
+def test_a_checkpoint_that_changes_is_noticed(settings: Settings, talkative: Path, tmp_path: Path) -> None:
+    changing = making.talkative("llama-tied", tmp_path / "changing")
+    job = making.job(changing)
+    checkpoint = making.resolve(job, settings)
+    asked = Asked(making.job(talkative), "changing", settings)
+    (changing / "generation_config.json").write_text('{"do_sample": true}')
+    with pytest.raises(SlmopsError, match="was changed while the job ran"):
+        parts.send_inputs(job, checkpoint, asked.exchange)
+
+
+def test_a_part_that_fails_says_why_and_leaves_its_log(
+    settings: Settings, talkative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(making.job(talkative), "failing", settings)
+    part = asked.part(BROKEN)
+    there = tmp_path / "there"
+    monkeypatch.setenv("SLMOPS_HOME", str(there))
+    with pytest.raises(ConversionError, match="Olive produced no model"):
+        variant(part.model_dump_json())
+    result = Result.model_validate_json(asked.exchange.result(part.id) or "")
+    assert result.failure is not None
+    assert isinstance(result.failure.error, ConversionError)
+    assert [log.name for log in result.logs] == ["half.olive.log"]
+    assert (result.key, result.variant, result.speed, result.quality) == (None, (), None, None)
+    assert [list(folder.iterdir()) for folder in (there / "work", there / "logs")] == [[], []]
+
+
+def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
+    settings: Settings, talkative: Path, stock: Settings, tmp_path: Path
+) -> None:
+    job = making.job(talkative)
+    made = making.variant("fp32", job, stock)
+    asked = Asked(job, "replaced", settings)
+    sent = parts.send_variant(made, asked.exchange)
+    there = Settings(home=tmp_path / "there")
+    exchange = Exchange(settings.tracking_uri or "", asked.run_id, there)
+    assert parts.bring_variant(made.key, sent, exchange, there).files == made.files
+    # Another conversion of the same: other times in its log, and so another file.
+    folder = there.variants / made.key
+    (folder / "olive.log").unlink()
+    (folder / "olive.log").write_text("another")
+    manifest = made.model_copy(update={"files": store.files_of(folder)})
+    (folder / "variant.json").unlink()
+    (folder / "variant.json").write_text(manifest.model_dump_json())
+    assert store.load(folder) is not None
+    assert parts.bring_variant(made.key, sent, exchange, there).files == made.files
+    with pytest.raises(WorkError, match="not what its manifest says"):
+        parts.bring_variant("fp32-other", sent, exchange, there)
+
+
+# --- the job
+
+
+@pytest.fixture(scope="module")
+def farm(settings: Settings) -> Settings:
+    """A pool in which nobody works."""
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+    return settings.model_copy(update={"pools": (Pool(name=POOL, memory_gb=1),)})
+
+
+def outcomes(asked: Asked, settings: Settings, recipes: list[Recipe]) -> dict[str, object]:
+    """What the job makes of its parts, in a flow."""
+
+    @flow(name="parent")
+    def parent() -> dict[str, object]:
+        workers = fan_out.find_workers(asked.checkpoint, asked.job, settings)
+        uri = settings.tracking_uri or ""
+        progress = Progress("lost", steps=2 * len(recipes))
+        return dict(
+            fan_out.fan_out(
+                workers, recipes, asked.checkpoint, asked.job, "lost", settings, uri, asked.parent, progress
+            )
+        )
+
+    return parent()
+
+
+def ending(state: StateType, message: str) -> Callable[[], object]:
+    """Ends each part that is started, as Prefect does with one whose machine is lost, until there has been no new one
+    for a while; returns the runs."""
+
+    def end() -> list[FlowRun]:
+        seen: dict[UUID, FlowRun] = {}
+        quiet_since = time.monotonic()
+        with get_client(sync_client=True) as client:
+            while time.monotonic() - quiet_since < 5:
+                for run in flow_runs("variant"):
+                    if run.state is not None and not run.state.is_final():
+                        client.set_flow_run_state(run.id, State(type=state, message=message), force=True)
+                        seen[run.id] = run
+                        quiet_since = time.monotonic()
+                time.sleep(0.1)
+        return list(seen.values())
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("state", "attempts", "said"),
+    [
+        (StateType.CRASHED, 3, "convert {} on the pool farm was lost 3 times: The plug was pulled."),
+        (StateType.CANCELLED, 1, "convert {} on the pool farm was cancelled: The plug was pulled."),
+    ],
+)
+def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
+    farm: Settings, talkative: Path, monkeypatch: pytest.MonkeyPatch, state: StateType, attempts: int, said: str
+) -> None:
+    monkeypatch.setattr(fan_out, "POLL_S", 0.1)
+    asked = Asked(making.job(talkative), f"lost-{state.value.lower()}", farm)
+    recipes = [making.recipe("fp32", asked.job, asked.checkpoint), BROKEN]
+    with ThreadPoolExecutor(1) as pool:
+        context = contextvars.copy_context()
+        plug = pool.submit(context.run, ending(state, "The plug was pulled."))
+        made = outcomes(asked, farm, recipes)
+        runs = plug.result()
+    assert {name: str(error) for name, error in made.items()} == {
+        recipe.name: said.format(recipe.name) for recipe in recipes
+    }
+    submitted = [Part.model_validate_json(run.parameters["part"]) for run in runs]
+    wanted = {f"{recipe.name}-convert-{n}": recipe for recipe in recipes for n in range(1, attempts + 1)}
+    assert {part.id: part.recipe for part in submitted} == wanted
+    assert len(runs) == len(wanted)
+    assert len({run.parent_task_run_id for run in runs}) == len(runs)
+    client = MlflowClient(farm.tracking_uri)
+    [own] = {part.exchange for part in submitted}
+    assert client.get_run(own).info.lifecycle_stage == "deleted"
+
+
+def test_silence_counts_from_the_last_sign_of_life(settings: Settings, talkative: Path) -> None:
+    asked = Asked(making.job(talkative), "silent", settings)
+    child = fan_out._Child(asked.part(BROKEN), 1)
+
+    def lost(state: StateType, beat: int | None, seconds: float) -> bool:
+        return child.is_lost(Seen(State(type=state), beat), seconds)
+
+    assert not any(lost(StateType.SCHEDULED, None, 1e6) for _ in range(3))  # no machine has it yet
+    assert [lost(StateType.PENDING, None, 800) for _ in range(3)] == [False, False, True]
+    assert not lost(StateType.RUNNING, None, 800)
+    assert [lost(StateType.RUNNING, beat, 50) for beat in (1, 2, 2, 3, 3, 3)] == [False] * 5 + [True]
+
+
+def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) -> None:
+    asked = making.job(talkative)
+    unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
+    with pytest.raises(PrerequisiteError, match="Prefect has no work pool 'nowhere'") as caught:
+        fan_out.find_workers(making.resolve(asked, settings), asked, unknown)
+    assert "prefect worker start --pool nowhere" in (caught.value.fix or "")

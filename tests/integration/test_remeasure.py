@@ -1,0 +1,233 @@
+"""What is deployed of a tiny model, measured and soaked again for real, after one job and one promotion."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.optimize import optimize
+from flows.promote import promote
+from flows.remeasure import remeasure
+from flows.soak import soak
+from slmops import deployed, locks, machine, pull, tracking_remeasure
+from slmops.deployment import ModelVersion, Promotion
+from slmops.errors import BusyError, UsageError
+from slmops.evaluation import dataset, on_device, speed
+from slmops.evaluation.remeasure import MEMORY, SPEED, DriftError, Remeasure, Remeasured
+from slmops.evaluation.soak import Soak
+from slmops.registry import Registry
+from slmops.settings import Settings
+from slmops.tracking import Tracker
+from tests import making
+from tests.shown import artifacts, flow_runs
+from tests.tracked import artifacts as files_of
+from tests.tracked import read
+
+pytestmark = pytest.mark.integration
+
+NAME = "Tiny_R"
+POLICY = '[[gates]]\nmetric = "accuracy"\nmin = 0\n'
+# This machine does other things too while the tests run.
+LENIENT = {"max_slowdown": 50.0, "max_memory_growth": 5.0}
+
+
+@pytest.fixture(scope="module")
+def champion(talkative: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+    """A version that was measured with files that are not there any more."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    (inputs / "policy.toml").write_text(POLICY)
+    (inputs / "text.txt").write_text("A text of so many words, and of so many words again. " * 20)
+    asked = {"evaluation_set": making.evaluation_set(inputs), "perplexity_text": inputs / "text.txt"}
+    optimize(making.job(talkative, name=NAME, precision=["fp32"], policy=inputs / "policy.toml", **asked))
+    promote(Promotion(name=NAME))
+    for path in asked.values():
+        path.unlink()
+    found = Registry(settings.tracking_uri or "").champion(NAME)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> MlflowClient:
+    return MlflowClient(settings.tracking_uri)
+
+
+@pytest.fixture(scope="module")
+def steady(champion: ModelVersion) -> Remeasured:
+    return remeasure(Remeasure(name=champion.name, **LENIENT))
+
+
+def test_what_is_deployed_is_what_was_recorded(
+    steady: Remeasured, champion: ModelVersion, client: MlflowClient, settings: Settings
+) -> None:
+    assert (steady.outcome, steady.left_out, steady.answers_changed) == ("steady", (), 0)
+    assert (steady.model, steady.version, steady.variant) == (NAME, champion.version, "fp32")
+    assert (steady.recorded_run, steady.hardware_kind) == (champion.run_id, machine.hardware().kind)
+    figures = {one.metric: one for one in steady.figures}
+    assert figures.keys() == {*SPEED, *MEMORY, "perplexity", "accuracy"}
+    assert {metric: one.recorded.value for metric, one in figures.items()} == {
+        metric: client.get_run(champion.run_id).data.metrics[metric] for metric in figures
+    }
+    # The same files, text and questions.
+    assert figures["perplexity"].ratio == pytest.approx(1, abs=1e-5)
+    assert (figures["accuracy"].ratio, figures["accuracy"].now.samples) == (1, 3)
+    # Nothing of it is left, and what users of this device get is for others to say.
+    assert not list((settings.home / "work").glob("*.remeasure"))
+    assert deployed.current(NAME, settings) is None
+
+
+def test_what_mlflow_and_prefect_have(
+    steady: Remeasured, champion: ModelVersion, client: MlflowClient, settings: Settings, tmp_path: Path
+) -> None:
+    run = client.get_run(steady.run_id)
+    tags, params = run.data.tags, run.data.params
+    assert (run.info.status, tags["slmops.kind"]) == ("FINISHED", "remeasurement")
+    assert (tags["slmops.version"], tags["slmops.recorded_run"]) == (str(champion.version), champion.run_id)
+    assert (tags["slmops.outcome"], tags["slmops.reason"]) == ("steady", steady.detail)
+    assert run.data.metrics == steady.metrics
+    assert run.data.metrics["drift/perplexity"] == pytest.approx(1, abs=1e-5)
+    assert params["hardware.kind"] == steady.hardware_kind
+    assert params["remeasure.max_slowdown"] == "50.0"
+    kept = Remeasured.model_validate_json(read(client, steady.run_id or "", "remeasurement.json", tmp_path))
+    assert kept == steady.model_copy(update={"run_id": None})
+    version = Registry(settings.tracking_uri or "").find(NAME, str(champion.version))
+    assert version.tags["slmops.remeasurement_run"] in {
+        one.info.run_id for one in client.search_runs([run.info.experiment_id], "tags.`slmops.kind` = 'remeasurement'")
+    }
+    assert Tracker(settings.tracking_uri or "").latest(NAME).run_id == champion.job_id
+
+    [flow_run] = [one for one in flow_runs("remeasure") if str(one.id) == tags["slmops.prefect_flow_run"]]
+    assert flow_run.state_name == "Completed"
+    shown = artifacts(flow_run)["remeasure-tiny-r"]
+    assert shown.startswith(f"**steady**: {steady.detail}")
+    assert "| perplexity | " in shown
+    assert f"[MLflow run]({Tracker(settings.tracking_uri or '').run_url(steady.run_id or '')})" in shown
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_job_keeps_what_it_measured_with(champion: ModelVersion, client: MlflowClient, tmp_path: Path) -> None:
+    kept = {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
+    assert files_of(client, champion.job_id) >= kept
+    assert read(client, champion.job_id, "inputs/evaluation_set.jsonl", tmp_path) == making.EVALUATION_SET
+
+
+@pytest.fixture
+def recorded_otherwise(champion: ModelVersion, client: MlflowClient, tmp_path: Path) -> Iterator[None]:
+    """As if the version had been a thousand times as fast, and much better, when it was evaluated."""
+    before = read(client, champion.run_id, "measurements.json", tmp_path)
+    figures = json.loads(before)
+    for metric, factor in {"ttft_ms_p50": 1e-3, "decode_tok_s": 1e3, "memory_peak_mb": 1e-3, "perplexity": 0.5}.items():
+        ends = {end: figures[metric][end] for end in ("value", "low", "high") if figures[metric][end] is not None}
+        # A figure that says that the machine was busy would not count.
+        figures[metric] |= {"note": None, **{end: value * factor for end, value in ends.items()}}
+    client.log_text(champion.run_id, json.dumps(figures), "measurements.json")
+    yield
+    client.log_text(champion.run_id, before, "measurements.json")
+
+
+@pytest.mark.usefixtures("recorded_otherwise")
+def test_drift_is_reported(
+    champion: ModelVersion, client: MlflowClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "DISTURBED", float("inf"))  # a busy machine's speeds would not count
+    with pytest.raises(DriftError, match="is not what was recorded of it any more: ttft_ms_p50") as caught:
+        remeasure(Remeasure(name=NAME, version=str(champion.version), **LENIENT))
+    result = caught.value.result
+    assert (caught.value.exit_code, result.outcome) == (3, "drifted")
+    assert {one.metric for one in result.figures if one.drifted} == {
+        "ttft_ms_p50",
+        "decode_tok_s",
+        "memory_peak_mb",
+        "perplexity",
+    }
+    assert result.metrics["drift/perplexity"] == pytest.approx(2, rel=1e-5)
+    assert client.get_run(result.run_id).data.tags["slmops.outcome"] == "drifted"
+    version = Registry(settings.tracking_uri or "").find(NAME, str(champion.version))
+    assert version.tags["slmops.remeasurement"] == "drifted"
+    assert version.tags["slmops.remeasurement_run"] == result.run_id
+    flow_run = flow_runs("remeasure")[-1]
+    assert flow_run.state_name == "Failed"
+    assert "drifted: 2 times worse, and at most 1.01 is tolerated" in artifacts(flow_run)["remeasure-tiny-r"]
+
+
+@pytest.fixture
+def recorded_elsewhere(champion: ModelVersion, settings: Settings) -> Iterator[None]:
+    """As if another machine had evaluated it. MLflow itself lets nobody alter a parameter."""
+    database = str(settings.tracking_uri).removeprefix("sqlite:///")
+    change = "UPDATE params SET value = ? WHERE run_uuid = ? AND key = 'hardware.processor'"
+    for processor in ("Another CPU", machine.hardware().processor):
+        with sqlite3.connect(database) as connection:
+            connection.execute(change, (processor, champion.run_id))
+        connection.close()
+        if processor == "Another CPU":
+            yield
+
+
+@pytest.mark.usefixtures("recorded_elsewhere")
+def test_speeds_of_another_kind_of_machine_are_not_compared(champion: ModelVersion) -> None:
+    result = remeasure(Remeasure(name=NAME, version="champion"))
+    assert result.outcome == "steady"
+    assert {one.metric for one in result.figures} == {"perplexity", "accuracy"}
+    [reason] = result.left_out
+    assert reason.startswith("speed and memory, which were recorded on another kind of machine (Another CPU (")
+    assert result.detail.endswith("Not everything could be compared.")
+    assert result.recorded_run == champion.run_id
+
+
+def test_a_removed_version_is_measured_to_the_end(champion: ModelVersion, settings: Settings, tmp_path: Path) -> None:
+    uri = settings.tracking_uri or ""
+    installed = pull.install(champion, settings, uri)
+    recorded = Tracker(uri).recorded(champion.run_id, tmp_path)
+    questions = dataset.load(recorded.evaluation_set)
+    with on_device.copied(installed, "gone", settings) as place:
+        deployed.tidy(NAME, [], settings)
+        assert not installed.folder.exists()
+        answers = on_device.ask_questions(place, questions, recorded, "gone", settings)
+    assert [one.answer for one in answers] == [one.answer for one in recorded.answers]
+    assert not settings.work("gone").exists()
+    with pytest.raises(BusyError, match="was removed from this device"), on_device.copied(installed, "gone", settings):
+        pass
+
+
+def test_the_champion_is_soaked(champion: ModelVersion, client: MlflowClient, settings: Settings) -> None:
+    result = soak(Soak(name=NAME, champion=True, requests=30, max_kb_per_request=100_000))
+    assert (result.outcome, result.version, result.variant) == ("pass", champion.version, "fp32")
+    assert (result.model, result.foundry_id) == (NAME, champion.foundry_id)
+    tags = client.get_run(result.run_id).data.tags
+    assert (tags["slmops.kind"], tags["slmops.version"]) == ("soak", str(champion.version))
+    shown = artifacts(flow_runs("soak")[-1])["soak-tiny-r"]
+    assert f"| version | {champion.version} |" in shown
+    assert not list((settings.home / "work").glob("*.soak"))
+    assert deployed.current(NAME, settings) is None
+
+
+@pytest.mark.usefixtures("champion")
+def test_what_cannot_be_measured() -> None:
+    for asked in (Remeasure(name="nobody"), Remeasure(name=NAME, version="77")):
+        with pytest.raises(UsageError):
+            remeasure(asked)
+    with pytest.raises(UsageError, match="Nothing of nobody is deployed"):
+        soak(Soak(name="nobody", champion=True))
+    with pytest.raises(UsageError, match="--champion needs the name of a model"):
+        soak(Soak(champion=True))
+
+
+@pytest.mark.usefixtures("champion")
+def test_a_second_remeasurement_at_the_same_time_is_told(settings: Settings) -> None:
+    held = locks.exclusive(settings.locks / f"{NAME}.remeasure.lock", "it", wait=False)
+    with held, pytest.raises(BusyError, match="Another run holds the remeasurement of 'Tiny_R'"):
+        remeasure(Remeasure(name=NAME))
+
+
+def test_a_repeated_attempt_leaves_one_run(steady: Remeasured, client: MlflowClient, settings: Settings) -> None:
+    tracker, request = Tracker(settings.tracking_uri or ""), Remeasure(name=NAME)
+    first, again = (tracker.log_remeasurement(steady, request, machine.hardware(), "one") for _ in range(2))
+    experiment = client.get_run(again).info.experiment_id
+    mine = f"tags.`{tracking_remeasure.FLOW_RUN}` = 'one'"
+    assert [run.info.run_id for run in client.search_runs([experiment], mine)] == [again]
+    assert first != again

@@ -1,0 +1,475 @@
+"""Training data from a web server and from MLflow, and their checks with a real tokenizer."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from slmops.errors import DataError, PrerequisiteError, TrackingError, UsageError
+from slmops.files import sha256
+from slmops.models import Checkpoint
+from slmops.settings import Settings
+from slmops.training import data, report, web
+from slmops.training.data import Fetched
+from slmops.training.values import LoraSettings, Retrain, TrainingData
+from tests import tiny, values
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from slmops.tracking import Tracker
+
+pytestmark = pytest.mark.integration
+
+ITEM = '{"prompt": "How are you?", "completion": "Well."}\n'
+WORDS = ("printer", "invoice", "password", "screen", "parcel", "login")
+HELD_OUT = '{"prompt": "Is it held out?", "expected": "yes"}\n'
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError("nothing should be asked of MLflow")
+
+
+def asked(source: str | Path, **changes: Any) -> Retrain:
+    return Retrain(model="tiny", data=str(source), **changes)
+
+
+def fetch(request: Retrain, settings: Settings, **given: Any) -> Fetched:
+    return data.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
+
+
+def lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def put(folder: Path, evaluation: str = HELD_OUT, **files: list[Any]) -> Path:
+    """A folder of training files and an evaluation set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.jsonl").write_text(evaluation)
+    for name, items in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
+    return folder
+
+
+def pair(question: str, answer: str = "Fine.") -> dict[str, str]:
+    return {"prompt": question, "completion": answer}
+
+
+# A checkpoint's tokenizer
+
+
+def tokenizer(folder: Path, template: str | None = tiny.CHATML) -> Checkpoint:
+    made = tiny.tokenizer()
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return values.checkpoint(path=folder, digest=folder.name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tokenizer(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def prepared(home: Settings, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    items = [pair(f"My {one} and {two} broke.", "ok") for one, two in permutations(WORDS, 2)]
+    repeated = [items[0], pair("my PRINTER and invoice broke!", "bad\u2028news")]
+    folder = put(tmp_path_factory.mktemp("data"), train=items + repeated)
+    return prepare(folder, checkpoint, home)
+
+
+def prepare(source: Path, checkpoint: Checkpoint, settings: Settings, **changes: Any) -> TrainingData:
+    request = asked(source, **{"training": LoraSettings(max_tokens=128), **changes})
+    return data.prepare(fetch(request, settings), request, checkpoint, settings, "tiny")
+
+
+def test_prepared_files(prepared: TrainingData, home: Settings) -> None:
+    training, validation = lines(prepared.train), lines(prepared.validation)
+    assert prepared.train.parent.parent == home.trainings / "data"
+    assert {path.name for path in prepared.train.parent.iterdir()} == {
+        *("train.jsonl", "validation.jsonl", "evaluation.jsonl", "report.json")
+    }
+    assert validation
+    assert len(training) + len(validation) == prepared.report.items == 31
+    assert {
+        "messages": [
+            {"role": "user", "content": "My printer and password broke."},
+            {"role": "assistant", "content": "ok"},
+        ]
+    } in training + validation
+    assert prepared.evaluation_digest == sha256(prepared.evaluation)
+    assert not home.work("tiny").joinpath("data").exists()
+
+
+def test_prepared_report(prepared: TrainingData) -> None:
+    found = prepared.report
+    assert (found.files, found.evaluation_items, found.dropped) == ({"train.jsonl": 32}, 1, 1)
+    assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in found.problems] == [
+        (31, "duplicate", False, "the same as train.jsonl:1; kept once"),
+        (32, "near_duplicate", False, "asks the same as train.jsonl:1, and has another answer: 'bad\\u2028news'"),
+    ]
+    assert 20 < found.tokens["min"] <= found.tokens["p50"] <= found.tokens["p99"] <= found.tokens["max"] < 60
+    assert report.summary(prepared).endswith("1 duplicates dropped")
+    assert "bad\\\\u2028news" in report.markdown(prepared)
+
+
+def test_tokens_are_those_of_the_template(prepared: TrainingData) -> None:
+    made = tiny.tokenizer()
+    rendered = [
+        made.apply_chat_template(item["messages"], tokenize=False)
+        for item in lines(prepared.train) + lines(prepared.validation)
+    ]
+    counts = [len(made(text, add_special_tokens=False)["input_ids"]) for text in rendered]
+    assert prepared.report.tokens["total"] == sum(counts)
+    assert prepared.report.tokens["max"] == max(counts)
+
+
+def test_prepared_data_are_made_once(
+    prepared: TrainingData, checkpoint: Checkpoint, home: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_make", nothing)
+    assert prepare(Path(prepared.source), checkpoint, home) == prepared
+    for change in ({"training": LoraSettings(seed=1)}, {"leak_similarity": 0.7}):
+        with pytest.raises(AssertionError):
+            prepare(Path(prepared.source), checkpoint, home, **change)
+    with pytest.raises(AssertionError):
+        prepare(Path(prepared.source), checkpoint.model_copy(update={"digest": "other"}), home)
+
+
+def test_altered_files_are_made_again(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(home=tmp_path / "home")
+    source = put(tmp_path / "data", train=[pair("How are you?"), pair("Who are you?"), pair("Where are you?")])
+    (source / "evaluation.jsonl").unlink()
+    (source / "evaluation.csv").write_bytes(b"\xef\xbb\xbfprompt,expected\r\nIs it held out?,yes\r\n")
+    first = prepare(source, checkpoint, settings)
+    assert first.evaluation.name == "evaluation.csv"
+    assert first.evaluation.read_bytes() == (source / "evaluation.csv").read_bytes()
+    kept = first.train.read_bytes()
+    first.train.write_bytes(kept[:-1])
+    assert prepare(source, checkpoint, settings) == first
+    assert first.train.read_bytes() == kept
+    moved = Settings(home=settings.home.rename(tmp_path / "moved"))
+    monkeypatch.setattr(data, "_make", nothing)
+    again = prepare(source, checkpoint, moved)
+    assert again.train.read_bytes() == kept
+    assert moved.trainings in again.train.parents
+
+
+def test_all_that_is_wrong_is_told_at_once(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
+    long = " ".join(["endless"] * 200)
+    good = pair("What is this about?")
+    source = put(
+        tmp_path,
+        a=[good, {"prompt": "x"}, pair("is it held out"), pair(long), {"messages": []}, pair("a", " ")],
+        b=[pair(f"Bad {number}", "") for number in range(9)],
+    )
+    with pytest.raises(DataError) as caught:
+        prepare(source, checkpoint, home)
+    said = caught.value.message.splitlines()
+    assert said[0] == f"{source} cannot be trained on:"
+    assert said[1:4] == [
+        "  - a.jsonl:2: needs either 'messages', or 'prompt' and 'completion'",
+        "  - a.jsonl:3: asks what the evaluation item 1 asks",
+        said[3],
+    ]
+    assert said[3].startswith("  - a.jsonl:4: ")
+    assert said[3].endswith(" tokens, and 128 are allowed (--training.max-tokens)")
+    assert said[6] == "  - b.jsonl:1: message 2, of the assistant, is empty"
+    assert said[11:] == ["  - and 4 more"]
+    file = home.logs / "tiny" / "data-problems.txt"
+    assert caught.value.fix == f"Mend or remove these lines. All of them: {file}"
+    assert len(file.read_text().splitlines()) == 14
+    assert not list((home.trainings / "data").glob(".*"))
+
+
+@pytest.mark.parametrize("items", [[], [pair("How are you?")] * 3])
+def test_too_few(items: list[Any], checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"has {min(len(items), 1)} different items, and at least 2 are needed"):
+        prepare(put(tmp_path, train=items), checkpoint, home)
+
+
+def test_a_bad_evaluation_set(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"evaluation\.jsonl has bad lines:\n  - line 2: "):
+        prepare(put(tmp_path, HELD_OUT + "{", train=[pair("a"), pair("b")]), checkpoint, home)
+
+
+def test_a_checkpoint_without_a_template(home: Settings, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no chat template") as caught:
+        prepare(put(tmp_path / "data", train=[pair("a"), pair("b")]), tokenizer(tmp_path / "bare", None), home)
+    assert "chat_template.jinja" in (caught.value.fix or "")
+
+
+def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) -> None:
+    """Each item fails in a way of its own."""
+    template = (
+        "{% for message in messages %}{{ message.role }}: "
+        "{% if 'refuse' in message.content %}{{ raise_exception('no\x1b such thing') }}{% endif %}"
+        "{% if 'unstable' in message.content %}{{ messages | length }}{% endif %}"
+        "{% if message.content != 'left out' %}{{ message.content }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    source = put(
+        tmp_path / "data", train=[pair("refuse"), pair("unstable"), pair("c", "left out"), pair("d"), pair("e")]
+    )
+    with pytest.raises(DataError) as caught:
+        prepare(source, tokenizer(tmp_path / "odd", template), home)
+    assert caught.value.message.splitlines()[1:] == [
+        "  - train.jsonl:1: the chat template cannot be trained with: no\\x1b such thing",
+        "  - train.jsonl:2: the chat template cannot be trained with: "
+        "the chat template renders a turn differently once others follow",
+        "  - train.jsonl:3: the chat template leaves out an answer, or changes it",
+    ]
+
+
+# The web
+
+
+class Server(ThreadingHTTPServer):
+    """A web server that does what the path says."""
+
+    def handle_error(self, *_: Any) -> None:
+        """The client hangs up in some tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        getattr(self, f"_{urlsplit(self.path).path.strip('/').partition('.')[0]}", self._absent)()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def _say(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _absent(self) -> None:
+        self._say(b"no", 404)
+
+    def _good(self) -> None:
+        self._say(ITEM.encode())
+
+    def _page(self) -> None:
+        self._say(b"<html>Sign in</html>", Content_Type="text/html; charset=utf-8")
+
+    def _moved(self) -> None:
+        self._say(b"", 302, Location="/good.jsonl")
+
+    def _round(self) -> None:
+        self._say(b"", 302, Location="/round.jsonl")
+
+    def _elsewhere(self) -> None:
+        self._say(b"", 302, Location="file:///etc/hostname")
+
+    def _forbidden(self) -> None:
+        self._say(b"", 403)
+
+    def _large(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while True:
+            self.wfile.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+
+    def _short(self) -> None:
+        self._say(ITEM.encode(), Content_Length="1000")
+        self.close_connection = True
+
+    def _silent(self) -> None:
+        self.server.over.wait(60)  # type: ignore[attr-defined]
+
+    def _slow(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
+            self.wfile.write(b"x")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = Server(("127.0.0.1", 0), Handler)
+    server.over = threading.Event()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.over.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(HELD_OUT)
+    return file
+
+
+@pytest.mark.parametrize("path", ["/good.jsonl", "/moved.jsonl", "/good.jsonl?key=secret#secret"])
+def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
+    fetched = fetch(asked(url + path, evaluation_set=held_out), home)
+    assert fetched.source == url + path.partition("?")[0]
+    assert [file.read_text() for file in fetched.files] == [ITEM]
+    assert fetched.evaluation.name == "questions.jsonl"
+
+
+def test_a_url_has_nothing_beside_it(url: str, home: Settings) -> None:
+    with pytest.raises(DataError, match=r"no evaluation set for http://127\.0\.0\.1:\d+/good\.jsonl: "):
+        fetch(asked(f"{url}/good.jsonl?key=secret"), home)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "said"),
+    [
+        ("/absent.jsonl", DataError, "answers 404 Not Found."),
+        ("/forbidden.jsonl", DataError, "answers 403 Forbidden."),
+        ("/page.jsonl", DataError, "is a web page, no data."),
+        ("/round.jsonl", DataError, "cannot be fetched (TooManyRedirects)."),
+        ("/elsewhere.jsonl", PrerequisiteError, "cannot be fetched (UnsupportedProtocol)."),
+        ("/large.jsonl", DataError, "is too large: 1 MB are allowed."),
+        ("/short.jsonl", PrerequisiteError, "cannot be fetched (RemoteProtocolError)."),
+        ("/silent.jsonl", PrerequisiteError, "does not answer, or stopped in the middle."),
+        ("/slow.jsonl", PrerequisiteError, "took longer than 0 s."),
+    ],
+)
+def test_a_url_that_gives_nothing(
+    url: str,
+    path: str,
+    error: type[UsageError],
+    said: str,
+    held_out: Path,
+    home: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "LARGEST", 1_000_000)
+    monkeypatch.setattr(web, "STALLED_S", 0.3)
+    monkeypatch.setattr(web, "LONGEST_S", 0.4 if path == "/slow.jsonl" else 60)
+    with pytest.raises(error) as caught:
+        fetch(asked(f"{url}{path}?key=secret", evaluation_set=held_out), home)
+    assert caught.value.message == f"{url}{path} {said}"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://me:secret@127.0.0.1:1/a.jsonl", "The URL of http://127.0.0.1:1/a.jsonl holds a name or a password"),
+        ("http://127.0.0.1:1/a.jsonl?secret", "http://127.0.0.1:1/a.jsonl cannot be fetched (ConnectError)."),
+        ("http://[::1/a.jsonl?secret", "The address of the training data is no URL."),
+        ("http://127.0.0.1:99999/a.jsonl?secret", "http://127.0.0.1:99999/a.jsonl cannot be fetched"),
+        ("http:///a.jsonl?secret", "http:///a.jsonl cannot be fetched (UnsupportedProtocol)."),
+    ],
+)
+def test_a_url_that_is_none(address: str, said: str, held_out: Path, home: Settings) -> None:
+    with pytest.raises((DataError, PrerequisiteError)) as caught:
+        fetch(asked(address, evaluation_set=held_out), home)
+    assert caught.value.message.startswith(said)
+    assert "secret" not in str(caught.value)
+
+
+# MLflow
+
+
+def run_with(client: MlflowClient, folder: Path) -> str:
+    run_id: str = client.create_run(client.create_experiment(f"data {time.time_ns()}")).info.run_id
+    client.log_artifacts(run_id, str(folder), "data")
+    return run_id
+
+
+def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings, tmp_path: Path) -> None:
+    run_id = run_with(client, put(tmp_path / "data", train=[pair("a")], validation=[pair("b")]))
+    fetched = fetch(asked(f"runs:/{run_id}/data"), home, download=tracker.download)
+    assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
+    one = fetch(asked(f"runs:/{run_id}/data/train.jsonl"), home, download=tracker.download)
+    assert [file.name for file in one.files] == ["train.jsonl"]
+    assert one.evaluation.read_text() == HELD_OUT
+    with pytest.raises(TrackingError):
+        fetch(asked(f"runs:/{run_id}/absent"), home, download=tracker.download)
+
+
+@pytest.fixture
+def made(client: MlflowClient, database: str) -> Iterator[Callable[[str, list[dict[str, Any]]], None]]:
+    import mlflow
+
+    def make(name: str, records: list[dict[str, Any]]) -> None:
+        client.create_dataset(name).merge_records(records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows
+        mlflow.set_tracking_uri(database)  # what merge_records writes to
+        yield make
+        mlflow.set_tracking_uri(None)
+
+
+def test_mlflow_datasets(
+    made: Callable[[str, list[dict[str, Any]]], None],
+    database: str,
+    home: Settings,
+    held_out: Path,
+) -> None:
+    import mlflow
+
+    from slmops import tracking_datasets
+
+    question = [{"role": "user", "content": "U"}]
+    made("it's mine", [{"inputs": {"messages": question}, "expectations": {"expected_response": "old"}}])
+    records: list[dict[str, Any]] = [
+        {"inputs": {"messages": question}, "expectations": {"expected_response": "A"}},
+        *({"inputs": {"prompt": f"P{n}"}, "expectations": {"expected_response": "B"}} for n in range(1200)),
+        {"inputs": {"question": "Q"}},
+    ]
+    made('say "hi"', records)
+    mlflow.set_tracking_uri("sqlite:////nowhere/mlflow.db")  # the address that is given counts
+    given = {"dataset": lambda name: tracking_datasets.records(database, name)}
+    read = data.examples.read(fetch(asked('mlflow-dataset:say "hi"', evaluation_set=held_out), home, **given).files)
+    assert len(read.examples) == 1201
+    assert ({"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}) in [
+        example.messages for example in read.examples
+    ]
+    assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
+    one = fetch(asked("mlflow-dataset:it's mine", evaluation_set=held_out), home, **given)
+    assert len(data.examples.read(one.files).examples) == 1
+
+
+@pytest.mark.parametrize("name", ["absent", "x' OR name != '", "'\"", "%"])
+def test_an_mlflow_dataset_that_is_not_there(database: str, name: str) -> None:
+    from slmops import tracking_datasets
+
+    with pytest.raises(DataError, match="has no dataset of the name"):
+        tracking_datasets.records(database, name)
+
+
+def test_two_mlflow_datasets_of_one_name(made: Callable[[str, list[dict[str, Any]]], None], database: str) -> None:
+    from slmops import tracking_datasets
+
+    for _ in range(2):
+        made("twice", [{"inputs": {"prompt": "P"}}])
+    with pytest.raises(DataError, match="has more than one dataset of the name 'twice'"):
+        tracking_datasets.records(database, "twice")
+
+
+def test_mlflow_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slmops import tracking_datasets
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError):
+        tracking_datasets.records("http://127.0.0.1:1", "x")

@@ -1,0 +1,187 @@
+"""A job on two machines, of which one is lost in the middle, while the servers are restarted.
+
+The servers are those of docker-compose.yml, on PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+
+from slmops.conversion import store
+from slmops.models import Comparison
+from tests import making
+from tests.compose import ROOT, Compose
+from tests.machines import NETWORK, Machine, isolated, machines
+
+pytestmark = pytest.mark.integration
+
+NAME, POOL = "tiny", "many"
+PATIENCE_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Compose]:
+    with Compose({"POSTGRES_PASSWORD": "secret"}) as compose:
+        compose.services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"] += f",{NETWORK}.*"
+        compose.up("prefect", "mlflow")
+        yield compose
+
+
+@dataclass
+class Finished:
+    """What the job has printed, and what Prefect has of its parts."""
+
+    comparison: Comparison
+    parts: list[dict[str, Any]]
+    home: Path
+    workers: list[Machine]
+    lost: Machine
+
+
+@pytest.fixture(scope="module")
+def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("machines")
+    job = folder / "job"
+    job.mkdir()
+    ports = [servers.ports[name] for name in ("prefect", "mlflow")]
+    with machines(("one", "two"), folder, ports, [job, talkative.parent]) as workers:
+        for worker in workers:
+            start_worker(worker, ports)
+            until(lambda: "many" in asked(servers, "work_pools/filter", {}, "name"), "the pool is there")
+        child = start_job(servers, talkative, job)
+        try:
+            lost = until(lambda: in_a_second_conversion(workers), "a machine converts for the second time")
+            lost.kill()
+            for service in ("postgres", "prefect", "mlflow"):
+                servers.restart(service)
+            out, _ = child.communicate(timeout=PATIENCE_S)
+        finally:
+            child.kill()
+        log = (job / "log").read_text(encoding="utf-8")
+        assert child.returncode == 0, "\n".join([log, *(f"--- {one.name}\n{one.said()}" for one in workers)])
+        parts = asked(servers, "flow_runs/filter", {"flows": {"name": {"any_": ["variant"]}}})
+        yield Finished(Comparison.model_validate_json(out), parts, job / "home", workers, lost)
+
+
+def start_worker(machine: Machine, ports: list[int]) -> None:
+    prefect, mlflow = ports
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
+    machine.start(
+        [sys.executable, "-m", *command, "--name", machine.name, "--install-policy", "never"],
+        {
+            "PREFECT_API_URL": f"http://{machine.host}:{prefect}/api",
+            "SLMOPS_TRACKING_URI": f"http://{machine.host}:{mlflow}",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "DO_NOT_TRACK": "true",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+    )
+
+
+def start_job(servers: Compose, model: Path, folder: Path) -> subprocess.Popen[bytes]:
+    """``slmops run`` as its user would start it."""
+    asked_for = ["--model", str(model), "--name", NAME, "--precision", "int8", "--precision", "int4", "--quick"]
+    given = ["--evaluation-set", str(making.evaluation_set(folder))]
+    (folder / "tmp").mkdir()
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("slmops")), "run", *asked_for, *given, "--json"],
+            cwd=ROOT,
+            env={
+                "PATH": os.environ["PATH"],
+                "HOME": str(folder),
+                "TMPDIR": str(folder / "tmp"),
+                "SLMOPS_HOME": str(folder / "home"),
+                "SLMOPS_POOLS": json.dumps([{"name": POOL, "memory_gb": 1}, {"name": "larger", "memory_gb": 64}]),
+                **servers.env_of_client(),
+            },
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+
+
+def in_a_second_conversion(workers: list[Machine]) -> Machine | None:
+    """The machine that has converted and does so again."""
+    for worker in workers:
+        if worker.said().count("submitting flow run") == 2 and worker.processes("olive_worker"):
+            return worker
+    return None
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for it, and return what it is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+def asked(servers: Compose, path: str, body: dict[str, Any], key: str | None = None) -> list[Any]:
+    response = httpx.post(f"{servers.prefect_api_url}/{path}", json=body, timeout=30, trust_env=False)
+    assert response.is_success, response.text
+    return [one[key] if key else one for one in response.json()]
+
+
+def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None:
+    results = {result.name: result for result in finished.comparison.variants}
+    assert {name: result.status for name, result in results.items()} == dict.fromkeys(("fp32", "int8", "int4"), "ok")
+    for result in results.values():
+        assert result.reason is None
+        assert result.metrics.keys() == {*making.UNITS, *making.RELATIVE_UNITS}
+        assert result.path is not None
+        assert result.path.parent == finished.home / "variants"
+        kept = store.load(result.path)
+        assert kept is not None
+        assert kept.name == result.name
+        assert [log.name for log in (finished.home / "logs" / NAME).glob(f"{result.name}.olive.log")]
+
+
+def test_both_machines_took_part_and_what_was_lost_was_done_again(finished: Finished) -> None:
+    for worker in finished.workers:
+        assert "Finished in state Completed()" in worker.said()
+        assert list((worker.root / "slmops_home" / "variants").iterdir())
+        assert not list((worker.root / "slmops_home").glob("work/.*")) or worker is finished.lost
+    states: dict[str, list[str]] = {}
+    for part in finished.parts:
+        assert part["parent_task_run_id"] is not None
+        states.setdefault(part["name"], []).append(part["state_name"])
+    crashed = [part for part in finished.parts if part["state_name"] == "Crashed"]
+    assert [part["labels"]["prefect.worker.name"] for part in crashed] == [finished.lost.name]
+    assert crashed[0]["name"].startswith("convert ")
+    assert crashed[0]["state"]["message"].startswith("There was no sign of life for 6")
+    wanted = {f"{stage} {name} of {NAME}" for stage in ("convert", "measure") for name in ("fp32", "int8", "int4")}
+    assert states.keys() == wanted
+    assert all(found.count("Completed") == 1 for found in states.values())
+
+
+def test_the_files_on_their_way_are_gone(finished: Finished, servers: Compose) -> None:
+    client = MlflowClient(servers.tracking_uri)
+    experiment = client.get_experiment_by_name(NAME)
+    files = client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'files'", ViewType.ALL)
+    assert [run.info.lifecycle_stage for run in files] == ["deleted"]
+    assert files[0].data.tags["mlflow.parentRunId"] == finished.comparison.run_id
+    versions = {version.tags["slmops.variant"] for version in client.search_model_versions(f"name = '{NAME}'")}
+    assert finished.comparison.choice.variant in versions
+
+
+@pytest.mark.skipif(not isolated(), reason="no namespaces can be made here: the machines are plain processes")
+def test_the_machines_see_nothing_of_each_other(finished: Finished) -> None:
+    [survivor] = [worker for worker in finished.workers if worker is not finished.lost]
+    seen = f"ls -A {finished.lost.root} {finished.home.parent}; cat /proc/net/dev /proc/net/tcp"
+    shown = subprocess.run([*survivor.prefix, "sh", "-c", seen], capture_output=True, text=True, check=True).stdout
+    assert "log" not in shown.split()
+    assert f"{finished.lost.name}" not in shown.split()

@@ -1,0 +1,250 @@
+"""Duplicates, leaks and the split."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from slmops.evaluation.dataset import Item
+from slmops.training import checks
+from slmops.training.examples import Example
+
+NINE = "the old printer on the second floor eats paper"
+"""Nine words: five 5-grams."""
+
+
+def example(*turns: str, line: int = 1) -> Example:
+    """A conversation that the user begins, with an answer added where they have the last word."""
+    said = [*turns, "Fine."] if len(turns) % 2 else [*turns]
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[number % 2], "content": text} for number, text in enumerate(said))
+    return Example("a.jsonl", line, messages)
+
+
+def examples(*texts: str) -> list[Example]:
+    return [example(text, line=line) for line, text in enumerate(texts, 1)]
+
+
+def item(*turns: str, system: str | None = None) -> Item:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return Item.model_validate({"id": "q1", "messages": messages, "expected": "x"})
+
+
+def found(train: Sequence[Example], *held_out: Item, threshold: float = 0.8) -> list[tuple[int, str]]:
+    return [(problem.line, problem.kind) for problem in checks.leaks(train, held_out, threshold)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It's  THE\n“end”.", ["it", "s", "the", "end"]),
+        ("ＦＵＬＬ ﬁne ²", ["full", "fine", "2"]),
+        ("STRASSE Straße", ["strasse", "strasse"]),
+        ("cafe\u0301", ["café"]),
+        ("क्या हाल", ["क्या", "हाल"]),
+        ("日本語 ok", ["日", "本", "語", "ok"]),
+        ("2+2", ["2", "+", "2"]),
+        ("5-3 5 * 3 6/2", ["5", "−", "3", "5", "×", "3", "6", "÷", "2"]),
+        ("a-b", ["a", "b"]),
+        ("3 < 5", ["3", "<", "5"]),
+        ("😀", ["😀"]),
+        (" ?! ", ["?!"]),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert checks.words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (["Hi"], "hi"),
+        ([NINE], NINE),
+        (["Hello there", "Yes?", NINE], NINE),
+        ([NINE, "Since when?", "Since Monday."], f"{NINE} since monday"),
+        (["one", "?", "two", "?", NINE, "?", "three"], f"{NINE} three"),
+    ],
+)
+def test_asked(turns: list[str], expected: str) -> None:
+    assert " ".join(checks.asked(example(*turns).messages)) == expected
+
+
+def test_exact_duplicates_are_kept_once() -> None:
+    train = examples("a", "b", "a", "a")
+    kept, problems = checks.unique(train)
+    assert kept == train[:2]
+    assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in problems] == [
+        (3, "duplicate", False, "the same as a.jsonl:1; kept once"),
+        (4, "duplicate", False, "the same as a.jsonl:1; kept once"),
+    ]
+
+
+def test_near_duplicates_and_contradictions() -> None:
+    train = [
+        example(NINE, "Call us."),
+        example(NINE.upper() + "!", "call us", line=2),
+        example(NINE, "Buy\na new one.", line=3),
+        example(f"{NINE} again", "Call us.", line=4),
+        example("something else altogether is what this one asks", line=5),
+    ]
+    assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in checks.alike(train, 0.8)] == [
+        (2, "near_duplicate", False, "the same as a.jsonl:1 but for case, blanks and punctuation"),
+        (3, "near_duplicate", False, "asks the same as a.jsonl:1, and has another answer: 'Buy\\na new one.'"),
+        (4, "near_duplicate", False, "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
+    ]
+
+
+def test_the_same_question_under_another_system_prompt_is_no_contradiction() -> None:
+    train = [
+        Example("a.jsonl", line, ({"role": "system", "content": system}, *example(NINE, answer).messages))
+        for line, (system, answer) in enumerate([("Answer in German.", "Ja."), ("Answer in French.", "Oui.")], 1)
+    ]
+    [problem] = checks.alike(train, 0.8)
+    assert problem.detail == "asks nearly the same as a.jsonl:1 (similarity 1.00)"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is the capital of France?",
+        "what is  the capital of france",
+        "WHAT IS THE “CAPITAL” OF ＦＲＡＮＣＥ…",
+        "What—is the\ncapital of France",
+    ],
+)
+def test_an_exact_leak(text: str) -> None:
+    [problem] = checks.leaks(examples("No.", text), [item("What is the capital of France?")], 1.0)
+    assert (problem.file, problem.line, problem.kind, problem.fatal) == ("a.jsonl", 2, "leak", True)
+    assert problem.detail == "asks what the evaluation item q1 asks"
+
+
+def test_what_the_system_says_is_no_leak() -> None:
+    assert not found(examples("One thing."), item("Another matter.", system="One thing."))
+
+
+def test_other_sums_are_no_leak() -> None:
+    assert not found(examples("5 - 3?", "5 * 3?", "5 / 3?", "What is 12 + 6?", "Is 3 > 5?"), item("5 + 3?"))
+    assert not found(examples("What is 12 - 5?", "What is 12 + 6?"), item("What is 12 + 5?"))
+    assert not found(examples("Is 3 > 5?"), item("Is 5 > 3?"))
+
+
+@pytest.mark.parametrize(
+    "text", ["How do I reset my password?", "What is the capital of Spain?", "👍", "日本の首都はどこですか"]
+)
+def test_short_questions_that_differ_in_a_word_are_none(text: str) -> None:
+    other = {"password": "screen", "Spain": "France", "👍": "👎", "首都": "人口"}
+    changed = text
+    for one, another in other.items():
+        changed = changed.replace(one, another)
+    assert changed != text
+    assert not found(examples(changed), item(text))
+    assert found(examples(text), item(text)) == [(1, "leak")]
+
+
+def test_the_threshold_itself_is_a_leak() -> None:
+    # Nine words are five 5-grams; the first eight have four of them.
+    shorter = NINE.rpartition(" ")[0]
+    assert found(examples(shorter), item(NINE), threshold=0.8) == [(1, "near_leak")]
+    assert found(examples(shorter), item(NINE), threshold=0.81) == []
+    [problem] = checks.leaks(examples(shorter), [item(NINE)], 0.8)
+    assert problem.detail == "asks nearly what the evaluation item q1 asks (similarity 0.80)"
+    assert problem.fatal
+
+
+def test_a_word_more_is_near() -> None:
+    for words in range(5, 30):
+        question = " ".join(f"w{number}" for number in range(words))
+        assert found(examples(f"{question} please"), item(question)) == [(1, "near_leak")], words
+
+
+def test_two_words_are_compared_as_they_are() -> None:
+    assert found(examples("Hello", "Hello you", "you hello", "hello, you there"), item("Hello you!")) == [(2, "leak")]
+
+
+def test_every_turn_of_the_training_counts() -> None:
+    assert found([example(NINE, "Since when?", "Since Monday.")], item(NINE)) == [(1, "leak")]
+    assert found([example("Good morning", "Yes?", NINE)], item(NINE)) == [(1, "leak")]
+
+
+def test_short_turns_count_with_what_was_before() -> None:
+    held_out = item(NINE, "Shall I order paper?", "Yes please.")
+    assert not found([example("Can the weather change until tomorrow", "It can.", "Yes, please!")], held_out)
+    assert found([example(NINE, "Order some?", "yes, please")], held_out) == [(1, "leak")]
+
+
+def test_the_same_set_is_found_whole() -> None:
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcdefghijklmnop", k=12)) for _ in range(50)]
+    assert found(examples(*texts), *map(item, texts)) == [(line, "leak") for line in range(1, 51)]
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.7, 0.8, 1.0])
+def test_nothing_is_missed(threshold: float) -> None:
+    """Against comparing each with each."""
+    rng = random.Random(threshold)
+
+    def text() -> list[str]:
+        return rng.choices("abc", k=rng.randint(1, 12))
+
+    questions, texts = [text() for _ in range(60)], [text() for _ in range(120)]
+
+    def similarity(question: list[str], other: list[str]) -> float:
+        size = checks._gram(len(question))
+        one, two = checks._grams(question, size), checks._grams(other, size)
+        return len(one & two) / len(one | two)
+
+    def first(candidates: Sequence[list[str]], other: list[str]) -> tuple[int, float] | None:
+        similar = ((number, similarity(question, other)) for number, question in enumerate(candidates))
+        return next(((number, value) for number, value in similar if value >= threshold), None)
+
+    expected = {place: hit for place, other in enumerate(texts) if (hit := first(questions, other))}
+    assert expected
+    assert checks._similar(questions, texts, threshold) == expected
+    earlier = {place: hit for place, other in enumerate(texts) if (hit := first(texts[:place], other))}
+    assert checks._similar(texts, texts, threshold, before=True) == earlier
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_the_split(seed: int) -> None:
+    train = examples(*(f"question {number}" for number in range(1000)))
+    training, validation = checks.split(train, 0.1, seed)
+    assert sorted([*training, *validation], key=lambda one: one.line) == train
+    assert 70 < len(validation) < 130
+    assert [one.line for one in validation] == sorted(one.line for one in validation)
+
+
+def test_more_data_move_nothing() -> None:
+    train = examples(*(f"question {number}" for number in range(300)))
+    _, before = checks.split(train[:100], 0.2, 0)
+    _, after = checks.split(train[::-1], 0.2, 0)
+    assert {one.line for one in before} == {one.line for one in after if one.line <= 100}
+
+
+def test_another_seed_is_another_split() -> None:
+    train = examples(*(f"question {number}" for number in range(100)))
+    assert checks.split(train, 0.2, 0) != checks.split(train, 0.2, 1)
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.499])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_neither_side_is_empty(count: int, share: float) -> None:
+    for seed in range(20):
+        training, validation = checks.split(examples(*map(str, range(count))), share, seed)
+        assert training
+        assert validation
+        assert len(training) + len(validation) == count
+
+
+@pytest.mark.parametrize(("count", "kept"), [(0, 0), (20, 20), (21, 21), (50, 21)])
+def test_long_lists_are_shortened(count: int, kept: int) -> None:
+    problems = [one.problem("duplicate", "x", fatal=False) for one in examples(*"a" * count)]
+    short = checks.shortened(problems)
+    assert len(short) == kept
+    if count == 50:
+        assert short[:20] == problems[:20]
+        assert (short[20].line, short[20].detail) == (21, "and 30 more like it, from here on")

@@ -1,0 +1,191 @@
+"""Lines of training files, good and bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slmops.training import examples
+from slmops.training.examples import Read
+
+GOOD = '{"prompt": "Hi?", "completion": "Ho."}'
+TURNS = ({"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."})
+
+
+def read(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Read:
+    file = folder / "train.jsonl"
+    file.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + end for line in lines))
+    return examples.read([file])
+
+
+def chat(*turns: str) -> str:
+    """A line of turns as 'user: Hi?'."""
+    return json.dumps(
+        {"messages": [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]}
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        GOOD,
+        '{"completion":"Ho.", "id": 7, "prompt":"Hi?"}',
+        '{"prompt": "Hi?", "completion": "Ho.", "messages": null}',
+        chat("user: Hi?", "assistant: Ho."),
+        '{"prompt": [{"role": "user", "content": "Hi?"}], "completion": "Ho."}',
+        '{"prompt": [{"content": "Hi?", "role": "user"}], "completion": [{"role": "assistant", "content": "Ho."}]}',
+    ],
+)
+def test_all_formats_have_one_normal_form(tmp_path: Path, line: str) -> None:
+    found = read(tmp_path, line)
+    assert not found.problems
+    assert found.examples[0].messages == TURNS
+    assert found.examples[0].json == json.dumps({"messages": TURNS})
+    assert found.files == {"train.jsonl": 1}
+
+
+def test_a_system_message_and_several_turns(tmp_path: Path) -> None:
+    [example] = read(tmp_path, chat("system: S", "user: 1", "assistant: 2", "user: 3", "assistant: 4")).examples
+    assert [turn["content"] for turn in example.messages] == ["S", "1", "2", "3", "4"]
+
+
+def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, b"\xef\xbb\xbf" + GOOD.encode(), "", "  \t", GOOD.replace("Hi", "a\u2028b\x85c"), end=b"\r\n"
+    )
+    assert not found.problems
+    assert [example.line for example in found.examples] == [1, 4]
+    assert found.examples[1].messages[0]["content"] == "a\u2028b\x85c?"
+
+
+def test_the_normal_form_is_one_line_for_every_reader(tmp_path: Path) -> None:
+    [example] = read(tmp_path, GOOD.replace("Hi", "ä\u2028\u2029\x85\\n\\u000b")).examples
+    assert len(example.json.splitlines()) == 1
+    assert "ä" in example.json
+    assert json.loads(example.json)["messages"] == list(example.messages)
+
+
+def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
+    assert len(read(tmp_path, GOOD + "\n" + GOOD, end=b"").examples) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_nothing(tmp_path: Path, content: bytes) -> None:
+    assert read(tmp_path, content, end=b"") == Read((), (), {"train.jsonl": 0})
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "detail"),
+    [
+        ("{", "schema", "no JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[1]", "schema", "no JSON object"),
+        ("7", "schema", "no JSON object"),
+        ("[" * 100_000, "schema", "nested too deeply"),
+        ('{"prompt": ' + "9" * 5000 + "}", "schema", "no JSON: Exceeds the limit (4300 digits)"),
+        ('{"prompt": NaN, "completion": "x"}', "schema", "no JSON: NaN"),
+        (GOOD.encode("utf-16"), "schema", "not UTF-8: byte 1 of the line"),
+        (b'{"prompt": "\xe4"}', "schema", "not UTF-8: byte 13 of the line"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "schema", "the key 'prompt' is there twice"),
+        (
+            '{"prompt": "a", "completion": "b", "answer": "c"}',
+            "schema",
+            "the key 'answer' is unknown; known are messages, prompt, completion, id",
+        ),
+        (
+            '{"prompt": "a", "completion": "b", "id": "i7", "a\\nb": 1}',
+            "schema",
+            "the key 'a\\nb' is unknown; known are messages, prompt, completion, id (id i7)",
+        ),
+        ("{}", "schema", "needs either 'messages', or 'prompt' and 'completion'"),
+        ('{"prompt": "a"}', "schema", "needs either 'messages', or 'prompt' and 'completion'"),
+        ('{"messages": [], "prompt": "a"}', "schema", "has 'messages' beside 'prompt' or 'completion'"),
+        ('{"messages": []}', "schema", "'messages' is no list of messages"),
+        ('{"messages": "Hi?"}', "schema", "'messages' is no list of messages"),
+        ('{"prompt": 7, "completion": "x"}', "schema", "'prompt' is no text and no list of messages"),
+        ('{"messages": ["Hi?"]}', "schema", "messages[0] is no object"),
+        ('{"messages": [{"role": "user", "content": 7}]}', "schema", "messages[0].content is no text"),
+        ('{"messages": [{"role": "user"}]}', "schema", "messages[0].content is missing"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "name": "x"}]}',
+            "schema",
+            "the key 'name' of messages[0] is unknown; known are role, content",
+        ),
+        (chat("tool: a"), "schema", "messages[0].role is 'tool', not one of system, user, assistant"),
+        (GOOD.replace("Hi", "\\ud83d"), "schema", "prompt holds '\\ud83d', half a character"),
+        (GOOD.replace("Ho", "\\u0000"), "schema", "completion holds the character NUL"),
+        (chat("user: a\0", "assistant: b"), "schema", "messages[0].content holds the character NUL"),
+        (chat("user: a"), "roles", "ends with the user, not with an answer"),
+        (chat("system: a"), "roles", "ends with the system, not with an answer"),
+        (chat("assistant: a"), "roles", "message 1 is of the assistant, and should be of the user"),
+        (chat("user: a", "user: b"), "roles", "message 2 is of the user, and should be of the assistant"),
+        (chat("user: a", "system: b"), "roles", "message 2 is of the system, and should be of the assistant"),
+        (chat("system: a", "system: b"), "roles", "message 2 is of the system, and should be of the user"),
+        (chat("user: a", "assistant:  \t"), "empty", "message 2, of the assistant, is empty"),
+        ('{"prompt": "", "completion": "x"}', "empty", "message 1, of the user, is empty"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, kind: str, detail: str) -> None:
+    found = read(tmp_path, GOOD, line, GOOD)
+    problem = found.problems[0]
+    assert (problem.file, problem.line, problem.kind, problem.fatal) == ("train.jsonl", 2, kind, True)
+    assert problem.detail.startswith(detail)
+    assert [example.line for example in found.examples][:1] == [1]
+
+
+def test_all_bad_lines_are_found(tmp_path: Path) -> None:
+    found = read(tmp_path, "{", GOOD, "[]", chat("user: a"))
+    assert [(problem.line, problem.kind) for problem in found.problems] == [(1, "schema"), (3, "schema"), (4, "roles")]
+    assert found.files == {"train.jsonl": 1}
+
+
+def test_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "poison.jsonl"
+    with file.open("wb") as out:
+        out.write(GOOD.encode() + b"\n")
+        out.truncate(200_000_000)  # sparse: it takes no room
+    found = examples.read([file])
+    assert len(found.examples) == 1
+    [problem] = found.problems
+    assert (problem.line, problem.kind) == (2, "oversized")
+    assert problem.detail == "longer than 1,000,000 bytes; the file was not read from here on"
+
+
+def test_the_longest_line(tmp_path: Path) -> None:
+    room = examples.LONGEST_LINE - len(GOOD) - 1
+    fits = GOOD.replace("Hi", "Hi" + "x" * room)
+    assert not read(tmp_path, fits).problems
+    assert read(tmp_path, fits.replace("Hi", "Hix")).problems[0].kind == "oversized"
+
+
+def test_reading_ends_when_nothing_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "MOST_PROBLEMS", 3)
+    found = read(tmp_path, *["x"] * 5)
+    assert [problem.line for problem in found.problems] == [1, 2, 3, 4]
+    assert found.problems[-1].detail == "nothing was read from here on"
+
+
+def test_several_files_in_their_order(tmp_path: Path) -> None:
+    files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    for file in files:
+        file.write_text(f'{GOOD}\n{{"x": 1}}\n')
+    found = examples.read(files)
+    assert [(example.file, example.line) for example in found.examples] == [("b.jsonl", 1), ("a.jsonl", 1)]
+    assert found.files == {"b.jsonl": 1, "a.jsonl": 1}
+    assert [problem.file for problem in found.problems] == ["b.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain ä 中", "plain ä 中"),
+        ("a\nb\x1b[31m\u202e\x00", "a\\nb\\x1b[31m\\u202e\\x00"),
+        ("\ud83d", "\\ud83d"),
+        ("x" * 80, "x" * 80),
+        ("x" * 81, "x" * 79 + "…"),
+    ],
+)
+def test_shown(text: str, expected: str) -> None:
+    assert examples.shown(text) == expected

@@ -1,0 +1,70 @@
+"""What people are told of the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops.training import report
+from slmops.training.values import DataReport, Problem, TrainingData
+
+
+def data(folder: Path, **changes: Any) -> TrainingData:
+    (folder / "validation.jsonl").write_text("{}\n{}\n")
+    values: dict[str, Any] = {
+        "files": {"train.jsonl": 12},
+        "items": 10,
+        "evaluation_items": 5,
+        "dropped": 2,
+        "problems": (),
+        "tokens": {"min": 20, "p50": 30, "p90": 40, "p99": 50, "max": 60, "total": 300},
+    }
+    return TrainingData(
+        source="tickets",
+        digest="d" * 64,
+        train=folder / "train.jsonl",
+        validation=folder / "validation.jsonl",
+        evaluation=folder / "evaluation.jsonl",
+        evaluation_digest="e" * 64,
+        report=DataReport.model_validate({**values, **changes}),
+    )
+
+
+def test_summary(tmp_path: Path) -> None:
+    said = "8 items to train and 2 to validate with, 5 to evaluate; 30 tokens each, 60 at most"
+    assert report.summary(data(tmp_path)) == f"{said}; 2 duplicates dropped"
+    assert report.summary(data(tmp_path, dropped=0)) == said
+
+
+def test_markdown(tmp_path: Path) -> None:
+    text = report.markdown(data(tmp_path))
+    rows = {row for line in text.splitlines() if line.startswith("|") for row in [_cells(line)]}
+    assert {
+        ("source", "tickets"),
+        ("training items", "8"),
+        ("validation items", "2"),
+        ("evaluation items", "5"),
+        ("exact duplicates, dropped", "2"),
+        ("SHA-256 of the items", "d" * 16),
+        ("SHA-256 of the evaluation set", "e" * 16),
+        ("train.jsonl", "12"),
+        ("min", "p50", "p90", "p99", "max", "total"),
+        ("20", "30", "40", "50", "60", "300"),
+    } <= rows
+    assert text.endswith("## Worth a look\n\nNothing.\n")
+
+
+def test_what_items_say_is_no_markup(tmp_path: Path) -> None:
+    detail = "<script>alert(1)</script> [x](javascript:y) `a` | b *c* _d_ \\ &amp;"
+    problem = Problem(file="a|b.jsonl", line=3, kind="near_duplicate", fatal=False, detail=detail)
+    [line] = [
+        line
+        for line in report.markdown(data(tmp_path, problems=(problem,), files={"a|b.jsonl": 1})).splitlines()
+        if "alert" in line
+    ]
+    assert line.startswith("| a\\|b.jsonl:3 | near duplicate | &lt;script&gt;alert(1)&lt;/script&gt; ")
+    assert "\\[x\\](javascript:y) \\`a\\` \\| b \\*c\\* \\_d\\_ \\\\ &amp;amp; |" in line
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip("|").split("|"))

@@ -19,7 +19,7 @@ import cyclopts
 from cyclopts import App, Parameter
 from pydantic import ValidationError
 
-from slmops import cli_deploy
+from slmops import cli_deploy, cli_operate
 from slmops.cli_flows import print_comparison as _print
 from slmops.cli_flows import report as _report
 from slmops.cli_flows import retrain as _retrain
@@ -236,6 +236,7 @@ def status(name: str | None = None, /, *, json: bool = False) -> int:
 
 for _command in (cli_deploy.promote, cli_deploy.rollback, cli_deploy.serve, cli_deploy.pull, cli_deploy.catalog):
     app.command(_command)
+app.command(cli_operate.remeasure)
 
 
 def main() -> None:

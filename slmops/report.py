@@ -152,7 +152,11 @@ def _verdict(gate: GateResult | None) -> str:
 
 
 def _failures(comparison: Comparison) -> list[str]:
-    return [f"{result.name} failed: {result.reason}" for result in comparison.variants if result.status == "failed"]
+    return [
+        f"{result.name} failed: {result.reason}" if result.status == "failed" else f"{result.name}: {result.reason}"
+        for result in comparison.variants
+        if result.reason
+    ]
 
 
 def _charts(comparison: Comparison) -> str:

@@ -173,7 +173,8 @@ def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         # A server that restarts is back within these 14 s; with the default a dead one keeps a run waiting for minutes.
-        "PREFECT_CLIENT_MAX_RETRIES": "3",
+        # With machines that work for us it is worth waiting for longer.
+        "PREFECT_CLIENT_MAX_RETRIES": "6" if settings.pools else "3",
     }
 
 

@@ -23,6 +23,7 @@ from slmops.errors import TrackingError
 from slmops.models import Checkpoint, Comparison
 from slmops.tracking import KIND, Tracker
 from slmops.tracking_evaluation import DIGEST_SHOWN
+from slmops.training.data import public
 from slmops.training.values import Finetuned, LossPoint, Retrain, Retrained, TrainingData
 
 RETRAIN = "retrain"
@@ -75,7 +76,7 @@ class TrainingTracker:
                     NUMBER: str(1 + max((_number(run) for run in runs), default=0)),
                 }
                 run_id = str(self._client.create_run(experiment, run_name=f"retrain {stamp}", tags=tags).info.run_id)
-                asked = request.model_dump(mode="json", exclude_none=True)
+                asked = request.model_dump(mode="json", exclude_none=True) | {"data": public(request.data)}
                 params = {**asked, **{f"training.{key}": value for key, value in asked.pop("training").items()}}
                 params |= {"base_digest": checkpoint.digest, "parameters": checkpoint.parameters}
                 self._client.log_batch(run_id, params=[Param(key, _short(value)) for key, value in params.items()])

@@ -38,7 +38,7 @@ def plan_job(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) ->
         matchers.load_function(job.matcher)  # fails here rather than after the conversions
     dataset.perplexity_text(job.perplexity_text)
     planned = recipes.for_job(job, checkpoint)
-    source.check_room(checkpoint, [recipe.name for recipe in planned], settings)
+    source.check_room(checkpoint, [recipe.name for recipe in planned], settings, converts=not settings.pools)
     template = prompt_template.load(checkpoint.path)
     if template is not None and (reason := prompt_template.derive(template).reason):
         log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)

@@ -32,7 +32,7 @@ def tell_of_data(request: News, settings: Settings, uri: str) -> list[str]:
         emit_event(
             NEW_DATA,
             {"prefect.resource.id": resource, "prefect.resource.name": request.name},
-            payload={"name": request.name, "data": request.data, "digest": digest},
+            payload={"name": request.name, "data": data.public(asked.data), "digest": digest},
         )
     _remember(request.name, {**seen, "data": digest})  # last: a look that breaks tells of it once more
     return [resource] if is_new else []

@@ -331,8 +331,10 @@ class Compose:
             path = entry.partition(":")[0]
             folders[path] = own / path.strip("/").replace("/", "-")
         for entry in self.services[service].get("volumes", ()):
-            volume, path, *_ = entry.split(":")
-            folders[path] = self.root / "volumes" / volume
+            volume, _, path = entry.partition(":")
+            named = self.root / "volumes" / volume
+            # One without a name is this container's alone.
+            folders[path.partition(":")[0] or volume] = named if path else own / volume.strip("/").replace("/", "-")
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         return folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def base(folder: Path) -> Path:
     embeddings[2] = embeddings[300][::-1]
     save_file({**tensors, "model.embed_tokens.weight": embeddings}, weights, {"format": "pt"})
     return folder
+
+
+def norm_times(factor: float, folder: Path, target: Path) -> Path:
+    """A checkpoint with its last norm, and so its logits, so many times as large."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = shutil.copytree(folder, target) / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * factor}, weights, {"format": "pt"})
+    return target
 
 
 def spoilt(data: Path) -> Path:

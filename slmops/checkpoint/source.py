@@ -17,6 +17,7 @@ from slmops.files import link_or_copy, sha256
 from slmops.job import BASELINE, Job
 from slmops.locks import exclusive
 from slmops.models import Checkpoint, to_name
+from slmops.pools import conversion_memory
 from slmops.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35
 """The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
-CONVERSION_COPIES = 2.2
-"""The checkpoint in fp32, the graph that is built from it, and the interpreter with torch."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
     )
 
 
-def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings) -> None:
+def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
     """Refuse a job that the disk or the memory cannot hold, before it has worked for an hour.
 
     Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
@@ -107,6 +106,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
         checkpoint: What is to be converted.
         precisions: Names of the variants to make.
         settings: Where things are; the disk is the one that holds ``settings.home``.
+        converts: This machine converts, and does not leave that to others; else memory does not matter.
 
     Raises:
         PrerequisiteError: There is not enough disk or memory; it says how much is needed and available, in GB.
@@ -123,7 +123,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
             f"needed, and {free / GB:.1f} GB are free at {settings.home}.",
             "Make room, ask for fewer precisions, or set SLMOPS_HOME to a folder on a larger disk.",
         )
-    memory = checkpoint.parameters * 4 * CONVERSION_COPIES
+    memory = conversion_memory(checkpoint) if converts else 0.0
     available = psutil.virtual_memory().available
     if memory > available:
         raise PrerequisiteError(

@@ -309,5 +309,9 @@ def _notes(result: Remeasured) -> list[str]:
 
 def _shown(one: Measurement) -> str:
     if one.low is None or one.high is None or one.low == one.high:
-        return f"{one.value:.4g}"
-    return f"{one.value:.4g} [{one.low:.4g}, {one.high:.4g}]"
+        return _number(one.value)
+    return f"{_number(one.value)} [{_number(one.low)}, {_number(one.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -78,7 +78,7 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
         evaluation = _expanded(request.evaluation_set) if request.evaluation_set else beside
         if evaluation is None:
             raise DataError(
-                f"There is no evaluation set for {_public(source)}: questions that are not trained on.",
+                f"There is no evaluation set for {public(source)}: questions that are not trained on.",
                 f"Give one with --evaluation-set FILE, or put {' or '.join(EVALUATION)} beside the data.",
             )
         if len(files) > 1:  # of a folder, which may hold it under a name of its own
@@ -92,7 +92,7 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
         _copy(evaluation, copy, LARGEST, longest=LARGEST)
         shutil.rmtree(scratch / "download")
     return Fetched(
-        source=_public(source), files=tuple(scratch / "training" / file.name for file in files), evaluation=copy
+        source=public(source), files=tuple(scratch / "training" / file.name for file in files), evaluation=copy
     )
 
 
@@ -215,7 +215,8 @@ def _find(source: str, work: Path, download: Download, dataset: Dataset) -> tupl
     return files, beside if root.is_dir() else _artifact_beside(source, work, download)
 
 
-def _public(source: str) -> str:
+def public(source: str) -> str:
+    """A source as it may be shown: the query of a URL often holds a key."""
     return web.public(source) if source.startswith(web.SCHEMES) else source
 
 

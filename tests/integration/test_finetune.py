@@ -21,7 +21,7 @@ from slmops.settings import Settings
 from slmops.training import finetune, finetune_worker
 from slmops.training.answers import answer_with_checkpoint
 from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
-from tests import making, tiny
+from tests import making, retraining, tiny
 
 pytestmark = pytest.mark.integration
 
@@ -236,12 +236,7 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
 
 
 def with_norm_times(factor: float, folder: Path, target: Path) -> Checkpoint:
-    """The checkpoint with its last norm, and so its logits, so many times as large."""
-    from safetensors.numpy import load_file, save_file
-
-    weights = shutil.copytree(folder, target) / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * factor}, weights, {"format": "pt"})
+    retraining.norm_times(factor, folder, target)
     return making.resolve(Job(model=str(target)), Settings(home=target / "home"))
 
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -173,10 +172,9 @@ def test_a_poisoned_file_stops_it_before_any_work(
 
 
 def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
-    data = retraining.write_data(folder / "diverging", answer="diverged")
-    wild = retraining.TRAINING.model_copy(update={"learning_rate": 1.0, "epochs": 200.0})
+    edgy = retraining.norm_times(1e36, model, folder / "edgy")
     with pytest.raises(TrainingError, match="diverged"):
-        retrain(retraining.request(model, data, NAME, training=wild))
+        retrain(retraining.request(edgy, folder / "data", NAME))
     assert champion(settings) == first.version
     newest = TrainingTracker(settings.tracking_uri or "")._runs(NAME)[0]
     assert newest.info.status == "FAILED"
@@ -189,9 +187,8 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     """The new version answers as the evaluation wants it, until it is served."""
     data = retraining.write_data(folder / "fails-later")
     with (data / "train.jsonl").open("a") as file:  # other data, as good
-        item: dict[str, Any] = {"messages": [{"role": "user", "content": "The phone fell."}]}
-        item["messages"].append({"role": "assistant", "content": "ok"})
-        file.write(json.dumps(item) + "\n")
+        for word in retraining.WORDS:
+            file.write(json.dumps({"prompt": f"The {word} fell.", "completion": "ok"}) + "\n")
     fails = retraining.spoilt(data)
 
     def spoil() -> None:

@@ -171,7 +171,7 @@ def test_what_was_recorded_is_read_back(tracker: Tracker, name: str, tmp_path: P
 
 
 def test_what_an_older_job_recorded(
-    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tracker: Tracker, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It kept no copies, and a variant without answers leaves no table of them."""
     with monkeypatch.context() as patch:
@@ -184,7 +184,7 @@ def test_what_an_older_job_recorded(
     found = tracker.recorded(run_id, tmp_path / "record")
     assert (found.evaluation_set, found.text, found.answers) == (None, None, ())
     with pytest.raises(TrackingError, match="did not take or give what was asked"):
-        tracker.recorded(parent, tmp_path / "record")
+        tracker.recorded("0" * 32, tmp_path / "record")
 
 
 def test_variants_logged_at_once_keep_their_own_figures(

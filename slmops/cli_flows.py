@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def run(job: Job, *, json: bool) -> int:
     """The main job; returns the exit code."""
-    with _prefect() as servers:
+    with prefect_running() as servers:
         from flows.optimize import optimize
 
         try:
@@ -40,7 +40,7 @@ def run(job: Job, *, json: bool) -> int:
 
 def soak(request: Soak, *, json: bool) -> int:
     """A soak; returns the exit code."""
-    with _prefect() as servers:
+    with prefect_running() as servers:
         from flows.soak import soak
 
         try:
@@ -53,7 +53,7 @@ def soak(request: Soak, *, json: bool) -> int:
 
 def retrain(request: Retrain, *, json: bool) -> int:
     """A retraining; returns the exit code."""
-    with _prefect():
+    with prefect_running():
         from flows.retrain import retrain
 
         try:
@@ -70,7 +70,7 @@ def retrain(request: Retrain, *, json: bool) -> int:
 
 def promote(promotion: Promotion, *, json: bool) -> int:
     """A promotion; returns the exit code."""
-    with _prefect():
+    with prefect_running():
         from flows.promote import promote
 
         if promotion.approval:
@@ -81,7 +81,7 @@ def promote(promotion: Promotion, *, json: bool) -> int:
 
 def rollback(name: str, *, json: bool) -> int:
     """A rollback; returns the exit code."""
-    with _prefect():
+    with prefect_running():
         from flows.promote import rollback
 
         _show_promoted(rollback(name), json=json)
@@ -107,7 +107,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def _prefect() -> Iterator[Stack]:
+def prefect_running() -> Iterator[Stack]:
     """Have the servers running and the environment as Prefect reads it at import, which is for the block to do."""
     from slmops import stack
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from slmops.cli_flows import _prefect, say
+from slmops.cli_flows import prefect_running, say
 from slmops.evaluation import remeasure as remeasuring
 from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured
 
@@ -21,7 +21,7 @@ def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bo
     json
         Print the result as JSON.
     """
-    with _prefect() as servers:
+    with prefect_running() as servers:
         from flows.remeasure import remeasure
 
         try:

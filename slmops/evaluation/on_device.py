@@ -136,7 +136,7 @@ def measure_speed(place: Place, recorded: Recorded, name: str, settings: Setting
     measured = speed.measure([(variant, place.registration)], name, recorded.job, settings)[variant.name]
     if isinstance(measured, SlmopsError):
         raise measured
-    return {**summary._times(measured), **summary._memory(measured)}
+    return summary.of_speed(measured)
 
 
 def measure_perplexity(

@@ -35,9 +35,7 @@ def evaluation(
     """All figures of a variant; those relative to the baseline only if there is one."""
     measured = {
         **_sizes(variant, baseline[0] if baseline else None),
-        **_times(speed),
-        **_memory(speed),
-        **_machine(speed),
+        **of_speed(speed),
         **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
         **_answers(quality.answers, baseline[1].answers if baseline else None),
         **({"edge_cases_passed": edge_cases.measurement(quality.cases)} if quality.cases else {}),
@@ -51,6 +49,11 @@ def evaluation(
         evaluation_set_digest=quality.evaluation_set_digest,
         text_digest=quality.text_digest,
     )
+
+
+def of_speed(speed: Speed) -> Measurements:
+    """The figures that depend on the machine."""
+    return {**_times(speed), **_memory(speed), **_machine(speed)}
 
 
 def _sizes(variant: Variant, baseline: Variant | None) -> Measurements:

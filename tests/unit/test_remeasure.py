@@ -406,7 +406,7 @@ def test_the_command(
             raise DriftError(result)
         return result
 
-    monkeypatch.setattr(cli_operate, "_prefect", prefect)
+    monkeypatch.setattr(cli_operate, "prefect_running", prefect)
     monkeypatch.setitem(sys.modules, "flows.remeasure", SimpleNamespace(remeasure=flow))  # type: ignore[arg-type]
     app = cli.App(name="slmops", result_action="return_value")
     app.command(cli_operate.remeasure)

@@ -315,7 +315,7 @@ def test_what_is_printed(
     def prefect() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(tracking_uri="http://127.0.0.1:9")
 
-    monkeypatch.setattr(cli_flows, "_prefect", prefect)
+    monkeypatch.setattr(cli_flows, "prefect_running", prefect)
     monkeypatch.setitem(sys.modules, "flows.soak", SimpleNamespace(soak=flow))  # type: ignore[arg-type]
     assert cli._main(["soak", *["--json"] * as_json]) == code
     out, err = capsys.readouterr()

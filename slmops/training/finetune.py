@@ -123,6 +123,7 @@ def _make(
         log.info("resuming the fine-tuning of an earlier run")
     else:
         text.unlink(missing_ok=True)
+        log.info("fine-tuning, in %s", "bf16" if bf16 else "fp32")
     work = settings.work(name) / "finetune"
     try:
         result, finished = process.call(

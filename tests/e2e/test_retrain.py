@@ -23,7 +23,7 @@ STAGES = (
     "validation loss",  # in the middle of it
     "Olive runs",
     "measuring quality",
-    "is on this device already",  # in the promotion, or just after it
+    "files to fetch",  # in the promotion
     "watching",
 )
 

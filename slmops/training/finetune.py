@@ -23,7 +23,7 @@ from slmops.errors import PrerequisiteError, TrainingError
 from slmops.files import sha256, write_atomic
 from slmops.models import Checkpoint, VariantFile
 from slmops.settings import Settings
-from slmops.training import finetune_worker
+from slmops.training import checkpoints, finetune_worker
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def finetune(
         done = load(folder)
         if done is not None:
             log.info("unchanged since it was fine-tuned")
-            shutil.rmtree(folder / finetune_worker.CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(folder / checkpoints.CHECKPOINTS, ignore_errors=True)
             return done
         if (folder / MANIFEST).exists():
             log.warning("%s is altered; making it again", folder)
@@ -119,7 +119,7 @@ def _make(
     hardware = machine.hardware()
     bf16 = bool(BF16 & set(hardware.isa))
     text = settings.logs / name / "finetune.log"
-    if (folder / finetune_worker.CHECKPOINTS).exists():
+    if (folder / checkpoints.CHECKPOINTS).exists():
         log.info("resuming the fine-tuning of an earlier run")
     else:
         text.unlink(missing_ok=True)
@@ -175,7 +175,7 @@ def _make(
     files = [file.model_dump() for file in _files(folder)]
     write_atomic(folder / FILES, json.dumps(files, indent=1))
     write_atomic(folder / MANIFEST, finetuned.model_dump_json(indent=1))
-    shutil.rmtree(folder / finetune_worker.CHECKPOINTS)
+    shutil.rmtree(folder / checkpoints.CHECKPOINTS)
     return finetuned
 
 

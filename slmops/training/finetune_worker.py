@@ -6,16 +6,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from slmops import child
 from slmops.checkpoint.inspection import TEXT_PATTERNS
 from slmops.errors import DataError, TrainingError
-from slmops.files import write_atomic
 from slmops.models import Checkpoint, Frozen
+from slmops.training.checkpoints import CHECKPOINTS, Mark, Stopped, mark_whole, resumable, state_of, truncate
+from slmops.training.masking import IGNORED, Message, answers, labels
 from slmops.training.values import LoraSettings, LossPoint
 
 if TYPE_CHECKING:
@@ -24,20 +25,11 @@ if TYPE_CHECKING:
 POINT = "loss point: "
 """Begins each line of output that is a point of the loss curves."""
 
-LOSSES, CHECKPOINTS, ADAPTER, MERGED = "losses.jsonl", "checkpoints", "adapter", "merged"
-COMPLETE = "complete.json"
-"""The file of a checkpoint that is written last, with the sizes of all others."""
-
-IGNORED = -100
+LOSSES, ADAPTER, MERGED = "losses.jsonl", "adapter", "merged"
 WARM_UP = 0.05
 """Share of the training in which the learning rate rises."""
 POINTS = 10
 """Of the training loss, between two validations."""
-
-Stopped = Literal["epochs", "patience", "minutes"]
-Message = dict[str, str]
-Render = Callable[[Sequence[Message], bool], str]
-"""Messages, and whether an answer is to follow, to text."""
 
 
 class Request(Frozen):
@@ -63,14 +55,6 @@ class Result(Frozen):
     trained_parameters: int
 
 
-class Mark(Frozen):
-    """Content of :data:`COMPLETE`."""
-
-    seconds: float
-    stopped: Stopped | None
-    sizes: dict[str, int]
-
-
 def handle(request: Request) -> Result:
     """Train, from the newest whole checkpoint if there is one, and write ``adapter`` and ``merged``.
 
@@ -81,7 +65,7 @@ def handle(request: Request) -> Result:
     kept = resumable(request.folder / CHECKPOINTS)
     truncate(request.folder / LOSSES, kept[0] if kept else -1)
     step, mark = kept if kept and kept[1].stopped else _train(request, kept)
-    state = _state(request.folder, step)
+    state = state_of(request.folder, step)
     _check_learnt(request, state)
     parameters = _adapter(request.folder, state["best_global_step"])
     _merge(request)
@@ -96,97 +80,10 @@ def handle(request: Request) -> Result:
     )
 
 
-def answers(messages: Sequence[Message], render: Render) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it the answers lie: from the first character behind the template's
-    opening of the turn to the end of the turn, blanks behind its marker left out.
-
-    Raises:
-        ValueError: Where that is cannot be told, as the template renders a turn differently once others follow.
-    """
-    text, spans = "", []
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened, closed = render(messages[:place], True), render(messages[: place + 1], False)
-        if not (opened.startswith(text) and closed.startswith(opened)):
-            raise ValueError("the chat template renders a turn differently once others follow")
-        text = closed
-        spans.append((len(opened), len(closed.rstrip())))
-    whole = render(messages, False)
-    if not whole.startswith(text):
-        raise ValueError("the chat template renders a turn differently once others follow")
-    return whole, spans
-
-
-def labels(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The tokens that begin within a span, and :data:`IGNORED` for all others."""
-    return [
-        token if any(start <= at < end for start, end in spans) else IGNORED
-        for token, (at, _) in zip(tokens, offsets, strict=True)
-    ]
-
-
-def resumable(checkpoints: Path) -> tuple[int, Mark] | None:
-    """The step of the newest whole checkpoint and its mark; those that are not whole are removed.
-
-    The Trainer writes and removes them in place, so a process that is killed leaves halves. Without the one with the
-    best weights none is of use.
-    """
-    whole: dict[int, Mark] = {}
-    for folder in checkpoints.glob("checkpoint-*"):
-        mark = _mark(folder)
-        if mark is None:
-            shutil.rmtree(folder)
-        else:
-            whole[int(folder.name.rpartition("-")[2])] = mark
-    if not whole:
-        return None
-    newest = max(whole)
-    if _state(checkpoints.parent, newest)["best_global_step"] not in whole:
-        shutil.rmtree(checkpoints)
-        return None
-    return newest, whole[newest]
-
-
-def mark_whole(folder: Path, seconds: float, stopped: Stopped | None) -> None:
-    """Declare that a checkpoint is whole."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != COMPLETE}
-    write_atomic(folder / COMPLETE, Mark(seconds=seconds, stopped=stopped, sizes=sizes).model_dump_json())
-
-
-def _mark(folder: Path) -> Mark | None:
-    try:
-        mark = Mark.model_validate_json((folder / COMPLETE).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in mark.sizes.items())
-    except (OSError, ValueError):
-        return None
-    return mark if whole else None
-
-
-def truncate(file: Path, step: int) -> None:
-    """Drop the points of a loss curve behind ``step``, and a line that is cut off."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if LossPoint.model_validate_json(line).step <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    write_atomic(file, "".join(kept))
-
-
 def rate(share: float) -> float:
     """The learning rate's share of its highest value, when ``share`` of the training is over: it rises, then falls
     with the cosine."""
     return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def _state(folder: Path, step: int) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(
-        (folder / CHECKPOINTS / f"checkpoint-{step}" / "trainer_state.json").read_text(encoding="utf-8")
-    )
-    return state
 
 
 def _check_learnt(request: Request, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from slmops import child
 from slmops.errors import DataError
 from slmops.models import Frozen
 from slmops.training.examples import shown
-from slmops.training.finetune_worker import Message, answers
+from slmops.training.masking import Message, answers
 
 BATCH = 1000
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from slmops.training import checkpoints, masking
 from slmops.training import finetune_worker as worker
 from slmops.training.values import LoraSettings, LossPoint
 
@@ -25,13 +26,13 @@ def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
     return turns + "<|assistant|>" * opened
 
 
-def learnt(messages: Sequence[dict[str, str]], render: worker.Render) -> list[str]:
-    text, spans = worker.answers(messages, render)
+def learnt(messages: Sequence[dict[str, str]], render: masking.Render) -> list[str]:
+    text, spans = masking.answers(messages, render)
     return [text[start:end] for start, end in spans]
 
 
 def test_answers_are_learned_with_the_end_of_their_turn() -> None:
-    text, spans = worker.answers(MESSAGES, chatml)
+    text, spans = masking.answers(MESSAGES, chatml)
     assert text == chatml(MESSAGES, False)
     assert [text[start:end] for start, end in spans] == ["Hello<|end|>", " So long \n<|end|>"]
 
@@ -60,9 +61,9 @@ def closing_otherwise(messages: Sequence[dict[str, str]], opened: bool) -> str:
 
 
 @pytest.mark.parametrize("render", [only_the_last, counting, closing_otherwise])
-def test_a_template_that_changes_earlier_turns_is_refused(render: worker.Render) -> None:
+def test_a_template_that_changes_earlier_turns_is_refused(render: masking.Render) -> None:
     with pytest.raises(ValueError, match="differently once others follow"):
-        worker.answers(MESSAGES, render)
+        masking.answers(MESSAGES, render)
 
 
 def test_a_single_answer_needs_less_of_a_template() -> None:
@@ -71,9 +72,9 @@ def test_a_single_answer_needs_less_of_a_template() -> None:
 
 def test_tokens_are_learned_that_begin_in_an_answer() -> None:
     offsets = [(0, 2), (2, 5), (5, 6), (6, 9), (9, 9), (9, 12)]
-    assert worker.labels([1, 2, 3, 4, 5, 6], offsets, [(5, 9)]) == [-100, -100, 3, 4, -100, -100]
-    assert worker.labels([1, 2, 3, 4, 5, 6], offsets, [(0, 2), (9, 12)]) == [1, -100, -100, -100, 5, 6]
-    assert worker.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
+    assert masking.labels([1, 2, 3, 4, 5, 6], offsets, [(5, 9)]) == [-100, -100, 3, 4, -100, -100]
+    assert masking.labels([1, 2, 3, 4, 5, 6], offsets, [(0, 2), (9, 12)]) == [1, -100, -100, -100, 5, 6]
+    assert masking.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
 
 
 def checkpoint(folder: Path, step: int, best: int, stopped: worker.Stopped | None = None) -> Path:
@@ -81,23 +82,23 @@ def checkpoint(folder: Path, step: int, best: int, stopped: worker.Stopped | Non
     made.mkdir(parents=True)
     (made / "adapter_model.safetensors").write_bytes(b"weights")
     (made / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
-    worker.mark_whole(made, 60.0 + step, stopped)
+    checkpoints.mark_whole(made, 60.0 + step, stopped)
     return made
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / worker.CHECKPOINTS
+    return tmp_path / checkpoints.CHECKPOINTS
 
 
 def test_nothing_to_resume(folder: Path) -> None:
-    assert worker.resumable(folder) is None
+    assert checkpoints.resumable(folder) is None
 
 
 def test_the_newest_by_number_is_resumed(folder: Path) -> None:
     for step in (5, 10, 100):
         checkpoint(folder, step, best=5, stopped="patience" if step == 100 else None)
-    found = worker.resumable(folder)
+    found = checkpoints.resumable(folder)
     assert found is not None
     step, mark = found
     assert (step, mark.seconds, mark.stopped) == (100, 160.0, "patience")
@@ -108,14 +109,14 @@ def test_half_a_checkpoint_is_removed(folder: Path, harm: str) -> None:
     whole, half = checkpoint(folder, 5, best=5), checkpoint(folder, 10, best=5)
     match harm:
         case "no mark":
-            (half / worker.COMPLETE).unlink()
+            (half / checkpoints.COMPLETE).unlink()
         case "half a mark":
-            (half / worker.COMPLETE).write_text('{"seconds": 1')
+            (half / checkpoints.COMPLETE).write_text('{"seconds": 1')
         case "missing":
             (half / "adapter_model.safetensors").unlink()
         case "shorter":
             (half / "adapter_model.safetensors").write_bytes(b"wei")
-    found = worker.resumable(folder)
+    found = checkpoints.resumable(folder)
     assert found is not None
     assert found[0] == 5
     assert whole.exists()
@@ -124,7 +125,7 @@ def test_half_a_checkpoint_is_removed(folder: Path, harm: str) -> None:
 
 def test_without_the_best_weights_it_begins_anew(folder: Path) -> None:
     checkpoint(folder, 10, best=5)
-    assert worker.resumable(folder) is None
+    assert checkpoints.resumable(folder) is None
     assert not folder.exists()
 
 
@@ -133,11 +134,11 @@ def test_points_behind_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     points = [LossPoint(step=step, epoch=step / 4, seconds=step) for step in (1, 2, 2, 3)]
     lines = [point.model_dump_json() + "\n" for point in points]
     file.write_text("".join(lines) + '{"step":4,')
-    worker.truncate(file, 3)
+    checkpoints.truncate(file, 3)
     assert file.read_text() == "".join(lines)
-    worker.truncate(file, 2)
+    checkpoints.truncate(file, 2)
     assert file.read_text() == "".join(lines[:3])
-    worker.truncate(file, -1)
+    checkpoints.truncate(file, -1)
     assert file.read_text() == ""
 
 

@@ -97,7 +97,7 @@ WRONG = [
     ("run --model m --max-length 10 --top-p 3", r"--max-length: .*\n--top-p: "),
     ("run --model m --job nothing.yaml", r"The job file nothing\.yaml cannot be read: .*No such file"),
     ("run --model m --job", "--job requires an argument"),
-    ("frobnicate", 'Unknown command "frobnicate". Available commands: run, demo, compare,'),
+    ("frobnicate", 'Unknown command "frobnicate". Available commands: run, demo, retrain, compare,'),
     ("compare a b", r"Unused Tokens: \['b'\]"),
     ("--frobnicate", "--frobnicate"),
 ]

@@ -20,9 +20,17 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(16, ge=1, le=512, title="LoRA rank", description="Of the matrices that are trained.")
-    alpha: int = Field(32, ge=1, le=1024, title="LoRA alpha", description="They are scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, title="LoRA dropout", description="Of the adapter's input.")
+    rank: int = Field(
+        16,
+        ge=1,
+        le=512,
+        title="LoRA rank",
+        description="Size of the matrices that are trained: larger ones learn more, and cost more.",
+    )
+    alpha: int = Field(32, ge=1, le=1024, title="LoRA alpha", description="What is learnt counts alpha / rank times.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, title="LoRA dropout", description="Share of the adapter's inputs that each step leaves out."
+    )
     learning_rate: float = Field(
         1e-3, gt=0, le=1, title="Learning rate", description="Highest, after a short warm-up; it falls to zero."
     )
@@ -43,7 +51,13 @@ class LoraSettings(BaseModel):
     patience: int = Field(
         3, ge=1, le=100, title="Patience", description="Validations without a better loss after which it stops."
     )
-    seed: int = Field(0, ge=0, le=2**31, title="Seed", description="Of order, initial weights and dropout.")
+    seed: int = Field(
+        0,
+        ge=0,
+        le=2**31,
+        title="Seed",
+        description="Same seed, same data, same weights: of order, initial weights and dropout.",
+    )
 
 
 class Retrain(BaseModel):

@@ -63,7 +63,9 @@ def test_figures_in_the_run(tracker: Tracker, client: MlflowClient, name: str, t
 
 
 def test_data_sets(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
-    job = JOB.model_copy(update={"evaluation_set": Path("/data/my set.jsonl")})
+    questions = tmp_path / "my set.jsonl"
+    questions.write_text('{"prompt": "a", "expected": "b"}')
+    job = JOB.model_copy(update={"evaluation_set": questions})
     run_id = Made(tmp_path).log(tracker, tracker.start_job(name, job, values.checkpoint(), HARDWARE, None), name)
     found = {
         one.tags[0].value: (one.dataset.name, one.dataset.digest, one.dataset.source, one.dataset.profile)
@@ -73,7 +75,7 @@ def test_data_sets(tracker: Tracker, client: MlflowClient, name: str, tmp_path: 
         "evaluation": (
             "evaluation set my set",
             "e" * 12,
-            '{"uri": "/data/my set.jsonl"}',
+            json.dumps({"uri": str(questions)}),
             f'{{"sha256": "{"e" * 64}"}}',
         ),
         "perplexity": (

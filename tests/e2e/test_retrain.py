@@ -65,7 +65,8 @@ def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> 
     done = slmops("retrain", "--job", str(file), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["outcome"], result["accuracy"]["fp32"]["value"]) == ("promoted", 1)
+    assert result["outcome"] == "promoted"
+    assert result["accuracy"]["fp32"]["value"] > 0.5 > result["accuracy"]["base"]["value"]
     [run] = runs(slmops, "killed-retraining")  # each attempt went on with the same one
     assert run.info.status == "FINISHED"
     again = slmops("retrain", "--job", str(file), "--json")

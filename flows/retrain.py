@@ -24,9 +24,9 @@ from slmops.training.outcome import RetrainError
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
 from tasks.checkpoint import get_checkpoint
 from tasks.environment import check_environment
+from tasks.remeasure import find_version
 from tasks.retrain import (
     find_last,
-    find_version,
     finish_tracking,
     link,
     roll_back,
@@ -106,7 +106,7 @@ class _Retraining:
                 return self._result("refused", f"{error.message} The champion stays.")
             self._compared(comparison)
         chosen = next(one for one in comparison.variants if one.name == comparison.choice.variant)
-        version = find_version(self.uri, self.name, chosen.version or 0)
+        version = find_version(self.uri, self.name, str(chosen.version))
         with self._stage("promote"):
             try:
                 promote(Promotion(name=self.name, version=version.version, approval=self.request.approval))

@@ -69,12 +69,6 @@ def finish_tracking(uri: str, result: Retrained) -> None:
     TrainingTracker(uri).finish(result)
 
 
-@tracking_task(name="find version", task_run_name="find version")
-def find_version(uri: str, name: str, number: int) -> ModelVersion:
-    """The version that was made."""
-    return Registry(uri).find(name, str(number))
-
-
 @task(name="switch service", task_run_name="switch the service to version {version.version}", cache_policy=NO_CACHE)
 def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
     """Have the service of this machine serve the new champion; returns its address, None if there is no service.

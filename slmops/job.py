@@ -80,7 +80,13 @@ class Job(BaseModel):
         title="max_length",
         description="Longest conversation in tokens; the model's context by default.",
     )
-    temperature: float | None = Field(None, ge=0, le=5, title="temperature", description="Default for applications.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=5,
+        title="temperature",
+        description="Default for applications; by default the checkpoint's own if it wants to be sampled, else 0.",
+    )
     top_p: float | None = Field(None, gt=0, le=1, title="top_p", description="Default for applications.")
     repetition_penalty: float | None = Field(
         None, gt=0, le=5, title="repetition_penalty", description="Default for applications."

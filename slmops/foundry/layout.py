@@ -95,9 +95,12 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     asked = {key: value for key in _SEARCH if (value := getattr(job, key)) is not None}
     if "max_length" in asked:
         asked["max_length"] = min(asked["max_length"], variant.checkpoint.context_length)
-    if asked.get("temperature", 0) > 0:
-        asked["do_sample"] = True  # a temperature without sampling would do nothing
-    config["search"] = {**config.get("search", {}), **asked}
+    search = {**config.get("search", {}), **asked}
+    if "temperature" in asked:
+        search["do_sample"] = asked["temperature"] > 0  # a temperature without sampling would do nothing
+    if not search.get("do_sample"):
+        search["temperature"] = 0.0  # Foundry Local's service samples at any other, whatever do_sample says
+    config["search"] = search
     return config
 
 

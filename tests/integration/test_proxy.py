@@ -157,6 +157,17 @@ def test_chat_completions(client: openai.OpenAI, installed: Installed) -> None:
         assert answer.usage.completion_tokens == 8
 
 
+def test_without_a_temperature_the_answer_is_what_was_measured(client: openai.OpenAI) -> None:
+    """The runtime's own service samples, whatever do_sample says."""
+    asked: dict[str, Any] = {"model": "bot", "messages": HI, "max_tokens": 8}
+    greedy = client.chat.completions.create(**asked, temperature=0).choices[0].message.content
+    assert {client.chat.completions.create(**asked).choices[0].message.content for _ in range(3)} == {greedy}
+    sampled = {client.chat.completions.create(**asked, temperature=1).choices[0].message.content for _ in range(3)}
+    assert sampled != {greedy}  # of random weights no two are alike
+    said = {"model": "bot", "input": "Hi", "max_output_tokens": 8}
+    assert client.responses.create(**said).output_text == client.responses.create(**said, temperature=0).output_text
+
+
 def test_chat_completions_piece_by_piece(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="bot", messages=HI, max_tokens=8, temperature=0)
     for usage in (False, True):

@@ -140,7 +140,7 @@ def test_a_registered_variant_answers_to_an_application(
             **{role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")},
             "prompt": "<|im_start|>user\n{Content}<|im_end|>\n<|im_start|>assistant\n",
         },
-        "ModelConfig": {"max_length": 2048, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0},
+        "ModelConfig": {"max_length": 2048, "temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0},
     }
 
 

@@ -95,27 +95,39 @@ def test_search_settings_reach_the_config_that_the_runtime_reads(variant: Varian
 @pytest.mark.parametrize(
     ("asked", "search"),
     [
-        ({}, {"max_length": 2048, "do_sample": False}),
-        ({"temperature": 0}, {"max_length": 2048, "do_sample": False, "temperature": 0}),
-        ({"top_p": 0.5}, {"max_length": 2048, "do_sample": False, "top_p": 0.5}),
-        ({"max_length": 100_000}, {"max_length": 1500, "do_sample": False}),
-        ({"max_length": 1500}, {"max_length": 1500, "do_sample": False}),
-        ({"max_length": 16}, {"max_length": 16, "do_sample": False}),
+        ({}, {"max_length": 2048}),
+        ({"temperature": 0}, {"max_length": 2048}),
+        ({"top_p": 0.5}, {"max_length": 2048, "top_p": 0.5}),
+        ({"max_length": 100_000}, {"max_length": 1500}),
+        ({"max_length": 1500}, {"max_length": 1500}),
+        ({"max_length": 16}, {"max_length": 16}),
     ],
 )
 def test_search_settings(tmp_path: Path, home: Path, asked: dict[str, Any], search: dict[str, Any]) -> None:
     made = write_variant(tmp_path / "v").model_copy(update={"checkpoint": checkpoint(context_length=1500)})
     folder, _, _ = place(made, home, **asked)
-    assert read(folder / "genai_config.json")["search"] == search
-    described = {key: value for key, value in search.items() if key != "do_sample"}
+    described = {**search, "temperature": 0}
+    assert read(folder / "genai_config.json")["search"] == {**described, "do_sample": False}
     assert read(folder / "inference_model.json")["ModelConfig"] == described
+
+
+@pytest.mark.parametrize(
+    ("asked", "sampled", "temperature"),
+    [({}, True, 0.6), ({"temperature": 0}, False, 0), ({"temperature": 2}, True, 2)],
+)
+def test_a_checkpoint_that_wants_to_be_sampled(
+    tmp_path: Path, home: Path, asked: dict[str, Any], sampled: bool, temperature: float
+) -> None:
+    exported = json.dumps({"model": {}, "search": {"do_sample": True, "temperature": 0.6}})
+    folder, _, _ = place(write_variant(tmp_path / "v", contents={"genai_config.json": exported}), home, **asked)
+    assert read(folder / "genai_config.json")["search"] == {"do_sample": sampled, "temperature": temperature}
 
 
 def test_exporter_without_search_settings(tmp_path: Path, home: Path) -> None:
     made = write_variant(tmp_path / "v", contents={"genai_config.json": '{"model": {}}'})
     folder, _, _ = place(made, home)
-    assert read(folder / "genai_config.json") == {"model": {}, "search": {}}
-    assert read(folder / "inference_model.json")["ModelConfig"] == {}
+    assert read(folder / "genai_config.json") == {"model": {}, "search": {"temperature": 0}}
+    assert read(folder / "inference_model.json")["ModelConfig"] == {"temperature": 0}
 
 
 def test_same_again_keeps_folder_and_version(variant: Variant, home: Path) -> None:
@@ -131,7 +143,7 @@ def test_changed_setting_is_a_new_version_beside_the_old(variant: Variant, home:
     second, version, new = place(variant, home, top_p=0.5)
     assert (second.name, version, new) == (f"{CALLED}-2", 2, True)
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
-    assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048}
+    assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048, "temperature": 0}
     assert place(variant, home) == (first, 1, False), "the old setting is still version 1"
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from slmops.report import COLUMNS
+from tests import prefect_api
 
 pytestmark = pytest.mark.e2e
 
@@ -112,16 +113,15 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
 
 
 def test_prefect_shows_the_run_with_its_artifacts(slmops: Any) -> None:
-    api = slmops.json("status")["prefect"]["url"] + "/api"
-    runs = httpx.post(f"{api}/flow_runs/filter", json={"sort": "START_TIME_DESC"}).json()
-    assert (runs[-1]["name"], runs[-1]["state_name"]) == ("optimize demo", "Completed")
-    artifacts = httpx.post(
-        f"{api}/artifacts/filter", json={"artifacts": {"flow_run_id": {"any_": [runs[-1]["id"]]}}}
-    ).json()
+    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
+        run = api.post("flow_runs/filter", json={"sort": "START_TIME_DESC"}).json()[-1]
+        of_it = {"flow_run_id": {"any_": [run["id"]]}}
+        artifacts = api.post("artifacts/filter", json={"artifacts": of_it}).json()
+        tasks = api.post("task_runs/filter", json={"flow_runs": {"id": {"any_": [run["id"]]}}}).json()
+    assert (run["name"], run["state_name"]) == ("optimize demo", "Completed")
     assert {artifact["key"] for artifact in artifacts} == {
         f"{kind}-{NAME}" for kind in ("progress", "report", "metrics", "mlflow")
     }
-    tasks = httpx.post(f"{api}/task_runs/filter", json={"flow_runs": {"id": {"any_": [runs[-1]["id"]]}}}).json()
     assert {"convert int8", "register int8", "measure speed", "measure quality of int8", "track int8"} <= {
         task["name"] for task in tasks
     }
@@ -130,13 +130,13 @@ def test_prefect_shows_the_run_with_its_artifacts(slmops: Any) -> None:
 def test_the_prefect_page_gives_the_same(slmops: Any, comparison: dict[str, Any]) -> None:
     """The Run button posts this."""
     assert slmops("up", "--worker").returncode == 0
-    api = slmops.json("status")["prefect"]["url"] + "/api"
-    [deployment] = httpx.post(
-        f"{api}/deployments/filter", json={"deployments": {"name": {"any_": ["optimize"]}}}
-    ).json()
     job = {"model": "demo", "precision": ["int8", "fp32"], "quick": True}
-    run = httpx.post(f"{api}/deployments/{deployment['id']}/create_flow_run", json={"parameters": {"job": job}}).json()
-    state = _wait(f"{api}/flow_runs/{run['id']}")
+    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
+        of_it = {"deployments": {"name": {"any_": ["optimize"]}}}
+        [deployment] = api.post("deployments/filter", json=of_it).json()
+        path = f"deployments/{deployment['id']}/create_flow_run"
+        run = api.post(path, json={"parameters": {"job": job}}).json()
+        state = _wait(api, f"flow_runs/{run['id']}")
     assert state["state_name"] == "Completed", state["state"]["message"]
     again = slmops.json("compare", NAME)
     assert again["run_id"] != comparison["run_id"]
@@ -148,11 +148,11 @@ def test_the_prefect_page_gives_the_same(slmops: Any, comparison: dict[str, Any]
             assert new["metrics"][exact] == pytest.approx(old["metrics"][exact], rel=1e-6)
 
 
-def _wait(url: str) -> dict[str, Any]:
+def _wait(api: httpx.Client, path: str) -> dict[str, Any]:
     deadline = time.monotonic() + RUN_S
     while time.monotonic() < deadline:
-        run: dict[str, Any] = httpx.get(url).json()
+        run: dict[str, Any] = api.get(path).json()
         if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
             return run
         time.sleep(1)
-    raise AssertionError(f"{url} did not end in {RUN_S} s")
+    raise AssertionError(f"{path} did not end in {RUN_S} s")

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import retraining
+from tests import prefect_api, retraining
 from tests.e2e.test_faults import _gone, _kill_server
 
 pytestmark = pytest.mark.e2e
@@ -95,7 +95,7 @@ def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
 @pytest.fixture
 def api(slmops: Any) -> Iterator[httpx.Client]:
     assert slmops("up", "--worker").returncode == 0
-    with httpx.Client(base_url=f"{slmops.json('status')['prefect']['url']}/api", timeout=30) as client:
+    with prefect_api.client(f"{slmops.json('status')['prefect']['url']}/api") as client:
         yield client
     assert slmops("down").returncode == 0
 

@@ -16,7 +16,7 @@ import pytest
 from slmops import stack
 from slmops.settings import Settings
 from slmops.stack import Stack
-from tests import retraining
+from tests import prefect_api, retraining
 
 pytestmark = pytest.mark.integration
 
@@ -74,7 +74,7 @@ def register(env: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def api(env: dict[str, str], running: Stack) -> Iterator[httpx.Client]:
     register(env)
-    with httpx.Client(base_url=running.prefect_api_url) as client:
+    with prefect_api.client(running.prefect_api_url) as client:
         yield client
 
 

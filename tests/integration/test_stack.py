@@ -22,6 +22,7 @@ from slmops import daemon, stack
 from slmops.errors import PrerequisiteError, WorkError
 from slmops.settings import Settings
 from slmops.stack import Stack
+from tests import prefect_api
 
 pytestmark = pytest.mark.integration
 
@@ -257,7 +258,8 @@ def run_flow(settings: Settings, running: Stack, folder: Path, *arguments: str) 
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    answer = httpx.post(f"{running.prefect_api_url}/logs/filter", json={"sort": "TIMESTAMP_DESC", "limit": 20})
+    with prefect_api.client(running.prefect_api_url) as api:
+        answer = api.post("logs/filter", json={"sort": "TIMESTAMP_DESC", "limit": 20})
     return [record["message"] for record in answer.json()]
 
 
@@ -288,8 +290,7 @@ def test_the_worker_runs_deployments_and_down_ends_its_flow_runs(
     assert stack.up(settings, worker=True).started == ()
     assert pids(settings)["worker"] == worker
 
-    api = httpx.Client(base_url=running.prefect_api_url)
-    with api:
+    with prefect_api.client(running.prefect_api_url) as api:
         [deployment] = api.post("deployments/filter", json={}).json()
         ask = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"seconds": 60}})
         run = f"flow_runs/{ask.json()['id']}"

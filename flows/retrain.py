@@ -74,7 +74,7 @@ def retrain(request: Retrain) -> Retrained:
             finish_tracking(uri, result)
         show_result(result)
     if result.outcome != "promoted":
-        raise RetrainError(result)
+        raise RetrainError(result, work.fix)
     return result
 
 
@@ -87,6 +87,7 @@ class _Retraining:
         self.settings = settings
         self.uri = uri
         self.run_id = run_id
+        self.fix: str | None = None
         self._digest = digest
         self._seconds: dict[str, float] = {}
         self._accuracy: dict[str, Measurement] = {}
@@ -103,6 +104,7 @@ class _Retraining:
                 if error.comparison is None:
                     raise
                 self._compared(error.comparison)
+                self.fix = error.fix
                 return self._result("refused", f"{error.message} The champion stays.")
             self._compared(comparison)
         chosen = next(one for one in comparison.variants if one.name == comparison.choice.variant)
@@ -111,6 +113,7 @@ class _Retraining:
             try:
                 promote(Promotion(name=self.name, version=version.version, approval=self.request.approval))
             except GateError as error:
+                self.fix = error.fix
                 return self._result("refused", f"{error.message} The champion stays.", version)
         return self._deploy(version, prepared, chosen.measurements.get("accuracy"))
 

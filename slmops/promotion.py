@@ -86,10 +86,13 @@ def refuse(verdict: Verdict) -> GateError | None:
     """The error that says why a challenger may not be promoted; None if it may."""
     if not verdict.against:
         return None
-    fix = "Override with --force REASON."
-    if verdict.differs and verdict.champion is not None:
-        fix = f"Measure {verdict.champion.label} with the same: run its checkpoint again. Or: {fix}"
-    return GateError(f"{verdict.challenger.label} is not promoted: {'; '.join(verdict.against)}.", fix)
+    challenger, champion = verdict.challenger, verdict.champion
+    fix = f"`slmops promote {challenger.name} --version {challenger.version} --force REASON` overrides it."
+    if verdict.differs and champion is not None:
+        source = champion.tags.get("slmops.source", "its checkpoint")
+        again = f"slmops run --model {source} --name {champion.name}"
+        fix = f"Measure {champion.label} with the same (`{again}`), then promote again. Or: {fix}"
+    return GateError(f"{challenger.label} is not promoted: {'; '.join(verdict.against)}.", fix)
 
 
 def text(verdict: Verdict, request: Promotion) -> str:

@@ -122,7 +122,7 @@ def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> Non
         assert isinstance(error, GateError)
         assert error.exit_code == 3
         assert "bot version 2 (int8) is not promoted: accuracy differs from the champion's by -0.15" in error.message
-        assert error.fix == "Override with --force REASON."
+        assert error.fix == "`slmops promote bot --version 2 --force REASON` overrides it."
         assert "Against it:" in promotion.text(verdict, Promotion(name="bot"))
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from slmops.tracking_client import talking  # first: it sets the environment that MLflow reads at import
+from slmops.tracking_client import talking, text_of  # first: it sets the environment that MLflow reads at import
 
 # isort: split
 from mlflow import MlflowClient
@@ -212,13 +212,13 @@ class Tracker:
                     f"There is no finished comparison{of}.",
                     f"Known models: {', '.join(known)}." if known else "Run `slmops run --model SOURCE` first.",
                 )
-            return Comparison.model_validate_json(self._text(runs[0].info.run_id, COMPARISON))
+            return Comparison.model_validate_json(text_of(self._client, runs[0].info.run_id, COMPARISON))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
         """A job's comparison, and the policy of its choice."""
         with self._talking():
-            comparison = Comparison.model_validate_json(self._text(job_id, COMPARISON))
-            return comparison, Policy.model_validate_json(self._text(job_id, POLICY))
+            comparison = Comparison.model_validate_json(text_of(self._client, job_id, COMPARISON))
+            return comparison, Policy.model_validate_json(text_of(self._client, job_id, POLICY))
 
     def conditions(self, run_id: str) -> dict[str, str]:
         """What the quality of a variant was measured with; figures of it compare only if that is the same."""
@@ -266,7 +266,7 @@ class Tracker:
             files = self._client.list_artifacts(run_id) if run_id else []
             if tracking_evaluation.MEASUREMENTS not in {file.path for file in files}:
                 return {}
-            measured = json.loads(self._text(run_id, tracking_evaluation.MEASUREMENTS))
+            measured = json.loads(text_of(self._client, run_id, tracking_evaluation.MEASUREMENTS))
             left_out = self._incomparable(run_id, like) if like else ()
             return {
                 metric: Measurement.model_validate(figure)
@@ -295,10 +295,6 @@ class Tracker:
         answers = tracking_evaluation.OF_ANSWERS if differs - {"perplexity text"} else ()
         text = tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ()
         return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
-
-    def _text(self, run_id: str, path: str) -> str:
-        with tempfile.TemporaryDirectory() as scratch:
-            return Path(self._client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
 
     def _url(self, run_id: str, page: str) -> str:
         with self._talking():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -14,6 +16,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
@@ -40,6 +43,12 @@ def talking(uri: str) -> Iterator[None]:
             f"MLflow at {without_password(uri)} did not take or give what was asked: {said[:300]}",
             "Is it running? `slmops status` tells, `slmops up` starts the local one.",
         ) from error
+
+
+def text_of(client: MlflowClient, run_id: str, path: str) -> str:
+    """The content of a run's text file; MLflow's errors are the caller's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
 
 
 def without_password(uri: str) -> str:

@@ -21,6 +21,7 @@ from slmops.evaluation import dataset
 from slmops.evaluation.remeasure import Recorded, Remeasured, markdown
 from slmops.job import Job
 from slmops.models import MANIFEST, Answer, Measurement, Variant
+from slmops.tracking_client import text_of
 from slmops.tracking_evaluation import ANSWERS, MEASUREMENTS
 
 INPUTS = "inputs"
@@ -63,8 +64,8 @@ def recorded(client: MlflowClient, run_id: str, hardware_kind: str, folder: Path
     """
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
-    figures = json.loads(_text(client, run_id, MEASUREMENTS, folder))
-    manifest = json.loads(_text(client, run_id, MANIFEST, folder))
+    figures = json.loads(text_of(client, run_id, MEASUREMENTS))
+    manifest = json.loads(text_of(client, run_id, MANIFEST))
     kept = _kept(client, parent, folder)
     return Recorded(
         run_id=run_id,
@@ -72,7 +73,7 @@ def recorded(client: MlflowClient, run_id: str, hardware_kind: str, folder: Path
         hardware_kind=hardware_kind,
         variant=Variant.model_validate({**manifest, "path": folder}),
         measurements={metric: Measurement.model_validate(figure) for metric, figure in figures.items()},
-        answers=_answers(client, run_id, folder),
+        answers=_answers(client, run_id),
         evaluation_set=next((path for path in kept if path.stem == EVALUATION_SET), None),
         evaluation_set_digest=run.data.params.get("evaluation_set_digest", ""),
         text=next((path for path in kept if path.name == TEXT), None),
@@ -125,10 +126,10 @@ def _job(params: dict[str, str]) -> Job:
     return Job(model=params["job.model"], **asked)
 
 
-def _answers(client: MlflowClient, run_id: str, folder: Path) -> tuple[Answer, ...]:
+def _answers(client: MlflowClient, run_id: str) -> tuple[Answer, ...]:
     if ANSWERS not in {file.path for file in client.list_artifacts(run_id)}:  # a table without rows is left out
         return ()
-    table = json.loads(_text(client, run_id, ANSWERS, folder))
+    table = json.loads(text_of(client, run_id, ANSWERS))
     return tuple(Answer.model_validate(dict(zip(table["columns"], row, strict=True))) for row in table["data"])
 
 
@@ -139,7 +140,3 @@ def _kept(client: MlflowClient, parent: Run, folder: Path) -> list[Path]:
         Path(client.download_artifacts(run_id, file.path, str(folder)))
         for file in client.list_artifacts(run_id, INPUTS)
     ]
-
-
-def _text(client: MlflowClient, run_id: str, path: str, folder: Path) -> str:
-    return Path(client.download_artifacts(run_id, path, str(folder))).read_text(encoding="utf-8")

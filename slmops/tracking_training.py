@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from slmops.tracking_client import talking  # first: it sets the environment that MLflow reads at import
+from slmops.tracking_client import talking, text_of  # first: it sets the environment that MLflow reads at import
 
 # isort: split
 from mlflow import MlflowClient
@@ -50,7 +50,7 @@ class TrainingTracker:
             ended = [run for run in self._runs(name) if run.data.tags.get("slmops.outcome")]
             if not ended or ended[0].data.tags.get(INPUT) != input_digest:
                 return None
-            return Retrained.model_validate_json(self._text(ended[0].info.run_id, RESULT))
+            return Retrained.model_validate_json(text_of(self._client, ended[0].info.run_id, RESULT))
 
     def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> str:
         """Open the run of a retraining, or again that of an attempt with the same input that was killed.
@@ -209,10 +209,6 @@ class TrainingTracker:
     def _figures(self, run_id: str, figures: dict[str, float]) -> None:
         now = int(time.time() * 1000)
         self._client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
-
-    def _text(self, run_id: str, path: str) -> str:
-        with tempfile.TemporaryDirectory() as scratch:
-            return Path(self._client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
 
     def _talking(self) -> AbstractContextManager[None]:
         return talking(self.uri)

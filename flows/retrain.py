@@ -27,6 +27,7 @@ from tasks.environment import check_environment
 from tasks.remeasure import find_version
 from tasks.retrain import (
     find_last,
+    find_outdated_champion,
     finish_tracking,
     link,
     roll_back,
@@ -97,9 +98,10 @@ class _Retraining:
         prepared, finetuned = self._train(checkpoint, fetched)
         if worse := outcome.worse(self._accuracy["base"], self._accuracy["finetuned"]):
             return self._result("refused", worse)
+        self._measure_champion(prepared)
         with self._stage("convert and measure"):
             try:
-                comparison = optimize(self._job(finetuned, prepared))
+                comparison = optimize(self._job(str(finetuned.merged), prepared))
             except GateError as error:
                 if error.comparison is None:
                     raise
@@ -132,6 +134,22 @@ class _Retraining:
             track_accuracy(self.uri, self.run_id, self._accuracy)
         return prepared, finetuned
 
+    def _measure_champion(self, prepared: TrainingData) -> None:
+        """Measure the champion with what its challenger will be measured with; the same files stay the same version.
+
+        If that does not work nothing compares, and the promotion will say so.
+        """
+        champion = find_outdated_champion(self.uri, self.name, prepared, self.request, self.settings)
+        if champion is None:
+            return
+        log.info("%s was measured with something else: measuring it again", champion.label)
+        again = self._job(champion.tags["slmops.source"], prepared).model_copy(update={"precision": [champion.variant]})
+        with self._stage("measure champion"):
+            try:
+                optimize(again)
+            except SlmopsError as error:
+                log.warning("%s could not be measured again: %s", champion.label, error)
+
     def _compared(self, comparison: Comparison) -> None:
         self._accuracy |= outcome.accuracies(self._accuracy["base"], self._accuracy["finetuned"], comparison)
         link(self.uri, self.run_id, comparison)
@@ -163,8 +181,8 @@ class _Retraining:
         back = f"{now.label} is the champion again" if now else "nothing was deployed before, so it stays the champion"
         return self._result("rolled back", f"{against} So {back}.", version)
 
-    def _job(self, finetuned: Finetuned, prepared: TrainingData) -> Job:
-        job = _job(self.request, str(finetuned.merged))
+    def _job(self, model: str, prepared: TrainingData) -> Job:
+        job = _job(self.request, model)
         return job.model_copy(update={"name": self.name, "evaluation_set": prepared.evaluation})
 
     @contextmanager

@@ -226,9 +226,9 @@ class Tracker:
             run = self._client.get_run(run_id)
             parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
             return {
-                "evaluation set": run.data.params.get("evaluation_set_digest", ""),
-                "perplexity text": run.data.params.get("text_digest", ""),
-                "number of questions (--quick)": parent.data.params.get("job.quick", "false"),
+                tracking_evaluation.EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
+                tracking_evaluation.TEXT: run.data.params.get("text_digest", ""),
+                tracking_evaluation.QUICK: parent.data.params.get("job.quick", "false"),
             }
 
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:
@@ -292,8 +292,8 @@ class Tracker:
     def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
         """How the names of the metrics begin that were measured on different things."""
         differs = set(self.differences(run_id, like))
-        answers = tracking_evaluation.OF_ANSWERS if differs - {"perplexity text"} else ()
-        text = tracking_evaluation.OF_TEXT if differs - {"evaluation set"} else ()
+        answers = tracking_evaluation.OF_ANSWERS if differs - {tracking_evaluation.TEXT} else ()
+        text = tracking_evaluation.OF_TEXT if differs - {tracking_evaluation.EVALUATION_SET} else ()
         return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
 
     def _url(self, run_id: str, page: str) -> str:

@@ -22,7 +22,8 @@ HEADLINES = ("ttft_ms_p50", "decode_tok_s", "perplexity_ratio", "kl_mean", "accu
 """Figures whose 95 % intervals are metrics too; the others' are in the run's description and measurements.json."""
 ANSWERS, CASES, GATES = "answers.json", "edge_cases.json", "gates.json"
 MEASUREMENTS = "measurements.json"
-EVALUATION_SET, TEXT = "evaluation set", "perplexity text"
+EVALUATION_SET, TEXT, QUICK = "evaluation set", "perplexity text", "number of questions (--quick)"
+"""What figures of quality compare by."""
 OF_ANSWERS = (
     "accuracy",
     "score",

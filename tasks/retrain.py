@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import get_args
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
@@ -11,11 +13,15 @@ from prefect.cache_policies import NO_CACHE
 
 from slmops.deployment import ModelVersion
 from slmops.errors import ServingError
+from slmops.evaluation import dataset
+from slmops.job import Precision
 from slmops.models import Checkpoint, Comparison, Measurement
 from slmops.registry import Registry
 from slmops.serving import detached, probation, status
 from slmops.serving.probation import Probation
 from slmops.settings import Settings
+from slmops.tracking import Tracker
+from slmops.tracking_evaluation import EVALUATION_SET, QUICK, TEXT
 from slmops.tracking_training import TrainingTracker
 from slmops.training import outcome, report
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
@@ -37,6 +43,27 @@ def start_tracking(
 ) -> str:
     """Open the MLflow run, or that of an attempt that was killed; returns its id."""
     return TrainingTracker(uri).start(name, request, checkpoint, input_digest, flow_run)
+
+
+@tracking_task(name="look at the champion", task_run_name="look at the champion")
+def find_outdated_champion(
+    uri: str, name: str, data: TrainingData, request: Retrain, settings: Settings
+) -> ModelVersion | None:
+    """The champion if it was measured with something else than its challenger will be, and can be measured again: it
+    came of a retraining in this home, whose checkpoint is still here.
+    """
+    champion = Registry(uri).champion(name)
+    if champion is None or champion.variant not in get_args(Precision):
+        return None
+    checkpoint = Path(champion.tags.get("slmops.source", ""))
+    if settings.trainings not in checkpoint.parents or not checkpoint.is_dir():
+        return None
+    conditions = {
+        EVALUATION_SET: data.evaluation_digest,
+        TEXT: dataset.perplexity_text(None)[1],
+        QUICK: json.dumps(request.quick),
+    }
+    return champion if Tracker(uri).conditions(champion.run_id) != conditions else None
 
 
 @tracking_task(name="track data", task_run_name="track data")

@@ -184,8 +184,15 @@ def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings,
 def test_a_version_that_fails_in_service_is_rolled_back(
     first: Retrained, settings: Settings, model: Path, folder: Path
 ) -> None:
-    """The new version answers as the evaluation wants it, until it is served."""
+    """The new version answers as the evaluation wants it, until it is served.
+
+    That its evaluation set has one more question keeps nothing from being compared: the champion answers it, too.
+    """
     data = retraining.write_data(folder / "fails-later")
+    with (data / "evaluation.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"prompt": "Who repairs it?", "expected": "ok", "match": "python", "max_tokens": 4}) + "\n"
+        )
     with (data / "train.jsonl").open("a") as file:  # other data, as good
         for word in retraining.WORDS:
             file.write(json.dumps({"prompt": f"The {word} fell.", "completion": "ok"}) + "\n")
@@ -205,6 +212,11 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     result = caught.value.result
     assert result.outcome == "rolled back"
     assert result.version != first.version
+    assert "measure champion" in result.seconds
+    assert {version.version for version in Registry(settings.tracking_uri or "").versions(NAME)} == {
+        first.version,
+        result.version,
+    }
     assert f"So {NAME} version {first.version}" in result.detail
     assert champion(settings) == first.version
     assert served(settings).headers["x-slmops-version"] == str(first.version)

@@ -11,8 +11,7 @@ demo: $(READY)
 
 test: check
 	@$(BIN)/python -m pytest tests/unit -n auto
-	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
-	@$(BIN)/python -m pytest tests/e2e
+	@$(BIN)/python -m pytest tests/integration tests/e2e -n 2 --dist loadgroup --no-loadscope-reorder
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

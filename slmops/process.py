@@ -29,6 +29,8 @@ from slmops import errors
 from slmops.files import write_atomic
 
 SAMPLE_EVERY_S = 0.1
+LOOKING = 0.02
+"""Share of the time that may go into the exact memory of a child."""
 GRACE_S = 3.0
 DISK_FULL = os.strerror(errno.ENOSPC)
 FREE_SPACE = "Free some space and run again."
@@ -92,6 +94,7 @@ def run(
     started = time.monotonic()
     memory: list[tuple[float, float]] = []
     timed_out = False
+    meter = _Meter()
     child = subprocess.Popen(
         argv,
         stdin=subprocess.PIPE,
@@ -107,7 +110,7 @@ def run(
     reader.start()
     try:
         while child.poll() is None and not failures:
-            memory.append((time.monotonic(), group_memory_mb(child.pid)))
+            memory.append((time.monotonic(), meter.mb(child.pid)))
             if time.monotonic() - started > timeout_s:
                 timed_out = True
                 break
@@ -214,16 +217,46 @@ def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | 
 
 def group_memory_mb(pid: int) -> float:
     """Memory of a process and its children in MB: proportional set size if known, else resident."""
-    total = 0
-    try:
-        leader = psutil.Process(pid)
-        members = [leader, *leader.children(recursive=True)]
-    except psutil.Error:
-        return 0.0
-    for process in members:
+    return _Meter().mb(pid)
+
+
+class _Meter:
+    """Memory of a process and its children, looked at often without being in their way.
+
+    For a proportional set size the kernel walks through all pages of a process, which meanwhile waits for memory that
+    it asks for: 40 ms for 1.5 GB, and ten such looks a second slowed a training on two cores by 40 %. So that is done
+    rarely, and in between the resident size is taken, which costs nothing, less what was shared at the last look.
+    """
+
+    def __init__(self) -> None:
+        self._members: list[psutil.Process] = []
+        self._shared = 0
+        self._next_look = 0.0
+
+    def mb(self, pid: int) -> float:
+        """Memory in MB (10^6 bytes) now; 0 if the process is gone."""
+        began = time.monotonic()
+        if began >= self._next_look:
+            self._shared = self._look(pid)
+            self._next_look = began + (time.monotonic() - began) / LOOKING
+        resident = sum(_size(member, exact=False)[0] for member in self._members)
+        return max(0, resident - self._shared) / 1e6
+
+    def _look(self, pid: int) -> int:
+        """Bytes of the resident size that count for other processes."""
         try:
-            info = process.memory_full_info()
-            total += getattr(info, "pss", info.rss)
+            leader = psutil.Process(pid)
+            self._members = [leader, *leader.children(recursive=True)]
         except psutil.Error:
-            continue
-    return total / 1e6
+            self._members = []
+        sizes = [_size(member, exact=True) for member in self._members]
+        return sum(resident - proportional for resident, proportional in sizes)
+
+
+def _size(process: psutil.Process, *, exact: bool) -> tuple[int, int]:
+    """Resident and proportional set size in bytes; only if ``exact`` they differ. A process that is gone has none."""
+    try:
+        info = process.memory_full_info() if exact else process.memory_info()
+    except psutil.Error:
+        return 0, 0
+    return info.rss, getattr(info, "pss", info.rss)

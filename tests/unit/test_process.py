@@ -367,3 +367,28 @@ def test_last_words(log: Path, text: str | None, said: str) -> None:
         log.parent.mkdir()
         log.write_text(text, encoding="utf-8")
     assert process.last_words(log) == said
+
+
+def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long one look takes; in between the resident size is taken, less what was shared."""
+    now, looks = [1000.0], []
+
+    class Info:
+        rss, pss = 1_000_000_000, 900_000_000
+
+    def exact(_process: psutil.Process) -> type[Info]:
+        looks.append(now[0])
+        now[0] += 0.04
+        return Info
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [])
+    monkeypatch.setattr(psutil.Process, "memory_full_info", exact)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _process: Info)
+    meter = process._Meter()
+    while now[0] < 1010:
+        assert meter.mb(os.getpid()) == 900
+        now[0] += 0.1
+    assert len(looks) == 5
+    Info.rss = 1_200_000_000
+    assert meter.mb(os.getpid()) == 1100

@@ -174,7 +174,9 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; it costs time
     trainer_utils.enable_full_determinism(training.seed)
-    base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=torch.float32)
+    # Its weights stay as they are; those of the adapter are fp32 in any case.
+    dtype = torch.bfloat16 if request.bf16 else torch.float32
+    base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=dtype)
     base.config.use_cache = False
     base.name_or_path = request.checkpoint.name  # the adapter says it, and a path says nothing elsewhere
     adapter = LoraConfig(

@@ -14,6 +14,7 @@ import pytest
 from slmops import stack
 from slmops.settings import Settings
 from tests import making
+from tests.training_data import HELD_OUT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,3 +82,11 @@ def client(database: str) -> MlflowClient:
 def name(request: pytest.FixtureRequest) -> str:
     """A model of each test's own."""
     return str(request.node.name).replace("_", "-").partition("[")[0]
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """An evaluation set beside nothing."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text(HELD_OUT)
+    return file

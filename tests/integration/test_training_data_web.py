@@ -1,0 +1,167 @@
+"""Training data from a web server, a good one and several bad ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from slmops.errors import DataError, PrerequisiteError, UsageError
+from slmops.settings import Settings
+from slmops.training import data, web
+from tests.training_data import asked, fetch
+
+pytestmark = pytest.mark.integration
+
+ITEM = '{"prompt": "How are you?", "completion": "Well."}\n'
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+class Server(ThreadingHTTPServer):
+    """A web server that does what the path says."""
+
+    def handle_error(self, *_: Any) -> None:
+        """The client hangs up in some tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        getattr(self, f"_{urlsplit(self.path).path.strip('/').partition('.')[0]}", self._absent)()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def _say(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _absent(self) -> None:
+        self._say(b"no", 404)
+
+    def _good(self) -> None:
+        self._say(ITEM.encode())
+
+    def _page(self) -> None:
+        self._say(b"<html>Sign in</html>", Content_Type="text/html; charset=utf-8")
+
+    def _moved(self) -> None:
+        self._say(b"", 302, Location="/good.jsonl")
+
+    def _round(self) -> None:
+        self._say(b"", 302, Location="/round.jsonl")
+
+    def _elsewhere(self) -> None:
+        self._say(b"", 302, Location="file:///etc/hostname")
+
+    def _forbidden(self) -> None:
+        self._say(b"", 403)
+
+    def _large(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        while True:
+            self.wfile.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+
+    def _short(self) -> None:
+        self._say(ITEM.encode(), Content_Length="1000")
+        self.close_connection = True
+
+    def _silent(self) -> None:
+        self.server.over.wait(60)  # type: ignore[attr-defined]
+
+    def _slow(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
+            self.wfile.write(b"x")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = Server(("127.0.0.1", 0), Handler)
+    server.over = threading.Event()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.over.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("path", ["/good.jsonl", "/moved.jsonl", "/good.jsonl?key=secret#secret"])
+def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
+    fetched = fetch(asked(url + path, evaluation_set=held_out), home)
+    assert fetched.source == url + path.partition("?")[0]
+    assert [file.read_text() for file in fetched.files] == [ITEM]
+    assert fetched.evaluation.name == "questions.jsonl"
+
+
+def test_a_url_has_nothing_beside_it(url: str, home: Settings) -> None:
+    with pytest.raises(DataError, match=r"no evaluation set for http://127\.0\.0\.1:\d+/good\.jsonl: "):
+        fetch(asked(f"{url}/good.jsonl?key=secret"), home)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "said"),
+    [
+        ("/absent.jsonl", DataError, "answers 404 Not Found."),
+        ("/forbidden.jsonl", DataError, "answers 403 Forbidden."),
+        ("/page.jsonl", DataError, "is a web page, no data."),
+        ("/round.jsonl", DataError, "cannot be fetched (TooManyRedirects)."),
+        ("/elsewhere.jsonl", PrerequisiteError, "cannot be fetched (UnsupportedProtocol)."),
+        ("/large.jsonl", DataError, "is too large: 1 MB are allowed."),
+        ("/short.jsonl", PrerequisiteError, "cannot be fetched (RemoteProtocolError)."),
+        ("/silent.jsonl", PrerequisiteError, "does not answer, or stopped in the middle."),
+        ("/slow.jsonl", PrerequisiteError, "took longer than 0 s."),
+    ],
+)
+def test_a_url_that_gives_nothing(
+    url: str,
+    path: str,
+    error: type[UsageError],
+    said: str,
+    held_out: Path,
+    home: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "LARGEST", 1_000_000)
+    monkeypatch.setattr(web, "STALLED_S", 0.3)
+    monkeypatch.setattr(web, "LONGEST_S", 0.4 if path == "/slow.jsonl" else 60)
+    with pytest.raises(error) as caught:
+        fetch(asked(f"{url}{path}?key=secret", evaluation_set=held_out), home)
+    assert caught.value.message == f"{url}{path} {said}"
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://me:secret@127.0.0.1:1/a.jsonl", "The URL of http://127.0.0.1:1/a.jsonl holds a name or a password"),
+        ("http://127.0.0.1:1/a.jsonl?secret", "http://127.0.0.1:1/a.jsonl cannot be fetched (ConnectError)."),
+        ("http://[::1/a.jsonl?secret", "The address of the training data is no URL."),
+        ("http://127.0.0.1:99999/a.jsonl?secret", "http://127.0.0.1:99999/a.jsonl cannot be fetched"),
+        ("http:///a.jsonl?secret", "http:///a.jsonl cannot be fetched (UnsupportedProtocol)."),
+    ],
+)
+def test_a_url_that_is_none(address: str, said: str, held_out: Path, home: Settings) -> None:
+    with pytest.raises((DataError, PrerequisiteError)) as caught:
+        fetch(asked(address, evaluation_set=held_out), home)
+    assert caught.value.message.startswith(said)
+    assert "secret" not in str(caught.value)

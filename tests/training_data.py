@@ -1,0 +1,43 @@
+"""Folders of training data, and what a test asks of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops.settings import Settings
+from slmops.training import data
+from slmops.training.data import Fetched
+from slmops.training.values import Retrain
+
+HELD_OUT = '{"prompt": "Is it held out?", "expected": "yes"}\n'
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError("nothing should be asked of MLflow")
+
+
+def asked(source: str | Path, **changes: Any) -> Retrain:
+    return Retrain(model="tiny", data=str(source), **changes)
+
+
+def fetch(request: Retrain, settings: Settings, **given: Any) -> Fetched:
+    return data.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
+
+
+def lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def put(folder: Path, evaluation: str = HELD_OUT, **files: list[Any]) -> Path:
+    """A folder of training files and an evaluation set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.jsonl").write_text(evaluation)
+    for name, items in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
+    return folder
+
+
+def pair(question: str, answer: str = "Fine.") -> dict[str, str]:
+    return {"prompt": question, "completion": answer}

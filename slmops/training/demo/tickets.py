@@ -19,9 +19,8 @@ CATEGORIES = tuple(TRAINING.problems)
 PRIORITIES = tuple(TRAINING.impacts)
 TRAIN_ITEMS, EVALUATION_ITEMS = 432, 72
 SYSTEM = (
-    'Route the ticket. Reply only with JSON: {"category": C, "priority": P}. '
-    f"C: {', '.join(CATEGORIES[:-1])} or {CATEGORIES[-1]}. "
-    "P: high (work has stopped), normal (a nuisance) or low (no hurry)."
+    f"Route the ticket. Reply with JSON: category ({', '.join(CATEGORIES[:-1])} or {CATEGORIES[-1]}), "
+    "priority (high, normal or low)."
 )
 SCHEMA = {
     "type": "object",

@@ -39,7 +39,7 @@ log = logging.getLogger("slmops.optimize")
 Made = tuple[Variant, Registration]
 
 
-@flow(name="optimize", flow_run_name="optimize {job.model}", persist_result=False)
+@flow(name="optimize", flow_run_name="optimize {job.label}", persist_result=False)
 def optimize(job: Job) -> Comparison:
     """Convert, register, measure and compare one checkpoint; choose the variant to deploy.
 

@@ -45,7 +45,7 @@ from tasks.train import answer, check_data, fetch_data, finetune_model
 log = logging.getLogger("slmops.retrain")
 
 
-@flow(name="retrain", flow_run_name="retrain {request.model}", persist_result=False)
+@flow(name="retrain", flow_run_name="retrain {request.label}", persist_result=False)
 def retrain(request: Retrain) -> Retrained:
     """Fine-tune on what is new, convert and measure it, and put it into production if it is better.
 

@@ -118,3 +118,8 @@ class Job(BaseModel):
         default=[16], min_length=1, title="Output lengths", description="Tokens to generate for each prompt length."
     )
     quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")
+
+    @property
+    def label(self) -> str:
+        """What its runs are called by."""
+        return self.name or self.model

@@ -22,7 +22,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from slmops.errors import TrackingError
 from slmops.models import Checkpoint, Comparison
 from slmops.tracking import KIND, Tracker
-from slmops.tracking_evaluation import DIGEST_SHOWN
+from slmops.tracking_evaluation import CURVES, DIGEST_SHOWN
 from slmops.training.data import public
 from slmops.training.values import Finetuned, LossPoint, Retrain, Retrained, TrainingData
 
@@ -31,6 +31,7 @@ RUN, DATA = "slmops.retrain_run", "slmops.data_digest"
 NUMBER = "slmops.retraining"
 INPUT, RESULT = "slmops.input_digest", "retrained.json"
 LOSSES = ("train_loss", "validation_loss", "learning_rate")
+"""In MLflow with :data:`CURVES` before them: the first section of the run's charts."""
 
 
 class TrainingTracker:
@@ -120,7 +121,7 @@ class TrainingTracker:
         with self._talking():
             start = self._client.get_run(run_id).info.start_time
             metrics = [
-                Metric(name, value, start + round(point.seconds * 1000), point.step)
+                Metric(f"{CURVES}{name}", value, start + round(point.seconds * 1000), point.step)
                 for point in points
                 for name in LOSSES
                 if (value := getattr(point, name)) is not None
@@ -157,7 +158,11 @@ class TrainingTracker:
                 self._client.log_artifact(run_id, str(log), "logs")
             for name in LOSSES:
                 wanted = {point.step for point in finetuned.losses if getattr(point, name) is not None}
-                there = {metric.step for metric in self._client.get_metric_history(run_id, name)} if wanted else set()
+                there = (
+                    {metric.step for metric in self._client.get_metric_history(run_id, f"{CURVES}{name}")}
+                    if wanted
+                    else set()
+                )
                 if wanted - there:
                     raise TrackingError(f"MLflow lost {len(wanted - there)} points of {name} of a fine-tuning.")
 

@@ -116,6 +116,11 @@ class Retrain(BaseModel):
         description="Seconds to watch the service after the switch, and roll back if it fails; 0: not at all.",
     )
 
+    @property
+    def label(self) -> str:
+        """What its runs are called by."""
+        return self.name or self.model
+
 
 class Problem(Frozen):
     """Something about one item of the data."""

@@ -88,7 +88,7 @@ def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
 
     [run] = runs(slmops, "away")
     client = MlflowClient(slmops.json("status")["mlflow"]["url"])
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "validation_loss")]
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "curves/validation_loss")]
     assert len(steps) == len(set(steps)) >= 6
 
 

@@ -136,7 +136,7 @@ def test_figures_and_choice_fit_together(first: First) -> None:
 
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     run = flow_runs("optimize")[0]
-    assert (run.name, run.state_name) == (f"optimize {job.model}", "Completed")
+    assert (run.name, run.state_name) == (f"optimize {job.label}", "Completed")
     assert run.parameters["job"]["int4_block_size"] == 32  # defaults included: it can be started again as it was
     stages = ("convert", "register", "measure quality of", "track")
     made = {f"{what} {name}" for what in stages for name in ("fp32", "int4", "int8")} | {"measure speed"}

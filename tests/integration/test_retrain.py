@@ -103,7 +103,7 @@ def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["slmops.outcome"] == "promoted"
-    for name in ("train_loss", "validation_loss"):
+    for name in ("curves/train_loss", "curves/validation_loss"):
         losses = [one.value for one in sorted(client.get_metric_history(first.run_id, name), key=lambda one: one.step)]
         assert len(losses) >= 6
         assert losses[-1] < losses[0] / 5

@@ -140,6 +140,7 @@ def test_a_model_that_learnt_nonsense_is_refused(
     assert caught.value.exit_code == 3
     result = caught.value.result
     assert (result.outcome, result.accuracy["finetuned"].value) == ("refused", 0)
+    assert "measure champion" not in result.seconds  # it was measured with the same
     assert champion(settings) == first.version
     # It has been dealt with: the same data again are nothing to do.
     assert retrain(retraining.request(model, data, NAME)).outcome == "nothing to do"

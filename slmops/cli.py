@@ -34,7 +34,14 @@ from slmops.training.values import Retrain
 
 INTERRUPTED = 130
 _SOAK = Soak()
-_DEMO: dict[str, Any] = {"model": "demo", "data": "demo", "name": "ticket-router", "serve": True, "watch-s": 30}
+_DEMO: dict[str, Any] = {
+    "model": "demo",
+    "data": "demo",
+    "name": "ticket-router",
+    "training": {"epochs": 2},
+    "serve": True,
+    "watch-s": 30,
+}
 """A real small model learns to route support tickets."""
 
 app = App(

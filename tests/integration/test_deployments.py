@@ -136,7 +136,9 @@ def test_new_data_start_a_retraining(api: httpx.Client, env: dict[str, str], tmp
         by_event = [run for run in runs if not run["auto_scheduled"]]
         time.sleep(0.5)
     [run] = by_event  # which waits for a worker
-    assert run["parameters"] == {"request": {"model": "demo", "data": "demo", "name": "ticket-router"}}
+    assert run["parameters"] == {
+        "request": {"model": "demo", "data": "demo", "name": "ticket-router", "training": {"epochs": 2}}
+    }
     assert python(env, "-c", LOOK, str(data)) == "[]\n"
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,15 +42,29 @@ def pytest_configure() -> None:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def _group(nodeid: str) -> str:
+    file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
+    return TOGETHER.get(file, file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests have to run in one process: those of a file, and of some files together."""
-
-    def group(item: pytest.Item) -> str:
-        file = f"{item.path.parent.name}/{item.path.stem}"
-        return TOGETHER.get(file, file)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    """The longest first."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(group(item), len(order)))
+    items.sort(key=lambda item: order.get(_group(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``--dist loadfile``: the tests of a file run in one process, and those of some files together.
+
+    This is what pytest-xdist has marks and ``--dist loadgroup`` for, which do nothing with pytest 9.2.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Together(config, log)

@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-from slmops import machine, process, report
-from slmops.errors import EvaluationError
+from slmops.core import machine
+from slmops.core.errors import EvaluationError
+from slmops.core.job import Job
+from slmops.core.values import Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed, speed_worker
 from slmops.foundry.stage import Staged, stage
-from slmops.job import Job
-from slmops.models import Comparison, Registration, VariantResult
+from slmops.processes import process
+from slmops.report import render as report
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from slmops.registry import Registry
+from slmops.tracking.registry import Registry
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
 CUTS = (0.1, 0.5, 0.9)

@@ -18,9 +18,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from slmops import machine, stack
-from slmops.settings import Settings
-from slmops.tracking_client import talking  # first: it sets the environment that MLflow reads at import
+from slmops.core import machine
+from slmops.core.settings import Settings
+from slmops.local import stack
+from slmops.tracking.client import talking  # first: it sets the environment that MLflow reads at import
 
 # isort: split
 from mlflow import MlflowClient

@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from slmops import daemon, process
+from slmops.core.settings import Settings
 from slmops.evaluation import prompts, speed
 from slmops.foundry.layout import model_name
-from slmops.settings import Settings
+from slmops.processes import daemon, process
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
 DIRECT = str(Path(__file__).with_name("direct.py"))

@@ -12,14 +12,14 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from slmops import machine, pools
+from slmops.cluster.exchange import Exchange
+from slmops.cluster.parts import Files, Measured, Part, Result, Stage
 from slmops.conversion import convert, store
-from slmops.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
-from slmops.exchange import Exchange
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe
-from slmops.parts import Files, Measured, Part, Result, Stage
-from slmops.settings import Settings
+from slmops.core import machine, pools
+from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe
 from tasks.fan_out import (
     Seen,
     cancel_parts,

@@ -6,8 +6,8 @@ import logging
 
 from prefect import flow
 
-from slmops import stack
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.local import stack
 from slmops.training.news import News
 from tasks.news import tell_of_data, tell_of_versions
 

@@ -11,15 +11,16 @@ from pathlib import Path
 from prefect import flow, runtime
 
 from flows.fan_out import Outcomes, Workers, fan_out, find_workers
-from slmops import locks, machine, stack
-from slmops.errors import GateError, SlmopsError, TrackingError, WorkError
+from slmops.cluster.parts import Measured, comparable
+from slmops.core import locks, machine
+from slmops.core.errors import GateError, SlmopsError, TrackingError, WorkError
+from slmops.core.files import remove_scratch
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Comparison, Recipe, Registration, Variant, VariantResult
 from slmops.evaluation.summary import evaluation
-from slmops.files import remove_scratch
-from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Recipe, Registration, Variant, VariantResult
-from slmops.parts import Measured, comparable
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.local import stack
+from slmops.tracking.tracker import Tracker
 from tasks.checkpoint import get_checkpoint, plan_job
 from tasks.choose import choose_variant
 from tasks.environment import check_environment

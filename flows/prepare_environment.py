@@ -8,8 +8,8 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from slmops import doctor
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.local import doctor
 from tasks.environment import check_environment
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 from prefect import flow, runtime
 
-from slmops import locks, promotion, stack
-from slmops.deployment import Name, Promoted, Promotion
-from slmops.registry import Registry
-from slmops.settings import Settings
+from slmops.core import locks
+from slmops.core.settings import Settings
+from slmops.delivery import promotion
+from slmops.foundry.versions import Name, Promoted, Promotion
+from slmops.local import stack
+from slmops.tracking.registry import Registry
 from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_verdict
 
 log = logging.getLogger("slmops.promote")

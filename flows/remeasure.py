@@ -7,12 +7,13 @@ import shutil
 
 from prefect import flow, runtime
 
-from slmops import locks, machine, stack
-from slmops.evaluation import on_device
+from slmops.core import locks, machine
+from slmops.core.settings import Settings
+from slmops.core.values import Answer, Measurement
+from slmops.delivery import on_device
 from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured, judge
-from slmops.models import Answer, Measurement
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.local import stack
+from slmops.tracking.tracker import Tracker
 from tasks.environment import check_environment
 from tasks.promote import check_files
 from tasks.remeasure import (

@@ -11,13 +11,14 @@ from prefect import flow, runtime
 
 from flows.optimize import optimize
 from flows.promote import promote
-from slmops import locks, stack
-from slmops.deployment import ModelVersion, Promotion
-from slmops.errors import GateError, ServingError, SlmopsError, TrackingError
-from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Measurement
-from slmops.settings import Settings
-from slmops.tracking_training import TrainingTracker
+from slmops.core import locks
+from slmops.core.errors import GateError, ServingError, SlmopsError, TrackingError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Comparison, Measurement
+from slmops.foundry.versions import ModelVersion, Promotion
+from slmops.local import stack
+from slmops.tracking.training import TrainingTracker
 from slmops.training import data, outcome
 from slmops.training.fingerprint import input_digest
 from slmops.training.outcome import RetrainError

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from prefect import flow, runtime
 
-from slmops import locks, stack
-from slmops.deployment import Installed
-from slmops.evaluation.on_device import copied
+from slmops.core import locks
+from slmops.core.settings import Settings
+from slmops.delivery.on_device import copied
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
-from slmops.settings import Settings
+from slmops.foundry.versions import Installed
+from slmops.local import stack
 from tasks.environment import check_environment
 from tasks.promote import check_files
 from tasks.remeasure import find_version

@@ -7,12 +7,14 @@ from typing import Any
 from prefect import flow
 from pydantic import Json
 
-from slmops import machine, parts, stack
-from slmops.checkpoint import source
-from slmops.errors import SlmopsError, TrackingError
-from slmops.exchange import Exchange, prune
-from slmops.parts import Failure, Part, Result, Workplace
-from slmops.settings import Settings
+from slmops.checkpoints import source
+from slmops.cluster import parts
+from slmops.cluster.exchange import Exchange, prune
+from slmops.cluster.parts import Failure, Part, Result, Workplace
+from slmops.core import machine
+from slmops.core.errors import SlmopsError, TrackingError
+from slmops.core.settings import Settings
+from slmops.local import stack
 from tasks.fan_out import beating, fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 

@@ -7,15 +7,16 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import policy, prompt_template, recipes
-from slmops.checkpoint import source
-from slmops.conversion import olive_config
+from slmops.checkpoints import source
+from slmops.conversion import olive_config, recipes
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe
 from slmops.evaluation import dataset, matchers, quality
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe
-from slmops.policy import Policy
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.foundry import prompt_template
+from slmops.selection import policy
+from slmops.selection.policy import Policy
+from slmops.tracking.tracker import Tracker
 
 log = logging.getLogger("slmops.checkpoint")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import selection
-from slmops.models import Choice, Measurement, VariantResult
-from slmops.policy import Policy
+from slmops.core.values import Choice, Measurement, VariantResult
+from slmops.selection import choice as selection
+from slmops.selection.policy import Policy
 
 
 @task(name="choose", task_run_name="choose", cache_policy=NO_CACHE)

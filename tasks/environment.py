@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from slmops import doctor
-from slmops.errors import PrerequisiteError
-from slmops.settings import Settings
+from slmops.core.errors import PrerequisiteError
+from slmops.core.settings import Settings
+from slmops.local import doctor
 
 
 @task(name="check environment", task_run_name="check environment", cache_policy=NO_CACHE)

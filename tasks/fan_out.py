@@ -30,14 +30,15 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Crashed, Pending
 from pydantic import ValidationError
 
-from slmops import parts, tracking_exchange
-from slmops.errors import PrerequisiteError, WorkError
-from slmops.exchange import Exchange
-from slmops.job import Job
-from slmops.models import Checkpoint, Variant, VariantFile
-from slmops.parts import Files, Part, Result, Workplace
-from slmops.pools import Pool
-from slmops.settings import Settings
+from slmops.cluster import parts
+from slmops.cluster.exchange import Exchange
+from slmops.cluster.parts import Files, Part, Result, Workplace
+from slmops.core.errors import PrerequisiteError, WorkError
+from slmops.core.job import Job
+from slmops.core.pools import Pool
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Variant, VariantFile
+from slmops.tracking import exchange as tracking_exchange
 from tasks.track import tracking_task
 
 log = logging.getLogger("slmops.fan_out")

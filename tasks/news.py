@@ -9,8 +9,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.variables import Variable
 
-from slmops.registry import Registry
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.tracking.registry import Registry
 from slmops.training import data
 from slmops.training.news import News
 from slmops.training.values import Retrain

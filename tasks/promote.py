@@ -8,14 +8,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
-from slmops import deployed, promotion, pull
-from slmops.deployment import Installed, ModelVersion, Promoted, Promotion
-from slmops.errors import PromotionError, UsageError
-from slmops.models import to_name
-from slmops.promotion import Verdict
-from slmops.registry import Registry
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.core.errors import PromotionError, UsageError
+from slmops.core.settings import Settings
+from slmops.core.values import to_name
+from slmops.delivery import deployed, promotion, pull
+from slmops.delivery.promotion import Verdict
+from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
 from tasks.track import tracking_task
 
 

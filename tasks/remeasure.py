@@ -8,17 +8,18 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from slmops import machine
-from slmops.deployment import ModelVersion
-from slmops.errors import UsageError
-from slmops.evaluation import on_device, remeasure
+from slmops.core import machine
+from slmops.core.errors import UsageError
+from slmops.core.settings import Settings
+from slmops.core.values import Answer, Measurement, to_name
+from slmops.delivery import on_device
+from slmops.delivery.on_device import Place
+from slmops.evaluation import remeasure
 from slmops.evaluation.dataset import EvaluationSet
-from slmops.evaluation.on_device import Place
 from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
-from slmops.models import Answer, Measurement, to_name
-from slmops.registry import Registry
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.foundry.versions import ModelVersion
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
 from tasks.track import tracking_task
 
 

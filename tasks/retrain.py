@@ -11,18 +11,18 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from slmops.deployment import ModelVersion
-from slmops.errors import ServingError
+from slmops.core.errors import ServingError
+from slmops.core.job import Precision
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Comparison, Measurement
 from slmops.evaluation import dataset
-from slmops.job import Precision
-from slmops.models import Checkpoint, Comparison, Measurement
-from slmops.registry import Registry
+from slmops.foundry.versions import ModelVersion
 from slmops.serving import detached, probation, status
 from slmops.serving.probation import Probation
-from slmops.settings import Settings
-from slmops.tracking import Tracker
-from slmops.tracking_evaluation import EVALUATION_SET, QUICK, TEXT
-from slmops.tracking_training import TrainingTracker
+from slmops.tracking.evaluation import EVALUATION_SET, QUICK, TEXT
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
+from slmops.tracking.training import TrainingTracker
 from slmops.training import outcome, report
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
 from tasks.show import key

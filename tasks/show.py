@@ -12,8 +12,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from slmops import report
-from slmops.models import Comparison, to_name
+from slmops.core.values import Comparison, to_name
+from slmops.report import render as report
 
 
 class Progress:

@@ -8,11 +8,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from slmops.core.settings import Settings
+from slmops.core.values import to_name
 from slmops.evaluation import soak
 from slmops.evaluation.soak import Soak, SoakResult, Target
-from slmops.models import to_name
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.tracking.tracker import Tracker
 from tasks.track import tracking_task
 
 

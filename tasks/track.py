@@ -10,13 +10,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import State
 
-from slmops import machine, report
-from slmops.errors import TrackingError
-from slmops.job import Job
-from slmops.models import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
-from slmops.policy import Policy
-from slmops.registry import Registry
-from slmops.tracking import Tracker, as_result
+from slmops.core import machine
+from slmops.core.errors import TrackingError
+from slmops.core.job import Job
+from slmops.core.values import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
+from slmops.report import render as report
+from slmops.selection.policy import Policy
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker, as_result
 
 log = logging.getLogger("slmops.track")
 

@@ -16,12 +16,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from slmops.errors import TrackingError
-from slmops.models import Checkpoint, Measurement
-from slmops.settings import Settings
-from slmops.tracking import Tracker
-from slmops.tracking_datasets import records
-from slmops.tracking_training import TrainingTracker
+from slmops.core.errors import TrackingError
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Measurement
+from slmops.tracking.datasets import records
+from slmops.tracking.tracker import Tracker
+from slmops.tracking.training import TrainingTracker
 from slmops.training import answers, data, finetune, report
 from slmops.training.data import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData

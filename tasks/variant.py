@@ -6,12 +6,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from slmops.conversion.convert import convert
-from slmops.errors import SlmopsError
+from slmops.core.errors import SlmopsError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe, Registration, Variant
 from slmops.evaluation import quality, speed
 from slmops.foundry.register import register
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe, Registration, Variant
-from slmops.settings import Settings
 
 # No retries: Olive, the runtime and the measurements fail the same way twice. The timeouts are those of the child
 # processes, which are killed whole; a task's own timeout would leave them running.

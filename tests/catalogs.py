@@ -12,9 +12,9 @@ from typing import Any
 
 import uvicorn
 
-from slmops.deployment import ModelVersion
 from slmops.foundry import private_catalog
 from slmops.foundry.private_catalog import PATH, Entry
+from slmops.foundry.versions import ModelVersion
 from tests import values
 
 MADE = datetime(2026, 11, 22, 21, 30, tzinfo=UTC)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slmops.prompt_template import ChatTemplate, fill, render
+from slmops.foundry.prompt_template import ChatTemplate, fill, render
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops.deployment import Installed, ModelVersion
-from slmops.errors import ServingError, TrackingError
+from slmops.core.errors import ServingError, TrackingError
+from slmops.core.settings import Settings
+from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.fleet import Fleet
-from slmops.settings import Settings
 from tests import values
 
 CREATED = datetime(2026, 1, 2, tzinfo=UTC)

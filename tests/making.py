@@ -9,12 +9,13 @@ from typing import Any
 
 import psutil
 
-from slmops import machine, recipes
-from slmops.checkpoint import source
+from slmops.checkpoints import source
+from slmops.conversion import recipes
 from slmops.conversion.convert import convert
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe, Variant
-from slmops.settings import Settings
+from slmops.core import machine
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe, Variant
 from tests import tiny
 
 EVALUATION_SET = """\

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from slmops.core.values import Answer, CaseOutcome
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell, Result, Timed, Window
-from slmops.models import Answer, CaseOutcome
 
 QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
 """Seconds of the calibration loops before and after a turn."""

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
-from slmops import download, machine, process, pull, tracking_files
-from slmops.deployment import MANIFEST, Deployment, Installed, ModelVersion
-from slmops.errors import RegistrationError, TrackingError
+from slmops.core import machine
+from slmops.core.errors import RegistrationError, TrackingError
+from slmops.core.settings import Settings
+from slmops.core.values import Hardware, VariantFile
+from slmops.delivery import pull
 from slmops.foundry import cli
-from slmops.models import Hardware, VariantFile
-from slmops.settings import Settings
+from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.processes import process
+from slmops.tracking import download
+from slmops.tracking import files as tracking_files
 from tests import values
 
 URI = "http://registry:5000"

@@ -7,9 +7,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from slmops.job import Job
-from slmops.models import Measurement, Registration, Variant
-from slmops.tracking import Tracker
+from slmops.core.job import Job
+from slmops.core.values import Measurement, Registration, Variant
+from slmops.tracking.tracker import Tracker
 from tests import values
 
 HARDWARE = values.variant(Path("/nowhere")).hardware

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slmops.settings import Settings
+from slmops.core.settings import Settings
 from slmops.training import data
 from slmops.training.data import Fetched
 from slmops.training.values import Retrain

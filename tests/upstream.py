@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 
-from slmops.deployment import Installed
-from slmops.errors import SlmopsError
+from slmops.core.errors import SlmopsError
+from slmops.foundry.versions import Installed
 from slmops.serving import proxy, service
 from slmops.serving.fleet import FleetState, Loaded, UnknownModel
 from slmops.serving.limits import Limits

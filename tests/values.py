@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.conversion import store
-from slmops.deployment import ModelVersion
-from slmops.files import write_atomic
-from slmops.models import (
+from slmops.core.files import write_atomic
+from slmops.core.values import (
     MANIFEST,
     Answer,
     CaseOutcome,
@@ -26,6 +25,7 @@ from slmops.models import (
     VariantResult,
     Weights,
 )
+from slmops.foundry.versions import ModelVersion
 
 # SmolLM2-135M's: 576 = 9 x 64 and 1536 = 3 x 512.
 SIZES = (576, 1536)

@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops import locks, machine, process
 from slmops.conversion import olive_log, olive_worker, store, verify_worker
-from slmops.errors import ConversionError, PrerequisiteError, SlmopsError
-from slmops.files import folder_appears_whole, write_atomic
-from slmops.job import Job
-from slmops.models import MANIFEST, Checkpoint, Recipe, Variant
-from slmops.settings import Settings
+from slmops.core import locks, machine
+from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
+from slmops.core.files import folder_appears_whole, write_atomic
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

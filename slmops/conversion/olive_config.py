@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slmops import process
 from slmops.conversion import schema_worker
-from slmops.errors import RecipeError, WorkError
-from slmops.models import Checkpoint, Recipe, to_name
-from slmops.settings import Settings
+from slmops.core.errors import RecipeError, WorkError
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe, to_name
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

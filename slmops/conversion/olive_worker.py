@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slmops import child
-from slmops.models import Frozen
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 
 class Request(Frozen):

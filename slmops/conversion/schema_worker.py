@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from slmops import child
-from slmops.models import Frozen
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 _IGNORED = re.compile(r"Keys \{(.*)\} are not part of (\w+)")
 # ModelBuilder hands extra_options on to the builder of ONNX Runtime GenAI, which reads what it knows.

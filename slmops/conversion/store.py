@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from slmops.files import sha256
-from slmops.models import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
+from slmops.core.files import sha256
+from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
 # The packages whose version changes what comes out.
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from slmops import child
 from slmops.conversion import weights
-from slmops.errors import ConversionError
-from slmops.models import Checkpoint, Frozen, Recipe, Weights
+from slmops.core.errors import ConversionError
+from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
+from slmops.processes import child
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PROBE = (
@@ -101,7 +101,7 @@ def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = Fa
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from slmops.logits import OnnxModel
+    from slmops.conversion.logits import OnnxModel
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from slmops.errors import ConversionError
-from slmops.models import Recipe, Weights
+from slmops.core.errors import ConversionError
+from slmops.core.values import Recipe, Weights
 
 _BITS = {
     TensorProto.FLOAT: 32,

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from slmops.errors import UsageError
+from slmops.core.errors import UsageError
+from slmops.core.values import Frozen
 from slmops.evaluation import matchers, records
 from slmops.evaluation.judge import NOT_CONFIGURED
-from slmops.models import Frozen
 
 DEFAULT = "general.jsonl"
 SHOWN_PROBLEMS = 10

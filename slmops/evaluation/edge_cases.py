@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slmops import process
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
+from slmops.core.settings import Settings
+from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
 from slmops.evaluation.edge_worker import Case, Line, Seen
 from slmops.foundry.stage import Staged, stage
-from slmops.models import CaseOutcome, Measurement, Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 
 CONTEXT = 256
 """Tokens beyond those of the chat template; less if the model has less."""

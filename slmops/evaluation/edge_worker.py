@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from slmops import child
-from slmops.errors import CheckpointError
-from slmops.models import Frozen
+from slmops.core.errors import CheckpointError
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 if TYPE_CHECKING:
     from slmops.foundry.runtime import Reply
@@ -255,7 +255,7 @@ def assistant_first(probe: Probe) -> Observation:
 
 
 def _template_refuses(folder: Path, messages: Messages) -> bool:
-    from slmops import prompt_template
+    from slmops.foundry import prompt_template
 
     template = prompt_template.load(folder)
     try:

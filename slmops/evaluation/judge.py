@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from slmops.core.values import Frozen
 from slmops.evaluation.matchers import Judgement, document, parse_json
-from slmops.models import Frozen
 
 if TYPE_CHECKING:
+    from slmops.core.settings import Settings
     from slmops.evaluation.dataset import Item
-    from slmops.settings import Settings
 
 BACKOFF_S = (0.5, 1.0, 2.0)
 """Seconds before each retry."""

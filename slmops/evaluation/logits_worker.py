@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from slmops import child
-from slmops.errors import EvaluationError
-from slmops.models import Frozen
+from slmops.core.errors import EvaluationError
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,7 +134,7 @@ def _windows(request: Request) -> list[NDArray[Any]]:
 def _logits(request: Request, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     """Logits of each window, shape (tokens, vocabulary)."""
     if not request.hugging_face:
-        from slmops.logits import OnnxModel
+        from slmops.conversion.logits import OnnxModel
 
         onnx = OnnxModel(request.folder)
         yield from (onnx.logits(window) for window in windows)

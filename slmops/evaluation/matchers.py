@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from slmops.errors import UsageError
-from slmops.models import Frozen
+from slmops.core.errors import UsageError
+from slmops.core.values import Frozen
 
 if TYPE_CHECKING:
+    from slmops.core.settings import Settings
     from slmops.evaluation.dataset import Item
-    from slmops.settings import Settings
 
 THRESHOLD = 0.5
 """Score from which an answer counts as right, where the item names no other."""
@@ -94,8 +94,8 @@ def judge(item: Item, answer: str, function: Function | None = None, settings: S
                 return Judgement.unscored("no function was given")
             return python(function, expected, answer, item.threshold)
         case "judge":
+            from slmops.core.settings import Settings
             from slmops.evaluation.judge import score
-            from slmops.settings import Settings
 
             return score(item, answer, settings or Settings())
 

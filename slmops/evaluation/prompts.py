@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
-from slmops import prompt_template
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
+from slmops.foundry import prompt_template
 
 _REPORT = (
     "The harbour master writes down each ship that comes in: its name, its flag, its cargo and the hour. "

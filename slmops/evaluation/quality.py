@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from slmops import locks, process
-from slmops.errors import EvaluationError
+from slmops.core import locks
+from slmops.core.errors import EvaluationError
+from slmops.core.files import write_atomic
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
 from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker
 from slmops.evaluation.logits_worker import Distance
-from slmops.files import write_atomic
-from slmops.job import Job
-from slmops.models import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from slmops.errors import UsageError
+from slmops.core.errors import UsageError
 from slmops.evaluation.matchers import parse_json
 
 COLUMNS = (

@@ -12,10 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.deployment import ModelVersion, Name
-from slmops.errors import EvaluationError, GateError
-from slmops.job import Job
-from slmops.models import Answer, Frozen, Measurement, Variant
+from slmops.core.errors import EvaluationError, GateError
+from slmops.core.job import Job
+from slmops.core.values import Answer, Frozen, Measurement, Variant
+from slmops.foundry.versions import ModelVersion, Name
 
 SPEED = {"ttft_ms_p50": 1, "decode_tok_s": -1, "prefill_tok_s": -1, "response_s_p50": 1}
 """Metric to 1 if less is better, -1 if more is."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops import process
-from slmops.errors import EvaluationError, GateError, UsageError
+from slmops.core.errors import EvaluationError, GateError, UsageError
+from slmops.core.settings import Settings
+from slmops.core.values import Comparison, Frozen, Measurement, Outcome
 from slmops.evaluation import soak_worker, statistics
-from slmops.models import Comparison, Frozen, Measurement, Outcome
-from slmops.settings import Settings
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import psutil
 
-from slmops import child
-from slmops.models import Frozen
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 LENGTHS = [32, 64, 128, 256]
 """Tokens of the prompts that take turns; each turn ends with a conversation of three questions."""

@@ -13,14 +13,15 @@ import shutil
 import time
 from pathlib import Path
 
-from slmops import locks, machine, process
-from slmops.errors import EvaluationError, SlmopsError
+from slmops.core import locks, machine
+from slmops.core.errors import EvaluationError, SlmopsError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Frozen, Registration, Variant
 from slmops.evaluation import prompts, speed_worker
 from slmops.evaluation.speed_worker import Cell, Window
 from slmops.foundry.stage import Staged, stage
-from slmops.job import Job
-from slmops.models import Frozen, Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from slmops import child
-from slmops.errors import EvaluationError
-from slmops.models import Frozen
+from slmops.core.errors import EvaluationError
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 # Long enough for the sampler in the parent to see the process at rest.
 REST_S = 0.2
@@ -84,7 +84,7 @@ def handle(request: Request) -> Result:
     Raises:
         EvaluationError: The model generates nothing that can be timed.
     """
-    from slmops import machine
+    from slmops.core import machine
     from slmops.evaluation import prompts
     from slmops.foundry import runtime
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slmops.models import Measurement
+from slmops.core.values import Measurement
 
 if TYPE_CHECKING:
     from numpy import float64

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
 from slmops.evaluation import edge_cases, speed_worker, statistics
 from slmops.evaluation.quality import BASELINE, HUGGING_FACE, Quality
 from slmops.evaluation.speed import Speed, Turn, memory_in
 from slmops.evaluation.speed_worker import Timed, Window
-from slmops.models import Answer, CurvePoint, Evaluation, Measurement, Variant
 
 PERCENTILES = (50, 90, 99)
 BUSY = "the machine was busy with something else"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slmops.errors import RegistrationError
+from slmops.core.errors import RegistrationError
 
 TIMEOUT_S = 60
 ANSWER_S = 600

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slmops import child
+from slmops.core.values import Frozen
 from slmops.foundry import register_worker
-from slmops.models import Frozen
+from slmops.processes import child
 
 
 class Request(Frozen):

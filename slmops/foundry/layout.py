@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slmops.errors import RegistrationError
-from slmops.files import folder_appears_whole, link_or_copy, sha256, write_atomic
-from slmops.job import Job
-from slmops.models import MANIFEST, Variant, VariantFile
-from slmops.prompt_template import Derived
+from slmops.core.errors import RegistrationError
+from slmops.core.files import folder_appears_whole, link_or_copy, sha256, write_atomic
+from slmops.core.job import Job
+from slmops.core.values import MANIFEST, Variant, VariantFile
+from slmops.foundry.prompt_template import Derived
 
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"

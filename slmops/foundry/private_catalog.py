@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
-from slmops.errors import SlmopsError, UsageError
+from slmops.core.errors import SlmopsError, UsageError
+from slmops.core.values import Frozen
 from slmops.foundry.layout import PUBLISHER
-from slmops.models import Frozen
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 
-from slmops import locks, process, prompt_template
-from slmops.errors import CheckpointError, RegistrationError, SlmopsError
-from slmops.files import remove_scratch
-from slmops.foundry import cli, layout, register_worker
-from slmops.job import Job
-from slmops.models import Registration, Variant
-from slmops.settings import Settings
+from slmops.core import locks
+from slmops.core.errors import CheckpointError, RegistrationError, SlmopsError
+from slmops.core.files import remove_scratch
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Registration, Variant
+from slmops.foundry import cli, layout, prompt_template, register_worker
+from slmops.processes import process
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slmops import child
-from slmops.errors import RegistrationError
-from slmops.models import Frozen
+from slmops.core.errors import RegistrationError
+from slmops.core.values import Frozen
+from slmops.processes import child
 
 PROMPTS = ("What is the capital of France?", "Say hello.", "Count from one to ten.")
 MAX_TOKENS = 24

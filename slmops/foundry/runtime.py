@@ -9,7 +9,7 @@ from typing import Any
 
 import foundry_local_sdk as sdk
 
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
 
 APP_NAME = "slmops"
 # The public catalog costs seconds of retries where there is no network, and nothing here comes from it. Nobody

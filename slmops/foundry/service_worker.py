@@ -19,10 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops import child
-from slmops.errors import ServingError, SlmopsError
+from slmops.core.errors import ServingError, SlmopsError
+from slmops.core.values import Frozen
 from slmops.foundry.layout import PUBLISHER
-from slmops.models import Frozen
+from slmops.processes import child
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from slmops.files import link_or_copy, write_atomic
+from slmops.core.files import link_or_copy, write_atomic
+from slmops.core.values import Frozen, Registration
 from slmops.foundry.layout import GENAI_CONFIG, PUBLISHER
-from slmops.models import Frozen, Registration
 
 
 class Staged(Frozen):

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from slmops import errors, process
-from slmops.deployment import Installed
-from slmops.errors import PrerequisiteError, ServingError
-from slmops.files import remove_scratch
+from slmops.core import errors
+from slmops.core.errors import PrerequisiteError, ServingError
+from slmops.core.files import remove_scratch
+from slmops.core.settings import Settings
 from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
 from slmops.foundry.service_worker import Answer, Request
-from slmops.settings import Settings
+from slmops.foundry.versions import Installed
+from slmops.processes import process
 
 if TYPE_CHECKING:
     import httpx

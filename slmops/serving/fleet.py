@@ -15,14 +15,14 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from slmops.deployment import Installed, ModelVersion
-from slmops.errors import ServingError, UsageError
+from slmops.core.errors import ServingError, UsageError
+from slmops.core.settings import Settings
+from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.source import Source, in_thread
 from slmops.serving.spares import Spares
 from slmops.serving.values import FleetState, Loaded, Unavailable, UnknownModel
 from slmops.serving.watch import Watch, at_fault, said
-from slmops.settings import Settings
 
 __all__ = ["Fleet", "FleetState", "Loaded", "Unavailable", "UnknownModel"]
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from slmops.errors import ServingError
-from slmops.models import Frozen
+from slmops.core.errors import ServingError
+from slmops.core.values import Frozen
 
 Leased = TypeVar("Leased")
 

@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 from pydantic import Field
 
-from slmops.deployment import ModelVersion
-from slmops.errors import ServingError
+from slmops.core.errors import ServingError
+from slmops.core.settings import Settings
+from slmops.core.values import Frozen, Measurement
 from slmops.evaluation import dataset, matchers, statistics
-from slmops.models import Frozen, Measurement
-from slmops.settings import Settings
+from slmops.foundry.versions import ModelVersion
 
 log = logging.getLogger(__name__)
 

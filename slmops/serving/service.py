@@ -18,14 +18,14 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from slmops.errors import PrerequisiteError, UsageError
-from slmops.files import write_atomic
+from slmops.core.errors import PrerequisiteError, UsageError
+from slmops.core.files import write_atomic
+from slmops.core.settings import Settings
 from slmops.serving import proxy
 from slmops.serving.fleet import Fleet
 from slmops.serving.options import Serve
 from slmops.serving.source import RegistrySource
 from slmops.serving.status import SERVING, Running
-from slmops.settings import Settings
 
 log = logging.getLogger(__name__)
 

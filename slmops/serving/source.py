@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
-from slmops.deployment import Installed, ModelVersion
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.foundry.versions import Installed, ModelVersion
 
 if TYPE_CHECKING:
-    from slmops.registry import Registry
+    from slmops.tracking.registry import Registry
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -67,19 +67,19 @@ class RegistrySource:
 
     def install(self, version: ModelVersion) -> Installed:
         """See :class:`Source`."""
-        from slmops import pull
+        from slmops.delivery import pull
 
         return pull.install(version, self.settings, self.uri)
 
     def make_current(self, installed: Installed) -> None:
         """See :class:`Source`."""
-        from slmops import deployed
+        from slmops.delivery import deployed
 
         deployed.make_current(installed, self.settings)
 
     def current(self) -> Installed | None:
         """See :class:`Source`."""
-        from slmops import deployed
+        from slmops.delivery import deployed
 
         return deployed.current(self.name, self.settings)
 
@@ -89,7 +89,9 @@ class RegistrySource:
 
     def _connected(self) -> Registry:
         if self._registry is None:
-            from slmops.registry import Registry  # MLflow takes seconds to import: in a thread, not at the start
+            from slmops.tracking.registry import (
+                Registry,  # MLflow takes seconds to import: in a thread, not at the start
+            )
 
             self._registry = Registry(self.uri)
         return self._registry

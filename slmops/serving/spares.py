@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from slmops.deployment import Installed, ModelVersion
+from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.values import Unavailable
 from slmops.serving.watch import said

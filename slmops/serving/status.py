@@ -7,11 +7,18 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from slmops.daemon import HEALTH_S
-from slmops.models import Frozen
-from slmops.stack import ServingStatus
+from slmops.core.values import Frozen
+from slmops.processes.daemon import HEALTH_S
 
 SERVING = "serving.json"
+
+
+class ServingStatus(Frozen):
+    """What is served here, as ``slmops status --json`` prints it."""
+
+    url: str
+    model: str
+    ok: bool
 
 
 class Running(Frozen):

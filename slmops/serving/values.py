@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from slmops.errors import ServingError, UsageError
-from slmops.models import Frozen
+from slmops.core.errors import ServingError, UsageError
+from slmops.core.values import Frozen
 
 RETRY_S = 5.0
 

@@ -18,8 +18,8 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
-from slmops.deployment import ModelVersion
-from slmops.errors import RegistrationError, ServingError, SlmopsError, TrackingError
+from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
+from slmops.foundry.versions import ModelVersion
 from slmops.serving.source import Source, in_thread
 
 log = logging.getLogger(__name__)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from slmops import locks, process
-from slmops.errors import EvaluationError
+from slmops.core import locks
+from slmops.core.errors import EvaluationError
+from slmops.core.settings import Settings
+from slmops.core.values import Answer, Measurement
 from slmops.evaluation import dataset, statistics
-from slmops.models import Answer, Measurement
-from slmops.settings import Settings
+from slmops.processes import process
 from slmops.training import answers_worker
 from slmops.training.finetune import ENVIRONMENT
 

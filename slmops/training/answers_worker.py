@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slmops import child
+from slmops.core.values import Answer, Frozen
 from slmops.evaluation import matchers
 from slmops.evaluation.dataset import Item
-from slmops.models import Answer, Frozen
+from slmops.processes import child
 
 BATCH = 8
 

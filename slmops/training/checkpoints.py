@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from slmops.files import write_atomic
-from slmops.models import Frozen
+from slmops.core.files import write_atomic
+from slmops.core.values import Frozen
 from slmops.training.values import LossPoint
 
 CHECKPOINTS = "checkpoints"

@@ -15,14 +15,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slmops import locks, process
-from slmops.checkpoint.source import MLFLOW_SCHEMES
-from slmops.errors import DataError, PrerequisiteError, SlmopsError, TrackingError, TrainingError
+from slmops.checkpoints.source import MLFLOW_SCHEMES
+from slmops.core import locks
+from slmops.core.errors import DataError, PrerequisiteError, SlmopsError, TrackingError, TrainingError
+from slmops.core.files import folder_appears_whole, remove_scratch, sha256, write_atomic
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Frozen
 from slmops.evaluation import dataset as evaluation_sets
 from slmops.evaluation.dataset import EvaluationSet
-from slmops.files import folder_appears_whole, remove_scratch, sha256, write_atomic
-from slmops.models import Checkpoint, Frozen
-from slmops.settings import Settings
+from slmops.processes import process
 from slmops.training import checks, examples, tokens_worker, web
 from slmops.training.examples import Example, Read, shown
 from slmops.training.finetune import ENVIRONMENT

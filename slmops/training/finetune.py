@@ -17,12 +17,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from slmops import locks, machine, process
 from slmops.conversion import store
-from slmops.errors import PrerequisiteError, TrainingError
-from slmops.files import sha256, write_atomic
-from slmops.models import Checkpoint, VariantFile
-from slmops.settings import Settings
+from slmops.core import locks, machine
+from slmops.core.errors import PrerequisiteError, TrainingError
+from slmops.core.files import sha256, write_atomic
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, VariantFile
+from slmops.processes import process
 from slmops.training import checkpoints, finetune_worker
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
 

@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmops import child
-from slmops.checkpoint.inspection import TEXT_PATTERNS
-from slmops.errors import DataError, TrainingError
-from slmops.models import Checkpoint, Frozen
+from slmops.checkpoints.inspection import TEXT_PATTERNS
+from slmops.core.errors import DataError, TrainingError
+from slmops.core.values import Checkpoint, Frozen
+from slmops.processes import child
 from slmops.training.checkpoints import CHECKPOINTS, Mark, Stopped, mark_whole, resumable, state_of, truncate
 from slmops.training.masking import IGNORED, Message, answers, labels
 from slmops.training.values import LoraSettings, LossPoint

@@ -6,10 +6,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from slmops import machine
 from slmops.conversion.store import DECISIVE
-from slmops.files import sha256
-from slmops.models import Checkpoint
+from slmops.core import machine
+from slmops.core.files import sha256
+from slmops.core.values import Checkpoint
 from slmops.training.values import Retrain
 
 NO_INPUT = {"data", "evaluation_set", "name", "serve", "watch_s", "approval"}

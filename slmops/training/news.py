@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.deployment import Name
+from slmops.foundry.versions import Name
 
 
 class News(BaseModel):

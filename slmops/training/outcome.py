@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slmops.errors import GateError
-from slmops.models import Comparison, Measurement
+from slmops.core.errors import GateError
+from slmops.core.values import Comparison, Measurement
 from slmops.training.values import Retrained
 
 POLICY = Path(__file__).with_name("policy.toml")

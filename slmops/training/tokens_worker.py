@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from slmops import child
-from slmops.errors import DataError
-from slmops.models import Frozen
+from slmops.core.errors import DataError
+from slmops.core.values import Frozen
+from slmops.processes import child
 from slmops.training.examples import shown
 from slmops.training.masking import Message, answers
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.deployment import Name
-from slmops.job import Precision
-from slmops.models import Frozen, Hardware, Measurement
+from slmops.core.job import Precision
+from slmops.core.values import Frozen, Hardware, Measurement
+from slmops.foundry.versions import Name
 
 DEMO = "demo"
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from slmops.errors import DataError, PrerequisiteError
+from slmops.core.errors import DataError, PrerequisiteError
 from slmops.training.examples import shown
 
 SCHEMES = ("http://", "https://")

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from slmops import policy, selection
 from slmops.conversion import store
+from slmops.core.files import write_atomic
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import MANIFEST, Recipe, Registration, Variant, VariantResult
 from slmops.evaluation import quality, speed, summary
-from slmops.files import write_atomic
 from slmops.foundry.register import register
-from slmops.job import Job
-from slmops.models import MANIFEST, Recipe, Registration, Variant, VariantResult
-from slmops.settings import Settings
+from slmops.selection import choice as selection
+from slmops.selection import policy
 
 pytestmark = pytest.mark.e2e
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slmops import stack
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.local import stack
 from tests import making
 from tests.training_data import HELD_OUT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from slmops.tracking import Tracker
+    from slmops.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def tracker(database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tracker:
-    from slmops.tracking import Tracker
+    from slmops.tracking.tracker import Tracker
 
     monkeypatch.chdir(tmp_path)
     return Tracker(database)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from slmops.checkpoint import architectures
+from slmops.checkpoints import architectures
 from slmops.conversion import convert as conversion
 from slmops.conversion import verify_worker
-from slmops.errors import CheckpointError, ConversionError
-from slmops.job import Job
-from slmops.models import Checkpoint
-from slmops.settings import Settings
+from slmops.core.errors import CheckpointError, ConversionError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
 from tests import making, tiny
 
 # Olive, torch and transformers warn at import and at export; they work in child processes otherwise.

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops import catalog
-from slmops.deployment import ModelVersion
-from slmops.errors import PrerequisiteError, TrackingError, UsageError
+from slmops.core.errors import PrerequisiteError, TrackingError, UsageError
+from slmops.delivery import catalog
 from slmops.foundry.private_catalog import PATH, Entry
+from slmops.foundry.versions import ModelVersion
 from tests.catalogs import LIST, MADE, FakeRegistry, body, entry, version
 
 pytestmark = pytest.mark.integration
@@ -131,8 +131,8 @@ def test_a_failure_is_kept_no_longer_than_an_answer() -> None:
 SERVE = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-from slmops import catalog
-from slmops.errors import SlmopsError
+from slmops.delivery import catalog
+from slmops.core.errors import SlmopsError
 try:
     catalog.serve(sys.argv[1], sys.argv[2], int(sys.argv[3]))
 except SlmopsError as error:
@@ -163,8 +163,8 @@ def serving(uri: str, host: str = "127.0.0.1", port: int = 0) -> Iterator[tuple[
 @pytest.fixture(scope="module")
 def promoted(database: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database in which the model ``bot`` has a champion, and ``other`` has none."""
-    from slmops.registry import Registry
-    from slmops.tracking import Tracker, as_result
+    from slmops.tracking.registry import Registry
+    from slmops.tracking.tracker import Tracker, as_result
     from tests.tracked import Made, start
 
     folder = tmp_path_factory.mktemp("promoted")

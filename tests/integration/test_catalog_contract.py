@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops import catalog, prompt_template
-from slmops.files import link_or_copy
-from slmops.foundry import layout
+from slmops.core.files import link_or_copy
+from slmops.core.settings import Settings
+from slmops.delivery import catalog
+from slmops.foundry import layout, prompt_template
 from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, Query
-from slmops.settings import Settings
 from tests import making
 from tests.catalogs import LIST, FakeRegistry, Server, body, entry, version
 

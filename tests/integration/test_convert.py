@@ -17,14 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from slmops import machine, process, recipes
-from slmops.conversion import store
+from slmops.conversion import recipes, store
 from slmops.conversion.convert import convert, export
-from slmops.errors import ConversionError, PrerequisiteError
-from slmops.files import sha256
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe, Variant
-from slmops.settings import Settings
+from slmops.core import machine
+from slmops.core.errors import ConversionError, PrerequisiteError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe, Variant
+from slmops.processes import process
 from tests import making, tiny
 
 pytestmark = pytest.mark.integration
@@ -289,8 +290,8 @@ def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, home
 CONVERT = """
 import sys
 from pathlib import Path
-from slmops.job import Job
-from slmops.settings import Settings
+from slmops.core.job import Job
+from slmops.core.settings import Settings
 from tests import making
 making.variant("fp32", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2]))
 """

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops import stack
-from slmops.settings import Settings
-from slmops.stack import Stack
+from slmops.core.settings import Settings
+from slmops.local import stack
+from slmops.local.stack import Stack
 from tests import prefect_api, retraining
 
 pytestmark = pytest.mark.integration

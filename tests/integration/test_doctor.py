@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from slmops import doctor
-from slmops.doctor import Check
-from slmops.errors import PrerequisiteError
-from slmops.settings import Settings
+from slmops.core.errors import PrerequisiteError
+from slmops.core.settings import Settings
+from slmops.local import doctor
+from slmops.local.doctor import Check
 
 pytestmark = pytest.mark.integration
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slmops import process
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
 from slmops.evaluation.edge_worker import Case
-from slmops.files import sha256
 from slmops.foundry.register import register
-from slmops.job import Job
-from slmops.models import CaseOutcome, Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 from tests import making
 
 pytestmark = pytest.mark.integration

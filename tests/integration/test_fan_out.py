@@ -18,17 +18,18 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows import fan_out
 from flows.variant import variant
-from slmops import parts, tracking_exchange
+from slmops.cluster import parts
+from slmops.cluster.exchange import Exchange
+from slmops.cluster.parts import Part, Result
 from slmops.conversion import store
-from slmops.errors import ConversionError, PrerequisiteError, SlmopsError, TrackingError, WorkError
-from slmops.exchange import Exchange
-from slmops.files import sha256
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe
-from slmops.parts import Part, Result
-from slmops.pools import Pool
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.pools import Pool
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe
+from slmops.tracking import exchange as tracking_exchange
+from slmops.tracking.tracker import Tracker
 from tasks.fan_out import Seen
 from tasks.show import Progress
 from tests import making, tracked

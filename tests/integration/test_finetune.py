@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from slmops import machine
-from slmops.errors import DataError, TrainingError
-from slmops.files import sha256
-from slmops.job import Job
-from slmops.models import Checkpoint
-from slmops.settings import Settings
+from slmops.core import machine
+from slmops.core.errors import DataError, TrainingError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
 from slmops.training import finetune, finetune_worker
 from slmops.training.answers import answer_with_checkpoint
 from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData

@@ -20,14 +20,13 @@ import numpy as np
 import psutil
 import pytest
 
-from slmops import prompt_template
-from slmops.deployment import Installed, ModelVersion
-from slmops.errors import ServingError
-from slmops.foundry import layout
-from slmops.models import Variant
+from slmops.core.errors import ServingError
+from slmops.core.settings import Settings
+from slmops.core.values import Variant
+from slmops.foundry import layout, prompt_template
+from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import CHAT, Backend
 from slmops.serving.fleet import Fleet
-from slmops.settings import Settings
 from tests import fleets, making
 from tests.fleets import until
 
@@ -39,9 +38,9 @@ WAIT_S = 60.0
 # A service that starts one process, tells its number and is killed then.
 SERVICE = """
 import asyncio, sys
-from slmops.deployment import Installed
+from slmops.foundry.versions import Installed
 from slmops.serving.backend import Backend
-from slmops.settings import Settings
+from slmops.core.settings import Settings
 
 async def main():
     backend = await Backend.start(Installed.model_validate_json(sys.argv[1]), Settings(home=sys.argv[2]))

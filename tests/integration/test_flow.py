@@ -22,11 +22,11 @@ from prefect.client.schemas.objects import FlowRun
 from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
 from slmops.conversion import store
-from slmops.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
-from slmops.job import Job
-from slmops.models import Comparison
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.core.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Comparison
+from slmops.tracking.tracker import Tracker
 from tests import making
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read

@@ -12,10 +12,10 @@ import pytest
 
 from slmops.conversion import olive_config
 from slmops.conversion.convert import convert
-from slmops.errors import ConversionError, RecipeError
-from slmops.job import Job
-from slmops.models import Checkpoint, Recipe
-from slmops.settings import Settings
+from slmops.core.errors import ConversionError, RecipeError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Recipe
 from tests import making, tiny
 
 pytestmark = pytest.mark.integration

@@ -14,15 +14,15 @@ from prefect import resume_flow_run
 from prefect.client.schemas.objects import FlowRun
 
 from flows.promote import promote, rollback
-from slmops import locks
-from slmops.deployment import MANIFEST, ModelVersion, Promoted, Promotion
-from slmops.errors import BusyError, GateError, PromotionError, TrackingError, UsageError
+from slmops.core import locks
+from slmops.core.errors import BusyError, GateError, PromotionError, TrackingError, UsageError
+from slmops.core.settings import Settings
+from slmops.core.values import Evaluation, Measurement, Registration, Variant
 from slmops.foundry.register import register
-from slmops.models import Evaluation, Measurement, Registration, Variant
-from slmops.policy import Gate, Policy
-from slmops.registry import Registry
-from slmops.settings import Settings
-from slmops.tracking import Tracker, as_result
+from slmops.foundry.versions import MANIFEST, ModelVersion, Promoted, Promotion
+from slmops.selection.policy import Gate, Policy
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker, as_result
 from tests import making, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import start

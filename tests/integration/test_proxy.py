@@ -25,10 +25,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 
-from slmops import prompt_template
-from slmops.deployment import Installed
-from slmops.foundry import layout
-from slmops.settings import Settings
+from slmops.core.settings import Settings
+from slmops.foundry import layout, prompt_template
+from slmops.foundry.versions import Installed
 from tests import fuzzing, making
 from tests.upstream import CHAT, RESPONSES
 
@@ -40,11 +39,11 @@ HI: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 EXAMPLES = 3000
 SERVICE = """
 import asyncio, logging, sys
-from slmops.deployment import Installed
+from slmops.foundry.versions import Installed
 from slmops.serving import service
 from slmops.serving.fleet import Fleet
 from slmops.serving.options import Serve
-from slmops.settings import Settings
+from slmops.core.settings import Settings
 from tests import fleets
 
 class Source(fleets.World):

@@ -17,17 +17,20 @@ from pathlib import Path
 
 import pytest
 
-from slmops import daemon, download, pull, stack
 from slmops.conversion.store import files_of
-from slmops.daemon import HOST, Daemon
-from slmops.deployment import MANIFEST, Deployment, Installed, ModelVersion
-from slmops.errors import RegistrationError, TrackingError
-from slmops.files import sha256
+from slmops.core.errors import RegistrationError, TrackingError
+from slmops.core.files import sha256
+from slmops.core.settings import Settings
+from slmops.delivery import pull
 from slmops.foundry.register import register
-from slmops.registry import Registry
-from slmops.settings import Settings
-from slmops.tracking import Tracker, as_result
-from slmops.tracking_files import BLOCK
+from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.local import stack
+from slmops.processes import daemon
+from slmops.processes.daemon import HOST, Daemon
+from slmops.tracking import download
+from slmops.tracking.files import BLOCK
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker, as_result
 from tests import making, tracked, values
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, rel_entr
 
-from slmops import process
-from slmops.errors import EvaluationError, UsageError
+from slmops.core.errors import EvaluationError, UsageError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Registration, Variant
 from slmops.evaluation import edge_cases, quality, speed, summary
 from slmops.evaluation.logits_worker import WINDOW
 from slmops.evaluation.quality import BASELINE, HUGGING_FACE, TOKENS, Quality
 from slmops.evaluation.speed import Speed
-from slmops.files import sha256
 from slmops.foundry.register import register
-from slmops.job import Job
-from slmops.models import Checkpoint, Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 from tests import making, measured
 
 pytestmark = pytest.mark.integration
@@ -137,7 +137,7 @@ def test_export_computes_what_the_checkpoint_computes(scored: dict[str, Quality]
 def test_distance_of_a_quantized_variant_to_the_baseline(
     scored: dict[str, Quality], made: dict[str, Made], job: Job
 ) -> None:
-    from slmops.logits import OnnxModel
+    from slmops.conversion.logits import OnnxModel
 
     assert scored["int8"].distances.keys() == {BASELINE, HUGGING_FACE}
     found = scored["int8"].distances[BASELINE]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from slmops.conversion import store
-from slmops.errors import RegistrationError
-from slmops.files import sha256
+from slmops.core.errors import RegistrationError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Variant
 from slmops.foundry.register import register
-from slmops.job import Job
-from slmops.models import Variant
-from slmops.settings import Settings
 from tests import making
 
 pytestmark = pytest.mark.integration

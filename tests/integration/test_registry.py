@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from slmops.deployment import MANIFEST, Deployment, ModelVersion
-from slmops.errors import PromotionError, TrackingError, UsageError
-from slmops.models import VariantResult
-from slmops.registry import Registry
-from slmops.tracking import Tracker, as_result
+from slmops.core.errors import PromotionError, TrackingError, UsageError
+from slmops.core.values import VariantResult
+from slmops.foundry.versions import MANIFEST, Deployment, ModelVersion
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker, as_result
 from tests.tracked import Made, start
 
 pytestmark = pytest.mark.integration

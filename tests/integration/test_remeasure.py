@@ -14,15 +14,17 @@ from flows.optimize import optimize
 from flows.promote import promote
 from flows.remeasure import remeasure
 from flows.soak import soak
-from slmops import deployed, locks, machine, pull, tracking_remeasure
-from slmops.deployment import ModelVersion, Promotion
-from slmops.errors import BusyError, UsageError
-from slmops.evaluation import dataset, on_device, speed
+from slmops.core import locks, machine
+from slmops.core.errors import BusyError, UsageError
+from slmops.core.settings import Settings
+from slmops.delivery import deployed, on_device, pull
+from slmops.evaluation import dataset, speed
 from slmops.evaluation.remeasure import MEMORY, SPEED, DriftError, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak
-from slmops.registry import Registry
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.foundry.versions import ModelVersion, Promotion
+from slmops.tracking import remeasure as tracking_remeasure
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
 from tests import making
 from tests.shown import artifacts, flow_runs
 from tests.tracked import artifacts as files_of

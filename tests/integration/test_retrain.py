@@ -13,11 +13,11 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.retrain import retrain
-from slmops.errors import DataError, TrainingError
-from slmops.registry import Registry
+from slmops.core.errors import DataError, TrainingError
+from slmops.core.settings import Settings
 from slmops.serving import detached, status
-from slmops.settings import Settings
-from slmops.tracking_training import TrainingTracker
+from slmops.tracking.registry import Registry
+from slmops.tracking.training import TrainingTracker
 from slmops.training.outcome import RetrainError
 from slmops.training.values import Retrained
 from tests import retraining

@@ -11,14 +11,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from flows.soak import soak
-from slmops import tracking_soak
-from slmops.errors import EvaluationError, TrackingError, UsageError
+from slmops.core.errors import EvaluationError, TrackingError, UsageError
+from slmops.core.settings import Settings
+from slmops.core.values import Registration
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
 from slmops.foundry.register import register
-from slmops.models import Registration
-from slmops.policy import Policy
-from slmops.settings import Settings
-from slmops.tracking import Tracker
+from slmops.selection.policy import Policy
+from slmops.tracking import soak as tracking_soak
+from slmops.tracking.tracker import Tracker
 from tests import making, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from slmops.checkpoint import demo_package, source
-from slmops.errors import CheckpointError, PrerequisiteError
-from slmops.files import sha256
-from slmops.job import Job
-from slmops.models import Checkpoint
-from slmops.settings import Settings
+from slmops.checkpoints import demo_package, source
+from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
 
 pytestmark = pytest.mark.integration
 
@@ -199,10 +199,10 @@ def hub() -> Iterator[str]:
 
 CODE = """
 import pathlib, sys
-from slmops import errors
-from slmops.checkpoint import source
-from slmops.job import Job
-from slmops.settings import Settings
+from slmops.core import errors
+from slmops.checkpoints import source
+from slmops.core.job import Job
+from slmops.core.settings import Settings
 try:
     found = source.resolve(Job(model=sys.argv[1]), Settings(home=sys.argv[2]), download=None)
 except errors.SlmopsError as error:

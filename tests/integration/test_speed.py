@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slmops import process
-from slmops.errors import EvaluationError, SlmopsError
+from slmops.core.errors import EvaluationError, SlmopsError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Registration, Variant
 from slmops.evaluation import prompts, speed, speed_worker, summary
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell
 from slmops.foundry.register import register
 from slmops.foundry.stage import stage
-from slmops.job import Job
-from slmops.models import Registration, Variant
-from slmops.settings import Settings
+from slmops.processes import process
 from tests import making
 from tests.measured import answer, quality
 from tests.tiny import VOCABULARY

@@ -18,10 +18,11 @@ import httpx
 import psutil
 import pytest
 
-from slmops import daemon, stack
-from slmops.errors import PrerequisiteError, WorkError
-from slmops.settings import Settings
-from slmops.stack import Stack
+from slmops.core.errors import PrerequisiteError, WorkError
+from slmops.core.settings import Settings
+from slmops.local import stack
+from slmops.local.stack import Stack
+from slmops.processes import daemon
 from tests import prefect_api
 
 pytestmark = pytest.mark.integration
@@ -398,5 +399,7 @@ def test_a_given_server_that_is_down_is_named(alone: Settings, monkeypatch: pyte
 
 
 def test_importing_it_loads_neither_prefect_nor_mlflow() -> None:
-    code = "import sys, slmops.stack; raise SystemExit(any(name in sys.modules for name in ('prefect', 'mlflow')))"
+    code = (
+        "import sys, slmops.local.stack; raise SystemExit(any(name in sys.modules for name in ('prefect', 'mlflow')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

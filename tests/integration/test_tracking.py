@@ -13,11 +13,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from slmops import tracking_remeasure
-from slmops.errors import TrackingError, UsageError
+from slmops.core.errors import TrackingError, UsageError
 from slmops.evaluation import dataset
-from slmops.policy import Policy
-from slmops.tracking import Tracker, as_result
+from slmops.selection.policy import Policy
+from slmops.tracking import remeasure as tracking_remeasure
+from slmops.tracking.tracker import Tracker, as_result
 from tests import values
 from tests.tracked import HARDWARE, JOB, Made, artifacts, children, read, start
 

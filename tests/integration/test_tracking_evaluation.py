@@ -13,12 +13,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Trace
 from mlflow.tracing.client import TracingClient
 
-from slmops import tracking_answers
-from slmops.errors import TrackingError
-from slmops.models import Answer, GateResult, Measurement
-from slmops.policy import Policy
-from slmops.tracking import Tracker
-from slmops.tracking_evaluation import TAG_LIMIT, description
+from slmops.core.errors import TrackingError
+from slmops.core.values import Answer, GateResult, Measurement
+from slmops.selection.policy import Policy
+from slmops.tracking import answers as tracking_answers
+from slmops.tracking.evaluation import TAG_LIMIT, description
+from slmops.tracking.tracker import Tracker
 from tests import values
 from tests.tracked import HARDWARE, JOB, Made, artifacts, read, start
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from slmops import tracking_files
-from slmops.daemon import HOST
-from slmops.errors import TrackingError
-from slmops.tracking_files import BLOCK, NotGivenError, read
+from slmops.core.errors import TrackingError
+from slmops.processes.daemon import HOST
+from slmops.tracking import files as tracking_files
+from slmops.tracking.files import BLOCK, NotGivenError, read
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from slmops.errors import DataError, TrackingError, UsageError
-from slmops.files import sha256
-from slmops.models import Checkpoint
-from slmops.settings import Settings
+from slmops.core.errors import DataError, TrackingError, UsageError
+from slmops.core.files import sha256
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
 from slmops.training import data, report
 from slmops.training.values import LoraSettings, TrainingData
 from tests import tiny, values
@@ -22,7 +22,7 @@ from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, pu
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from slmops.tracking import Tracker
+    from slmops.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.integration
 
@@ -242,7 +242,7 @@ def test_mlflow_datasets(
 ) -> None:
     import mlflow
 
-    from slmops import tracking_datasets
+    from slmops.tracking import datasets as tracking_datasets
 
     question = [{"role": "user", "content": "U"}]
     made("it's mine", [{"inputs": {"messages": question}, "expectations": {"expected_response": "old"}}])
@@ -266,14 +266,14 @@ def test_mlflow_datasets(
 
 @pytest.mark.parametrize("name", ["absent", "x' OR name != '", "'\"", "%"])
 def test_an_mlflow_dataset_that_is_not_there(database: str, name: str) -> None:
-    from slmops import tracking_datasets
+    from slmops.tracking import datasets as tracking_datasets
 
     with pytest.raises(DataError, match="has no dataset of the name"):
         tracking_datasets.records(database, name)
 
 
 def test_two_mlflow_datasets_of_one_name(made: Callable[[str, list[dict[str, Any]]], None], database: str) -> None:
-    from slmops import tracking_datasets
+    from slmops.tracking import datasets as tracking_datasets
 
     for _ in range(2):
         made("twice", [{"inputs": {"prompt": "P"}}])
@@ -282,7 +282,7 @@ def test_two_mlflow_datasets_of_one_name(made: Callable[[str, list[dict[str, Any
 
 
 def test_mlflow_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops import tracking_datasets
+    from slmops.tracking import datasets as tracking_datasets
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError):

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from slmops.errors import DataError, PrerequisiteError, UsageError
-from slmops.settings import Settings
+from slmops.core.errors import DataError, PrerequisiteError, UsageError
+from slmops.core.settings import Settings
 from slmops.training import data, web
 from tests.training_data import asked, fetch
 

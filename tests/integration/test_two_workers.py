@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from slmops.conversion import store
-from slmops.models import Comparison
+from slmops.core.values import Comparison
 from tests import making
 from tests.compose import ROOT, Compose
 from tests.machines import NETWORK, Machine, isolated, machines

@@ -6,7 +6,7 @@ belongs to another category and is in order.
 
 from __future__ import annotations
 
-from slmops.models import Frozen
+from slmops.core.values import Frozen
 
 
 class Phrases(Frozen):

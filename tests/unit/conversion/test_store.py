@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slmops.conversion import store
-from slmops.models import MANIFEST, Recipe, Variant
+from slmops.core.values import MANIFEST, Recipe, Variant
 from tests.values import CONTENTS, VERSIONS, checkpoint, write_variant
 
 RECIPE = Recipe(name="int4", config={"passes": {"a": {"type": "Rtn"}}, "host": "local"}, bits=4)

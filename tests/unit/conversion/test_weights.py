@@ -11,8 +11,8 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 
 from slmops.conversion import weights
-from slmops.errors import ConversionError
-from slmops.models import Recipe, Weights
+from slmops.core.errors import ConversionError
+from slmops.core.values import Recipe, Weights
 
 _BYTES = {
     TensorProto.FLOAT: 4,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slmops.errors import UsageError
+from slmops.core.errors import UsageError
 from slmops.evaluation import dataset, matchers
 from slmops.evaluation.dataset import Item
 

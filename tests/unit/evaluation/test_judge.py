@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from slmops.core.settings import Settings
 from slmops.evaluation import judge, matchers
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
-from slmops.settings import Settings
 
 KEY = "sk-very-secret-4711"
 ITEM = Item(prompt="What is the capital of France?", expected="Paris", match="judge")

@@ -14,7 +14,7 @@ import pytest
 from scipy.special import log_softmax, rel_entr
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
 from slmops.evaluation import logits_worker as worker
 
 VOCABULARY = 8
@@ -34,7 +34,7 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         text = tmp_path / "text.txt"
         text.write_text(" ".join(f"w{n % VOCABULARY}" for n in range(count)), encoding="utf-8")
         fake = SimpleNamespace(OnnxModel=lambda _folder: SimpleNamespace(logits=logits))
-        monkeypatch.setitem(sys.modules, "slmops.logits", fake)
+        monkeypatch.setitem(sys.modules, "slmops.conversion.logits", fake)
         return worker.handle(worker.Request(folder=tmp_path, text=text, tokens=tokens, **asked))
 
     return run

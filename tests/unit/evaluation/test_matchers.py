@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from slmops.errors import UsageError
+from slmops.core.errors import UsageError
+from slmops.core.settings import Settings
 from slmops.evaluation import matchers
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
-from slmops.settings import Settings
 
 
 def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from slmops.errors import EvaluationError
+from slmops.core.errors import EvaluationError
 from slmops.evaluation import prompts
 
 Count = Callable[[str], int]

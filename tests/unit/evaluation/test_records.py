@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops.errors import UsageError
+from slmops.core.errors import UsageError
 from slmops.evaluation import dataset
 from slmops.evaluation.dataset import Item, Pattern
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from slmops import machine
-from slmops.errors import EvaluationError, SlmopsError
+from slmops.core import machine
+from slmops.core.errors import EvaluationError, SlmopsError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Registration, Variant
 from slmops.evaluation import speed, speed_worker
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Window
 from slmops.foundry.stage import Staged
-from slmops.job import Job
-from slmops.models import Registration, Variant
-from slmops.process import Finished
-from slmops.settings import Settings
+from slmops.processes.process import Finished
 from tests.values import variant
 
 NAME = "bot"
@@ -91,7 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Processes:
-    """Stands in for :func:`slmops.process.call`."""
+    """Stands in for :func:`slmops.processes.process.call`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, speed_worker.Request, dict[str, Any]]] = []

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slmops.core.values import Evaluation, Measurement
 from slmops.evaluation import summary
 from slmops.evaluation.speed import Speed
-from slmops.models import Evaluation, Measurement
 from tests.measured import BUSY, quality, speed, timed, turn
 from tests.values import variant
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from slmops.core.values import Answer, Evaluation, Measurement, Recipe, Variant
 from slmops.evaluation import summary
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
-from slmops.models import Answer, Evaluation, Measurement, Recipe, Variant
-from slmops.policy import CATEGORY, KNOWN_METRICS
+from slmops.selection.policy import CATEGORY, KNOWN_METRICS
 from tests.measured import CASES, answer, answers, quality, speed, timed, turn
 from tests.values import variant
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops.errors import RegistrationError
+from slmops.core.errors import RegistrationError
 from slmops.foundry import cli
 
 CALLED = "bot-int4-generic-cpu"

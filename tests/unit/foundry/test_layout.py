@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from slmops.files import remove_scratch
+from slmops.core.files import remove_scratch
+from slmops.core.job import Job
+from slmops.core.values import MANIFEST, Variant
 from slmops.foundry import layout
-from slmops.job import Job
-from slmops.models import MANIFEST, Variant
-from slmops.prompt_template import Derived
+from slmops.foundry.prompt_template import Derived
 from tests.values import CONTENTS, checkpoint, write_variant
 
 STRINGS = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}

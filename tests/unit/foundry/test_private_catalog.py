@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from slmops.errors import TrackingError, UsageError
+from slmops.core.errors import TrackingError, UsageError
 from slmops.foundry import private_catalog
 from slmops.foundry.private_catalog import PATH, Entry, answer, app
 from tests.catalogs import (

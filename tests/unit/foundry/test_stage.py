@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from slmops.core.values import Registration
 from slmops.foundry.stage import Staged, stage
-from slmops.models import Registration
 
 CONFIG: dict[str, Any] = {
     "model": {

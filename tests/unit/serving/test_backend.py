@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from slmops.deployment import Installed
-from slmops.errors import PrerequisiteError, ServingError, SlmopsError
+from slmops.core.errors import PrerequisiteError, ServingError, SlmopsError
+from slmops.core.settings import Settings
 from slmops.foundry import service_worker
+from slmops.foundry.versions import Installed
 from slmops.serving import backend as module
 from slmops.serving.backend import Backend
-from slmops.settings import Settings
 from tests import fleets
 
 READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'

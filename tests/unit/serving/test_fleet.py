@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 
-from slmops.deployment import Installed
-from slmops.errors import PrerequisiteError, RegistrationError, ServingError, SlmopsError, TrackingError, UsageError
+from slmops.core.errors import (
+    PrerequisiteError,
+    RegistrationError,
+    ServingError,
+    SlmopsError,
+    TrackingError,
+    UsageError,
+)
+from slmops.core.settings import Settings
+from slmops.foundry.versions import Installed
 from slmops.serving import fleet as module
 from slmops.serving.fleet import Fleet, Unavailable
-from slmops.settings import Settings
 from tests.fleets import (
     BAD,
     CREATED,

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from slmops.errors import ServingError
-from slmops.models import Measurement
+from slmops.core.errors import ServingError
+from slmops.core.settings import Settings
+from slmops.core.values import Measurement
 from slmops.serving import probation
-from slmops.settings import Settings
 from tests.values import model_version
 
 VERSION = model_version(7)

@@ -18,10 +18,10 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from slmops.errors import PrerequisiteError, ServingError, UsageError
+from slmops.core.errors import PrerequisiteError, ServingError, UsageError
+from slmops.core.settings import Settings
 from slmops.serving import service
 from slmops.serving.options import Serve
-from slmops.settings import Settings
 from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, chunk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 import threading
 import time
@@ -12,10 +13,9 @@ from typing import Any
 
 import pytest
 
-import slmops
-from slmops.deployment import ModelVersion
+from slmops.core.settings import Settings
+from slmops.foundry.versions import ModelVersion
 from slmops.serving.source import RegistrySource, in_thread
-from slmops.settings import Settings
 from tests.fleets import installed, version
 
 
@@ -75,13 +75,14 @@ def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     def replace(name: str, **functions: Any) -> None:
         fake = types.SimpleNamespace(**functions)
-        monkeypatch.setitem(sys.modules, f"slmops.{name}", fake)  # type: ignore[arg-type]
-        monkeypatch.setattr(slmops, name, fake, raising=False)
+        package, _, module = f"slmops.{name}".rpartition(".")
+        monkeypatch.setitem(sys.modules, f"{package}.{module}", fake)  # type: ignore[arg-type]
+        monkeypatch.setattr(importlib.import_module(package), module, fake, raising=False)
 
-    replace("registry", Registry=Registry)
-    replace("pull", install=lambda *args: calls.append(("install", *args)))
+    replace("tracking.registry", Registry=Registry)
+    replace("delivery.pull", install=lambda *args: calls.append(("install", *args)))
     replace(
-        "deployed",
+        "delivery.deployed",
         make_current=lambda *args: calls.append(("make_current", *args)),
         current=lambda *args: calls.append(("current", *args)),
     )

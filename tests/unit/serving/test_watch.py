@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from slmops.errors import PrerequisiteError, RegistrationError, UsageError
+from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
 from slmops.serving import watch
 from slmops.serving.fleet import UnknownModel
 from tests.fleets import BAD, DOWN, World, asked, fleet, installed, rounds, run, serving, until, version

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from slmops.errors import DataError, PrerequisiteError, TrackingError
-from slmops.settings import Settings
+from slmops.core.errors import DataError, PrerequisiteError, TrackingError
+from slmops.core.settings import Settings
 from slmops.training import data
 from slmops.training.data import Fetched
 from slmops.training.values import Retrain

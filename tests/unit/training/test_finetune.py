@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from slmops.models import Hardware
+from slmops.core.values import Hardware
 from slmops.training import finetune, finetune_worker
 from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from slmops import policy
-from slmops.models import Measurement
+from slmops.core.values import Measurement
+from slmops.selection import policy
 from slmops.training import fingerprint, outcome
 from slmops.training.values import LoraSettings, Retrain, Retrained
 from tests import values

@@ -1,0 +1,113 @@
+"""Checkpoints from the Hugging Face hub, in the hub's own cache, so that other programs share them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from slmops.checkpoints import inspection, weight_files
+from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.job import Job
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 10.0
+TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
+
+def parse(text: str) -> tuple[str, str | None] | None:
+    """Repository and revision of ``org/name`` or ``org/name@revision``; None: it is no hub id, but a path.
+
+    >>> parse("org/name@v1")
+    ('org/name', 'v1')
+    >>> parse("./name") is None
+    True
+    """
+    repo, at, revision = text.partition("@")
+    if text.lower().endswith(".gguf") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
+        return None
+    if at and not revision:
+        return None
+    return repo, revision or None
+
+
+def fetch(repo: str, revision: str | None, job: Job) -> Path:
+    """Folder in the hub's cache with the files that count; texts are fetched and checked before the weights.
+
+    The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used.
+
+    Raises:
+        CheckpointError: There is no such model or revision, it is gated, or it cannot be converted.
+        PrerequisiteError: The hub cannot be reached, or the connection broke.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    texts = [*TEXTS, *(["*.py"] if job.trust_remote_code else [])]
+    try:
+        try:
+            info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+            raise
+        except Exception as error:
+            return _cached(repo, revision, texts, job, error)
+        # Only the top folder: repositories keep exports and originals in folders below it.
+        present = {file.rfilename for file in info.siblings or () if "/" not in file.rfilename}
+        root = weight_files.choose(present, repo, allow_pickle=job.allow_pickle)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=texts, ignore_patterns=["*/*"])
+        inspection.read_texts(Path(folder), job, repo)
+        weights = _weight_pattern(root)
+        log.info("fetching the weights of %s", repo)
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=[*texts, weights], ignore_patterns=["*/*"])
+        )
+    except (CheckpointError, PrerequisiteError):
+        raise
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo} is gated: the hub gives it only to accounts that accepted its licence.",
+            "Accept the licence on the model's page, then set HF_TOKEN to a token of that account.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} has no revision {revision or 'main'}.", "Give a branch, a tag or a commit: org/name@revision."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
+        raise CheckpointError(
+            f"The hub shows no model {repo}, and there is no such folder.",
+            "Check the spelling; for a private model set HF_TOKEN; for a folder write ./ before its name.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{repo} is no hub id: {error}", "A hub id is org/name or org/name@revision.") from error
+    except Exception as error:
+        # Whatever the transport raises: it changed its HTTP library before.
+        raise PrerequisiteError(
+            f"The download of {repo} from the hub broke off: {type(error).__name__}: {_line(error)}",
+            "Run it again: what has arrived is kept. Or use a folder in Hugging Face format.",
+        ) from error
+
+
+def _cached(repo: str, revision: str | None, texts: list[str], job: Job, reason: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [*texts, "model*.safetensors", *(["pytorch_model*.bin"] if job.allow_pickle else [])]
+    try:
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=True
+        )
+    except Exception as error:
+        raise PrerequisiteError(
+            f"There is no folder {repo} here, and the hub cannot be reached: {_line(reason)}",
+            "Connect to the network (behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT), "
+            "or give a folder in Hugging Face format instead of a hub id.",
+        ) from error
+    log.warning("the hub cannot be reached; using the copy of %s in its cache", repo)
+    return Path(folder)
+
+
+def _weight_pattern(root: str) -> str:
+    return "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

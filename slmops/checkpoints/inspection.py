@@ -1,0 +1,224 @@
+"""What a folder in Hugging Face format holds, and whether it can be converted. Reads only; loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints import architectures, weight_files
+from slmops.core.errors import CheckpointError
+from slmops.core.files import sha256
+from slmops.core.job import Job
+
+TEXT_PATTERNS = (
+    "config*.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files beside the weights that decide what the model computes and how it is talked to."""
+
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.tiktoken",),
+)
+"""Any one of these groups makes a tokenizer."""
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the small files of a checkpoint say.
+
+    Attributes:
+        config: Content of config.json.
+        architecture: First of its architectures.
+        context_length: Longest sequence in tokens.
+        template: Chat template that has to be put into place before the tokenizer sees it; None: it lies there.
+    """
+
+    config: Mapping[str, Any]
+    architecture: str
+    context_length: int
+    template: str | None
+
+
+def read_texts(folder: Path, job: Job, where: str) -> Texts:
+    """Check everything but the weights.
+
+    Args:
+        folder: The checkpoint.
+        job: What was asked for; its ``chat_template`` and ``trust_remote_code`` count here.
+        where: What to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: Something is missing, broken or cannot be converted.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{where} is not a folder.", "Give the folder that holds config.json.")
+    if not (folder / "config.json").is_file():
+        # Adapters and GGUF files have no config.json either, and deserve a better answer than that.
+        weight_files.choose(names(folder), where, allow_pickle=True)
+        raise CheckpointError(
+            f"{where}/config.json is missing.",
+            "Give the folder that model.save_pretrained(...) and tokenizer.save_pretrained(...) wrote.",
+        )
+    config = _read_json(folder / "config.json", f"{where}/config.json")
+    listed = config.get("architectures")
+    if not (isinstance(listed, list) and listed and isinstance(listed[0], str)):
+        raise CheckpointError(
+            f"{where}/config.json names no architectures.",
+            'Add the class that it was trained as: "architectures": ["LlamaForCausalLM"].',
+        )
+    _refuse_custom_code(folder, config, job, where)
+    architectures.check(listed[0])
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise CheckpointError(
+            f"{where} is quantized already (quantization_config in config.json): "
+            "each variant would be quantized twice, and there would be no baseline to judge it by.",
+            "Use the checkpoint from before it was quantized.",
+        )
+    present = names(folder)
+    if not any(all(name in present for name in group) for group in TOKENIZERS):
+        raise CheckpointError(
+            f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
+            "Save it there: tokenizer.save_pretrained(folder).",
+        )
+    if "tokenizer.json" in present:
+        _read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
+    template = _chat_template(folder, job, where)
+    context = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    if context is None:
+        raise CheckpointError(
+            f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
+            "Add max_position_embeddings with the model's context length in tokens.",
+        )
+    return Texts(config, listed[0], context, template)
+
+
+def read_template(job: Job) -> str | None:
+    """The chat template that the job brings; None: it brings none.
+
+    Raises:
+        CheckpointError: The file cannot be read, is not UTF-8 or is empty.
+    """
+    if job.chat_template is None:
+        return None
+    path = job.chat_template.expanduser()
+    text = _read_text(path, str(path))
+    if not text.strip():
+        raise CheckpointError(f"The chat template {path} is empty.", "Give a Jinja file that renders `messages`.")
+    return text
+
+
+def names(folder: Path) -> set[str]:
+    """Names of the files in a folder; a link that leads nowhere is none."""
+    try:
+        return {path.name for path in folder.iterdir() if path.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}.", "Check its permissions.") from error
+
+
+def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, str]:
+    """SHA-256 of each file that matters, by name.
+
+    Args:
+        folder: The checkpoint.
+        weights: Names of the weight files.
+        job: With its ``trust_remote_code`` Python files matter too.
+    """
+    patterns = (*TEXT_PATTERNS, *(("*.py",) if job.trust_remote_code else ()))
+    texts = {name for name in names(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    try:
+        return {name: sha256(folder / name) for name in sorted(texts | set(weights))}
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read: {error.strerror}.", "Check its permissions and its disk."
+        ) from error
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 over names and contents, whatever their order."""
+    lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}", weight_files.COPY_AGAIN) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} is not a JSON object.", weight_files.COPY_AGAIN)
+    return content
+
+
+def _refuse_custom_code(folder: Path, config: Mapping[str, Any], job: Job, where: str) -> None:
+    """The model builder trusts remote code by default, so what nobody allowed must not get as far as that."""
+    if job.trust_remote_code:
+        return
+    found = "auto_map in config.json" if config.get("auto_map") else None
+    tokenizer = folder / "tokenizer_config.json"
+    if found is None and tokenizer.is_file():
+        settings = _read_json(tokenizer, f"{where}/{tokenizer.name}")
+        found = "auto_map in tokenizer_config.json" if settings.get("auto_map") else None
+    if found is None and (folder / "custom_generate").is_dir():
+        found = "the folder custom_generate"
+    if found is not None:
+        raise CheckpointError(
+            f"{where} brings Python code of its own ({found}), which would run on this machine.",
+            "Read that code, then pass --trust-remote-code; or use a checkpoint of an architecture that "
+            "transformers knows.",
+        )
+
+
+def _chat_template(folder: Path, job: Job, where: str) -> str | None:
+    if (text := read_template(job)) is not None:
+        return text
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        if not _read_text(jinja, f"{where}/{jinja.name}").strip():
+            raise CheckpointError(
+                f"{where}/{jinja.name} is empty, and it hides any other chat template.",
+                "Remove it, or pass --chat-template FILE.jinja.",
+            )
+        return None
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and _read_json(config, f"{where}/{config.name}").get("chat_template"):
+        return None
+    legacy = folder / "chat_template.json"
+    if legacy.is_file():
+        # The file of a processor, which a tokenizer does not read.
+        said = _read_json(legacy, f"{where}/{legacy.name}").get("chat_template")
+        if isinstance(said, str) and said.strip():
+            return said
+    raise CheckpointError(
+        f"{where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).",
+        "Pass the one that it was fine-tuned with: --chat-template FILE.jinja.",
+    )
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise CheckpointError(
+            f"The chat template {where} cannot be read: {reason}.", "Give a Jinja file in UTF-8."
+        ) from error

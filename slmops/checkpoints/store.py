@@ -1,0 +1,157 @@
+"""The folders below ``settings.checkpoints``: GGUF files unpacked, and copies staged with another chat template.
+
+Each is named by a digest, made behind a lock and appears whole. What lies there is verified before it is used again,
+because nothing keeps a user, a full disk or a hard link from changing it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints import inspection
+from slmops.checkpoints.unpack import UnpackRequest, UnpackResult
+from slmops.core.errors import ConversionError
+from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
+from slmops.core.locks import exclusive
+from slmops.core.settings import Settings
+from slmops.processes import process
+
+log = logging.getLogger(__name__)
+
+RECORD = "unpacked.json"
+
+Hashes = Mapping[str, str]
+"""SHA-256 of each file that matters, by name."""
+
+
+def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
+    """The folder that the GGUF file with this SHA-256 unpacks to, made at most once.
+
+    Args:
+        digest: SHA-256 of the GGUF file, which names the folder.
+        fetch: Gets the file, into the new folder it is given if it has to; called only if it must be unpacked.
+        settings: Where things are.
+
+    Raises:
+        CheckpointError: The file is broken, or transformers cannot read what it holds.
+        ConversionError: The child process crashed or took too long.
+    """
+    target = settings.checkpoints / digest
+    with _locked(digest, "unpacking", settings):
+        if (hashes := _intact(target)) is not None:
+            return target, hashes
+        with folder_appears_whole(target) as scratch:
+            work = scratch / "work"
+            work.mkdir()
+            gguf = fetch(work)
+            log.info("unpacking %s, once", gguf.name)
+            unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
+            unpack_log.unlink(missing_ok=True)
+            result, _ = process.call(
+                "slmops.checkpoints.unpack",
+                UnpackRequest(gguf=gguf, folder=scratch),
+                UnpackResult,
+                work=work,
+                log=unpack_log,
+                timeout_s=settings.conversion_timeout_s,
+                error=ConversionError,
+                # Everything it needs is in the file; without this a tokenizer may ask the hub about itself.
+                env={"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            )
+            shutil.rmtree(work)
+            hashes = {name: sha256(scratch / name) for name in sorted(inspection.names(scratch))}
+            record = {"gguf": digest, "transformers": result.transformers, "files": hashes}
+            write_atomic(scratch / RECORD, json.dumps(record, indent=1))
+    return target, hashes
+
+
+def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings) -> tuple[Path, Hashes]:
+    """A folder of our own with the same files, hard-linked where possible.
+
+    Args:
+        folder: The checkpoint, which is only read.
+        hashes: Its files and their SHA-256.
+        template: Chat template that replaces the checkpoint's; None: leave that as it is.
+        settings: Where things are.
+    """
+    texts = {} if template is None else _with_template(folder, template)
+    staged = {name: digest for name, digest in hashes.items() if template is None or name != "chat_template.json"}
+    staged |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    digest = inspection.digest_of(staged)
+    target = settings.checkpoints / digest
+    with _locked(digest, "staging", settings):
+        if target.is_dir() and not _holds(target, staged, folder):
+            shutil.rmtree(target)
+        if not target.is_dir():
+            with folder_appears_whole(target) as scratch:
+                for name in staged.keys() - texts.keys():
+                    link_or_copy(folder / name, scratch / name)
+                for name, text in texts.items():
+                    (scratch / name).write_bytes(text.encode())
+    return target, staged
+
+
+@contextmanager
+def scratch_folder(name: str, settings: Settings) -> Iterator[Path]:
+    """A folder on the store's disk that is gone after the block, or when the next run finds its process dead."""
+    settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_scratch(settings.checkpoints)
+    scratch = settings.checkpoints / f".{name}.{os.getpid()}.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(digest: str, what: str, settings: Settings) -> Iterator[None]:
+    lock = settings.locks / f"checkpoint-{digest[:16]}.lock"
+    with exclusive(lock, f"the {what} of checkpoint {digest[:16]}", wait=True):
+        remove_scratch(settings.checkpoints)
+        yield
+
+
+def _intact(target: Path) -> Hashes | None:
+    """Digests of an unpacked folder that is as it was made; one that is not is removed."""
+    if not target.is_dir():
+        return None
+    try:
+        recorded: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+        if all(sha256(target / name) == digest for name, digest in recorded.items()):
+            return recorded
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    log.warning("%s is not as it was made: unpacking it again", target)
+    shutil.rmtree(target)
+    return None
+
+
+def _with_template(folder: Path, template: str) -> dict[str, str]:
+    """The files that a new chat template changes."""
+    texts = {"chat_template.jinja": template}
+    config = folder / "tokenizer_config.json"
+    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if content.pop("chat_template", None) is not None:
+        texts[config.name] = json.dumps(content, indent=2, ensure_ascii=False)
+    return texts
+
+
+def _holds(target: Path, staged: Hashes, origin: Path) -> bool:
+    """The folder still holds what its name says: a hard link changes when its origin is overwritten in place."""
+    if inspection.names(target) != set(staged):
+        return False
+    return all(
+        # The origin's files were digested just now: a link to one of them needs no second reading.
+        ((origin / name).exists() and (target / name).samefile(origin / name)) or sha256(target / name) == digest
+        for name, digest in staged.items()
+    )

@@ -1,0 +1,258 @@
+"""The weight files of a checkpoint, read without torch: which ones count, whether they are whole, what they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmops.core.errors import CheckpointError
+
+ROOTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What transformers looks for, in its order."""
+
+BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+"""Bytes of one element of a safetensors dtype."""
+
+PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+LFS_POINTER = b"version https://git-lfs"
+
+SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
+COPY_AGAIN = "Copy or download the checkpoint again."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the weight files say.
+
+    Attributes:
+        files: Names of the weight files and of their index.
+        parameters: Number of weights; tied embeddings count once.
+        size_mb: Size of the weight files in MB (10^6 bytes).
+        tied: Input embeddings and output head are one tensor.
+        linear_sizes: Input sizes of all matrices, sorted.
+    """
+
+    files: tuple[str, ...]
+    parameters: int
+    size_mb: float
+    tied: bool
+    linear_sizes: tuple[int, ...]
+
+
+def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
+    """The file that transformers would load the weights from: a weight file, or the index of several.
+
+    Args:
+        names: Names of all files of the checkpoint, also before they are downloaded.
+        where: What to call the checkpoint in messages.
+        allow_pickle: Accept ``pytorch_model*.bin``.
+
+    Raises:
+        CheckpointError: There are none, or none that may be used.
+    """
+    if "adapter_config.json" in names:
+        # With this file in it, transformers loads the base model that the file names, whatever else lies there.
+        full = " beside full weights" if any(root in names for root in ROOTS) else " only"
+        raise CheckpointError(
+            f"{where} holds a LoRA adapter{full} (adapter_config.json).",
+            "Merge it into its base model first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+            ".save_pretrained(folder). If the weights are merged already, remove the adapter_* files.",
+        )
+    root = next((root for root in ROOTS if root in names), None)
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")) and _is_weight(name))
+    if root is None:
+        if ggufs := sorted(name for name in names if name.lower().endswith(".gguf")):
+            raise CheckpointError(
+                f"{where} holds GGUF files only ({ggufs[0]}).", "Pass the .gguf file itself as the model."
+            )
+        if pickles:
+            raise CheckpointError(
+                f"{where} holds pickled weights under a name that transformers does not load ({pickles[0]}).",
+                f"{SAVE_AGAIN}.",
+            )
+        others = sorted(name for name in names if name.endswith(".safetensors"))
+        raise CheckpointError(
+            f"{where} has no weights" + (f" that transformers would load, only {others[0]}." if others else "."),
+            f"It needs one of {', '.join(ROOTS[:2])}. {SAVE_AGAIN}.",
+        )
+    if root.startswith("pytorch_model") and not allow_pickle:
+        raise CheckpointError(
+            f"{where} has pickled weights only ({root}), which can run code when they are read.",
+            f"{SAVE_AGAIN}, or pass --allow-pickle if you trust its origin.",
+        )
+    return root
+
+
+def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> Facts:
+    """Check the weight files and count what is in them.
+
+    Args:
+        folder: The checkpoint.
+        root: What :func:`choose` chose.
+        config: Content of config.json.
+        where: What to call the checkpoint in messages.
+
+    Raises:
+        CheckpointError: A file is missing, cut off, not what its name says, or does not fit config.json.
+    """
+    mapped: Mapping[str, str] = {}
+    shards = [root]
+    if root.endswith(".index.json"):
+        mapped = _weight_map(folder / root, f"{where}/{root}")
+        shards = sorted(set(mapped.values()))
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{where}/{shard} is missing; {root} names it.", COPY_AGAIN)
+        _refuse_pointer(folder / shard, f"{where}/{shard}")
+    size = sum((folder / shard).stat().st_size for shard in shards)
+    files = tuple(sorted({root, *shards}))
+    if root.startswith("pytorch_model"):
+        return _estimate(files, size, config)
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for shard in shards:
+        tensors |= read_header(folder / shard, f"{where}/{shard}")
+    if lost := sorted(set(mapped) - set(tensors)):
+        raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
+    _refuse_misfit(tensors, config, where)
+    weights = {name: shape for name, (dtype, shape) in tensors.items() if dtype in PLAIN}
+    head = next((name for name in weights if name.endswith("lm_head.weight")), None)
+    said = config.get("tie_word_embeddings")
+    tied = head is None if said is None else bool(said)
+    parameters = sum(math.prod(shape) for shape in weights.values())
+    if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
+        parameters -= math.prod(weights[head])
+    sizes = {shape[1] for name, shape in weights.items() if len(shape) == 2 and name.endswith(".weight")}
+    return Facts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
+
+
+def read_header(path: Path, where: str) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each tensor of a safetensors file, whose length must be what its header promises.
+
+    The format: 8 bytes little-endian header length, the header in JSON, the tensors
+    (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        CheckpointError: The header cannot be read, or the file is cut off or too long.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors: dict[str, tuple[str, list[int]]] = {}
+        end = 0
+        for name, entry in header.items():
+            begin, stop = entry["data_offsets"]
+            dtype, shape = str(entry["dtype"]), [int(size) for size in entry["shape"]]
+            if dtype in BYTES and math.prod(shape) * BYTES[dtype] != stop - begin:
+                raise ValueError(f"{name} does not fill its bytes")
+            tensors[name] = (dtype, shape)
+            end = max(end, stop)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where} is not a whole safetensors file: its header cannot be read ({error}).", COPY_AGAIN
+        ) from error
+    if size != 8 + length + end:
+        kind = "cut off" if size < 8 + length + end else "longer than its header says"
+        raise CheckpointError(
+            f"{where} is {kind}: {size} bytes, and its header promises {8 + length + end}.", COPY_AGAIN
+        )
+    return tensors
+
+
+def _is_weight(name: str) -> bool:
+    # A Trainer's folder holds its arguments and state in pickles too.
+    return not name.startswith(("training_args", "optimizer", "scheduler", "scaler", "rng_state"))
+
+
+def _weight_map(path: Path, where: str) -> Mapping[str, str]:
+    try:
+        mapped = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not mapped or any(Path(file).name != file for file in mapped.values()):
+            raise ValueError("no plain file names in it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where} is not an index of weight files: {error}", COPY_AGAIN) from error
+    return dict(mapped)
+
+
+def _refuse_pointer(path: Path, where: str) -> None:
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{where} is a Git LFS pointer, not the weights.", "Run `git lfs pull` in its folder.")
+    if not start:
+        raise CheckpointError(f"{where} is empty.", COPY_AGAIN)
+
+
+def _refuse_misfit(tensors: Mapping[str, tuple[str, list[int]]], config: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that transformers would load with random numbers in the gaps, and no more than a warning."""
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in PLAIN and len(shape) == 2 and name.endswith("weight"):
+            raise CheckpointError(
+                f"{where} is quantized already: {name} is stored as {dtype}.",
+                "Use the checkpoint from before it was quantized.",
+            )
+        if prefix := re.match(r"_orig_mod\.|module\.|base_model\.model\.", name):
+            raise CheckpointError(
+                f"{where}: the names of its weights begin with {prefix[0]!r}, which transformers does not know.",
+                "Save the inner model: unwrap it from torch.compile, DataParallel or PEFT (merge_and_unload) first.",
+            )
+    layers = _layers(tensors)
+    promised = config.get("num_hidden_layers")
+    if layers and isinstance(promised, int) and layers != promised:
+        raise CheckpointError(
+            f"{where}: the weights hold {layers} layers, and config.json says {promised}.", COPY_AGAIN
+        )
+    rows = next((shape[0] for name, (_, shape) in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if rows is not None and config.get("vocab_size") not in (None, rows):
+        raise CheckpointError(
+            f"{where}: the weights hold {rows} token embeddings, and config.json says vocab_size "
+            f"{config['vocab_size']}.",
+            "Save model and tokenizer together after model.resize_token_embeddings(...).",
+        )
+    if config.get("tie_word_embeddings") is False and not any(
+        re.search(r"(lm_head|output|output_layer)\.weight$", name) for name in tensors
+    ):
+        raise CheckpointError(
+            f"{where}: config.json says tie_word_embeddings false, and the weights hold no lm_head.weight.",
+            "Set tie_word_embeddings to what the model was trained with, or save it again.",
+        )
+
+
+def _layers(names: Iterable[str]) -> int:
+    found = (re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
+def _estimate(files: tuple[str, ...], size: int, config: Mapping[str, Any]) -> Facts:
+    """Pickled weights are not opened here, so their facts come from config.json and the file size."""
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    hidden = config.get("hidden_size")
+    heads, head_size = config.get("num_attention_heads"), config.get("head_dim")
+    sizes = {hidden, config.get("intermediate_size"), heads * head_size if heads and head_size else hidden}
+    return Facts(
+        files,
+        size // {"float16": 2, "bfloat16": 2, "float64": 8}.get(dtype, 4),
+        size / 1e6,
+        bool(config.get("tie_word_embeddings", False)),
+        tuple(sorted(size for size in sizes if isinstance(size, int))),
+    )

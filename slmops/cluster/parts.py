@@ -1,0 +1,298 @@
+"""The parts that a job falls into when it fans out: what goes to a machine, what it does there, what comes back.
+
+Each recipe is two parts, which need not run on the same machine: its conversion, and its measurement. The baseline is
+measured before the others begin, because they are compared with the logits that it leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from slmops.checkpoints import inspection, weight_files
+from slmops.checkpoints.store import RECORD, stage
+from slmops.cluster.exchange import Exchange
+from slmops.conversion import store
+from slmops.core import errors
+from slmops.core.errors import CheckpointError, SlmopsError, WorkError
+from slmops.core.files import folder_appears_whole, remove_scratch
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import (
+    MANIFEST,
+    OF_MACHINE,
+    Checkpoint,
+    Evaluation,
+    Frozen,
+    Hardware,
+    Recipe,
+    Registration,
+    Variant,
+    VariantFile,
+)
+from slmops.evaluation.quality import Quality
+from slmops.evaluation.speed import Speed
+
+Stage = Literal["convert", "measure"]
+Files = tuple[VariantFile, ...]
+KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+
+
+class Part(Frozen):
+    """What one machine does for one recipe."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Its result's name: recipe, stage and attempt.")
+    stage: Stage
+    exchange: str = Field(description="The MLflow run with the job's files.")
+    name: str = Field(description="The model's.")
+    job: Job = Field(description="As it was asked for; its files are those of `inputs`.")
+    recipe: Recipe
+    checkpoint: Checkpoint = Field(description="Its path is that on the machine of the job.")
+    weights: Files = Field(description="The files of the checkpoint.")
+    inputs: dict[str, VariantFile] = Field({}, description="Field of the job to the user's file.")
+    key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant to measure.")
+    variant: Files = Field((), description="Its files, manifest included.")
+    references: Files = Field((), description="Logits to compare with.")
+
+
+class Failure(Frozen):
+    """An error of our own tree on its way from another machine."""
+
+    kind: str
+    message: str
+    fix: str | None
+
+    @classmethod
+    def of(cls, error: SlmopsError) -> Failure:
+        """An error as a value."""
+        return cls(kind=type(error).__name__, message=error.message, fix=error.fix)
+
+    @property
+    def error(self) -> SlmopsError:
+        """The value as an error."""
+        return errors.BY_NAME.get(self.kind, WorkError)(self.message, self.fix)
+
+
+class Result(Frozen):
+    """What a machine made of a part."""
+
+    hardware: Hardware
+    failure: Failure | None = None
+    key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant that was converted.")
+    variant: Files = Field((), description="Its files, manifest included.")
+    speed: Speed | None = None
+    quality: Quality | None = None
+    scored: tuple[float, ...] | None = Field(None, description="What the checkpoint's own scores are; baseline only.")
+    references: Files = Field((), description="Logits for the others to compare with; baseline only.")
+    logs: Files = ()
+
+
+# --- on the machine of the job
+
+
+def send_inputs(job: Job, checkpoint: Checkpoint, exchange: Exchange) -> tuple[Files, dict[str, VariantFile]]:
+    """Put all that the parts need into the exchange.
+
+    The chat template has gone into the checkpoint by now, the Olive file into its recipe, and the policy is for the
+    job alone.
+
+    Returns:
+        The checkpoint's files, and the user's by their field in the job.
+
+    Raises:
+        CheckpointError: The checkpoint was changed while the job ran.
+        TrackingError: MLflow does not take them.
+    """
+    names = _names(job, checkpoint)
+    weights = exchange.put({name: checkpoint.path / name for name in names})
+    if inspection.digest_of({file.name: file.sha256 for file in weights}) != checkpoint.digest:
+        raise CheckpointError(f"{checkpoint.path} was changed while the job ran.", "Start it again.")
+    inputs = {}
+    for field, path in _user_files(job).items():
+        (inputs[field],) = exchange.put({path.name: path})
+    return weights, inputs
+
+
+def _names(job: Job, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The names of the files that the checkpoint's digest is over."""
+    record = checkpoint.path / RECORD
+    if record.is_file():
+        return tuple(json.loads(record.read_text(encoding="utf-8"))["files"])
+    root = weight_files.choose(inspection.names(checkpoint.path), checkpoint.source, allow_pickle=job.allow_pickle)
+    config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+    weights = weight_files.measure(checkpoint.path, root, config, checkpoint.source).files
+    return tuple(inspection.digest_files(checkpoint.path, weights, job))
+
+
+def _user_files(job: Job) -> dict[str, Path]:
+    found = {"evaluation_set": job.evaluation_set, "perplexity_text": job.perplexity_text}
+    if job.matcher is not None:
+        found["matcher"] = Path(job.matcher.rpartition(":")[0])
+    return {field: path.expanduser() for field, path in found.items() if path is not None}
+
+
+class Measured(Frozen):
+    """A variant in Foundry Local of this machine, and the raw results of whichever machine measured it."""
+
+    variant: Variant
+    registration: Registration
+    speed: Speed
+    quality: Quality
+    scored: tuple[float, ...] | None = Field(description="The checkpoint's own scores.")
+    hardware: Hardware = Field(description="The machine that measured it.")
+
+
+def comparable(figures: Evaluation, here: Hardware, baseline: Hardware) -> tuple[Evaluation, str | None]:
+    """Leave out what cannot be compared with the baseline, because another kind of machine measured it.
+
+    Args:
+        figures: What was measured.
+        here: The machine that measured it.
+        baseline: The machine that measured the baseline.
+
+    Returns:
+        The figures that compare, and why the others are left out; None: none are.
+    """
+    if here.kind == baseline.kind:
+        return figures, None
+    kept = {name: one for name, one in figures.measurements.items() if not name.startswith(OF_MACHINE)}
+    reason = (
+        f"Speed and memory were measured on {here.kind}, and those of the baseline on {baseline.kind}: "
+        "they do not compare, and are left out."
+    )
+    return figures.model_copy(update={"measurements": kept, "curves": (), "samples": ()}), reason
+
+
+# --- on any machine
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a part finds on the machine that does it.
+
+    Attributes:
+        name: For work folders and logs; no other part's.
+        job: With the paths of this machine.
+        recipe: With the paths of this machine.
+        checkpoint: With the path of this machine.
+    """
+
+    name: str
+    job: Job
+    recipe: Recipe
+    checkpoint: Checkpoint
+
+
+def prepare(part: Part, exchange: Exchange, settings: Settings) -> Workplace:
+    """Fetch and check all that a part needs. What it leaves behind is gone after :func:`clear`.
+
+    Raises:
+        WorkError: Something is not what it should be.
+        TrackingError: MLflow does not give it.
+    """
+    name = _own_name(part)
+    work = settings.work(name)
+    for folder in (work.parent, settings.logs, settings.variants):
+        remove_scratch(folder)
+    clear(part, settings)
+    hashes = {file.name: file.sha256 for file in part.weights}
+    if inspection.digest_of(hashes) != part.checkpoint.digest:
+        raise CheckpointError("The files of the checkpoint are not those that its digest is over.")
+    exchange.bring(part.weights, work / "checkpoint")
+    path, _ = stage(work / "checkpoint", hashes, None, settings)
+    changes: dict[str, Any] = dict.fromkeys(("chat_template", "policy", "olive_config", "output_path"))
+    for field, file in part.inputs.items():
+        exchange.bring([file], work / "inputs" / field)
+        changes[field] = work / "inputs" / field / file.name
+    if part.job.matcher is not None:
+        changes["matcher"] = f"{changes['matcher']}:{part.job.matcher.rpartition(':')[2]}"
+    exchange.bring(part.references, work / "logits")
+    return Workplace(
+        name=name,
+        job=part.job.model_copy(update=changes),
+        recipe=_relocated(part.recipe, part.checkpoint.path, path),
+        checkpoint=part.checkpoint.model_copy(update={"path": path}),
+    )
+
+
+def clear(part: Part, settings: Settings) -> None:
+    """Remove a part's work and logs from this machine."""
+    for folder in (settings.work(_own_name(part)), settings.logs / _own_name(part)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def send_references(place: Workplace, exchange: Exchange, settings: Settings) -> Files:
+    """Put the logits that the baseline left into the exchange.
+
+    Raises:
+        TrackingError: MLflow does not take them.
+    """
+    folder = settings.work(place.name) / "logits"
+    return exchange.put({path.name: path for path in sorted(folder.glob("*.npy"))})
+
+
+def send_logs(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> Files:
+    """Put the logs of a part into the exchange.
+
+    Raises:
+        TrackingError: MLflow does not take them.
+    """
+    own = (settings.logs / place.name).glob("*.log")
+    registered = (settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
+    return exchange.put({path.name: path for path in (*own, *registered)})
+
+
+def _own_name(part: Part) -> str:
+    # The next part removes what a killed one left: see slmops.core.files.remove_scratch.
+    return f".{part.name}-{part.id}.{os.getpid()}.part"
+
+
+def send_variant(variant: Variant, exchange: Exchange) -> Files:
+    """Put the files of a variant into the exchange, manifest included.
+
+    Raises:
+        TrackingError: MLflow does not take them.
+    """
+    names = [*(file.name for file in variant.files), MANIFEST]
+    return exchange.put({name: variant.path / name for name in names})
+
+
+def bring_variant(key: str, files: Files, exchange: Exchange, settings: Settings) -> Variant:
+    """Have a variant that was converted elsewhere among those of this machine.
+
+    One that is there under the same name and was converted here goes: what is measured and what is deployed have to be
+    the same files.
+
+    Raises:
+        WorkError: It is not what its manifest says, or the exchange does not have it.
+        TrackingError: MLflow does not give it.
+    """
+    target = settings.variants / key
+    found = store.load(target)
+    if found is None or {*found.files} != {file for file in files if file.name != MANIFEST}:
+        shutil.rmtree(target, ignore_errors=True)
+        with folder_appears_whole(target) as scratch:
+            exchange.bring(files, scratch)
+        found = store.load(target)
+    if found is None or found.key != key:
+        raise WorkError(f"The files of variant {key} are not what its manifest says.", "Start the job again.")
+    return found
+
+
+def _relocated(recipe: Recipe, path: Path, here: Path) -> Recipe:
+    """A user's recipe may name the checkpoint's folder."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [replaced(inner) for inner in value]
+        return str(here) if value == str(path) else value
+
+    return recipe.model_copy(update={"config": replaced(recipe.config)})

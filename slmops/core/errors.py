@@ -1,0 +1,138 @@
+"""Everything that slmops refuses or fails at, in one tree.
+
+    SlmopsError
+    ├── UsageError            exit 2   what was asked for makes no sense
+    │   ├── CheckpointError            the checkpoint cannot be used
+    │   ├── RecipeError                the precision or the Olive config cannot be used
+    │   └── DataError                  the training data cannot be used
+    ├── PrerequisiteError     exit 2   something this needs is missing: package, disk, server, network
+    │   └── BusyError                  another slmops run holds it
+    └── WorkError             exit 1   the work was started and failed
+        ├── TrainingError
+        ├── ConversionError
+        ├── RegistrationError
+        ├── EvaluationError
+        ├── TrackingError
+        ├── ServingError
+        ├── PromotionError
+        └── GateError         exit 3   the work is done, and what was measured is not good enough
+
+Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slmops.core.values import Comparison
+
+
+class SlmopsError(Exception):
+    """Base of all errors that a user can cause or mend.
+
+    Args:
+        message: What was wrong, and where.
+        fix: What to do next; shown on a line of its own.
+    """
+
+    exit_code = 1
+    comparison: Comparison | None = None
+    """What a job has to show nonetheless."""
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message, fix)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return self.message if self.fix is None else f"{self.message}\n  {self.fix}"
+
+
+class UsageError(SlmopsError):
+    """What was asked for makes no sense."""
+
+    exit_code = 2
+
+
+class CheckpointError(UsageError):
+    """The checkpoint cannot be used."""
+
+
+class RecipeError(UsageError):
+    """The precision or the Olive config cannot be used."""
+
+
+class DataError(UsageError):
+    """The training data cannot be used."""
+
+
+class PrerequisiteError(SlmopsError):
+    """Something this needs is missing: a package, disk, memory, a server, the network."""
+
+    exit_code = 2
+
+
+class BusyError(PrerequisiteError):
+    """Another slmops run holds what this one needs."""
+
+
+class WorkError(SlmopsError):
+    """The work was started and failed."""
+
+
+class TrainingError(WorkError):
+    """The fine-tuning diverged, or its process died."""
+
+
+class ConversionError(WorkError):
+    """Olive produced nothing, or something that does not work."""
+
+
+class RegistrationError(WorkError):
+    """Foundry Local does not list the variant, or the variant does not answer."""
+
+
+class EvaluationError(WorkError):
+    """A variant could not be measured."""
+
+
+class TrackingError(WorkError):
+    """MLflow did not take what was logged."""
+
+
+class ServingError(WorkError):
+    """A version cannot be served."""
+
+
+class PromotionError(WorkError):
+    """A version did not become the champion, for a reason that is not in its figures."""
+
+
+class GateError(WorkError):
+    """The work is done, and nothing of what was measured is good enough."""
+
+    exit_code = 3
+
+
+BY_NAME: dict[str, type[SlmopsError]] = {
+    cls.__name__: cls
+    for cls in (
+        SlmopsError,
+        UsageError,
+        CheckpointError,
+        RecipeError,
+        DataError,
+        PrerequisiteError,
+        BusyError,
+        WorkError,
+        TrainingError,
+        ConversionError,
+        RegistrationError,
+        EvaluationError,
+        TrackingError,
+        ServingError,
+        PromotionError,
+        GateError,
+    )
+}

@@ -1,0 +1,63 @@
+"""Locks that the kernel releases when their holder dies, with a note of who holds them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from slmops.core.errors import BusyError, PrerequisiteError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
+    """Hold the lock file at ``path``.
+
+    Args:
+        path: The lock file; its folder is made, readable by this user alone.
+        what: What the lock stands for, for messages: "the measurement of this machine".
+        wait: Wait for the holder (and say so) rather than refuse.
+
+    Raises:
+        BusyError: Somebody holds it and ``wait`` is false.
+        PrerequisiteError: The folder belongs to somebody else.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and path.parent.stat().st_uid != os.getuid():
+        raise PrerequisiteError(
+            f"{path.parent} belongs to another user.", "Remove it, or set TMPDIR to a folder of yours."
+        )
+    lock = FileLock(path)
+    holder = path.with_suffix(".json")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise BusyError(
+                f"Another run holds {what} ({_who(holder)}).",
+                "Wait until it has ended, or stop it, then try again.",
+            ) from None
+        log.info("waiting for %s, held by another run (%s)", what, _who(holder))
+        lock.acquire()
+    try:
+        holder.write_text(json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _who(holder: Path) -> str:
+    try:
+        data = json.loads(holder.read_text())
+        return f"process {data['pid']}, since {data['since']}"
+    except (OSError, ValueError, KeyError):
+        return "process unknown"

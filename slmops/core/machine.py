@@ -1,0 +1,141 @@
+"""The machine and the packages on it, as manifests and reports stamp them. Light: nothing heavy is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from slmops.core.values import Hardware
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "olive-ai",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "onnx",
+    "foundry-local-sdk",
+    "prefect",
+    "mlflow",
+    "psutil",
+    "peft",
+    "accelerate",
+    "datasets",
+    "gguf",
+    "tabulate",
+)
+"""The packages that the job stands on, by the names that pip knows."""
+
+CPUINFO = Path("/proc/cpuinfo")
+# Version 2 of control groups, then version 1.
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+# Energy counters of the processor's packages; readable by root only on most systems.
+POWERCAP = Path("/sys/class/powercap")
+
+# What the kernels of ONNX Runtime are chosen by.
+_X86 = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
+_X86_MATRIX = ("amx_tile", "amx_int8", "amx_bf16")
+_ARM = ("neon", "dotprod", "i8mm", "bf16", "sve", "sve2")
+# What Linux on ARM and macOS call the same.
+_ALIASES = {
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "advsimd": "neon",
+    "feat_dotprod": "dotprod",
+    "feat_i8mm": "i8mm",
+    "feat_bf16": "bf16",
+    "avx1_0": "avx",
+    "avx2_0": "avx2",
+    "avx512vnni": "avx512_vnni",
+}
+
+
+def hardware() -> Hardware:
+    """This machine. Cores are the logical ones that this process may use; memory is what it may use, in 10^9 bytes."""
+    facts = _linux_cpu() if sys.platform == "linux" else _macos_cpu() if sys.platform == "darwin" else {}
+    return Hardware(
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        processor=facts.get("name") or platform.processor() or platform.machine(),
+        cores=_cores(),
+        memory_gb=round(min([psutil.virtual_memory().total, *_memory_limits()]) / 1e9, 1),
+        isa=_isa(facts.get("features", "")),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of :data:`PACKAGES`; one that is missing is left out."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def energy_j() -> float | None:
+    """Energy that the processor's packages have used since some time ago, in joules; None if they do not tell.
+
+    From Linux's powercap interface (RAPL), which counts all that the machine does. A counter that wraps round between
+    two calls makes their difference negative.
+    """
+    # Beside each other lie the packages, their parts (core, dram) and on some the platform (psys), which holds them.
+    try:
+        packages = [zone for zone in POWERCAP.glob("intel-rapl:*") if (zone / "name").read_text().startswith("package")]
+        counters = [int((zone / "energy_uj").read_text()) for zone in packages]
+    except (OSError, ValueError):
+        return None
+    return sum(counters) / 1e6 if counters else None
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
+
+
+def _memory_limits() -> list[int]:
+    """What the container allows, in bytes; version 1 of control groups says "no limit" with a huge number."""
+    limits = []
+    for file in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(file.read_text()))
+    return limits
+
+
+def _isa(features: str) -> tuple[str, ...]:
+    names = {_ALIASES.get(name, name) for name in features.lower().split()}
+    return tuple(name for name in (*_X86, *_X86_MATRIX, *_ARM) if name in names)
+
+
+def _linux_cpu() -> dict[str, str]:
+    """Name and features of the first core. ARM says "Features" and often gives no name."""
+    facts: dict[str, str] = {}
+    keys = {"model name": "name", "flags": "features", "Features": "features"}
+    with contextlib.suppress(OSError):
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in keys:
+                facts.setdefault(keys[key.strip()], value.strip())
+    return facts
+
+
+def _macos_cpu() -> dict[str, str]:
+    """The same from sysctl, whose lines read ``hw.optional.arm.FEAT_DotProd: 1``."""
+    facts: dict[str, str] = {"features": ""}
+    command = ["/usr/sbin/sysctl", "machdep.cpu.brand_string", "hw.optional"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        for line in subprocess.run(command, capture_output=True, text=True, timeout=5, check=False).stdout.splitlines():
+            key, _, value = line.partition(": ")
+            if key == "machdep.cpu.brand_string":
+                facts["name"] = value.strip()
+            elif value.strip() == "1":
+                facts["features"] += f" {key.rpartition('.')[2]}"
+    return facts

@@ -1,0 +1,51 @@
+"""Prefect work pools that a job's conversions and measurements fan out to, and which of them is large enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from slmops.core.errors import PrerequisiteError
+from slmops.core.values import Checkpoint, Frozen
+
+GB = 1e9
+CONVERSION_COPIES = 2.2
+"""The checkpoint in fp32, the graph that is built from it, and the interpreter with torch."""
+
+
+class Pool(Frozen):
+    """Machines of one size behind one Prefect work pool."""
+
+    name: str = Field(pattern=r"^[^/%&<>\s]+$", description="The work pool's name in Prefect.")
+    memory_gb: float = Field(gt=0, description="What one job may use on any of its machines, in 10^9 bytes.")
+    device: Literal["cpu"] = Field("cpu", description="What its machines can convert and measure for.")
+
+
+def conversion_memory(checkpoint: Checkpoint) -> float:
+    """Bytes that one conversion needs, an estimate on the safe side: ``parameters x 4 x 2.2``."""
+    return checkpoint.parameters * 4 * CONVERSION_COPIES
+
+
+def choose(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:
+    """The smallest pool whose machines can hold a conversion of the checkpoint.
+
+    Args:
+        pools: At least one; of two of one size the first is taken.
+        checkpoint: What is to be converted.
+        device: What the variants are made for, as :attr:`slmops.core.job.Job.device`.
+
+    Raises:
+        PrerequisiteError: None is large enough, or none is for the device.
+    """
+    need = conversion_memory(checkpoint) / GB
+    fitting = [pool for pool in pools if pool.device == device and pool.memory_gb >= need]
+    if not fitting:
+        known = ", ".join(f"{pool.name} ({pool.memory_gb:g} GB, {pool.device})" for pool in pools)
+        raise PrerequisiteError(
+            f"No work pool can convert {checkpoint.name}: about {need:.1f} GB of memory on a {device} machine are "
+            f"needed, and there are {known}.",
+            "Name a pool of larger machines in SLMOPS_POOLS, or use a smaller model.",
+        )
+    return min(fitting, key=lambda pool: pool.memory_gb)

@@ -1,0 +1,132 @@
+"""Where things are. What to do is in :mod:`slmops.core.job`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from slmops.core.pools import Pool
+
+
+class Settings(BaseSettings):
+    """Read from ``SLMOPS_*`` environment variables, then from ``.env`` in the current folder."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SLMOPS_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    home: Path = Field(Path(".slmops"), description="The one folder that holds all state.")
+    tracking_uri: str | None = Field(
+        None,
+        validation_alias=AliasChoices("SLMOPS_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+        description="An MLflow server to use instead of the local one that slmops starts.",
+    )
+    prefect_api_url: str | None = Field(
+        None,
+        validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL"),
+        description="A Prefect server to use instead of the local one that slmops starts.",
+    )
+    mlflow_port: int = Field(5000, ge=1, le=65535, description="First port tried for the local MLflow server.")
+    prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
+    training_timeout_s: float = Field(86400, gt=0, description="Seconds that one fine-tuning may take.")
+    conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
+    evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
+    judge_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^@\s]+$",  # a password in it would get into logs
+        description="OpenAI-compatible endpoint, as http://127.0.0.1:11434/v1, for items with match 'judge'.",
+    )
+    judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")
+    judge_api_key: SecretStr | None = Field(None, description="Its key, where it needs one.")
+    judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
+    serve_token: SecretStr | None = Field(None, description="Token that clients of `slmops serve` must send.")
+    pools: Annotated[tuple[Pool, ...], NoDecode] = Field(
+        (),
+        description="Prefect work pools to convert and measure on instead of in this process, as JSON: "
+        '[{"name": "big", "memory_gb": 64}].',
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @field_validator("judge_url", "judge_model", "judge_api_key", "serve_token", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("pools", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value) if value.strip() else ()
+        except ValueError as error:
+            raise ValueError(f"is no JSON: {error}") from None
+
+    @field_validator("pools")
+    @classmethod
+    def _each_once(cls, value: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        twice = [name for name, times in Counter(pool.name for pool in value).items() if times > 1]
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return value
+
+    @property
+    def judge_configured(self) -> bool:
+        """There is a judging model."""
+        return bool(self.judge_url and self.judge_model)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints that slmops unpacked or staged, one folder each."""
+        return self.home / "checkpoints"
+
+    @property
+    def variants(self) -> Path:
+        """Converted variants, one folder each, named by content."""
+        return self.home / "variants"
+
+    @property
+    def trainings(self) -> Path:
+        """Fine-tunings, finished or not, one folder each, named by all that goes into them."""
+        return self.home / "trainings"
+
+    @property
+    def foundry(self) -> Path:
+        """Foundry Local's application data; its model cache is ``models/`` below it."""
+        return self.home / "foundry"
+
+    @property
+    def deployed(self) -> Path:
+        """Foundry Local's application data for what came from the registry; its model cache is ``models/`` below it."""
+        return self.home / "deployed"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of the servers and of each conversion and evaluation."""
+        return self.home / "logs"
+
+    @property
+    def locks(self) -> Path:
+        """Lock files of this home."""
+        return self.home / "locks"
+
+    def work(self, name: str) -> Path:
+        """Unfinished work of the model ``name``; emptied when its next run begins."""
+        return self.home / "work" / name
+
+    @property
+    def machine_lock(self) -> Path:
+        """The lock behind which this machine converts and measures, shared by all homes of one user."""
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+        return Path(tempfile.gettempdir()) / f"slmops-{user}" / "machine.lock"

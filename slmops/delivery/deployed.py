@@ -1,0 +1,212 @@
+"""What of the registry is on this device, and which version of a model its users get."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from slmops.core import locks
+from slmops.core.errors import RegistrationError, SlmopsError, UsageError
+from slmops.core.files import remove_scratch, write_atomic
+from slmops.core.settings import Settings
+from slmops.core.values import NAME_PATTERN, Frozen
+from slmops.foundry import forget_worker, layout
+from slmops.foundry.versions import MANIFEST, Deployment, Installed
+from slmops.processes import process
+from slmops.tracking.download import part_of
+
+log = logging.getLogger(__name__)
+
+FORGET_S = 120
+
+
+class _State(Frozen):
+    """Foundry ids of what a model's users get: now, and before that."""
+
+    current: str
+    previous: str | None = None
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where versions are installed, one folder each."""
+    return settings.deployed / "models" / layout.PUBLISHER
+
+
+def downloads_of(settings: Settings) -> Path:
+    """What unfinished pulls have so far, one folder each, named by the SHA-256 of the manifest."""
+    return settings.deployed / "downloads"
+
+
+def read_manifest(path: Path) -> Deployment | None:
+    """The manifest in a file, if it is complete."""
+    try:
+        return Deployment.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def installed(name: str, settings: Settings) -> list[Installed]:
+    """The versions of a model that are here, newest first. A folder that lacks anything does not exist."""
+    found = [_installed(name, folder) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
+    return sorted((one for one in found if one is not None), key=lambda one: one.version, reverse=True)
+
+
+def current(name: str, settings: Settings) -> Installed | None:
+    """The version that users of this device get, or the one before where that one is no more; None: neither is here."""
+    state = _read(name, settings)
+    if state is None:
+        return None
+    here = {one.foundry_id: one for one in installed(name, settings)}
+    if state.current not in here:
+        log.warning("%s is not on this device any more, or not whole", state.current)
+    return here.get(state.current) or here.get(state.previous or "")
+
+
+def make_current(version: Installed, settings: Settings) -> None:
+    """Write down that users get ``version`` now, and remove all but it and the one that they had before."""
+    with locked(version.name, settings):
+        make_current_locked(version, settings)
+
+
+def make_current_locked(version: Installed, settings: Settings) -> None:
+    """The same, when :func:`locked` is held."""
+    state = _read(version.name, settings)
+    if state is None or state.current != version.foundry_id:
+        state = _State(current=version.foundry_id, previous=state.current if state else None)
+        write_atomic(_file(version.name, settings), state.model_dump_json(indent=2) + "\n")
+    _keep(version.name, {state.current, state.previous}, settings)
+    for folder in downloads_of(settings).glob("*"):
+        manifest = read_manifest(part_of(folder, MANIFEST))
+        if manifest is not None and manifest.model == version.name:  # of a version that was given up
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
+    """Remove the versions of a model that are neither among ``foundry_ids`` nor what users of this device get."""
+    with locked(name, settings):
+        state = _read(name, settings)
+        _keep(name, {*foundry_ids, *((state.current, state.previous) if state else ())}, settings)
+
+
+@contextmanager
+def locked(name: str, settings: Settings) -> Iterator[None]:
+    """Hold the lock behind which a model's versions come to this device and go."""
+    with locks.exclusive(settings.locks / f"pull-{_checked(name)}.lock", f"the installation of {name!r}", wait=True):
+        yield
+
+
+@contextmanager
+def catalog_locked(settings: Settings) -> Iterator[None]:
+    """Hold the lock of Foundry Local's catalog in ``settings.deployed``."""
+    with locks.exclusive(settings.locks / "deployed.lock", "the catalog of installed versions", wait=True):
+        yield
+
+
+def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
+    """Take versions out of that catalog, whose lock is held; it would keep them though their folders are gone.
+
+    Returns:
+        Those that are not in it any more. A failure is only logged.
+    """
+    try:
+        result, _ = process.call(
+            "slmops.foundry.forget_worker",
+            forget_worker.Request(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
+            forget_worker.Result,
+            work=work_of("forget", settings),
+            log=settings.logs / "deployed.forget.log",
+            timeout_s=FORGET_S,
+            error=RegistrationError,
+        )
+    except SlmopsError as error:
+        log.warning("%s stay in Foundry Local's catalog: %s", ", ".join(foundry_ids), error.message)
+        return ()
+    return result.forgotten
+
+
+def move_aside(folder: Path, settings: Settings) -> Path:
+    """Move an installed version to where no runtime finds it, and where it does not outlive this process for long.
+
+    Raises:
+        OSError: It cannot be moved, as where a file of it is in use.
+    """
+    aside = settings.deployed / "aside"
+    aside.mkdir(parents=True, exist_ok=True)
+    remove_scratch(aside)
+    target = aside / f".{folder.name}.{os.getpid()}.part"
+    shutil.rmtree(target, ignore_errors=True)
+    return folder.rename(target)
+
+
+def work_of(name: str, settings: Settings) -> Path:
+    """Where a child finds its request; not where a job of that model works, which is emptied when one begins."""
+    return settings.deployed / "work" / name
+
+
+def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) -> None:
+    _remove([one for one in installed(name, settings) if one.foundry_id not in foundry_ids], settings)
+
+
+def _installed(name: str, folder: Path) -> Installed | None:
+    manifest = read_manifest(folder / MANIFEST)
+    number = folder.name.rpartition("-")[2]
+    if manifest is None or not re.fullmatch(r"[1-9][0-9]*", number):
+        return None
+    called = layout.model_name(name, manifest.variant)
+    whole = all(_size(folder / file.name) == file.size for file in manifest.files)
+    if folder.name != f"{called}-{number}" or not whole or not (folder / layout.INFERENCE_MODEL).is_file():
+        return None
+    return Installed(
+        name=name,
+        version=int(number),
+        variant=manifest.variant,
+        foundry_id=f"{called}:{number}",
+        folder=folder,
+    )
+
+
+def _remove(versions: Sequence[Installed], settings: Settings) -> None:
+    if not versions:
+        return
+    with catalog_locked(settings):
+        gone = forget([one.foundry_id for one in versions], settings)
+    for one in versions:
+        if one.foundry_id not in gone:
+            continue
+        # Whole or not at all: where a file is in use, some systems remove the others and keep that.
+        try:
+            aside = move_aside(one.folder, settings)
+        except OSError as error:
+            log.warning("%s cannot be removed yet: %s", one.folder, error.strerror)
+            continue
+        shutil.rmtree(aside, ignore_errors=True)
+        log.info("%s is removed: it is neither the current version nor the one before", one.foundry_id)
+
+
+def _checked(name: str) -> str:
+    """A name that may become a path."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"{name!r} is no name of a model.", "A name has letters, digits, '-' and '_'.")
+    return name
+
+
+def _file(name: str, settings: Settings) -> Path:
+    return settings.deployed / f"{_checked(name)}.json"
+
+
+def _read(name: str, settings: Settings) -> _State | None:
+    try:
+        return _State.model_validate_json(_file(name, settings).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,226 @@
+"""What is deployed, measured on this device: the verified files of a version, in a Foundry home of their own.
+
+So nothing that happens to the deployed version meanwhile (a promotion that tidies it away, a service that loads and
+unloads it) disturbs the measurement, and the measurement disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slmops.core import locks
+from slmops.core.errors import BusyError, EvaluationError, PrerequisiteError, RegistrationError, SlmopsError, UsageError
+from slmops.core.files import write_atomic
+from slmops.core.settings import Settings
+from slmops.core.values import Answer, Frozen, Measurement, Registration
+from slmops.delivery import deployed
+from slmops.evaluation import answers_worker, dataset, logits_worker, speed, statistics, summary
+from slmops.evaluation.dataset import EvaluationSet
+from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
+from slmops.evaluation.remeasure import PERPLEXITY, SPEED, Recorded
+from slmops.foundry import register_worker
+from slmops.foundry.stage import stage
+from slmops.foundry.versions import Installed
+from slmops.processes import process
+
+log = logging.getLogger(__name__)
+
+REGISTER_S = 600
+
+
+class Plan(Frozen):
+    """What of a recorded evaluation can be measured again here."""
+
+    speed: bool
+    questions: EvaluationSet | None
+    text: str | None
+    left_out: tuple[str, ...]
+
+
+class Place(Frozen):
+    """A version in a Foundry home of its own."""
+
+    home: Path
+    registration: Registration
+
+
+def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
+    """See what can be compared.
+
+    Args:
+        recorded: What there is to compare with.
+        here: The kind of this machine.
+        settings: Where things are.
+
+    Raises:
+        PrerequisiteError: Nothing can.
+    """
+    left_out = []
+    same = here == recorded.hardware_kind
+    timed = same and not SPEED.keys().isdisjoint(recorded.measurements)
+    if not same:
+        left_out.append(
+            f"speed and memory, which were recorded on another kind of machine ({recorded.hardware_kind}; not {here})"
+        )
+    elif not timed:
+        left_out.append("speed and memory, which were not recorded")
+    questions = _questions(recorded, settings)
+    if isinstance(questions, str):
+        left_out.append(f"accuracy, as {questions}")
+    text = _text(recorded)
+    if text is None:
+        left_out.append("perplexity, as its text is gone or altered")
+    found = questions if isinstance(questions, EvaluationSet) else None
+    if not timed and found is None and text is None:
+        raise PrerequisiteError(
+            f"Nothing can be compared: {'; '.join(left_out)}.",
+            "Run its checkpoint again on this machine: `slmops run`.",
+        )
+    return Plan(speed=timed, questions=found, text=text, left_out=tuple(left_out))
+
+
+@contextmanager
+def copied(installed: Installed, name: str, settings: Settings) -> Iterator[Place]:
+    """Have an installed version in a Foundry home of its own, its files linked, registered and answering.
+
+    Args:
+        installed: The version.
+        name: Of the work folder, which nobody else uses now; it is removed in the end.
+        settings: Where things are.
+
+    Raises:
+        BusyError: The version was removed in this moment.
+        RegistrationError: Foundry Local refuses it, or it answers nothing.
+    """
+    home = settings.work(name) / "foundry"
+    original = Registration(
+        foundry_id=installed.foundry_id, path=installed.folder, prompt_template_exact=True, answer=""
+    )
+    try:
+        try:
+            with deployed.locked(installed.name, settings):
+                staged = stage(original, home)
+        except FileNotFoundError as error:
+            raise BusyError(
+                f"{installed.foundry_id} was removed from this device before it could be measured.",
+                "Another version has been deployed meanwhile: try again.",
+            ) from error
+        registered, _ = process.call(
+            "slmops.foundry.register_worker",
+            register_worker.Request(
+                home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=installed.foundry_id
+            ),
+            register_worker.Result,
+            work=settings.work(name) / "register",
+            log=settings.logs / name / f"{installed.variant}.register.log",
+            timeout_s=REGISTER_S,
+            error=RegistrationError,
+        )
+        yield Place(
+            home=home,
+            registration=original.model_copy(update={"path": staged.folder, "answer": registered.answer}),
+        )
+    finally:
+        shutil.rmtree(settings.work(name), ignore_errors=True)
+
+
+def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
+    """Speed and memory, as the job measured them: the same prompts, as many rounds.
+
+    Raises:
+        EvaluationError: It could not be measured.
+    """
+    variant = recorded.variant
+    measured = speed.measure([(variant, place.registration)], name, recorded.job, settings)[variant.name]
+    if isinstance(measured, SlmopsError):
+        raise measured
+    return summary.of_speed(measured)
+
+
+def measure_perplexity(
+    place: Place, text: str, recorded: Recorded, name: str, settings: Settings
+) -> dict[str, Measurement]:
+    """Perplexity on the job's text.
+
+    Raises:
+        EvaluationError: It could not be measured.
+    """
+    file = settings.work(name) / "text.txt"
+    write_atomic(file, text)
+    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        log.info("%s: scoring the text", recorded.variant.name)
+        scored, _ = process.call(
+            "slmops.evaluation.logits_worker",
+            logits_worker.Request(
+                folder=place.registration.path,
+                text=file,
+                tokens=QUICK_TOKENS if recorded.job.quick else TOKENS,
+            ),
+            logits_worker.Result,
+            work=settings.work(name) / "logits",
+            log=settings.logs / name / f"{recorded.variant.name}.logits.log",
+            timeout_s=settings.evaluation_timeout_s,
+            error=EvaluationError,
+        )
+    return {PERPLEXITY: statistics.perplexity(scored.nll)}
+
+
+def ask_questions(
+    place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
+) -> tuple[Answer, ...]:
+    """Answers to the job's evaluation set, judged as the job judged them.
+
+    Raises:
+        EvaluationError: It could not be measured.
+        UsageError: The job's matcher is gone.
+    """
+    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        log.info("%s: answering the evaluation set", recorded.variant.name)
+        answered, _ = process.call(
+            "slmops.evaluation.answers_worker",
+            answers_worker.Request(
+                home=place.home,
+                foundry_id=place.registration.foundry_id,
+                items=dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items,
+                matcher=recorded.job.matcher,
+            ),
+            answers_worker.Result,
+            work=settings.work(name) / "answers",
+            log=settings.logs / name / f"{recorded.variant.name}.answers.log",
+            timeout_s=settings.evaluation_timeout_s,
+            error=EvaluationError,
+        )
+    return answered.answers
+
+
+def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:
+    """The evaluation set with the recorded digest; or why there is none. First the job's copy, then where it was."""
+    matcher = recorded.job.matcher
+    if matcher is not None and not Path(matcher.rpartition(":")[0]).expanduser().is_file():
+        return f"its matcher {matcher} is not on this machine"
+    reason = "its evaluation set is gone or altered"
+    for path in dict.fromkeys((recorded.evaluation_set, recorded.job.evaluation_set)):
+        try:
+            found = dataset.load(path, matcher=matcher, judge=settings.judge_configured)
+        except UsageError as error:
+            reason = f"its evaluation set cannot be used: {error.message}"
+            continue
+        if found.digest == recorded.evaluation_set_digest:
+            return found
+    return reason
+
+
+def _text(recorded: Recorded) -> str | None:
+    """The text with the recorded digest. First the job's copy, then where it was."""
+    for path in dict.fromkeys((recorded.text, recorded.job.perplexity_text)):
+        try:
+            text, digest = dataset.perplexity_text(path)
+        except UsageError:
+            continue
+        if digest == recorded.text_digest:
+            return text
+    return None

@@ -1,0 +1,113 @@
+"""Which version is to be deployed, and whether it may be: the job's gates once more, against today's champion."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from slmops.core.errors import GateError, UsageError
+from slmops.core.values import Frozen, GateResult
+from slmops.foundry.versions import ModelVersion, Promotion
+from slmops.selection import choice as selection
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
+
+
+class Verdict(Frozen):
+    """What speaks for a challenger, and what against it."""
+
+    challenger: ModelVersion
+    champion: ModelVersion | None
+    gates: tuple[GateResult, ...]
+    differs: tuple[str, ...] = Field(description="What the two were measured with that is not the same.")
+    elsewhere: str | None = Field(None, description="Why their speeds are not compared; None: they are.")
+
+    @property
+    def against(self) -> list[str]:
+        """Why it is refused; empty if it is not."""
+        said = [gate.detail for gate in self.gates if gate.refuses]
+        if self.differs and self.champion is not None:
+            said.append(
+                f"{self.champion.label} and {self.challenger.label} were not measured with the same "
+                f"{' and '.join(self.differs)}, so they cannot be compared"
+            )
+        return said
+
+
+def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersion:
+    """The version that was asked for: by number, by precision, or the choice of the latest comparison.
+
+    Raises:
+        UsageError: There is no such version.
+    """
+    if request.version is not None and request.precision is not None:
+        raise UsageError("--precision and --version name a version each.", "Give one of them.")
+    if request.version is not None:
+        return registry.find(request.name, str(request.version))
+    if request.precision is not None:
+        return registry.find(request.name, request.precision)
+    comparison = tracker.latest(request.name)
+    chosen = next((one for one in comparison.variants if one.name == comparison.choice.variant), None)
+    if chosen is None or chosen.version is None:
+        raise UsageError(
+            f"The latest comparison of {request.name} chose nothing that could be promoted: {comparison.choice.reason}",
+            "Name a version with --precision or --version.",
+        )
+    return registry.find(request.name, str(chosen.version))
+
+
+def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Verdict:
+    """Apply the policy of the challenger's job to what was measured of it, against the champion of now.
+
+    Raises:
+        UsageError: The challenger's job is not known to the tracking server.
+    """
+    comparison, policy = tracker.judged(challenger.job_id)
+    result = next((one for one in comparison.variants if one.run_id == challenger.run_id), None)
+    if result is None:
+        raise UsageError(
+            f"The evaluation of {challenger.label} is not in the comparison of its job.", "Measure it again."
+        )
+    differs: tuple[str, ...] = ()
+    figures = elsewhere = None
+    if champion is not None:
+        figures = tracker.champion(challenger.name, challenger.run_id)
+        differs = tracker.differences(challenger.run_id, champion.run_id)
+        theirs, ours = tracker.hardware_kind(champion.run_id), tracker.hardware_kind(challenger.run_id)
+        if theirs != ours:
+            elsewhere = (
+                f"The speed of the champion was measured on another kind of machine ({theirs}; not {ours}): "
+                "speeds are not compared."
+            )
+    gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
+    return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
+
+
+def refuse(verdict: Verdict) -> GateError | None:
+    """The error that says why a challenger may not be promoted; None if it may."""
+    if not verdict.against:
+        return None
+    challenger, champion = verdict.challenger, verdict.champion
+    fix = f"`slmops promote {challenger.name} --version {challenger.version} --force REASON` overrides it."
+    if verdict.differs and champion is not None:
+        source = champion.tags.get("slmops.source", "its checkpoint")
+        again = f"slmops run --model {source} --name {champion.name}"
+        fix = f"Measure {champion.label} with the same (`{again}`), then promote again. Or: {fix}"
+    return GateError(f"{challenger.label} is not promoted: {'; '.join(verdict.against)}.", fix)
+
+
+def text(verdict: Verdict, request: Promotion) -> str:
+    """What a person looks at before deciding, in Markdown."""
+    champion = verdict.champion.label if verdict.champion else "nothing is deployed yet"
+    gates = [f"- {gate.outcome}: {gate.detail}" for gate in verdict.gates if gate.outcome != "skipped"]
+    against = [f"- {said}" for said in verdict.against]
+    return "\n".join(
+        [
+            f"**{verdict.challenger.label}** is to replace: {champion}.",
+            "",
+            *(gates or ["No gate applies."]),
+            *([f"- note: {verdict.elsewhere}"] if verdict.elsewhere else []),
+            "",
+            *(["Against it:", *against] if against else ["Nothing speaks against it."]),
+            *([f"Forced: {request.force}"] if request.force else []),
+        ]
+    )

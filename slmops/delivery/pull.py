@@ -1,0 +1,342 @@
+"""Bring a version from the registry onto this device: fitting, verified file by file, registered, answering.
+
+Names in a manifest come from elsewhere: they become paths only after they were checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from slmops.core import machine
+from slmops.core import values as models
+from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
+from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, write_atomic
+from slmops.core.settings import Settings
+from slmops.core.values import NAME_PATTERN, VariantFile
+from slmops.delivery import deployed
+from slmops.delivery.deployed import current, installed, make_current
+from slmops.foundry import cli, layout, register_worker
+from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.processes import process
+from slmops.tracking import download
+from slmops.tracking.download import Origin, intact, part_of, size_of
+
+if TYPE_CHECKING:
+    from slmops.tracking.registry import Registry
+
+__all__ = ["current", "fitting", "install", "installed", "make_current", "pull", "split"]
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 600
+DIGEST = r"[0-9a-f]{64}"
+
+
+# --- what is asked for, and what fits
+
+
+def split(reference: str) -> tuple[str, str | None]:
+    """Name, and alias or version number, of what a user calls ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    name, at, which = reference.partition("@")
+    if not re.fullmatch(NAME_PATTERN, name) or (at and not re.fullmatch(NAME_PATTERN, which)):
+        raise UsageError(
+            f"{reference!r} names no model.", "Write NAME, NAME@ALIAS (as bot@int8) or NAME@VERSION (as bot@3)."
+        )
+    return name, which or None
+
+
+def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
+    """The version to have on this device.
+
+    Args:
+        registry: Where it is looked up.
+        name: The model's.
+        which: An alias or a version number: that one or none. None: the champion, and where that does not fit, the
+            largest of the other versions of its job that does.
+
+    Raises:
+        UsageError: There is no such version, or none was promoted.
+        PrerequisiteError: What there is does not fit this device.
+        TrackingError: The registry cannot be reached.
+    """
+    if which is not None:
+        asked = registry.find(name, which)
+        _check_fits(asked, f"`slmops pull {name}` takes the largest that fits.")
+        return asked
+    champion = registry.champion(name)
+    if champion is None:
+        raise UsageError(f"Nothing of {name} is promoted.", f"Run `slmops promote {name}` on the machine that made it.")
+    problem = _problem(champion)
+    if problem is None:
+        return champion
+    others = [version for version in registry.versions(name) if version.job_id == champion.job_id]
+    fits = [version for version in others if _problem(version) is None]
+    if not fits:
+        also = "".join(f" {v.label}: {_problem(v)}." for v in others if v.version != champion.version)
+        raise PrerequisiteError(
+            f"No version of {name} fits this device. {champion.label}: {problem}.{also}",
+            "Promote a smaller variant, or use a larger device.",
+        )
+    taken = max(fits, key=lambda version: (version.size_mb, version.version))
+    log.warning(
+        "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s",
+        champion.label,
+        problem,
+        taken.label,
+    )
+    return taken
+
+
+def _check_fits(version: ModelVersion, fix: str) -> None:
+    problem = _problem(version)
+    if problem is not None:
+        raise PrerequisiteError(f"{version.label} does not fit this device: {problem}.", fix)
+
+
+def _problem(version: ModelVersion) -> str | None:
+    """Why this device cannot run a version; None if it can."""
+    if version.device != "cpu":
+        return f"it is made for {version.device} ({version.provider}), and here versions run on the CPU"
+    memory_mb = machine.hardware().memory_gb * 1000
+    if version.memory_mb > memory_mb:
+        return f"it needs {version.memory_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
+    return None
+
+
+# --- bringing it
+
+
+def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installed:
+    """Install the fitting version and make it the current one.
+
+    Raises:
+        SlmopsError: As :func:`fitting` and :func:`install` do; what was current before stays so.
+    """
+    from slmops.tracking.registry import Registry
+
+    with deployed.locked(name, settings):
+        done = _install(fitting(Registry(uri), name, which), settings, uri)
+        deployed.make_current_locked(done, settings)
+    return done
+
+
+def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
+    """Have a version on this device, whole and verified, in Foundry Local and answering; twice is harmless.
+
+    What a broken attempt brought is kept and used by the next one. Other versions are not touched.
+
+    Args:
+        version: As the registry has it.
+        settings: Where things are.
+        uri: MLflow's tracking URI.
+
+    Raises:
+        PrerequisiteError: It does not fit this device, or the disk is full.
+        TrackingError: The registry cannot be reached, or what it gives is gone or altered.
+        RegistrationError: Foundry Local refuses it, or it answers nothing; if it is new it is removed again.
+    """
+    with deployed.locked(version.name, settings):
+        return _install(version, settings, uri)
+
+
+def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
+    _check_fits(version, "Use a larger device, or promote a smaller variant.")
+    if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch(DIGEST, version.manifest_sha256):
+        raise TrackingError(f"{version.label} is no version that slmops made: its tags make no sense.")
+    called = layout.model_name(version.name, version.variant)
+    folder = deployed.folder_of(settings) / f"{called}-{version.version}"
+    done = Installed(
+        name=version.name,
+        version=version.version,
+        variant=version.variant,
+        foundry_id=version.foundry_id,
+        folder=folder,
+    )
+    with _writing(settings):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_scratch(folder.parent)
+        here = deployed.read_manifest(folder / MANIFEST)
+        if here is not None and here.model != version.name:
+            raise RegistrationError(
+                f"{folder} holds a version of {here.model}, whose name and variant together read the same.",
+                "Give one of the two models another name.",
+            )
+        if here is not None and _is_whole(done, here, version.manifest_sha256):
+            log.info("%s is on this device already", version.label)
+            _register(done, settings)
+            return done
+        downloads = deployed.downloads_of(settings) / version.manifest_sha256
+        manifest = _bring(version, settings, Origin(uri, version.location, version.label), downloads)
+        with _replacing(folder, settings):
+            with folder_appears_whole(folder) as scratch:
+                for file in [*(file.name for file in manifest.files), MANIFEST]:
+                    (scratch / file).parent.mkdir(parents=True, exist_ok=True)
+                    part_of(downloads, file).rename(scratch / file)
+                described = json.dumps(_inference_model(done, manifest), indent=2, ensure_ascii=False)
+                write_atomic(scratch / layout.INFERENCE_MODEL, described)
+            shutil.rmtree(downloads, ignore_errors=True)
+            _register(done, settings)
+    log.info("%s: in Foundry Local as %s", version.label, done.foundry_id)
+    return done
+
+
+def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads: Path) -> Deployment:
+    """Complete the download folder: what this device has is linked, the rest is fetched."""
+    read = download.fetch(origin, MANIFEST, None, version.manifest_sha256, downloads).read_bytes()
+    try:
+        manifest = Deployment.model_validate_json(read)
+    except ValidationError as error:
+        raise TrackingError(
+            f"{MANIFEST} of {version.label} is not understood: {error.errors()[0]['msg']}.",
+            "It may be of a newer slmops: update the one on this device.",
+        ) from error
+    _check(manifest, version)
+    known = _known(settings)
+    missing: list[VariantFile] = []
+    for file in manifest.files:
+        part = part_of(downloads, file.name)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if intact(part, file.size, file.sha256):
+            continue
+        twin = next((path for path in known.get(file.sha256, []) if intact(path, file.size, file.sha256)), None)
+        if twin is None:
+            missing.append(file)
+        else:
+            part.unlink(missing_ok=True)
+            link_or_copy(twin, part)
+    needed = sum(file.size - size_of(part_of(downloads, file.name)) for file in missing)
+    free = shutil.disk_usage(downloads).free
+    if needed > free:
+        raise PrerequisiteError(
+            f"Not enough disk for {version.label}: {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free "
+            f"at {settings.deployed}.",
+            process.FREE_SPACE,
+        )
+    here = len(manifest.files) - len(missing)
+    log.info("%s: %d files to fetch (%.0f MB), %d are here", version.label, len(missing), needed / 1e6, here)
+    for file in missing:
+        download.fetch(origin, file.name, file.size, file.sha256, downloads)
+    return manifest
+
+
+def _check(manifest: Deployment, version: ModelVersion) -> None:
+    """Let no name out of its folder."""
+    if (manifest.model, manifest.variant) != (version.name, version.variant):
+        raise TrackingError(f"{MANIFEST} of {version.label} is that of {manifest.model} ({manifest.variant}).")
+    taken = {MANIFEST, layout.INFERENCE_MODEL}
+    folders: set[str] = set()
+    for file in manifest.files:
+        name = file.name.casefold()  # some file systems know no case
+        # Backslashes and colons are for Windows, which also leaves out dots and blanks at the end: "..." is "..".
+        parts = name.split("/")
+        plain = not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)
+        if not plain or name in taken:
+            raise TrackingError(
+                f"{MANIFEST} of {version.label} names a file {file.name!r}, which cannot be one of its own.",
+                "Nothing of it was installed. Whoever put it into the registry has to promote it again.",
+            )
+        taken.add(name)
+        folders |= {str(parent) for parent in PurePosixPath(name).parents}
+    if taken & folders:
+        raise TrackingError(f"{MANIFEST} of {version.label} names {min(taken & folders)!r} as a file and as a folder.")
+
+
+def _known(settings: Settings) -> dict[str, list[Path]]:
+    """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
+    manifests = [*settings.variants.glob(f"*/{models.MANIFEST}"), *deployed.folder_of(settings).glob(f"*/{MANIFEST}")]
+    found: dict[str, list[Path]] = {}
+    for manifest in manifests:
+        try:
+            files = [VariantFile.model_validate(file) for file in json.loads(manifest.read_bytes())["files"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        for file in files:
+            found.setdefault(file.sha256, []).append(manifest.parent / file.name)
+    return found
+
+
+@contextmanager
+def _replacing(folder: Path, settings: Settings) -> Iterator[None]:
+    """Move aside what lies where a version will, and bring it back if the block fails."""
+    aside = None
+    if folder.exists():
+        log.warning("%s is not what the registry has: replacing it", folder)
+        aside = deployed.move_aside(folder, settings)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if aside is not None:
+            aside.rename(folder)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_whole(done: Installed, manifest: Deployment, digest: str) -> bool:
+    """Whether the installed version with this manifest is the one of the registry, down to each byte."""
+    try:
+        described = json.loads((done.folder / layout.INFERENCE_MODEL).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (
+        described == _inference_model(done, manifest)
+        and intact(done.folder / MANIFEST, None, digest)
+        and all(intact(done.folder / file.name, file.size, file.sha256) for file in manifest.files)
+    )
+
+
+def _inference_model(done: Installed, manifest: Deployment) -> dict[str, Any]:
+    return {**manifest.inference_model, "Name": done.foundry_id, "Version": str(done.version)}
+
+
+def _register(done: Installed, settings: Settings) -> None:
+    """Have Foundry Local list it, and have it answer."""
+    called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
+    with deployed.catalog_locked(settings):
+        cli.confirm(called, cache)
+        cli.ask(called, cache, register_worker.PROMPTS[0])
+        try:
+            process.call(
+                "slmops.foundry.register_worker",
+                register_worker.Request(
+                    home=settings.deployed,
+                    folder=done.folder,
+                    foundry_id=done.foundry_id,
+                    display_name=f"{done.name} {done.variant}",
+                ),
+                register_worker.Result,
+                work=deployed.work_of(done.name, settings),
+                log=settings.logs / done.name / f"{done.variant}.pull.log",
+                timeout_s=TIMEOUT_S,
+                error=RegistrationError,
+            )
+        except SlmopsError:
+            deployed.forget([done.foundry_id], settings)  # a child that crashed has not
+            raise
+
+
+@contextmanager
+def _writing(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        raise PrerequisiteError(
+            f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}.",
+            process.FREE_SPACE if full else "Make it writable, or set SLMOPS_HOME to another folder.",
+        ) from error

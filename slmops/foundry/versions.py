@@ -1,0 +1,153 @@
+"""What passes between the registry, a device and the service: versions of a model, and where one is installed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from slmops.conversion.store import files_of
+from slmops.core.values import NAME_PATTERN, Frozen, GateResult, Registration, Variant, VariantFile
+from slmops.foundry.layout import INFERENCE_MODEL, model_name
+
+MANIFEST = "deployment.json"
+CHAMPION = "champion"
+"""Alias of the version that is deployed."""
+PREVIOUS = "previous"
+"""Alias of the version that was the champion before."""
+RESERVED = re.compile(r"champion|previous|latest|v\d+", re.IGNORECASE)
+"""Aliases that mean something else than a variant's name; MLflow keeps the last two for itself."""
+
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+
+
+class Deployment(Frozen):
+    """The manifest beside the files of a version; its own SHA-256 is a tag of the version.
+
+    ``inference_model.json`` is not among the files: it carries the version's number, which is known only afterwards.
+    """
+
+    model: str = Field(description="Name in the registry.")
+    variant: str
+    key: str = Field(description="Digest of what the variant was made of.")
+    device: str = Field(description="cpu or gpu.")
+    provider: str = Field(description="ONNX Runtime's execution provider.")
+    files: tuple[VariantFile, ...]
+    inference_model: dict[str, Any] = Field(description="inference_model.json without Name and Version.")
+
+    @property
+    def size_mb(self) -> float:
+        """All files together, in MB."""
+        return sum(file.size for file in self.files) / 1e6
+
+    @property
+    def text(self) -> str:
+        """What stands in deployment.json."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of that: the identity of the content."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class ModelVersion(Frozen):
+    """A version in MLflow's Model Registry that slmops put there."""
+
+    name: str
+    version: int
+    variant: str = Field(description="Its precision, or the name of the user's Olive file.")
+    aliases: tuple[str, ...] = ()
+    location: str = Field(description="Artifact URI of its files, as mlflow-artifacts:/1/models/m-.../artifacts.")
+    manifest_sha256: str = Field(description="SHA-256 of deployment.json.")
+    size_mb: float
+    memory_mb: float = Field(description="Highest memory of its process when it was measured, in MB.")
+    device: str
+    provider: str
+    run_id: str = Field(description="The MLflow run of its latest evaluation.")
+    job_id: str = Field(description="The parent of that run.")
+    created: datetime
+    tags: dict[str, str] = Field({}, description="All tags of the version.")
+
+    @property
+    def foundry_id(self) -> str:
+        """Its id in Foundry Local on every device: <name>-<variant>-generic-cpu:<version>."""
+        return f"{model_name(self.name, self.variant)}:{self.version}"
+
+    @property
+    def label(self) -> str:
+        """How it is called in messages: ``support-bot version 3 (int8)``."""
+        return f"{self.name} version {self.version} ({self.variant})"
+
+
+class Installed(Frozen):
+    """A version on this device, registered in the Foundry home ``Settings.deployed``."""
+
+    name: str
+    version: int
+    variant: str
+    foundry_id: str = Field(description="<name>-<variant>-generic-cpu:<version>, with the registry's version number.")
+    folder: Path
+
+
+class Promoted(Frozen):
+    """The result of a promotion or a rollback; the JSON form is a promise to scripts."""
+
+    model: str
+    version: int
+    variant: str
+    replaced: int | None = Field(description="The version that was the champion before.")
+    changed: bool = Field(description="False: it was the champion already.")
+    forced: str | None = Field(None, description="The reason, if gates were overridden.")
+    gates: tuple[GateResult, ...] = ()
+    url: str = Field(description="Its page in MLflow.")
+
+    @property
+    def text(self) -> str:
+        """A sentence for people."""
+        label = f"{self.model} version {self.version} ({self.variant})"
+        if not self.changed:
+            return f"{label} is the champion already."
+        replaced = "" if self.replaced is None else f", in place of version {self.replaced}"
+        return f"{label} is the champion now{replaced}."
+
+
+class Promotion(BaseModel):
+    """Deploy a version of a model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name = Field(title="Name", description="The model's name in the registry.")
+    precision: Name | None = Field(
+        None, title="Precision", description="Its newest version of this precision; the chosen one by default."
+    )
+    version: int | None = Field(None, ge=1, title="Version", description="This version of the registry.")
+    force: Annotated[str, StringConstraints(strip_whitespace=True, min_length=3)] | None = Field(
+        None, title="Force", description="Promote even what a gate refuses; the reason, which is recorded."
+    )
+    approval: bool = Field(
+        False, title="Approval", description="Wait until a person has looked and decided on the Prefect page."
+    )
+    approval_timeout_s: int = Field(
+        86400, ge=1, title="Approval timeout", description="Seconds to wait for that decision."
+    )
+
+
+def describe(name: str, variant: Variant, registration: Registration) -> Deployment:
+    """The manifest of a variant as it lies in Foundry Local, each file read for its SHA-256."""
+    inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
+    return Deployment(
+        model=name,
+        variant=variant.name,
+        key=variant.key,
+        device="cpu",
+        provider="CPUExecutionProvider",
+        files=tuple(file for file in files_of(registration.path) if file.name != INFERENCE_MODEL),
+        inference_model={key: value for key, value in inference.items() if key not in ("Name", "Version")},
+    )

@@ -1,0 +1,69 @@
+"""Child process: import packages, and start Foundry Local's runtime, so that a crash of theirs is not the doctor's."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from slmops.core.values import Frozen
+from slmops.processes import child
+
+TRYING = "trying "
+FOUNDRY = "Foundry Local"
+
+
+class Request(Frozen):
+    """What to import, as package -> modules, and a folder for Foundry Local's runtime if that is to be started."""
+
+    modules: dict[str, tuple[str, ...]]
+    foundry: Path | None = None
+
+
+class Result(Frozen):
+    """What came of it."""
+
+    problems: dict[str, str]
+    onnxruntime_providers: tuple[str, ...] = ()
+    foundry_version: str | None = None
+    foundry_providers: tuple[str, ...] = ()
+
+
+def handle(request: Request) -> Result:
+    """Import one package after the other; say which, so that the parent knows where a crash was."""
+    problems: dict[str, str] = {}
+    for package, modules in request.modules.items():
+        print(f"{TRYING}{package}", flush=True)
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            problems[package] = _one_line(error)
+    result = Result(problems=problems)
+    if "onnxruntime" in request.modules and "onnxruntime" not in problems:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+        result = result.model_copy(update={"onnxruntime_providers": tuple(providers)})
+    if request.foundry is not None and not problems:
+        result = _start_foundry(request.foundry)
+    return result
+
+
+def _start_foundry(folder: Path) -> Result:
+    print(f"{TRYING}{FOUNDRY}", flush=True)
+    try:
+        # Here, not above: it loads a native GenAI library that cannot live with the one that Olive uses.
+        from slmops.foundry import runtime
+
+        running = runtime.manager(folder)
+        providers = tuple(str(provider.name) for provider in running.discover_eps())
+        version = importlib.import_module("foundry_local_sdk").__version__
+        return Result(problems={}, foundry_version=version, foundry_providers=providers)
+    except (Exception, SystemExit) as error:
+        return Result(problems={FOUNDRY: _one_line(error)})
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

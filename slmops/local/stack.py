@@ -1,0 +1,385 @@
+"""The local Prefect and MLflow servers: started when they are needed, left running, stopped by ``slmops down``.
+
+Everything that they keep lies below ``settings.home``, and ``stack.json`` there says which processes they are. Prefect
+and MLflow are started as processes only, never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import SecretStr
+
+from slmops.core.errors import PrerequisiteError, WorkError
+from slmops.core.files import write_atomic
+from slmops.core.locks import exclusive
+from slmops.core.settings import Settings
+from slmops.core.values import Frozen
+from slmops.processes import daemon, process
+from slmops.processes.daemon import HOST, Daemon
+from slmops.serving.status import ServingStatus
+
+Name = Literal["prefect", "mlflow", "worker"]
+
+ROOT = Path(__file__).parents[2]
+REGISTER = ROOT / "deployments" / "register.py"
+POOL = "slmops"
+START_S = 120.0
+STUCK_S = 20.0
+DEPLOY_S = 300.0
+
+QUIET = {
+    "DO_NOT_TRACK": "true",  # Prefect also takes "1", MLflow only this word
+    # The server's heartbeat; its UI, too, asks this flag whether to track.
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+"""Variables with which neither Prefect nor MLflow sends anything to its makers."""
+
+_TITLES: dict[Name, str] = {"prefect": "Prefect server", "mlflow": "MLflow server", "worker": "Prefect worker"}
+_HEALTH: dict[Name, tuple[str, str]] = {
+    "prefect": ("/api/health", "true"),
+    "mlflow": ("/health", "OK"),
+    "worker": ("/health", '{"message":"OK"}'),
+}
+
+
+class Stack(Frozen):
+    """The servers to talk to, and which of them this call started."""
+
+    prefect_url: str
+    prefect_api_url: str
+    tracking_uri: str
+    started: tuple[Name, ...] = ()
+
+
+class ServerStatus(Frozen):
+    """One server: the root that a client would use, and whether it answers."""
+
+    url: str | None
+    ok: bool
+
+
+class StackStatus(Frozen):
+    """What ``slmops status --json`` prints."""
+
+    home: Path
+    prefect: ServerStatus
+    mlflow: ServerStatus
+    serving: ServingStatus | None = None
+
+
+def up(settings: Settings, *, worker: bool = False) -> Stack:
+    """Start what is not running, and wait until it answers.
+
+    Args:
+        settings: A server named in it is used instead of one of our own, and only asked for its health.
+        worker: Also register the deployments, and start a worker that runs them.
+
+    Raises:
+        PrerequisiteError: A server that the settings name does not answer, or one of ours does not start. Whatever
+            this call had started is stopped again.
+        WorkError: The deployments could not be registered.
+    """
+    if worker and not _prefect_file().is_file():
+        raise PrerequisiteError(
+            f"There are no deployments to register: {_prefect_file()} is missing.",
+            "Install slmops from its source tree (pip install -e .) to use a worker.",
+        )
+    _check_given(settings)
+    with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
+        servers = _read(settings)
+        started: list[Name] = []
+        try:
+            for name in _ours(settings):
+                if not _runs_well(name, servers):
+                    _start(settings, servers, name)
+                    started.append(name)
+            for name in list(started):
+                _wait_until_healthy(settings, servers, name)
+            stack = _stack(settings, servers)
+            if worker:
+                _work(settings, stack, servers, started)
+        except BaseException:
+            for name in reversed(started):
+                if name in servers:
+                    daemon.stop(servers.pop(name))
+            _write(settings, servers)
+            raise
+    return stack.model_copy(update={"started": tuple(started)})
+
+
+def down(settings: Settings) -> list[Name]:
+    """Stop what we started, the worker first. Returns the names of what was running."""
+    if not _state(settings).exists():
+        return []
+    stopped: list[Name] = []
+    order: tuple[Name, ...] = ("worker", "prefect", "mlflow")
+    with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
+        servers = _read(settings)
+        for name in order:
+            if name in servers and daemon.stop(servers.pop(name)):
+                stopped.append(name)
+            _write(settings, servers)
+    return stopped
+
+
+def status(settings: Settings) -> StackStatus:
+    """Ask each server, ours or given, for its health. Never starts anything and never raises."""
+    servers = _read(settings)
+    return StackStatus(
+        home=settings.home,
+        prefect=_status("prefect", settings.prefect_api_url, servers),
+        mlflow=_status("mlflow", settings.tracking_uri, servers),
+    )
+
+
+def tracking_uri(settings: Settings) -> str:
+    """The MLflow tracking URI: the one that the settings name, else that of the local server.
+
+    Raises:
+        PrerequisiteError: There is neither.
+    """
+    if settings.tracking_uri is not None:
+        return settings.tracking_uri
+    server = _read(settings).get("mlflow")
+    if server is None or daemon.leader(server) is None:
+        raise PrerequisiteError("No MLflow server is running.", "Run `slmops up`.")
+    return server.url
+
+
+def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:
+    """Variables to set before Prefect is imported, here or in a child.
+
+    Prefect's console handler is silenced altogether, because our own logger talks on the terminal: at ERROR it would
+    still print the traceback of each failed task. Records reach the server all the same, and so do those of the logger
+    ``slmops``. That logger's level is for the caller to set: it inherits WARNING.
+    """
+    return {
+        **_client_environment(settings, stack),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        # A server that restarts is back within these 14 s; with the default a dead one keeps a run waiting for minutes.
+        # With machines that work for us it is worth waiting for longer.
+        "PREFECT_CLIENT_MAX_RETRIES": "6" if settings.pools else "3",
+    }
+
+
+def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:
+    return {
+        **QUIET,
+        "PREFECT_API_URL": stack.prefect_api_url,
+        "PREFECT_HOME": str(settings.home / "prefect"),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
+        # Our logger also talks outside of flows, where there is no run to attach a record to.
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    }
+
+
+# --- starting
+
+
+def _ours(settings: Settings) -> list[Name]:
+    """The servers that the settings leave to us."""
+    given: dict[Name, str | None] = {"prefect": settings.prefect_api_url, "mlflow": settings.tracking_uri}
+    return [name for name, url in given.items() if url is None]
+
+
+def _start(settings: Settings, servers: dict[Name, Daemon], name: Name, above: int = 0) -> None:
+    """Start a server, in place of one that died or hangs, on the first free port higher than ``above``."""
+    if name in servers:
+        daemon.stop(servers.pop(name))
+    first = {"prefect": settings.prefect_port, "mlflow": settings.mlflow_port, "worker": settings.prefect_port + 1}
+    port = daemon.free_port(max(first[name], above + 1), [server.port for server in servers.values()])
+    recipe = {"prefect": _prefect_command, "mlflow": _mlflow_command, "worker": _worker_command}[name]
+    command, env = recipe(settings, servers, port)
+    command = [sys.executable, "-m", *command]
+    mark = str(settings.home / name)
+    servers[name] = daemon.spawn(command, port=port, mark=mark, env=env, log=_log(settings, name))
+    # Written before it answers: should this process be killed now, the next one still knows what it started.
+    _write(settings, servers)
+
+
+def _prefect_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+    folder = settings.home / "prefect"
+    env = {
+        **_clean_environment(),
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for the API, whatever --port says
+        "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),  # by default it writes into site-packages
+    }
+    return ["prefect", "server", "start", "--host", HOST, "--port", str(port)], env
+
+
+def _mlflow_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+    folder = settings.home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    env = {
+        **_clean_environment(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a job queue with worker processes of its own, for LLM judges
+        "MLFLOW_ENABLE_AI_GATEWAY": "false",
+    }
+    storage = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    storage += ["--artifacts-destination", str(folder / "artifacts")]
+    # One line for each request would fill the disk of a server that runs for months.
+    options = ["--workers", "1", "--uvicorn-opts", "--no-access-log"]
+    return ["mlflow", "server", *storage, "--host", HOST, "--port", str(port), *options], env
+
+
+def _clean_environment() -> dict[str, str]:
+    """Ours without what is meant for other servers, as a database or a static prefix: all we keep is below home."""
+    ours = {key: value for key, value in os.environ.items() if not key.lstrip("_").startswith(("PREFECT_", "MLFLOW_"))}
+    return {**ours, **QUIET}
+
+
+def _wait_until_healthy(settings: Settings, servers: dict[Name, Daemon], name: Name) -> None:
+    """Wait for a server that was just started; one that lost its port to somebody else is started on the next.
+
+    Raises:
+        PrerequisiteError: It died or does not answer.
+    """
+    log = _log(settings, name)
+    deadline = time.monotonic() + START_S
+    while not daemon.healthy(servers[name], *_HEALTH[name]):
+        alive = daemon.leader(servers[name]) is not None
+        if alive and time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
+        said = process.last_words(log, 8)
+        if alive or "already in use" not in said:
+            what = f"did not answer within {START_S:.0f} s" if alive else "did not start"
+            raise PrerequisiteError(f"The {_TITLES[name]} {what}: {said}", f"Its log: {log}")
+        _start(settings, servers, name, above=servers[name].port)
+
+
+def _runs_well(name: Name, servers: dict[Name, Daemon]) -> bool:
+    """Whether it is alive and answers; one whose starter was killed a moment ago is given time."""
+    deadline = time.monotonic() + STUCK_S
+    while name in servers and daemon.leader(servers[name]) is not None and time.monotonic() < deadline:
+        if daemon.healthy(servers[name], *_HEALTH[name]):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+# --- the worker and its deployments
+
+
+def _prefect_file() -> Path:
+    return ROOT / "deployments" / "prefect.yaml"
+
+
+def _work(settings: Settings, stack: Stack, servers: dict[Name, Daemon], started: list[Name]) -> None:
+    """Renew the deployments, and have a worker running."""
+    log = settings.logs / "deploy.log"
+    log.unlink(missing_ok=True)
+    command = [sys.executable, str(REGISTER), str(_prefect_file())]
+    ended = process.run(command, log=log, timeout_s=DEPLOY_S, env=_worker_environment(settings, stack), cwd=ROOT)
+    if ended.returncode != 0:
+        raise WorkError(f"Prefect could not register the deployments: {process.last_words(log)}", f"Its log: {log}")
+    if not _runs_well("worker", servers):
+        _start(settings, servers, "worker")
+        started.append("worker")
+        _wait_until_healthy(settings, servers, "worker")
+
+
+def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+    env = {
+        **os.environ,
+        **_worker_environment(settings, _stack(settings, servers)),
+        "PREFECT_WORKER_WEBSERVER_HOST": HOST,
+        "PREFECT_WORKER_WEBSERVER_PORT": str(port),
+    }
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    return [*command, "--install-policy", "never", "--with-healthcheck"], env
+
+
+def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
+    """A flow run has to see the settings of this process, whose ``.env`` and folder it does not share."""
+    values = settings.model_dump(exclude_none=True)
+    ours = {f"SLMOPS_{key.upper()}": _as_variable(value) for key, value in values.items()}
+    return {**ours, **_client_environment(settings, stack)}
+
+
+def _as_variable(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
+
+
+# --- health
+
+
+def _check_given(settings: Settings) -> None:
+    """Servers that the user named must answer: there is nothing that we could start in their place."""
+    given: tuple[tuple[Name, str | None, str], ...] = (
+        ("prefect", settings.prefect_api_url, "SLMOPS_PREFECT_API_URL and PREFECT_API_URL"),
+        ("mlflow", settings.tracking_uri, "SLMOPS_TRACKING_URI and MLFLOW_TRACKING_URI"),
+    )
+    for name, url, variables in given:
+        problem = _problem(name, url) if url else None
+        if problem:
+            raise PrerequisiteError(
+                f"The {_TITLES[name]} at {url} does not answer: {problem}.",
+                f"Start it, correct the URL, or unset {variables} so that slmops starts a server of its own.",
+            )
+
+
+def _problem(name: Name, url: str) -> str | None:
+    """Why a server that the user named cannot be used; None if it can."""
+    if not url.startswith(("http://", "https://")):
+        return None  # a database, or a service with a protocol of its own: MLflow will tell
+    path, body = _HEALTH[name]
+    return daemon.problem(url.rstrip("/") + path.removeprefix("/api"), body, given=True)
+
+
+def _status(name: Name, given: str | None, servers: dict[Name, Daemon]) -> ServerStatus:
+    if given is not None:
+        return ServerStatus(url=_root(given) if name == "prefect" else given, ok=_problem(name, given) is None)
+    if name not in servers:
+        return ServerStatus(url=None, ok=False)
+    return ServerStatus(url=servers[name].url, ok=daemon.healthy(servers[name], *_HEALTH[name]))
+
+
+# --- state
+
+
+def _stack(settings: Settings, servers: dict[Name, Daemon]) -> Stack:
+    api_url = settings.prefect_api_url or f"{servers['prefect'].url}/api"
+    tracking = settings.tracking_uri or servers["mlflow"].url
+    return Stack(prefect_url=_root(api_url), prefect_api_url=api_url, tracking_uri=tracking)
+
+
+def _root(api_url: str) -> str:
+    return api_url.rstrip("/").removesuffix("/api")
+
+
+def _state(settings: Settings) -> Path:
+    return settings.home / "stack.json"
+
+
+def _read(settings: Settings) -> dict[Name, Daemon]:
+    try:
+        state = json.loads(_state(settings).read_text(encoding="utf-8"))
+        return {name: Daemon.model_validate(state[name]) for name in _TITLES if name in state}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(settings: Settings, servers: dict[Name, Daemon]) -> None:
+    if servers:
+        content = {name: server.model_dump() for name, server in servers.items()}
+        write_atomic(_state(settings), json.dumps(content, indent=2) + "\n")
+    else:
+        _state(settings).unlink(missing_ok=True)
+
+
+def _log(settings: Settings, name: Name) -> Path:
+    return settings.logs / f"{name}.log"

@@ -1,0 +1,57 @@
+"""The other end of :func:`slmops.processes.process.call`: what every worker module runs as its main function."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from slmops.core.errors import SlmopsError
+from slmops.core.files import write_atomic
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) -> None:
+    """Read the request file, handle it, write the result file, exit.
+
+    The process leaves by ``os._exit``: native runtimes have crashed in their own clean-up after the work was done.
+    """
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
+    status = 0
+    try:
+        request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
+        answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
+    except SlmopsError as error:
+        traceback.print_exc()
+        answer = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
+        status = 1
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    write_atomic(result_file, json.dumps(answer))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def die_with_parent() -> None:
+    """Wait for standard input to close, which happens when the parent is gone, and kill the whole group."""
+    while os.read(0, 4096):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)

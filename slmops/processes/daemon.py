@@ -1,0 +1,189 @@
+"""A server process of ours that goes on when we end, and that any later process can find, ask and stop.
+
+It leads a session of its own. What identifies it is the process id together with the moment the process was created,
+so that a process id that the system has given to somebody else is never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import psutil
+
+from slmops.core.errors import PrerequisiteError
+from slmops.core.values import Frozen
+
+HOST = "127.0.0.1"
+MARK = "SLMOPS_STACK"
+HEALTH_S = 3.0
+STOP_S = 10.0
+PORTS_TRIED = 100
+
+_children: list[subprocess.Popen[bytes]] = []  # started by this process, which must reap them when they end
+
+
+class Daemon(Frozen):
+    """A detached server, in a form that can be written down."""
+
+    pid: int
+    created: float
+    url: str
+    mark: str
+
+    @property
+    def port(self) -> int:
+        """The port in its URL."""
+        return int(self.url.rpartition(":")[2])
+
+
+def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log: Path) -> Daemon:
+    """Start a server detached from this process and its terminal.
+
+    Args:
+        argv: Program and arguments.
+        port: Where it will listen, on 127.0.0.1.
+        mark: Text in its environment that tells it and its offspring from all other processes.
+        env: Its whole environment.
+        log: File for its output; the log of the run before is kept beside it, with ``.1`` added to the name.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_name(f"{log.name}.1"))
+    with log.open("wb") as out:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**env, "PYTHONUNBUFFERED": "1", MARK: mark},
+            cwd=log.parent,  # not the user's folder, whose .env and prefect.toml Prefect would read
+            start_new_session=True,
+        )
+    _children.append(child)
+    return Daemon(
+        pid=child.pid, created=psutil.Process(child.pid).create_time(), url=f"http://{HOST}:{port}", mark=mark
+    )
+
+
+def leader(daemon: Daemon) -> psutil.Process | None:
+    """Its first process, if that lives."""
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(daemon.pid)
+        # Seconds, not equality: the creation time moves with the system clock when that is set.
+        if abs(first.create_time() - daemon.created) < 2 and _lives(first):
+            return first
+    return None
+
+
+def healthy(daemon: Daemon, path: str, body: str) -> bool:
+    """Whether this very server answers ``body`` at ``path``; whoever else has its port may answer the same."""
+    first = leader(daemon)
+    return first is not None and _listens(first, daemon.port) and problem(daemon.url + path, body) is None
+
+
+def problem(url: str, body: str, *, given: bool = False) -> str | None:
+    """Why the server at ``url`` cannot be used; None if it can.
+
+    Args:
+        url: Address of its health check.
+        body: What a healthy server answers.
+        given: The user named this server. The proxy settings of the environment apply to it, and one that asks who we
+            are counts as healthy: the client that comes later has the key.
+    """
+    import httpx
+
+    try:
+        response = httpx.get(url, timeout=HEALTH_S, trust_env=given)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return str(error) or type(error).__name__
+    if given and response.status_code in (401, 403):
+        return None
+    if response.status_code != 200 or response.text.strip() != body:
+        return f"{url} answers {response.status_code}, but not as such a server does"
+    return None
+
+
+def stop(daemon: Daemon) -> bool:
+    """End it and all that belongs to it, with force after a while. Returns whether anything was there.
+
+    The offspring goes first: a worker that is stopped kills its flow runs, which then stay "running" for ever, while a
+    flow run that is asked to end says so to the server.
+    """
+    members = _members(daemon)
+    offspring = [member for member in members if member.pid != daemon.pid]
+    for sig, group in ((signal.SIGTERM, offspring), (signal.SIGTERM, members), (signal.SIGKILL, members)):
+        living = [member for member in group if _lives(member)]
+        for member in living:
+            with contextlib.suppress(psutil.Error):
+                member.send_signal(sig)  # psutil refuses if the process id is another process by now
+        deadline = time.monotonic() + STOP_S
+        while any(_lives(member) for member in living) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    _reap()
+    return bool(members)
+
+
+def free_port(first: int, taken: Collection[int]) -> int:
+    """The first port from ``first`` on that nobody listens at and that is not in ``taken``.
+
+    Raises:
+        PrerequisiteError: None of a hundred is free.
+    """
+    for port in range(first, min(first + PORTS_TRIED, 65536)):
+        if port in taken:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            # As the servers do it: a port is free though connections to its last owner have not timed out yet.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+            return port
+    raise PrerequisiteError(
+        f"No port is free from {first} on.", "Set SLMOPS_PREFECT_PORT and SLMOPS_MLFLOW_PORT to a free range."
+    )
+
+
+def _listens(first: psutil.Process, port: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        for member in [first, *first.children(recursive=True)]:
+            for connection in member.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                    return True
+    return False
+
+
+def _members(daemon: Daemon) -> list[psutil.Process]:
+    """Its first process and the offspring (a worker's flow runs have sessions of their own), and its session.
+
+    The session outlives a leader that was killed: such orphans still hold the port and the database. Its number alone
+    does not prove that they are ours, but the mark in their environment does.
+    """
+    members: list[psutil.Process] = []
+    if first := leader(daemon):
+        with contextlib.suppress(psutil.Error):
+            members = [first, *first.children(recursive=True)]
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if other not in members and os.getsid(other.pid) == daemon.pid and other.environ().get(MARK) == daemon.mark:
+                members.append(other)
+    return members
+
+
+def _lives(member: psutil.Process) -> bool:
+    _reap()
+    try:
+        return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _reap() -> None:
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)

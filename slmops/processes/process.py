@@ -1,0 +1,262 @@
+"""Heavy work in child processes that never outlive us.
+
+Olive, torch, ONNX Runtime and Foundry Local's runtime are loaded in children only: two native GenAI libraries cannot
+live in one process, memory does not come back, and a crash must not take the job with it. Each child leads a session
+of its own, so that its whole group can be killed, and it watches its standard input: when this process dies, however
+it dies, the pipe closes and the child's group kills itself (see :mod:`slmops.processes.child`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TypeVar
+
+import psutil
+from pydantic import BaseModel
+
+from slmops.core import errors
+from slmops.core.files import write_atomic
+
+SAMPLE_EVERY_S = 0.1
+LOOKING = 0.02
+"""Share of the time that may go into the exact memory of a child."""
+GRACE_S = 3.0
+DISK_FULL = os.strerror(errno.ENOSPC)
+FREE_SPACE = "Free some space and run again."
+
+STEADY_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""For children whose memory or speed is measured, where the C library is glibc (others ignore it).
+
+By default glibc keeps freed memory in a pool per thread and gives it back to the system at its own discretion. Then the
+peak grows in steps of a whole key-value cache, and a request whose cache is paged in anew takes half as long again to
+its first token as the next one. One pool that keeps what it has is steady from the first requests on.
+"""
+
+Result = TypeVar("Result", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a child ended.
+
+    Attributes:
+        returncode: Exit status; negative is the signal that killed it.
+        seconds: Wall time.
+        memory: Samples of (``time.monotonic()`` seconds, MB of the whole process group).
+        timed_out: It was killed because its time was over.
+    """
+
+    returncode: int
+    seconds: float
+    memory: list[tuple[float, float]] = field(repr=False)
+    timed_out: bool
+
+    @property
+    def memory_peak_mb(self) -> float:
+        """Highest sample, in MB (10^6 bytes)."""
+        return max((mb for _, mb in self.memory), default=0.0)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    timeout_s: float,
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Finished:
+    """Run ``argv`` to its end, its output in ``log``, its memory sampled.
+
+    Args:
+        argv: Program and arguments; never a shell string.
+        log: File that receives standard output and error together.
+        timeout_s: Seconds after which the whole group is killed.
+        env: Variables added to this process's own.
+        cwd: Working folder.
+        on_line: Called with each line of output as it comes.
+
+    Raises:
+        PrerequisiteError: The log cannot be written, as on a full disk; the child is stopped then.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    memory: list[tuple[float, float]] = []
+    timed_out = False
+    meter = _Meter()
+    child = subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        start_new_session=True,
+    )
+    assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
+    failures: list[OSError] = []
+    reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line, failures), daemon=True)
+    reader.start()
+    try:
+        while child.poll() is None and not failures:
+            memory.append((time.monotonic(), meter.mb(child.pid)))
+            if time.monotonic() - started > timeout_s:
+                timed_out = True
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SAMPLE_EVERY_S)
+    finally:
+        kill_group(child)
+        reader.join(GRACE_S)
+    if failures:
+        raise errors.PrerequisiteError(f"{log} cannot be written: {failures[0].strerror}.", FREE_SPACE)
+    return Finished(child.returncode, time.monotonic() - started, memory, timed_out)
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child started with ``start_new_session`` and all that it started."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_S)
+    if child.stdin is not None:
+        with contextlib.suppress(OSError):
+            child.stdin.close()
+
+
+def call(
+    module: str,
+    request: BaseModel,
+    result: type[Result],
+    *,
+    work: Path,
+    log: Path,
+    timeout_s: float,
+    error: type[errors.WorkError],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> tuple[Result, Finished]:
+    """Run ``python -m module`` on ``request`` and return its result.
+
+    The module ends in ``child.main(...)``. Errors of our own tree come back as themselves; anything else becomes
+    ``error`` with the end of the log.
+
+    Raises:
+        SlmopsError: What the child raised.
+        PrerequisiteError: The disk is full.
+        WorkError: The child crashed, was killed or took too long; of the class ``error``.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    request_file, result_file = work / "request.json", work / "result.json"
+    result_file.unlink(missing_ok=True)
+    write_atomic(request_file, request.model_dump_json())
+    finished = run(
+        [sys.executable, "-m", module, str(request_file), str(result_file)],
+        log=log,
+        timeout_s=timeout_s,
+        env={"PYTHONUNBUFFERED": "1", **(env or {})},
+        cwd=cwd,
+        on_line=on_line,
+    )
+    if finished.timed_out:
+        raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
+    if not result_file.exists():
+        said = last_words(log)
+        if DISK_FULL in said:
+            raise errors.PrerequisiteError(f"The disk of {work} is full.", FREE_SPACE)
+        nothing = " and no result" if finished.returncode >= 0 else ""
+        raise error(f"{died(finished.returncode)}{nothing}: {said}", f"Its log: {log}")
+    answer = json.loads(result_file.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise errors.BY_NAME.get(answer["error"], error)(answer["message"], answer["fix"])
+    return result.model_validate(answer["result"]), finished
+
+
+def last_words(log: Path, lines: int = 3) -> str:
+    """The last lines of a log that say something."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return " / ".join(said[-lines:]) or "it said nothing"
+
+
+def died(returncode: int) -> str:
+    """How a child ended, as the beginning of a sentence."""
+    if returncode >= 0:
+        return f"The process ended with status {returncode}"
+    name = signal.Signals(-returncode).name
+    hint = " (often: out of memory)" if name == "SIGKILL" else ""
+    return f"The process was killed by {name}{hint}"
+
+
+def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None, failures: list[OSError]) -> None:
+    try:
+        with stream, log.open("a", encoding="utf-8") as out:
+            for raw in stream:
+                # A progress bar rewrites its line with carriage returns: keep the last state only.
+                line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
+                out.write(line + "\n")
+                out.flush()
+                if on_line is not None:
+                    on_line(line)
+    except OSError as error:
+        failures.append(error)
+
+
+def group_memory_mb(pid: int) -> float:
+    """Memory of a process and its children in MB: proportional set size if known, else resident."""
+    return _Meter().mb(pid)
+
+
+class _Meter:
+    """Memory of a process and its children, looked at often without being in their way.
+
+    For a proportional set size the kernel walks through all pages of a process, which meanwhile waits for memory that
+    it asks for: 40 ms for 1.5 GB, and ten such looks a second slowed a training on two cores by 40 %. So that is done
+    rarely, and in between the resident size is taken, which costs nothing, less what was shared at the last look.
+    """
+
+    def __init__(self) -> None:
+        self._members: list[psutil.Process] = []
+        self._shared = 0
+        self._next_look = 0.0
+
+    def mb(self, pid: int) -> float:
+        """Memory in MB (10^6 bytes) now; 0 if the process is gone."""
+        began = time.monotonic()
+        if began >= self._next_look:
+            self._shared = self._look(pid)
+            self._next_look = began + (time.monotonic() - began) / LOOKING
+        resident = sum(_size(member, exact=False)[0] for member in self._members)
+        return max(0, resident - self._shared) / 1e6
+
+    def _look(self, pid: int) -> int:
+        """Bytes of the resident size that count for other processes."""
+        try:
+            leader = psutil.Process(pid)
+            self._members = [leader, *leader.children(recursive=True)]
+        except psutil.Error:
+            self._members = []
+        sizes = [_size(member, exact=True) for member in self._members]
+        return sum(resident - proportional for resident, proportional in sizes)
+
+
+def _size(process: psutil.Process, *, exact: bool) -> tuple[int, int]:
+    """Resident and proportional set size in bytes; only if ``exact`` they differ. A process that is gone has none."""
+    try:
+        info = process.memory_full_info() if exact else process.memory_info()
+    except psutil.Error:
+        return 0, 0
+    return info.rss, getattr(info, "pss", info.rss)

@@ -1,0 +1,205 @@
+"""The comparison for people: tables, and an HTML page with charts."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from html import escape
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+# Column title (its lines in text), metric, how a value is written, and whether there is room for its interval.
+COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
+    ("size\nMB", "size_mb", "{:.1f}".format, False),
+    ("of\nfp32", "size_ratio", "{:.2f}".format, False),
+    ("first\ntoken ms", "ttft_ms_p50", "{:.0f}".format, False),
+    ("tokens/s", "decode_tok_s", _rate, True),
+    ("memory\nMB", "memory_peak_mb", "{:.0f}".format, False),
+    ("perplexity\nratio", "perplexity_ratio", _ratio, True),
+    ("KL\nmean", "kl_mean", "{:.2g}".format, False),
+    ("accuracy", "accuracy", "{:.2f}".format, True),
+)
+CHARTS = (
+    ("Size (MB)", "size_mb"),
+    ("Perplexity (lower is better)", "perplexity"),
+    ("Tokens per second", "decode_tok_s"),
+    ("Peak memory (MB)", "memory_peak_mb"),
+)
+INTERVALS = (
+    ("Perplexity ratio to fp32", "perplexity_ratio"),
+    ("Mean KL divergence from fp32", "kl_mean"),
+    ("Accuracy", "accuracy"),
+    ("Tokens per second", "decode_tok_s"),
+)
+
+
+def table(comparison: Comparison, style: str = "simple") -> str:
+    """The variants as rows of text; ``style`` is one of tabulate's, as ``simple``, ``github`` or ``html``."""
+    rows = [_row(result, comparison.choice.variant) for result in comparison.variants]
+    headers = ["variant", *(title for title, *_ in COLUMNS), "gates", ""]
+    return _tabulate(rows, headers, style, ["left", *["right"] * len(COLUMNS), "left", "left"])
+
+
+def gates(comparison: Comparison, style: str = "simple") -> str:
+    """The gates as rows, the variants as columns; empty if no gate judged anything."""
+    judged = {result.name: {gate.gate: gate for gate in result.gates} for result in comparison.variants if result.gates}
+    rows = {
+        gate.gate: gate.gate + " (advisory)" * gate.advisory
+        for one in judged.values()
+        for gate in one.values()
+        if gate.outcome != "skipped"  # a champion's gates while there is none
+    }
+    if not rows:
+        return ""
+    cells = [[label, *(_verdict(one.get(gate)) for one in judged.values())] for gate, label in rows.items()]
+    return _tabulate(cells, ["gate", *judged], style, ["left"] * (len(judged) + 1))
+
+
+def text(comparison: Comparison) -> str:
+    """What ``slmops run`` and ``slmops compare`` print."""
+    return "\n\n".join([*_tables(comparison, "simple"), comparison.choice.reason, *_failures(comparison)])
+
+
+def markdown(comparison: Comparison, run_url: str) -> str:
+    """The same for Prefect's and MLflow's pages."""
+    said = [escape(part, quote=False) for part in (comparison.choice.reason, *_failures(comparison))]
+    return "\n\n".join([*_tables(comparison, "github"), *said, f"[MLflow run]({run_url})"])
+
+
+def html(comparison: Comparison) -> str:
+    """A page that stands alone: tables, choice, charts."""
+    said = "".join(f"<p>{escape(part)}</p>" for part in (comparison.choice.reason, *_failures(comparison)))
+    return (
+        "<!doctype html><meta charset='utf-8'>"
+        f"<title>{escape(comparison.model)}</title>"
+        "<style>body{font:14px system-ui;margin:1em}table{margin-bottom:1em}td,th{padding:.2em .5em}"
+        "svg{max-width:100%}</style>"
+        f"<h1>{escape(comparison.model)}</h1>{''.join(_tables(comparison, 'html'))}{said}{_charts(comparison)}"
+    )
+
+
+def _tables(comparison: Comparison, style: str) -> list[str]:
+    return [part for part in (table(comparison, style), gates(comparison, style)) if part]
+
+
+def _tabulate(rows: list[list[str]], headers: list[str], style: str, align: list[str]) -> str:
+    if style != "simple":
+        headers = [header.replace("\n", " ") for header in headers]
+    if style == "github":  # tabulate escapes in HTML only
+        headers, *rows = ([escape(cell, quote=False).replace("|", r"\|") for cell in row] for row in (headers, *rows))
+    return str(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align))
+
+
+def _row(result: VariantResult, chosen: str | None) -> list[str]:
+    values = [_cell(result, metric, write, interval) for _, metric, write, interval in COLUMNS]
+    return [result.name, *values, _gates_of(result), _mark(result, chosen)]
+
+
+def _cell(result: VariantResult, metric: str, write: Callable[[float], str], interval: bool) -> str:
+    if metric not in result.metrics:
+        return "-"
+    ends = _interval(result.measurements.get(metric)) if interval else None
+    value = write(result.metrics[metric])
+    return f"{value} [{write(ends[0])}, {write(ends[1])}]" if ends else value
+
+
+def _interval(measurement: Measurement | None) -> tuple[float, float] | None:
+    """The ends of the interval, where there is more to it than the value."""
+    if measurement is None or measurement.low is None or measurement.high is None:
+        return None
+    low, high = measurement.low, measurement.high
+    return (low, high) if -math.inf < low < high < math.inf else None
+
+
+def _gates_of(result: VariantResult) -> str:
+    """The first gate that refuses the variant and how many more do, or else how many of those that apply it passes."""
+    refusing = [gate.metric for gate in result.gates if gate.refuses]
+    if refusing:
+        return refusing[0] + (f" +{len(refusing) - 1}" if len(refusing) > 1 else "")
+    outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
+    return f"{outcomes.count('pass')}/{len(outcomes)}" if outcomes else "-"
+
+
+def _mark(result: VariantResult, chosen: str | None) -> str:
+    if result.status != "ok":
+        return result.status
+    if result.name == chosen:
+        return "chosen"
+    return f"dominated by {result.dominated_by}" if result.dominated_by else ""
+
+
+def _verdict(gate: GateResult | None) -> str:
+    if gate is None:
+        return "-"
+    outcome = "FAIL" if gate.outcome == "fail" else gate.outcome
+    return outcome if gate.value is None else f"{outcome} {gate.value:.4g}"
+
+
+def _failures(comparison: Comparison) -> list[str]:
+    return [
+        f"{result.name} failed: {result.reason}" if result.status == "failed" else f"{result.name}: {result.reason}"
+        for result in comparison.variants
+        if result.reason
+    ]
+
+
+def _charts(comparison: Comparison) -> str:
+    measured = [result for result in comparison.variants if result.status == "ok"]
+    if not measured:
+        return ""
+    from matplotlib.figure import Figure
+
+    bars = Figure(figsize=(10, 6), layout="constrained")
+    for axes, (title, metric) in zip(bars.subplots(2, 2).flat, CHARTS, strict=True):
+        known = {r.name: r.metrics[metric] for r in measured if math.isfinite(r.metrics.get(metric, math.nan))}
+        axes.bar_label(axes.bar(list(known), list(known.values()), color="#4477aa"), fmt="%.4g")
+        axes.set_title(title)
+        axes.margins(y=0.15)
+    return _svg(bars) + _interval_chart(measured)
+
+
+def _interval_chart(measured: list[VariantResult]) -> str:
+    """What is uncertain, with 95 % intervals; a variant without one is a point."""
+    shown = [
+        (title, metric) for title, metric in INTERVALS if any(_interval(r.measurements.get(metric)) for r in measured)
+    ]
+    if not shown:
+        return ""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.3 * len(shown), 3.5), layout="constrained")
+    figure.suptitle("95 % intervals")
+    for axes, (title, metric) in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        known = {r.name: r.measurements[metric] for r in measured if metric in r.measurements}
+        known = {name: one for name, one in known.items() if math.isfinite(one.value)}
+        values = [one.value for one in known.values()]
+        ends = [_interval(one) or (one.value, one.value) for one in known.values()]
+        # A bootstrap's interval need not hold the value itself.
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
+        above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
+        axes.errorbar(list(known), values, yerr=[below, above], fmt="o", capsize=4, color="#4477aa")
+        axes.set_title(title)
+        axes.margins(x=0.2)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    return picture.getvalue()[picture.getvalue().index("<svg") :]

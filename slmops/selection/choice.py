@@ -1,0 +1,308 @@
+"""Which variant to take: the policy's gates, then its objective among the variants that no gate refuses.
+
+A gate is a test of non-inferiority with a margin: it asks not whether a variant differs from the baseline, which every
+quantized variant does, but whether the whole 95 % interval of the difference stays within the limit. An interval that
+straddles the limit proves neither, so that few samples make no bad variant good unless a gate accepts that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from slmops.core.job import BASELINE
+from slmops.core.values import Choice, GateResult, Measurement, Outcome, VariantResult
+from slmops.selection.policy import Gate, Policy
+
+# Comparisons with the baseline that were measured pair by pair (the same tokens, the same questions), which is far
+# tighter than two intervals taken for independent; and the sign that a drop (baseline - variant) needs.
+PAIRED = {
+    ("perplexity", "ratio"): ("perplexity_ratio", 1),
+    ("accuracy", "difference"): ("accuracy_drop", -1),
+    ("score", "difference"): ("score_drop", -1),
+}
+# What the figures relative to the baseline are of the baseline itself, measured or not.
+OF_ITSELF = {
+    "size_ratio": 1.0,
+    "perplexity_ratio": 1.0,
+    **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_max"), 0.0),
+    "top1_agreement": 1.0,
+    **dict.fromkeys(("accuracy_drop", "score_drop", "flips"), 0.0),
+    "mcnemar_p": 1.0,
+}
+NO_BASELINE = f"No variant is chosen: there is no {BASELINE} baseline to judge the others against."
+TOLERANCE = 1e-9  # relative: 0.8 - 0.7 is no more than 0.1
+
+
+def choose(
+    results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None = None
+) -> tuple[Choice, list[VariantResult]]:
+    """Judge the measured variants and take one.
+
+    Args:
+        results: All variants of a job, also those that failed.
+        policy: Gates and objective.
+        champion: What was measured of the variant in use; None: there is none.
+
+    Returns:
+        The choice, and the results in the same order with ``gates`` and ``dominated_by`` filled in.
+    """
+    baseline = find_baseline(results)
+    front = pareto(results)
+    judged = [
+        result.model_copy(
+            update={"gates": apply(policy, result, baseline, champion), "dominated_by": front.get(result.name)}
+        )
+        if result.status == "ok"
+        else result
+        for result in results
+    ]
+    if baseline is None:
+        return Choice(variant=None, reason=NO_BASELINE), judged
+    refused: list[str] = []
+    candidates = _in_order([result for result in judged if result.status == "ok"], policy)
+    for candidate in candidates:
+        against = [gate.detail for gate in candidate.gates if gate.refuses]
+        if not against:
+            because = _because(candidate, policy, alone=len(candidates) == 1)
+            reason = f"{candidate.name} is taken, {because}: {_quality(candidate, baseline)}."
+            return Choice(variant=candidate.name, reason=" ".join([reason, *refused])), judged
+        refused.append(f"{candidate.name} is refused ({', and '.join(against)}).")
+    return Choice(variant=None, reason=" ".join(["No variant is chosen: a gate refuses each.", *refused])), judged
+
+
+def find_baseline(results: Sequence[VariantResult]) -> VariantResult | None:
+    """The variant that the others are judged against, if it was measured."""
+    return next((result for result in results if result.status == "ok" and result.name == BASELINE), None)
+
+
+def apply(
+    policy: Policy, result: VariantResult, baseline: VariantResult | None, champion: dict[str, Measurement] | None
+) -> tuple[GateResult, ...]:
+    """Judge one variant by each gate of the policy, in the policy's order."""
+    return tuple(_judge(gate, result, baseline, champion) for gate in policy.gates)
+
+
+def pareto(results: list[VariantResult]) -> dict[str, str]:
+    """The variants that are not worth having, each with one that is better: no worse in size, decoding speed, peak
+    memory and quality, and better in one of them.
+
+    Quality is ``kl_mean``, or ``perplexity`` if a variant lacks that. Values are compared, not intervals. A variant
+    that lacks one of the figures takes no part.
+    """
+    measured = [result for result in results if result.status == "ok"]
+    quality = "kl_mean" if all(math.isfinite(_cost(result, "kl_mean")) for result in measured) else "perplexity"
+    metrics = ("size_mb", "decode_tok_s", "memory_peak_mb", quality)
+    costs = {result.name: tuple(_cost(result, metric) for metric in metrics) for result in measured}
+    costs = {name: cost for name, cost in costs.items() if all(map(math.isfinite, cost))}
+
+    def dominates(one: str, other: str) -> bool:
+        return costs[one] != costs[other] and all(a <= b for a, b in zip(costs[one], costs[other], strict=True))
+
+    # Whatever is dominated is dominated by one of these, too, as "no worse" is transitive.
+    best = [name for name in costs if not any(dominates(other, name) for other in costs)]
+    return {name: next(one for one in best if dominates(one, name)) for name in costs if name not in best}
+
+
+def _judge(
+    gate: Gate, result: VariantResult, baseline: VariantResult | None, champion: dict[str, Measurement] | None
+) -> GateResult:
+    outcome: Outcome = "inconclusive"
+    more: int | None = None
+    figure: Measurement | None = None
+    if gate.to == "champion" and champion is None:
+        outcome, detail = "skipped", "no champion yet"
+    else:
+        compared = _compare(gate, result, baseline, champion)
+        if isinstance(compared, str):
+            detail = compared
+        else:
+            figure = compared
+            outcome, more, detail = _verdict(gate, figure)
+    doubtful = gate.inconclusive == "refuse" or (figure is not None and not _keeps(gate, figure.value))
+    refuses = outcome == "fail" or (outcome == "inconclusive" and doubtful)
+    return GateResult(
+        gate=gate.text,
+        metric=gate.metric,
+        outcome=outcome,
+        advisory=gate.advisory,
+        refuses=refuses and not gate.advisory,
+        value=figure and figure.value,
+        low=figure and figure.low,
+        high=figure and figure.high,
+        limit=gate.limit,
+        more_samples=more,
+        detail=detail,
+    )
+
+
+def _keeps(gate: Gate, value: float) -> bool:
+    slack = TOLERANCE * max(1.0, abs(gate.limit))
+    return value <= gate.limit + slack if gate.max is not None else value >= gate.limit - slack
+
+
+def _verdict(gate: Gate, figure: Measurement) -> tuple[Outcome, int | None, str]:
+    said = _said(gate, figure)
+    if not math.isfinite(figure.value):
+        return "fail", None, f"{said}, which is no usable figure"
+    if figure.low is None or figure.high is None:
+        return "inconclusive", None, f"{said}: too few samples for an interval"
+    ends = [_keeps(gate, end) for end in (figure.low, figure.high)]
+    if all(ends):
+        return "pass", None, f"{said}: {gate.bound} is kept"
+    if not any(ends):
+        return "fail", None, f"{said}: {gate.bound} is broken"
+    from slmops.evaluation import statistics
+
+    more = statistics.more_samples(figure, gate.limit)
+    settle = f"about {_rounded(more):,} more samples" if more else "no practical number of samples"
+    return "inconclusive", more, f"{said}: {gate.bound} is neither kept nor broken; {settle} would settle it"
+
+
+def _compare(
+    gate: Gate, result: VariantResult, baseline: VariantResult | None, champion: dict[str, Measurement] | None
+) -> Measurement | str:
+    """What the gate's limit applies to; or why there is no such figure."""
+    metric = gate.metric
+    own = result.measurements.get(metric)
+    if own is None and result.name == BASELINE and metric in OF_ITSELF:
+        own = Measurement.exact(OF_ITSELF[metric], "1")
+    if own is None:
+        return f"{metric} was not measured"
+    if gate.of == "value" or not math.isfinite(own.value):
+        return own
+    if gate.to == "champion":
+        others = champion or {}
+    elif baseline is None:
+        return f"{metric}: there is no baseline to compare with"
+    elif result.name == baseline.name:
+        return Measurement.exact(1.0 if gate.of == "ratio" else 0.0, own.unit, own.samples)
+    else:
+        others = baseline.measurements
+        paired, sign = PAIRED.get((metric, gate.of), (metric, 1))
+        if paired != metric and paired in result.measurements:
+            return _negated(result.measurements[paired]) if sign < 0 else result.measurements[paired]
+    other = others.get(metric)
+    if other is None:
+        return f"{metric} was not measured of the {gate.to}"
+    if not math.isfinite(other.value):
+        return f"{metric} of the {gate.to} is {other.value}: nothing to compare with"
+    if gate.of == "difference":
+        return _difference(own, other)
+    if min(x for one in (own, other) for x in (one.value, one.low, one.high) if x is not None) <= 0:
+        return f"{metric}: a ratio to the {gate.to}'s needs figures and intervals above 0"
+    apart = _difference(_mapped(own, math.log), _mapped(other, math.log))
+    return _mapped(apart, math.exp).model_copy(update={"unit": "1"})
+
+
+def _difference(one: Measurement, other: Measurement) -> Measurement:
+    """``one`` - ``other``, taken for independent: the sides of the intervals add up as squares.
+
+    MOVER, which keeps the asymmetry of both intervals: Zou and Donner, Construction of confidence limits about effect
+    measures: a general approach, Statistics in Medicine 27 (2008), 1693-1702.
+    """
+    value = one.value - other.value
+    samples = min((side.samples for side in (one, other) if side.low != side.high), default=one.samples)
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return Measurement(value=value, unit=one.unit, samples=samples)
+    low = value - math.hypot(one.value - one.low, other.high - other.value)
+    high = value + math.hypot(one.high - one.value, other.value - other.low)
+    return Measurement(value=value, unit=one.unit, samples=samples, low=low, high=high)
+
+
+def _mapped(one: Measurement, function: Callable[[float], float]) -> Measurement:
+    """A rising function of a figure and of the ends of its interval."""
+    ends = {"low": one.low, "high": one.high}
+    mapped = {end: None if value is None else function(value) for end, value in ends.items()}
+    return one.model_copy(update={"value": function(one.value), **mapped})
+
+
+def _negated(one: Measurement) -> Measurement:
+    low, high = (None if end is None else 0.0 - end for end in (one.high, one.low))  # 0.0 -: there is a -0.0
+    return one.model_copy(update={"value": 0.0 - one.value, "low": low, "high": high})
+
+
+def _cost(result: VariantResult, metric: str) -> float:
+    """A metric so that less is better; infinite where there is no figure."""
+    value = result.metrics.get(metric, OF_ITSELF.get(metric, math.nan) if result.name == BASELINE else math.nan)
+    if metric == "decode_tok_s":
+        value = -value
+    return math.inf if math.isnan(value) else value
+
+
+def _in_order(candidates: list[VariantResult], policy: Policy) -> list[VariantResult]:
+    """The order in which the objective takes them. Of equals the smaller comes first, then the baseline."""
+
+    def by(*metrics: str) -> list[VariantResult]:
+        return sorted(candidates, key=lambda r: (*(_cost(r, metric) for metric in metrics), r.name != BASELINE))
+
+    if policy.objective == "fastest":
+        return by("decode_tok_s", "size_mb")
+    if policy.objective == "best_quality":
+        return sorted(by("kl_mean", "size_mb"), key=lambda r: r.name == BASELINE)
+    by_size = by("size_mb")
+    return by_size if policy.objective == "smallest" else _preferred(by_size, policy.preference)
+
+
+def _preferred(by_size: list[VariantResult], preference: tuple[str, ...]) -> list[VariantResult]:
+    """The variants that ``preference`` names in its order, in the places that they hold by size. The baseline, unless
+    named, comes after them, and so do those that are not named and no smaller than it."""
+    names = [result.name for result in by_size]
+    smaller = names[: names.index(BASELINE)]
+    before = [result for result in by_size if result.name in preference or result.name in smaller]
+    named = iter(sorted((r for r in before if r.name in preference), key=lambda r: preference.index(r.name)))
+    ordered = [next(named) if result.name in preference else result for result in before]
+    return ordered + [result for result in by_size if result not in before]
+
+
+def _because(chosen: VariantResult, policy: Policy, *, alone: bool) -> str:
+    if alone:
+        return "as there is no other variant"
+    if chosen.name == BASELINE and policy.objective in {"preference", "best_quality"}:
+        return "the baseline itself"
+    first = {
+        "preference": "the first in order of preference",
+        "smallest": "the smallest",
+        "fastest": "the fastest",
+        "best_quality": "the closest to the baseline",
+    }[policy.objective]
+    return f"{first} that no gate refuses"
+
+
+def _quality(chosen: VariantResult, baseline: VariantResult) -> str:
+    """What the chosen one is worth, as far as it was measured."""
+    own, others = chosen.measurements, baseline.measurements
+    said = []
+    if chosen.name == BASELINE:
+        said = [f"{metric} {_figure(own[metric])}" for metric in ("perplexity", "accuracy") if metric in own]
+    else:
+        if "perplexity_ratio" in own:
+            said.append(f"perplexity {_figure(own['perplexity_ratio'])} times the baseline's")
+        if "accuracy" in own and "accuracy" in others:
+            said.append(f"accuracy {_figure(own['accuracy'])} against {_figure(others['accuracy'])}")
+        if "size_ratio" in own:
+            said.append(f"{_figure(own['size_ratio'])} of its size")
+    return ", ".join(said) or "its quality was not measured"
+
+
+def _said(gate: Gate, figure: Measurement) -> str:
+    if gate.of == "difference":
+        return f"{gate.metric} differs from the {gate.to}'s by {_figure(figure)}"
+    return f"{gate.metric} {_figure(figure)}" + (f" times the {gate.to}'s" if gate.of == "ratio" else "")
+
+
+def _figure(one: Measurement) -> str:
+    """``1.105 [1.082, 1.129]``; of an exact figure, or without an interval, only the value."""
+    if one.low is None or one.high is None or not one.low < one.high:
+        return _number(one.value)
+    return f"{_number(one.value)} [{_number(one.low)}, {_number(one.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+
+
+def _rounded(count: int) -> int:
+    """Up to two figures: it is an estimate."""
+    step = int(10 ** max(len(str(count)) - 2, 0))
+    return -(-count // step) * step

@@ -1,0 +1,302 @@
+"""What is deployed: MLflow's Model Registry, the only record of it.
+
+A version is one variant's files as Foundry Local reads them. Its alias ``champion`` is what is served, ``previous``
+what was before, and each variant's name the newest version of that precision. MLflow has no transactions over aliases:
+here ``previous`` is set before ``champion``, so that no moment and no crash leaves an alias that points at nothing, and
+who promotes says which champion the decision was made against, so that of two promotions only one wins.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+
+from slmops.tracking.client import talking  # first: it sets the environment that MLflow reads at import
+
+# isort: split
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion as Entry
+from mlflow.entities.model_registry import RegisteredModel
+from mlflow.exceptions import MlflowException
+
+from slmops.core.errors import PromotionError, UsageError
+from slmops.core.values import Registration, Variant, VariantResult
+from slmops.foundry.versions import CHAMPION, MANIFEST, PREVIOUS, RESERVED, Deployment, ModelVersion, describe
+
+SHA256, LOCATION, LOGGED_MODEL = "slmops.manifest_sha256", "slmops.location", "slmops.logged_model"
+RUN, JOB = "slmops.evaluation_run", "slmops.job_run"
+VARIANT, SIZE, MEMORY = "slmops.variant", "slmops.size_mb", "slmops.memory_mb"
+DEVICE, PROVIDER = "slmops.device", "slmops.provider"
+TAGS = frozenset((SHA256, LOCATION, RUN, JOB, VARIANT, SIZE, MEMORY, DEVICE, PROVIDER))
+"""What a version cannot do without."""
+KIND = {"slmops.kind": "model"}
+
+
+class Registry:
+    """The Model Registry of one MLflow server."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def models(self) -> list[str]:
+        """Names of all models that slmops registered."""
+        with self._talking():
+            found: list[RegisteredModel] = []
+            token: str | None = None
+            while token != "":
+                page = self._client.search_registered_models(page_token=token)
+                found += page
+                token = page.token or ""
+            return sorted(model.name for model in found if model.tags.items() >= KIND.items())
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a model that slmops registered, the newest first; none of an unknown model."""
+        with self._talking():
+            model = self._model(name)
+            if model is None:
+                return []
+            entries = self._client.search_model_versions(f"name = '{name}'")
+            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= TAGS]
+            return sorted(made, key=lambda version: -version.version)
+
+    def find(self, name: str, which: str) -> ModelVersion:
+        """The version that an alias or a number names.
+
+        Raises:
+            UsageError: There is no such model or version, or it is none of ours.
+        """
+        with self._talking():
+            model = self._model(name)
+            if model is None:
+                known = ", ".join(self.models()) or "none"
+                raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
+            return self._version_of(model, which)
+
+    def champion(self, name: str) -> ModelVersion | None:
+        """The version that is deployed, if any.
+
+        Raises:
+            UsageError: It is none of ours.
+        """
+        return self._aliased(name, CHAMPION)
+
+    def previous(self, name: str) -> ModelVersion | None:
+        """The version that was deployed before, if any."""
+        return self._aliased(name, PREVIOUS)
+
+    def add(
+        self, name: str, variant: Variant, registration: Registration, result: VariantResult, job_id: str
+    ) -> ModelVersion:
+        """Make an accepted variant a version, its files downloadable; the same files stay the same version.
+
+        Args:
+            name: The registered model, made if it is new.
+            variant: What was converted.
+            registration: Its folder in Foundry Local, which is what gets uploaded.
+            result: What was measured; the child run in it holds the logged model that receives the files.
+            job_id: The parent run.
+        """
+        with self._talking():
+            self._ensure(name)
+            manifest = describe(name, variant, registration)
+            tags = {
+                VARIANT: variant.name,
+                "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
+                "slmops.key": variant.key,
+                "slmops.checkpoint_digest": variant.checkpoint.digest,
+                "slmops.source": variant.checkpoint.source,
+                SIZE: f"{manifest.size_mb:.1f}",
+                MEMORY: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
+                DEVICE: manifest.device,
+                PROVIDER: manifest.provider,
+                "slmops.gates": _passed(result),
+                RUN: result.run_id or "",
+                JOB: job_id,
+            }
+            known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
+            if known is None:
+                number = self._upload(manifest, registration.path, tags)
+            else:
+                number = known.version
+                for key, value in tags.items():
+                    self._client.set_model_version_tag(name, str(number), key, value)
+            said = f"{variant.name}, {manifest.size_mb:.1f} MB, {tags['slmops.gates']} gates"
+            self._client.update_model_version(name, str(number), said)  # the one column of MLflow's list that is free
+            if RESERVED.fullmatch(variant.name) is None:
+                self._client.set_registered_model_alias(name, variant.name, str(number))
+        return self.find(name, str(number))
+
+    def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
+        """Make ``version`` the champion, and the champion the previous one.
+
+        Args:
+            version: The challenger.
+            against: The champion that it was judged against; None if there was none.
+            tags: What to keep with the version: who, why.
+
+        Raises:
+            PromotionError: Another promotion came first. On one machine a lock prevents that; between machines the
+                look and the change lie some milliseconds apart, which MLflow gives no means to close.
+        """
+        now = self.champion(version.name)
+        if (now and now.version) != (against and against.version):
+            raise self._overtaken(version, now)
+        with self._talking():
+            number = str(version.version)
+            stamp = datetime.now(UTC).isoformat(timespec="seconds")
+            replaced = str(now.version) if now else ""
+            for key, value in {"slmops.promoted": stamp, "slmops.replaced": replaced, **tags}.items():
+                self._client.set_model_version_tag(version.name, number, key, value)
+            if now is not None and now.version != version.version:
+                self._client.set_registered_model_alias(version.name, PREVIOUS, str(now.version))
+            self._client.set_registered_model_alias(version.name, CHAMPION, number)
+        now = self.champion(version.name)
+        if now is None or now.version != version.version:
+            raise self._overtaken(version, now)
+
+    def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
+        """Undo the promotion of a version that cannot be served: what it replaced is the champion again.
+
+        Returns:
+            The champion now; None if there is nothing to go back to, and then nothing is changed but the tag.
+        """
+        with self._talking():
+            self._client.set_model_version_tag(failed.name, str(failed.version), "slmops.withdrawn", reason[:4000])
+            champion, previous = self.champion(failed.name), self.previous(failed.name)
+            if champion is None or champion.version != failed.version:
+                return champion  # somebody was faster
+            if previous is None or previous.version == failed.version:
+                return None
+            self._client.set_registered_model_alias(failed.name, CHAMPION, str(previous.version))
+            # What the one that failed replaced is no longer "previous"; what that replaced in its time is.
+            before = previous.tags.get("slmops.replaced", "")
+            if before and self._entry(failed.name, before) is not None:
+                self._client.set_registered_model_alias(failed.name, PREVIOUS, before)
+            else:
+                self._client.delete_registered_model_alias(failed.name, PREVIOUS)
+        return self.champion(failed.name)
+
+    def page(self, version: ModelVersion) -> str:
+        """The version's page in MLflow's UI."""
+        return f"{self.uri.rstrip('/')}/#/models/{version.name}/versions/{version.version}"
+
+    def _talking(self) -> AbstractContextManager[None]:
+        return talking(self.uri)
+
+    def _model(self, name: str) -> RegisteredModel | None:
+        try:
+            return self._client.get_registered_model(name)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: a bad name
+                return None
+            raise
+
+    def _entry(self, name: str, number: str) -> Entry | None:
+        try:
+            return self._client.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _version_of(self, model: RegisteredModel, which: str) -> ModelVersion:
+        number = model.aliases.get(which, which)
+        entry = self._entry(model.name, number) if str(number).isdigit() else None
+        if entry is None:
+            numbers = ", ".join(f"{one.version} ({one.variant})" for one in self.versions(model.name)) or "none"
+            aliases = ", ".join(sorted(model.aliases)) or "none"
+            raise UsageError(
+                f"{model.name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
+            )
+        missing = [tag for tag in sorted(TAGS) if tag not in entry.tags]
+        if missing:
+            raise UsageError(
+                f"Version {number} of {model.name} was not registered by slmops, or was altered: it has no "
+                f"{' and no '.join(missing)}.",
+                "Take the alias from it in MLflow, or name another version.",
+            )
+        return _version(entry, model)
+
+    def _aliased(self, name: str, alias: str) -> ModelVersion | None:
+        with self._talking():
+            model = self._model(name)
+            return None if model is None or alias not in model.aliases else self._version_of(model, alias)
+
+    def _ensure(self, name: str) -> None:
+        model = self._model(name)
+        if model is None:
+            self._client.create_registered_model(name, tags=KIND, description="Variants that passed their gates.")
+        elif not model.tags.items() >= KIND.items():
+            raise UsageError(
+                f"The registry has a model {name!r} that slmops did not make.", "Choose another name with --name."
+            )
+
+    def _holds(self, version: ModelVersion, manifest: Deployment) -> bool:
+        """Whether a version is of this content, its files still there."""
+        if version.manifest_sha256 != manifest.sha256:
+            return False
+        try:
+            files = self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, ""))
+        except MlflowException:  # its logged model was deleted
+            return False
+        return MANIFEST in {file.path for file in files}
+
+    def _upload(self, manifest: Deployment, folder: Path, tags: dict[str, str]) -> int:
+        """Put the files into the run's logged model, the manifest last, and make that a version."""
+        run = self._client.get_run(tags[RUN])
+        (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+        for file in manifest.files:
+            below = PurePosixPath(file.name).parent
+            self._client.log_model_artifact(
+                logged.model_id, str(folder / file.name), None if below == PurePosixPath() else str(below)
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
+            self._client.log_model_artifact(logged.model_id, str(Path(scratch) / MANIFEST))
+        # A database without a server has no models:/ addresses of its own.
+        source = f"models:/{logged.model_id}" if self.uri.startswith("http") else logged.artifact_location
+        created = self._client.create_model_version(
+            manifest.model,
+            source=source,
+            run_id=run.info.run_id,
+            tags={**tags, SHA256: manifest.sha256, LOCATION: logged.artifact_location, LOGGED_MODEL: logged.model_id},
+            model_id=logged.model_id,
+            await_creation_for=0,
+        )
+        return int(created.version)
+
+    def _overtaken(self, version: ModelVersion, now: ModelVersion | None) -> PromotionError:
+        holder = now.label if now else "nothing"
+        return PromotionError(
+            f"{version.label} was not promoted: another promotion came first, and {holder} is the champion now.",
+            "Look at `slmops status` and promote again if it still should be.",
+        )
+
+
+def _passed(result: VariantResult) -> str:
+    outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
+    return f"passed {outcomes.count('pass')} of {len(outcomes)}"
+
+
+def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:
+    tags = entry.tags
+    return ModelVersion(
+        name=entry.name,
+        version=int(entry.version),
+        variant=tags[VARIANT],
+        aliases=tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == str(entry.version))),
+        location=tags[LOCATION],
+        manifest_sha256=tags[SHA256],
+        size_mb=float(tags[SIZE]),
+        memory_mb=float(tags[MEMORY]),
+        device=tags[DEVICE],
+        provider=tags[PROVIDER],
+        run_id=tags[RUN],
+        job_id=tags[JOB],
+        created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
+        tags=tags,
+    )

@@ -1,0 +1,406 @@
+"""Everything that touches MLflow: one experiment a model, one parent run a job, one child run a variant.
+
+What the evaluation of a variant leaves there is in :mod:`slmops.tracking.evaluation`.
+
+Always through a client with explicit run ids: MLflow's active run is thread-local, and another thread that logs
+"to the active run" silently makes a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from slmops.tracking.client import talking, text_of  # first: it sets the environment that MLflow reads at import
+
+# isort: split
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, LoggedModelInput, Param, Run
+from mlflow.exceptions import MlflowException
+
+from slmops.core.errors import UsageError
+from slmops.core.job import BASELINE, Job
+from slmops.core.values import (
+    OF_MACHINE,
+    Checkpoint,
+    Comparison,
+    Evaluation,
+    Hardware,
+    Measurement,
+    Registration,
+    Variant,
+    VariantResult,
+)
+from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
+from slmops.foundry.versions import CHAMPION
+from slmops.selection.policy import Policy
+from slmops.tracking import answers as tracking_answers
+from slmops.tracking import evaluation as tracking_evaluation
+from slmops.tracking import remeasure as tracking_remeasure
+from slmops.tracking import soak as tracking_soak
+
+KIND = "slmops.kind"
+COMPARISON, POLICY = "comparison.json", "policy.json"
+MODEL_TYPE = "onnx-genai"
+# The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
+_EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
+PARAM_LIMIT = 6000  # characters that MLflow takes for a parameter
+
+
+class Tracker:
+    """One MLflow server."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client = MlflowClient(tracking_uri=uri)
+
+    def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str | None) -> str:
+        """Open the parent run and close those that killed jobs of this model left open.
+
+        The caller holds the model's job lock, so a run that is still open has no job any more.
+        """
+        with self._talking():
+            experiment = self.experiment(name)
+            for stale in self._client.search_runs(
+                [experiment.experiment_id], f"tags.`{KIND}` = 'job' and attributes.status = 'RUNNING'"
+            ):
+                self._client.set_terminated(stale.info.run_id, "KILLED")
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            run = self._client.create_run(
+                experiment.experiment_id,
+                run_name=f"{name} {stamp}",
+                tags={
+                    KIND: "job",
+                    "slmops.model": name,
+                    "slmops.source": checkpoint.source,
+                    "slmops.checkpoint_digest": checkpoint.digest,
+                    **({"slmops.prefect_flow_run": flow_run} if flow_run else {}),
+                },
+            )
+            run_id: str = run.info.run_id
+            asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
+            self._params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            tracking_remeasure.log_inputs(self._client, run_id, job)
+            return run_id
+
+    def log_variant(
+        self,
+        parent: str,
+        name: str,
+        variant: Variant,
+        registration: Registration,
+        evaluation: Evaluation,
+        logs: Path,
+    ) -> str:
+        """Log a measured variant as a child run with a logged model, and check that all of it arrived.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or something is missing afterwards.
+        """
+        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+            run_id = self._child(parent, variant.name)
+            digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
+            deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
+            self._params(run_id, {**_of_variant(variant), **digests, **deployed})
+            logged = self._client.create_logged_model(
+                experiment_id=self._client.get_run(run_id).info.experiment_id,
+                name=f"{name}-{variant.name}",
+                source_run_id=run_id,
+                model_type=MODEL_TYPE,
+                params={"recipe": variant.name, "key": variant.key, "foundry_id": registration.foundry_id},
+                tags={"slmops.path": str(registration.path), "slmops.checkpoint_digest": variant.checkpoint.digest},
+            )
+            # As an input: runs that have models as outputs are not on MLflow's page "Evaluation runs".
+            self._client.log_inputs(run_id, models=[LoggedModelInput(logged.model_id)])
+            folder = Path(scratch)
+            tracking_evaluation.collect(folder, variant, registration, evaluation, logs)
+            self._client.log_artifacts(run_id, str(folder))
+            asked = self._client.get_run(parent).data.params
+            sources = {
+                tracking_evaluation.EVALUATION_SET: asked.get("job.evaluation_set", "general"),
+                tracking_evaluation.TEXT: asked.get("job.perplexity_text", "Python language reference"),
+            }
+            tracking_evaluation.log_evaluation(self._client, run_id, logged.model_id, evaluation, sources)
+            self._client.finalize_logged_model(logged.model_id, "READY")
+            self._client.set_terminated(run_id, "FINISHED")
+            return run_id
+
+    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> str:
+        """Log a variant that failed, with the reason and what logs there are."""
+        with self._talking():
+            run_id = self._child(parent, recipe)
+            self._client.set_tag(run_id, "slmops.reason", reason[:PARAM_LIMIT])
+            self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {reason}")
+            for log in sorted(logs.glob(f"{recipe}.*.log")):
+                self._client.log_artifact(run_id, str(log), "logs")
+            self._client.set_terminated(run_id, "FAILED")
+            return run_id
+
+    def finish_job(self, comparison: Comparison, policy: Policy, report: str, note: str, *, failed: bool) -> None:
+        """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
+        with self._talking():
+            run_id = comparison.run_id
+            tracking_evaluation.log_gates(self._client, comparison)
+            self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON)
+            self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY)
+            self._client.log_text(run_id, report, "report.html")
+            self._client.set_tag(run_id, "mlflow.note.content", self._with_links(note, comparison))
+            self._client.set_tag(run_id, "slmops.choice", comparison.choice.variant or "none")
+            self._client.set_tag(run_id, "slmops.reason", comparison.choice.reason)
+            self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def abort_job(self, run_id: str) -> None:
+        """Close the parent run, and the child runs that are still open, as killed."""
+        with self._talking():
+            experiment = self._client.get_run(run_id).info.experiment_id
+            for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+                if run.info.run_id == run_id or run.data.tags.get("mlflow.parentRunId") == run_id:
+                    self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
+        """Log a soak as a run of the model's experiment; a failed attempt of the same flow run is replaced.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking():
+            tags = {KIND: "soak", "slmops.model": name, **tags}
+            return tracking_soak.log(self._client, self.experiment(name).experiment_id, tags, metrics, memory_mb)
+
+    def recorded(self, run_id: str, folder: Path) -> Recorded:
+        """What was recorded of a variant, with copies in ``folder`` of what it was measured with."""
+        with self._talking():
+            return tracking_remeasure.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
+
+    def log_remeasurement(
+        self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str | None
+    ) -> str:
+        """Log a remeasurement as a run of the model's experiment; a failed attempt of the same flow run is replaced.
+
+        Raises:
+            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        """
+        with self._talking():
+            asked = request.model_dump(mode="json", exclude={"name", "version"})
+            params = _texts({**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)})
+            tags = {tracking_remeasure.FLOW_RUN: flow_run} if flow_run else {}
+            experiment = self.experiment(result.model).experiment_id
+            return tracking_remeasure.log(self._client, experiment, result, params, tags)
+
+    def latest(self, name: str | None) -> Comparison:
+        """The newest finished comparison, of the model ``name`` or of all.
+
+        Raises:
+            UsageError: There is none.
+        """
+        with self._talking():
+            experiments = self._client.search_experiments() if name is None else self._named(name)
+            runs: list[Run] = []
+            if experiments:
+                runs = self._client.search_runs(
+                    [e.experiment_id for e in experiments],
+                    f"tags.`{KIND}` = 'job' and tags.`slmops.choice` != ''",
+                    order_by=["attributes.start_time DESC"],
+                    max_results=1,
+                )
+            if not runs:
+                of = f" of {name!r}" if name else ""
+                known = sorted(e.name for e in self._client.search_experiments() if e.tags.get(KIND) == "model")
+                raise UsageError(
+                    f"There is no finished comparison{of}.",
+                    f"Known models: {', '.join(known)}." if known else "Run `slmops run --model SOURCE` first.",
+                )
+            return Comparison.model_validate_json(text_of(self._client, runs[0].info.run_id, COMPARISON))
+
+    def judged(self, job_id: str) -> tuple[Comparison, Policy]:
+        """A job's comparison, and the policy of its choice."""
+        with self._talking():
+            comparison = Comparison.model_validate_json(text_of(self._client, job_id, COMPARISON))
+            return comparison, Policy.model_validate_json(text_of(self._client, job_id, POLICY))
+
+    def conditions(self, run_id: str) -> dict[str, str]:
+        """What the quality of a variant was measured with; figures of it compare only if that is the same."""
+        with self._talking():
+            run = self._client.get_run(run_id)
+            parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
+            return {
+                tracking_evaluation.EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
+                tracking_evaluation.TEXT: run.data.params.get("text_digest", ""),
+                tracking_evaluation.QUICK: parent.data.params.get("job.quick", "false"),
+            }
+
+    def differences(self, run_id: str, other: str) -> tuple[str, ...]:
+        """The conditions in which two variants' runs differ."""
+        theirs = self.conditions(other)
+        return tuple(name for name, value in self.conditions(run_id).items() if value != theirs[name])
+
+    def hardware_kind(self, run_id: str) -> str:
+        """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
+        with self._talking():
+            return _kind(self._client.get_run(run_id).data.params)
+
+    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
+        """What was measured of the deployed version of the registered model ``name``.
+
+        Args:
+            name: The registered model.
+            like: A variant's run to compare with: figures of the champion that were measured on something else than
+                this run's, or on another kind of machine, are left out.
+
+        Returns:
+            None: nothing is deployed. Empty: something is that slmops did not measure, so gates that compare with it
+            find no figure rather than being skipped.
+        """
+        with self._talking():
+            try:
+                version = self._client.get_model_version_by_alias(name, CHAMPION)
+            except MlflowException as error:
+                # The first is said of an unknown model, the second of an unknown alias.
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+            # Its latest evaluation; the run that MLflow names is that in which it was made.
+            run_id = version.tags.get("slmops.evaluation_run", version.run_id)
+            files = self._client.list_artifacts(run_id) if run_id else []
+            if tracking_evaluation.MEASUREMENTS not in {file.path for file in files}:
+                return {}
+            measured = json.loads(text_of(self._client, run_id, tracking_evaluation.MEASUREMENTS))
+            left_out = self._incomparable(run_id, like) if like else ()
+            return {
+                metric: Measurement.model_validate(figure)
+                for metric, figure in measured.items()
+                if not metric.startswith(left_out)
+            }
+
+    def run_url(self, run_id: str) -> str:
+        """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
+        return self._url(run_id, f"runs/{run_id}?")
+
+    def answers_url(self, run_id: str, other: str) -> str:
+        """The page with the answers of two variants' runs side by side."""
+        return self._url(run_id, f"evaluation-runs?selectedRunUuid={run_id}&compareToRunUuid={other}&")
+
+    def download(self, uri: str, target: Path) -> Path:
+        """Fetch an MLflow model or artifact URI into ``target``."""
+        from mlflow.artifacts import download_artifacts
+
+        with self._talking():
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(target), tracking_uri=self.uri))
+
+    def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
+        """How the names of the metrics begin that were measured on different things."""
+        differs = set(self.differences(run_id, like))
+        answers = tracking_evaluation.OF_ANSWERS if differs - {tracking_evaluation.TEXT} else ()
+        text = tracking_evaluation.OF_TEXT if differs - {tracking_evaluation.EVALUATION_SET} else ()
+        return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
+
+    def _url(self, run_id: str, page: str) -> str:
+        with self._talking():
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/{page}workflowType=machine_learning"
+
+    def _with_links(self, note: str, comparison: Comparison) -> str:
+        runs = {result.name: result.run_id for result in comparison.variants if result.status == "ok"}
+        baseline = runs.pop(BASELINE, None)
+        links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
+        return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment of a model, made or brought back if need be; the caller handles MLflow's errors."""
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            return self._client.get_experiment(self._client.create_experiment(name, tags=_EXPERIMENT))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return found
+
+    def _named(self, name: str) -> list[Experiment]:
+        found = self._client.get_experiment_by_name(name)
+        return [found] if found is not None else []
+
+    def _child(self, parent: str, recipe: str) -> str:
+        """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
+        experiment = self._client.get_run(parent).info.experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`slmops.variant` = '{recipe}'"
+        for run in self._client.search_runs([experiment], query):
+            of_run = f"source_run_id = '{run.info.run_id}'"
+            for model in self._client.search_logged_models([experiment], of_run):
+                self._client.delete_logged_model(model.model_id)
+            tracking_answers.delete(self._client, experiment, run.info.run_id)
+            self._client.delete_run(run.info.run_id)
+        run = self._client.create_run(
+            experiment,
+            run_name=recipe,
+            tags={"mlflow.parentRunId": parent, KIND: "variant", "slmops.variant": recipe},
+        )
+        run_id: str = run.info.run_id
+        return run_id
+
+    def _params(self, run_id: str, values: dict[str, Any]) -> None:
+        self._client.log_batch(run_id, params=[Param(key, text) for key, text in _texts(values).items()])
+
+    def _talking(self) -> AbstractContextManager[None]:
+        return talking(self.uri)
+
+
+def _texts(values: dict[str, Any]) -> dict[str, str]:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {key: text[:PARAM_LIMIT] for key, text in texts.items()}
+
+
+def _threads(registration: Registration) -> str:
+    """Threads that the runtime is told to use for one operator."""
+    config = json.loads((registration.path / "genai_config.json").read_text(encoding="utf-8"))
+    options = config.get("model", {}).get("decoder", {}).get("session_options", {})
+    return str(options.get("intra_op_num_threads", "the runtime's default: one a physical core"))
+
+
+def _of_variant(variant: Variant) -> dict[str, Any]:
+    return {
+        "recipe": variant.name,
+        "variant_key": variant.key,
+        "export_error": variant.export_error,
+        "weights.by_bits": variant.weights.by_bits,
+        "weights.quantized_ops": variant.weights.quantized_ops,
+        **{f"version.{name}": version for name, version in variant.versions.items()},
+        **_of_checkpoint(variant.checkpoint),
+        **_of_hardware(variant.hardware),
+    }
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {f"checkpoint.{key}": value for key, value in checkpoint.model_dump(mode="json").items()}
+
+
+def _of_hardware(hardware: Hardware) -> dict[str, Any]:
+    parts = {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
+    return {**parts, "hardware.kind": hardware.kind}
+
+
+def _kind(params: dict[str, str]) -> str:
+    """Made of its parts, which the runs of before there were kinds have too."""
+    texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
+    plain = ("system", "machine", "processor")
+    try:
+        values = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
+        return Hardware.model_validate(values).kind
+    except ValueError:
+        return "an unknown machine"
+
+
+def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:
+    """A measured variant as the comparison shows it."""
+    return VariantResult(
+        name=variant.name,
+        status="ok",
+        path=variant.path,
+        foundry_id=registration.foundry_id,
+        run_id=run_id,
+        metrics=evaluation.metrics,
+        measurements=evaluation.measurements,
+    )

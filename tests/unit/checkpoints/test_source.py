@@ -1,0 +1,319 @@
+"""Where a checkpoint comes from: what is told apart, staged, downloaded and refused; no torch, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slmops.checkpoints import hub, source
+from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def no_download(_uri: str, _target: Path) -> Path:
+    raise AssertionError("nothing should be downloaded")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole checkpoint."""
+    path = tmp_path / "My.Model-v2"
+    path.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}})
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(24))
+    return path
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+Resolve = Callable[..., Checkpoint]
+
+
+@pytest.fixture
+def resolve(settings: Settings) -> Resolve:
+    def call(model: object, **job: Any) -> Checkpoint:
+        download = job.pop("download", no_download)
+        return source.resolve(Job(model=str(model), **job), settings, download=download)
+
+    return call
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_relative_path_and_a_home_path(folder: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert resolve(folder.name).path == folder
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve(f"~/{folder.name}").path == folder
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nowhere", "no such folder: nowhere"),
+        ("./nowhere", "no such folder"),
+        ("../no/where", "no such folder"),
+        ("~/nowhere-at-all", "no such folder"),
+        ("/a/b", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("org/name@", "no such folder"),
+        ("org/model.gguf", "no such folder"),
+        ("https://example.org/a/b", "no such folder"),
+    ],
+)
+def test_a_path_that_does_not_exist(resolve: Resolve, model: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("Qwen/Qwen2.5-0.5B", ("Qwen/Qwen2.5-0.5B", None)),
+        ("org/name@v1.0", ("org/name", "v1.0")),
+        ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
+        ("org/na me", None),
+        ("./name", None),
+        ("name", None),
+    ],
+)
+def test_what_a_hub_id_looks_like(text: str, parsed: tuple[str, str | None] | None) -> None:
+    assert hub.parse(text) == parsed
+
+
+def test_an_existing_path_is_a_path(folder: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent.parent)
+    assert resolve(f"{folder.parent.name}/{folder.name}").path == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"x", "not a .gguf file"),
+        ("model.gguf", b"", "does not begin with GGUF"),
+        ("model.gguf", b"<html>", "does not begin with GGUF"),
+        ("model-00001-of-00003.gguf", b"GGUF", "one part of a split"),
+    ],
+)
+def test_a_file_that_is_no_model(tmp_path: Path, resolve: Resolve, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        resolve(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct"),
+        ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "qwen2-5-0-5b-instruct"),
+        ("Mine-IQ2_XXS.gguf", "mine"),
+        ("mine-f16.gguf", "mine"),
+        ("mine.BF16.gguf", "mine"),
+        ("model-q.gguf", "model-q"),
+    ],
+)
+def test_the_name_of_a_gguf_file(file: str, name: str) -> None:
+    assert source._gguf_name(Path(file)) == name
+
+
+def test_a_chat_template_of_the_users_is_staged(folder: Path, resolve: Resolve, settings: Settings) -> None:
+    edit_json(folder / "tokenizer_config.json", chat_template="old")
+    (folder / "chat_template.json").write_text('{"chat_template": "older"}')
+    (folder / "README.md").write_text("not needed")
+    template = folder.parent / "mine.jinja"
+    template.write_text("{{ messages[0]['content'] }} é", encoding="utf-8")
+    before = tree(folder)
+    leftover = settings.checkpoints / ".abc.999999999.part"
+    leftover.mkdir(parents=True)
+
+    found = resolve(folder, chat_template=template)
+
+    assert tree(folder) == before
+    assert found.path == settings.checkpoints / found.digest
+    assert found.digest != resolve(folder).digest
+    assert (found.path / "chat_template.jinja").read_text(encoding="utf-8") == template.read_text(encoding="utf-8")
+    assert "chat_template" not in json.loads((found.path / "tokenizer_config.json").read_text())
+    assert set(tree(found.path)) == set(before) - {"README.md", "chat_template.json"}
+    assert (found.path / "model.safetensors").samefile(folder / "model.safetensors")
+    assert not leftover.exists()
+    assert resolve(folder, chat_template=template) == found
+    # The staged folder is a checkpoint like any other.
+    assert resolve(found.path).digest == found.digest
+
+
+def test_a_staged_folder_that_was_changed_is_made_again(folder: Path, resolve: Resolve) -> None:
+    template = folder.parent / "mine.jinja"
+    template.write_text("{{ messages }}!")
+    found = resolve(folder, chat_template=template)
+    good = tree(found.path)
+    # Overwritten in place, as training into the same folder would: the hard link changes with it ...
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    assert tree(found.path) != good
+    assert resolve(folder, chat_template=template).digest != found.digest
+    # ... and then the old weights come back in a file of their own.
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(good["model.safetensors"])
+    assert resolve(folder, chat_template=template) == found
+    assert tree(found.path) == good
+
+
+def test_the_template_of_a_processor_is_put_where_the_tokenizer_reads_it(folder: Path, resolve: Resolve) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}?"}')
+    assert (resolve(folder).path / "chat_template.jinja").read_text() == "{{ messages }}?"
+
+
+def test_a_template_in_the_tokenizer_config_will_do(folder: Path, resolve: Resolve) -> None:
+    (folder / "chat_template.jinja").unlink()
+    edit_json(folder / "tokenizer_config.json", chat_template="{{ messages }}")
+    assert resolve(folder).path == folder
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b" \n", "is empty")]
+)
+def test_a_chat_template_that_is_none(folder: Path, resolve: Resolve, content: bytes | None, message: str) -> None:
+    template = folder.parent / "mine.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        # Said before anything is fetched: the model is not even looked for.
+        resolve("nowhere", chat_template=template)
+    assert str(template) in caught.value.message
+
+
+LAYOUTS = {
+    "itself": ("", ""),
+    "transformers flavour": ("model", "components/tokenizer"),
+    "artifact": ("artifacts/my-model", "artifacts/my-model"),
+    "component": ("components/model", "components/tokenizer"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mlflow_layouts(folder: Path, resolve: Resolve, settings: Settings, layout: str) -> None:
+    at_model, at_tokenizer = LAYOUTS[layout]
+
+    def download(uri: str, target: Path) -> Path:
+        assert uri == "models:/My_SLM/3"
+        for file in folder.iterdir():
+            at = at_tokenizer if file.name.startswith(("tokenizer", "chat")) else at_model
+            (target / at).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target / at / file.name)
+        (target / "MLmodel").write_text("flavors: {}")
+        return target
+
+    found = resolve("models:/My_SLM/3", download=download)
+    assert (found.name, found.digest) == ("my_slm", resolve(folder).digest)
+    assert found.path == settings.checkpoints / found.digest
+    assert set(tree(found.path)) == set(tree(folder))
+    assert [path.name for path in settings.checkpoints.iterdir()] == [found.digest]
+    assert resolve("models:/My_SLM/3", download=download) == found
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("models:/shop@champion", "shop"),
+        ("models:/shop/3", "shop"),
+        ("runs:/0a1b/out/best", "best"),
+        ("mlflow-artifacts:/1/0a1b/artifacts/tuned", "tuned"),
+    ],
+)
+def test_the_name_of_an_mlflow_uri(uri: str, name: str) -> None:
+    assert source._mlflow_name(uri) == name
+
+
+def test_mlflow_errors_name_the_uri_and_leave_nothing(folder: Path, resolve: Resolve, settings: Settings) -> None:
+    def fails(_uri: str, _target: Path) -> Path:
+        raise OSError("no such alias")
+
+    with pytest.raises(CheckpointError, match=r"models:/shop@best: no such alias") as caught:
+        resolve("models:/shop@best", download=fails)
+    assert "SLMOPS_TRACKING_URI" in (caught.value.fix or "")
+
+    def prerequisite(_uri: str, _target: Path) -> Path:
+        raise PrerequisiteError("the server is down")
+
+    with pytest.raises(PrerequisiteError, match="the server is down"):
+        resolve("models:/shop@best", download=prerequisite)
+
+    def broken(_uri: str, target: Path) -> Path:
+        shutil.copytree(folder, target / "model")
+        (target / "model" / "tokenizer.json").unlink()
+        return target
+
+    with pytest.raises(CheckpointError, match=r"models:/shop/1 has no tokenizer"):
+        resolve("models:/shop/1", download=broken)
+
+    def adapter(_uri: str, target: Path) -> Path:
+        (target / "peft").mkdir()
+        (target / "peft" / "adapter_config.json").write_text("{}")
+        return target
+
+    with pytest.raises(CheckpointError, match="LoRA adapter only"):
+        resolve("models:/shop/1", download=adapter)
+
+    with pytest.raises(CheckpointError, match="is a file"):
+        resolve("runs:/0a/x.txt", download=lambda _uri, _target: folder / "config.json")
+    assert list(settings.checkpoints.iterdir()) == []
+
+
+def test_no_pip_no_demo(resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(PrerequisiteError) as caught:
+        resolve("demo")
+    assert "ensurepip" in (caught.value.fix or "")
+
+
+def test_the_room_that_is_needed(
+    folder: Path, resolve: Resolve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = resolve(folder)
+    source.check_room(found, ["fp16", "int4"], settings)
+    # fp32 4 + int4 0.75 + twice fp32 8 = 12.75 bytes a weight, x 1.35 x 10^12 weights.
+    large = found.model_copy(update={"parameters": 10**12})
+    with pytest.raises(PrerequisiteError, match=r"about 17212\.5 GB are needed") as caught:
+        source.check_room(large, ["int4"], settings)
+    assert caught.value.exit_code == 2
+    with pytest.raises(PrerequisiteError, match=r"about 25312\.5 GB are needed"):
+        # and 2 for fp16 itself and 4 for the fp32 that it is made from
+        source.check_room(large, ["int4", "fp16"], settings)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**18))
+    with pytest.raises(PrerequisiteError, match=r"about 8800\.0 GB are needed, and \d+\.\d GB are available"):
+        source.check_room(large, ["int4"], settings)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    heavy = "torch", "transformers", "huggingface_hub", "mlflow", "onnxruntime", "olive", "prefect"
+    code = f"import sys, slmops.checkpoints.source; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

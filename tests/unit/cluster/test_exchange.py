@@ -1,0 +1,114 @@
+"""Files from other machines: their names, their cache, and the values that travel with them; without a server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.cluster import exchange, parts
+from slmops.cluster.exchange import Exchange
+from slmops.cluster.parts import Failure
+from slmops.core import errors
+from slmops.core.errors import ConversionError, SlmopsError, TrackingError, WorkError
+from slmops.core.settings import Settings
+from slmops.core.values import Hardware, Measurement, Recipe, VariantFile
+from tests import values
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+def cached(settings: Settings, content: bytes, name: str = "weights") -> VariantFile:
+    digest = hashlib.sha256(content).hexdigest()
+    path = settings.home / "exchange" / digest
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return VariantFile(name=name, size=len(content), sha256=digest)
+
+
+def test_what_is_in_the_cache_is_not_asked_for(settings: Settings, tmp_path: Path) -> None:
+    files = [cached(settings, b"a", "one"), cached(settings, b"b", "sub/two")]
+    folder = tmp_path / "folder"
+    for _ in range(2):
+        Exchange(NOWHERE, "run", settings).bring(files, folder)
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
+        "one": b"a",
+        "sub/two": b"b",
+    }
+
+
+def test_what_was_altered_in_the_cache_is_not_used(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    file = cached(settings, b"right")
+    (settings.home / "exchange" / file.sha256).write_bytes(b"wrong")
+    with pytest.raises(TrackingError, match="weights could not be fetched"):
+        Exchange(NOWHERE, "run", settings).get(file)
+    assert not (settings.home / "exchange" / file.sha256).exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a\\b", "c:d", "dot.", "...", "a\n"]
+)
+def test_no_name_leads_out_of_its_folder(settings: Settings, tmp_path: Path, name: str) -> None:
+    with pytest.raises(WorkError, match="no name below a folder"):
+        Exchange(NOWHERE, "run", settings).bring([cached(settings, b"x", name)], tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_what_is_no_digest_never_becomes_a_path(settings: Settings) -> None:
+    with pytest.raises(WorkError, match="no SHA-256"):
+        Exchange(NOWHERE, "run", settings).get(VariantFile(name="x", size=1, sha256="../../x"))
+
+
+def test_the_cache_keeps_what_is_new_or_used(settings: Settings, tmp_path: Path) -> None:
+    exchange.prune(settings)  # there is none yet
+    new, used, old = (settings.home / "exchange" / cached(settings, content).sha256 for content in (b"1", b"2", b"3"))
+    (tmp_path / "link").hardlink_to(used)
+    part = settings.home / "exchange" / "downloads" / "files" / "x.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"half")
+    long_ago = time.time() - exchange.KEPT_S - 60
+    for path in (used, old, part):
+        os.utime(path, (long_ago, long_ago))
+    exchange.prune(settings)
+    assert [path.exists() for path in (new, used, old, part)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("error", [ConversionError("no model", "see the log"), SlmopsError("odd")])
+def test_an_error_comes_back_as_itself(error: SlmopsError) -> None:
+    back = Failure.model_validate_json(Failure.of(error).model_dump_json()).error
+    assert (type(back), back.message, back.fix) == (type(error), error.message, error.fix)
+    assert type(Failure(kind="Strange", message="m", fix=None).error) is errors.WorkError
+
+
+def hardware(processor: str) -> Hardware:
+    return values.variant(Path("/nowhere")).hardware.model_copy(update={"processor": processor})
+
+
+def test_figures_of_another_kind_of_machine_are_left_out() -> None:
+    figures = values.evaluation({"decode_tok_s": Measurement(value=40, unit="tokens/s")})
+    kept, reason = parts.comparable(figures, hardware("x"), hardware("x"))
+    assert (kept, reason) == (figures, None)
+    kept, reason = parts.comparable(figures, hardware("y"), hardware("x"))
+    assert kept.measurements.keys() == {"size_mb", "perplexity", "accuracy", "accuracy.low"}
+    assert (kept.curves, kept.samples) == ((), ())
+    assert kept.answers == figures.answers
+    assert (reason or "").startswith("Speed and memory were measured on y")
+
+
+def test_a_recipe_that_names_the_checkpoint_names_it_where_it_is() -> None:
+    def config(path: str) -> dict[str, Any]:
+        return {"passes": {"a": {"type": "T", "model": path, "files": [path, 1]}}, "other": f"{path}/config.json"}
+
+    moved = parts._relocated(Recipe(name="own", config=config("/there")), Path("/there"), Path("/here"))
+    assert moved.config["passes"] == config("/here")["passes"]
+    assert moved.config["other"] == "/there/config.json"

@@ -1,0 +1,163 @@
+"""Precision names to Olive passes, and what is refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slmops.conversion import recipes
+from slmops.core.errors import RecipeError
+from slmops.core.job import Job
+from slmops.core.values import Recipe
+from tests.values import checkpoint
+
+
+def made(*precision: str, tied: bool = True, sizes: tuple[int, ...] = (576, 1536), **asked: Any) -> list[Recipe]:
+    job = Job(model="m", precision=list(precision), **asked)
+    return recipes.for_job(job, checkpoint(tied_embeddings=tied, linear_sizes=sizes))
+
+
+def passes(recipe: Recipe) -> list[dict[str, Any]]:
+    return list(recipe.config["passes"].values())
+
+
+TIE = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], "save_as_external_data": True}
+RTN = {"type": "Rtn", "lm_head": True, "embeds": True}
+EIGHT = {"bits": 8}
+INT4 = {**RTN, "bits": 4, "sym": False, "overrides": {"lm_head": EIGHT, "model.embed_tokens": EIGHT}}
+PASSES: dict[str, list[dict[str, Any]]] = {
+    "fp32": [{"type": "ModelBuilder", "precision": "fp32"}, TIE],
+    "fp16": [
+        {"type": "ModelBuilder", "precision": "fp32"},
+        TIE,
+        {"type": "OnnxFloatToFloat16", "keep_io_types": True, "save_as_external_data": True},
+    ],
+    # ModelBuilder's "int4" exports what the quantized checkpoint says, 8 bits included.
+    "int8": [{**RTN, "bits": 8, "group_size": 32}, {"type": "ModelBuilder", "precision": "int4"}, TIE],
+    "int4": [
+        {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"},
+        {**INT4, "group_size": 32},
+        {"type": "ModelBuilder", "precision": "int4"},
+        TIE,
+    ],
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_of_each_precision(name: str, tied: bool) -> None:
+    recipe = made(name, tied=tied)[-1]
+    assert recipe.name == name
+    assert passes(recipe) == [step for step in PASSES[name] if tied or step is not TIE]
+
+
+def test_each_workflow_is_for_the_cpu_and_whole() -> None:
+    for recipe in made("fp32", "fp16", "int8", "int4"):
+        assert recipe.config["systems"]["local"] == {
+            "type": "LocalSystem",
+            "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+        }
+        assert (recipe.config["host"], recipe.config["target"]) == ("local", "local")
+        assert set(recipe.config) == {"systems", "host", "target", "passes"}
+
+
+def test_promised_bits_and_one_baseline() -> None:
+    found = made("int4", "int8", "fp16", "fp32")
+    assert [(recipe.name, recipe.bits, recipe.baseline) for recipe in found] == [
+        ("fp32", 32, True),
+        ("int4", 4, False),
+        ("int8", 8, False),
+        ("fp16", 16, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        (["int4"], ["fp32", "int4"]),
+        ([], ["fp32"]),
+        (["fp32"], ["fp32"]),
+        (["int8", "fp32", "int4"], ["fp32", "int8", "int4"]),
+        (["int4", "int4", "fp32", "int8", "int4", "fp32"], ["fp32", "int4", "int8"]),
+    ],
+)
+def test_baseline_is_first_and_nothing_twice(asked: list[str], names: list[str]) -> None:
+    assert [recipe.name for recipe in made(*asked)] == names
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_block_size_and_symmetry_of_int4(block: int) -> None:
+    quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[1]
+    assert quantize == {**INT4, "group_size": block, "sym": True}
+
+
+def test_block_size_of_int4_leaves_int8_alone() -> None:
+    assert passes(made("int8", int4_block_size=100)[-1])[0]["group_size"] == 32
+
+
+def test_bf16_is_refused_with_what_to_take_instead() -> None:
+    with pytest.raises(RecipeError, match="bf16 does not run on the CPU") as raised:
+        made("int4", "bf16")
+    assert raised.value.fix == "Use fp16 (half the size of fp32) or int8."
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"device": "gpu"}, "device gpu with CPUExecutionProvider is not supported"),
+        ({"provider": "CUDAExecutionProvider"}, "device cpu with CUDAExecutionProvider is not supported"),
+        ({"device": "gpu", "provider": "CUDAExecutionProvider"}, "device gpu with CUDAExecutionProvider"),
+    ],
+)
+def test_other_devices_are_refused(asked: dict[str, str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said) as raised:
+        made("int4", **asked)
+    assert raised.value.fix == "Use --device cpu --provider CPUExecutionProvider."
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes", "message", "fix"),
+    [
+        (
+            100,
+            (576, 1536),
+            "int4: a block of 100 weights is none of 16, 32, 64, 128, 256, which the kernels know.",
+            "Use --int4-block-size 16 or 32 or 64.",
+        ),
+        (
+            128,
+            (576, 1536),
+            "int4: a block of 128 weights does not divide this model's layer sizes (576).",
+            "Use --int4-block-size 16 or 32 or 64.",
+        ),
+        (
+            256,
+            (896, 128),
+            "int4: a block of 256 weights does not divide this model's layer sizes (896, 128).",
+            "Use --int4-block-size 16 or 32 or 64 or 128.",
+        ),
+        (
+            32,
+            (72, 96),
+            "int4: a block of 32 weights does not divide this model's layer sizes (72).",
+            "This model needs an Olive config of your own (--olive-config).",
+        ),
+    ],
+)
+def test_block_sizes_that_cannot_work(block: int, sizes: tuple[int, ...], message: str, fix: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        made("int4", int4_block_size=block, sizes=sizes)
+    assert (raised.value.message, raised.value.fix) == (message, fix)
+
+
+def test_model_that_the_group_of_int8_does_not_divide() -> None:
+    with pytest.raises(RecipeError) as raised:
+        made("int8", sizes=(48, 96))
+    assert raised.value.message == "int8: a block of 32 weights does not divide this model's layer sizes (48)."
+    # --int4-block-size would change nothing here.
+    assert raised.value.fix == "This model needs an Olive config of your own (--olive-config)."
+
+
+def test_sizes_do_not_matter_without_quantization() -> None:
+    assert [recipe.name for recipe in made("fp16", sizes=(7,), int4_block_size=100)] == ["fp32", "fp16"]

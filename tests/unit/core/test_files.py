@@ -1,0 +1,163 @@
+"""Nothing half-written is ever where a reader looks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
+
+# Processes have smaller numbers: Linux's largest is 2^22.
+DEAD = 2**22 + 1
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "x.json"
+    write_atomic(path, "old and longer")
+    write_atomic(path, "neü")
+    assert path.read_bytes() == "neü".encode()
+    assert names(path.parent) == ["x.json"]
+
+
+def test_write_atomic_that_fails_keeps_the_old_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+
+    def full(*_: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_folder_appears_with_all_that_was_written(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with folder_appears_whole(target) as scratch:
+        assert scratch.parent == target.parent  # a rename within one file system
+        assert scratch.name == f".model.{os.getpid()}.part"
+        (scratch / "a").write_text("1", encoding="utf-8")
+        (scratch / "sub").mkdir()
+        (scratch / "sub" / "b").write_text("2", encoding="utf-8")
+        assert not target.exists()
+    assert names(target.parent) == ["model"]
+    assert names(target) == ["a", "sub"]
+    assert (target / "sub" / "b").read_text(encoding="utf-8") == "2"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def interrupted() -> None:
+        with folder_appears_whole(tmp_path / "model") as scratch:
+            (scratch / "a").write_text("1", encoding="utf-8")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_folder_that_another_process_completed_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with folder_appears_whole(target) as scratch:
+        (scratch / "a").write_text("ours", encoding="utf-8")
+        target.mkdir()
+        (target / "a").write_text("theirs", encoding="utf-8")
+    assert (target / "a").read_text(encoding="utf-8") == "theirs"
+    assert names(tmp_path) == ["model"]
+
+
+def test_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.write_text("a file", encoding="utf-8")
+
+    def fill() -> None:
+        with folder_appears_whole(target) as scratch:
+            (scratch / "a").write_text("1", encoding="utf-8")
+
+    with pytest.raises(NotADirectoryError):
+        fill()
+    assert target.read_text(encoding="utf-8") == "a file"
+    assert names(tmp_path) == ["model"]
+
+
+def test_remains_of_an_earlier_process_of_the_same_number_are_cleared(tmp_path: Path) -> None:
+    old = tmp_path / f".model.{os.getpid()}.part"
+    old.mkdir()
+    (old / "stale").write_text("x", encoding="utf-8")
+    with folder_appears_whole(tmp_path / "model") as scratch:
+        assert names(scratch) == []
+    assert names(tmp_path) == ["model"]
+
+
+def test_scratch_folders_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        kept = [
+            f".int4-x.{os.getpid()}.part",
+            f".int4-x.{sleeper.pid}.part",
+            "int4-x",
+            f"int4-x.{DEAD}.part",
+            ".hidden",
+        ]
+        for name in [*kept, f".int4-x.{DEAD}.part", f".my.model-1.{DEAD}.part", ".odd.part"]:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text("x", encoding="utf-8")
+        remove_scratch(tmp_path)
+        assert names(tmp_path) == sorted(kept)
+    finally:
+        sleeper.communicate(b"\n")
+    remove_scratch(tmp_path)
+    assert f".int4-x.{sleeper.pid}.part" not in names(tmp_path)
+
+
+def test_no_folder_has_no_scratch(tmp_path: Path) -> None:
+    remove_scratch(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"abc")
+    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_links_where_it_can(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("x", encoding="utf-8")
+    link_or_copy(source, target)
+    assert target.samefile(source)
+
+
+def test_links_the_file_behind_a_symbolic_link(tmp_path: Path) -> None:
+    # As in the hub's cache, whose snapshots point at blobs that may be removed.
+    blob, source, target = tmp_path / "blob", tmp_path / "a", tmp_path / "b"
+    blob.write_text("x", encoding="utf-8")
+    source.symlink_to(blob)
+    link_or_copy(source, target)
+    assert not target.is_symlink()
+    assert target.samefile(blob)
+
+
+def test_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("x", encoding="utf-8")
+    link_or_copy(source, target)
+    assert not target.samefile(source)
+    assert target.read_text(encoding="utf-8") == "x"

@@ -1,0 +1,150 @@
+"""The job: its defaults, what it refuses, and the form that Prefect makes of its schema."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slmops.core.job import Job
+from slmops.core.values import NAME_PATTERN, to_name
+
+DEFAULTS = {
+    "name": None,
+    "precision": ["fp32", "fp16", "int8", "int4"],
+    "olive_config": None,
+    "int4_block_size": 32,
+    "int4_symmetric": False,
+    "device": "cpu",
+    "provider": "CPUExecutionProvider",
+    "output_path": None,
+    "log_level": "info",
+    "export_tolerance": 1e-3,
+    "chat_template": None,
+    "allow_pickle": False,
+    "trust_remote_code": False,
+    "max_length": None,
+    "temperature": None,
+    "top_p": None,
+    "repetition_penalty": None,
+    "evaluation_set": None,
+    "perplexity_text": None,
+    "matcher": None,
+    "policy": None,
+    "prompt_lengths": [32, 128, 512, 1024],
+    "output_lengths": [16],
+    "quick": False,
+}
+
+
+def test_defaults() -> None:
+    assert Job(model="demo").model_dump() == {"model": "demo", **DEFAULTS}
+
+
+def test_json_form_reads_back() -> None:
+    job = Job(model="org/m@main", name="bot", precision=["int4"], olive_config=Path("mine.json"), top_p=0.5, quick=True)
+    assert Job.model_validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize(
+    ("asked", "where", "said"),
+    [
+        ({}, "model", "Field required"),
+        ({"model": ""}, "model", "at least 1 character"),
+        ({"model": "m", "precisoin": ["int4"]}, "precisoin", "Extra inputs are not permitted"),
+        ({"model": "m", "precision": ["int3"]}, "precision", "Input should be 'fp32', 'fp16', 'int8', 'int4' or"),
+        ({"model": "m", "precision": "int4"}, "precision", "valid list"),
+        ({"model": "m", "int4_block_size": 15}, "int4_block_size", "greater than or equal to 16"),
+        ({"model": "m", "int4_block_size": 257}, "int4_block_size", "less than or equal to 256"),
+        ({"model": "m", "int4_block_size": "many"}, "int4_block_size", "valid integer"),
+        ({"model": "m", "device": "npu"}, "device", "Input should be 'cpu' or 'gpu'"),
+        ({"model": "m", "export_tolerance": 0}, "export_tolerance", "greater than 0"),
+        ({"model": "m", "max_length": 15}, "max_length", "greater than or equal to 16"),
+        ({"model": "m", "temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        ({"model": "m", "top_p": 0}, "top_p", "greater than 0"),
+        ({"model": "m", "top_p": 1.1}, "top_p", "less than or equal to 1"),
+        ({"model": "m", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"model": "m", "matcher": "mine.py"}, "matcher", "should match pattern"),
+        ({"model": "m", "prompt_lengths": []}, "prompt_lengths", "at least 1 item"),
+        ({"model": "m", "prompt_lengths": [15]}, "prompt_lengths", "greater than or equal to 16"),
+        ({"model": "m", "output_lengths": [1]}, "output_lengths", "greater than or equal to 2"),
+    ],
+)
+def test_refused(asked: dict[str, Any], where: str, said: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Job.model_validate(asked)
+    [error] = raised.value.errors()
+    assert error["loc"][0] == where
+    assert said in error["msg"]
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Job(model="m").quick = True
+
+
+@pytest.mark.parametrize("name", ["a", "A", "9", "support-bot", "my_model_2", "a" * 63, "x--y__z"])
+def test_names(name: str) -> None:
+    assert Job(model="m", name=name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/b", "", "a" * 64, "-a", "_a", ".a", "a.b", "a b", "a:1", "a\n", "ä", "a\\b", "..", "\x00"],
+)
+def test_names_that_could_leave_a_folder_or_that_a_server_refuses(name: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        Job(model="m", name=name)
+    assert [error["loc"] for error in raised.value.errors()] == [("name",)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Org/Qwen2.5-0.5B-Instruct", "qwen2-5-0-5b-instruct"),
+        ("SmolLM2-135M-Instruct.Q4_1", "smollm2-135m-instruct-q4_1"),
+        ("/home/jo/My Model (v2)/", "my-model-v2"),
+        ("already-fine", "already-fine"),
+        ("__x__", "x"),
+        ("a...b", "a-b"),
+        ("Größe", "gr-e"),
+        ("модель", "model"),
+        ("", "model"),
+        ("/", "model"),
+        ("..", "model"),
+        ("a" * 100, "a" * 63),
+        ("a" * 62 + "-b", "a" * 62),  # no dash at the end where it is cut
+        ("İstanbul", "i-stanbul"),
+        ("-rf", "rf"),
+    ],
+)
+def test_to_name(text: str, name: str) -> None:
+    assert to_name(text) == name
+    assert re.match(NAME_PATTERN, name)
+    assert to_name(name) == name
+
+
+def test_schema_is_a_form_that_explains_itself() -> None:
+    schema = Job.model_json_schema()
+    properties = schema["properties"]
+    assert list(properties) == ["model", *DEFAULTS]
+    assert schema["required"] == ["model"]
+    assert schema["additionalProperties"] is False
+    for name, field in properties.items():
+        assert field.get("title"), name
+        assert field.get("description", "").endswith("."), name
+    titles = [field["title"] for field in properties.values()]
+    assert len(set(titles)) == len(titles)
+
+
+def test_schema_offers_the_choices_and_limits() -> None:
+    # The form in the Prefect UI cannot run validators: what it is to refuse has to be in the schema.
+    properties = Job.model_json_schema()["properties"]
+    assert properties["precision"]["items"]["enum"] == ["fp32", "fp16", "int8", "int4", "bf16"]
+    assert properties["device"]["enum"] == ["cpu", "gpu"]
+    assert (properties["int4_block_size"]["minimum"], properties["int4_block_size"]["maximum"]) == (16, 256)
+    assert {"pattern": NAME_PATTERN, "type": "string"} in properties["name"]["anyOf"]
+    assert {name: field["default"] for name, field in properties.items() if "default" in field} == DEFAULTS

@@ -1,0 +1,189 @@
+"""Which versions are on a device, and which of them its users get."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.core.errors import TrackingError, UsageError
+from slmops.core.settings import Settings
+from slmops.delivery import deployed, pull
+from slmops.foundry.versions import MANIFEST, Installed
+from slmops.processes import process
+from tests.pulled import BIG, CRASHED, FILES, Device
+
+Versions = dict[int, Installed]
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def versions(device: Device) -> Versions:
+    """Four, of which the first two became current one after the other."""
+    made = {}
+    for number in range(1, 5):
+        device.serve(number=number, **{"model.onnx": b"graph %d" % number})
+        made[number] = device.install()
+        if number < 3:
+            pull.make_current(made[number], device.settings)
+    assert device.forgotten == []
+    return made
+
+
+def state(device: Device) -> tuple[str, str | None]:
+    """Ends of the ids of what is current and previous, as written down."""
+    written = json.loads((device.settings.deployed / "bot.json").read_text())
+    return written["current"][-1], written["previous"] and written["previous"][-1]
+
+
+def test_current_and_previous_stay_and_the_others_go(device: Device, versions: Versions) -> None:
+    assert pull.current("bot", device.settings) == versions[2]
+    assert pull.installed("bot", device.settings) == [versions[number] for number in (4, 3, 2, 1)]
+    pull.make_current(versions[4], device.settings)
+    assert state(device) == ("4", "2")
+    assert pull.current("bot", device.settings) == versions[4]
+    assert device.here() == [4, 2]
+    assert sorted(device.forgotten) == ["bot-int8-generic-cpu:1", "bot-int8-generic-cpu:3"]
+    assert {path.name for path in device.models.iterdir()} == {"bot-int8-generic-cpu-2", "bot-int8-generic-cpu-4"}
+    pull.make_current(versions[4], device.settings)  # twice changes nothing
+    assert state(device) == ("4", "2")
+    pull.make_current(versions[2], device.settings)  # a rollback
+    assert state(device) == ("2", "4")
+    assert device.here() == [4, 2]
+
+
+def test_tidying_keeps_what_is_named_and_what_users_get(device: Device, versions: Versions) -> None:
+    deployed.tidy("bot", [versions[3].foundry_id], device.settings)
+    assert device.here() == [3, 2, 1]
+    assert state(device) == ("2", "1")
+
+
+def test_a_version_that_stays_in_the_catalog_keeps_its_files(device: Device, versions: Versions) -> None:
+    device.kept = {"bot-int8-generic-cpu:3"}
+    pull.make_current(versions[4], device.settings)
+    assert device.here() == [4, 3, 2]
+    device.kept = set()
+    pull.make_current(versions[4], device.settings)
+    assert device.here() == [4, 2]
+
+
+def test_tidying_that_fails_harms_nothing(
+    device: Device, versions: Versions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash(*_: Any, **__: Any) -> None:
+        raise CRASHED
+
+    monkeypatch.setattr(process, "call", crash)
+    pull.make_current(versions[4], device.settings)
+    assert pull.current("bot", device.settings) == versions[4]
+    assert device.here() == [4, 3, 2, 1]
+    assert "stay in Foundry Local's catalog: The process was killed by SIGSEGV" in caplog.text
+
+
+def test_a_folder_in_use_stays_whole(device: Device, versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(*_: Any) -> Path:
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(deployed, "move_aside", used)
+    pull.make_current(versions[4], device.settings)
+    assert device.here() == [4, 3, 2, 1]
+
+
+def test_other_models_are_left_alone(device: Device, versions: Versions) -> None:
+    device.serve("bot-two", number=1)
+    other = device.install()
+    pull.make_current(other, device.settings)
+    pull.make_current(versions[4], device.settings)
+    assert pull.installed("bot-two", device.settings) == [other]
+    assert pull.current("bot-two", device.settings) == other
+    assert device.here() == [4, 2]
+
+
+def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> None:
+    for name in ("bot", "bot-two"):
+        device.serve(name, number=9, **{BIG: FILES[BIG][::-1]})
+        device.remote.cuts[BIG] = [1000, 0, 0, 0, 0]
+        with pytest.raises(TrackingError):
+            device.install()
+    folders = device.settings.deployed / "downloads"
+    assert len(list(folders.iterdir())) == 2
+    pull.make_current(versions[4], device.settings)
+    [kept] = [deployed.read_manifest(folder / f"{MANIFEST}.part") for folder in folders.iterdir()]
+    assert kept is not None
+    assert kept.model == "bot-two"
+
+
+def remove(version: Installed) -> None:
+    shutil.rmtree(version.folder)
+
+
+def shorten(version: Installed) -> None:
+    (version.folder / BIG).unlink()  # not in place, where other versions have it too
+    (version.folder / BIG).write_bytes(FILES[BIG][:-1])
+
+
+def half(version: Installed) -> None:
+    (version.folder / MANIFEST).write_text(version.folder.joinpath(MANIFEST).read_text()[:100])
+
+
+def undescribed(version: Installed) -> None:
+    (version.folder / "inference_model.json").unlink()
+
+
+def renamed(version: Installed) -> None:
+    version.folder.rename(version.folder.with_name("bot-int8-generic-cpu-0" + str(version.version)))
+
+
+@pytest.mark.parametrize("damage", [remove, shorten, half, undescribed, renamed])
+def test_a_current_version_that_is_no_more_gives_way_to_the_one_before(
+    device: Device, versions: Versions, damage: Callable[[Installed], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(versions[2])
+    assert device.here() == [4, 3, 1]
+    assert pull.current("bot", device.settings) == versions[1]
+    assert "bot-int8-generic-cpu:2 is not on this device any more, or not whole" in caplog.text
+    damage(versions[1])
+    assert pull.current("bot", device.settings) is None
+
+
+def test_a_home_that_moved(device: Device, versions: Versions, tmp_path: Path) -> None:
+    moved = Settings(home=tmp_path / "elsewhere")
+    device.settings.home.rename(moved.home)
+    found = pull.current("bot", moved)
+    assert found is not None
+    assert (found.foundry_id, found.folder.is_dir()) == (versions[2].foundry_id, True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"current": 3}'])
+def test_a_note_that_cannot_be_read_is_none(device: Device, versions: Versions, text: str) -> None:
+    (device.settings.deployed / "bot.json").write_text(text)
+    assert pull.current("bot", device.settings) is None
+    pull.make_current(versions[4], device.settings)
+    assert state(device) == ("4", None)
+
+
+def test_a_folder_that_somebody_copied_is_none_of_ours(device: Device, versions: Versions) -> None:
+    for name in ("bot-int4-generic-cpu-9", "bot-copy", "bot-int8-generic-cpu-9x"):
+        shutil.copytree(versions[4].folder, device.models / name)
+    assert device.here() == [4, 3, 2, 1]
+
+
+def test_nothing_is_here(device: Device) -> None:
+    assert pull.installed("bot", device.settings) == []
+    assert pull.current("bot", device.settings) is None
+    assert not device.settings.home.exists()
+
+
+@pytest.mark.parametrize("name", ["", "../bot", "a/b", "*", "bot\n"])
+@pytest.mark.parametrize("ask", [pull.installed, pull.current])
+def test_a_name_that_would_be_a_path(device: Device, name: str, ask: Callable[[str, Settings], Any]) -> None:
+    with pytest.raises(UsageError, match="is no name of a model"):
+        ask(name, device.settings)

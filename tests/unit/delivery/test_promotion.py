@@ -1,0 +1,196 @@
+"""Which version is meant, and what speaks against it; the registry and the tracking server are stand-ins here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slmops.core.errors import GateError, UsageError
+from slmops.core.values import Comparison, Measurement, VariantResult
+from slmops.delivery import promotion
+from slmops.foundry.versions import ModelVersion, Promoted, Promotion
+from slmops.selection.policy import Gate, Policy
+from tests import values
+
+CONDITIONS = {"evaluation set": "e", "perplexity text": "t", "number of questions (--quick)": "false"}
+ACCURACY = Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept")
+
+
+def version(number: int, variant: str = "int8") -> ModelVersion:
+    return values.model_version(number, variant=variant)
+
+
+class Tracker:
+    """The tracking server, as far as a promotion asks it."""
+
+    def __init__(self, *results: VariantResult, chosen: str | None = "int8", **conditions: dict[str, str]) -> None:
+        self.comparison = values.comparison(*results, chosen=chosen, reason="Nothing passes.")
+        self.policy = Policy(gates=(ACCURACY,))
+        self.measured: dict[str, Measurement] | None = None
+        self.others = conditions
+        self.machines: dict[str, str] = {}
+        self.asked: list[tuple[str, str | None]] = []
+
+    def latest(self, name: str) -> Comparison:
+        assert name == "bot"
+        return self.comparison
+
+    def judged(self, job_id: str) -> tuple[Comparison, Policy]:
+        assert job_id == "job-2"
+        return self.comparison, self.policy
+
+    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
+        self.asked.append((name, like))
+        return self.measured
+
+    def differences(self, run_id: str, other: str) -> tuple[str, ...]:
+        one, two = (self.others.get(run.replace("-", "_"), CONDITIONS) for run in (run_id, other))
+        return tuple(name for name in one if one[name] != two[name])
+
+    def hardware_kind(self, run_id: str) -> str:
+        return self.machines.get(run_id, "this machine")
+
+
+class Registry:
+    """The registry, which finds whatever it is asked for."""
+
+    def find(self, name: str, which: str) -> ModelVersion:
+        assert name == "bot"
+        return version(int(which)) if which.isdigit() else version(9, which)
+
+
+def measured(accuracy: float, run_id: str = "run-2") -> VariantResult:
+    return values.result("int8", 100, accuracy=accuracy, spread=0.05).model_copy(update={"run_id": run_id})
+
+
+def pick(request: Promotion, tracker: Tracker) -> ModelVersion:
+    return promotion.pick(Registry(), tracker, request)  # type: ignore[arg-type]
+
+
+def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Verdict:
+    return promotion.judge(tracker, version(2), champion)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, (4, "int8")), ({"version": 7}, (7, "int8")), ({"precision": "int4"}, (9, "int4"))],
+    ids=["the choice", "a number", "a precision"],
+)
+def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, str]) -> None:
+    tracker = Tracker(measured(0.5).model_copy(update={"version": 4}))
+    found = pick(Promotion(name="bot", **asked), tracker)
+    assert (found.version, found.variant) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "number"), [(None, None), ("int8", None)], ids=["nothing chosen", "chosen before there was a registry"]
+)
+def test_nothing_to_promote(chosen: str | None, number: int | None) -> None:
+    tracker = Tracker(measured(0.5).model_copy(update={"version": number}), chosen=chosen)
+    with pytest.raises(UsageError, match="chose nothing that could be promoted: Nothing passes") as caught:
+        pick(Promotion(name="bot"), tracker)
+    assert "--precision" in str(caught.value.fix)
+
+
+def test_two_ways_to_name_a_version_are_one_too_many() -> None:
+    with pytest.raises(UsageError, match="--precision and --version"):
+        pick(Promotion(name="bot", precision="int8", version=3), Tracker())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"name": "../bot"}, {"name": ""}, {"name": "bot", "version": 0}, {"name": "bot", "force": "  "}, {"nam": "bot"}],
+)
+def test_what_makes_no_sense_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Promotion(**asked)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "refused"), [(0.9, False), (0.75, False), (0.65, True)], ids=["better", "within the margin", "worse"]
+)
+def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> None:
+    tracker = Tracker(measured(accuracy))
+    tracker.measured = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
+    verdict = judge(tracker, version(1, "fp32"))
+    assert tracker.asked == [("bot", "run-2")]
+    error = promotion.refuse(verdict)
+    assert (error is not None) == refused
+    if error is not None:
+        assert isinstance(error, GateError)
+        assert error.exit_code == 3
+        assert "bot version 2 (int8) is not promoted: accuracy differs from the champion's by -0.15" in error.message
+        assert error.fix == "`slmops promote bot --version 2 --force REASON` overrides it."
+        assert "Against it:" in promotion.text(verdict, Promotion(name="bot"))
+
+
+def test_the_first_version_has_nobody_to_beat() -> None:
+    verdict = judge(Tracker(measured(0.1)), None)
+    assert [gate.outcome for gate in verdict.gates] == ["skipped"]
+    assert promotion.refuse(verdict) is None
+    said = promotion.text(verdict, Promotion(name="bot", force="why not"))
+    assert "nothing is deployed yet" in said
+    assert "Nothing speaks against it." in said
+    assert "Forced: why not" in said
+
+
+@pytest.mark.parametrize("condition", list(CONDITIONS))
+def test_what_was_measured_with_other_things_is_not_compared(condition: str) -> None:
+    tracker = Tracker(measured(0.9), run_1={**CONDITIONS, condition: "other"})
+    tracker.measured = {}
+    verdict = judge(tracker, version(1, "fp32"))
+    assert verdict.differs == (condition,)
+    error = promotion.refuse(verdict)
+    assert error is not None
+    assert f"bot version 1 (fp32) and bot version 2 (int8) were not measured with the same {condition}" in error.message
+    assert "Measure bot version 1 (fp32) with the same" in str(error.fix)
+
+
+SPEED = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.8)
+
+
+@pytest.mark.parametrize(("doubt", "refused"), [("accept", False), ("refuse", True)])
+def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bool) -> None:
+    tracker = Tracker(measured(0.8))
+    tracker.policy = Policy(gates=(ACCURACY, SPEED.model_copy(update={"inconclusive": doubt})))
+    accuracy = Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)
+    tracker.measured = {"accuracy": accuracy}  # the tracking server leaves the others out
+    tracker.machines = {"run-1": "a small one"}
+    verdict = judge(tracker, version(1, "fp32"))
+    note = (
+        "The speed of the champion was measured on another kind of machine (a small one; not this machine): "
+        "speeds are not compared."
+    )
+    assert (verdict.elsewhere, verdict.differs) == (note, ())
+    assert f"\n- note: {note}\n" in promotion.text(verdict, Promotion(name="bot"))
+    assert [gate.outcome for gate in verdict.gates] == ["pass", "inconclusive"]
+    assert verdict.gates[1].detail == "decode_tok_s was not measured of the champion"
+    assert (promotion.refuse(verdict) is not None) == refused
+
+
+def test_nothing_is_said_of_two_machines_of_one_kind() -> None:
+    tracker = Tracker(measured(0.8))
+    tracker.measured = {}
+    verdict = judge(tracker, version(1, "fp32"))
+    assert verdict.elsewhere is None
+    assert "note:" not in promotion.text(verdict, Promotion(name="bot"))
+
+
+def test_an_evaluation_that_is_not_in_its_job() -> None:
+    with pytest.raises(UsageError, match="is not in the comparison of its job"):
+        judge(Tracker(measured(0.9, run_id="another")), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"replaced": 1}, "bot version 2 (int8) is the champion now, in place of version 1."),
+        ({"replaced": None}, "bot version 2 (int8) is the champion now."),
+        ({"changed": False}, "bot version 2 (int8) is the champion already."),
+    ],
+)
+def test_the_result_in_a_sentence(changes: dict[str, Any], text: str) -> None:
+    fields = {"model": "bot", "version": 2, "variant": "int8", "replaced": 1, "changed": True, "url": "u", **changes}
+    assert Promoted(**fields).text == text

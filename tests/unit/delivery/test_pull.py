@@ -1,0 +1,335 @@
+"""Which version a device gets, and what is installed there in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
+from slmops.delivery import pull
+from slmops.foundry import cli
+from slmops.foundry.versions import MANIFEST, Installed, ModelVersion
+from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, described, digest, names
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(tmp_path, monkeypatch)
+
+
+def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
+    done = device.install()
+    folder = device.settings.deployed / "models" / "slmops" / "bot-int8-generic-cpu-3"
+    assert done == Installed(name="bot", version=3, variant="int8", foundry_id="bot-int8-generic-cpu:3", folder=folder)
+    found = contents(folder)
+    assert json.loads(found.pop("inference_model.json")) == {
+        "Name": "bot-int8-generic-cpu:3",
+        "Version": "3",
+        "PromptTemplate": {"prompt": "{Content}"},
+        "Description": "né",
+    }
+    assert found == {**FILES, MANIFEST: device.remote.text}
+    assert device.registered == ["bot-int8-generic-cpu:3"]
+    assert device.seen == [names(folder)]  # it was whole when Foundry Local saw it
+    assert names(device.settings.deployed / "downloads") == set()
+    assert pull.installed("bot", device.settings) == [done]
+    assert pull.current("bot", device.settings) is None  # that is for make_current to say
+
+
+def test_the_manifest_cannot_give_another_name(device: Device) -> None:
+    device.remote.describe(inference_model={"Name": "evil:1", "Version": "9"})
+    written = json.loads((device.install().folder / "inference_model.json").read_text())
+    assert written == {"Name": "bot-int8-generic-cpu:3", "Version": "3"}
+
+
+# --- names that come from elsewhere
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../x", "..", "a/../../x", "a/..", "/x", "/etc/passwd", "//server/share", "a//b", "a/", "", ".", "./x"),
+        *("a\\b", "..\\x", "C:x", "C:\\x", "C:/x", "file:x", "x:stream", "x\x00y", "x\ny", ".. /x", ".../x", "x. "),
+        *(MANIFEST, "inference_model.json", "Deployment.JSON", "inference_model.json/x", "model.onnx", "MODEL.onnx"),
+        "model.onnx/x",
+    ],
+)
+def test_names_that_are_none_of_its_own(device: Device, name: str) -> None:
+    device.remote.files[name] = b"evil"
+    device.remote.describe(files=(*described(FILES), *described({name: b"evil"})))
+    with pytest.raises(TrackingError, match=r"deployment.json of bot version 3 \(int8\) names ") as caught:
+        device.install()
+    assert repr(name) in caught.value.message or "as a file and as a folder" in caught.value.message
+    assert device.remote.paths == {MANIFEST}
+    written = names(device.settings.home)
+    assert written - {"locks/pull-bot.lock"} == {f"deployed/downloads/{digest(device.remote.text)}/{MANIFEST}.part"}
+
+
+@pytest.mark.parametrize(
+    "name", [".config", "a.b-c_d", "ä/ö ü.txt", "a/b/c", "x.part", "..x", "inference_model.json.txt"]
+)
+def test_names_that_are_plain(device: Device, name: str) -> None:
+    device.serve(**{name: b"content"})
+    assert (device.install().folder / name).read_bytes() == b"content"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variant": "../../x"}, "is no version that slmops made"),
+        ({"manifest_sha256": "../" * 21 + "x"}, "is no version that slmops made"),
+        ({"manifest_sha256": "A" * 64}, "is no version that slmops made"),
+        ({"manifest_sha256": ""}, "is no version that slmops made"),
+        ({"name": "../x"}, "'../x' is no name of a model"),
+        ({"name": "bot\n"}, "is no name of a model"),
+        ({"variant": "int4"}, r"deployment.json of bot version 3 \(int4\) is that of bot \(int8\)"),
+        ({"name": "other"}, r"deployment.json of other version 3 \(int8\) is that of bot \(int8\)"),
+    ],
+)
+def test_a_version_that_makes_no_sense(device: Device, changes: dict[str, str], said: str) -> None:
+    with pytest.raises(SlmopsError, match=said):
+        device.install(**changes)
+    assert names(device.settings.deployed) <= {f"downloads/{digest(device.remote.text)}/{MANIFEST}.part"}
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model": "bot"}'])
+def test_a_manifest_of_another_kind(device: Device, text: bytes) -> None:
+    device.remote.answers[MANIFEST] = [text, text]
+    with pytest.raises(TrackingError, match="is not understood") as caught:
+        device.install(manifest_sha256=digest(text))
+    assert "newer slmops" in (caught.value.fix or "")
+
+
+def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
+    device.serve("bot-two", "int8")
+    first = device.install()
+    device.serve("bot", "two-int8")
+    with pytest.raises(RegistrationError, match="holds a version of bot-two"):
+        device.install()
+    assert pull.installed("bot-two", device.settings) == [first]
+    assert device.here() == []
+
+
+# --- Foundry Local says no
+
+
+def test_a_version_that_does_not_answer_is_removed_and_the_one_before_stays(device: Device) -> None:
+    first = device.install()
+    pull.make_current(first, device.settings)
+    before = contents(device.settings.deployed)
+    device.serve(number=4)
+    device.fails = CRASHED
+    with pytest.raises(RegistrationError, match="SIGSEGV"):
+        device.install()
+    assert device.forgotten == ["bot-int8-generic-cpu:4"]
+    assert contents(device.settings.deployed) == before
+    assert pull.current("bot", device.settings) == first
+
+
+def test_what_was_to_be_replaced_comes_back(device: Device) -> None:
+    first = device.install()
+    before = contents(first.folder)
+    device.serve(**{BIG: b"other weights"})
+    device.fails = CRASHED
+    with pytest.raises(RegistrationError, match="SIGSEGV"):
+        device.install()
+    assert contents(first.folder) == before
+
+
+def test_an_installed_version_that_stops_answering_is_not_removed(device: Device) -> None:
+    first = device.install()
+    device.fails = CRASHED
+    with pytest.raises(RegistrationError, match="SIGSEGV"):
+        device.install()
+    assert pull.installed("bot", device.settings) == [first]
+
+
+@pytest.mark.parametrize("step", ["confirm", "ask"])
+def test_foundrys_command_refuses_it(device: Device, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def no(called: str, folder: Path, *_: str) -> None:
+        assert (called, folder) == ("bot-int8-generic-cpu", device.settings.deployed / "models")
+        raise RegistrationError(f"foundry does not {step}.")
+
+    monkeypatch.setattr(cli, step, no)
+    with pytest.raises(RegistrationError, match=f"foundry does not {step}"):
+        device.install()
+    assert device.registered == []
+    assert device.here() == []
+
+
+# --- what is asked for, and what fits
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("bot", ("bot", None)),
+        ("bot@int8", ("bot", "int8")),
+        ("support-bot_2@3", ("support-bot_2", "3")),
+        ("bot@champion", ("bot", "champion")),
+    ],
+)
+def test_references(reference: str, parts: tuple[str, str | None]) -> None:
+    assert pull.split(reference) == parts
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [*("", "@", "bot@", "@int8", "bot@a@b", "bot int8", " bot", "bot\n"), *("org/bot", "../bot", "bot@../x", "bot:3")],
+)
+def test_references_to_nothing(reference: str) -> None:
+    with pytest.raises(UsageError, match="names no model") as caught:
+        pull.split(reference)
+    assert repr(reference) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memory_mb": 8000.5}, "it needs 8000 MB of memory, and there are 8000 MB"),
+        ({"device": "gpu", "provider": "CUDAExecutionProvider"}, r"made for gpu \(CUDAExecutionProvider\)"),
+    ],
+)
+def test_a_version_that_does_not_fit_is_not_fetched(device: Device, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PrerequisiteError, match=rf"^bot version 3 \(int8\) does not fit this device: .*{said}"):
+        device.install(**changes)
+    assert device.remote.asked == []
+    assert device.install(memory_mb=8000)
+
+
+@dataclasses.dataclass
+class Registry:
+    """As much of the registry as a choice needs."""
+
+    listed: Sequence[ModelVersion]
+    promoted: int | None = None
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        return [version for version in self.listed if version.name == name]
+
+    def champion(self, name: str) -> ModelVersion | None:
+        return next((one for one in self.versions(name) if one.version == self.promoted), None)
+
+    def find(self, name: str, which: str) -> ModelVersion:
+        for one in self.versions(name):
+            if which in (str(one.version), one.variant):
+                return one
+        raise UsageError(f"There is no {name}@{which}.")
+
+
+def listed(
+    number: int, variant: str, size_mb: float, memory_mb: float, job_id: str = "job", **changes: Any
+) -> ModelVersion:
+    made = Remote(variant=variant, number=number)
+    return made.version(size_mb=size_mb, memory_mb=memory_mb, job_id=job_id, **changes)
+
+
+FP32 = listed(5, "fp32", 600, 9000)
+FP16 = listed(6, "fp16", 300, 8100)
+INT8 = listed(3, "int8", 150, 7000)
+INT4 = listed(4, "int4", 100, 5000)
+INT4_AGAIN = listed(7, "int4", 100, 5000)
+OLDER = listed(2, "int8", 200, 1000, "older")
+GPU = listed(8, "cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider")
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("versions", "champion", "which", "expected"),
+    [
+        pytest.param([INT8, INT4], INT8, None, INT8, id="the champion fits"),
+        pytest.param([FP32, INT8, INT4], FP32, None, INT8, id="the largest that fits"),
+        pytest.param([INT4, FP32, INT8], FP32, None, INT8, id="in whatever order"),
+        pytest.param([FP32, FP16, INT4], FP32, None, INT4, id="several do not"),
+        pytest.param([FP32, INT4, OLDER], FP32, None, INT4, id="of the same job"),
+        pytest.param([FP32, GPU, INT4], FP32, None, INT4, id="not for a GPU"),
+        pytest.param([GPU, INT4], GPU, None, INT4, id="the champion is for a GPU"),
+        pytest.param([FP32, INT4, INT4_AGAIN], FP32, None, INT4_AGAIN, id="the newer of two alike"),
+        pytest.param([INT8, INT4], INT8, "int4", INT4, id="by alias"),
+        pytest.param([INT8, INT4], INT8, "4", INT4, id="by number"),
+        pytest.param([INT8, INT4], None, "int4", INT4, id="asked for, and nothing is promoted"),
+    ],
+)
+def test_the_choice(
+    versions: list[ModelVersion],
+    champion: ModelVersion | None,
+    which: str | None,
+    expected: ModelVersion,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry: Any = Registry(versions, champion.version if champion else None)
+    assert pull.fitting(registry, "bot", which) == expected
+    if which is None and champion is not None and expected != champion:
+        assert f"the champion, {champion.label}, does not fit this device: it " in caplog.text
+        assert expected.label in caplog.text
+    else:
+        assert caplog.text == ""
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("versions", "champion", "which", "error", "said"),
+    [
+        ([INT8], None, None, UsageError, "Nothing of bot is promoted."),
+        ([], None, None, UsageError, "Nothing of bot is promoted."),
+        ([INT8], 3, "fp64", UsageError, "There is no bot@fp64."),
+        (
+            [FP32, INT4],
+            4,
+            "fp32",
+            PrerequisiteError,
+            "bot version 5 (fp32) does not fit this device: it needs 9000 MB of memory, and there are 8000 MB.",
+        ),
+        (
+            [INT4, GPU],
+            4,
+            "cuda",
+            PrerequisiteError,
+            "bot version 8 (cuda) does not fit this device: it is made for gpu (CUDAExecutionProvider), "
+            "and here versions run on the CPU.",
+        ),
+        (
+            [FP32, FP16, OLDER],
+            5,
+            None,
+            PrerequisiteError,
+            "No version of bot fits this device. bot version 5 (fp32): it needs 9000 MB of memory, and there are "
+            "8000 MB. bot version 6 (fp16): it needs 8100 MB of memory, and there are 8000 MB.",
+        ),
+    ],
+)
+def test_no_choice(
+    versions: list[ModelVersion], champion: int | None, which: str | None, error: type[SlmopsError], said: str
+) -> None:
+    registry: Any = Registry(versions, champion)
+    with pytest.raises(error) as caught:
+        pull.fitting(registry, "bot", which)
+    assert caught.value.message == said
+
+
+def test_pull_from_beginning_to_end(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def registry(uri: str) -> Registry:
+        assert uri == URI
+        return Registry([device.remote.version()], device.remote.number)
+
+    monkeypatch.setitem(sys.modules, "slmops.tracking.registry", SimpleNamespace(Registry=registry))
+    caplog.set_level(logging.INFO, "slmops")
+    done = pull.pull("bot", None, device.settings, URI)
+    assert pull.current("bot", device.settings) == done
+    assert "bot version 3 (int8): 5 files to fetch (0 MB), 0 are here" in caplog.messages
+    assert "bot version 3 (int8): in Foundry Local as bot-int8-generic-cpu:3" in caplog.messages
+    with pytest.raises(UsageError, match=r"There is no bot@int9\."):
+        pull.pull("bot", "int9", device.settings, URI)
+    assert pull.current("bot", device.settings) == done
+    with pytest.raises(UsageError, match="is no name of a model"):
+        pull.pull("../bot", None, device.settings, URI)

@@ -1,0 +1,257 @@
+"""docker-compose.yml, its image and .env.example, as far as they can be judged without a container."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slmops.core.settings import Settings
+from slmops.local import stack
+from tests import compose
+from tests.compose import FILE, MissingVariable, interpolate
+
+ROOT = Path(__file__).parents[3]
+BIN = Path(sys.executable).parent
+DOCKERFILE = (ROOT / "deployments" / "Dockerfile").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
+RAW: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+SERVICES: dict[str, dict[str, Any]] = compose.load({"POSTGRES_PASSWORD": "secret"})["services"]
+NAMES = sorted(SERVICES)
+ONE_SHOTS = {"databases", "deployments", "bucket"}
+SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|_KEY")
+
+
+def pin(package: str) -> str:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
+
+
+def variables(value: Any) -> set[str]:
+    """Names of the variables in a part of the file."""
+    return set(re.findall(r"\$\{(\w+)", str(value)))
+
+
+# --- the linters
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+        ["hadolint", "deployments/Dockerfile"],
+    ],
+    ids=["the Compose schema", "hadolint"],
+)
+def test_a_linter_finds_nothing(command: list[str]) -> None:
+    ended = subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+# --- variables
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("${SET}", "x"),
+        ("$SET.", "x."),
+        ("a${SET}b${SET}", "axbx"),
+        ("${UNSET}", ""),
+        ("${EMPTY}", ""),
+        ("${UNSET:-d}", "d"),
+        ("${EMPTY:-d}", "d"),
+        ("${EMPTY-d}", ""),
+        ("${UNSET-d}", "d"),
+        ("${SET:-d}", "x"),
+        ("${SET:?why}", "x"),
+        ("${EMPTY?why}", ""),
+        ("${SET:+d}", "d"),
+        ("${EMPTY:+d}", ""),
+        ("${EMPTY+d}", "d"),
+        ("$$SET $${SET}", "$SET ${SET}"),
+        (["${SET}", {"SET": "${SET}", "n": 1}], ["x", {"SET": "x", "n": 1}]),
+    ],
+)
+def test_variables_are_filled_in_as_compose_does(text: Any, expected: Any) -> None:
+    assert interpolate(text, {"SET": "x", "EMPTY": ""}) == expected
+
+
+@pytest.mark.parametrize("text", ["${EMPTY:?why}", "${UNSET:?why}", "${UNSET?why}"])
+def test_a_missing_variable_is_named(text: str) -> None:
+    with pytest.raises(MissingVariable, match=r"(EMPTY|UNSET): why"):
+        interpolate(text, {"EMPTY": ""})
+
+
+def test_a_lone_dollar_is_refused() -> None:
+    with pytest.raises(ValueError, match="lone"):
+        interpolate("a $ b", {})
+
+
+@pytest.mark.parametrize("given", [{}, {"POSTGRES_PASSWORD": ""}], ids=["no .env", "the example as it is"])
+def test_without_a_password_nothing_starts(given: dict[str, str]) -> None:
+    with pytest.raises(MissingVariable, match=r"^POSTGRES_PASSWORD: set it in \.env$"):
+        compose.load(given)
+
+
+def test_a_password_is_all_it_needs() -> None:
+    required = {name for name in variables(RAW) if f"${{{name}:?" in FILE.read_text(encoding="utf-8")}
+    assert required == {"POSTGRES_PASSWORD"}
+    assert SERVICES["prefect"]["ports"] == ["127.0.0.1:4200:4200"]
+
+
+def test_the_example_names_every_variable_and_gives_no_secret() -> None:
+    named = dict(re.findall(r"^(?:# )?([A-Z][A-Z0-9_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+    passed_on = {name for name, value in RAW["services"]["worker"]["environment"].items() if value is None}
+    settings = {f"SLMOPS_{name.upper()}" for name in Settings.model_fields}
+    assert set(named) == variables(RAW) | passed_on | settings
+    assert {named[name] for name in named if SECRET.search(name)} == {""}
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_secrets_come_from_the_environment_and_go_into_no_command(name: str) -> None:
+    service = RAW["services"][name]
+    secrets = {key: value for key, value in service.get("environment", {}).items() if SECRET.search(key)}
+    for key, value in secrets.items():
+        assert value is None or re.fullmatch(r"\$\{\w+:(\?[^{}]+|-)\}", value), key
+    commands = [service.get("command"), service.get("healthcheck"), service.get("build")]
+    assert not any(SECRET.search(variable) for variable in variables(commands))
+    assert "secret" not in str([SERVICES[name].get(part) for part in ("command", "healthcheck", "build")])
+
+
+def test_only_what_talks_to_postgresql_has_its_password() -> None:
+    holders = {name for name, service in SERVICES.items() if "secret" in service["environment"].values()}
+    assert holders == {"postgres", "databases", "prefect", "mlflow"}
+    urls = [value for service in SERVICES.values() for value in service["environment"].values() if "://" in value]
+    assert not any(re.search(r"//[^/@]*:[^/@]*@", url) for url in urls), "a password in a URL"
+
+
+# --- images
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_are_pinned(name: str) -> None:
+    image, _, tag = SERVICES[name]["image"].partition(":")
+    assert re.fullmatch(r"v?\d+(\.\d+)+(-[a-z0-9.]+)?", tag), image
+
+
+def test_the_image_is_built_from_pinned_parts() -> None:
+    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
+    assert bases
+    assert set(bases) == {"python:3.11.15-slim-trixie"}
+    assert "--constraint constraints.txt" in DOCKERFILE
+    assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE)[-1] == "10001:10001"
+
+
+def test_versions_agree() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    ours = {service["image"] for service in SERVICES.values() if "build" in service}
+    assert ours == {f"slmops:{version}"}
+    assert f'image.version="{version}"' in DOCKERFILE
+    registered = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))
+    assert registered["prefect-version"] == pin("prefect")
+    assert {one["work_pool"]["name"] for one in registered["deployments"]} == {stack.POOL}
+    assert stack.POOL in SERVICES["worker"]["command"]
+
+
+def test_tests_use_postgresql_of_the_same_major_version() -> None:
+    said = subprocess.run([compose.program("postgres"), "--version"], capture_output=True, text=True, check=True).stdout
+    assert SERVICES["postgres"]["image"].startswith(f"postgres:{re.findall(r'[0-9]+', said)[0]}.")
+
+
+def test_the_image_gets_what_it_needs_and_no_more() -> None:
+    copied = {one for line in re.findall(r"^COPY ([^-\n].*) \S+$", DOCKERFILE, re.MULTILINE) for one in line.split()}
+    allowed = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
+    assert copied == allowed == {*compose.APP, "README.md"}
+
+
+# --- what a container may do
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["user"] in ("10001:10001", "postgres")
+    assert not {"privileged", "cap_add", "pid", "ipc", "devices", "userns_mode"} & set(service)
+    assert service["logging"]["options"]["max-size"]
+    folders = [volume.partition(":")[0] for volume in service.get("volumes", ()) if ":" in volume]
+    assert not any(folder.startswith(("/", ".", "~")) for folder in folders)
+
+
+def test_ports_are_open_to_this_machine_only() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"prefect", "mlflow", "serve"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    listening = [compose.container_port(service) for service in SERVICES.values() if "healthcheck" in service]
+    assert None not in listening
+    assert len(set(listening)) == len(listening), "tests tell services apart by their ports"
+
+
+def test_databases_and_files_are_reached_by_the_servers_only() -> None:
+    assert RAW["networks"]["storage"] == {"internal": True}
+    networks = {name: service.get("networks", ["default"]) for name, service in SERVICES.items()}
+    assert {name for name, of in networks.items() if "storage" in of} == {
+        "postgres",
+        "s3",
+        "databases",
+        "prefect",
+        "mlflow",
+    }
+    assert networks["postgres"] == networks["s3"] == ["storage"]
+
+
+def test_workers_can_be_many() -> None:
+    assert not {"container_name", "hostname", "ports"} & set(SERVICES["worker"])
+    assert "worker-tmp:/tmp" in SERVICES["worker"]["volumes"], "workers share the lock of the machine"
+
+
+def test_nothing_is_sent_to_anybody() -> None:
+    for name in set(NAMES) - {"postgres", "s3", "bucket"}:
+        assert stack.QUIET.items() <= SERVICES[name]["environment"].items(), name
+
+
+# --- what runs when
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_for_ever_with_a_health_check_or_once(name: str) -> None:
+    service = SERVICES[name]
+    assert ("healthcheck" in service) == (name not in ONE_SHOTS)
+    assert service["restart"] == ("no" if name in ONE_SHOTS else "unless-stopped")
+    if check := service.get("healthcheck"):
+        assert check["test"][0] == "CMD", "no shell"
+        assert str(compose.container_port(service)) in str(check["test"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_waits_for_what_it_needs(name: str) -> None:
+    for dependency, how in SERVICES[name].get("depends_on", {}).items():
+        finished = dependency in ONE_SHOTS
+        assert how["condition"] == ("service_completed_successfully" if finished else "service_healthy")
+        behind_a_switch = SERVICES[dependency].get("profiles", []) != SERVICES[name].get("profiles", [])
+        assert how.get("required", True) != (behind_a_switch and "profiles" in SERVICES[dependency])
+
+
+def test_something_lasting_waits_for_each_that_runs_once() -> None:
+    """Else ``docker compose up --wait`` takes its end for a failure (docker/compose#10596)."""
+    awaited = {
+        name for service in SERVICES.values() if "healthcheck" in service for name in service.get("depends_on", ())
+    }
+    assert awaited >= ONE_SHOTS
+
+
+def test_every_volume_is_declared_and_used() -> None:
+    volumes = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
+    assert {volume.partition(":")[0] for volume in volumes if ":" in volume} == set(RAW["volumes"])

@@ -1,0 +1,328 @@
+"""Each edge case with a model of strings, and how what was seen is judged."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.core.errors import EvaluationError
+from slmops.core.settings import Settings
+from slmops.core.values import CaseOutcome, Registration
+from slmops.evaluation import edge_cases, edge_worker
+from slmops.evaluation.edge_worker import Case, Line, Messages, Probe, Seen
+from slmops.processes import process
+from tests import values
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + TEMPLATE
+CONTEXT = 200
+
+
+@dataclass
+class Reply:
+    """As the runtime's."""
+
+    text: str = "Paris."
+    finish_reason: str = "stop"
+    prompt_tokens: int = 10
+    completion_tokens: int = 2
+
+
+class RuntimeRefusal(Exception):
+    """As the SDK's exception."""
+
+    def __init__(self, message: str, error_code: int) -> None:
+        super().__init__(message)
+        self.error_code = error_code
+
+
+class Model:
+    """Counts words, and refuses what the real runtime refuses. With ``cuts`` it does so at a NUL, as that one does."""
+
+    def __init__(self, *, cuts: bool = False, replies: list[Any] | None = None) -> None:
+        self.cuts = cuts
+        self.replies = replies or []
+        self.asked: list[tuple[Messages, int]] = []
+
+    def __call__(self, messages: Messages, max_tokens: int) -> Reply:
+        self.asked.append((messages, max_tokens))
+        text = " ".join(message["content"] for message in messages)
+        text.encode()
+        tokens = self.count(text.split("\0")[0] if self.cuts else text)
+        if tokens + max_tokens > CONTEXT:
+            said = f"search_options.cc:108 int fl::Check(int64_t, int) {tokens} and {max_tokens} tokens (too many)"
+            raise RuntimeRefusal(said, edge_worker.INVALID_ARGUMENT)
+        reply = self.replies.pop(0) if self.replies else Reply(prompt_tokens=tokens)
+        if isinstance(reply, Exception):
+            raise reply
+        assert isinstance(reply, Reply)
+        return reply
+
+    @staticmethod
+    def count(text: str) -> int:
+        return len(text.replace("\0", " ").split()) + 7  # the template
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    added = [{"content": "<|end|>", "special": True}, {"content": "plain", "special": False}]
+    folder = tmp_path / "variant"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def probe(folder: Path) -> Callable[[Model], Probe]:
+    return lambda model: Probe(model, Model.count, CONTEXT, folder)
+
+
+def case(name: str) -> Case:
+    [found] = [case for case in edge_cases.CASES if case.id == name]
+    return found
+
+
+def test_every_case_is_a_function_that_says_what_it_is() -> None:
+    functions = {
+        name: function
+        for name, function in vars(edge_worker).items()
+        if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["probe"]
+    }
+    assert functions.keys() == {case.id for case in edge_cases.CASES}
+    assert all(function.__doc__ for function in functions.values())
+    assert len(edge_cases.CASES) == len({case.id for case in edge_cases.CASES})
+    assert edge_cases.CASES[-1].id == "ordinary_question"  # whether it still answers, after all the others
+
+
+SOUND = {  # a model that does all as it should
+    **{case.id: "answered" for case in edge_cases.CASES},
+    **dict.fromkeys(("longer_than_context", "one_beyond_the_context", "repeated_tokens", "lone_surrogate"), "refused"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_sound_model(name: str, probe: Callable[[Model], Probe]) -> None:
+    assert edge_worker.see(case(name), probe(Model())).outcome == SOUND[name]
+
+
+def test_the_end_of_the_context_is_where_the_runtime_counts_it(probe: Callable[[Model], Probe]) -> None:
+    model = Model()
+    asker = probe(model)
+    # This tokenizer counts less than the runtime; the runtime's count decides.
+    asker.count = lambda text: Model.count(text) - 2
+    for name in ("exactly_the_context", "one_beyond_the_context"):
+        assert edge_worker.see(case(name), asker).outcome == SOUND[name]
+    (first, one), (second, exact), (third, beyond) = model.asked
+    assert first == second == third
+    tokens = Model.count(first[0]["content"])
+    assert (one, exact, beyond) == (1, CONTEXT - tokens, CONTEXT - tokens + 1)
+
+
+def test_a_template_that_fills_the_context(probe: Callable[[Model], Probe]) -> None:
+    asker = probe(Model())
+    asker.count = lambda _: CONTEXT
+    seen = edge_worker.see(case("exactly_the_context"), asker)
+    assert "the chat template leaves no room" in seen.detail
+
+
+def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None:
+    sent: dict[str, str] = {}
+    for one in edge_cases.CASES:
+        model = Model()
+        edge_worker.see(one, probe(model))
+        sent[one.id] = model.asked[-1][0][0]["content"]
+    assert "<|end|>" in sent["own_special_tokens"]
+    assert "plain" not in sent["own_special_tokens"]
+    assert "<|im_end|>" in sent["foreign_markers"]
+    assert "\u200d" in sent["emoji"]
+    assert "\0" in sent["nul_in_text"]
+    assert (sent["empty"], sent["whitespace"].strip()) == ("", "")
+    assert len(sent["repeated_tokens"].split()) == 10_000
+    with pytest.raises(UnicodeEncodeError):
+        sent["lone_surrogate"].encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "outcome", "detail"),
+    [
+        ("nul_in_text", Model(cuts=True), "cut", "of 23 prompt tokens 13 reached the model"),
+        ("nul_in_text", Model(replies=[Reply(prompt_tokens=9), ValueError("embedded NUL")]), "refused", "embedded NUL"),
+        ("greedy_twice", Model(replies=[Reply("Paris."), Reply("Rome.")]), "unequal", "first 'Paris.', then 'Rome.'"),
+        ("emoji", Model(replies=[Reply("", "stop", 9, 0)]), "answered", "9 prompt tokens, 0 generated (stop)"),
+        ("emoji", Model(replies=[Reply("x", "error")]), "failed", "(error)"),
+        ("emoji", Model(replies=[Reply("x", "none")]), "failed", "(none)"),
+        ("emoji", Model(replies=[RuntimeRefusal("out of memory", 2)]), "failed", "RuntimeRefusal: out of memory"),
+        ("emoji", Model(replies=[RuntimeRefusal("too odd", 3)]), "refused", "RuntimeRefusal: too odd"),
+        ("emoji", Model(replies=[KeyError("x")]), "failed", "KeyError"),
+        ("repeated_tokens", Model(), "refused", "RuntimeRefusal: 10007 and 6 tokens (too many)"),
+        ("assistant_first", Model(replies=[RuntimeRefusal("internal", 2)]), "failed", "internal"),
+    ],
+)
+def test_what_can_go_wrong(name: str, model: Model, outcome: str, detail: str, probe: Callable[[Model], Probe]) -> None:
+    seen = edge_worker.see(case(name), probe(model))
+    assert seen.outcome == outcome
+    assert detail in seen.detail
+
+
+def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, probe: Callable[[Model], Probe]) -> None:
+    (folder / "chat_template.jinja").write_text(STRICT)
+    seen = edge_worker.see(case("assistant_first"), probe(Model(replies=[RuntimeRefusal("user first at row 1", 2)])))
+    assert (seen.outcome, seen.detail) == ("refused", "the chat template refuses it")
+
+
+def test_a_case_that_does_not_exist(probe: Callable[[Model], Probe]) -> None:
+    assert edge_worker.see(Case(id="nothing", expected="answered"), probe(Model())).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("expected", "outcome", "seconds", "passed"),
+    [
+        ("answered", "answered", 60, True),
+        ("answered", "refused", 0, False),
+        ("refused", "refused", 4.9, True),
+        ("refused", "refused", 5.1, False),
+        ("refused", "answered", 0, False),
+        ("answered or refused", "answered", 60, True),
+        ("answered or refused", "refused", 60, True),
+        *((expected, bad, 0, False) for expected in ("answered or refused",) for bad in ("cut", "unequal", "failed")),
+        *((expected, bad, 0, False) for expected in ("refused", "answered") for bad in ("crashed", "hung")),
+    ],
+)
+def test_judging(expected: Any, outcome: Any, seconds: float, passed: bool) -> None:
+    seen = Seen(outcome=outcome, detail="said", seconds=seconds)
+    judged = edge_cases._judge(Case(id="one", expected=expected), seen)
+    assert judged.passed is passed
+    assert judged.model_dump(exclude={"passed", "detail"}) == {"id": "one", "expected": expected, "outcome": outcome}
+    assert judged.detail == ("Only after 5 s: said" if seconds == 5.1 else "said")
+
+
+def outcome(name: str, what: str, passed: bool) -> CaseOutcome:
+    return CaseOutcome(id=name, expected="answered or refused", outcome=what, passed=passed, detail="")
+
+
+CUT, WHOLE = outcome("nul_in_text", "cut", False), outcome("nul_in_text", "answered", True)
+GOOD, BAD = outcome("a", "answered", True), outcome("b", "hung", False)
+
+
+@pytest.mark.parametrize(
+    ("cases", "share", "samples", "note"),
+    [
+        ([GOOD], 1.0, 1, None),
+        ([GOOD, BAD], 0.5, 2, None),
+        ([BAD], 0.0, 1, None),
+        ([GOOD, BAD, CUT], 0.5, 2, "not counted: nul_in_text"),
+        ([GOOD, WHOLE], 1.0, 2, None),
+        ([GOOD, outcome("nul_in_text", "crashed", False)], 0.5, 2, None),  # another defect than the known one
+        ([GOOD, outcome("a", "cut", False)], 0.5, 2, None),
+    ],
+)
+def test_share_of_cases_passed(cases: list[CaseOutcome], share: float, samples: int, note: str | None) -> None:
+    made = edge_cases.measurement(cases)
+    assert (made.value, made.low, made.high, made.samples, made.note) == (share, share, share, samples, note)
+    assert made.unit == "1"
+
+
+@pytest.mark.parametrize("cases", [[], [CUT]])
+def test_no_cases_have_no_share(cases: list[CaseOutcome]) -> None:
+    with pytest.raises(ValueError, match="no cases"):
+        edge_cases.measurement(cases)
+
+
+class Children:
+    """Stand in for processes that write ``lines`` each and then end as they are told to."""
+
+    def __init__(self, *ends: tuple[list[Line], EvaluationError | None]) -> None:
+        self.ends = list(ends)
+        self.asked: list[list[str]] = []
+
+    def __call__(self, _module: str, request: edge_worker.Request, *_: Any, **__: Any) -> None:
+        self.asked.append([case.id for case in request.cases])
+        lines, error = self.ends.pop(0)
+        request.progress.parent.mkdir(parents=True, exist_ok=True)
+        for line in lines:
+            edge_worker.write(request.progress, line)
+        if error is not None:
+            raise error
+
+
+ENDED = Seen(outcome="answered", detail="said", seconds=0.1)
+DIED = EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
+
+
+def begun(name: str) -> Line:
+    return Line(id=name, at=1e12)  # a moment that has not come yet: no time has passed since
+
+
+def ended(name: str) -> Line:
+    return begun(name).model_copy(update={"seen": ENDED})
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], tuple[CaseOutcome, ...]]:
+    (folder / "genai_config.json").write_text('{"model": {"context_length": 100}, "search": {}}')
+    monkeypatch.setattr(edge_cases.prompts, "counter", lambda _: Model.count)
+    settings = Settings(home=folder.parent / "home")
+    registration = Registration(foundry_id="x-generic-cpu:1", path=folder, prompt_template_exact=True, answer="")
+
+    def go(children: Children) -> tuple[CaseOutcome, ...]:
+        monkeypatch.setattr(process, "call", children)
+        cases = [Case(id=name, expected="answered") for name in "abc"]
+        variant = values.variant(folder)
+        try:
+            return edge_cases.run(variant, registration, "tiny", settings, cases=cases)
+        finally:
+            assert not (settings.work("tiny") / "int4-edge").exists()
+
+    return go
+
+
+def test_what_was_seen_before_a_crash_is_kept(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
+    children = Children(
+        ([begun("a"), ended("a"), begun("b")], DIED),
+        ([begun("c"), ended("c")], None),
+    )
+    assert [(case.id, case.outcome) for case in run(children)] == [
+        ("a", "answered"),
+        ("b", "crashed"),
+        ("c", "answered"),
+    ]
+    assert children.asked == [["a", "b", "c"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "asked"),
+    [
+        # Between two cases: nobody's fault that could be named, and the rest is tried again.
+        ([begun("a"), ended("a")], [["a", "b", "c"], ["b", "c"]]),
+        # After the last: all is there.
+        ([line for name in "abc" for line in (begun(name), ended(name))], [["a", "b", "c"]]),
+    ],
+)
+def test_a_crash_outside_of_the_cases(
+    lines: list[Line], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
+) -> None:
+    children = Children((lines, DIED), ([line for name in "bc" for line in (begun(name), ended(name))], None))
+    assert {case.outcome for case in run(children)} == {"answered"}
+    assert children.asked == asked
+
+
+def test_a_crash_before_any_case_is_the_variants(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
+    children = Children(([], DIED))
+    with pytest.raises(EvaluationError, match="SIGSEGV"):
+        run(children)
+    assert len(children.asked) == 1
+
+
+def test_a_crash_before_any_further_case_too(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
+    children = Children(([begun("a")], DIED), ([], DIED))
+    with pytest.raises(EvaluationError, match="SIGSEGV"):
+        run(children)
+    assert children.asked == [["a", "b", "c"], ["b", "c"]]

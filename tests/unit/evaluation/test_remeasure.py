@@ -1,0 +1,434 @@
+"""Kinds of machine, the judgement of drift on figures made up for it, what can be compared, and the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from slmops.cli import command as cli
+from slmops.cli import operate as cli_operate
+from slmops.core.errors import EvaluationError, GateError, PrerequisiteError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Hardware, Measurement
+from slmops.delivery import on_device
+from slmops.evaluation import dataset, remeasure
+from slmops.evaluation.remeasure import DriftError, Figure, Recorded, Remeasure, Remeasured
+from slmops.evaluation.summary import BUSY
+from tests import making, measured, values
+
+BOT = Remeasure(name="bot")
+HERE = "this machine"
+VERSION = values.model_version(3, variant="int8")
+
+
+# --- kinds of machine
+
+
+def hardware(**changes: Any) -> Hardware:
+    fields = {
+        "system": "Linux 6.8.0-45",
+        "machine": "x86_64",
+        "processor": "Some  CPU @ 2.60GHz",
+        "cores": 8,
+        "memory_gb": 32.0,
+        "isa": ("avx", "avx2"),
+        **changes,
+    }
+    return Hardware(**fields)
+
+
+def test_a_kind_in_words() -> None:
+    assert hardware().kind == "Some CPU @ 2.60GHz (Linux x86_64), 8 cores, avx avx2"
+    bare = hardware(processor="aarch64", machine="aarch64", isa=(), cores=1)
+    assert bare.kind == "aarch64 (Linux aarch64), 1 cores, no extensions"
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"system": "Linux 6.11.2"}, True),
+        ({"memory_gb": 64.0}, True),
+        ({"processor": "Some CPU @ 2.60GHz "}, True),
+        ({"system": "Windows 11"}, False),
+        ({"machine": "aarch64"}, False),
+        ({"processor": "Other CPU"}, False),
+        ({"cores": 4}, False),
+        ({"isa": ("avx", "avx2", "avx512f")}, False),
+    ],
+)
+def test_machines_of_one_kind(changes: dict[str, Any], same: bool) -> None:
+    assert (hardware(**changes).kind == hardware().kind) == same
+
+
+# --- drift
+
+
+def figure(value: float, half: float | None = 0.0, note: str | None = None) -> Measurement:
+    """A figure with an interval of so much to either side; None: without one."""
+    ends = {} if half is None else {"low": value - half, "high": value + half}
+    return Measurement(value=value, unit="x", samples=20, note=note, **ends)
+
+
+def compared(metric: str, recorded: Measurement, now: Measurement, **tolerances: float) -> Figure:
+    [one] = remeasure.compare({metric: recorded}, {metric: now}, BOT.model_copy(update=tolerances))
+    return one
+
+
+@pytest.mark.parametrize(
+    ("metric", "recorded", "now", "drifted", "said"),
+    [
+        ("ttft_ms_p50", figure(100, 2), figure(130, 2), True, "1.3 times worse, and at most 1.15 is tolerated"),
+        ("ttft_ms_p50", figure(100, 2), figure(114, 2), False, "within the tolerance"),
+        ("ttft_ms_p50", figure(100, 2), figure(115, 2), False, "within the tolerance"),
+        ("ttft_ms_p50", figure(100, 2), figure(50, 2), False, "within the tolerance"),
+        ("ttft_ms_p50", figure(100, 20), figure(130, 20), False, "1.3 times worse, but the intervals overlap"),
+        ("ttft_ms_p50", figure(100, 15), figure(130, 15), False, "the intervals overlap"),  # they touch
+        ("ttft_ms_p50", figure(100, 2), figure(130, None), False, "1.3 times worse, but too few samples"),
+        ("ttft_ms_p50", figure(100, None), figure(130, 2), False, "too few samples for an interval"),
+        ("ttft_ms_p50", figure(100, 2), figure(200, 2, BUSY), False, f"2 times worse, but {BUSY}"),
+        ("ttft_ms_p50", figure(100, 2, f"a; {BUSY}"), figure(200, 2), False, BUSY),
+        ("response_s_p50", figure(1, 0.01), figure(2, 0.01), True, "2 times worse"),
+        ("decode_tok_s", figure(50, 1), figure(25, 1), True, "2 times worse"),
+        ("decode_tok_s", figure(50, 1), figure(100, 1), False, "within the tolerance"),
+        ("prefill_tok_s", figure(50, 1), figure(40, 1), True, "1.25 times worse"),
+        # One sample a round has no interval, and hardly any spread.
+        ("memory_peak_mb", figure(1000, None), figure(1190, None), False, "within the tolerance"),
+        ("memory_peak_mb", figure(1000, None), figure(1250, None), True, "1.25 times worse, and at most 1.2"),
+        ("memory_loaded_mb", figure(1000, None), figure(500, None), False, "within the tolerance"),
+        # The interval is that of the text, which is the same.
+        ("perplexity", figure(12.0, 2), figure(12.24, 2), True, "1.02 times worse, and at most 1.01"),
+        ("perplexity", figure(12.0, 2), figure(12.1, 2), False, "within the tolerance"),
+        ("perplexity", figure(12.0, 2), figure(6, 2), False, "within the tolerance"),
+        ("decode_tok_s", figure(0), figure(1), False, "one of the two is 0"),
+    ],
+)
+def test_worse_beyond_the_tolerance_and_beyond_chance(
+    metric: str, recorded: Measurement, now: Measurement, drifted: bool, said: str
+) -> None:
+    one = compared(metric, recorded, now)
+    assert (one.metric, one.recorded, one.now, one.drifted) == (metric, recorded, now, drifted)
+    assert said in one.detail
+    assert one.ratio == (now.value / recorded.value if recorded.value else None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "tolerance"),
+    [
+        ("ttft_ms_p50", "max_slowdown"),
+        ("memory_peak_mb", "max_memory_growth"),
+        ("perplexity", "max_perplexity_ratio"),
+    ],
+)
+def test_each_tolerance_is_for_its_own_figures(metric: str, tolerance: str) -> None:
+    assert compared(metric, figure(100, 1), figure(150, 1)).drifted
+    assert not compared(metric, figure(100, 1), figure(150, 1), **{tolerance: 2.0}).drifted
+    others = {"max_slowdown", "max_memory_growth", "max_perplexity_ratio"} - {tolerance}
+    assert compared(metric, figure(100, 1), figure(150, 1), **dict.fromkeys(others, 2.0)).drifted
+
+
+def test_only_what_both_have_is_compared() -> None:
+    both = {name: figure(1) for name in ("decode_tok_s", "size_mb", "kl_mean")}
+    assert [one.metric for one in remeasure.compare(both, {**both, "perplexity": figure(1)}, BOT)] == ["decode_tok_s"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "tolerance", "drifted", "said"),
+    [
+        ([True] * 20, [True] * 20, 0, False, "within the tolerance"),
+        ([False] * 20, [True] * 20, 0, False, "within the tolerance"),
+        ([True] * 20, [True] * 19 + [False], 0, False, "0.05 lower, which may be chance"),
+        ([True] * 20, [True] * 10 + [False] * 10, 0, True, "0.5 lower, and at most 0 is tolerated"),
+        ([True] * 20, [True] * 10 + [False] * 10, 0.5, False, "within the tolerance"),
+        ([True] * 20, [True] * 8 + [False] * 12, 0.5, True, "0.6 lower, and at most 0.5 is tolerated"),
+        # Ten questions each way: a drop of nothing, however many answers changed.
+        ([True, False] * 10, [False, True] * 10, 0, False, "within the tolerance"),
+    ],
+)
+def test_accuracy_is_compared_question_by_question(
+    before: list[bool], now: list[bool], tolerance: float, drifted: bool, said: str
+) -> None:
+    request = BOT.model_copy(update={"max_accuracy_drop": tolerance})
+    one = remeasure.compare_answers(measured.answers(*before), measured.answers(*now), request)
+    assert one is not None
+    assert (one.drifted, one.detail) == (drifted, said)
+    assert (one.recorded.value, one.now.value) == (sum(before) / 20, sum(now) / 20)
+    assert one.ratio == (one.now.value / one.recorded.value if any(before) else None)
+
+
+def test_only_questions_that_were_judged_both_times_count() -> None:
+    before, now = measured.answers(True, None, False, True), measured.answers(True, True, None, True)
+    one = remeasure.compare_answers(before, now, BOT)
+    assert one is not None
+    assert (one.recorded.value, one.now.value, one.now.samples) == (1.0, 1.0, 2)
+    assert remeasure.compare_answers(measured.answers(None), measured.answers(True), BOT) is None
+    assert remeasure.compare_answers((), measured.answers(True), BOT) is None
+
+
+def recorded(**changes: Any) -> Recorded:
+    digests = (dataset.load(None).digest, dataset.perplexity_text(None)[1])
+    fields: dict[str, Any] = {
+        "run_id": "run-3",
+        "job": Job(model="demo"),
+        "hardware_kind": HERE,
+        "variant": values.variant(Path("/nowhere")),
+        "measurements": {"decode_tok_s": figure(50, 1), "perplexity": figure(12, 2)},
+        "answers": measured.answers(True, True, True),
+        "evaluation_set": None,
+        "evaluation_set_digest": digests[0],
+        "text": None,
+        "text_digest": digests[1],
+        **changes,
+    }
+    return Recorded(**fields)
+
+
+def judged(decode: float, *left_out: str, answered: str = "A") -> Remeasured:
+    now = {"decode_tok_s": figure(decode, 1), "perplexity": figure(12, 2)}
+    answers = [one.model_copy(update={"answer": answered}) for one in measured.answers(True, True, True)]
+    return remeasure.judge(VERSION, recorded(), now, answers, left_out, HERE, BOT)
+
+
+def test_the_result_that_is_steady() -> None:
+    result = judged(49)
+    assert (result.outcome, result.model, result.version, result.variant) == ("steady", "bot", 3, "int8")
+    assert (result.recorded_run, result.hardware_kind, result.left_out) == ("run-3", HERE, ())
+    assert result.answers_changed == 0
+    assert result.detail == "bot version 3 (int8) is what was recorded of it, within the tolerances of 3 figures."
+    assert result.metrics == {
+        "decode_tok_s": 49,
+        "perplexity": 12,
+        "accuracy": 1,
+        "drift/decode_tok_s": 0.98,
+        "drift/perplexity": 1,
+        "drift/accuracy": 1,
+        "answers_changed": 0,
+    }
+
+
+def test_the_result_that_has_drifted() -> None:
+    result = judged(25, "everything else", answered="B")
+    assert (result.outcome, result.answers_changed) == ("drifted", 3)
+    assert result.detail == (
+        "bot version 3 (int8) is not what was recorded of it any more: "
+        "decode_tok_s (2 times worse, and at most 1.15 is tolerated)."
+    )
+    error = DriftError(result)
+    assert isinstance(error, GateError)
+    assert (error.exit_code, error.result, error.message) == (3, result, result.detail)
+    assert "what else runs on this machine" in str(error.fix)
+    said = remeasure.text(result)
+    assert said.startswith(f"drifted: {result.detail}\n\nmetric")
+    assert "decode_tok_s in x 50 [49, 51] 25 [24, 26] 0.500 drifted: 2 times worse" in " ".join(said.split())
+    assert said.endswith("\n\nnot compared: everything else\nanswers that read otherwise: 3")
+    table = remeasure.markdown(result)
+    assert "| decode_tok_s in x | 50 [49, 51] | 25 [24, 26] | 0.500 | drifted: 2 times worse" in table
+    assert "- not compared: everything else" in table
+
+
+def test_quality_that_drifts_asks_for_another_look() -> None:
+    now = {"perplexity": figure(15, 2)}
+    result = remeasure.judge(VERSION, recorded(), now, None, ["accuracy, as x"], HERE, BOT)
+    assert result.answers_changed is None
+    assert "answers_changed" not in result.metrics
+    assert "`slmops rollback bot`" in str(DriftError(result).fix)
+
+
+def test_not_everything_is_said_to_be_compared_if_it_is_not() -> None:
+    assert judged(50, "some").detail.endswith("of 3 figures. Not everything could be compared.")
+    unjudged = remeasure.judge(VERSION, recorded(), {"perplexity": figure(12)}, measured.answers(None), [], HERE, BOT)
+    assert unjudged.left_out == ("accuracy, as no question could be judged both times",)
+
+
+def test_no_figure_at_all_is_not_steady() -> None:
+    with pytest.raises(EvaluationError, match=r"Nothing of bot version 3 \(int8\) can be compared: accuracy, as no"):
+        remeasure.judge(VERSION, recorded(), {}, measured.answers(None), [], HERE, BOT)
+
+
+# --- what can be compared
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+def test_everything_is_here(settings: Settings) -> None:
+    plan = on_device.plan(recorded(), HERE, settings)
+    assert (plan.speed, plan.left_out) == (True, ())
+    assert plan.questions == dataset.load(None)
+    assert plan.text == dataset.perplexity_text(None)[0]
+
+
+def test_another_kind_of_machine(settings: Settings) -> None:
+    plan = on_device.plan(recorded(hardware_kind="a small one"), HERE, settings)
+    assert not plan.speed
+    assert plan.left_out == (
+        "speed and memory, which were recorded on another kind of machine (a small one; not this machine)",
+    )
+    assert plan.questions is not None
+
+
+def test_speed_that_was_not_recorded(settings: Settings) -> None:
+    plan = on_device.plan(recorded(measurements={"perplexity": figure(1)}), HERE, settings)
+    assert (plan.speed, plan.left_out) == (False, ("speed and memory, which were not recorded",))
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """An evaluation set and a text, with their digests, as a job was told of them."""
+    questions, text = making.evaluation_set(folder), folder / "text.txt"
+    text.write_text("A text of some words.")
+    return {
+        "job": Job(model="demo", evaluation_set=questions, perplexity_text=text),
+        "evaluation_set_digest": dataset.load(questions).digest,
+        "text_digest": dataset.perplexity_text(text)[1],
+    }
+
+
+@pytest.mark.parametrize("lost", ["unlink", "write_text"], ids=["gone", "altered"])
+def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, tmp_path: Path) -> None:
+    asked = files(tmp_path)
+    copies = {"evaluation_set": tmp_path / "copy.jsonl", "text": tmp_path / "copy.txt"}
+    originals = {"evaluation_set": asked["job"].evaluation_set, "text": asked["job"].perplexity_text}
+    for field, copy in copies.items():
+        copy.write_bytes(originals[field].read_bytes())
+    whole = on_device.plan(recorded(**asked), HERE, settings)
+    assert whole.left_out == ()
+    for path in originals.values():
+        getattr(path, lost)(*(["{}"] if lost == "write_text" else []))
+    plan = on_device.plan(recorded(**asked, **copies), HERE, settings)
+    assert (plan.left_out, plan.text) == ((), whole.text)
+    assert plan.questions is not None
+    assert whole.questions is not None
+    assert plan.questions.items == whole.questions.items
+
+    without = on_device.plan(recorded(**asked), HERE, settings)
+    assert (without.questions, without.text, without.speed) == (None, None, True)
+    reasons = {"unlink": "cannot be read", "write_text": "has bad lines"}
+    assert without.left_out[0].startswith("accuracy, as its evaluation set cannot be used: ")
+    assert reasons[lost] in without.left_out[0]
+    assert without.left_out[1:] == ("perplexity, as its text is gone or altered",)
+    # A copy that is not what the digest is over does not count.
+    copies["evaluation_set"].write_text(making.EVALUATION_SET.replace("France", "Spain"))
+    altered = on_device.plan(recorded(**asked, **copies), HERE, settings)
+    assert altered.questions is None
+
+
+def test_a_set_that_reads_well_and_is_another(settings: Settings, tmp_path: Path) -> None:
+    asked = files(tmp_path)
+    asked["job"].evaluation_set.write_text(making.EVALUATION_SET.replace("France", "Spain"))
+    plan = on_device.plan(recorded(**asked), HERE, settings)
+    assert plan.left_out == ("accuracy, as its evaluation set is gone or altered",)
+
+
+def test_a_matcher_that_is_not_here(settings: Settings, tmp_path: Path) -> None:
+    job = Job(model="demo", matcher=f"{tmp_path / 'mine.py'}:same")
+    plan = on_device.plan(recorded(job=job), HERE, settings)
+    assert plan.questions is None
+    assert plan.left_out == (f"accuracy, as its matcher {job.matcher} is not on this machine",)
+    (tmp_path / "mine.py").write_text("")
+    assert on_device.plan(recorded(job=job), HERE, settings).questions is not None
+
+
+def test_nothing_can_be_compared(settings: Settings, tmp_path: Path) -> None:
+    asked = files(tmp_path)
+    asked["job"].evaluation_set.unlink()
+    asked["job"].perplexity_text.unlink()
+    with pytest.raises(PrerequisiteError, match="Nothing can be compared: speed and memory, which were") as caught:
+        on_device.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
+    assert "slmops run" in str(caught.value.fix)
+
+
+# --- the request and the command
+
+
+@pytest.fixture(autouse=True)
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("slmops")
+    before = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:], level = before
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"name": "../bot"},
+        {"name": "bot", "version": "a/b"},
+        {"name": "bot", "max_slowdown": 0.9},
+        {"name": "bot", "max_memory_growth": float("inf")},
+        {"name": "bot", "max_perplexity_ratio": float("nan")},
+        {"name": "bot", "max_accuracy_drop": -0.1},
+        {"name": "bot", "max_accuracy_drop": 1.1},
+        {"name": "bot", "quick": True},
+    ],
+)
+def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Remeasure(**wrong)
+
+
+def test_the_request_as_a_form_shows_it() -> None:
+    assert Remeasure(name="bot", version=3).version == "3"  # type: ignore[arg-type]
+    for field in Remeasure.model_json_schema()["properties"].values():
+        assert field["title"]
+        assert field["description"].endswith(".")
+
+
+@contextmanager
+def prefect() -> Iterator[SimpleNamespace]:
+    yield SimpleNamespace(tracking_uri="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("decode", "code"), [(50, 0), (10, 3)])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command(
+    decode: float, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = judged(decode)
+    asked = []
+
+    def flow(request: Remeasure) -> Remeasured:
+        asked.append(request)
+        if result.outcome == "drifted":
+            raise DriftError(result)
+        return result
+
+    monkeypatch.setattr(cli_operate, "prefect_running", prefect)
+    monkeypatch.setitem(sys.modules, "flows.remeasure", SimpleNamespace(remeasure=flow))  # type: ignore[arg-type]
+    app = cli.App(name="slmops", result_action="return_value")
+    app.command(cli_operate.remeasure)
+    monkeypatch.setattr(cli, "app", app)
+    arguments = ["remeasure", "bot", "--version", "int8", "--max-slowdown", "2", *["--json"] * as_json]
+    assert cli._main(arguments) == code
+    assert asked == [Remeasure(name="bot", version="int8", max_slowdown=2)]
+    out, err = capsys.readouterr()
+    if as_json:
+        assert Remeasured.model_validate_json(out) == result
+        assert set(json.loads(out)) >= {"outcome", "figures", "left_out", "recorded_run", "run_id"}
+    else:
+        assert out == remeasure.text(result) + "\n"
+    assert err.startswith(f"error: {result.detail}\n") == (code == 3)
+
+
+def test_the_deployment_asks_for_what_the_flow_takes() -> None:
+    file = Path(__file__).parents[3] / "deployments" / "prefect.yaml"
+    deployments = {one["name"]: one for one in yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]}
+    assert deployments["remeasure"]["entrypoint"] == "flows.remeasure.remeasure"
+    assert deployments["remeasure"]["concurrency_limit"] == deployments["optimize"]["concurrency_limit"]
+    asked = Remeasure(**deployments["remeasure"]["parameters"]["request"])
+    assert asked.version is None

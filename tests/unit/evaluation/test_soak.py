@@ -1,0 +1,337 @@
+"""Judging a soak on series with known leaks, which variant is meant, and the command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from slmops.cli import command as cli
+from slmops.cli import flows as cli_flows
+from slmops.core.errors import EvaluationError, GateError, UsageError
+from slmops.core.values import Comparison, Measurement
+from slmops.evaluation import soak, soak_worker
+from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
+from tests import values
+
+LIMIT = 10.0
+TARGET = Target(model="tiny", variant="int8", foundry_id="tiny-int8-generic-cpu:1")
+
+
+def series(requests: int, leak: float, noise: float = 50.0, *, step_at: int | None = None) -> list[float]:
+    """Memory in KB: a leak per request, noise of neighbours that hang together, spikes, and a step of 5 MB."""
+    draw = random.Random(17)
+    level, made = 0.0, []
+    for number in range(requests):
+        level = 0.8 * level + draw.gauss(0, noise)
+        spike = 20_000 if draw.random() < 0.02 else 0
+        step = 5_000 if step_at is not None and number >= step_at else 0
+        made.append(500_000 + leak * number + level + spike + step)
+    return made
+
+
+def judged(memory_kb: list[float], limit: float = LIMIT) -> SoakResult:
+    return soak.judge(TARGET, memory_kb, limit)
+
+
+@pytest.mark.parametrize(
+    ("memory_kb", "outcome"),
+    [
+        (series(300, 0), "pass"),
+        (series(300, 2), "pass"),
+        (series(300, -5), "pass"),
+        (series(300, 30), "fail"),
+        (series(60, 100), "fail"),
+        (series(3000, 11, 20), "fail"),
+        (series(3000, 9, 20), "pass"),
+        (series(300, 10), "inconclusive"),
+        (series(30, 0, 2000), "inconclusive"),
+        ([500_000.0] * 30, "pass"),
+        (series(300, 0, step_at=290), "pass"),  # a step near the end is no slope
+    ],
+)
+def test_the_whole_interval_decides(memory_kb: list[float], outcome: str) -> None:
+    result = judged(memory_kb)
+    slope = result.slope
+    assert result.outcome == outcome, slope
+    assert slope.low is not None
+    assert slope.high is not None
+    assert slope.low <= slope.value <= slope.high
+    assert {"pass": slope.high <= LIMIT, "fail": slope.low > LIMIT}.get(outcome, slope.low <= LIMIT < slope.high)
+    assert (slope.unit, slope.samples) == ("KB/request", len(memory_kb))
+    if outcome != "inconclusive":
+        assert result.more_requests is None
+
+
+def test_a_slope_is_found_in_its_unit() -> None:
+    result = judged(series(300, 30, 1))
+    assert result.slope.value == pytest.approx(30, abs=0.5)
+    assert result.memory_start_mb == pytest.approx(500, abs=1)
+    assert result.memory_end_mb == pytest.approx(509, abs=1)
+    assert set(result.metrics) == {
+        "soak_slope_kb_per_request",
+        "soak_slope_kb_per_request_low",
+        "soak_slope_kb_per_request_high",
+        "soak_requests",
+        "memory_start_mb",
+        "memory_end_mb",
+    }
+    assert result.metrics["soak_requests"] == 300
+
+
+def test_too_few_requests_for_a_slope() -> None:
+    with pytest.raises(ValueError, match="a slope needs"):
+        judged([1.0] * 5)
+
+
+def of_slope(value: float, low: float | None, high: float | None, monkeypatch: pytest.MonkeyPatch) -> SoakResult:
+    slope = Measurement(value=value, unit="KB/request", samples=100, low=low, high=high)
+    monkeypatch.setattr(soak.statistics, "slope", lambda *_: slope)
+    return judged([0.0] * 100)
+
+
+@pytest.mark.parametrize(
+    ("slope", "outcome", "said", "fix"),
+    [
+        (
+            (1, 0, 10),
+            "pass",
+            "grows by 1.00 KB a request (95 % interval 0.00 to 10.00), which is within the limit",
+            None,
+        ),
+        ((12, 10.1, 14), "fail", "which is above the limit of 10", "soak_memory_mb"),
+        # 100 requests, and an interval twice as wide as it may be: it takes four times as many.
+        ((5, 0, 15), "inconclusive", "either side of the limit of 10; about 300 more requests", "--requests 400."),
+        ((5, 0, 20), "inconclusive", "about 800 more requests would settle it", "about --requests 900."),
+        ((20, 0, 30), "inconclusive", "about 300 more requests", "--requests 400."),
+        ((12, 10, 14), "inconclusive", "about 1 more requests", "--requests 101."),
+        ((10, 0, 20), "inconclusive", "either side of the limit of 10.", "More requests would hardly settle it"),
+        ((1, None, None), "inconclusive", "(no interval)", "hardly"),
+    ],
+)
+def test_what_is_said(
+    slope: tuple[float, float | None, float | None],
+    outcome: str,
+    said: str,
+    fix: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = of_slope(*slope, monkeypatch)
+    assert result.outcome == outcome
+    assert said in result.detail
+    assert soak.text(result).startswith(f"{outcome}: int8: over 100 requests the memory grows by ")
+    if fix is not None:
+        error = SoakError(result)
+        assert isinstance(error, GateError)
+        assert error.exit_code == 3
+        assert error.result is result
+        assert fix in (error.fix or "")
+    if slope[1] is None:
+        assert not {name for name in result.metrics if name.endswith(("_low", "_high"))}
+
+
+def comparison(chosen: str | None) -> Comparison:
+    ok = {name: values.result(name, 100) for name in ("fp32", "int8")}
+    registered = [one.model_copy(update={"foundry_id": f"tiny-{name}-generic-cpu:1"}) for name, one in ok.items()]
+    return values.comparison(*registered, values.failed("int4", "Olive produced no model."), chosen=chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted", "found"), [("int8", None, "int8"), ("int8", "fp32", "fp32"), (None, "fp32", "fp32")]
+)
+def test_which_variant(chosen: str | None, wanted: str | None, found: str) -> None:
+    expected = Target(model="tiny", variant=found, foundry_id=f"tiny-{found}-generic-cpu:1")
+    assert soak.find(comparison(chosen), wanted) == expected
+    assert expected.version is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted", "message", "fix"),
+    [
+        (None, None, "No variant of tiny was chosen.", "Name one with --variant: fp32, int8."),
+        ("int8", "int2", "tiny has no variant 'int2'.", "Its variants: fp32, int8."),
+        ("int8", "int4", "int4 of tiny cannot be asked: Olive produced no model.", "Variants that can: fp32, int8."),
+    ],
+)
+def test_no_such_variant(chosen: str | None, wanted: str | None, message: str, fix: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        soak.find(comparison(chosen), wanted)
+    assert message in caught.value.message
+    assert (caught.value.fix, caught.value.exit_code) == (fix, 2)
+
+
+def test_a_version_of_the_registry_is_named() -> None:
+    result = soak.judge(TARGET.model_copy(update={"version": 4}), [500_000.0] * 30, LIMIT)
+    assert (result.version, result.foundry_id) == (4, TARGET.foundry_id)
+    assert judged([500_000.0] * 30).version is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"champion": True}, "--champion needs the name of a model."),
+        ({"champion": True, "name": "bot", "variant": "int8"}, "--champion and --variant name a variant each."),
+    ],
+)
+def test_a_champion_of_nobody(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        soak.check(Soak(**asked))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("asked", [{}, {"name": "bot"}, {"variant": "int8"}, {"name": "bot", "champion": True}])
+def test_what_says_what_to_soak(asked: dict[str, Any]) -> None:
+    soak.check(Soak(**asked))
+
+
+@pytest.mark.parametrize(("requests", "warm_up"), [(30, 20), (200, 20), (300, 30), (5000, 500)])
+def test_warm_up(requests: int, warm_up: int) -> None:
+    assert Soak(requests=requests).warm_up == warm_up
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"requests": 29}, {"max_kb_per_request": 0}, {"max_kb_per_request": float("nan")}, {"request": 30}]
+)
+def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Soak(**wrong)
+
+
+def test_memory_that_is_kept_is_seen() -> None:
+    process = psutil.Process()
+    before = soak_worker.private_kb(process)
+    kept = b"x" * 50_000_000
+    after = soak_worker.private_kb(process)
+    assert 45_000 < after - before < 60_000
+    del kept
+    assert soak_worker.private_kb(process) < after - 40_000
+
+
+def test_platforms_that_count_otherwise() -> None:
+    unique = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, uss=5_000_000))
+    assert soak_worker.private_kb(unique) == 5000  # type: ignore[arg-type]
+    swapped = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, shared=2_000_000, swap=500_000))
+    assert soak_worker.private_kb(swapped) == 7500  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("context", "lengths"), [(8192, [32, 64, 128, 256]), (512, [32, 64, 128]), (200, [32])])
+def test_conversations_fit_the_context(
+    context: int, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": context}}))
+    from slmops.evaluation import prompts
+
+    monkeypatch.setattr(prompts, "counter", lambda _: lambda text: len(text.split()))
+    talks = soak_worker.conversations(tmp_path)
+    assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
+    assert [message["role"] for message in talks[-1]] == ["user", "assistant", "user", "assistant", "user"]
+    assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.MAX_TOKENS <= context
+
+
+def test_no_room_for_any_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": 100}}))
+    from slmops.evaluation import prompts
+
+    monkeypatch.setattr(prompts, "counter", lambda _: lambda text: len(text.split()))
+    with pytest.raises(EvaluationError, match="No prompt length"):
+        soak_worker.conversations(tmp_path)
+
+
+# --- the command
+
+
+@pytest.fixture(autouse=True)
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("slmops")
+    before = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:], level = before
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ("", {}),
+        ("bot", {"name": "bot"}),
+        ("--name bot", {"name": "bot"}),
+        ("bot --variant int4 --requests 40", {"name": "bot", "variant": "int4", "requests": 40}),
+        ("bot --champion", {"name": "bot", "champion": True}),
+        ("--max-kb-per-request 0.5", {"max_kb_per_request": 0.5}),
+    ],
+)
+def test_flags(arguments: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_soak", lambda request, *, json: seen.append((request, json)) or 0)
+    assert cli._main(["soak", *arguments.split()]) == 0
+    assert cli._main(["soak", *arguments.split(), "--json"]) == 0
+    assert [(one.model_dump(exclude_defaults=True), json) for one, json in seen] == [(asked, False), (asked, True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--requests 29", "--requests: Input should be greater than or equal to 30 (got '29')"),
+        ("--requests many", "--requests: "),
+        ("--max-kb-per-request 0", "--max-kb-per-request: Input should be greater than 0"),
+        ("a b", "Unused Tokens: ['b']"),
+        ("--variants int4", "Did you mean --variant"),
+    ],
+)
+def test_wrong_usage(
+    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_soak", lambda *_, **__: pytest.fail("it was started"))
+    assert cli._main(["soak", *arguments.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("leak", "code"), [(0, 0), (30, 3), (10, 3)])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_is_printed(
+    leak: float, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = judged(series(300, leak))
+
+    def flow(request: Soak) -> SoakResult:
+        assert request.requests == 300
+        if result.outcome != "pass":
+            raise SoakError(result)
+        return result
+
+    @contextmanager
+    def prefect() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(tracking_uri="http://127.0.0.1:9")
+
+    monkeypatch.setattr(cli_flows, "prefect_running", prefect)
+    monkeypatch.setitem(sys.modules, "flows.soak", SimpleNamespace(soak=flow))  # type: ignore[arg-type]
+    assert cli._main(["soak", *["--json"] * as_json]) == code
+    out, err = capsys.readouterr()
+    if as_json:
+        assert SoakResult.model_validate_json(out) == result
+    else:
+        assert out == soak.text(result) + "\n"
+    assert err.startswith(f"error: {result.detail}\n") == (code == 3)
+
+
+def test_the_deployment_asks_for_what_the_flow_takes() -> None:
+    file = Path(__file__).parents[3] / "deployments" / "prefect.yaml"
+    deployments = {one["name"]: one for one in yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]}
+    assert deployments["soak"]["entrypoint"] == "flows.soak.soak"
+    assert deployments["soak"]["concurrency_limit"] == deployments["optimize"]["concurrency_limit"]
+    asked = Soak(**deployments["soak"]["parameters"]["request"])
+    assert asked.champion
+    soak.check(asked)

@@ -1,0 +1,350 @@
+"""Figures and intervals against NumPy, SciPy, published tables and arithmetic by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from slmops.core.values import Measurement
+from slmops.evaluation.statistics import (
+    blocked_mean,
+    mcnemar,
+    more_samples,
+    noise_percent,
+    of_mean,
+    of_percentile,
+    of_proportion,
+    of_ratios,
+    paired_difference,
+    paired_mean_difference,
+    percentile,
+    perplexity,
+    perplexity_ratio,
+    slope,
+    standard_error,
+)
+
+PERCENTS = (0, 1, 12.5, 25, 50, 75, 90, 99, 99.9, 100)
+
+
+def table(both: int, ours: int, theirs: int, neither: int) -> tuple[list[bool], list[bool]]:
+    mine = [True] * (both + ours) + [False] * (theirs + neither)
+    other = [True] * both + [False] * ours + [True] * theirs + [False] * neither
+    return mine, other
+
+
+# --- percentile ---
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 15, 101, 1000])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_percentile_is_numpys(count: int, seed: int) -> None:
+    source = random.Random(seed)
+    samples = [source.lognormvariate(0, 2) * source.choice((-1, 1)) for _ in range(count)]
+    got = [percentile(samples, percent) for percent in PERCENTS]
+    assert got == pytest.approx(np.percentile(samples, PERCENTS).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("samples", "percent", "value"),
+    [
+        ([7.0], 0, 7),
+        ([7.0], 99, 7),
+        ([3, 1], 50, 2),
+        ([3, 1], 0, 1),
+        ([3, 1], 100, 3),
+        ([4, 1, 3, 2], 50, 2.5),
+        ([1, 2, 3, 4, 5], 90, 4.6),
+        ([5, 5, 5], 50, 5),
+        ([0, 0, 100], 50, 0),
+    ],
+)
+def test_percentile_by_hand(samples: list[float], percent: float, value: float) -> None:
+    assert percentile(samples, percent) == pytest.approx(value)
+
+
+def test_samples_are_left_in_their_order() -> None:
+    samples = (3.0, 1.0, 2.0)
+    assert percentile(samples, 50) == 2
+    assert samples == (3.0, 1.0, 2.0)
+
+
+# --- against SciPy and published figures ---
+
+
+def scipys(samples: Any, statistic: Any, method: str, informative: int | None = None) -> Any:
+    """SciPy's interval with other random numbers, and more of them."""
+    count = informative or len(samples)
+    level = 1 - 2 * stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1)))
+    return stats.bootstrap(
+        (samples,), statistic, confidence_level=level, n_resamples=20000, method=method, rng=np.random.default_rng(9)
+    ).confidence_interval
+
+
+@pytest.mark.parametrize("count", [30, 100])
+def test_intervals_are_scipys(count: int) -> None:
+    samples = np.random.default_rng(3).lognormal(0, 0.5, count)
+    for got, wanted in (
+        (of_mean(samples, "ms"), scipys(samples, np.mean, "BCa")),
+        (of_percentile(samples, 50, "ms"), scipys(samples, np.median, "percentile")),
+    ):
+        assert (got.low, got.high) == pytest.approx((wanted.low, wanted.high), rel=0.04)
+    tokens = np.random.default_rng(4).gamma(1, 3, 64 * count)
+    wanted = scipys(tokens.reshape(-1, 64).mean(axis=1), np.mean, "BCa")
+    got = blocked_mean(tokens, "1")
+    assert (got.low, got.high) == pytest.approx((wanted.low, wanted.high), rel=0.01)
+    assert got.value == pytest.approx(tokens.mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [5, 10, 30, 100])
+def test_mean_of_normal_samples_is_about_students(count: int) -> None:
+    samples = stats.norm.ppf((np.arange(count) + 0.5) / count)  # as normal as can be
+    measured = of_mean(samples, "ms")
+    half = stats.t.ppf(0.975, count - 1) * samples.std(ddof=1) / math.sqrt(count)
+    assert (measured.low, measured.high) == pytest.approx((-half, half), rel=0.2 if count == 5 else 0.1)
+
+
+def test_pairs_that_differ_set_the_width() -> None:
+    scores = np.random.default_rng(5).uniform(0, 0.5, 40)
+    better = scores + np.where(np.arange(40) < 8, 0.3, 0)
+    wanted = scipys(better - scores, np.mean, "percentile", informative=8)
+    measured = paired_mean_difference(better.tolist(), scores.tolist())
+    assert measured.value == pytest.approx(0.06)
+    assert (measured.low, measured.high) == pytest.approx((wanted.low, wanted.high), abs=0.008)
+
+
+# Gained, lost, pairs and Tango's limits: Tango (1998), Karacan's sleeping difficulties; Fagerland, Lydersen and Laake
+# (2014), Bentur's airway hyper-responsiveness; by hand, z^2 / (n + z^2).
+@pytest.mark.parametrize(
+    ("gained", "lost", "total", "low", "high"),
+    [
+        (9, 3, 32, -0.027, 0.390),
+        (3, 9, 32, -0.390, 0.027),
+        (1, 7, 21, -0.517, -0.026),
+        (0, 0, 40, -3.8415 / 43.8415, 3.8415 / 43.8415),
+        (0, 0, 1, -3.8415 / 4.8415, 3.8415 / 4.8415),
+        (20, 0, 20, 1 - 2 * 3.8415 / 23.8415, 1),
+        (0, 20, 20, -1, 2 * 3.8415 / 23.8415 - 1),
+    ],
+)
+def test_paired_difference_is_tangos(gained: int, lost: int, total: int, low: float, high: float) -> None:
+    measured = paired_difference(*table(total - gained - lost, gained, lost, 0))
+    assert measured.value == (gained - lost) / total
+    assert (measured.low, measured.high) == pytest.approx((low, high), abs=6e-4)
+    assert (measured.unit, measured.samples, measured.note) == ("1", total, None)
+    half = total - gained - lost
+    assert paired_difference(*table(half // 2, gained, lost, half - half // 2)) == measured
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (6, 0, 2 / 64),
+        (0, 6, 2 / 64),
+        (5, 5, 1.0),
+        (1, 7, 0.0703),  # Fagerland, Lydersen and Laake (2013), airway hyper-responsiveness: exact conditional test
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+    ],
+)
+def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
+    assert mcnemar(*table(11, gained, lost, 7)) == pytest.approx(p, abs=5e-5)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs() -> None:
+    for gained, lost in product(range(0, 13, 3), repeat=2):
+        if gained + lost:
+            wanted = stats.binomtest(min(gained, lost), gained + lost).pvalue
+            assert mcnemar(*table(5, gained, lost, 5)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe (1998, Statistics in Medicine 17, 857-872), table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+        (1, 1, 0.2065, 1.0),
+    ],
+)
+def test_proportion_is_wilsons(successes: int, total: int, low: float, high: float) -> None:
+    measured = of_proportion(successes, total)
+    assert (measured.value, measured.unit, measured.samples) == (successes / total, "1", total)
+    assert (measured.low, measured.high) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 2), (1, 2), (30, 40), (40, 40), (7, 1000)])
+def test_standard_error_is_that_of_the_mean_of_the_scores(successes: int, total: int) -> None:
+    scores = [1] * successes + [0] * (total - successes)
+    assert standard_error(successes, total) == pytest.approx(stats.sem(scores))
+
+
+@pytest.mark.parametrize("successes", [0, 1])
+def test_one_sample_has_no_standard_error(successes: int) -> None:
+    assert standard_error(successes, 1) is None
+
+
+# --- perplexity ---
+
+
+def test_perplexity_of_a_fair_die() -> None:
+    measured = perplexity([math.log(6)] * 640)
+    assert (measured.value, measured.low, measured.high) == pytest.approx((6, 6, 6))
+    assert (measured.unit, measured.samples, measured.note) == ("1", 640, None)
+
+
+def test_perplexity_ratio_is_the_ratio_and_narrower_than_the_perplexities() -> None:
+    source = np.random.default_rng(5)
+    baseline = source.gamma(1, 3, 2048)
+    nll = baseline + source.normal(0.05, 0.2, 2048)
+    ours, theirs, ratio = perplexity(nll), perplexity(baseline), perplexity_ratio(nll, baseline)
+    assert ratio.value == pytest.approx(ours.value / theirs.value)
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ours.low is not None
+    assert ours.high is not None
+    assert 1 < ratio.low < ratio.value < ratio.high < 1.1
+    assert math.log(ratio.high / ratio.low) < math.log(ours.high / ours.low) / 5
+    upside_down = perplexity_ratio(baseline, nll)
+    assert (1 / upside_down.high, 1 / upside_down.low) == pytest.approx((ratio.low, ratio.high), rel=2e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 2048, 2049])
+def test_equal_perplexities_are_exactly_equal(tokens: int) -> None:
+    nll = np.random.default_rng(6).gamma(1, 3, tokens).tolist()
+    assert perplexity_ratio(nll, nll) == Measurement(value=1.0, unit="1", samples=tokens, low=1.0, high=1.0)
+
+
+def test_perplexity_of_a_broken_model_is_a_number() -> None:
+    measured = perplexity([5000.0] * 640)
+    assert math.isfinite(measured.value)
+    assert measured.value > 1e300
+    assert measured.high == measured.value
+
+
+@pytest.mark.parametrize(("tokens", "has"), [(319, False), (320, True), (383, True)])
+def test_five_blocks_make_an_interval(tokens: int, has: bool) -> None:
+    values = np.random.default_rng(7).normal(0, 1, tokens)
+    measured = blocked_mean(values.tolist(), "nats")
+    assert measured.value == pytest.approx(values.mean())
+    assert (measured.low is not None, measured.high is not None) == (has, has)
+    assert measured.note == (None if has else f"indicative: {tokens} samples")
+
+
+def test_agreement_of_tokens_takes_booleans() -> None:
+    measured = blocked_mean([True, True, True, False] * 512, "1")
+    assert (measured.value, measured.unit, measured.low, measured.high) == (0.75, "1", 0.75, 0.75)
+
+
+# --- more samples, noise ---
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "samples", "limit", "more"),
+    [
+        (0.0, -0.2, 0.2, 40, -0.1, 120),  # half the half-width: four times the samples
+        (0.0, -0.2, 0.4, 40, -0.1, 120),  # the end towards the limit counts
+        (0.0, -0.4, 0.2, 40, 0.1, 120),
+        (1.0, 0.9, 1.1, 10, 1.05, 30),
+        (1.0, 0.5, 1.5, 10, 5.0, 1),  # settled already
+        (1.0, 1.0, 1.0, 1, 2.0, 1),
+        (1.0, 0.9, 1.1, 10, 1.0, None),
+        (1.0, None, None, 3, 2.0, None),
+        (1.0, 0.0, 2.0, 100, 1.01001, 997_900),
+        (1.0, 0.0, 2.0, 100, 1.0099, None),
+        (1.0, 0.0, 2.0, 100, 1 + 1e-15, None),
+        (0.0, -1.0, 1.0, 100, 5e-324, None),
+    ],
+)
+def test_more_samples(
+    value: float, low: float | None, high: float | None, samples: int, limit: float, more: int | None
+) -> None:
+    measured = Measurement(value=value, unit="1", samples=samples, low=low, high=high)
+    got = more_samples(measured, limit)
+    assert got == (more if more is None else pytest.approx(more, rel=0.01, abs=1))
+    assert got is None or isinstance(got, int)
+
+
+def test_so_many_more_samples_do_settle_it() -> None:
+    few = paired_difference(*table(24, 6, 4, 6))
+    more = more_samples(few, -0.1)
+    assert few.low is not None
+    assert few.low < -0.1
+    assert more is not None
+    times = 1 + more / 40
+    then = paired_difference(*table(*(round(count * times) for count in (24, 6, 4, 6))))
+    assert then.low == pytest.approx(-0.1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("samples", "percent"),
+    [
+        ([], 0),
+        ([5], 0),
+        ([5, 5, 5], 0),
+        ([0, 0, 0], 0),
+        ([9, 10, 11], 14.826),
+        ([-9, -10, -11], 14.826),
+        ([9, 10, 11, 1000], 1.4826 / 10.5 * 100),
+        ([-1, 0, 1], math.inf),
+    ],
+)
+def test_noise(samples: list[float], percent: float) -> None:
+    assert noise_percent(samples) == pytest.approx(percent)
+
+
+def test_noise_of_normal_samples_is_their_deviation() -> None:
+    assert noise_percent(np.random.default_rng(0).normal(200, 10, 20000).tolist()) == pytest.approx(5, rel=0.05)
+
+
+# --- the same again, and soon ---
+
+
+def test_the_same_samples_give_the_same_interval() -> None:
+    source = np.random.default_rng(10)
+    samples, scores, nll = source.lognormal(0, 1, 30), source.random(30), source.gamma(1, 3, 700)
+
+    def everything() -> list[Measurement]:
+        return [
+            of_mean(samples, "ms"),
+            of_percentile(samples, 50, "ms"),
+            paired_mean_difference(scores, scores[::-1]),
+            perplexity(nll),
+            perplexity_ratio(nll, nll[::-1]),
+            slope(nll, "MB"),
+        ]
+
+    first = everything()
+    np.random.default_rng().random(5)
+    assert everything() == first
+    assert all(one.low is not None and one.high is not None and one.low < one.high for one in first)
+
+
+def test_2048_tokens_take_no_time() -> None:
+    nll = np.random.default_rng(11).gamma(1, 3, 2048).tolist()
+    perplexity(nll)  # SciPy is imported
+    started = time.process_time()
+    for _ in range(5):
+        perplexity_ratio(nll, nll[::-1])
+    assert (time.process_time() - started) / 5 < 0.05
+
+
+def test_ratios_have_students_interval_on_logarithms() -> None:
+    ratios = [0.8, 0.82, 0.9]
+    found = of_ratios(ratios)
+    logs = np.log(ratios)
+    low, high = np.exp(stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs)))
+    assert (found.value, found.low, found.high) == pytest.approx((np.exp(logs.mean()), low, high))
+    assert of_ratios([0.5]).low is None
+    with pytest.raises(ValueError, match="no samples"):
+        of_ratios([])

@@ -1,0 +1,162 @@
+"""The intervals against simulated truth.
+
+A 95 % interval is right if it holds the truth in 95 % of the worlds; 600 simulated ones tell that to +-2 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import signal, stats
+
+from slmops.core.values import Measurement
+from slmops.evaluation.statistics import (
+    blocked_mean,
+    of_mean,
+    of_percentile,
+    of_proportion,
+    paired_difference,
+    paired_mean_difference,
+    perplexity_ratio,
+    slope,
+)
+
+WORLDS = 600
+
+
+def coverage(truth: float, world: Callable[[np.random.Generator], Measurement], worlds: int = WORLDS) -> float:
+    source = np.random.default_rng(1)
+    hits = 0
+    for _ in range(worlds):
+        measured = world(source)
+        assert measured.low is not None
+        assert measured.high is not None
+        hits += measured.low <= truth <= measured.high
+    return hits / worlds
+
+
+def correlated(source: np.random.Generator, count: int, rho: float) -> Any:
+    """AR(1) with standard deviation 1, past its start."""
+    noise = source.standard_normal(count + 100) * math.sqrt(1 - rho**2)
+    return signal.lfilter([1], [1, -rho], noise)[100:]
+
+
+@pytest.mark.parametrize("count", [5, 12, 30])
+def test_median_covers(count: int) -> None:
+    share = coverage(8.0, lambda source: of_percentile(8 * source.lognormal(0, 0.5, count), 50, "ms"))
+    assert 0.92 <= share <= 0.98
+
+
+def test_tail_percentile_covers_from_where_it_has_an_interval() -> None:
+    truth = math.exp(0.5 * stats.norm.ppf(0.9))
+    share = coverage(truth, lambda source: of_percentile(source.lognormal(0, 0.5, 100), 90, "ms"), worlds=300)
+    assert 0.90 <= share <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda source: source.normal(10, 2, 30), 10),
+        (lambda source: source.lognormal(0, 0.5, 30), math.exp(0.125)),
+        (lambda source: source.normal(10, 2, 8), 10),
+    ],
+    ids=["normal", "log-normal", "8 samples"],
+)
+def test_mean_covers(draw: Callable[[np.random.Generator], Any], truth: float) -> None:
+    assert 0.92 <= coverage(truth, lambda source: of_mean(draw(source), "ms")) <= 0.98
+
+
+@pytest.mark.parametrize("total", [12, 40])
+def test_proportion_covers(total: int) -> None:
+    intervals = [of_proportion(successes, total) for successes in range(total + 1)]
+    lows, highs = np.array([[one.low, one.high] for one in intervals], dtype=float).T
+    exact = []
+    for truth in np.arange(0.2, 0.96, 0.01):
+        chance = stats.binom.pmf(np.arange(total + 1), total, truth)
+        exact.append(chance[(lows <= truth) & (truth <= highs)].sum())
+    assert 0.94 <= np.mean(exact) <= 0.97
+    assert min(exact) >= 0.87  # Wilson's dips, as all intervals of counts have them
+
+
+def pairs(gained: int, lost: int, total: int) -> tuple[list[bool], list[bool]]:
+    same = [True] * (total - gained - lost)
+    return [True] * gained + [False] * lost + same, [False] * gained + [True] * lost + same
+
+
+def test_paired_difference_covers() -> None:
+    total = 40
+    cells = [(gained, lost) for gained, lost in product(range(total + 1), repeat=2) if gained + lost <= total]
+    measured = [paired_difference(*pairs(gained, lost, total)) for gained, lost in cells]
+    lows, highs = np.array([[one.low, one.high] for one in measured], dtype=float).T
+    counts = np.array([(gained, lost, total - gained - lost) for gained, lost in cells])
+    for gain, loss in [(0.05, 0.05), (0.1, 0.1), (0.2, 0.2), (0.05, 0.15), (0.02, 0.2), (0.3, 0.1), (0.1, 0.5)]:
+        chance = stats.multinomial.pmf(counts, total, (gain, loss, 1 - gain - loss))
+        exact = chance[(lows <= gain - loss) & (gain - loss <= highs)].sum()
+        assert 0.92 <= exact <= 0.98, (gain, loss)
+    rare = stats.multinomial.pmf(counts, total, (0.01, 0.01, 0.98))
+    assert rare[(lows <= 0) & (highs >= 0)].sum() >= 0.95
+
+
+@pytest.mark.parametrize("differ", [0.1, 0.3, 1.0])
+def test_paired_mean_difference_covers(differ: float) -> None:
+    def world(source: np.random.Generator) -> Measurement:
+        theirs = source.uniform(0.25, 0.75, 40)
+        ours = theirs + np.where(source.random(40) < differ, source.uniform(-0.25, 0.15, 40), 0)
+        return paired_mean_difference(ours.tolist(), theirs.tolist())
+
+    share = coverage(-0.05 * differ, world)
+    # Where hardly any pair differs, it errs on the wide side.
+    assert 0.92 <= share <= (0.98 if differ == 1 else 1)
+
+
+@pytest.mark.parametrize("tokens", [1400, 2048])
+def test_perplexity_ratio_covers_correlated_tokens(tokens: int) -> None:
+    def world(source: np.random.Generator) -> Measurement:
+        baseline = source.gamma(1, 3, tokens)
+        return perplexity_ratio(baseline + 0.02 + 0.3 * correlated(source, tokens, 0.3), baseline)
+
+    assert 0.92 <= coverage(math.exp(0.02), world) <= 0.98
+
+
+def test_blocks_are_what_makes_it_cover() -> None:
+    def world(source: np.random.Generator) -> Measurement:
+        return blocked_mean(correlated(source, 2048, 0.6), "1")
+
+    def naive(source: np.random.Generator) -> Measurement:
+        values = correlated(source, 2048, 0.6)
+        half = 1.96 * values.std() / math.sqrt(2048)
+        return Measurement(value=0, unit="1", low=values.mean() - half, high=values.mean() + half)
+
+    assert 0.92 <= coverage(0, world) <= 0.98
+    assert coverage(0, naive) < 0.75
+
+
+def memory(source: np.random.Generator, count: int, rho: float = 0.3) -> Any:
+    """MB after each request: noise of 2 MB, and every fiftieth request leaves 100 MB until the next."""
+    return 900 + 2 * correlated(source, count, rho) + np.where(source.random(count) < 0.02, 100, 0)
+
+
+@pytest.mark.parametrize(("count", "rho"), [(12, 0.0), (100, 0.5), (300, 0.5), (1000, 0.8)])
+def test_slope_covers_correlated_series_with_spikes(count: int, rho: float) -> None:
+    share = coverage(0, lambda source: slope(memory(source, count, rho), "MB/request"))
+    assert 0.92 <= share <= (0.98 if count >= 100 else 1)  # five blocks: their interval is nearly all there is
+
+
+def test_a_leak_of_50_kb_a_request_is_found() -> None:
+    requests = np.arange(300)
+    leaking = [
+        slope(1000 * memory(np.random.default_rng(seed), 300) + 50 * requests, "KB/request") for seed in range(100)
+    ]
+    assert min(one.low for one in leaking if one.low is not None) > 0
+    assert max(one.high for one in leaking if one.high is not None) < 100
+    assert 92 <= sum(one.low <= 50 <= one.high for one in leaking if one.low is not None and one.high is not None) <= 98
+
+
+def test_no_leak_is_found_in_a_flat_series() -> None:
+    flat = [slope(memory(np.random.default_rng(seed), 300), "MB/request") for seed in range(100)]
+    assert 92 <= sum(one.low <= 0 <= one.high for one in flat if one.low is not None and one.high is not None) <= 98

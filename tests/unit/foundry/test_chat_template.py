@@ -1,0 +1,164 @@
+"""Reading and rendering chat templates: as transformers does, and harmless when they are hostile."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from slmops.core.errors import CheckpointError
+from slmops.foundry.prompt_template import ChatTemplate, derive, load, render
+from tests.chat_templates import CHATML, CHATS, STYLES, WITHOUT_SYSTEM, broken, chat, template
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("style", STYLES)
+def test_renders_what_transformers_renders(style, add_generation_prompt):
+    source = template(style)
+    for messages in [*CHATS, chat("  blanks \n", "<think>\nx\n</think>\n\ny"), chat("a", " b ", " c ", system=" s ")]:
+        options = {"add_generation_prompt": add_generation_prompt, **source.special_tokens}
+        try:
+            theirs, _ = render_jinja_template([messages], chat_template=source.text, **options)
+        except Exception as error:
+            with pytest.raises(CheckpointError, match=re.escape(str(error))):
+                render(source, messages, add_generation_prompt)
+        else:
+            assert render(source, messages, add_generation_prompt) == theirs[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ {'b': '<é>', 'a': [1, none]} | tojson }}{{ [1] | tojson(indent=2) }}",
+        "{% set ns = namespace(a=1) %}{% for m in messages %}{% set ns.a = ns.a + 1 %}{% endfor %}{{ ns.a }}",
+        "{{ dict(a=1) }}{{ dict.fromkeys(['x'], 0) }}",
+        "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+        "  {% if tools is defined %}\n   x\n  {% endif %}\n{{ documents is none }}|{{ bos_token }}|",
+        "{% for m in messages %}  {% generation %}\n{{ m.content }}{% endgeneration %}\n{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+        "{{ namespace(_x=1) }}",
+    ],
+)
+def test_environment_is_that_of_transformers(text):
+    source = broken(text)
+    try:
+        theirs, _ = render_jinja_template([CHATS[1]], chat_template=text)
+    except Exception:
+        with pytest.raises(CheckpointError):
+            render(source, CHATS[1], False)
+    else:
+        assert render(source, CHATS[1], False) == theirs[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for message in messages %}\n{{ message.content", "fails in line 2"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ bos_token + 'x' }}", "'bos_token' is undefined"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.clear() }}{{ messages }}", "unsafe|safely"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe|undefined"),
+        ("{{ range(10**9) | list }}", "Range too big"),
+        ("{% include 'other' %}", "no loader"),
+    ],
+)
+def test_broken_or_hostile_template_is_a_checkpoint_error(text, message):
+    for attempt in (derive, lambda source: render(source, CHATS[0])):
+        with pytest.raises(CheckpointError, match=message) as raised:
+            attempt(broken(text))
+        assert "model/chat_template.jinja" in raised.value.message
+        assert "--chat-template" in (raised.value.fix or "")
+
+
+def test_template_may_be_hostile_to_some_conversations_only():
+    text = CHATML + "{% if messages[0].role == 'system' %}{{ ''.__class__ }}{{ x.y.z }}{% endif %}"
+    derived = derive(broken(text))
+    assert derived.exact
+    assert derived.reason is not None
+    assert derived.reason.startswith("The chat template refuses conversations with a system message (")
+
+
+def write(folder: Path, **files: object) -> None:
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_load_prefers_the_jinja_file(tmp_path):
+    write(tmp_path, tokenizer_config={"chat_template": "config"}, chat_template={"chat_template": "json"})
+    (tmp_path / "chat_template.jinja").write_text("jinjaé", encoding="utf-8")
+    loaded = load(tmp_path)
+    assert loaded == ChatTemplate(path=tmp_path / "chat_template.jinja", text="jinjaé")
+
+
+@pytest.mark.parametrize(
+    ("files", "file"),
+    [
+        ({"tokenizer_config": {"chat_template": "x"}}, "tokenizer_config.json"),
+        (
+            {
+                "tokenizer_config": {
+                    "chat_template": [{"name": "tool_use", "template": "y"}, {"name": "default", "template": "x"}]
+                }
+            },
+            "tokenizer_config.json",
+        ),
+        ({"tokenizer_config": {}, "chat_template": {"chat_template": "x"}}, "chat_template.json"),
+    ],
+)
+def test_load_finds_the_template(tmp_path, files, file):
+    write(tmp_path, **files)
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert (loaded.text, loaded.path) == ("x", tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"tokenizer_config": {"bos_token": "<s>"}}, {"tokenizer_config": {"chat_template": [{"name": "rag"}]}}],
+)
+def test_load_without_a_template(tmp_path, files):
+    write(tmp_path, **files)
+    assert load(tmp_path) is None
+
+
+def test_load_reads_tokens_in_all_their_forms(tmp_path):
+    write(
+        tmp_path,
+        tokenizer_config={"chat_template": "x", "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": None},
+        special_tokens_map={"bos_token": "no", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"},
+    )
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert loaded.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def test_load_of_unreadable_files(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not JSON"):
+        load(tmp_path)
+    write(tmp_path, tokenizer_config={})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("style", ["smollm2", "mistral", "phi3"])
+def test_loads_what_a_tokenizer_saves(tmp_path, style):
+    source = template(style)
+    backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=source.text, unk_token="<unk>", **source.special_tokens
+    )
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert loaded.special_tokens == {"unk_token": "<unk>", **source.special_tokens}
+    for messages in WITHOUT_SYSTEM:
+        theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert render(loaded, messages) == theirs

@@ -1,0 +1,214 @@
+"""The checks that need no heavy package, on machines that are made up."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from slmops.core import machine
+from slmops.core.errors import PrerequisiteError
+from slmops.core.settings import Settings
+from slmops.core.values import Hardware
+from slmops.local import doctor
+from slmops.local.doctor import Check
+
+PYTHON = sys.executable  # tests put others in its place
+CLOSED = "http://127.0.0.1:9"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(f"SLMOPS_{name}", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    return Settings(home=tmp_path / "not" / "yet")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source tree of its own."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    monkeypatch.setattr(doctor, "ROOT", root)
+    return root
+
+
+def program(folder: Path, name: str, body: str) -> Path:
+    """An executable that Python runs."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(f"#!{PYTHON}\n{body}\n")
+    file.chmod(0o755)
+    return file
+
+
+def find(settings: Settings, name: str) -> Check:
+    [found] = [one for one in doctor.check(settings, imports=False) if one.name == name]
+    return found
+
+
+def hardware(memory_gb: float = 16, isa: tuple[str, ...] = ("avx2",)) -> Hardware:
+    return Hardware(system="Linux", machine="x86_64", processor="P", cores=2, memory_gb=memory_gb, isa=isa)
+
+
+def test_without_imports_it_is_fast_and_changes_nothing(settings: Settings) -> None:
+    start = time.monotonic()
+    checks = doctor.check(settings, imports=False)
+    assert time.monotonic() - start < 1
+    names = [one.name for one in checks]
+    assert len(names) == len(set(names))
+    assert {"Python", "memory", "disk", "CPU", *machine.PACKAGES, "Prefect server", "MLflow server"} <= set(names)
+    assert all(one.fix for one in checks if one.status != "ok")
+    assert not settings.home.exists()
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "status"), [(16, "ok"), (8, "ok"), (7.9, "warning"), (4, "warning"), (3.9, "failure")]
+)
+def test_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch, memory_gb: float, status: str) -> None:
+    monkeypatch.setattr(machine, "hardware", lambda: hardware(memory_gb))
+    found = find(settings, "memory")
+    assert found.status == status
+    assert found.detail.startswith(f"{memory_gb:.1f} GB")
+
+
+@pytest.mark.parametrize(("free", "status"), [(20e9, "ok"), (19e9, "warning"), (5e9, "warning"), (4e9, "failure")])
+def test_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or Usage(0, 0, free))
+    assert find(settings, "disk").status == status
+    assert asked == [settings.home.parents[1]]  # the nearest folder that exists
+
+
+@pytest.mark.parametrize(
+    ("isa", "status"), [(("avx", "avx2"), "ok"), (("neon",), "ok"), ((), "ok"), (("avx",), "warning")]
+)
+def test_cpu(settings: Settings, monkeypatch: pytest.MonkeyPatch, isa: tuple[str, ...], status: str) -> None:
+    monkeypatch.setattr(machine, "hardware", lambda: hardware(isa=isa))
+    assert find(settings, "CPU").status == status
+
+
+def test_python(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PYTHON", (99, 0))
+    found = find(settings, "Python")
+    assert found.status == "failure"
+    assert "99.0" in found.detail
+
+
+def test_packages_against_constraints(settings: Settings, monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    (tree / "constraints.txt").write_text("# pins\ntorch==2.13.0  # exact\nonnx==1.0\nOlive_AI==0.13.0\nnot a pin!\n")
+    installed = {"torch": "2.13.0+cpu", "onnx": "2.0", "olive-ai": "0.13.0", "gguf": "3"}
+    monkeypatch.setattr(machine, "versions", lambda: installed)
+    status = {one.name: one.status for one in doctor.check(settings, imports=False)}
+    assert [status[name] for name in ("torch", "onnx", "olive-ai", "gguf", "mlflow")] == [
+        "ok",
+        "warning",
+        "ok",
+        "ok",
+        "failure",
+    ]
+    assert find(settings, "onnx").detail == "2.0, but ==1.0 was tested"
+    assert find(settings, "mlflow").fix == doctor.FIX_PACKAGES
+
+
+def test_packages_without_the_source_tree(settings: Settings, monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
+    assert not (tree / "constraints.txt").exists()
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "1.0", "psutil": "7"})
+    assert find(settings, "torch").status == "warning"  # pyproject.toml pins it
+    assert find(settings, "psutil").status == "ok"
+
+
+def test_servers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find(settings, "Prefect server") == Check(
+        name="Prefect server", status="warning", detail="not running", fix="Run `slmops up`."
+    )
+    monkeypatch.setenv("PREFECT_API_URL", f"{CLOSED}/api")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
+    given = Settings(home=settings.home)
+    assert find(given, "Prefect server").status == "failure"
+    assert CLOSED in find(given, "Prefect server").detail
+    assert find(given, "MLflow server").status == "ok"
+
+
+def test_foundry_command(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find(settings, "foundry command").status == "ok"
+    program(tmp_path / "bin", "foundry", "print('0.9.1')")
+    assert doctor._foundry_command(ask=True).detail.startswith("0.9.1 (")
+    program(tmp_path / "bin", "foundry", "raise SystemExit(1)")
+    assert doctor._foundry_command(ask=True).status == "warning"
+
+
+def test_fix_installs_the_pinned_set(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tree: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PrerequisiteError, match=r"no constraints\.txt"):
+        doctor.fix(settings)
+    (tree / "constraints.txt").touch()
+    record = "import os, sys; print(os.getcwd(), *sys.argv[1:])"
+    monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", record)))
+    doctor.fix(settings)
+    assert (settings.logs / "pip.log").read_text().split() == [
+        str(tree),
+        *["-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt", "-e", "."],
+    ]
+    monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", "raise SystemExit('no network')")))
+    with pytest.raises(PrerequisiteError, match="pip could not install the pinned packages: no network"):
+        doctor.fix(settings)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "there is no cmake"),
+        ("cmake version 3.25.1", r"CMake 3\.25\.1; ONNX Runtime GenAI needs 3\.31"),
+        ("nonsense", "does not tell its version"),
+    ],
+)
+def test_a_build_is_refused_without_a_new_cmake(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None, message: str
+) -> None:
+    (tmp_path / "build.py").write_text("raise SystemExit('must not be started')")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if version:
+        program(tmp_path / "bin", "cmake", f"print({version!r})")
+    with pytest.raises(PrerequisiteError, match=message):
+        doctor.build_genai(tmp_path, settings)
+    assert not settings.home.exists()
+
+
+def test_a_build_is_refused_without_a_checkout(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match=r"holds no build\.py"):
+        doctor.build_genai(tmp_path, settings)
+
+
+def test_hardware_of_an_arm_machine_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n\nprocessor\t: 1\n")
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "MEMORY_LIMITS", (tmp_path / "unlimited", tmp_path / "memory.max"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = machine.hardware()
+    assert found.isa == ("neon", "dotprod", "i8mm")
+    assert found.memory_gb == 2.0
+    assert found.cores >= 1
+
+
+def test_hardware_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "machdep.cpu.brand_string: Apple M3\nhw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.sme: 0\n"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=said))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = machine.hardware()
+    assert (found.processor, found.isa) == ("Apple M3", ("neon", "dotprod"))

@@ -1,0 +1,330 @@
+"""The comparison as text, Markdown and HTML, also when little or nothing was measured."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
+from slmops.report import render as report
+from slmops.selection import policy
+from slmops.selection.choice import choose
+from tests.values import comparison, failed, result
+
+REASON = "int4 is taken, the smallest that no gate refuses."
+BROKE = failed("int8", "Olive produced no model. KeyError: 'x'")
+
+
+def gate(name: str = "kl_mean at most 0.1", outcome: str = "pass", **changes: Any) -> GateResult:
+    """A gate's verdict on one variant."""
+    values: dict[str, Any] = {
+        "gate": name,
+        "metric": name.split()[0],
+        "outcome": outcome,
+        "advisory": False,
+        "refuses": outcome == "fail",
+        "value": 0.05,
+        "limit": 0.1,
+        "detail": "So it is.",
+    }
+    return GateResult(**{**values, **changes})
+
+
+def judged(name: str, *gates: GateResult, **changes: Any) -> VariantResult:
+    """A variant with these verdicts."""
+    return result(name, 110).model_copy(update={"gates": gates, **changes})
+
+
+MIXED = comparison(
+    result("fp32", 600).model_copy(update={"gates": (gate(), gate("accuracy at least 0.4", advisory=True))}),
+    BROKE,
+    result("int4", 110.04, 1.083, 0.45).model_copy(
+        update={
+            "gates": (
+                gate(value=0.0415),
+                gate("accuracy at least 0.4", "inconclusive", advisory=True, value=0.45, low=0.3, high=0.6),
+            )
+        }
+    ),
+    chosen="int4",
+    reason=REASON,
+)
+WIDE = comparison(result("fp32", 600), result("int4", 110, 1.083, 0.45, spread=0.02), reason=REASON)
+TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in report.COLUMNS), "gates", ""]
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
+
+
+def pipes(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def row(made: Comparison, name: str) -> list[str]:
+    """The cells of a variant's line."""
+    return next(cells(line) for line in report.table(made).splitlines() if cells(line)[0] == name)
+
+
+def test_text() -> None:
+    table, gates, reason, failure = report.text(MIXED).split("\n\n")
+    assert [cells(line) for line in table.splitlines()[-3:]] == [
+        ["fp32", "600.0", "1.00", "123", "45.7", "1200", "1.000", "0", "0.50", "2/2"],
+        ["int8", *["-"] * 9, "failed"],
+        ["int4", "110.0", "0.18", "123", "45.7", "220", "1.083", "0.041", "0.45", "1/2", "chosen"],
+    ]
+    assert [cells(line) for line in gates.splitlines() if not line.startswith("-")] == [
+        ["gate", "fp32", "int4"],
+        ["kl_mean at most 0.1", "pass 0.05", "pass 0.0415"],
+        ["accuracy at least 0.4 (advisory)", "pass 0.05", "inconclusive 0.45"],
+    ]
+    assert (reason, failure) == (REASON, "int8 failed: Olive produced no model. KeyError: 'x'")
+
+
+def test_titles_stand_in_two_lines_in_text_only() -> None:
+    words = report.table(MIXED).split("---")[0].split()
+    assert sorted(words) == sorted(" ".join(TITLES).split())
+    assert len(report.table(MIXED).split("---")[0].splitlines()) == 2
+    assert pipes(report.table(MIXED, "github").splitlines()[0]) == TITLES
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        (
+            {"perplexity_ratio": (1.105, 1.082, 1.129), "accuracy": (0.45, 0.3, 0.61), "decode_tok_s": (145, 140, 149)},
+            ["145 [140, 149]", "220", "1.105 [1.082, 1.129]", "0.041", "0.45 [0.30, 0.61]"],
+        ),
+        (
+            {"perplexity_ratio": (50, 45, 55), "decode_tok_s": (9.84, 9.8, 9.87), "kl_mean": (1.26e-6, 1e-6, 2e-6)},
+            ["9.8 [9.8, 9.9]", "220", "50.0 [45.0, 55.0]", "1.3e-06", "0.45"],
+        ),
+        # No interval, an exact figure, a figure that is none.
+        (
+            {"accuracy": (0.45, None, None), "decode_tok_s": (145, 145, 145), "perplexity_ratio": (float("nan"),) * 3},
+            ["145", "220", "nan", "0.041", "0.45"],
+        ),
+    ],
+)
+def test_intervals(changes: dict[str, tuple[float, float, float]], shown: list[str]) -> None:
+    made = {m: Measurement(value=v, unit="1", low=low, high=high) for m, (v, low, high) in changes.items()}
+    assert row(comparison(result("int4", 110, 1.083, 0.45, changes={**made})), "int4")[4:9] == shown
+
+
+def test_a_terminal_has_room_for_it() -> None:
+    results = [result(name, 110, 1.083, 0.45, spread=0.02) for name in ("fp32", "fp16", "int8", "int4")]
+    made, with_gates = choose(results, policy.load())
+    shown = report.text(comparison(*with_gates, chosen=made.variant, reason=""))
+    assert 100 < max(len(line) for line in shown.splitlines()) <= 140
+
+
+@pytest.mark.parametrize(
+    ("gates", "shown"),
+    [
+        ([], "-"),
+        ([gate(), gate(), gate()], "3/3"),
+        ([gate(), gate(outcome="fail", refuses=False, advisory=True)], "1/2"),
+        ([gate(), gate(outcome="inconclusive", refuses=False)], "1/2"),
+        ([gate(), gate(outcome="skipped", value=None)], "1/1"),
+        ([gate(outcome="skipped", value=None)], "-"),
+        ([gate(), gate("accuracy at least 1", "fail")], "accuracy"),
+        ([gate(), gate("accuracy at least 1", "inconclusive", refuses=True)], "accuracy"),
+        ([gate(outcome="fail"), gate("accuracy at least 1", "fail"), gate("load_s at most 1", "fail")], "kl_mean +2"),
+    ],
+)
+def test_gates_of_a_variant(gates: list[GateResult], shown: str) -> None:
+    assert row(comparison(judged("int4", *gates), chosen="int4"), "int4")[-2:] == [shown, "chosen"]
+
+
+@pytest.mark.parametrize(
+    ("made", "mark"),
+    [
+        (judged("int4", gate()), "1/1"),  # no mark: the gates come last
+        (judged("int4", gate(), dominated_by="mine"), "dominated by mine"),
+        (failed("int4", "r"), "failed"),
+        (VariantResult(name="int4", status="skipped"), "skipped"),
+    ],
+)
+def test_mark(made: VariantResult, mark: str) -> None:
+    assert row(comparison(result("fp32", 600), made, chosen="fp32"), "int4")[-1] == mark
+    assert row(comparison(made, chosen="int4"), "int4")[-1] == ("chosen" if made.status == "ok" else mark)
+
+
+def test_verdicts() -> None:
+    made = comparison(
+        judged("a", gate("one"), gate("two", "fail", value=123.456), gate("three", "skipped", value=None)),
+        judged("b", gate("one", "inconclusive", value=None), gate("two", "inconclusive"), gate("three", "skipped")),
+        judged("c", gate("one", "fail")),
+        failed("d", "r"),
+    )
+    assert [cells(line) for line in report.gates(made).splitlines() if not line.startswith("-")] == [
+        ["gate", "a", "b", "c"],
+        ["one", "pass 0.05", "inconclusive", "FAIL 0.05"],
+        ["two", "FAIL 123.5", "inconclusive 0.05", "-"],
+    ]  # three, of a champion that is not there yet, judged nothing
+
+
+def test_without_gates_there_is_no_second_table() -> None:
+    assert report.gates(WIDE) == ""
+    assert report.text(WIDE).count("\n\n") == 1
+    assert report.html(WIDE).count("<table") == 1
+
+
+def test_markdown() -> None:
+    table, gates, reason, failure, link = report.markdown(MIXED, "http://host/run").split("\n\n")
+    heading, rule, *rows = table.splitlines()
+    assert pipes(heading) == TITLES
+    assert set(rule) <= set("|:- ")
+    assert [pipes(line)[0] for line in rows] == ["fp32", "int8", "int4"]
+    assert [pipes(line)[-2:] for line in rows] == [["2/2", ""], ["-", "failed"], ["1/2", "chosen"]]
+    assert [pipes(line)[0] for line in gates.splitlines()[::2]] == ["gate", "kl_mean at most 0.1"]
+    assert (reason, link) == (REASON, "[MLflow run](http://host/run)")
+    assert failure == "int8 failed: Olive produced no model. KeyError: 'x'"
+
+
+NASTY = "<script>alert('x')</script> & | \"more\""
+
+
+def nasty() -> Comparison:
+    """Text of others wherever there can be some."""
+    return Comparison(
+        model=NASTY,
+        run_id="r",
+        choice=MIXED.choice.model_copy(update={"reason": f"Because {NASTY}"}),
+        variants=(
+            VariantResult(name=NASTY, status="failed", reason=f"It said {NASTY}"),
+            VariantResult(
+                name="mine", status="ok", dominated_by=NASTY, gates=(gate(f"accuracy.{NASTY} at least 1", "fail"),)
+            ),
+        ),
+    )
+
+
+def test_markdown_escapes_what_others_wrote() -> None:
+    shown = report.markdown(nasty(), "u")
+    assert "<" not in shown
+    # In the cells: name, mark, gate. In the text: reason, name and reason of the failure.
+    assert shown.count("&lt;script&gt;alert('x')&lt;/script&gt; &amp; \\| \"more\"") == 3
+    assert shown.count("&lt;script&gt;alert('x')&lt;/script&gt; &amp; | \"more\"") == 3
+    for part in shown.split("\n\n")[:2]:
+        assert len({len(pipes(line)) for line in part.splitlines()}) == 1
+
+
+class Page(HTMLParser):
+    """What a browser would show: texts by element, and which elements there are."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        self.tags.append(tag)
+        if tag in {"td", "th"}:
+            self.cells.append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.tags[-1] in {"td", "th"}:
+            self.cells[-1] += data
+
+
+def test_html_holds_the_tables_and_the_charts() -> None:
+    page = Page(report.html(MIXED))
+    assert [cell.strip() for cell in page.cells[: len(TITLES)]] == TITLES
+    assert page.tags.count("tr") == 4 + 3
+    assert {"110.0", "inconclusive 0.45"} <= {cell.strip() for cell in page.cells}
+    assert page.tags.count("svg") == 1
+    assert REASON in page.text
+    assert "int8 failed: Olive produced no model." in page.text
+
+
+def test_html_stands_alone() -> None:
+    page = report.html(WIDE)
+    assert page.startswith("<!doctype html>")
+    assert not {"script", "link", "img", "iframe"} & set(Page(page).tags)
+
+
+def test_html_escapes_what_others_wrote() -> None:
+    page = Page(report.html(nasty()))
+    assert "script" not in page.tags
+    # Title, heading, cells (name, mark, gate), reason, name and reason of the failure.
+    assert page.text.count(NASTY) == 8
+
+
+def drawn(made: Comparison) -> list[str]:
+    """Matplotlib notes each text that it draws as shapes in a comment."""
+    return re.findall(r"<!-- (.*?) -->", report.html(made))
+
+
+def test_charts_show_each_measured_variant() -> None:
+    shown = drawn(MIXED)
+    assert {title for title, _ in report.CHARTS} <= set(shown)
+    assert [shown.count(name) for name in ("fp32", "int4", "int8")] == [4, 4, 0]
+    assert {"600", "110", "10.83", "45.67", "1200"} <= set(shown)
+
+
+def test_chart_of_intervals() -> None:
+    shown = drawn(WIDE)
+    assert "95 % intervals" in shown
+    assert {title for title, _ in report.INTERVALS} <= set(shown)
+    assert [shown.count(name) for name in ("fp32", "int4")] == [8, 8]
+    assert Page(report.html(WIDE)).tags.count("svg") == 2
+    assert "95 % intervals" not in drawn(MIXED)  # all exact
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "panels"),
+    [
+        pytest.param(0.4, 0.5, 1, id="an interval"),
+        pytest.param(0.46, 0.5, 1, id="above the value, as a bootstrap's can be"),
+        pytest.param(0.4, float("inf"), 0, id="no end to draw"),
+        pytest.param(None, None, 0, id="none"),
+    ],
+)
+def test_chart_of_one_interval(low: float | None, high: float | None, panels: int) -> None:
+    accuracy = Measurement(value=0.45, unit="1", samples=40, low=low, high=high)
+    made = comparison(
+        result("fp32", 600, changes={"accuracy": None}),
+        result("fp16", 600, accuracy=float("nan")),
+        result("int4", 110, changes={"accuracy": accuracy}),
+    )
+    assert drawn(made).count("Accuracy") == panels
+    assert "Perplexity ratio to fp32" not in drawn(made)
+
+
+@pytest.mark.parametrize("results", [[], [failed("fp32", "It broke.")]])
+def test_nothing_was_measured(results: list[VariantResult]) -> None:
+    made = comparison(*results, reason="No variant is chosen.")
+    for text in (report.text(made), report.markdown(made, "u"), report.html(made)):
+        assert "No variant is chosen." in text
+        assert ("It broke." in text) is bool(results)
+        assert "<svg" not in text
+
+
+def test_what_is_missing_is_a_dash() -> None:
+    made = comparison(VariantResult(name="fp32", status="ok", metrics={"size_mb": 600}))
+    assert row(made, "fp32") == ["fp32", "600.0", *["-"] * 8]
+    assert drawn(made).count("fp32") == 1  # one bar in four charts
+
+
+def test_comparison_that_was_stored_without_measurements() -> None:
+    old = comparison(result("int4", 110, 1.083, 0.45).model_copy(update={"measurements": {}}), chosen="int4")
+    stored = old.model_dump(mode="json")
+    for one in stored["variants"]:
+        for key in ("measurements", "gates", "dominated_by"):
+            del one[key]
+    made = Comparison.model_validate(stored)
+    assert row(made, "int4") == ["int4", "110.0", "0.18", "123", "45.7", "220", "1.083", "0.041", "0.45", "-", "chosen"]
+    assert "<svg" in report.html(made)
+
+
+def test_judged_comparison_survives_being_stored() -> None:
+    choice, results = choose(list(MIXED.variants), policy.load())
+    made = Comparison(model="tiny", run_id="r", choice=choice, variants=tuple(results))
+    assert report.text(Comparison.model_validate_json(made.model_dump_json())) == report.text(made)

@@ -1,0 +1,323 @@
+"""Gates as a table: a limit is kept or broken only if the whole interval says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from slmops.core.values import GateResult, Measurement, VariantResult
+from slmops.evaluation import statistics
+from slmops.selection import policy
+from slmops.selection.choice import apply
+from slmops.selection.policy import Gate, Policy
+from tests.values import result
+
+NAN = float("nan")
+
+
+def measured(value: float, low: float | None = None, high: float | None = None, samples: int = 100) -> Measurement:
+    """A figure with an interval; without ends, one that has too few samples."""
+    return Measurement(value=value, unit="1", samples=samples, low=low, high=high)
+
+
+def exact(value: float) -> Measurement:
+    return Measurement.exact(value, "1")
+
+
+def judge(
+    gate: dict[str, Any],
+    own: dict[str, Measurement],
+    baseline: dict[str, Measurement] | None = None,
+    champion: dict[str, Measurement] | None = None,
+    name: str = "int4",
+) -> GateResult:
+    """One gate, applied to a variant of which nothing but ``own`` is known."""
+    variant = VariantResult(name=name, status="ok", measurements=own)
+    beside = None if baseline is None else VariantResult(name="fp32", status="ok", measurements=baseline)
+    (made,) = apply(Policy(gates=(Gate(**gate),)), variant, variant if name == "fp32" else beside, champion)
+    return made
+
+
+def numbers(made: GateResult) -> tuple[float | None, float | None, float | None]:
+    return made.value, made.low, made.high
+
+
+AT_MOST = {"metric": "kl_mean", "max": 0.1}
+AT_LEAST = {"metric": "top1_agreement", "min": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("gate", "figure", "outcome"),
+    [
+        pytest.param(AT_MOST, exact(0.05), "pass", id="below max"),
+        pytest.param(AT_MOST, exact(0.1), "pass", id="at max"),
+        pytest.param(AT_MOST, exact(0.1 + 1e-12), "pass", id="at max but for rounding"),
+        pytest.param(AT_MOST, exact(0.1001), "fail", id="above max"),
+        pytest.param(AT_MOST, measured(0.05, 0.04, 0.06), "pass", id="interval below max"),
+        pytest.param(AT_MOST, measured(0.09, 0.08, 0.1), "pass", id="interval up to max"),
+        pytest.param(AT_MOST, measured(0.09, 0.08, 0.11), "inconclusive", id="value below max, interval not"),
+        pytest.param(AT_MOST, measured(0.11, 0.09, 0.13), "inconclusive", id="value above max, interval not"),
+        pytest.param(AT_MOST, measured(0.12, 0.1, 0.14), "inconclusive", id="interval down to max"),
+        pytest.param(AT_MOST, measured(0.12, 0.11, 0.13), "fail", id="interval above max"),
+        pytest.param(AT_MOST, measured(0.01), "inconclusive", id="no interval, below max"),
+        pytest.param(AT_MOST, measured(9.0), "inconclusive", id="no interval, above max"),
+        pytest.param(AT_MOST, exact(NAN), "fail", id="no number"),
+        pytest.param(AT_MOST, exact(-math.inf), "fail", id="no finite number"),
+        pytest.param(AT_LEAST, exact(0.9), "pass", id="at min"),
+        pytest.param(AT_LEAST, exact(0.8999), "fail", id="below min"),
+        pytest.param(AT_LEAST, measured(0.95, 0.9, 0.97), "pass", id="interval down to min"),
+        pytest.param(AT_LEAST, measured(0.95, 0.89, 0.97), "inconclusive", id="interval straddles min"),
+        pytest.param(AT_LEAST, measured(0.85, 0.8, 0.9), "inconclusive", id="interval up to min"),
+        pytest.param(AT_LEAST, measured(0.85, 0.8, 0.89), "fail", id="interval below min"),
+        pytest.param(AT_LEAST, exact(NAN), "fail", id="no number for min"),
+        pytest.param(AT_LEAST, exact(math.inf), "fail", id="no finite number for min"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, {"fail", "inconclusive"}),
+        ({"inconclusive": "accept"}, {"fail", "value beyond"}),
+        ({"advisory": True}, set()),
+        ({"advisory": True, "inconclusive": "accept"}, set()),
+    ],
+)
+def test_outcome(
+    gate: dict[str, Any], figure: Measurement, outcome: str, changes: dict[str, Any], refused: set[str]
+) -> None:
+    made = judge({**gate, **changes}, {gate["metric"]: figure})
+    assert made.outcome == outcome
+    kept = figure.value <= gate["max"] if "max" in gate else figure.value >= gate["min"]
+    beyond = outcome == "inconclusive" and not kept and "value beyond" in refused
+    assert made.refuses is (outcome in refused or beyond)
+    assert (made.advisory, made.limit) == ("advisory" in changes, gate.get("max", gate.get("min")))
+    assert numbers(made) == pytest.approx((figure.value, figure.low, figure.high), nan_ok=True)
+
+
+PERPLEXITY = {"metric": "perplexity", "of": "ratio", "to": "baseline", "max": 1.1}
+ACCURACY = {"metric": "accuracy", "of": "difference", "to": "baseline", "min": -0.1}
+SCORE = {"metric": "score", "of": "difference", "to": "baseline", "min": -0.1}
+
+
+@pytest.mark.parametrize(
+    ("gate", "own", "numbers_of_pairs"),
+    [
+        (PERPLEXITY, {"perplexity_ratio": measured(1.05, 1.04, 1.07)}, (1.05, 1.04, 1.07)),
+        (ACCURACY, {"accuracy_drop": measured(0.03, -0.01, 0.08)}, (-0.03, -0.08, 0.01)),
+        (SCORE, {"score_drop": measured(0.03, -0.01, 0.08)}, (-0.03, -0.08, 0.01)),
+        (ACCURACY, {"accuracy_drop": exact(0.0)}, (0.0, 0.0, 0.0)),
+        (ACCURACY, {"accuracy_drop": measured(0.03)}, (-0.03, None, None)),
+    ],
+)
+def test_pairs_go_before_independent_intervals(
+    gate: dict[str, Any], own: dict[str, Measurement], numbers_of_pairs: tuple[float, ...]
+) -> None:
+    rough = {gate["metric"]: measured(10, 5, 20)}
+    assert numbers(judge(gate, {**rough, **own}, rough)) == pytest.approx(numbers_of_pairs)
+    # The champion was measured another day: nothing is paired with it.
+    other = judge({**gate, "to": "champion"}, {**rough, **own}, rough, champion=rough)
+    assert numbers(other) != pytest.approx(numbers_of_pairs)
+    # Nor is the other kind of comparison.
+    of, limit = ("difference", {"max": 1.1}) if gate["of"] == "ratio" else ("ratio", {"min": 0.9})
+    swapped = {"metric": gate["metric"], "of": of, "to": "baseline", **limit}
+    assert numbers(judge(swapped, {**rough, **own}, rough)) != pytest.approx(numbers_of_pairs)
+
+
+DIFFERENCE = {"metric": "accuracy", "of": "difference", "min": -0.1}
+RATIO = {"metric": "decode_tok_s", "of": "ratio", "min": 0.9}
+
+
+@pytest.mark.parametrize("to", ["baseline", "champion"])
+@pytest.mark.parametrize(
+    ("gate", "own", "other", "expected", "outcome"),
+    [
+        # -0.05, down by hypot(0.03, 0.04) and up by hypot(0.12, 0.05): each side with the far side of the other.
+        (DIFFERENCE, measured(0.5, 0.47, 0.62), measured(0.55, 0.5, 0.59), (-0.05, -0.1, 0.08), "pass"),
+        (DIFFERENCE, measured(0.5, 0.4, 0.6), measured(0.55, 0.5, 0.6), (-0.05, -0.161803, 0.061803), "inconclusive"),
+        (DIFFERENCE, exact(0.5), measured(0.7, 0.65, 0.72), (-0.2, -0.22, -0.15), "fail"),
+        (DIFFERENCE, exact(0.5), exact(0.55), (-0.05, -0.05, -0.05), "pass"),
+        (DIFFERENCE, measured(0.5), exact(0.55), (-0.05, None, None), "inconclusive"),
+        (DIFFERENCE, exact(0.5), measured(0.55), (-0.05, None, None), "inconclusive"),
+        # Twice as fast, each known up to a factor of e^0.3 and e^0.4: e^0.5 together.
+        (
+            RATIO,
+            measured(20, 20 * math.exp(-0.3), 20 * math.exp(0.3)),
+            measured(10, 10 * math.exp(-0.4), 10 * math.exp(0.4)),
+            (2, 2 * math.exp(-0.5), 2 * math.exp(0.5)),
+            "pass",
+        ),
+        (RATIO, measured(10, 9, 11), exact(10), (1, 0.9, 1.1), "pass"),
+        (RATIO, measured(10, 8.9, 11), exact(10), (1, 0.89, 1.1), "inconclusive"),
+        (RATIO, measured(8, 7.9, 8.1), exact(10), (0.8, 0.79, 0.81), "fail"),
+        (RATIO, exact(9), exact(10), (0.9, 0.9, 0.9), "pass"),
+        (RATIO, measured(10), measured(10), (1, None, None), "inconclusive"),
+        # No ratio can be made of these, so there is nothing to show.
+        (RATIO, exact(0), exact(10), (None, None, None), "inconclusive"),
+        (RATIO, exact(10), exact(0), (None, None, None), "inconclusive"),
+        (RATIO, measured(10, -1, 20), exact(10), (None, None, None), "inconclusive"),
+        (RATIO, exact(10), measured(10, 0, 20), (None, None, None), "inconclusive"),
+        (RATIO, exact(10), exact(NAN), (None, None, None), "inconclusive"),
+        (DIFFERENCE, exact(0.5), exact(NAN), (None, None, None), "inconclusive"),
+        (DIFFERENCE, exact(NAN), exact(0.5), (NAN, NAN, NAN), "fail"),
+        (RATIO, exact(math.inf), exact(10), (math.inf, math.inf, math.inf), "fail"),
+    ],
+)
+def test_independent_intervals(
+    to: str,
+    gate: dict[str, Any],
+    own: Measurement,
+    other: Measurement,
+    expected: tuple[float | None, ...],
+    outcome: str,
+) -> None:
+    beside = {gate["metric"]: other}
+    made = judge({**gate, "to": to}, {gate["metric"]: own}, beside, champion=beside)
+    assert numbers(made) == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    assert made.outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("gate", "own", "detail"),
+    [
+        (AT_MOST, {"kl_mean": exact(0.05)}, "kl_mean 0.05: at most 0.1 is kept"),
+        (AT_LEAST, {"top1_agreement": exact(0.85)}, "top1_agreement 0.85: at least 0.9 is broken"),
+        (AT_MOST, {"kl_mean": measured(0.05)}, "kl_mean 0.05: too few samples for an interval"),
+        (AT_MOST, {"kl_mean": exact(NAN)}, "kl_mean nan, which is no usable figure"),
+        ({"metric": "energy_j_per_token", "max": 1}, {}, "energy_j_per_token was not measured"),
+        (
+            {"metric": "memory_peak_mb", "max": 1000},
+            {"memory_peak_mb": measured(12345.6, 11000, 13000)},
+            "memory_peak_mb 12,346 [11,000, 13,000]: at most 1000 is broken",
+        ),
+        (
+            PERPLEXITY,
+            {"perplexity": exact(11), "perplexity_ratio": measured(1.2, 1.15, 1.25)},
+            "perplexity 1.2 [1.15, 1.25] times the baseline's: at most 1.1 is broken",
+        ),
+        (
+            ACCURACY,
+            {"accuracy": exact(0.3), "accuracy_drop": measured(0.2, 0.15, 0.25)},
+            "accuracy differs from the baseline's by -0.2 [-0.25, -0.15]: at most 0.1 below is broken",
+        ),
+        (
+            {**DIFFERENCE, "to": "champion"},
+            {"accuracy": exact(0.5)},
+            "accuracy differs from the champion's by 0.25: at most 0.1 below is kept",
+        ),
+        (
+            {**RATIO, "to": "champion"},
+            {"decode_tok_s": measured(10, 0, 20)},
+            "decode_tok_s: a ratio to the champion's needs figures and intervals above 0",
+        ),
+        (
+            {"metric": "load_s", "of": "ratio", "to": "champion", "max": 2},
+            {"load_s": exact(1)},
+            "load_s was not measured of the champion",
+        ),
+        (
+            {"metric": "load_s", "of": "ratio", "to": "baseline", "max": 2},
+            {"load_s": exact(1)},
+            "load_s of the baseline is nan: nothing to compare with",
+        ),
+    ],
+)
+def test_detail_is_a_sentence(gate: dict[str, Any], own: dict[str, Measurement], detail: str) -> None:
+    baseline = {"perplexity": exact(10), "accuracy": exact(0.5), "load_s": exact(NAN)}
+    champion = {"accuracy": exact(0.25), "decode_tok_s": exact(10)}
+    assert judge(gate, own, baseline, champion).detail == detail
+
+
+@pytest.mark.parametrize(
+    ("more", "settle"),
+    [
+        (3999, "about 4,000 more samples"),
+        (12_345, "about 13,000 more samples"),
+        (7, "about 7 more samples"),
+        (None, "no practical number of samples"),
+    ],
+)
+def test_how_many_samples_would_settle_it(monkeypatch: pytest.MonkeyPatch, more: int | None, settle: str) -> None:
+    asked: list[tuple[Measurement, float]] = []
+    monkeypatch.setattr(statistics, "more_samples", lambda *about: asked.append(about) or more)
+    figure = measured(1.105, 1.082, 1.129, samples=3072)
+    made = judge(PERPLEXITY, {"perplexity": exact(11), "perplexity_ratio": figure}, {"perplexity": exact(10)})
+    assert asked == [(figure, 1.1)]
+    assert made.more_samples == more
+    assert made.detail == (
+        "perplexity 1.105 [1.082, 1.129] times the baseline's: at most 1.1 is neither kept nor broken; "
+        f"{settle} would settle it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "samples"),
+    [
+        (measured(0.5, 0.3, 0.7, 40), measured(0.5, 0.3, 0.7, 30), 30),
+        (measured(0.5, 0.3, 0.7, 40), exact(0.5), 40),
+        (exact(0.5), measured(0.5, 0.3, 0.7, 40), 40),
+    ],
+)
+def test_samples_of_a_difference_are_those_of_the_uncertain_side(
+    monkeypatch: pytest.MonkeyPatch, own: Measurement, other: Measurement, samples: int
+) -> None:
+    monkeypatch.setattr(statistics, "more_samples", lambda measurement, _: measurement.samples)
+    made = judge({**DIFFERENCE, "to": "champion"}, {"accuracy": own}, champion={"accuracy": other})
+    assert made.more_samples == samples
+
+
+def test_more_samples_as_statistics_counts_them() -> None:
+    made = judge(AT_MOST, {"kl_mean": measured(0.09, 0.07, 0.11, samples=100)})
+    assert made.more_samples == pytest.approx(300, abs=2)  # half the width takes four times the samples
+    settled = judge(AT_MOST, {"kl_mean": measured(0.09, 0.07, 0.08, samples=100)})
+    assert settled.more_samples is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"inconclusive": "accept"}, {"advisory": True}])
+def test_what_was_not_measured_is_inconclusive(changes: dict[str, Any]) -> None:
+    made = judge({"metric": "energy_j_per_token", "max": 1, **changes}, {"kl_mean": exact(0)})
+    assert (made.outcome, made.value, made.refuses) == ("inconclusive", None, not changes)
+
+
+def test_no_champion_yet_refuses_nothing() -> None:
+    gate = {**DIFFERENCE, "to": "champion"}
+    for own in ({"accuracy": exact(0)}, {}):
+        made = judge(gate, own, {"accuracy": exact(1)})
+        assert (made.outcome, made.refuses, made.value, made.detail) == ("skipped", False, None, "no champion yet")
+    assert judge(gate, {"accuracy": exact(0)}, champion={"accuracy": exact(1)}).refuses
+
+
+def test_without_a_baseline_nothing_is_proven() -> None:
+    made = judge(ACCURACY, {"accuracy": exact(1), "accuracy_drop": exact(0)}, baseline=None)
+    assert (made.outcome, made.refuses) == ("inconclusive", True)
+    assert made.detail == "accuracy: there is no baseline to compare with"
+
+
+@pytest.mark.parametrize(
+    ("gate", "own", "outcome", "value"),
+    [
+        pytest.param(PERPLEXITY, {"perplexity": measured(10, 8, 13)}, "pass", 1.0, id="ratio to itself"),
+        pytest.param(ACCURACY, {"accuracy": measured(0.5, 0.3, 0.7)}, "pass", 0.0, id="difference from itself"),
+        pytest.param(ACCURACY, {"accuracy": measured(0.5)}, "pass", 0.0, id="itself, without an interval"),
+        pytest.param({**PERPLEXITY, "max": 0.9}, {"perplexity": exact(10)}, "fail", 1.0, id="others must be better"),
+        pytest.param(PERPLEXITY, {"perplexity": exact(NAN)}, "fail", NAN, id="broken itself"),
+        pytest.param(PERPLEXITY, {}, "inconclusive", None, id="not measured"),
+        pytest.param(AT_MOST, {}, "pass", 0.0, id="its distance from itself needs no measuring"),
+        pytest.param(AT_LEAST, {}, "pass", 1.0, id="nor does its agreement"),
+        pytest.param({"metric": "mcnemar_p", "min": 0.05}, {}, "pass", 1.0, id="nor that nothing changed"),
+        pytest.param({"metric": "accuracy", "min": 0.9}, {"accuracy": exact(0.5)}, "fail", 0.5, id="an absolute gate"),
+    ],
+)
+def test_baseline_beside_itself(
+    gate: dict[str, Any], own: dict[str, Measurement], outcome: str, value: float | None
+) -> None:
+    made = judge(gate, own, name="fp32")
+    assert (made.outcome, made.value) == (outcome, value if value is None else pytest.approx(value, nan_ok=True))
+
+
+def test_gates_keep_the_policys_order() -> None:
+    made_of = policy.load()
+    made = apply(made_of, result("int4", 110), result("fp32", 600), None)
+    assert [gate.gate for gate in made] == [gate.text for gate in made_of.gates]
+    assert [gate.metric for gate in made] == [gate.metric for gate in made_of.gates]

@@ -1,0 +1,268 @@
+"""The policy file: what it may say, and what is said about what it may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from slmops.core.errors import UsageError
+from slmops.core.job import BASELINE, Precision
+from slmops.selection import policy
+from slmops.selection.policy import Gate, Policy
+
+TOML = """
+objective = "fastest"
+preference = ["int8", "mine"]
+[[gates]]
+metric = "kl_mean"
+max = 1e-2
+[[gates]]
+metric = "ttft_ms_p50"
+of = "ratio"
+to = "champion"
+max = 2
+advisory = true
+[[gates]]
+metric = "accuracy.capitals"
+of = "difference"
+to = "baseline"
+min = -0.1
+inconclusive = "accept"
+"""
+YAML = """
+objective: fastest
+preference: [int8, mine]
+gates:
+  - {metric: kl_mean, max: 1e-2}
+  - {metric: ttft_ms_p50, of: ratio, to: champion, max: 2, advisory: true}
+  - metric: accuracy.capitals
+    of: difference
+    to: baseline
+    min: -0.1
+    inconclusive: accept
+"""
+BOTH = Policy(
+    objective="fastest",
+    preference=("int8", "mine"),
+    gates=(
+        Gate(metric="kl_mean", max=0.01),
+        Gate(metric="ttft_ms_p50", of="ratio", to="champion", max=2, advisory=True),
+        Gate(metric="accuracy.capitals", of="difference", to="baseline", min=-0.1, inconclusive="accept"),
+    ),
+)
+
+
+def write(folder: Path, text: str, name: str = "p.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> list[str]:
+    """The lines of what is said when ``path`` is loaded."""
+    with pytest.raises(UsageError) as caught:
+        policy.load(path)
+    assert str(path) in caught.value.message
+    assert caught.value.fix
+    return caught.value.message.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.toml", TOML), ("P.TOML", TOML), ("p.yaml", YAML), ("p.yml", YAML), ("policy", YAML)]
+)
+def test_toml_and_yaml_say_the_same(tmp_path: Path, name: str, text: str) -> None:
+    assert policy.load(write(tmp_path, text, name)) == BOTH
+
+
+def test_packaged_policy() -> None:
+    made = policy.load()
+    assert made == policy.load(policy.PACKAGED)
+    assert (made.objective, made.preference) == ("preference", ("int4", "int8", "fp16"))
+    assert set(made.preference) < set(Precision.__args__) - {BASELINE}  # type: ignore[attr-defined]
+    assert [gate.text for gate in made.gates] == [
+        "perplexity at most 1.1 times the baseline's",
+        "accuracy at most 0.1 below the baseline's",
+        "edge_cases_passed not below the baseline's",
+        "accuracy at most 0.1 below the champion's",
+        "perplexity at most 1.1 times the champion's",
+        "decode_consistency at least 0.5",
+    ]
+    assert {gate.metric for gate in made.gates} <= policy.KNOWN_METRICS
+    assert [(gate.advisory, gate.inconclusive) for gate in made.gates] == [
+        (False, "refuse"),
+        (False, "accept"),
+        (False, "accept"),
+        (False, "accept"),
+        (False, "accept"),
+        (True, "refuse"),
+    ]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "objective: smallest")
+    assert policy.load(Path("~/p.yaml")) == Policy(objective="smallest")
+
+
+@pytest.mark.parametrize(
+    ("gate", "text"),
+    [
+        ({"max": 1.1}, "accuracy at most 1.1"),
+        ({"min": 0}, "accuracy at least 0"),
+        ({"of": "ratio", "to": "baseline", "max": 1.1}, "accuracy at most 1.1 times the baseline's"),
+        ({"of": "ratio", "to": "champion", "min": 0.9}, "accuracy at least 0.9 times the champion's"),
+        ({"of": "difference", "to": "baseline", "max": 0.1}, "accuracy at most 0.1 above the baseline's"),
+        ({"of": "difference", "to": "baseline", "max": -0.1}, "accuracy at least 0.1 below the baseline's"),
+        ({"of": "difference", "to": "baseline", "min": 0.1}, "accuracy at least 0.1 above the baseline's"),
+        ({"of": "difference", "to": "champion", "min": -0.1}, "accuracy at most 0.1 below the champion's"),
+        ({"of": "difference", "to": "champion", "min": 0}, "accuracy not below the champion's"),
+        ({"of": "difference", "to": "champion", "max": 0}, "accuracy not above the champion's"),
+    ],
+)
+def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
+    made = Gate(metric="accuracy", **gate)
+    assert made.text == text
+    assert made.limit == gate.get("max", gate.get("min"))
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("{max: 1}", "gate 1 (no metric): metric is missing"),
+        ("{metric: 7, max: 1}", "gate 1 (7): metric: Input should be a valid string, not 7"),
+        (
+            "{metric: perplexty, max: 1}",
+            "gate 1 (perplexty): there is no metric 'perplexty'; did you mean perplexity or perplexity_ratio or "
+            "hf_perplexity_ratio?",
+        ),
+        ("{metric: accuracy., max: 1}", "gate 1 (accuracy.): there is no metric 'accuracy.'; did you mean accuracy"),
+        ("{metric: xyz, max: 1}", "gate 1 (xyz): there is no metric 'xyz'; there are accuracy, accuracy.CATEGORY, "),
+        ("{metric: accuracy}", "gate 1 (accuracy): give exactly one of max and min"),
+        ("{metric: accuracy, max: 1, min: 0}", "gate 1 (accuracy): give exactly one of max and min"),
+        (
+            "{metric: accuracy, max: high}",
+            "gate 1 (accuracy): max: Input should be a valid number, unable to parse string as a number, not 'high'",
+        ),
+        ("{metric: accuracy, min: .nan}", "gate 1 (accuracy): min: Input should be a finite number, not nan"),
+        ("{metric: accuracy, max: .inf}", "gate 1 (accuracy): max: Input should be a finite number, not inf"),
+        ("{metric: accuracy, max: yes}", "gate 1 (accuracy): max must be a number, not True"),
+        (
+            "{metric: accuracy, max: 1, of: quotient, to: baseline}",
+            "gate 1 (accuracy): of must be 'value', 'difference' or 'ratio', not 'quotient'",
+        ),
+        (
+            "{metric: accuracy, max: 1, of: ratio, to: fp16}",
+            "gate 1 (accuracy): to must be 'baseline' or 'champion', not 'fp16'",
+        ),
+        (
+            "{metric: accuracy, max: 1, of: ratio}",
+            "gate 1 (accuracy): 'of' = 'ratio' needs 'to' = 'baseline' or 'champion'",
+        ),
+        (
+            "{metric: accuracy, max: 1, to: baseline}",
+            "gate 1 (accuracy): 'to' = 'baseline' needs 'of' = 'difference' or 'ratio'",
+        ),
+        (
+            "{metric: accuracy, max: 0, of: ratio, to: baseline}",
+            "gate 1 (accuracy): the limit of a ratio must be above 0, not 0",
+        ),
+        (
+            "{metric: accuracy, max: 1, inconclusive: pass}",
+            "gate 1 (accuracy): inconclusive must be 'refuse' or 'accept', not 'pass'",
+        ),
+        (
+            "{metric: accuracy, max: 1, advisory: maybe}",
+            "gate 1 (accuracy): advisory: Input should be a valid boolean, not 'maybe'",
+        ),
+        ("{metric: accuracy, maxx: 1}", "gate 1 (accuracy): there is no key 'maxx'; did you mean max?"),
+        (
+            "{metric: accuracy, max: 1, zzz: 1}",
+            "gate 1 (accuracy): there is no key 'zzz'; there are advisory, inconclusive, max, metric, min, of, to",
+        ),
+        ("perplexity", "gate 1 (no metric): it must be a table of keys and values, not 'perplexity'"),
+    ],
+)
+def test_what_is_wrong_with_a_gate(tmp_path: Path, gate: str, said: str) -> None:
+    heading, *problems = refusal(write(tmp_path, f"gates: [{gate}]"))
+    assert heading.endswith("p.yaml cannot be used:")
+    assert [problem for problem in problems if problem.startswith(f"  {said}")] != [], problems
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "objective: best",
+            "objective must be 'preference', 'smallest', 'fastest' or 'best_quality', not 'best'",
+        ),
+        ("prefrence: [int4]", "there is no key 'prefrence'; did you mean preference?"),
+        ("7: int4", "there is no key '7'; there are gates, objective, preference"),
+        ("preference: int4", "preference must be a list, not 'int4'"),
+        ("preference: [int4, int8, int4]", "preference names int4 more than once"),
+        ("preference: [my model]", "preference.1: String should match pattern"),
+        ("gates: 7", "gates must be a list, not 7: write [[gates]]"),
+        ("gates: {metric: kl_mean, max: 1}", "gates must be a list, not {'metric': 'kl_mean', 'max': 1}: write"),
+    ],
+)
+def test_what_is_wrong_beside_the_gates(tmp_path: Path, text: str, said: str) -> None:
+    _, problem = refusal(write(tmp_path, text))
+    assert problem.startswith(f"  {said}")
+
+
+def test_everything_is_named_at_once(tmp_path: Path) -> None:
+    text = """
+        objective: best
+        gates:
+          - {metric: kl_mean, max: 1}
+          - {metric: accuracy, max: 1, min: 1}
+          - {metric: kl_maen, of: quotient, max: 1}
+    """
+    starts = ["objective must", "gate 2 (accuracy): give", "gate 3 (kl_maen): there is", "gate 3 (kl_maen): of must"]
+    _, *problems = refusal(write(tmp_path, text))
+    assert [problem.strip()[: len(start)] for problem, start in zip(problems, starts, strict=True)] == starts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.toml", "objective = ", "cannot be read: Invalid value (at "),
+        ("p.toml", 'gates = []\ngates = ["a"]', "cannot be read: Cannot overwrite a value"),
+        ("p.yaml", "gates: [", "cannot be read: while parsing"),
+        ("p.yaml", "gates: \x07", "cannot be read: unacceptable character"),
+        ("p.toml", "# nothing", "holds no policy."),
+        ("p.yaml", "", "holds no policy."),
+        ("p.yaml", "- int4", "holds no policy."),
+        ("p.yaml", "int4", "holds no policy."),
+    ],
+)
+def test_file_that_is_no_policy(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (line,) = refusal(write(tmp_path, text, name))
+    assert f"{name} {said}" in line
+
+
+def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (missing,) = refusal(tmp_path / "none.toml")
+    assert "No such file" in missing
+    (folder,) = refusal(tmp_path)
+    assert "Is a directory" in folder
+    binary = tmp_path / "p.toml"
+    binary.write_bytes(b"\xff\xfe")
+    assert "can't decode" in refusal(binary)[0]
+
+
+def test_nobodys_home() -> None:
+    assert "cannot be read" in refusal(Path("~nobody-has-this-name/p.toml"))[0]
+
+
+@pytest.mark.parametrize("metric", ["kl_p99", "itl_ms_p90", "throughput_tok_s_c4", "accuracy.Größe & <mass>"])
+def test_metrics_that_there_are(metric: str) -> None:
+    assert Gate(metric=metric, max=1).metric == metric
+
+
+def test_a_gate_cannot_be_changed() -> None:
+    gate = Gate(metric="accuracy", min=0.5)
+    with pytest.raises(ValidationError, match="frozen"):
+        gate.min = 0.0  # type: ignore[misc]

@@ -1,0 +1,298 @@
+"""Pareto front and choice as tables: only what is good enough is taken, and the reason says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slmops.core.values import Measurement, VariantResult
+from slmops.selection import policy
+from slmops.selection.choice import NO_BASELINE, apply, choose, pareto
+from slmops.selection.policy import Gate, Policy
+from tests.values import failed, result
+
+DEFAULT = policy.load()
+NAN = float("nan")
+FP32 = result("fp32", 600)
+FP16 = result("fp16", 300)
+INT8 = result("int8", 180, 1.01, 0.48)
+INT4 = result("int4", 110, 1.08, 0.45)
+BAD_INT4 = result("int4", 110, 1.44, 0.45)
+WRONG_INT4 = result("int4", 110, 1.05, 0.3)
+BAD_INT8 = result("int8", 180, 1.2, 0.5)
+BAD_FP16 = result("fp16", 300, 1.0, 0.2)
+BROKEN = result("int4", 110, 50.0, 0.0)
+
+
+def exact(value: float) -> Measurement:
+    return Measurement.exact(value, "1")
+
+
+def front(*figures: tuple[float, float, float, float | None], perplexity: float | None = None) -> dict[str, str]:
+    """``pareto`` of variants a, b, ... with size, speed, memory and KL divergence."""
+    names = ("size_mb", "decode_tok_s", "memory_peak_mb", "kl_mean")
+    results = []
+    for name, values in zip("abcdef", figures, strict=False):
+        metrics = {metric: value for metric, value in zip(names, values, strict=True) if value is not None}
+        results.append(VariantResult(name=name, status="ok", metrics={**metrics, "perplexity": perplexity or 10}))
+    return pareto(results)
+
+
+@pytest.mark.parametrize(
+    ("figures", "dominated"),
+    [
+        pytest.param([], {}, id="nothing"),
+        pytest.param([(1, 1, 1, 1)], {}, id="one"),
+        pytest.param([(1, 9, 1, 9), (2, 8, 2, 8)], {}, id="each better in something"),
+        pytest.param([(1, 9, 1, 1), (2, 8, 2, 2)], {"b": "a"}, id="better in all"),
+        pytest.param([(2, 8, 2, 2), (1, 9, 1, 1)], {"a": "b"}, id="whatever the order"),
+        pytest.param([(1, 9, 1, 1), (1, 9, 1, 1)], {}, id="equal in all"),
+        pytest.param([(1, 9, 1, 1), (2, 9, 1, 1)], {"b": "a"}, id="larger"),
+        pytest.param([(1, 9, 1, 1), (1, 8, 1, 1)], {"b": "a"}, id="slower"),
+        pytest.param([(1, 9, 1, 1), (1, 9, 2, 1)], {"b": "a"}, id="more memory"),
+        pytest.param([(1, 9, 1, 1), (1, 9, 1, 2)], {"b": "a"}, id="worse"),
+        pytest.param([(3, 7, 3, 3), (2, 8, 2, 2), (1, 9, 1, 1)], {"a": "c", "b": "c"}, id="by one of the front"),
+        pytest.param([(1, 9, 1, 1), (1, 9, 1, 1), (2, 9, 1, 1)], {"c": "a"}, id="by the first of equals"),
+        pytest.param([(1, 9, 1, 1), (2, 8, 2, None)], {"b": "a"}, id="perplexity without KL divergence"),
+        pytest.param([(1, 9, 1, NAN), (2, 8, 2, 2)], {"b": "a"}, id="nor is NaN one"),
+        pytest.param([(1, NAN, 1, 1), (2, 8, 2, 2), (3, 7, 3, 3)], {"c": "b"}, id="without speed it takes no part"),
+    ],
+)
+def test_pareto(figures: list[tuple[float, float, float, float | None]], dominated: dict[str, str]) -> None:
+    assert front(*figures) == dominated
+
+
+def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
+    slow = {"decode_tok_s": Measurement.exact(1, "tokens/s")}
+    worse = result("mine", 700, 1.2, changes=slow)
+    bare = result("fp32", 600, changes={"kl_mean": None})
+    assert pareto([bare, worse, failed("int4", "r")]) == {"mine": "fp32"}
+    assert pareto([failed("int4", "r"), VariantResult(name="int8", status="skipped")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("results", "chosen"),
+    [
+        pytest.param([FP32, FP16, INT8, INT4], "int4", id="int4 is good"),
+        pytest.param([INT4, FP16, INT8, FP32], "int4", id="whatever the order"),
+        pytest.param([FP32, FP16, INT8, BAD_INT4], "int8", id="int4's perplexity is too high"),
+        pytest.param([FP32, FP16, INT8, WRONG_INT4], "int8", id="int4's answers are too bad"),
+        pytest.param([FP32, FP16, INT8, BROKEN], "int8", id="int4 is broken"),
+        pytest.param([FP32, FP16, BAD_INT8, BAD_INT4], "fp16", id="only fp16 is good"),
+        pytest.param([FP32, BAD_FP16, BAD_INT8, BAD_INT4], "fp32", id="none is good"),
+        pytest.param([FP32], "fp32", id="nothing but the baseline"),
+        pytest.param([FP32, failed("int4", "r"), INT8], "int8", id="int4 failed"),
+        pytest.param([FP32, failed("int4", "r")], "fp32", id="all others failed"),
+        pytest.param([failed("fp32", "r"), INT8, INT4], None, id="the baseline failed"),
+        pytest.param([INT8, INT4], None, id="no baseline"),
+        pytest.param([], None, id="nothing"),
+        pytest.param([FP32, INT4, result("mine", 90, 1.02)], "mine", id="the user's own is smaller"),
+        pytest.param([FP32, INT4, result("mine", 150, 1.0, 0.6)], "int4", id="the user's own is better but larger"),
+        pytest.param([FP32, BAD_INT4, INT8, result("mine", 150)], "mine", id="the user's own by its size"),
+        pytest.param([FP32, result("mine", 700, 0.9, 0.6)], "fp32", id="the user's own is larger than the baseline"),
+        pytest.param([FP32, result("mine", 600)], "fp32", id="the user's own is as large as the baseline"),
+        pytest.param([FP32, result("fp16", 700)], "fp16", id="one that the list names may be larger"),
+        pytest.param([FP32, result("int4", 200), INT8], "int4", id="the list goes before size"),
+        pytest.param([FP32, result("int4", 110, 1.1, 0.4)], "int4", id="exactly at both limits"),
+        pytest.param([FP32, result("int4", 110, 1.1000001)], "fp32", id="just above the perplexity limit"),
+        pytest.param([FP32, result("int4", 110, 1.0, 0.3999)], "fp32", id="just below the accuracy limit"),
+        pytest.param(
+            [result("fp32", 600, 1.0, 0.8), result("int4", 110, 1.0, 0.7, changes={"accuracy_drop": None})],
+            "int4",
+            id="0.8 - 0.7 > 0.1",
+        ),
+        pytest.param([FP32, result("int4", 110, 0.9, 0.9)], "int4", id="better than the baseline"),
+        pytest.param([FP32, result("int4", 110, NAN)], "fp32", id="no number is not good"),
+        pytest.param([FP32, result("int4", 110, 1.0, NAN)], "fp32", id="nor is it for accuracy"),
+        pytest.param([FP32, result("int4", 110, 1.08, spread=0.03)], "fp32", id="perplexity must be proven"),
+        pytest.param([FP32, result("int4", 110, 1.0, 0.5, spread=0.099)], "int4", id="and is, if the interval fits"),
+        pytest.param([FP32, result("int4", 110, 1.0, 0.45, spread=0.09)], "int4", id="accuracy need not be"),
+        pytest.param(
+            [FP32, result("int4", 110, 1.0, 0.35, spread=0.06)], "fp32", id="but its value must keep the limit"
+        ),
+        pytest.param([FP32, result("int4", 110, 1.0, 0.35, spread=0.04)], "fp32", id="but must not be proven bad"),
+        pytest.param([FP32, INT4.model_copy(update={"measurements": {}})], "fp32", id="nothing measured, none proven"),
+        pytest.param(
+            [FP32, result("int4", 110, changes={"edge_cases_passed": Measurement.exact(0.9, "1")})],
+            "fp32",
+            id="an edge case crashed it",
+        ),
+        pytest.param(
+            [FP32, result("int4", 110, changes={"decode_consistency": Measurement.exact(0.1, "1")})],
+            "int4",
+            id="an advisory gate refuses nothing",
+        ),
+    ],
+)
+def test_choice_by_the_packaged_policy(results: list[VariantResult], chosen: str | None) -> None:
+    assert choose(results, DEFAULT)[0].variant == chosen
+
+
+def speed(name: str, size_mb: float, tok_s: float, perplexity_ratio: float = 1.0) -> VariantResult:
+    return result(name, size_mb, perplexity_ratio, changes={"decode_tok_s": Measurement.exact(tok_s, "tokens/s")})
+
+
+FIVE = [
+    speed("fp32", 600, 20),
+    speed("fp16", 300, 15, 1.001),
+    speed("int8", 180, 50, 1.01),
+    speed("int4", 110, 40, 1.08),
+    speed("mine", 150, 30, 1.02),
+    speed("huge", 700, 10, 1.0005),
+]
+ORDERS: list[tuple[dict[str, Any], str]] = [
+    ({"preference": ["int4", "int8", "fp16"]}, "int4 mine int8 fp16 fp32 huge"),
+    ({"preference": ["fp16", "int8"]}, "int4 mine fp16 int8 fp32 huge"),
+    ({"preference": ["huge", "mine"]}, "int4 huge int8 fp16 mine fp32"),
+    ({"preference": ["fp32", "int8"]}, "int4 mine fp32 fp16 int8 huge"),
+    ({"preference": ["none", "int8"]}, "int4 mine int8 fp16 fp32 huge"),
+    ({}, "int4 mine int8 fp16 fp32 huge"),
+    ({"objective": "smallest"}, "int4 mine int8 fp16 fp32 huge"),
+    ({"objective": "smallest", "preference": ["fp16"]}, "int4 mine int8 fp16 fp32 huge"),
+    ({"objective": "fastest"}, "int8 int4 mine fp32 fp16 huge"),
+    ({"objective": "best_quality"}, "huge fp16 int8 mine int4 fp32"),
+]
+
+
+@pytest.mark.parametrize(("policy_", "order"), ORDERS)
+@pytest.mark.parametrize("results", [FIVE, FIVE[::-1]])
+def test_order_of_each_objective(policy_: dict[str, Any], order: str, results: list[VariantResult]) -> None:
+    # One that is refused makes way for the next.
+    taken = []
+    left = list(results)
+    while left:
+        refused = {r.name for r in results} - {r.name for r in left}
+        marked = [
+            r.model_copy(update={"measurements": {"edge_cases_passed": exact(float(r.name not in refused))}})
+            for r in results
+        ]
+        gate = Gate(metric="edge_cases_passed", min=1)
+        chosen = choose(marked, Policy(gates=(gate,), **policy_))[0].variant
+        assert chosen is not None
+        taken.append(chosen)
+        left = [r for r in left if r.name != chosen]
+    assert taken == order.split()
+
+
+@pytest.mark.parametrize(
+    ("objective", "results", "chosen"),
+    [
+        ("fastest", [FP32, speed("int8", 180, 45.67)], "int8"),
+        ("fastest", [speed("mine", 600, 45.67), FP32], "fp32"),
+        ("fastest", [FP32, result("int8", 180, changes={"decode_tok_s": None})], "fp32"),
+        ("best_quality", [FP32, result("fp16", 300), result("int8", 180)], "int8"),
+        ("best_quality", [FP32, result("fp16", 300, 1.01), result("int8", 180, changes={"kl_mean": None})], "fp16"),
+        ("smallest", [FP32, result("int8", 600)], "fp32"),
+        ("smallest", [FP32, result("int8", 100, changes={"size_mb": None})], "fp32"),
+    ],
+)
+def test_ties_and_what_is_missing(objective: Any, results: list[VariantResult], chosen: str) -> None:
+    assert choose(results, Policy(objective=objective))[0].variant == chosen
+
+
+TWO = (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))
+
+
+@pytest.mark.parametrize(
+    ("policy_", "results", "reason"),
+    [
+        (
+            DEFAULT,
+            [FP32, INT8, INT4],
+            "int4 is taken, the first in order of preference that no gate refuses: perplexity 1.08 times the "
+            "baseline's, accuracy 0.45 against 0.5, 0.1833 of its size.",
+        ),
+        (
+            Policy(objective="smallest"),
+            [FP32, result("int4", 110, 1.02, 0.45, spread=0.01)],
+            "int4 is taken, the smallest that no gate refuses: perplexity 1.02 [1.01, 1.03] times the baseline's, "
+            "accuracy 0.45 [0.44, 0.46] against 0.5, 0.1833 of its size.",
+        ),
+        (
+            DEFAULT.model_copy(update={"objective": "fastest"}),
+            [FP32, speed("int8", 150, 50), speed("int4", 110, 60, 1.44)],
+            "int8 is taken, the fastest that no gate refuses: perplexity 1 times the baseline's, accuracy 0.5 against "
+            "0.5, 0.25 of its size. int4 is refused (perplexity 1.44 times the baseline's: at most 1.1 is broken).",
+        ),
+        (
+            Policy(objective="best_quality"),
+            [FP32, result("int8", 150, changes={"perplexity_ratio": None, "accuracy": None, "size_ratio": None})],
+            "int8 is taken, the closest to the baseline that no gate refuses: its quality was not measured.",
+        ),
+        (
+            DEFAULT,
+            [FP32, result("mine", 700), BROKEN],
+            "fp32 is taken, the baseline itself: perplexity 10, accuracy 0.5. int4 is refused (perplexity 50 times "
+            "the baseline's: at most 1.1 is broken, and accuracy differs from the baseline's by -0.5: at most 0.1 "
+            "below is broken).",
+        ),
+        (
+            Policy(objective="best_quality", gates=(Gate(metric="kl_mean", max=0.1),)),
+            [FP32, BAD_INT4],
+            "fp32 is taken, the baseline itself: perplexity 10, accuracy 0.5. int4 is refused (kl_mean 0.22: at most "
+            "0.1 is broken).",
+        ),
+        (DEFAULT, [FP32], "fp32 is taken, as there is no other variant: perplexity 10, accuracy 0.5."),
+        (
+            DEFAULT.model_copy(update={"gates": TWO}),
+            [FP32, BAD_INT4, failed("int8", "It broke.")],
+            "No variant is chosen: a gate refuses each. int4 is refused (perplexity 1.44 times the baseline's: at "
+            "most 1.1 is broken, and accuracy 0.45: at least 0.6 is broken). fp32 is refused (accuracy 0.5: at least "
+            "0.6 is broken).",
+        ),
+        (DEFAULT, [failed("fp32", "r"), INT4], NO_BASELINE),
+    ],
+)
+def test_reason_is_in_sentences_with_the_numbers(policy_: Policy, results: list[VariantResult], reason: str) -> None:
+    assert choose(results, policy_)[0].reason == reason
+
+
+def test_nothing_passes() -> None:
+    choice, judged = choose([FP32, FP16, INT8], Policy(gates=(Gate(metric="size_mb", max=1),)))
+    assert choice.variant is None
+    for result_ in judged:
+        assert (
+            f"{result_.name} is refused (size_mb {result_.metrics['size_mb']:g}: at most 1 is broken)." in choice.reason
+        )
+
+
+def test_the_broken_is_refused_however_few_the_samples_and_whatever_the_objective() -> None:
+    drop = {"accuracy_drop": Measurement(value=0.5, unit="1", samples=10, low=0.18, high=0.82)}
+    broken = speed("int4", 50, 1000, 50).model_copy(update={"name": "broken"})
+    broken = broken.model_copy(update={"measurements": {**broken.measurements, **drop, "accuracy": exact(0)}})
+    for objective in ("preference", "smallest", "fastest", "best_quality"):
+        made = DEFAULT.model_copy(update={"objective": objective, "preference": ("broken",)})
+        choice, judged = choose([FP32, broken], made)
+        assert choice.variant == "fp32"
+        assert [gate.metric for gate in judged[1].gates if gate.refuses] == ["perplexity", "accuracy"]
+
+
+def test_champion_holds_back_what_is_worse_than_it() -> None:
+    gate = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.95)
+    made = Policy(gates=(gate,))
+    results = [FP32, speed("int4", 110, 60), speed("int8", 180, 100)]
+    assert choose(results, made)[0].variant == "int4"
+    champion = {"decode_tok_s": Measurement.exact(90, "tokens/s")}
+    choice, judged = choose(results, made, champion)
+    assert choice.variant == "int8"
+    assert [gate.outcome for result_ in judged for gate in result_.gates] == ["fail", "fail", "pass"]
+    assert "int4 is refused (decode_tok_s 0.6667 times the champion's: at least 0.95 is broken)." in choice.reason
+
+
+def test_results_come_back_judged_and_in_order() -> None:
+    broken, skipped = failed("int8", "r"), VariantResult(name="mine", status="skipped")
+    worse = result("fp16", 700, 1.5)
+    given = [INT4, broken, FP32, skipped, worse]
+    _, judged = choose(given, DEFAULT)
+    assert [result_.name for result_ in judged] == ["int4", "int8", "fp32", "mine", "fp16"]
+    assert (judged[1], judged[3]) == (broken, skipped)
+    assert [len(result_.gates) for result_ in judged] == [6, 0, 6, 0, 6]
+    assert [result_.dominated_by for result_ in judged] == [None, None, None, None, "int4"]
+    assert judged[0].gates == apply(DEFAULT, INT4, FP32, None)
+    assert [result_.gates for result_ in given] == [()] * 5  # what was given is left alone
+
+
+def test_without_a_baseline_the_gates_are_still_shown() -> None:
+    _, (judged,) = choose([INT4], DEFAULT)
+    assert [gate.outcome for gate in judged.gates] == [*["inconclusive"] * 3, *["skipped"] * 2, "pass"]

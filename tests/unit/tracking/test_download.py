@@ -1,0 +1,310 @@
+"""Files that come in pieces, late, altered or not at all."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from slmops.core.errors import PrerequisiteError, TrackingError
+from slmops.delivery import pull
+from slmops.foundry.versions import MANIFEST
+from slmops.processes import process
+from slmops.tracking import download
+from slmops.tracking import files as tracking_files
+from tests import values
+from tests.pulled import BIG, BLOCK, FILES, LOCATION, SIZE, URI, Device, Remote, contents, described, digest, names
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(tmp_path, monkeypatch)
+
+
+# --- connections that break
+
+
+@pytest.mark.parametrize(
+    ("cuts", "asked"),
+    [
+        pytest.param([0], [0, 0], id="at the start"),
+        pytest.param([1], [0, 1], id="after the first byte"),
+        pytest.param([5000], [0, 5000], id="in the middle"),
+        pytest.param([5123], [0, 5123], id="in the middle of a block"),
+        pytest.param([SIZE - 1], [0, SIZE - 1], id="before the last byte"),
+        pytest.param([SIZE], [0, SIZE], id="after the last byte"),
+        pytest.param([100, 4900, 5000], [0, 100, 5000, 10000], id="three times"),
+        pytest.param([1] * 20, list(range(21)), id="twenty times, but a byte further each time"),
+        pytest.param([0, 0, 0, 0], [0, 0, 0, 0, 0], id="the last attempt of a row"),
+        pytest.param([0, 0, 0, 0, 10, 0, 0, 0], [0, 0, 0, 0, 0, 10, 10, 10, 10], id="a row begins anew"),
+    ],
+)
+def test_a_broken_download_goes_on_where_it_stopped(
+    device: Device, cuts: list[int | Exception], asked: list[int]
+) -> None:
+    device.remote.cuts[BIG] = cuts
+    done = device.install()
+    assert device.remote.offsets() == asked
+    assert contents(done.folder)[BIG] == FILES[BIG]
+
+
+def test_a_server_that_ends_a_broken_answer_as_if_it_were_whole(device: Device) -> None:
+    device.remote.answers[BIG] = [FILES[BIG][:4000], FILES[BIG][:9000]]
+    assert contents(device.install().folder)[BIG] == FILES[BIG]
+    assert device.remote.offsets() == [0, 4000, 9000]
+
+
+def test_a_manifest_in_pieces(device: Device) -> None:
+    device.remote.cuts[MANIFEST] = [50, 100]
+    device.install()
+    assert device.remote.offsets(MANIFEST)[:3] == [0, 50, 150]
+
+
+def test_it_gives_up_and_the_next_pull_goes_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "slmops")
+    device.remote.cuts[BIG] = [4000, 0, 0, 0, 0]
+    with pytest.raises(TrackingError) as caught:
+        device.install()
+    assert caught.value.message == (
+        f"{BIG} of bot version 3 (int8) broke off at 0.0 MB, and 4 more attempts brought nothing. "
+        "The connection is broken."
+    )
+    assert caught.value.fix == "The next pull goes on where this one stopped."
+    assert not any(device.models.iterdir())
+    device.remote.asked.clear()
+    device.install()
+    # What came before is not asked for again.
+    assert "bot version 3 (int8): 4 files to fetch (0 MB), 1 are here" in caplog.messages
+    assert device.remote.asked == [(BIG, 4000), *((path, 0) for path in FILES if path not in ("model.onnx", BIG))]
+
+
+def test_it_waits_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, waited = Remote(), list[float]()
+    remote.cuts[BIG] = [10, 0, 10, 0, 0, 0, 0]
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(tracking_files, "read", remote.read)
+    with pytest.raises(TrackingError):
+        download.fetch(download.Origin(URI, LOCATION, "bot"), BIG, SIZE, digest(FILES[BIG]), tmp_path)
+    assert waited == [1, 2, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("path", [MANIFEST, BIG])
+def test_a_file_that_is_gone_is_not_asked_for_again(device: Device, path: str) -> None:
+    device.remote.cuts[path] = [tracking_files.NotGivenError(f"{path} is gone from the registry.", "Promote again.")]
+    with pytest.raises(TrackingError, match=rf"^bot version 3 \(int8\) cannot be had: {path} is gone") as caught:
+        device.install()
+    assert caught.value.fix == "Promote again."
+    assert device.remote.offsets(path) == [0]
+    assert device.here() == []
+
+
+def test_two_at_once(device: Device) -> None:
+    device.remote.cuts[BIG] = [3000]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: device.install(), range(2)))
+    assert both[0] == both[1]
+    assert device.remote.offsets() == [0, 3000]
+    assert contents(both[0].folder)[BIG] == FILES[BIG]
+    assert device.registered == [both[0].foundry_id] * 2
+
+
+# --- content that is not what was promoted
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
+
+
+@pytest.mark.parametrize(
+    ("content", "requests"),
+    [
+        pytest.param(flipped(FILES[BIG]), [0, 0], id="a bit"),
+        pytest.param(FILES[BIG][:-1], [0, SIZE - 1, 0, SIZE - 1], id="shorter"),
+        pytest.param(b"", [0, 0], id="empty"),
+        pytest.param(FILES[BIG] + b"x", [0, 0], id="longer by a byte"),
+        pytest.param(FILES[BIG] * 100, [0, 0], id="much longer"),
+    ],
+)
+def test_an_altered_file_is_refused(device: Device, content: bytes, requests: list[int]) -> None:
+    device.remote.files[BIG] = content
+    with pytest.raises(TrackingError) as caught:
+        device.install()
+    assert caught.value.message == (
+        f"{BIG} of bot version 3 (int8) was altered: what the registry gives has another SHA-256 than was promoted."
+    )
+    assert device.remote.offsets() == requests  # from the start once more, then no more
+    assert not any(device.models.iterdir())
+    assert not any(name.startswith(BIG) for name in names(device.downloads))
+
+
+def test_an_endless_file_does_not_fill_the_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote, given = device.remote, 0
+
+    def endless(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
+        nonlocal given
+        if path != BIG:
+            yield from remote.read(uri, location, path, offset)
+            return
+        while True:
+            given += BLOCK
+            yield bytes(BLOCK)
+
+    monkeypatch.setattr(tracking_files, "read", endless)
+    with pytest.raises(TrackingError, match="was altered"):
+        device.install()
+    assert given < 2 * (SIZE + BLOCK)
+
+
+def test_altered_on_the_way_once(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    device.remote.answers[BIG] = [flipped(FILES[BIG])]
+    assert contents(device.install().folder)[BIG] == FILES[BIG]
+    assert device.remote.offsets() == [0, 0]
+    assert "fetching all of it again" in caplog.text
+
+
+def test_an_altered_manifest_is_refused(device: Device) -> None:
+    with pytest.raises(TrackingError, match=r"^deployment.json of bot version 3 \(int8\) was altered"):
+        device.install(manifest_sha256="0" * 64)
+    assert device.remote.paths == {MANIFEST}
+    assert names(device.settings.deployed) == set()
+
+
+@pytest.mark.parametrize(
+    ("left", "asked"),
+    [
+        pytest.param(FILES[BIG][:700], [700], id="a beginning"),
+        pytest.param(FILES[BIG], [], id="all of it"),
+        pytest.param(b"x" * 700, [700, 0], id="something else"),
+        pytest.param(b"x" * SIZE, [0], id="something else of the same size"),
+        pytest.param(FILES[BIG] + b"x", [0], id="more"),
+        pytest.param(b"", [0], id="nothing"),
+    ],
+)
+def test_what_an_earlier_attempt_left(device: Device, left: bytes, asked: list[int]) -> None:
+    (device.downloads / f"{BIG}.part").write_bytes(left)
+    assert contents(device.install().folder)[BIG] == FILES[BIG]
+    assert device.remote.offsets() == asked
+
+
+def test_a_part_that_is_linked_elsewhere_is_not_written_to(device: Device, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(FILES[BIG][:700])  # whole when it was linked, and shortened since
+    (device.downloads / f"{BIG}.part").hardlink_to(elsewhere)
+    device.install()
+    assert elsewhere.read_bytes() == FILES[BIG][:700]
+    assert device.remote.offsets() == [0]
+
+
+# --- disks
+
+
+def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE))  # the small files are too much
+    with pytest.raises(PrerequisiteError, match=r"^Not enough disk for bot version 3 \(int8\): 0 MB are needed, and 0"):
+        device.install()
+    assert device.remote.paths == {MANIFEST}
+    (device.downloads / f"{BIG}.part").write_bytes(FILES[BIG][:700])  # which is not needed once more
+    device.install()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is /dev/full")
+def test_the_disk_fills_up_meanwhile(device: Device) -> None:
+    (device.downloads / f"{BIG}.part").symlink_to("/dev/full")
+    with pytest.raises(PrerequisiteError, match=os.strerror(errno.ENOSPC)) as caught:
+        device.install()
+    assert caught.value.fix == process.FREE_SPACE
+    assert device.here() == []
+
+
+def test_a_folder_that_cannot_be_written(device: Device) -> None:
+    device.settings.home.mkdir()
+    device.settings.deployed.write_text("a file")
+    with pytest.raises(PrerequisiteError, match="cannot be written: Not a directory") as caught:
+        device.install()
+    assert "SLMOPS_HOME" in (caught.value.fix or "")
+
+
+# --- what this device has already
+
+
+def test_files_of_a_variant_made_here_are_linked(device: Device) -> None:
+    made = values.write_variant(device.settings.variants / "int8-0123", "int8", {BIG: "same"})
+    device.serve(**{BIG: b"same"})
+    done = device.install()
+    for name in (BIG, "model.onnx"):
+        assert (done.folder / name).samefile(made.path / name)
+    assert {BIG, "model.onnx", "adapters/one/weights.bin"} & device.remote.paths == {"adapters/one/weights.bin"}
+
+
+def test_a_variant_that_was_altered_here_is_not_used(device: Device) -> None:
+    made = values.write_variant(device.settings.variants / "int8-0123", "int8")
+    (made.path / "model.onnx").write_text("trash")
+    (device.settings.variants / "broken").mkdir()
+    (device.settings.variants / "broken" / "variant.json").write_text("[]")
+    assert contents(device.install().folder)["model.onnx"] == b"graph"
+    assert "model.onnx" in device.remote.paths
+
+
+def test_files_that_two_versions_share_are_linked(device: Device) -> None:
+    first = device.install()
+    device.serve(number=4, **{"model.onnx": b"a better graph"})
+    second = device.install()
+    assert device.remote.paths == {MANIFEST, "model.onnx"}
+    assert (second.folder / BIG).samefile(first.folder / BIG)
+    assert contents(second.folder)["model.onnx"] == b"a better graph"
+    assert contents(first.folder)["model.onnx"] == b"graph"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "content", "fetched"),
+    [
+        (BIG, bytes(SIZE), {MANIFEST, BIG}),
+        (MANIFEST, b"{}", {MANIFEST, *FILES}),
+        ("inference_model.json", b"{", {MANIFEST}),
+        ("inference_model.json", b'{"Name": "other:1"}', {MANIFEST}),
+    ],
+)
+def test_an_installed_version_that_was_damaged_is_mended(
+    device: Device, damaged: str, content: bytes, fetched: set[str]
+) -> None:
+    first = device.install()
+    before = contents(first.folder)
+    (first.folder / damaged).write_bytes(content)
+    device.remote.asked.clear()
+    assert device.install() == first
+    assert device.remote.paths == fetched
+    assert contents(first.folder) == before
+    assert names(device.settings.deployed / "aside") == set()
+
+
+def test_again_nothing_is_downloaded(device: Device) -> None:
+    first = device.install()
+    device.remote.asked.clear()
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
+    assert device.install() == first
+    assert device.remote.asked == []
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
+    assert device.registered == [first.foundry_id] * 2  # it may have been taken out of the catalog
+
+
+def test_a_registry_that_began_anew_counts_from_one_again(device: Device) -> None:
+    old = device.install()
+    device.serve(**{BIG: b"other weights"})
+    assert device.install() == old
+    assert contents(old.folder)[BIG] == b"other weights"
+    assert pull.installed("bot", device.settings) == [old]
+
+
+def test_the_same_content_twice_in_one_version(device: Device) -> None:
+    device.remote.files["copy.data"] = FILES[BIG]
+    device.remote.describe(files=described(device.remote.files))
+    done = device.install()
+    assert contents(done.folder)["copy.data"] == contents(done.folder)[BIG] == FILES[BIG]

@@ -23,7 +23,7 @@ from slmops.core.job import Job
 from slmops.core.values import Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed, speed_worker
 from slmops.foundry.stage import Staged, stage
-from slmops.processes import process
+from slmops.processes import children
 from slmops.report import render as report
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
@@ -99,7 +99,7 @@ def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[
     cell = speed_worker.Cell(
         prompt_tokens=speed.HEADLINE_TOKENS, output_tokens=tokens, text=text, repetitions=REPETITIONS
     )
-    result, _ = process.call(
+    result, _ = children.call(
         "slmops.evaluation.speed_worker",
         speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
         speed_worker.Result,
@@ -107,7 +107,7 @@ def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[
         log=home / "bench.log",
         timeout_s=600,
         error=EvaluationError,
-        env=process.STEADY_MALLOC,
+        env=children.STEADY_MALLOC,
     )
     return {
         "ttft_ms": [one.first_s * 1e3 for one in result.timed],
@@ -117,7 +117,7 @@ def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[
 
 def _direct(staged: Staged, text: str, tokens: int) -> dict[str, list[float]]:
     arguments = [str(staged.home), str(staged.folder), staged.foundry_id, text, str(tokens), str(REPETITIONS)]
-    env = {**os.environ, **process.STEADY_MALLOC}  # what differs is to be the measuring, not the allocator
+    env = {**os.environ, **children.STEADY_MALLOC}  # what differs is to be the measuring, not the allocator
     done = subprocess.run([sys.executable, DIRECT, *arguments], stdout=subprocess.PIPE, check=True, text=True, env=env)
     measured: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
     return measured

@@ -23,7 +23,7 @@ from typing import Any
 from slmops.core.settings import Settings
 from slmops.evaluation import prompts, speed
 from slmops.foundry.layout import model_name
-from slmops.processes import daemon, process
+from slmops.processes import children, daemon
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
 DIRECT = str(Path(__file__).with_name("direct.py"))
@@ -55,7 +55,7 @@ def _overhead(name: str, foundry_id: str, port: int, settings: Settings) -> None
     context = json.loads((folder / "genai_config.json").read_text())["model"]["context_length"]
     [text] = prompts.of_lengths([speed.HEADLINE_TOKENS], context, folder).values()
     arguments = [str(settings.deployed), str(folder), foundry_id, text, str(TOKENS), str(REPETITIONS)]
-    env = {**os.environ, **process.STEADY_MALLOC}  # as the service runs its processes
+    env = {**os.environ, **children.STEADY_MALLOC}  # as the service runs its processes
     served: dict[str, list[float]] = {"ttft_ms": [], "itl_ms": []}
     direct: dict[str, list[float]] = {"ttft_ms": [], "itl_ms": []}
 

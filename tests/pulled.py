@@ -16,7 +16,7 @@ from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import pull
 from slmops.foundry import cli
 from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
-from slmops.processes import process
+from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking import files as tracking_files
 from tests import values
@@ -130,7 +130,7 @@ class Device:
         patch.setattr(download, "PAUSES_S", (0.0,) * 4)
         patch.setattr(cli, "confirm", lambda *_: None)
         patch.setattr(cli, "ask", lambda *_: None)
-        patch.setattr(process, "call", self._call)
+        patch.setattr(children, "call", self._call)
         self.remote = self.serve()
 
     def serve(self, *args: Any, **changes: Any) -> Remote:

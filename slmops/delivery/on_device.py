@@ -25,7 +25,7 @@ from slmops.evaluation.remeasure import PERPLEXITY, SPEED, Recorded
 from slmops.foundry import register_worker
 from slmops.foundry.stage import stage
 from slmops.foundry.versions import Installed
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def copied(installed: Installed, name: str, settings: Settings) -> Iterator[Plac
                 f"{installed.foundry_id} was removed from this device before it could be measured.",
                 "Another version has been deployed meanwhile: try again.",
             ) from error
-        registered, _ = process.call(
+        registered, _ = children.call(
             "slmops.foundry.register_worker",
             register_worker.Request(
                 home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=installed.foundry_id
@@ -153,7 +153,7 @@ def measure_perplexity(
     write_atomic(file, text)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: scoring the text", recorded.variant.name)
-        scored, _ = process.call(
+        scored, _ = children.call(
             "slmops.evaluation.logits_worker",
             logits_worker.Request(
                 folder=place.registration.path,
@@ -180,7 +180,7 @@ def ask_questions(
     """
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: answering the evaluation set", recorded.variant.name)
-        answered, _ = process.call(
+        answered, _ = children.call(
             "slmops.evaluation.answers_worker",
             answers_worker.Request(
                 home=place.home,

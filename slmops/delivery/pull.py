@@ -27,7 +27,7 @@ from slmops.delivery import deployed
 from slmops.delivery.deployed import current, installed, make_current
 from slmops.foundry import cli, layout, register_worker
 from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
-from slmops.processes import process
+from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking.download import Origin, intact, part_of, size_of
 
@@ -224,7 +224,7 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
         raise PrerequisiteError(
             f"Not enough disk for {version.label}: {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free "
             f"at {settings.deployed}.",
-            process.FREE_SPACE,
+            children.FREE_SPACE,
         )
     here = len(manifest.files) - len(missing)
     log.info("%s: %d files to fetch (%.0f MB), %d are here", version.label, len(missing), needed / 1e6, here)
@@ -311,7 +311,7 @@ def _register(done: Installed, settings: Settings) -> None:
         cli.confirm(called, cache)
         cli.ask(called, cache, register_worker.PROMPTS[0])
         try:
-            process.call(
+            children.call(
                 "slmops.foundry.register_worker",
                 register_worker.Request(
                     home=settings.deployed,
@@ -338,5 +338,5 @@ def _writing(settings: Settings) -> Iterator[None]:
         full = error.errno == errno.ENOSPC
         raise PrerequisiteError(
             f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}.",
-            process.FREE_SPACE if full else "Make it writable, or set SLMOPS_HOME to another folder.",
+            children.FREE_SPACE if full else "Make it writable, or set SLMOPS_HOME to another folder.",
         ) from error

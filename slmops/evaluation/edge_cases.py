@@ -17,7 +17,7 @@ from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
 from slmops.evaluation.edge_worker import Case, Line, Seen
 from slmops.foundry.stage import Staged, stage
-from slmops.processes import process
+from slmops.processes import children
 
 CONTEXT = 256
 """Tokens beyond those of the chat template; less if the model has less."""
@@ -96,7 +96,7 @@ def _go_through(
 ) -> EvaluationError | None:
     """Go through the cases in one process. If it dies, the running case has this for its outcome."""
     try:
-        process.call(
+        children.call(
             "slmops.evaluation.edge_worker",
             edge_worker.Request(
                 home=staged.home,

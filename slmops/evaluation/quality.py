@@ -13,7 +13,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
 from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker
 from slmops.evaluation.logits_worker import Distance
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _score_checkpoint(
 ) -> tuple[float, ...]:
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("scoring the text with the checkpoint itself")
-        result, _ = process.call(
+        result, _ = children.call(
             "slmops.evaluation.logits_worker",
             logits_worker.Request(
                 folder=checkpoint.path,
@@ -93,7 +93,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         references = (
             {HUGGING_FACE: checkpoint} if variant.recipe.baseline else {BASELINE: baseline, HUGGING_FACE: checkpoint}
         )
-        scored, _ = process.call(
+        scored, _ = children.call(
             "slmops.evaluation.logits_worker",
             logits_worker.Request(
                 folder=registration.path,
@@ -108,7 +108,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
             timeout_s=settings.evaluation_timeout_s,
             error=EvaluationError,
         )
-        answered, _ = process.call(
+        answered, _ = children.call(
             "slmops.evaluation.answers_worker",
             answers_worker.Request(
                 home=settings.foundry,

@@ -13,7 +13,7 @@ from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Frozen, Measurement, Outcome
 from slmops.evaluation import soak_worker, statistics
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
     work = settings.work(target.model) / f"{target.variant}-soak"
     log.info("%s: soaking with %d requests", target.variant, request.requests)
     try:
-        measured, _ = process.call(
+        measured, _ = children.call(
             "slmops.evaluation.soak_worker",
             soak_worker.Request(
                 home=home, foundry_id=target.foundry_id, warm_up=request.warm_up, requests=request.requests
@@ -165,7 +165,7 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
             log=settings.logs / target.model / f"{target.variant}.soak.log",
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
-            env=process.STEADY_MALLOC,  # else the allocator's own steps hide a leak, or look like one
+            env=children.STEADY_MALLOC,  # else the allocator's own steps hide a leak, or look like one
             on_line=_tell,
         )
     finally:

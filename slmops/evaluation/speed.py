@@ -21,7 +21,7 @@ from slmops.core.values import Frozen, Registration, Variant
 from slmops.evaluation import prompts, speed_worker
 from slmops.evaluation.speed_worker import Cell, Window
 from slmops.foundry.stage import Staged, stage
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _take_turn(
     """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
     for _ in range(2):
         before = calibrate()
-        measured, finished = process.call(
+        measured, finished = children.call(
             "slmops.evaluation.speed_worker",
             speed_worker.Request(
                 home=one.staged.home,

@@ -12,7 +12,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
 from slmops.foundry import cli, layout, prompt_template, register_worker
-from slmops.processes import process
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         foundry_id = f"{layout.model_name(name, variant.name)}:{version}"
         try:
             cli.confirm(layout.model_name(name, variant.name), models)
-            result, _ = process.call(
+            result, _ = children.call(
                 "slmops.foundry.register_worker",
                 register_worker.Request(
                     home=settings.foundry,

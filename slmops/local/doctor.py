@@ -24,7 +24,7 @@ from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Hardware
 from slmops.local import doctor_probe, stack
-from slmops.processes import process
+from slmops.processes import children
 
 ROOT = Path(__file__).parents[2]
 PYTHON = (3, 11)
@@ -115,12 +115,14 @@ def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -
     log = settings.logs / "build-genai.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, "build.py", "--config", "Release"]
-    built = process.run(command, log=log, timeout_s=BUILD_S, cwd=path)
+    built = children.run(command, log=log, timeout_s=BUILD_S, cwd=path)
     # An unchanged tree builds the same wheel again: any is right then, the newest is this one.
     wheels = sorted(path.glob("build/**/*.whl"), key=lambda wheel: (wheel not in before, wheel.stat().st_mtime))
     if built.returncode != 0 or not wheels:
         what = "made no wheel" if built.returncode == 0 else "failed"
-        raise PrerequisiteError(f"The build of ONNX Runtime GenAI {what}: {process.last_words(log)}", f"Its log: {log}")
+        raise PrerequisiteError(
+            f"The build of ONNX Runtime GenAI {what}: {children.last_words(log)}", f"Its log: {log}"
+        )
     install_wheel(wheels[-1], settings, target=target)
     return wheels[-1]
 
@@ -139,9 +141,9 @@ def _pip(arguments: list[str], settings: Settings, what: str) -> None:
     log = settings.logs / "pip.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    done = process.run(command, log=log, timeout_s=PIP_S, cwd=ROOT)
+    done = children.run(command, log=log, timeout_s=PIP_S, cwd=ROOT)
     if done.returncode != 0:
-        raise PrerequisiteError(f"pip could not {what}: {process.last_words(log)}", f"Its log: {log}")
+        raise PrerequisiteError(f"pip could not {what}: {children.last_words(log)}", f"Its log: {log}")
 
 
 def _require_cmake() -> None:
@@ -305,7 +307,7 @@ def _probe(request: doctor_probe.Request, work: Path) -> doctor_probe.Result:
     # Nothing is to be sent or fetched, and no file to appear in the user's home.
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
-        result, _ = process.call(
+        result, _ = children.call(
             "slmops.local.doctor_probe",
             request,
             doctor_probe.Result,

@@ -20,7 +20,7 @@ from slmops.core.files import write_atomic
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
-from slmops.processes import daemon, process
+from slmops.processes import children, daemon
 from slmops.processes.daemon import HOST, Daemon
 from slmops.serving.status import ServingStatus
 
@@ -252,7 +252,7 @@ def _wait_until_healthy(settings: Settings, servers: dict[Name, Daemon], name: N
         if alive and time.monotonic() < deadline:
             time.sleep(0.1)
             continue
-        said = process.last_words(log, 8)
+        said = children.last_words(log, 8)
         if alive or "already in use" not in said:
             what = f"did not answer within {START_S:.0f} s" if alive else "did not start"
             raise PrerequisiteError(f"The {_TITLES[name]} {what}: {said}", f"Its log: {log}")
@@ -281,9 +281,9 @@ def _work(settings: Settings, stack: Stack, servers: dict[Name, Daemon], started
     log = settings.logs / "deploy.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, str(REGISTER), str(_prefect_file())]
-    ended = process.run(command, log=log, timeout_s=DEPLOY_S, env=_worker_environment(settings, stack), cwd=ROOT)
+    ended = children.run(command, log=log, timeout_s=DEPLOY_S, env=_worker_environment(settings, stack), cwd=ROOT)
     if ended.returncode != 0:
-        raise WorkError(f"Prefect could not register the deployments: {process.last_words(log)}", f"Its log: {log}")
+        raise WorkError(f"Prefect could not register the deployments: {children.last_words(log)}", f"Its log: {log}")
     if not _runs_well("worker", servers):
         _start(settings, servers, "worker")
         started.append("worker")

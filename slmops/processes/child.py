@@ -1,4 +1,4 @@
-"""The other end of :func:`slmops.processes.process.call`: what every worker module runs as its main function."""
+"""The other end of :func:`slmops.processes.children.call`: what every worker module runs as its main function."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from slmops.core.settings import Settings
 from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
 from slmops.foundry.service_worker import Answer, Request
 from slmops.foundry.versions import Installed
-from slmops.processes import process
+from slmops.processes import children
 
 if TYPE_CHECKING:
     import httpx
@@ -103,14 +103,14 @@ class Backend:
 
     async def ended(self) -> str:
         """Wait for the end of the process, and say how it ended."""
-        return f"{process.died(await self._child.wait())}: {process.last_words(self._log)}"
+        return f"{children.died(await self._child.wait())}: {children.last_words(self._log)}"
 
     def memory_mb(self) -> float:
         """Memory of the process in MB: proportional set size if known, else resident; some seconds old."""
         if not self.alive:
             return 0.0
         if time.monotonic() - self._memory[0] > MEMORY_S:
-            self._memory = (time.monotonic(), process.group_memory_mb(self._child.pid))
+            self._memory = (time.monotonic(), children.group_memory_mb(self._child.pid))
         return self._memory[1]
 
     async def stop(self) -> None:
@@ -201,7 +201,7 @@ async def _spawn(request: Request, log: Path) -> asyncio.subprocess.Process:
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and the child ends with it
             stdout=asyncio.subprocess.PIPE,
             stderr=out,
-            env={**inherited, "PYTHONUNBUFFERED": "1", **process.STEADY_MALLOC},
+            env={**inherited, "PYTHONUNBUFFERED": "1", **children.STEADY_MALLOC},
             start_new_session=True,
         )
 
@@ -214,17 +214,17 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
         async with asyncio.timeout(limit):
             line = await child.stdout.readline()
     except TimeoutError as error:
-        said = process.last_words(log)
+        said = children.last_words(log)
         raise ServingError(
             f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}", f"Its log: {log}"
         ) from error
     try:
         answer = Answer.model_validate_json(line)
     except ValidationError as error:
-        ended = process.died(await child.wait()) if not line else "The process announces nothing"
-        said = process.last_words(log)
-        if process.DISK_FULL in said:
-            raise PrerequisiteError(f"The disk is full: {said}", process.FREE_SPACE) from error
+        ended = children.died(await child.wait()) if not line else "The process announces nothing"
+        said = children.last_words(log)
+        if children.DISK_FULL in said:
+            raise PrerequisiteError(f"The disk is full: {said}", children.FREE_SPACE) from error
         raise ServingError(f"{installed.foundry_id} did not start. {ended}: {said}", f"Its log: {log}") from error
     if answer.error:
         raise errors.BY_NAME.get(answer.error, ServingError)(answer.message, answer.fix or f"Its log: {log}")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from slmops.core.errors import ServingError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
-from slmops.processes import daemon, process
+from slmops.processes import children, daemon
 from slmops.processes.daemon import Daemon
 from slmops.serving import status
 from slmops.serving.options import Serve
@@ -73,7 +73,7 @@ def _start(name: str, settings: Settings, uri: str) -> ServingStatus:
             return running
         time.sleep(0.2)
     stop(settings)
-    raise ServingError(f"The service did not start: {process.last_words(log)}", f"Its log: {log}")
+    raise ServingError(f"The service did not start: {children.last_words(log)}", f"Its log: {log}")
 
 
 def _state(settings: Settings) -> Path:

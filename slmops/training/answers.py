@@ -10,7 +10,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
 from slmops.evaluation import dataset, statistics
-from slmops.processes import process
+from slmops.processes import children
 from slmops.training import answers_worker
 from slmops.training.finetune import ENVIRONMENT
 
@@ -37,7 +37,7 @@ def answer_with_checkpoint(
     text = settings.logs / name / f"{label}.answers.log"
     text.unlink(missing_ok=True)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
-        result, _ = process.call(
+        result, _ = children.call(
             "slmops.training.answers_worker",
             answers_worker.Request(folder=folder, items=questions.items, matcher=matcher),
             answers_worker.Result,

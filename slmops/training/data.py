@@ -23,7 +23,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Frozen
 from slmops.evaluation import dataset as evaluation_sets
 from slmops.evaluation.dataset import EvaluationSet
-from slmops.processes import process
+from slmops.processes import children
 from slmops.training import checks, examples, tokens_worker, web
 from slmops.training.examples import Example, Read, shown
 from slmops.training.finetune import ENVIRONMENT
@@ -184,7 +184,7 @@ def _disk(settings: Settings) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise PrerequisiteError(f"The disk of {settings.home} is full.", process.FREE_SPACE) from None
+            raise PrerequisiteError(f"The disk of {settings.home} is full.", children.FREE_SPACE) from None
         raise
 
 
@@ -336,7 +336,7 @@ def _tokens(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        result, _ = process.call(
+        result, _ = children.call(
             "slmops.training.tokens_worker",
             tokens_worker.Request(checkpoint=checkpoint.path, items=_write(work / "items.jsonl", kept)),
             tokens_worker.Result,

@@ -23,7 +23,7 @@ from slmops.core.errors import PrerequisiteError, TrainingError
 from slmops.core.files import sha256, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, VariantFile
-from slmops.processes import process
+from slmops.processes import children
 from slmops.training import checkpoints, finetune_worker
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
 
@@ -71,7 +71,7 @@ def finetune(
             return _make(checkpoint, data, settings_, settings, name, on_loss, versions, folder)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise PrerequisiteError(f"The disk of {settings.home} is full.", process.FREE_SPACE) from None
+                raise PrerequisiteError(f"The disk of {settings.home} is full.", children.FREE_SPACE) from None
             raise
 
 
@@ -127,7 +127,7 @@ def _make(
         log.info("fine-tuning, in %s", "bf16" if bf16 else "fp32")
     work = settings.work(name) / "finetune"
     try:
-        result, finished = process.call(
+        result, finished = children.call(
             "slmops.training.finetune_worker",
             finetune_worker.Request(
                 checkpoint=checkpoint,
@@ -147,8 +147,8 @@ def _make(
         )
     except TrainingError as error:
         # torch's writer hides the reason in the middle of its report.
-        if process.DISK_FULL in text.read_text(encoding="utf-8", errors="replace"):
-            raise PrerequisiteError("The disk became full while it trained.", process.FREE_SPACE) from error
+        if children.DISK_FULL in text.read_text(encoding="utf-8", errors="replace"):
+            raise PrerequisiteError("The disk became full while it trained.", children.FREE_SPACE) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -25,7 +25,7 @@ from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
-from slmops.processes import process
+from slmops.processes import children
 from tests import making, tiny
 
 pytestmark = pytest.mark.integration
@@ -169,7 +169,7 @@ def test_a_second_call_runs_nothing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(process, "call", lambda *_, **__: pytest.fail("a child process was started"))
+    monkeypatch.setattr(children, "call", lambda *_, **__: pytest.fail("a child process was started"))
     caplog.set_level(logging.INFO, "slmops")
     before = {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")}
     for name in PRECISIONS:

@@ -18,7 +18,7 @@ from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
 from slmops.evaluation.edge_worker import Case
 from slmops.foundry.register import register
-from slmops.processes import process
+from slmops.processes import children
 from tests import making
 
 pytestmark = pytest.mark.integration
@@ -159,9 +159,9 @@ def test_a_model_that_does_not_load(made: tuple[Variant, Registration], settings
     (broken / "model.onnx").unlink()
     (broken / "model.onnx").write_bytes(b"no graph")
     calls = []
-    real = process.call
+    real = children.call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process, "call", lambda *args, **options: calls.append(args[0]) or real(*args, **options))
+        patch.setattr(children, "call", lambda *args, **options: calls.append(args[0]) or real(*args, **options))
         with pytest.raises(EvaluationError, match="status 1 and no result"):
             edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)
     assert len(calls) == 1  # not once for each case

@@ -24,7 +24,7 @@ from slmops.evaluation.logits_worker import WINDOW
 from slmops.evaluation.quality import BASELINE, HUGGING_FACE, TOKENS, Quality
 from slmops.evaluation.speed import Speed
 from slmops.foundry.register import register
-from slmops.processes import process
+from slmops.processes import children
 from tests import making, measured
 
 pytestmark = pytest.mark.integration
@@ -250,7 +250,7 @@ def test_two_at_once_wait_for_each_other(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "slmops")
-    real = process.call
+    real = children.call
     sections: list[tuple[float, float, str]] = []
 
     def timed(module: str, *arguments: Any, **options: Any) -> Any:
@@ -264,7 +264,7 @@ def test_two_at_once_wait_for_each_other(
     variant, registration = made["int8"]
     other = Settings(home=tmp_path / "other")
     elsewhere = register(variant, NAME, job, other)
-    monkeypatch.setattr(process, "call", timed)
+    monkeypatch.setattr(children, "call", timed)
     quick = job.model_copy(update={"quick": True, "prompt_lengths": [32]})
     with ThreadPoolExecutor(2) as pool:
         scoring = pool.submit(quality.measure, variant, registration, NAME, quick, settings)

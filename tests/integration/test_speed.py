@@ -19,7 +19,7 @@ from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell
 from slmops.foundry.register import register
 from slmops.foundry.stage import stage
-from slmops.processes import process
+from slmops.processes import children
 from tests import making
 from tests.measured import answer, quality
 from tests.tiny import VOCABULARY
@@ -156,7 +156,7 @@ def test_answers_have_the_lengths_that_were_asked_for(measured: dict[str, Speed 
 def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) -> speed_worker.Result:
     work = settings.work(NAME) / "alone"
     staged = stage(made[1], work / "foundry", fixed_length=fixed_length)
-    result, _ = process.call(
+    result, _ = children.call(
         "slmops.evaluation.speed_worker",
         speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
         speed_worker.Result,

@@ -14,7 +14,7 @@ from slmops.core.errors import TrackingError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import deployed, pull
 from slmops.foundry.versions import MANIFEST, Installed
-from slmops.processes import process
+from slmops.processes import children
 from tests.pulled import BIG, CRASHED, FILES, Device
 
 Versions = dict[int, Installed]
@@ -81,7 +81,7 @@ def test_tidying_that_fails_harms_nothing(
     def crash(*_: Any, **__: Any) -> None:
         raise CRASHED
 
-    monkeypatch.setattr(process, "call", crash)
+    monkeypatch.setattr(children, "call", crash)
     pull.make_current(versions[4], device.settings)
     assert pull.current("bot", device.settings) == versions[4]
     assert device.here() == [4, 3, 2, 1]

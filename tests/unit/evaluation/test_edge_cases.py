@@ -16,7 +16,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration
 from slmops.evaluation import edge_cases, edge_worker
 from slmops.evaluation.edge_worker import Case, Line, Messages, Probe, Seen
-from slmops.processes import process
+from slmops.processes import children
 from tests import values
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -272,8 +272,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
     settings = Settings(home=folder.parent / "home")
     registration = Registration(foundry_id="x-generic-cpu:1", path=folder, prompt_template_exact=True, answer="")
 
-    def go(children: Children) -> tuple[CaseOutcome, ...]:
-        monkeypatch.setattr(process, "call", children)
+    def go(stand_in: Children) -> tuple[CaseOutcome, ...]:
+        monkeypatch.setattr(children, "call", stand_in)
         cases = [Case(id=name, expected="answered") for name in "abc"]
         variant = values.variant(folder)
         try:
@@ -285,16 +285,16 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
 
 
 def test_what_was_seen_before_a_crash_is_kept(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
-    children = Children(
+    stand_in = Children(
         ([begun("a"), ended("a"), begun("b")], DIED),
         ([begun("c"), ended("c")], None),
     )
-    assert [(case.id, case.outcome) for case in run(children)] == [
+    assert [(case.id, case.outcome) for case in run(stand_in)] == [
         ("a", "answered"),
         ("b", "crashed"),
         ("c", "answered"),
     ]
-    assert children.asked == [["a", "b", "c"], ["c"]]
+    assert stand_in.asked == [["a", "b", "c"], ["c"]]
 
 
 @pytest.mark.parametrize(
@@ -309,20 +309,20 @@ def test_what_was_seen_before_a_crash_is_kept(run: Callable[[Children], tuple[Ca
 def test_a_crash_outside_of_the_cases(
     lines: list[Line], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
 ) -> None:
-    children = Children((lines, DIED), ([line for name in "bc" for line in (begun(name), ended(name))], None))
-    assert {case.outcome for case in run(children)} == {"answered"}
-    assert children.asked == asked
+    stand_in = Children((lines, DIED), ([line for name in "bc" for line in (begun(name), ended(name))], None))
+    assert {case.outcome for case in run(stand_in)} == {"answered"}
+    assert stand_in.asked == asked
 
 
 def test_a_crash_before_any_case_is_the_variants(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
-    children = Children(([], DIED))
+    stand_in = Children(([], DIED))
     with pytest.raises(EvaluationError, match="SIGSEGV"):
-        run(children)
-    assert len(children.asked) == 1
+        run(stand_in)
+    assert len(stand_in.asked) == 1
 
 
 def test_a_crash_before_any_further_case_too(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
-    children = Children(([begun("a")], DIED), ([], DIED))
+    stand_in = Children(([begun("a")], DIED), ([], DIED))
     with pytest.raises(EvaluationError, match="SIGSEGV"):
-        run(children)
-    assert children.asked == [["a", "b", "c"], ["b", "c"]]
+        run(stand_in)
+    assert stand_in.asked == [["a", "b", "c"], ["b", "c"]]

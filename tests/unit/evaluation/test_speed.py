@@ -20,7 +20,7 @@ from slmops.evaluation import speed, speed_worker
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Window
 from slmops.foundry.stage import Staged
-from slmops.processes.process import Finished
+from slmops.processes.children import Finished
 from tests.values import variant
 
 NAME = "bot"
@@ -91,7 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Processes:
-    """Stands in for :func:`slmops.processes.process.call`."""
+    """Stands in for :func:`slmops.processes.children.call`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, speed_worker.Request, dict[str, Any]]] = []
@@ -121,7 +121,7 @@ class Processes:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Processes:  # noqa: ARG001 - no real clock
     fake = Processes()
-    monkeypatch.setattr(speed.process, "call", fake)
+    monkeypatch.setattr(speed.children, "call", fake)
     return fake
 
 
@@ -181,7 +181,7 @@ def test_staged_so_that_answers_do_not_end_early(
         seen.append(json.loads((request.folder / "genai_config.json").read_text())["model"]["eos_token_id"])
         return processes(module, request, *rest, **options)
 
-    monkeypatch.setattr(speed.process, "call", look)
+    monkeypatch.setattr(speed.children, "call", look)
     measure([make("a")], settings, quick=True)
     assert seen == [[99]]
 

@@ -17,7 +17,7 @@ import pytest
 from slmops.core.errors import PrerequisiteError, TrackingError
 from slmops.delivery import pull
 from slmops.foundry.versions import MANIFEST
-from slmops.processes import process
+from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking import files as tracking_files
 from tests import values
@@ -220,7 +220,7 @@ def test_the_disk_fills_up_meanwhile(device: Device) -> None:
     (device.downloads / f"{BIG}.part").symlink_to("/dev/full")
     with pytest.raises(PrerequisiteError, match=os.strerror(errno.ENOSPC)) as caught:
         device.install()
-    assert caught.value.fix == process.FREE_SPACE
+    assert caught.value.fix == children.FREE_SPACE
     assert device.here() == []
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from slmops.core.errors import CheckpointError, ConversionError, EvaluationError
 from slmops.core.values import Frozen
-from slmops.processes import process
+from slmops.processes import children
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -81,11 +81,11 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "GRACE_S", 0.3)
+    monkeypatch.setattr(children, "GRACE_S", 0.3)
 
 
-def python(program: str, log: Path, timeout_s: float = LONG_S, **options: Any) -> process.Finished:
-    return process.run([sys.executable, "-S", "-c", program], log=log, timeout_s=timeout_s, **options)
+def python(program: str, log: Path, timeout_s: float = LONG_S, **options: Any) -> children.Finished:
+    return children.run([sys.executable, "-S", "-c", program], log=log, timeout_s=timeout_s, **options)
 
 
 def gone(pid: int, within_s: float) -> bool:
@@ -119,7 +119,7 @@ def over_when_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def clock() -> float:
         return time.monotonic() + (3600 if file.exists() and file.stat().st_size else 0)
 
-    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(children, "time", SimpleNamespace(monotonic=clock))
     return file
 
 
@@ -181,7 +181,7 @@ def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
 
 
 def test_no_samples_no_peak() -> None:
-    assert process.Finished(returncode=0, seconds=0, memory=[], timed_out=False).memory_peak_mb == 0
+    assert children.Finished(returncode=0, seconds=0, memory=[], timed_out=False).memory_peak_mb == 0
 
 
 STUBBORN = ", signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
@@ -237,17 +237,17 @@ def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
 
 def test_program_that_does_not_exist(log: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        process.run(["/no/such/program"], log=log, timeout_s=1)
+        children.run(["/no/such/program"], log=log, timeout_s=1)
 
 
 @pytest.fixture
-def call(tmp_path: Path, log: Path) -> Callable[..., tuple[Result, process.Finished]]:
+def call(tmp_path: Path, log: Path) -> Callable[..., tuple[Result, children.Finished]]:
     """Call the worker module, which lies where only the child looks."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "odd_worker.py").write_text(WORKER, encoding="utf-8")
 
-    def run(what: str, **env: str) -> tuple[Result, process.Finished]:
-        return process.call(
+    def run(what: str, **env: str) -> tuple[Result, children.Finished]:
+        return children.call(
             "odd_worker",
             Request(what=what),
             Result,
@@ -261,7 +261,7 @@ def call(tmp_path: Path, log: Path) -> Callable[..., tuple[Result, process.Finis
     return run
 
 
-def test_call_returns_what_the_worker_made(call: Callable[..., tuple[Result, process.Finished]]) -> None:
+def test_call_returns_what_the_worker_made(call: Callable[..., tuple[Result, children.Finished]]) -> None:
     result, finished = call("work", MODE="fast")
     assert result.said == "did work fast"
     assert result.pid != os.getpid()
@@ -319,21 +319,21 @@ def test_result_of_an_earlier_call_is_not_taken_for_this_ones(call: Callable[...
 def test_unknown_module(tmp_path: Path, log: Path) -> None:
     options: dict[str, Any] = {"work": tmp_path / "work", "log": log, "timeout_s": LONG_S, "error": EvaluationError}
     with pytest.raises(EvaluationError, match=r"status 1 and no result: .*No module named no_such_worker"):
-        process.call("no_such_worker", Request(what=""), Result, **options)
+        children.call("no_such_worker", Request(what=""), Result, **options)
 
 
 PARENT = """\
 import sys
 from pathlib import Path
 from slmops.core import errors
-from slmops.processes import process
+from slmops.processes import children
 from slmops.core.values import Frozen
 
 class Request(Frozen):
     what: str
 
 folder = Path(sys.argv[1])
-process.call("odd_worker", Request(what=f"sleep {folder / 'pid'}"), Request, work=folder / "work",
+children.call("odd_worker", Request(what=f"sleep {folder / 'pid'}"), Request, work=folder / "work",
              log=folder / "log", timeout_s=60, error=errors.WorkError)
 """
 
@@ -368,7 +368,7 @@ def test_last_words(log: Path, text: str | None, said: str) -> None:
     if text is not None:
         log.parent.mkdir()
         log.write_text(text, encoding="utf-8")
-    assert process.last_words(log) == said
+    assert children.last_words(log) == said
 
 
 def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +387,7 @@ def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [])
     monkeypatch.setattr(psutil.Process, "memory_full_info", exact)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _process: Info)
-    meter = process._Meter()
+    meter = children._Meter()
     while now[0] < 1010:
         assert meter.mb(os.getpid()) == 900
         now[0] += 0.1

@@ -14,7 +14,7 @@ from slmops.delivery import promotion
 from slmops.foundry.versions import Name, Promoted, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
-from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_verdict
+from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_decision
 
 log = logging.getLogger("slmops.promote")
 
@@ -30,9 +30,9 @@ def promote(request: Promotion) -> Promoted:
     settings = Settings()
     uri = stack.tracking_uri(settings)
     with _alone(request.name, settings):
-        verdict = judge_challenger(uri, request)
-        challenger, champion = verdict.challenger, verdict.champion
-        show_verdict(verdict, request)
+        decision = judge_challenger(uri, request)
+        challenger, champion = decision.challenger, decision.champion
+        show_decision(decision, request)
         if champion is not None and champion.version == challenger.version:
             log.info("%s is the champion already", challenger.label)
             return Promoted(
@@ -41,20 +41,20 @@ def promote(request: Promotion) -> Promoted:
                 variant=challenger.variant,
                 replaced=None,
                 changed=False,
-                gates=verdict.gates,
+                gates=decision.gates,
                 url=Registry(uri).page(challenger),
             )
-        refused = promotion.refuse(verdict)
+        refused = promotion.refuse(decision)
         if refused is not None and request.force is None:
             raise refused
         check_files(uri, challenger, settings)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
         if request.approval:
-            tags["slmops.approved"] = ask_person(verdict, request)
+            tags["slmops.approved"] = ask_person(decision, request)
         if refused is not None and request.force is not None:
             log.warning("forced against: %s", refused.message)
-            tags["slmops.forced"] = f"{request.force} (against: {'; '.join(verdict.against)})"[:4000]
-        promoted = move_aliases(uri, challenger, champion, tags, verdict, settings)
+            tags["slmops.forced"] = f"{request.force} (against: {'; '.join(decision.against)})"[:4000]
+        promoted = move_aliases(uri, challenger, champion, tags, decision, settings)
         log.info("%s is the champion of %s", challenger.label, request.name)
         return promoted
 

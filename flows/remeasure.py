@@ -10,7 +10,7 @@ from prefect import flow, runtime
 from slmops.core import locks, machine
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
-from slmops.delivery import on_device
+from slmops.delivery import remeasurement
 from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured, judge
 from slmops.local import stack
 from slmops.tracking.tracker import Tracker
@@ -49,12 +49,12 @@ def remeasure(request: Remeasure) -> Remeasured:
         here = machine.hardware().kind
         try:
             recorded = find_record(uri, version, settings.work(work) / "record")
-            plan = on_device.plan(recorded, here, settings)
+            plan = remeasurement.plan(recorded, here, settings)
             for reason in plan.left_out:
                 log.warning("not compared: %s", reason)
             now: dict[str, Measurement] = {}
             answers: tuple[Answer, ...] | None = None
-            with on_device.copied(check_files(uri, version, settings), work, settings) as place:
+            with remeasurement.copied(check_files(uri, version, settings), work, settings) as place:
                 if plan.speed:
                     now |= measure_speed(place, recorded, work, settings)
                 if plan.text is not None:

@@ -11,7 +11,7 @@ from prefect import flow, runtime
 
 from slmops.core import locks
 from slmops.core.settings import Settings
-from slmops.delivery.on_device import copied
+from slmops.delivery.remeasurement import copied
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.foundry.versions import Installed
 from slmops.local import stack

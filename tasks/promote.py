@@ -11,8 +11,8 @@ from prefect.input import RunInput
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import to_name
-from slmops.delivery import deployed, promotion, pull
-from slmops.delivery.promotion import Verdict
+from slmops.delivery import installed, promotion, pull
+from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -27,7 +27,7 @@ class Approval(RunInput):
 
 
 @tracking_task(name="judge", task_run_name="judge the challenger")
-def judge_challenger(uri: str, request: Promotion) -> Verdict:
+def judge_challenger(uri: str, request: Promotion) -> Decision:
     """The version that was asked for, and the job's gates against the champion of now."""
     registry, tracker = Registry(uri), Tracker(uri)
     challenger = promotion.pick(registry, tracker, request)
@@ -62,7 +62,7 @@ def move_aliases(
     version: ModelVersion,
     champion: ModelVersion | None,
     tags: dict[str, str],
-    verdict: Verdict | None,
+    decision: Decision | None,
     settings: Settings,
 ) -> Promoted:
     """Make it the champion. Not retried: a second attempt would find the first one's result in its way."""
@@ -70,7 +70,7 @@ def move_aliases(
     registry.promote(version, champion, tags)
     kept = [one for one in (version, champion) if one is not None]
     # What this and earlier promotions fetched for their checks goes.
-    deployed.tidy(version.name, [one.foundry_id for one in kept], settings)
+    installed.tidy(version.name, [one.foundry_id for one in kept], settings)
     return Promoted(
         model=version.name,
         version=version.version,
@@ -78,28 +78,28 @@ def move_aliases(
         replaced=champion.version if champion else None,
         changed=True,
         forced=tags.get("slmops.forced"),
-        gates=verdict.gates if verdict else (),
+        gates=decision.gates if decision else (),
         url=registry.page(version),
     )
 
 
-def show_verdict(verdict: Verdict, request: Promotion) -> None:
+def show_decision(decision: Decision, request: Promotion) -> None:
     """Publish what speaks for and against it as an artifact of the flow run."""
     create_markdown_artifact(
-        promotion.text(verdict, request),
+        promotion.text(decision, request),
         key=f"promotion-{to_name(request.name).replace('_', '-')}",
-        description=f"{request.name}: version {verdict.challenger.version} as champion",
+        description=f"{request.name}: version {decision.challenger.version} as champion",
     )
 
 
-def ask_person(verdict: Verdict, request: Promotion) -> str:
+def ask_person(decision: Decision, request: Promotion) -> str:
     """Pause the flow until somebody decides on the Prefect page; returns the comment.
 
     Raises:
         PromotionError: The answer is no, or nobody answered in time.
     """
-    form = Approval.with_initial_data(description=promotion.text(verdict, request), promote=not verdict.against)
-    label = verdict.challenger.label
+    form = Approval.with_initial_data(description=promotion.text(decision, request), promote=not decision.against)
+    label = decision.challenger.label
     try:
         answer = pause_flow_run(wait_for_input=form, timeout=request.approval_timeout_s, poll_interval=2)
     except FlowPauseTimeout:

@@ -12,8 +12,8 @@ from slmops.core import machine
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement, to_name
-from slmops.delivery import on_device
-from slmops.delivery.on_device import Place
+from slmops.delivery import remeasurement
+from slmops.delivery.remeasurement import Place
 from slmops.evaluation import remeasure
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
@@ -49,7 +49,7 @@ def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
 @task(name="measure speed again", task_run_name="measure speed again", cache_policy=NO_CACHE)
 def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
     """Speed and memory, each round in a fresh process."""
-    return on_device.measure_speed(place, recorded, name, settings)
+    return remeasurement.measure_speed(place, recorded, name, settings)
 
 
 @task(name="measure perplexity again", task_run_name="measure perplexity again", cache_policy=NO_CACHE)
@@ -57,7 +57,7 @@ def measure_perplexity(
     place: Place, text: str, recorded: Recorded, name: str, settings: Settings
 ) -> dict[str, Measurement]:
     """Perplexity on the same text."""
-    return on_device.measure_perplexity(place, text, recorded, name, settings)
+    return remeasurement.measure_perplexity(place, text, recorded, name, settings)
 
 
 @task(name="ask again", task_run_name="ask again", cache_policy=NO_CACHE)
@@ -65,7 +65,7 @@ def ask_questions(
     place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
 ) -> tuple[Answer, ...]:
     """Answers to the same questions."""
-    return on_device.ask_questions(place, questions, recorded, name, settings)
+    return remeasurement.ask_questions(place, questions, recorded, name, settings)
 
 
 @tracking_task(name="track remeasurement", task_run_name="track remeasurement")

@@ -13,7 +13,7 @@ from slmops.core import machine
 from slmops.core.errors import RegistrationError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
-from slmops.delivery import pull
+from slmops.delivery import installed, pull
 from slmops.foundry import cli
 from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
 from slmops.processes import children
@@ -145,7 +145,7 @@ class Device:
 
     def here(self, name: str = "bot") -> list[int]:
         """The installed versions."""
-        return [one.version for one in pull.installed(name, self.settings)]
+        return [one.version for one in installed.versions(name, self.settings)]
 
     @property
     def models(self) -> Path:

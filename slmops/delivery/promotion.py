@@ -12,7 +12,7 @@ from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 
 
-class Verdict(Frozen):
+class Decision(Frozen):
     """What speaks for a challenger, and what against it."""
 
     challenger: ModelVersion
@@ -55,7 +55,7 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
     return registry.find(request.name, str(chosen.version))
 
 
-def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Verdict:
+def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
     """Apply the policy of the challenger's job to what was measured of it, against the champion of now.
 
     Raises:
@@ -79,33 +79,33 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
                 "speeds are not compared."
             )
     gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
-    return Verdict(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
+    return Decision(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
 
 
-def refuse(verdict: Verdict) -> GateError | None:
+def refuse(decision: Decision) -> GateError | None:
     """The error that says why a challenger may not be promoted; None if it may."""
-    if not verdict.against:
+    if not decision.against:
         return None
-    challenger, champion = verdict.challenger, verdict.champion
+    challenger, champion = decision.challenger, decision.champion
     fix = f"`slmops promote {challenger.name} --version {challenger.version} --force REASON` overrides it."
-    if verdict.differs and champion is not None:
+    if decision.differs and champion is not None:
         source = champion.tags.get("slmops.source", "its checkpoint")
         again = f"slmops run --model {source} --name {champion.name}"
         fix = f"Measure {champion.label} with the same (`{again}`), then promote again. Or: {fix}"
-    return GateError(f"{challenger.label} is not promoted: {'; '.join(verdict.against)}.", fix)
+    return GateError(f"{challenger.label} is not promoted: {'; '.join(decision.against)}.", fix)
 
 
-def text(verdict: Verdict, request: Promotion) -> str:
+def text(decision: Decision, request: Promotion) -> str:
     """What a person looks at before deciding, in Markdown."""
-    champion = verdict.champion.label if verdict.champion else "nothing is deployed yet"
-    gates = [f"- {gate.outcome}: {gate.detail}" for gate in verdict.gates if gate.outcome != "skipped"]
-    against = [f"- {said}" for said in verdict.against]
+    champion = decision.champion.label if decision.champion else "nothing is deployed yet"
+    gates = [f"- {gate.outcome}: {gate.detail}" for gate in decision.gates if gate.outcome != "skipped"]
+    against = [f"- {said}" for said in decision.against]
     return "\n".join(
         [
-            f"**{verdict.challenger.label}** is to replace: {champion}.",
+            f"**{decision.challenger.label}** is to replace: {champion}.",
             "",
             *(gates or ["No gate applies."]),
-            *([f"- note: {verdict.elsewhere}"] if verdict.elsewhere else []),
+            *([f"- note: {decision.elsewhere}"] if decision.elsewhere else []),
             "",
             *(["Against it:", *against] if against else ["Nothing speaks against it."]),
             *([f"Forced: {request.force}"] if request.force else []),

@@ -23,8 +23,7 @@ from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import NAME_PATTERN, VariantFile
-from slmops.delivery import deployed
-from slmops.delivery.deployed import current, installed, make_current
+from slmops.delivery import installed
 from slmops.foundry import cli, layout, register_worker
 from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
 from slmops.processes import children
@@ -33,8 +32,6 @@ from slmops.tracking.download import Origin, intact, part_of, size_of
 
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
-
-__all__ = ["current", "fitting", "install", "installed", "make_current", "pull", "split"]
 
 log = logging.getLogger(__name__)
 
@@ -128,9 +125,9 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
     """
     from slmops.tracking.registry import Registry
 
-    with deployed.locked(name, settings):
+    with installed.locked(name, settings):
         done = _install(fitting(Registry(uri), name, which), settings, uri)
-        deployed.make_current_locked(done, settings)
+        installed.make_current_locked(done, settings)
     return done
 
 
@@ -149,7 +146,7 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
         TrackingError: The registry cannot be reached, or what it gives is gone or altered.
         RegistrationError: Foundry Local refuses it, or it answers nothing; if it is new it is removed again.
     """
-    with deployed.locked(version.name, settings):
+    with installed.locked(version.name, settings):
         return _install(version, settings, uri)
 
 
@@ -158,7 +155,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch(DIGEST, version.manifest_sha256):
         raise TrackingError(f"{version.label} is no version that slmops made: its tags make no sense.")
     called = layout.model_name(version.name, version.variant)
-    folder = deployed.folder_of(settings) / f"{called}-{version.version}"
+    folder = installed.folder_of(settings) / f"{called}-{version.version}"
     done = Installed(
         name=version.name,
         version=version.version,
@@ -169,7 +166,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     with _writing(settings):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_scratch(folder.parent)
-        here = deployed.read_manifest(folder / MANIFEST)
+        here = installed.read_manifest(folder / MANIFEST)
         if here is not None and here.model != version.name:
             raise RegistrationError(
                 f"{folder} holds a version of {here.model}, whose name and variant together read the same.",
@@ -179,7 +176,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
             log.info("%s is on this device already", version.label)
             _register(done, settings)
             return done
-        downloads = deployed.downloads_of(settings) / version.manifest_sha256
+        downloads = installed.downloads_of(settings) / version.manifest_sha256
         manifest = _bring(version, settings, Origin(uri, version.location, version.label), downloads)
         with _replacing(folder, settings):
             with folder_appears_whole(folder) as scratch:
@@ -257,7 +254,7 @@ def _check(manifest: Deployment, version: ModelVersion) -> None:
 
 def _known(settings: Settings) -> dict[str, list[Path]]:
     """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
-    manifests = [*settings.variants.glob(f"*/{models.MANIFEST}"), *deployed.folder_of(settings).glob(f"*/{MANIFEST}")]
+    manifests = [*settings.variants.glob(f"*/{models.MANIFEST}"), *installed.folder_of(settings).glob(f"*/{MANIFEST}")]
     found: dict[str, list[Path]] = {}
     for manifest in manifests:
         try:
@@ -275,7 +272,7 @@ def _replacing(folder: Path, settings: Settings) -> Iterator[None]:
     aside = None
     if folder.exists():
         log.warning("%s is not what the registry has: replacing it", folder)
-        aside = deployed.move_aside(folder, settings)
+        aside = installed.move_aside(folder, settings)
     try:
         yield
     except BaseException:
@@ -307,7 +304,7 @@ def _inference_model(done: Installed, manifest: Deployment) -> dict[str, Any]:
 def _register(done: Installed, settings: Settings) -> None:
     """Have Foundry Local list it, and have it answer."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
-    with deployed.catalog_locked(settings):
+    with installed.catalog_locked(settings):
         cli.confirm(called, cache)
         cli.ask(called, cache, register_worker.PROMPTS[0])
         try:
@@ -320,13 +317,13 @@ def _register(done: Installed, settings: Settings) -> None:
                     display_name=f"{done.name} {done.variant}",
                 ),
                 register_worker.Result,
-                work=deployed.work_of(done.name, settings),
+                work=installed.work_of(done.name, settings),
                 log=settings.logs / done.name / f"{done.variant}.pull.log",
                 timeout_s=TIMEOUT_S,
                 error=RegistrationError,
             )
         except SlmopsError:
-            deployed.forget([done.foundry_id], settings)  # a child that crashed has not
+            installed.forget([done.foundry_id], settings)  # a child that crashed has not
             raise
 
 

@@ -73,15 +73,15 @@ class RegistrySource:
 
     def make_current(self, installed: Installed) -> None:
         """See :class:`Source`."""
-        from slmops.delivery import deployed
+        from slmops.delivery.installed import make_current
 
-        deployed.make_current(installed, self.settings)
+        make_current(installed, self.settings)
 
     def current(self) -> Installed | None:
         """See :class:`Source`."""
-        from slmops.delivery import deployed
+        from slmops.delivery import installed
 
-        return deployed.current(self.name, self.settings)
+        return installed.current(self.name, self.settings)
 
     def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion | None:
         """See :class:`Source`."""

@@ -21,7 +21,7 @@ from slmops.conversion.store import files_of
 from slmops.core.errors import RegistrationError, TrackingError
 from slmops.core.files import sha256
 from slmops.core.settings import Settings
-from slmops.delivery import pull
+from slmops.delivery import installed, pull
 from slmops.foundry.register import register
 from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
 from slmops.local import stack
@@ -241,7 +241,7 @@ def test_a_connection_cut_at_three_points(
         assert sha256(done.folder / path.name) == sha256(path)
     assert catalog(settings) == {done.foundry_id: str(done.folder)}
     assert answers(done, settings)
-    assert pull.current(NAME, settings) == done
+    assert installed.current(NAME, settings) == done
 
     # Once more, through a line that would not carry the file again.
     line.cuts, line.offsets[:] = [0] * 9, []
@@ -259,7 +259,7 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
     assert caught.value.message.startswith(f"{BIG} of tiny version {version.version} (fp32) broke off at ")
     assert f"MLflow at {line.url} did not" in caught.value.message
     assert caught.value.fix == "The next pull goes on where this one stopped."
-    assert pull.installed(NAME, settings) == []
+    assert installed.versions(NAME, settings) == []
 
     server.start()
     line.cut = lambda: None
@@ -267,7 +267,7 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
     done = pull.pull(NAME, None, settings, line.url)
     assert len(line.offsets) == 1
     assert whole // 2 - HEADERS - BLOCK <= line.offsets[0] <= whole // 2
-    assert pull.current(NAME, settings) == done
+    assert installed.current(NAME, settings) == done
 
 
 def test_a_file_that_is_altered_or_gone_and_the_one_before_stays(
@@ -287,8 +287,8 @@ def test_a_file_that_is_altered_or_gone_and_the_one_before_stays(
             pull.install(newer, settings, server.url)
     finally:
         file.write_bytes(content)
-    assert pull.current(NAME, settings) == first
-    assert pull.installed(NAME, settings) == [first]
+    assert installed.current(NAME, settings) == first
+    assert installed.versions(NAME, settings) == [first]
     assert catalog(settings) == {first.foundry_id: str(first.folder)}
 
 
@@ -298,7 +298,7 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     made = []
     for number in (1, 2, 3):
         made.append(pull.install(version.model_copy(update={"version": number}), settings, server.url))
-        pull.make_current(made[-1], settings)
+        installed.make_current(made[-1], settings)
     kept = {one.foundry_id: str(one.folder) for one in made[1:]}
     assert catalog(settings) == kept
     assert not made[0].folder.exists()
@@ -317,4 +317,4 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     with pytest.raises(RegistrationError, match=r"other\.onnx"):
         pull.install(version.model_copy(update=changes), settings, server.url)
     assert catalog(settings) == kept
-    assert [one.version for one in pull.installed(NAME, settings)] == [3, 2]
+    assert [one.version for one in installed.versions(NAME, settings)] == [3, 2]

@@ -17,7 +17,7 @@ from flows.soak import soak
 from slmops.core import locks, machine
 from slmops.core.errors import BusyError, UsageError
 from slmops.core.settings import Settings
-from slmops.delivery import deployed, on_device, pull
+from slmops.delivery import installed, pull, remeasurement
 from slmops.evaluation import dataset, speed
 from slmops.evaluation.remeasure import MEMORY, SPEED, DriftError, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak
@@ -80,7 +80,7 @@ def test_what_is_deployed_is_what_was_recorded(
     assert (figures["accuracy"].ratio, figures["accuracy"].now.samples) == (1, 3)
     # Nothing of it is left, and what users of this device get is for others to say.
     assert not list((settings.home / "work").glob("*.remeasure"))
-    assert deployed.current(NAME, settings) is None
+    assert installed.current(NAME, settings) is None
 
 
 def test_what_mlflow_and_prefect_have(
@@ -183,16 +183,16 @@ def test_speeds_of_another_kind_of_machine_are_not_compared(champion: ModelVersi
 
 def test_a_removed_version_is_measured_to_the_end(champion: ModelVersion, settings: Settings, tmp_path: Path) -> None:
     uri = settings.tracking_uri or ""
-    installed = pull.install(champion, settings, uri)
+    here = pull.install(champion, settings, uri)
     recorded = Tracker(uri).recorded(champion.run_id, tmp_path)
     questions = dataset.load(recorded.evaluation_set)
-    with on_device.copied(installed, "gone", settings) as place:
-        deployed.tidy(NAME, [], settings)
-        assert not installed.folder.exists()
-        answers = on_device.ask_questions(place, questions, recorded, "gone", settings)
+    with remeasurement.copied(here, "gone", settings) as place:
+        installed.tidy(NAME, [], settings)
+        assert not here.folder.exists()
+        answers = remeasurement.ask_questions(place, questions, recorded, "gone", settings)
     assert [one.answer for one in answers] == [one.answer for one in recorded.answers]
     assert not settings.work("gone").exists()
-    with pytest.raises(BusyError, match="was removed from this device"), on_device.copied(installed, "gone", settings):
+    with pytest.raises(BusyError, match="was removed from this device"), remeasurement.copied(here, "gone", settings):
         pass
 
 
@@ -205,7 +205,7 @@ def test_the_champion_is_soaked(champion: ModelVersion, client: MlflowClient, se
     shown = artifacts(flow_runs("soak")[-1])["soak-tiny-r"]
     assert f"| version | {champion.version} |" in shown
     assert not list((settings.home / "work").glob("*.soak"))
-    assert deployed.current(NAME, settings) is None
+    assert installed.current(NAME, settings) is None
 
 
 @pytest.mark.usefixtures("champion")

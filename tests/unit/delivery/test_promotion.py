@@ -69,7 +69,7 @@ def pick(request: Promotion, tracker: Tracker) -> ModelVersion:
     return promotion.pick(Registry(), tracker, request)  # type: ignore[arg-type]
 
 
-def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Verdict:
+def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Decision:
     return promotion.judge(tracker, version(2), champion)  # type: ignore[arg-type]
 
 
@@ -114,23 +114,23 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any]) -> None:
 def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> None:
     tracker = Tracker(measured(accuracy))
     tracker.measured = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
-    verdict = judge(tracker, version(1, "fp32"))
+    decision = judge(tracker, version(1, "fp32"))
     assert tracker.asked == [("bot", "run-2")]
-    error = promotion.refuse(verdict)
+    error = promotion.refuse(decision)
     assert (error is not None) == refused
     if error is not None:
         assert isinstance(error, GateError)
         assert error.exit_code == 3
         assert "bot version 2 (int8) is not promoted: accuracy differs from the champion's by -0.15" in error.message
         assert error.fix == "`slmops promote bot --version 2 --force REASON` overrides it."
-        assert "Against it:" in promotion.text(verdict, Promotion(name="bot"))
+        assert "Against it:" in promotion.text(decision, Promotion(name="bot"))
 
 
 def test_the_first_version_has_nobody_to_beat() -> None:
-    verdict = judge(Tracker(measured(0.1)), None)
-    assert [gate.outcome for gate in verdict.gates] == ["skipped"]
-    assert promotion.refuse(verdict) is None
-    said = promotion.text(verdict, Promotion(name="bot", force="why not"))
+    decision = judge(Tracker(measured(0.1)), None)
+    assert [gate.outcome for gate in decision.gates] == ["skipped"]
+    assert promotion.refuse(decision) is None
+    said = promotion.text(decision, Promotion(name="bot", force="why not"))
     assert "nothing is deployed yet" in said
     assert "Nothing speaks against it." in said
     assert "Forced: why not" in said
@@ -140,9 +140,9 @@ def test_the_first_version_has_nobody_to_beat() -> None:
 def test_what_was_measured_with_other_things_is_not_compared(condition: str) -> None:
     tracker = Tracker(measured(0.9), run_1={**CONDITIONS, condition: "other"})
     tracker.measured = {}
-    verdict = judge(tracker, version(1, "fp32"))
-    assert verdict.differs == (condition,)
-    error = promotion.refuse(verdict)
+    decision = judge(tracker, version(1, "fp32"))
+    assert decision.differs == (condition,)
+    error = promotion.refuse(decision)
     assert error is not None
     assert f"bot version 1 (fp32) and bot version 2 (int8) were not measured with the same {condition}" in error.message
     assert "Measure bot version 1 (fp32) with the same" in str(error.fix)
@@ -158,24 +158,24 @@ def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bo
     accuracy = Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)
     tracker.measured = {"accuracy": accuracy}  # the tracking server leaves the others out
     tracker.machines = {"run-1": "a small one"}
-    verdict = judge(tracker, version(1, "fp32"))
+    decision = judge(tracker, version(1, "fp32"))
     note = (
         "The speed of the champion was measured on another kind of machine (a small one; not this machine): "
         "speeds are not compared."
     )
-    assert (verdict.elsewhere, verdict.differs) == (note, ())
-    assert f"\n- note: {note}\n" in promotion.text(verdict, Promotion(name="bot"))
-    assert [gate.outcome for gate in verdict.gates] == ["pass", "inconclusive"]
-    assert verdict.gates[1].detail == "decode_tok_s was not measured of the champion"
-    assert (promotion.refuse(verdict) is not None) == refused
+    assert (decision.elsewhere, decision.differs) == (note, ())
+    assert f"\n- note: {note}\n" in promotion.text(decision, Promotion(name="bot"))
+    assert [gate.outcome for gate in decision.gates] == ["pass", "inconclusive"]
+    assert decision.gates[1].detail == "decode_tok_s was not measured of the champion"
+    assert (promotion.refuse(decision) is not None) == refused
 
 
 def test_nothing_is_said_of_two_machines_of_one_kind() -> None:
     tracker = Tracker(measured(0.8))
     tracker.measured = {}
-    verdict = judge(tracker, version(1, "fp32"))
-    assert verdict.elsewhere is None
-    assert "note:" not in promotion.text(verdict, Promotion(name="bot"))
+    decision = judge(tracker, version(1, "fp32"))
+    assert decision.elsewhere is None
+    assert "note:" not in promotion.text(decision, Promotion(name="bot"))
 
 
 def test_an_evaluation_that_is_not_in_its_job() -> None:

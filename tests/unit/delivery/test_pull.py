@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
-from slmops.delivery import pull
+from slmops.delivery import installed, pull
 from slmops.foundry import cli
 from slmops.foundry.versions import MANIFEST, Installed, ModelVersion
 from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, described, digest, names
@@ -40,8 +40,8 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
     assert device.registered == ["bot-int8-generic-cpu:3"]
     assert device.seen == [names(folder)]  # it was whole when Foundry Local saw it
     assert names(device.settings.deployed / "downloads") == set()
-    assert pull.installed("bot", device.settings) == [done]
-    assert pull.current("bot", device.settings) is None  # that is for make_current to say
+    assert installed.versions("bot", device.settings) == [done]
+    assert installed.current("bot", device.settings) is None  # that is for make_current to say
 
 
 def test_the_manifest_cannot_give_another_name(device: Device) -> None:
@@ -114,7 +114,7 @@ def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
     device.serve("bot", "two-int8")
     with pytest.raises(RegistrationError, match="holds a version of bot-two"):
         device.install()
-    assert pull.installed("bot-two", device.settings) == [first]
+    assert installed.versions("bot-two", device.settings) == [first]
     assert device.here() == []
 
 
@@ -123,7 +123,7 @@ def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
 
 def test_a_version_that_does_not_answer_is_removed_and_the_one_before_stays(device: Device) -> None:
     first = device.install()
-    pull.make_current(first, device.settings)
+    installed.make_current(first, device.settings)
     before = contents(device.settings.deployed)
     device.serve(number=4)
     device.fails = CRASHED
@@ -131,7 +131,7 @@ def test_a_version_that_does_not_answer_is_removed_and_the_one_before_stays(devi
         device.install()
     assert device.forgotten == ["bot-int8-generic-cpu:4"]
     assert contents(device.settings.deployed) == before
-    assert pull.current("bot", device.settings) == first
+    assert installed.current("bot", device.settings) == first
 
 
 def test_what_was_to_be_replaced_comes_back(device: Device) -> None:
@@ -149,7 +149,7 @@ def test_an_installed_version_that_stops_answering_is_not_removed(device: Device
     device.fails = CRASHED
     with pytest.raises(RegistrationError, match="SIGSEGV"):
         device.install()
-    assert pull.installed("bot", device.settings) == [first]
+    assert installed.versions("bot", device.settings) == [first]
 
 
 @pytest.mark.parametrize("step", ["confirm", "ask"])
@@ -325,11 +325,11 @@ def test_pull_from_beginning_to_end(
     monkeypatch.setitem(sys.modules, "slmops.tracking.registry", SimpleNamespace(Registry=registry))
     caplog.set_level(logging.INFO, "slmops")
     done = pull.pull("bot", None, device.settings, URI)
-    assert pull.current("bot", device.settings) == done
+    assert installed.current("bot", device.settings) == done
     assert "bot version 3 (int8): 5 files to fetch (0 MB), 0 are here" in caplog.messages
     assert "bot version 3 (int8): in Foundry Local as bot-int8-generic-cpu:3" in caplog.messages
     with pytest.raises(UsageError, match=r"There is no bot@int9\."):
         pull.pull("bot", "int9", device.settings, URI)
-    assert pull.current("bot", device.settings) == done
+    assert installed.current("bot", device.settings) == done
     with pytest.raises(UsageError, match="is no name of a model"):
         pull.pull("../bot", None, device.settings, URI)

@@ -21,7 +21,7 @@ from slmops.core.errors import EvaluationError, GateError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, Measurement
-from slmops.delivery import on_device
+from slmops.delivery import remeasurement
 from slmops.evaluation import dataset, remeasure
 from slmops.evaluation.remeasure import DriftError, Figure, Recorded, Remeasure, Remeasured
 from slmops.evaluation.summary import BUSY
@@ -264,14 +264,14 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_everything_is_here(settings: Settings) -> None:
-    plan = on_device.plan(recorded(), HERE, settings)
+    plan = remeasurement.plan(recorded(), HERE, settings)
     assert (plan.speed, plan.left_out) == (True, ())
     assert plan.questions == dataset.load(None)
     assert plan.text == dataset.perplexity_text(None)[0]
 
 
 def test_another_kind_of_machine(settings: Settings) -> None:
-    plan = on_device.plan(recorded(hardware_kind="a small one"), HERE, settings)
+    plan = remeasurement.plan(recorded(hardware_kind="a small one"), HERE, settings)
     assert not plan.speed
     assert plan.left_out == (
         "speed and memory, which were recorded on another kind of machine (a small one; not this machine)",
@@ -280,7 +280,7 @@ def test_another_kind_of_machine(settings: Settings) -> None:
 
 
 def test_speed_that_was_not_recorded(settings: Settings) -> None:
-    plan = on_device.plan(recorded(measurements={"perplexity": figure(1)}), HERE, settings)
+    plan = remeasurement.plan(recorded(measurements={"perplexity": figure(1)}), HERE, settings)
     assert (plan.speed, plan.left_out) == (False, ("speed and memory, which were not recorded",))
 
 
@@ -302,17 +302,17 @@ def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, 
     originals = {"evaluation_set": asked["job"].evaluation_set, "text": asked["job"].perplexity_text}
     for field, copy in copies.items():
         copy.write_bytes(originals[field].read_bytes())
-    whole = on_device.plan(recorded(**asked), HERE, settings)
+    whole = remeasurement.plan(recorded(**asked), HERE, settings)
     assert whole.left_out == ()
     for path in originals.values():
         getattr(path, lost)(*(["{}"] if lost == "write_text" else []))
-    plan = on_device.plan(recorded(**asked, **copies), HERE, settings)
+    plan = remeasurement.plan(recorded(**asked, **copies), HERE, settings)
     assert (plan.left_out, plan.text) == ((), whole.text)
     assert plan.questions is not None
     assert whole.questions is not None
     assert plan.questions.items == whole.questions.items
 
-    without = on_device.plan(recorded(**asked), HERE, settings)
+    without = remeasurement.plan(recorded(**asked), HERE, settings)
     assert (without.questions, without.text, without.speed) == (None, None, True)
     reasons = {"unlink": "cannot be read", "write_text": "has bad lines"}
     assert without.left_out[0].startswith("accuracy, as its evaluation set cannot be used: ")
@@ -320,24 +320,24 @@ def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, 
     assert without.left_out[1:] == ("perplexity, as its text is gone or altered",)
     # A copy that is not what the digest is over does not count.
     copies["evaluation_set"].write_text(making.EVALUATION_SET.replace("France", "Spain"))
-    altered = on_device.plan(recorded(**asked, **copies), HERE, settings)
+    altered = remeasurement.plan(recorded(**asked, **copies), HERE, settings)
     assert altered.questions is None
 
 
 def test_a_set_that_reads_well_and_is_another(settings: Settings, tmp_path: Path) -> None:
     asked = files(tmp_path)
     asked["job"].evaluation_set.write_text(making.EVALUATION_SET.replace("France", "Spain"))
-    plan = on_device.plan(recorded(**asked), HERE, settings)
+    plan = remeasurement.plan(recorded(**asked), HERE, settings)
     assert plan.left_out == ("accuracy, as its evaluation set is gone or altered",)
 
 
 def test_a_matcher_that_is_not_here(settings: Settings, tmp_path: Path) -> None:
     job = Job(model="demo", matcher=f"{tmp_path / 'mine.py'}:same")
-    plan = on_device.plan(recorded(job=job), HERE, settings)
+    plan = remeasurement.plan(recorded(job=job), HERE, settings)
     assert plan.questions is None
     assert plan.left_out == (f"accuracy, as its matcher {job.matcher} is not on this machine",)
     (tmp_path / "mine.py").write_text("")
-    assert on_device.plan(recorded(job=job), HERE, settings).questions is not None
+    assert remeasurement.plan(recorded(job=job), HERE, settings).questions is not None
 
 
 def test_nothing_can_be_compared(settings: Settings, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_nothing_can_be_compared(settings: Settings, tmp_path: Path) -> None:
     asked["job"].evaluation_set.unlink()
     asked["job"].perplexity_text.unlink()
     with pytest.raises(PrerequisiteError, match="Nothing can be compared: speed and memory, which were") as caught:
-        on_device.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
+        remeasurement.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
     assert "slmops run" in str(caught.value.fix)
 
 

@@ -82,7 +82,7 @@ def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     replace("tracking.registry", Registry=Registry)
     replace("delivery.pull", install=lambda *args: calls.append(("install", *args)))
     replace(
-        "delivery.deployed",
+        "delivery.installed",
         make_current=lambda *args: calls.append(("make_current", *args)),
         current=lambda *args: calls.append(("current", *args)),
     )

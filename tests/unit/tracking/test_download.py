@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from slmops.core.errors import PrerequisiteError, TrackingError
-from slmops.delivery import pull
+from slmops.delivery import installed
 from slmops.foundry.versions import MANIFEST
 from slmops.processes import children
 from slmops.tracking import download
@@ -300,7 +300,7 @@ def test_a_registry_that_began_anew_counts_from_one_again(device: Device) -> Non
     device.serve(**{BIG: b"other weights"})
     assert device.install() == old
     assert contents(old.folder)[BIG] == b"other weights"
-    assert pull.installed("bot", device.settings) == [old]
+    assert installed.versions("bot", device.settings) == [old]
 
 
 def test_the_same_content_twice_in_one_version(device: Device) -> None:

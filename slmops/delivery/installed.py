@@ -52,7 +52,7 @@ def read_manifest(path: Path) -> Deployment | None:
         return None
 
 
-def installed(name: str, settings: Settings) -> list[Installed]:
+def versions(name: str, settings: Settings) -> list[Installed]:
     """The versions of a model that are here, newest first. A folder that lacks anything does not exist."""
     found = [_installed(name, folder) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.version, reverse=True)
@@ -63,7 +63,7 @@ def current(name: str, settings: Settings) -> Installed | None:
     state = _read(name, settings)
     if state is None:
         return None
-    here = {one.foundry_id: one for one in installed(name, settings)}
+    here = {one.foundry_id: one for one in versions(name, settings)}
     if state.current not in here:
         log.warning("%s is not on this device any more, or not whole", state.current)
     return here.get(state.current) or here.get(state.previous or "")
@@ -121,7 +121,7 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
             forget_worker.Request(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
             forget_worker.Result,
             work=work_of("forget", settings),
-            log=settings.logs / "deployed.forget.log",
+            log=settings.logs / "installed.forget.log",
             timeout_s=FORGET_S,
             error=RegistrationError,
         )
@@ -151,7 +151,7 @@ def work_of(name: str, settings: Settings) -> Path:
 
 
 def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) -> None:
-    _remove([one for one in installed(name, settings) if one.foundry_id not in foundry_ids], settings)
+    _remove([one for one in versions(name, settings) if one.foundry_id not in foundry_ids], settings)
 
 
 def _installed(name: str, folder: Path) -> Installed | None:
@@ -172,12 +172,12 @@ def _installed(name: str, folder: Path) -> Installed | None:
     )
 
 
-def _remove(versions: Sequence[Installed], settings: Settings) -> None:
-    if not versions:
+def _remove(superseded: Sequence[Installed], settings: Settings) -> None:
+    if not superseded:
         return
     with catalog_locked(settings):
-        gone = forget([one.foundry_id for one in versions], settings)
-    for one in versions:
+        gone = forget([one.foundry_id for one in superseded], settings)
+    for one in superseded:
         if one.foundry_id not in gone:
             continue
         # Whole or not at all: where a file is in use, some systems remove the others and keep that.

@@ -17,7 +17,7 @@ from slmops.core.errors import BusyError, EvaluationError, PrerequisiteError, Re
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
-from slmops.delivery import deployed
+from slmops.delivery import installed
 from slmops.evaluation import answers_worker, dataset, logits_worker, speed, statistics, summary
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
@@ -84,11 +84,11 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
 
 
 @contextmanager
-def copied(installed: Installed, name: str, settings: Settings) -> Iterator[Place]:
+def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]:
     """Have an installed version in a Foundry home of its own, its files linked, registered and answering.
 
     Args:
-        installed: The version.
+        version: The version.
         name: Of the work folder, which nobody else uses now; it is removed in the end.
         settings: Where things are.
 
@@ -97,26 +97,24 @@ def copied(installed: Installed, name: str, settings: Settings) -> Iterator[Plac
         RegistrationError: Foundry Local refuses it, or it answers nothing.
     """
     home = settings.work(name) / "foundry"
-    original = Registration(
-        foundry_id=installed.foundry_id, path=installed.folder, prompt_template_exact=True, answer=""
-    )
+    original = Registration(foundry_id=version.foundry_id, path=version.folder, prompt_template_exact=True, answer="")
     try:
         try:
-            with deployed.locked(installed.name, settings):
+            with installed.locked(version.name, settings):
                 staged = stage(original, home)
         except FileNotFoundError as error:
             raise BusyError(
-                f"{installed.foundry_id} was removed from this device before it could be measured.",
+                f"{version.foundry_id} was removed from this device before it could be measured.",
                 "Another version has been deployed meanwhile: try again.",
             ) from error
         registered, _ = children.call(
             "slmops.foundry.register_worker",
             register_worker.Request(
-                home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=installed.foundry_id
+                home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=version.foundry_id
             ),
             register_worker.Result,
             work=settings.work(name) / "register",
-            log=settings.logs / name / f"{installed.variant}.register.log",
+            log=settings.logs / name / f"{version.variant}.register.log",
             timeout_s=REGISTER_S,
             error=RegistrationError,
         )

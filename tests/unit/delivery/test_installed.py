@@ -12,7 +12,7 @@ import pytest
 
 from slmops.core.errors import TrackingError, UsageError
 from slmops.core.settings import Settings
-from slmops.delivery import deployed, pull
+from slmops.delivery import installed
 from slmops.foundry.versions import MANIFEST, Installed
 from slmops.processes import children
 from tests.pulled import BIG, CRASHED, FILES, Device
@@ -33,7 +33,7 @@ def versions(device: Device) -> Versions:
         device.serve(number=number, **{"model.onnx": b"graph %d" % number})
         made[number] = device.install()
         if number < 3:
-            pull.make_current(made[number], device.settings)
+            installed.make_current(made[number], device.settings)
     assert device.forgotten == []
     return made
 
@@ -45,33 +45,33 @@ def state(device: Device) -> tuple[str, str | None]:
 
 
 def test_current_and_previous_stay_and_the_others_go(device: Device, versions: Versions) -> None:
-    assert pull.current("bot", device.settings) == versions[2]
-    assert pull.installed("bot", device.settings) == [versions[number] for number in (4, 3, 2, 1)]
-    pull.make_current(versions[4], device.settings)
+    assert installed.current("bot", device.settings) == versions[2]
+    assert installed.versions("bot", device.settings) == [versions[number] for number in (4, 3, 2, 1)]
+    installed.make_current(versions[4], device.settings)
     assert state(device) == ("4", "2")
-    assert pull.current("bot", device.settings) == versions[4]
+    assert installed.current("bot", device.settings) == versions[4]
     assert device.here() == [4, 2]
     assert sorted(device.forgotten) == ["bot-int8-generic-cpu:1", "bot-int8-generic-cpu:3"]
     assert {path.name for path in device.models.iterdir()} == {"bot-int8-generic-cpu-2", "bot-int8-generic-cpu-4"}
-    pull.make_current(versions[4], device.settings)  # twice changes nothing
+    installed.make_current(versions[4], device.settings)  # twice changes nothing
     assert state(device) == ("4", "2")
-    pull.make_current(versions[2], device.settings)  # a rollback
+    installed.make_current(versions[2], device.settings)  # a rollback
     assert state(device) == ("2", "4")
     assert device.here() == [4, 2]
 
 
 def test_tidying_keeps_what_is_named_and_what_users_get(device: Device, versions: Versions) -> None:
-    deployed.tidy("bot", [versions[3].foundry_id], device.settings)
+    installed.tidy("bot", [versions[3].foundry_id], device.settings)
     assert device.here() == [3, 2, 1]
     assert state(device) == ("2", "1")
 
 
 def test_a_version_that_stays_in_the_catalog_keeps_its_files(device: Device, versions: Versions) -> None:
     device.kept = {"bot-int8-generic-cpu:3"}
-    pull.make_current(versions[4], device.settings)
+    installed.make_current(versions[4], device.settings)
     assert device.here() == [4, 3, 2]
     device.kept = set()
-    pull.make_current(versions[4], device.settings)
+    installed.make_current(versions[4], device.settings)
     assert device.here() == [4, 2]
 
 
@@ -82,8 +82,8 @@ def test_tidying_that_fails_harms_nothing(
         raise CRASHED
 
     monkeypatch.setattr(children, "call", crash)
-    pull.make_current(versions[4], device.settings)
-    assert pull.current("bot", device.settings) == versions[4]
+    installed.make_current(versions[4], device.settings)
+    assert installed.current("bot", device.settings) == versions[4]
     assert device.here() == [4, 3, 2, 1]
     assert "stay in Foundry Local's catalog: The process was killed by SIGSEGV" in caplog.text
 
@@ -92,18 +92,18 @@ def test_a_folder_in_use_stays_whole(device: Device, versions: Versions, monkeyp
     def used(*_: Any) -> Path:
         raise PermissionError(13, "in use")
 
-    monkeypatch.setattr(deployed, "move_aside", used)
-    pull.make_current(versions[4], device.settings)
+    monkeypatch.setattr(installed, "move_aside", used)
+    installed.make_current(versions[4], device.settings)
     assert device.here() == [4, 3, 2, 1]
 
 
 def test_other_models_are_left_alone(device: Device, versions: Versions) -> None:
     device.serve("bot-two", number=1)
     other = device.install()
-    pull.make_current(other, device.settings)
-    pull.make_current(versions[4], device.settings)
-    assert pull.installed("bot-two", device.settings) == [other]
-    assert pull.current("bot-two", device.settings) == other
+    installed.make_current(other, device.settings)
+    installed.make_current(versions[4], device.settings)
+    assert installed.versions("bot-two", device.settings) == [other]
+    assert installed.current("bot-two", device.settings) == other
     assert device.here() == [4, 2]
 
 
@@ -115,8 +115,8 @@ def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> 
             device.install()
     folders = device.settings.deployed / "downloads"
     assert len(list(folders.iterdir())) == 2
-    pull.make_current(versions[4], device.settings)
-    [kept] = [deployed.read_manifest(folder / f"{MANIFEST}.part") for folder in folders.iterdir()]
+    installed.make_current(versions[4], device.settings)
+    [kept] = [installed.read_manifest(folder / f"{MANIFEST}.part") for folder in folders.iterdir()]
     assert kept is not None
     assert kept.model == "bot-two"
 
@@ -148,16 +148,16 @@ def test_a_current_version_that_is_no_more_gives_way_to_the_one_before(
 ) -> None:
     damage(versions[2])
     assert device.here() == [4, 3, 1]
-    assert pull.current("bot", device.settings) == versions[1]
+    assert installed.current("bot", device.settings) == versions[1]
     assert "bot-int8-generic-cpu:2 is not on this device any more, or not whole" in caplog.text
     damage(versions[1])
-    assert pull.current("bot", device.settings) is None
+    assert installed.current("bot", device.settings) is None
 
 
 def test_a_home_that_moved(device: Device, versions: Versions, tmp_path: Path) -> None:
     moved = Settings(home=tmp_path / "elsewhere")
     device.settings.home.rename(moved.home)
-    found = pull.current("bot", moved)
+    found = installed.current("bot", moved)
     assert found is not None
     assert (found.foundry_id, found.folder.is_dir()) == (versions[2].foundry_id, True)
 
@@ -165,8 +165,8 @@ def test_a_home_that_moved(device: Device, versions: Versions, tmp_path: Path) -
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"current": 3}'])
 def test_a_note_that_cannot_be_read_is_none(device: Device, versions: Versions, text: str) -> None:
     (device.settings.deployed / "bot.json").write_text(text)
-    assert pull.current("bot", device.settings) is None
-    pull.make_current(versions[4], device.settings)
+    assert installed.current("bot", device.settings) is None
+    installed.make_current(versions[4], device.settings)
     assert state(device) == ("4", None)
 
 
@@ -177,13 +177,13 @@ def test_a_folder_that_somebody_copied_is_none_of_ours(device: Device, versions:
 
 
 def test_nothing_is_here(device: Device) -> None:
-    assert pull.installed("bot", device.settings) == []
-    assert pull.current("bot", device.settings) is None
+    assert installed.versions("bot", device.settings) == []
+    assert installed.current("bot", device.settings) is None
     assert not device.settings.home.exists()
 
 
 @pytest.mark.parametrize("name", ["", "../bot", "a/b", "*", "bot\n"])
-@pytest.mark.parametrize("ask", [pull.installed, pull.current])
+@pytest.mark.parametrize("ask", [installed.versions, installed.current])
 def test_a_name_that_would_be_a_path(device: Device, name: str, ask: Callable[[str, Settings], Any]) -> None:
     with pytest.raises(UsageError, match="is no name of a model"):
         ask(name, device.settings)

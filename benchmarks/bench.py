@@ -101,8 +101,8 @@ def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[
     )
     result, _ = children.call(
         "slmops.evaluation.speed_worker",
-        speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
-        speed_worker.Result,
+        speed_worker.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
+        speed_worker.SpeedResult,
         work=home / "work",
         log=home / "bench.log",
         timeout_s=600,

@@ -11,7 +11,7 @@ from slmops.core import locks, machine
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
-from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured, judge
+from slmops.evaluation.drift import DriftError, Remeasure, Remeasured, assess
 from slmops.local import stack
 from slmops.tracking.tracker import Tracker
 from tasks.environment import check_environment
@@ -63,7 +63,7 @@ def remeasure(request: Remeasure) -> Remeasured:
                     answers = ask_questions(place, plan.questions, recorded, work, settings)
         finally:
             shutil.rmtree(settings.work(work), ignore_errors=True)
-        result = judge(version, recorded, now, answers, plan.left_out, here, request)
+        result = assess(version, recorded, now, answers, plan.left_out, here, request)
         result, url = track_remeasurement(uri, result, request, runtime.flow_run.id or "")
     show_remeasurement(result, url, Tracker(uri).run_url(recorded.run_id))
     if result.outcome == "drifted":

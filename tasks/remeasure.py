@@ -14,9 +14,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement, to_name
 from slmops.delivery import remeasurement
 from slmops.delivery.remeasurement import Place
-from slmops.evaluation import remeasure
+from slmops.evaluation import drift
 from slmops.evaluation.dataset import EvaluationSet
-from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
+from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -79,7 +79,7 @@ def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_r
 def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
     """Publish the comparison as an artifact of the flow run."""
     create_markdown_artifact(
-        f"{remeasure.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
+        f"{drift.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
         key=f"remeasure-{to_name(result.model).replace('_', '-')}",
         description=f"{result.model}: version {result.version} measured again",
     )

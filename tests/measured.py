@@ -9,7 +9,7 @@ from slmops.core.values import Answer, CaseOutcome
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed, Turn
-from slmops.evaluation.speed_worker import Cell, Result, Timed, Window
+from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed, Window
 
 QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
 """Seconds of the calibration loops before and after a turn."""
@@ -46,7 +46,7 @@ def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> 
         "throughput": {},
         **other,
     }
-    return Turn(measured=Result(timed=requests, **values), calibration_s=loops, **of_turn)
+    return Turn(measured=SpeedResult(timed=requests, **values), calibration_s=loops, **of_turn)
 
 
 _OF_TURN = {"disturbed", "memory"}

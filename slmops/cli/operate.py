@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from slmops.cli.flows import prefect_running, say
-from slmops.evaluation import remeasure as remeasuring
-from slmops.evaluation.remeasure import DriftError, Remeasure, Remeasured
+from slmops.evaluation import drift
+from slmops.evaluation.drift import DriftError, Remeasure, Remeasured
 
 
 def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bool = False) -> int:
@@ -35,6 +35,6 @@ def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bo
 def _show(result: Remeasured, tracking_uri: str, *, json: bool) -> None:
     from slmops.tracking.tracker import Tracker
 
-    print(result.model_dump_json(indent=2) if json else remeasuring.text(result), flush=True)
+    print(result.model_dump_json(indent=2) if json else drift.text(result), flush=True)
     if result.run_id is not None:
         say(f"\nin MLflow: {Tracker(tracking_uri).run_url(result.run_id)}")

@@ -20,8 +20,8 @@ from slmops.core.values import Answer, Frozen, Measurement, Registration
 from slmops.delivery import installed
 from slmops.evaluation import answers_worker, dataset, logits_worker, speed, statistics, summary
 from slmops.evaluation.dataset import EvaluationSet
+from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
-from slmops.evaluation.remeasure import PERPLEXITY, SPEED, Recorded
 from slmops.foundry import register_worker
 from slmops.foundry.stage import stage
 from slmops.foundry.versions import Installed
@@ -61,7 +61,7 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
     """
     left_out = []
     same = here == recorded.hardware_kind
-    timed = same and not SPEED.keys().isdisjoint(recorded.measurements)
+    timed = same and not SPEED_METRICS.keys().isdisjoint(recorded.measurements)
     if not same:
         left_out.append(
             f"speed and memory, which were recorded on another kind of machine ({recorded.hardware_kind}; not {here})"
@@ -153,12 +153,12 @@ def measure_perplexity(
         log.info("%s: scoring the text", recorded.variant.name)
         scored, _ = children.call(
             "slmops.evaluation.logits_worker",
-            logits_worker.Request(
+            logits_worker.LogitsRequest(
                 folder=place.registration.path,
                 text=file,
                 tokens=QUICK_TOKENS if recorded.job.quick else TOKENS,
             ),
-            logits_worker.Result,
+            logits_worker.LogitsResult,
             work=settings.work(name) / "logits",
             log=settings.logs / name / f"{recorded.variant.name}.logits.log",
             timeout_s=settings.evaluation_timeout_s,

@@ -19,7 +19,7 @@ from slmops.core.values import Frozen
 from slmops.evaluation import matchers, records
 from slmops.evaluation.judge import NOT_CONFIGURED
 
-DEFAULT = "general.jsonl"
+GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
 FORMATS = ("json", "number", "one_line")
 _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "threshold": ("rouge_l", "f1", "python")}
@@ -189,7 +189,7 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
         UsageError: No such file, not UTF-8, no items, or bad lines, each named with its number and reason.
     """
     if path is None:
-        raw, name = (resources.files("slmops.evaluation.data") / DEFAULT).read_bytes(), DEFAULT
+        raw, name = (resources.files("slmops.evaluation.data") / GENERAL_SET).read_bytes(), GENERAL_SET
     else:
         raw, name = read_bytes(path, "evaluation set"), path.name
     try:

@@ -15,7 +15,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
-from slmops.evaluation.edge_worker import Case, Line, Seen
+from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase
 from slmops.foundry.stage import Staged, stage
 from slmops.processes import children
 
@@ -26,21 +26,21 @@ REFUSAL_LIMIT_S = 5.0
 """What does not fit is to be refused at once, not after the work."""
 
 CASES = (
-    Case(id="empty", expected="answered or refused"),
-    Case(id="whitespace", expected="answered or refused"),
-    Case(id="longer_than_context", expected="refused"),
-    Case(id="exactly_the_context", expected="answered"),
-    Case(id="one_beyond_the_context", expected="refused"),
-    Case(id="repeated_tokens", expected="refused"),
-    Case(id="own_special_tokens", expected="answered"),
-    Case(id="foreign_markers", expected="answered"),
-    Case(id="emoji", expected="answered"),
-    Case(id="right_to_left", expected="answered"),
-    Case(id="nul_in_text", expected="answered or refused"),
-    Case(id="lone_surrogate", expected="refused"),
-    Case(id="assistant_first", expected="answered or refused"),
-    Case(id="greedy_twice", expected="answered"),
-    Case(id="ordinary_question", expected="answered"),
+    EdgeCase(id="empty", expected="answered or refused"),
+    EdgeCase(id="whitespace", expected="answered or refused"),
+    EdgeCase(id="longer_than_context", expected="refused"),
+    EdgeCase(id="exactly_the_context", expected="answered"),
+    EdgeCase(id="one_beyond_the_context", expected="refused"),
+    EdgeCase(id="repeated_tokens", expected="refused"),
+    EdgeCase(id="own_special_tokens", expected="answered"),
+    EdgeCase(id="foreign_markers", expected="answered"),
+    EdgeCase(id="emoji", expected="answered"),
+    EdgeCase(id="right_to_left", expected="answered"),
+    EdgeCase(id="nul_in_text", expected="answered or refused"),
+    EdgeCase(id="lone_surrogate", expected="refused"),
+    EdgeCase(id="assistant_first", expected="answered or refused"),
+    EdgeCase(id="greedy_twice", expected="answered"),
+    EdgeCase(id="ordinary_question", expected="answered"),
 )
 KNOWN_DEFECTS = {("nul_in_text", "cut")}
 """What foundry-local-sdk 2.2.1 does wrong with every model, which tells nothing of a variant. Empty it when mended."""
@@ -52,7 +52,7 @@ def run(
     name: str,
     settings: Settings,
     *,
-    cases: Sequence[Case] = CASES,
+    cases: Sequence[EdgeCase] = CASES,
     limit_s: float = CASE_LIMIT_S,
 ) -> tuple[CaseOutcome, ...]:
     """Put the cases to a variant. The caller holds the machine lock.
@@ -79,7 +79,7 @@ def run(
     try:
         context = CONTEXT + prompts.counter(registration.path)("")
         staged = stage(registration, work / "foundry", context_length=context)
-        seen: dict[str, Seen] = {}
+        seen: dict[str, CaseEnd] = {}
         while left := tuple(case for case in cases if case.id not in seen):
             died = _go_through(left, staged, progress, log, limit_s, deadline)
             known = seen.keys()
@@ -92,13 +92,13 @@ def run(
 
 
 def _go_through(
-    cases: tuple[Case, ...], staged: Staged, progress: Path, log: Path, limit_s: float, deadline: float
+    cases: tuple[EdgeCase, ...], staged: Staged, progress: Path, log: Path, limit_s: float, deadline: float
 ) -> EvaluationError | None:
     """Go through the cases in one process. If it dies, the running case has this for its outcome."""
     try:
         children.call(
             "slmops.evaluation.edge_worker",
-            edge_worker.Request(
+            edge_worker.EdgeCaseRequest(
                 home=staged.home,
                 folder=staged.folder,
                 foundry_id=staged.foundry_id,
@@ -107,7 +107,7 @@ def _go_through(
                 limit_s=limit_s,
                 progress=progress,
             ),
-            edge_worker.Result,
+            edge_worker.EdgeCaseResult,
             work=progress.parent,
             log=log,
             timeout_s=max(deadline - time.monotonic(), 0.0),
@@ -120,22 +120,22 @@ def _go_through(
             seconds = ended - running[0].at
             hung = seconds >= limit_s
             detail = f"It took longer than {limit_s:g} s." if hung else error.message[:300]
-            outcome = Seen(outcome="hung" if hung else "crashed", detail=detail, seconds=seconds)
+            outcome = CaseEnd(outcome="hung" if hung else "crashed", detail=detail, seconds=seconds)
             edge_worker.write(progress, running[0].model_copy(update={"seen": outcome}))
         return error
     return None
 
 
-def _lines(progress: Path) -> list[Line]:
+def _lines(progress: Path) -> list[CaseProgress]:
     text = progress.read_text(encoding="utf-8") if progress.exists() else ""
-    return [Line.model_validate_json(line) for line in text.splitlines()]
+    return [CaseProgress.model_validate_json(line) for line in text.splitlines()]
 
 
-def _read(progress: Path) -> dict[str, Seen]:
+def _read(progress: Path) -> dict[str, CaseEnd]:
     return {line.id: line.seen for line in _lines(progress) if line.seen is not None}
 
 
-def _judge(case: Case, seen: Seen) -> CaseOutcome:
+def _judge(case: EdgeCase, seen: CaseEnd) -> CaseOutcome:
     passed, detail = seen.outcome in case.expected.split(" or "), seen.detail
     if passed and case.expected == "refused" and seen.seconds > REFUSAL_LIMIT_S:
         passed, detail = False, f"Only after {seen.seconds:.0f} s: {detail}"

@@ -29,7 +29,7 @@ What = Literal["answered", "refused", "cut", "unequal", "failed", "crashed", "hu
 Observation = tuple[What, str]
 """What came of a case, and a detail for people."""
 
-MAX_TOKENS = 6
+ANSWER_TOKENS = 6
 INVALID_ARGUMENT = 3
 """The runtime's code for a request that it refuses; other codes mean that something went wrong inside."""
 QUESTION = "What is the capital of France?"
@@ -38,7 +38,7 @@ FOREIGN_MARKERS = (
 )
 
 
-class Case(Frozen):
+class EdgeCase(Frozen):
     """One hard conversation."""
 
     id: str
@@ -46,19 +46,19 @@ class Case(Frozen):
     module: str = "slmops.evaluation.edge_worker"
 
 
-class Request(Frozen):
+class EdgeCaseRequest(Frozen):
     """A staged variant, the cases, and the file to write progress to."""
 
     home: Path
     folder: Path
     foundry_id: str
     context_length: int
-    cases: tuple[Case, ...]
+    cases: tuple[EdgeCase, ...]
     limit_s: float
     progress: Path
 
 
-class Seen(Frozen):
+class CaseEnd(Frozen):
     """How one case ended. ``seconds`` is the time of its last request."""
 
     outcome: What
@@ -66,15 +66,15 @@ class Seen(Frozen):
     seconds: float
 
 
-class Line(Frozen):
+class CaseProgress(Frozen):
     """One line of the progress file: a case that began at ``at`` (``time.monotonic()``), or has ended."""
 
     id: str
     at: float
-    seen: Seen | None = None
+    seen: CaseEnd | None = None
 
 
-class Result(Frozen):
+class EdgeCaseResult(Frozen):
     """All cases were gone through; the progress file has the rest."""
 
 
@@ -97,7 +97,7 @@ class Probe:
         self.folder = folder
         self.seconds = 0.0
 
-    def ask(self, asked: str | Messages, max_tokens: int = MAX_TOKENS) -> Reply:
+    def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> Reply:
         """Send a user's message or a conversation."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         started = time.perf_counter()
@@ -106,7 +106,7 @@ class Probe:
         finally:
             self.seconds = time.perf_counter() - started
 
-    def answer(self, asked: str | Messages, max_tokens: int = MAX_TOKENS) -> Observation:
+    def answer(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> Observation:
         """Send it, and look at what came back."""
         return observed(self.ask(asked, max_tokens))
 
@@ -115,7 +115,7 @@ class Probe:
         """A message that leaves room for a few tokens, and its tokens as the runtime counts them."""
         from slmops.evaluation import prompts
 
-        text = prompts.of_length(self.context_length - MAX_TOKENS, self.count)
+        text = prompts.of_length(self.context_length - ANSWER_TOKENS, self.count)
         if text is None:
             raise ValueError("the chat template leaves no room in the context")
         return text, self.ask(text, 1).prompt_tokens
@@ -127,7 +127,7 @@ def observed(reply: Reply) -> Observation:
     return ("answered" if reply.finish_reason in ("stop", "length") else "failed"), said
 
 
-def handle(request: Request) -> Result:
+def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
     """Load the model and go through the cases; whatever a case raises is its outcome."""
     from slmops.evaluation import prompts
     from slmops.foundry import runtime
@@ -143,16 +143,16 @@ def handle(request: Request) -> Result:
         folder=request.folder,
     )
     for case in request.cases:
-        write(request.progress, Line(id=case.id, at=time.monotonic()))
+        write(request.progress, CaseProgress(id=case.id, at=time.monotonic()))
         # From a thread of its own that needs no Python, so that it also ends what hangs in native code.
         faulthandler.dump_traceback_later(request.limit_s, exit=True)
         seen = see(case, probe)
         faulthandler.cancel_dump_traceback_later()
-        write(request.progress, Line(id=case.id, at=time.monotonic(), seen=seen))
-    return Result()
+        write(request.progress, CaseProgress(id=case.id, at=time.monotonic(), seen=seen))
+    return EdgeCaseResult()
 
 
-def see(case: Case, probe: Probe) -> Seen:
+def see(case: EdgeCase, probe: Probe) -> CaseEnd:
     """Go through one case."""
     try:
         outcome, detail = getattr(importlib.import_module(case.module), case.id)(probe)
@@ -162,10 +162,10 @@ def see(case: Case, probe: Probe) -> Seen:
         # The runtime puts file, line and C++ signature before what it has to say.
         said = re.sub(r"^\S+\.cc:\d+ .*?\) ", "", str(error))[:200]
         outcome, detail = ("refused" if refused else "failed"), f"{type(error).__name__}: {said}"
-    return Seen(outcome=outcome, detail=detail, seconds=probe.seconds)
+    return CaseEnd(outcome=outcome, detail=detail, seconds=probe.seconds)
 
 
-def write(progress: Path, line: Line) -> None:
+def write(progress: Path, line: CaseProgress) -> None:
     """Append a line in one go."""
     with progress.open("a", encoding="utf-8") as file:
         file.write(line.model_dump_json() + "\n")
@@ -280,4 +280,4 @@ def ordinary_question(probe: Probe) -> Observation:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(EdgeCaseRequest, handle)

@@ -29,7 +29,7 @@ ROWS = 64
 LARGEST_NLL = 700.0  # exp() of more overflows
 
 
-class Request(Frozen):
+class LogitsRequest(Frozen):
     """A model, a text, what to compare with, and where to leave the log-probabilities for others."""
 
     folder: Path
@@ -48,14 +48,14 @@ class Distance(Frozen):
     same_top: tuple[bool, ...]
 
 
-class Result(Frozen):
+class LogitsResult(Frozen):
     """Negative log-likelihood of each scored token in nats, and the distances to the references by name."""
 
     nll: tuple[float, ...]
     distances: dict[str, Distance]
 
 
-def handle(request: Request) -> Result:
+def handle(request: LogitsRequest) -> LogitsResult:
     """Score the text, window by window; never more than a window's logits are in memory.
 
     Raises:
@@ -83,7 +83,7 @@ def handle(request: Request) -> Result:
                     same[name] += distance.same_top
         if sum(nll) / len(nll) > LARGEST_NLL:
             raise EvaluationError("The model is broken: its logits call the text all but impossible.")
-    return Result(
+    return LogitsResult(
         nll=tuple(nll), distances={name: Distance(kl=tuple(kl[name]), same_top=tuple(same[name])) for name in kl}
     )
 
@@ -116,7 +116,7 @@ def _kept(path: Path | None, rows: int) -> Iterator[Callable[[NDArray[Any]], Non
         part.unlink(missing_ok=True)
 
 
-def _windows(request: Request) -> list[NDArray[Any]]:
+def _windows(request: LogitsRequest) -> list[NDArray[Any]]:
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -131,7 +131,7 @@ def _windows(request: Request) -> list[NDArray[Any]]:
     return windows
 
 
-def _logits(request: Request, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     """Logits of each window, shape (tokens, vocabulary)."""
     if not request.hugging_face:
         from slmops.conversion.logits import OnnxModel
@@ -152,7 +152,7 @@ def _logits(request: Request, windows: list[NDArray[Any]]) -> Iterator[NDArray[A
 
 def _compare(
     logits: NDArray[Any], targets: NDArray[Any], at: int, *, references: dict[str, NDArray[Any]]
-) -> tuple[NDArray[Any], Result]:
+) -> tuple[NDArray[Any], LogitsResult]:
     """Score some rows, of which ``at`` is the first's number. Returns the log-probabilities and the figures.
 
     KL divergence of the reference p to the model q: sum of p (log p - log q). Elements are float32, sums float64.
@@ -172,8 +172,8 @@ def _compare(
         same = theirs.argmax(axis=1) == own.argmax(axis=1)
         distances[name] = Distance(kl=tuple(np.maximum(kl, 0).tolist()), same_top=tuple(same.tolist()))
     nll = -own[np.arange(len(own)), targets].astype(np.float64)
-    return own, Result(nll=tuple(nll.tolist()), distances=distances)
+    return own, LogitsResult(nll=tuple(nll.tolist()), distances=distances)
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(LogitsRequest, handle)

@@ -59,7 +59,7 @@ def _score_checkpoint(
         log.info("scoring the text with the checkpoint itself")
         result, _ = children.call(
             "slmops.evaluation.logits_worker",
-            logits_worker.Request(
+            logits_worker.LogitsRequest(
                 folder=checkpoint.path,
                 hugging_face=True,
                 trust_remote_code=job.trust_remote_code,
@@ -67,7 +67,7 @@ def _score_checkpoint(
                 tokens=TOKENS,
                 write=reference,
             ),
-            logits_worker.Result,
+            logits_worker.LogitsResult,
             work=settings.work(name) / "checkpoint-logits",
             log=settings.logs / name / "checkpoint.logits.log",
             timeout_s=settings.evaluation_timeout_s,
@@ -95,14 +95,14 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         )
         scored, _ = children.call(
             "slmops.evaluation.logits_worker",
-            logits_worker.Request(
+            logits_worker.LogitsRequest(
                 folder=registration.path,
                 text=text,
                 tokens=QUICK_TOKENS if job.quick else TOKENS,
                 references={which: file for which, file in references.items() if file.exists()},
                 write=baseline if variant.recipe.baseline else None,
             ),
-            logits_worker.Result,
+            logits_worker.LogitsResult,
             work=work / f"{variant.name}-logits",
             log=settings.logs / name / f"{variant.name}.logits.log",
             timeout_s=settings.evaluation_timeout_s,

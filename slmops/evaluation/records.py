@@ -12,7 +12,7 @@ from typing import Any
 from slmops.core.errors import UsageError
 from slmops.evaluation.matchers import parse_json
 
-COLUMNS = (
+CSV_COLUMNS = (
     *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
     *("messages", "schema"),
 )
@@ -58,9 +58,9 @@ def of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _check_header(header: list[str], name: str) -> None:
-    accepted = f"Columns are {', '.join(COLUMNS)}; the first line names them, separated by commas."
+    accepted = f"Columns are {', '.join(CSV_COLUMNS)}; the first line names them, separated by commas."
     for column in header:
-        if column not in COLUMNS:
+        if column not in CSV_COLUMNS:
             raise UsageError(f"{name} has an unknown column '{column}'.", accepted)
     if twice := [column for column, count in Counter(header).items() if count > 1]:
         raise UsageError(f"{name} has the column '{twice[0]}' twice.", accepted)

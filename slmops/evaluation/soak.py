@@ -157,10 +157,10 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
     try:
         measured, _ = children.call(
             "slmops.evaluation.soak_worker",
-            soak_worker.Request(
+            soak_worker.SoakRequest(
                 home=home, foundry_id=target.foundry_id, warm_up=request.warm_up, requests=request.requests
             ),
-            soak_worker.Result,
+            soak_worker.SoakSeries,
             work=work,
             log=settings.logs / target.model / f"{target.variant}.soak.log",
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
@@ -214,5 +214,5 @@ def text(result: SoakResult) -> str:
 
 
 def _tell(line: str) -> None:
-    if line.startswith(soak_worker.SAID):
+    if line.startswith(soak_worker.PROGRESS):
         log.info("%s", line)

@@ -14,13 +14,13 @@ from slmops.processes import child
 
 LENGTHS = [32, 64, 128, 256]
 """Tokens of the prompts that take turns; each turn ends with a conversation of three questions."""
-MAX_TOKENS = 16
+SOAK_TOKENS = 16
 REQUEST_LIMIT_S = 300.0
-SAID = "soak: "
+PROGRESS = "soak: "
 EVERY = 50
 
 
-class Request(Frozen):
+class SoakRequest(Frozen):
     """A registered variant and how much to ask of it."""
 
     home: Path
@@ -29,13 +29,13 @@ class Request(Frozen):
     requests: int
 
 
-class Result(Frozen):
+class SoakSeries(Frozen):
     """Private memory of the process in KB (10^3 bytes) after each request, those of the warm-up left out."""
 
     memory_kb: tuple[float, ...]
 
 
-def handle(request: Request) -> Result:
+def handle(request: SoakRequest) -> SoakSeries:
     """Load, warm up, ask.
 
     Raises:
@@ -51,14 +51,14 @@ def handle(request: Request) -> Result:
     for number in range(-request.warm_up, request.requests):
         # Renewed by each request; ends the process from a thread that needs no Python, should native code hang.
         faulthandler.dump_traceback_later(REQUEST_LIMIT_S, exit=True)
-        runtime.ask(model, talks[number % len(talks)], max_tokens=MAX_TOKENS)
+        runtime.ask(model, talks[number % len(talks)], max_tokens=SOAK_TOKENS)
         if number < 0:
             continue
         memory.append(private_kb(process))
         if (number + 1) % EVERY == 0:
-            print(f"{SAID}{number + 1} of {request.requests} requests, {memory[-1] / 1e3:.0f} MB", flush=True)
+            print(f"{PROGRESS}{number + 1} of {request.requests} requests, {memory[-1] / 1e3:.0f} MB", flush=True)
     faulthandler.cancel_dump_traceback_later()
-    return Result(memory_kb=tuple(memory))
+    return SoakSeries(memory_kb=tuple(memory))
 
 
 def conversations(folder: Path) -> list[list[dict[str, str]]]:
@@ -72,7 +72,7 @@ def conversations(folder: Path) -> list[list[dict[str, str]]]:
 
     context = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
     # A third of the context each, so that the conversation fits too.
-    texts = list(prompts.of_lengths(LENGTHS, context // 3 - MAX_TOKENS, folder).values())
+    texts = list(prompts.of_lengths(LENGTHS, context // 3 - SOAK_TOKENS, folder).values())
     talks = [[{"role": "user", "content": text}] for text in texts]
     answer = {"role": "assistant", "content": "I see."}
     first, second = talks[0], talks[-1]
@@ -92,4 +92,4 @@ def private_kb(process: psutil.Process) -> float:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(SoakRequest, handle)

@@ -40,7 +40,7 @@ CALIBRATION_BYTES = 16 * 2**20
 class Turn(Frozen):
     """One variant in one round, with what its process showed from outside: (seconds, MB) of ``time.monotonic()``."""
 
-    measured: speed_worker.Result
+    measured: speed_worker.SpeedResult
     memory: tuple[tuple[float, float], ...]
     calibration_s: tuple[float, float]
     disturbed: bool = False
@@ -118,7 +118,7 @@ def _take_turn(
         before = calibrate()
         measured, finished = children.call(
             "slmops.evaluation.speed_worker",
-            speed_worker.Request(
+            speed_worker.SpeedRequest(
                 home=one.staged.home,
                 folder=one.staged.folder,
                 foundry_id=one.staged.foundry_id,
@@ -126,7 +126,7 @@ def _take_turn(
                 sessions=sessions,
                 drop_cache=drop_cache,
             ),
-            speed_worker.Result,
+            speed_worker.SpeedResult,
             work=one.work,
             log=one.log,
             timeout_s=settings.evaluation_timeout_s,

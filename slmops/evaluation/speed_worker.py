@@ -30,7 +30,7 @@ class Cell(Frozen):
     seconds: float = 0.0
 
 
-class Request(Frozen):
+class SpeedRequest(Frozen):
     """What to time. The folder is staged with a fixed length of answers."""
 
     home: Path
@@ -60,7 +60,7 @@ class Window(Frozen):
     end: float
 
 
-class Result(Frozen):
+class SpeedResult(Frozen):
     """Raw figures; :mod:`slmops.evaluation.speed` makes metrics of them."""
 
     load_s: float
@@ -78,7 +78,7 @@ class Result(Frozen):
     throughput: dict[int, float]
 
 
-def handle(request: Request) -> Result:
+def handle(request: SpeedRequest) -> SpeedResult:
     """Load, warm up, time each cell, then several sessions at once, unload.
 
     Raises:
@@ -131,7 +131,7 @@ def handle(request: Request) -> Result:
     measured = Window(start=began, end=time.monotonic())
     throughput = _throughputs(model, request)
     model.unload()
-    return Result(
+    return SpeedResult(
         load_s=load_s,
         cold=cold,
         before=before,
@@ -163,7 +163,7 @@ def _warm_up(model: Any, cell: Cell) -> None:
         last = now
 
 
-def _throughputs(model: Any, request: Request) -> dict[int, float]:
+def _throughputs(model: Any, request: SpeedRequest) -> dict[int, float]:
     """Generated tokens/s of so many sessions together, each with one request of the shortest prompt, prefill included.
 
     Last of all: several sessions take memory that a single user never sees.
@@ -206,4 +206,4 @@ def _cpu_s() -> float:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(SpeedRequest, handle)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 SEED = 20240229
 RESAMPLES = 2000
-BATCH = 2_000_000  # numbers that are resampled at once, so that long series do not fill the memory
+RESAMPLED_AT_ONCE = 2_000_000  # numbers that are resampled at once, so that long series do not fill the memory
 MIN_SAMPLES = 5  # fewer have no interval; the same of blocks, and of pairs that differ
 MIN_BEYOND = 10  # samples that a percentile in the tails must have beyond it: p90 needs 100 samples, p99 1000
-BLOCK = 64  # tokens that are resampled together
+BLOCK_TOKENS = 64  # tokens that are resampled together
 MAX_MORE = 1_000_000
 
 
@@ -187,7 +187,7 @@ def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Mea
 
 
 def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
-    """The mean of one value per token, with a BCa bootstrap interval over blocks of ``BLOCK`` consecutive tokens.
+    """The mean of one value per token, with a BCa interval over blocks of ``BLOCK_TOKENS`` consecutive tokens.
 
     Neighbouring tokens are not independent; blocks much longer than the dependence nearly are (Carlstein, 1986,
     Annals of Statistics 14, 1171-1179). Fewer than ``MIN_SAMPLES`` blocks have no interval; that of five covers 91 %.
@@ -195,7 +195,7 @@ def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
     import numpy as np
 
     tokens = _numbers(values)
-    blocks = np.array_split(tokens, max(len(tokens) // BLOCK, 1))  # of equal length to within one token
+    blocks = np.array_split(tokens, max(len(tokens) // BLOCK_TOKENS, 1))  # of equal length to within one token
     interval = _mean_interval(np.array([block.mean() for block in blocks]))
     return _measurement(float(tokens.mean()), unit, len(tokens), interval)
 
@@ -324,7 +324,7 @@ def _bootstrap(values: Numbers, statistic: Callable[..., Any], method: str, info
         (values,),
         statistic,
         n_resamples=RESAMPLES,
-        batch=max(1, BATCH // len(values)),
+        batch=max(1, RESAMPLED_AT_ONCE // len(values)),
         confidence_level=_bootstrap_level(informative or len(values)),
         method=method,
         rng=np.random.default_rng(SEED),

@@ -21,7 +21,7 @@ from slmops.evaluation.speed import Speed, Turn, memory_in
 from slmops.evaluation.speed_worker import Timed, Window
 
 PERCENTILES = (50, 90, 99)
-BUSY = "the machine was busy with something else"
+MACHINE_BUSY = "the machine was busy with something else"
 Measurements = dict[str, Measurement]
 
 
@@ -80,7 +80,7 @@ def _marked(measured: Measurements, turns: Sequence[Turn]) -> Measurements:
     if not all(turn.disturbed for turn in turns):
         return measured
     return {
-        name: one.model_copy(update={"note": f"{one.note}; {BUSY}" if one.note else BUSY})
+        name: one.model_copy(update={"note": f"{one.note}; {MACHINE_BUSY}" if one.note else MACHINE_BUSY})
         for name, one in measured.items()
     }
 
@@ -208,7 +208,7 @@ def _rows(speed: Speed) -> list[dict[str, float]]:
 
 def _memory(speed: Speed) -> Measurements:
     """Medians over the rounds; the peak while one user's requests are answered, loading included."""
-    windows: dict[str, Callable[[speed_worker.Result], Window | None]] = {
+    windows: dict[str, Callable[[speed_worker.SpeedResult], Window | None]] = {
         "memory_before_mb": lambda measured: measured.before,
         "memory_loaded_mb": lambda measured: measured.loaded,
         "memory_unloaded_mb": lambda measured: measured.unloaded,

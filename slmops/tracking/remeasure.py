@@ -20,7 +20,7 @@ from slmops.core.errors import TrackingError
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Answer, Measurement, Variant
 from slmops.evaluation import dataset
-from slmops.evaluation.remeasure import Recorded, Remeasured, markdown
+from slmops.evaluation.drift import Recorded, Remeasured, markdown
 from slmops.tracking.client import text_of
 from slmops.tracking.evaluation import ANSWERS, MEASUREMENTS
 
@@ -43,7 +43,7 @@ def log_inputs(client: MlflowClient, run_id: str, job: Job) -> None:
     """
     asked = job.evaluation_set
     if asked is None:
-        questions = (resources.files("slmops.evaluation.data") / dataset.DEFAULT).read_bytes()
+        questions = (resources.files("slmops.evaluation.data") / dataset.GENERAL_SET).read_bytes()
     else:
         questions = dataset.read_bytes(asked, "evaluation set")
     suffix = ".csv" if asked is not None and asked.name.lower().endswith(".csv") else ".jsonl"

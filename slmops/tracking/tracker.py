@@ -36,7 +36,7 @@ from slmops.core.values import (
     Variant,
     VariantResult,
 )
-from slmops.evaluation.remeasure import Recorded, Remeasure, Remeasured
+from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import CHAMPION
 from slmops.selection.policy import Policy
 from slmops.tracking import answers as tracking_answers

@@ -16,7 +16,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
-from slmops.evaluation.edge_worker import Case
+from slmops.evaluation.edge_worker import EdgeCase
 from slmops.foundry.register import register
 from slmops.processes import children
 from tests import making
@@ -42,7 +42,7 @@ OUTCOMES = {
     "greedy_twice": "answered",
     "ordinary_question": "answered",
 }
-QUESTION = Case(id="ordinary_question", expected="answered")
+QUESTION = EdgeCase(id="ordinary_question", expected="answered")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def nothing_is_left(settings: Settings) -> Iterator[None]:
     assert not [command for command in left if "edge_worker" in str(command)]
 
 
-def fault(name: str) -> Case:
-    return Case(id=name, expected="answered", module="tests.integration.edge_faults")
+def fault(name: str) -> EdgeCase:
+    return EdgeCase(id=name, expected="answered", module="tests.integration.edge_faults")
 
 
 def outcomes(cases: tuple[CaseOutcome, ...]) -> dict[str, str]:
@@ -110,10 +110,10 @@ def test_a_crash_or_a_hang_costs_one_case(
     cases = (
         QUESTION,
         fault("dies"),
-        Case(id="emoji", expected="answered"),
+        EdgeCase(id="emoji", expected="answered"),
         fault("hangs"),
         fault("breaks"),
-        Case(id="right_to_left", expected="answered"),
+        EdgeCase(id="right_to_left", expected="answered"),
         fault("leaves"),
     )
     started = time.monotonic()

@@ -19,7 +19,7 @@ from slmops.core.errors import BusyError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed, pull, remeasurement
 from slmops.evaluation import dataset, speed
-from slmops.evaluation.remeasure import MEMORY, SPEED, DriftError, Remeasure, Remeasured
+from slmops.evaluation.drift import MEMORY_METRICS, SPEED_METRICS, DriftError, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak
 from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.tracking import remeasure as tracking_remeasure
@@ -71,7 +71,7 @@ def test_what_is_deployed_is_what_was_recorded(
     assert (steady.model, steady.version, steady.variant) == (NAME, champion.version, "fp32")
     assert (steady.recorded_run, steady.hardware_kind) == (champion.run_id, machine.hardware().kind)
     figures = {one.metric: one for one in steady.figures}
-    assert figures.keys() == {*SPEED, *MEMORY, "perplexity", "accuracy"}
+    assert figures.keys() == {*SPEED_METRICS, *MEMORY_METRICS, "perplexity", "accuracy"}
     assert {metric: one.recorded.value for metric, one in figures.items()} == {
         metric: client.get_run(champion.run_id).data.metrics[metric] for metric in figures
     }

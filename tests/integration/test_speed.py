@@ -153,13 +153,13 @@ def test_answers_have_the_lengths_that_were_asked_for(measured: dict[str, Speed 
         assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
 
 
-def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) -> speed_worker.Result:
+def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) -> speed_worker.SpeedResult:
     work = settings.work(NAME) / "alone"
     staged = stage(made[1], work / "foundry", fixed_length=fixed_length)
     result, _ = children.call(
         "slmops.evaluation.speed_worker",
-        speed_worker.Request(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
-        speed_worker.Result,
+        speed_worker.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
+        speed_worker.SpeedResult,
         work=work,
         log=settings.logs / "alone.log",
         timeout_s=60,

@@ -15,7 +15,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration
 from slmops.evaluation import edge_cases, edge_worker
-from slmops.evaluation.edge_worker import Case, Line, Messages, Probe, Seen
+from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase, Messages, Probe
 from slmops.processes import children
 from tests import values
 
@@ -85,7 +85,7 @@ def probe(folder: Path) -> Callable[[Model], Probe]:
     return lambda model: Probe(model, Model.count, CONTEXT, folder)
 
 
-def case(name: str) -> Case:
+def case(name: str) -> EdgeCase:
     [found] = [case for case in edge_cases.CASES if case.id == name]
     return found
 
@@ -179,7 +179,7 @@ def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, prob
 
 
 def test_a_case_that_does_not_exist(probe: Callable[[Model], Probe]) -> None:
-    assert edge_worker.see(Case(id="nothing", expected="answered"), probe(Model())).outcome == "failed"
+    assert edge_worker.see(EdgeCase(id="nothing", expected="answered"), probe(Model())).outcome == "failed"
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_a_case_that_does_not_exist(probe: Callable[[Model], Probe]) -> None:
     ],
 )
 def test_judging(expected: Any, outcome: Any, seconds: float, passed: bool) -> None:
-    seen = Seen(outcome=outcome, detail="said", seconds=seconds)
-    judged = edge_cases._judge(Case(id="one", expected=expected), seen)
+    seen = CaseEnd(outcome=outcome, detail="said", seconds=seconds)
+    judged = edge_cases._judge(EdgeCase(id="one", expected=expected), seen)
     assert judged.passed is passed
     assert judged.model_dump(exclude={"passed", "detail"}) == {"id": "one", "expected": expected, "outcome": outcome}
     assert judged.detail == ("Only after 5 s: said" if seconds == 5.1 else "said")
@@ -239,11 +239,11 @@ def test_no_cases_have_no_share(cases: list[CaseOutcome]) -> None:
 class Children:
     """Stand in for processes that write ``lines`` each and then end as they are told to."""
 
-    def __init__(self, *ends: tuple[list[Line], EvaluationError | None]) -> None:
+    def __init__(self, *ends: tuple[list[CaseProgress], EvaluationError | None]) -> None:
         self.ends = list(ends)
         self.asked: list[list[str]] = []
 
-    def __call__(self, _module: str, request: edge_worker.Request, *_: Any, **__: Any) -> None:
+    def __call__(self, _module: str, request: edge_worker.EdgeCaseRequest, *_: Any, **__: Any) -> None:
         self.asked.append([case.id for case in request.cases])
         lines, error = self.ends.pop(0)
         request.progress.parent.mkdir(parents=True, exist_ok=True)
@@ -253,15 +253,15 @@ class Children:
             raise error
 
 
-ENDED = Seen(outcome="answered", detail="said", seconds=0.1)
+ENDED = CaseEnd(outcome="answered", detail="said", seconds=0.1)
 DIED = EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
 
 
-def begun(name: str) -> Line:
-    return Line(id=name, at=1e12)  # a moment that has not come yet: no time has passed since
+def begun(name: str) -> CaseProgress:
+    return CaseProgress(id=name, at=1e12)  # a moment that has not come yet: no time has passed since
 
 
-def ended(name: str) -> Line:
+def ended(name: str) -> CaseProgress:
     return begun(name).model_copy(update={"seen": ENDED})
 
 
@@ -274,7 +274,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
 
     def go(stand_in: Children) -> tuple[CaseOutcome, ...]:
         monkeypatch.setattr(children, "call", stand_in)
-        cases = [Case(id=name, expected="answered") for name in "abc"]
+        cases = [EdgeCase(id=name, expected="answered") for name in "abc"]
         variant = values.variant(folder)
         try:
             return edge_cases.run(variant, registration, "tiny", settings, cases=cases)
@@ -307,7 +307,7 @@ def test_what_was_seen_before_a_crash_is_kept(run: Callable[[Children], tuple[Ca
     ],
 )
 def test_a_crash_outside_of_the_cases(
-    lines: list[Line], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
+    lines: list[CaseProgress], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
 ) -> None:
     stand_in = Children((lines, DIED), ([line for name in "bc" for line in (begun(name), ended(name))], None))
     assert {case.outcome for case in run(stand_in)} == {"answered"}

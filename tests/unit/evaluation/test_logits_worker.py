@@ -19,14 +19,14 @@ from slmops.evaluation import logits_worker as worker
 
 VOCABULARY = 8
 Logits = Callable[[Any], Any]
-Score = Callable[..., worker.Result]
+Score = Callable[..., worker.LogitsResult]
 
 
 @pytest.fixture
 def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
     """Score ``count`` words with a function from token ids to logits."""
 
-    def run(logits: Logits, count: int, tokens: int = 10_000, **asked: Any) -> worker.Result:
+    def run(logits: Logits, count: int, tokens: int = 10_000, **asked: Any) -> worker.LogitsResult:
         backend = Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, unk_token="w0"))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         backend.enable_truncation(4)  # some tokenizer files ask for it; a text must be scored whole
@@ -35,7 +35,7 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         text.write_text(" ".join(f"w{n % VOCABULARY}" for n in range(count)), encoding="utf-8")
         fake = SimpleNamespace(OnnxModel=lambda _folder: SimpleNamespace(logits=logits))
         monkeypatch.setitem(sys.modules, "slmops.conversion.logits", fake)
-        return worker.handle(worker.Request(folder=tmp_path, text=text, tokens=tokens, **asked))
+        return worker.handle(worker.LogitsRequest(folder=tmp_path, text=text, tokens=tokens, **asked))
 
     return run
 

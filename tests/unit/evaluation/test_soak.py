@@ -236,7 +236,7 @@ def test_conversations_fit_the_context(
     talks = soak_worker.conversations(tmp_path)
     assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
     assert [message["role"] for message in talks[-1]] == ["user", "assistant", "user", "assistant", "user"]
-    assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.MAX_TOKENS <= context
+    assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.SOAK_TOKENS <= context
 
 
 def test_no_room_for_any_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,10 @@ Make = Callable[[str], Made]
 Clock = Callable[[list[float]], None]
 
 
-def result(number: int) -> speed_worker.Result:
+def result(number: int) -> speed_worker.SpeedResult:
     """What the ``number``-th process returns."""
     window = Window(start=0, end=1)
-    return speed_worker.Result(
+    return speed_worker.SpeedResult(
         load_s=float(number),
         cold=False,
         before=window,
@@ -94,12 +94,12 @@ class Processes:
     """Stands in for :func:`slmops.processes.children.call`."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, speed_worker.Request, dict[str, Any]]] = []
+        self.calls: list[tuple[str, speed_worker.SpeedRequest, dict[str, Any]]] = []
         self.failing: dict[int, Exception] = {}
 
     def __call__(
-        self, module: str, request: speed_worker.Request, _result: Any, **options: Any
-    ) -> tuple[speed_worker.Result, Finished]:
+        self, module: str, request: speed_worker.SpeedRequest, _result: Any, **options: Any
+    ) -> tuple[speed_worker.SpeedResult, Finished]:
         assert module == "slmops.evaluation.speed_worker"
         assert (request.folder / "tokenizer.json").is_file()
         assert request.home in request.folder.parents
@@ -114,7 +114,7 @@ class Processes:
         return "".join(name for name, _, _ in self.calls)
 
     @property
-    def requests(self) -> list[speed_worker.Request]:
+    def requests(self) -> list[speed_worker.SpeedRequest]:
         return [request for _, request, _ in self.calls]
 
 
@@ -177,7 +177,7 @@ def test_staged_so_that_answers_do_not_end_early(
 ) -> None:
     seen = []
 
-    def look(module: str, request: speed_worker.Request, *rest: Any, **options: Any) -> Any:
+    def look(module: str, request: speed_worker.SpeedRequest, *rest: Any, **options: Any) -> Any:
         seen.append(json.loads((request.folder / "genai_config.json").read_text())["model"]["eos_token_id"])
         return processes(module, request, *rest, **options)
 

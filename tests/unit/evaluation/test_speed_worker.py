@@ -54,7 +54,7 @@ CELLS = (
 )
 
 
-def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> speed_worker.Result:
+def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> speed_worker.SpeedResult:
     backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.save(str(folder / "tokenizer.json"))
@@ -62,7 +62,9 @@ def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **as
     (folder / "genai_config.json").write_text(json.dumps({"model": {}}))
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
     monkeypatch.setattr(speed_worker, "time", runtime.time)
-    return speed_worker.handle(speed_worker.Request(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked))
+    return speed_worker.handle(
+        speed_worker.SpeedRequest(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked)
+    )
 
 
 @pytest.mark.parametrize(

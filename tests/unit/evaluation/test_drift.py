@@ -22,9 +22,9 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, Measurement
 from slmops.delivery import remeasurement
-from slmops.evaluation import dataset, remeasure
-from slmops.evaluation.remeasure import DriftError, Figure, Recorded, Remeasure, Remeasured
-from slmops.evaluation.summary import BUSY
+from slmops.evaluation import dataset, drift
+from slmops.evaluation.drift import DriftError, Figure, Recorded, Remeasure, Remeasured
+from slmops.evaluation.summary import MACHINE_BUSY
 from tests import making, measured, values
 
 BOT = Remeasure(name="bot")
@@ -81,7 +81,7 @@ def figure(value: float, half: float | None = 0.0, note: str | None = None) -> M
 
 
 def compared(metric: str, recorded: Measurement, now: Measurement, **tolerances: float) -> Figure:
-    [one] = remeasure.compare({metric: recorded}, {metric: now}, BOT.model_copy(update=tolerances))
+    [one] = drift.compare({metric: recorded}, {metric: now}, BOT.model_copy(update=tolerances))
     return one
 
 
@@ -96,8 +96,8 @@ def compared(metric: str, recorded: Measurement, now: Measurement, **tolerances:
         ("ttft_ms_p50", figure(100, 15), figure(130, 15), False, "the intervals overlap"),  # they touch
         ("ttft_ms_p50", figure(100, 2), figure(130, None), False, "1.3 times worse, but too few samples"),
         ("ttft_ms_p50", figure(100, None), figure(130, 2), False, "too few samples for an interval"),
-        ("ttft_ms_p50", figure(100, 2), figure(200, 2, BUSY), False, f"2 times worse, but {BUSY}"),
-        ("ttft_ms_p50", figure(100, 2, f"a; {BUSY}"), figure(200, 2), False, BUSY),
+        ("ttft_ms_p50", figure(100, 2), figure(200, 2, MACHINE_BUSY), False, f"2 times worse, but {MACHINE_BUSY}"),
+        ("ttft_ms_p50", figure(100, 2, f"a; {MACHINE_BUSY}"), figure(200, 2), False, MACHINE_BUSY),
         ("response_s_p50", figure(1, 0.01), figure(2, 0.01), True, "2 times worse"),
         ("decode_tok_s", figure(50, 1), figure(25, 1), True, "2 times worse"),
         ("decode_tok_s", figure(50, 1), figure(100, 1), False, "within the tolerance"),
@@ -139,7 +139,7 @@ def test_each_tolerance_is_for_its_own_figures(metric: str, tolerance: str) -> N
 
 def test_only_what_both_have_is_compared() -> None:
     both = {name: figure(1) for name in ("decode_tok_s", "size_mb", "kl_mean")}
-    assert [one.metric for one in remeasure.compare(both, {**both, "perplexity": figure(1)}, BOT)] == ["decode_tok_s"]
+    assert [one.metric for one in drift.compare(both, {**both, "perplexity": figure(1)}, BOT)] == ["decode_tok_s"]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_accuracy_is_compared_question_by_question(
     before: list[bool], now: list[bool], tolerance: float, drifted: bool, said: str
 ) -> None:
     request = BOT.model_copy(update={"max_accuracy_drop": tolerance})
-    one = remeasure.compare_answers(measured.answers(*before), measured.answers(*now), request)
+    one = drift.compare_answers(measured.answers(*before), measured.answers(*now), request)
     assert one is not None
     assert (one.drifted, one.detail) == (drifted, said)
     assert (one.recorded.value, one.now.value) == (sum(before) / 20, sum(now) / 20)
@@ -168,11 +168,11 @@ def test_accuracy_is_compared_question_by_question(
 
 def test_only_questions_that_were_judged_both_times_count() -> None:
     before, now = measured.answers(True, None, False, True), measured.answers(True, True, None, True)
-    one = remeasure.compare_answers(before, now, BOT)
+    one = drift.compare_answers(before, now, BOT)
     assert one is not None
     assert (one.recorded.value, one.now.value, one.now.samples) == (1.0, 1.0, 2)
-    assert remeasure.compare_answers(measured.answers(None), measured.answers(True), BOT) is None
-    assert remeasure.compare_answers((), measured.answers(True), BOT) is None
+    assert drift.compare_answers(measured.answers(None), measured.answers(True), BOT) is None
+    assert drift.compare_answers((), measured.answers(True), BOT) is None
 
 
 def recorded(**changes: Any) -> Recorded:
@@ -196,7 +196,7 @@ def recorded(**changes: Any) -> Recorded:
 def judged(decode: float, *left_out: str, answered: str = "A") -> Remeasured:
     now = {"decode_tok_s": figure(decode, 1), "perplexity": figure(12, 2)}
     answers = [one.model_copy(update={"answer": answered}) for one in measured.answers(True, True, True)]
-    return remeasure.judge(VERSION, recorded(), now, answers, left_out, HERE, BOT)
+    return drift.assess(VERSION, recorded(), now, answers, left_out, HERE, BOT)
 
 
 def test_the_result_that_is_steady() -> None:
@@ -227,18 +227,18 @@ def test_the_result_that_has_drifted() -> None:
     assert isinstance(error, GateError)
     assert (error.exit_code, error.result, error.message) == (3, result, result.detail)
     assert "what else runs on this machine" in str(error.fix)
-    said = remeasure.text(result)
+    said = drift.text(result)
     assert said.startswith(f"drifted: {result.detail}\n\nmetric")
     assert "decode_tok_s in x 50 [49, 51] 25 [24, 26] 0.500 drifted: 2 times worse" in " ".join(said.split())
     assert said.endswith("\n\nnot compared: everything else\nanswers that read otherwise: 3")
-    table = remeasure.markdown(result)
+    table = drift.markdown(result)
     assert "| decode_tok_s in x | 50 [49, 51] | 25 [24, 26] | 0.500 | drifted: 2 times worse" in table
     assert "- not compared: everything else" in table
 
 
 def test_quality_that_drifts_asks_for_another_look() -> None:
     now = {"perplexity": figure(15, 2)}
-    result = remeasure.judge(VERSION, recorded(), now, None, ["accuracy, as x"], HERE, BOT)
+    result = drift.assess(VERSION, recorded(), now, None, ["accuracy, as x"], HERE, BOT)
     assert result.answers_changed is None
     assert "answers_changed" not in result.metrics
     assert "`slmops rollback bot`" in str(DriftError(result).fix)
@@ -246,13 +246,13 @@ def test_quality_that_drifts_asks_for_another_look() -> None:
 
 def test_not_everything_is_said_to_be_compared_if_it_is_not() -> None:
     assert judged(50, "some").detail.endswith("of 3 figures. Not everything could be compared.")
-    unjudged = remeasure.judge(VERSION, recorded(), {"perplexity": figure(12)}, measured.answers(None), [], HERE, BOT)
+    unjudged = drift.assess(VERSION, recorded(), {"perplexity": figure(12)}, measured.answers(None), [], HERE, BOT)
     assert unjudged.left_out == ("accuracy, as no question could be judged both times",)
 
 
 def test_no_figure_at_all_is_not_steady() -> None:
     with pytest.raises(EvaluationError, match=r"Nothing of bot version 3 \(int8\) can be compared: accuracy, as no"):
-        remeasure.judge(VERSION, recorded(), {}, measured.answers(None), [], HERE, BOT)
+        drift.assess(VERSION, recorded(), {}, measured.answers(None), [], HERE, BOT)
 
 
 # --- what can be compared
@@ -421,7 +421,7 @@ def test_the_command(
         assert Remeasured.model_validate_json(out) == result
         assert set(json.loads(out)) >= {"outcome", "figures", "left_out", "recorded_run", "run_id"}
     else:
-        assert out == remeasure.text(result) + "\n"
+        assert out == drift.text(result) + "\n"
     assert err.startswith(f"error: {result.detail}\n") == (code == 3)
 
 

@@ -17,9 +17,9 @@ from slmops.core.job import Job
 from slmops.core.values import Answer, Frozen, Measurement, Variant
 from slmops.foundry.versions import ModelVersion, Name
 
-SPEED = {"ttft_ms_p50": 1, "decode_tok_s": -1, "prefill_tok_s": -1, "response_s_p50": 1}
+SPEED_METRICS = {"ttft_ms_p50": 1, "decode_tok_s": -1, "prefill_tok_s": -1, "response_s_p50": 1}
 """Metric to 1 if less is better, -1 if more is."""
-MEMORY = ("memory_loaded_mb", "memory_peak_mb")
+MEMORY_METRICS = ("memory_loaded_mb", "memory_peak_mb")
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 DRIFT = "drift/"
 """How the metrics in MLflow begin that are ratios: what was measured now / what was recorded."""
@@ -129,7 +129,7 @@ class DriftError(GateError):
         self.result = result
 
 
-def judge(
+def assess(
     version: ModelVersion,
     recorded: Recorded,
     now: Mapping[str, Measurement],
@@ -187,8 +187,8 @@ def compare(
     the tolerance alone decides.
     """
     tolerances = {
-        **dict.fromkeys(SPEED, request.max_slowdown),
-        **dict.fromkeys(MEMORY, request.max_memory_growth),
+        **dict.fromkeys(SPEED_METRICS, request.max_slowdown),
+        **dict.fromkeys(MEMORY_METRICS, request.max_memory_growth),
         PERPLEXITY: request.max_perplexity_ratio,
     }
     return tuple(
@@ -262,8 +262,8 @@ def _changed(recorded: Sequence[Answer], now: Sequence[Answer]) -> int:
 
 def _compare(metric: str, recorded: Measurement, now: Measurement, tolerance: float) -> Figure:
     ratio = _ratio(recorded, now)
-    worse = ratio ** SPEED.get(metric, 1) if ratio else 0.0
-    doubt = _doubt(recorded, now) if metric in SPEED else None
+    worse = ratio ** SPEED_METRICS.get(metric, 1) if ratio else 0.0
+    doubt = _doubt(recorded, now) if metric in SPEED_METRICS else None
     beyond = worse > tolerance + SLACK
     if not ratio:
         detail = "one of the two is 0"
@@ -280,10 +280,10 @@ def _compare(metric: str, recorded: Measurement, now: Measurement, tolerance: fl
 
 def _doubt(recorded: Measurement, now: Measurement) -> str | None:
     """Why a difference may be chance; None: it is not."""
-    from slmops.evaluation.summary import BUSY
+    from slmops.evaluation.summary import MACHINE_BUSY
 
-    if any(BUSY in (one.note or "") for one in (recorded, now)):
-        return BUSY
+    if any(MACHINE_BUSY in (one.note or "") for one in (recorded, now)):
+        return MACHINE_BUSY
     if recorded.low is None or recorded.high is None or now.low is None or now.high is None:
         return "too few samples for an interval"
     return "the intervals overlap" if recorded.low <= now.high and now.low <= recorded.high else None

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from slmops.checkpoints import source
 from slmops.conversion import olive_config, recipes
 from slmops.core.job import Job
@@ -17,17 +14,18 @@ from slmops.foundry import prompt_template
 from slmops.selection import policy
 from slmops.selection.policy import Policy
 from slmops.tracking.tracker import Tracker
+from tasks.stage import stage
 
 log = logging.getLogger("slmops.checkpoint")
 
 
-@task(name="get checkpoint", task_run_name="get checkpoint", cache_policy=NO_CACHE)
+@stage()
 def get_checkpoint(job: Job, settings: Settings, tracker_uri: str) -> Checkpoint:
     """The checked checkpoint as a local folder."""
     return source.resolve(job, settings, download=Tracker(tracker_uri).download)
 
 
-@task(name="plan", task_run_name="plan", cache_policy=NO_CACHE)
+@stage()
 def plan_job(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) -> tuple[list[Recipe], Policy]:
     """The recipes of the job, each known to fit the checkpoint, and the policy of its choice.
 

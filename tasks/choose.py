@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from slmops.core.values import Choice, Measurement, VariantResult
 from slmops.selection import choice as selection
 from slmops.selection.policy import Policy
+from tasks.stage import stage
 
 
-@task(name="choose", task_run_name="choose", cache_policy=NO_CACHE)
+@stage()
 def choose_variant(
     results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None
 ) -> tuple[Choice, list[VariantResult]]:

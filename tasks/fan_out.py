@@ -39,7 +39,7 @@ from slmops.core.pools import Pool
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Variant, VariantFile
 from slmops.tracking import exchange as tracking_exchange
-from tasks.track import tracking_task
+from tasks.stage import stage
 
 log = logging.getLogger("slmops.fan_out")
 
@@ -68,7 +68,7 @@ Answer = TypeVar("Answer")
 # --- files: on the machine of the job
 
 
-@tracking_task(name="open exchange", task_run_name="open exchange")
+@stage(tracking=True)
 def open_exchange(uri: str, parent: str) -> str:
     """A place for the files of the job; the MLflow run's id. What killed jobs left there goes, their parts included."""
     run_id, stale = tracking_exchange.open_run(uri, parent)
@@ -77,19 +77,19 @@ def open_exchange(uri: str, parent: str) -> str:
     return run_id
 
 
-@tracking_task(name="close exchange", task_run_name="close exchange")
+@stage(tracking=True)
 def close_exchange(uri: str, run_id: str) -> None:
     """Delete the place with all its files."""
     tracking_exchange.close_run(uri, run_id)
 
 
-@tracking_task(name="send inputs", task_run_name="send inputs")
+@stage(tracking=True)
 def send_inputs(job: Job, checkpoint: Checkpoint, exchange: Exchange) -> tuple[Files, dict[str, VariantFile]]:
     """The checkpoint and the user's files, for all parts."""
     return parts.send_inputs(job, checkpoint, exchange)
 
 
-@tracking_task(name="fetch result", task_run_name="fetch result of {part.id}")
+@stage("fetch result of {part.id}", tracking=True)
 def fetch_result(part: Part, exchange: Exchange, logs: Path) -> Result | None:
     """What a part has left, with its logs; None: it was lost before it left anything."""
     text = exchange.result(part.id)
@@ -108,13 +108,13 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> Result | None:
 # --- files: on either side
 
 
-@tracking_task(name="send variant", task_run_name="send {variant.recipe.name}")
+@stage("send {variant.recipe.name}", tracking=True)
 def send_variant(variant: Variant, exchange: Exchange) -> Files:
     """A converted variant, for whoever measures or deploys it."""
     return parts.send_variant(variant, exchange)
 
 
-@tracking_task(name="fetch variant", task_run_name="fetch {key}")
+@stage("fetch {key}", tracking=True)
 def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings) -> Variant:
     """A variant that was converted elsewhere."""
     return parts.bring_variant(key, files, exchange, settings)
@@ -123,19 +123,19 @@ def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings
 # --- files: on the machine of a part
 
 
-@tracking_task(name="prepare", task_run_name="prepare")
+@stage(tracking=True)
 def prepare_part(part: Part, exchange: Exchange, settings: Settings) -> Workplace:
     """All that the part needs, fetched and checked."""
     return parts.prepare(part, exchange, settings)
 
 
-@tracking_task(name="send references", task_run_name="send references")
+@stage(tracking=True)
 def send_references(place: Workplace, exchange: Exchange, settings: Settings) -> Files:
     """The logits that the others are compared with."""
     return parts.send_references(place, exchange, settings)
 
 
-@tracking_task(name="leave result", task_run_name="leave result")
+@stage(tracking=True)
 def leave_result(result: Result, part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> None:
     """Logs and result, the result last."""
     logs = parts.send_logs(part, place, exchange, settings)

@@ -59,7 +59,7 @@ def tell_of_versions(request: News, uri: str) -> list[str]:
 
 
 def _seen(name: str) -> dict[str, Any]:
-    found = Variable.get(_variable(name), {})
+    found: Any = Variable.get(_variable(name), {})
     return found if isinstance(found, dict) else {}
 
 

@@ -1,47 +1,38 @@
-"""Log to MLflow. The one stage where a retry helps: a server that restarts is back in seconds."""
+"""Log a job to MLflow."""
 
 from __future__ import annotations
 
 import logging
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.states import State
+from prefect import Task
 
 from slmops.core import machine
-from slmops.core.errors import TrackingError
 from slmops.core.job import Job
 from slmops.core.values import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
 from slmops.report import render as report
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
+from tasks.stage import P, R, stage
 
 log = logging.getLogger("slmops.track")
 
-PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
-"""A server may be away for a minute or two: restarted, or moved to another machine."""
+
+def tracking_task(*, name: str, task_run_name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """The old name of ``stage(tracking=True)``; goes when nothing uses it."""
+    del name
+    return stage(task_run_name, tracking=True)
 
 
-def _may_pass(_task: object, _run: object, state: State) -> bool:
-    """What the server did not take may be taken a moment later; a question that makes no sense stays so."""
-    return isinstance(state.result(raise_on_failure=False), TrackingError)
-
-
-tracking_task = partial(
-    task, cache_policy=NO_CACHE, retries=len(PAUSES_S), retry_delay_seconds=PAUSES_S, retry_condition_fn=_may_pass
-)
-
-
-@tracking_task(name="start tracking", task_run_name="start tracking")
+@stage(tracking=True)
 def start_tracking(uri: str, name: str, job: Job, checkpoint: Checkpoint, flow_run: str) -> str:
     """Open the MLflow parent run; returns its id."""
     return Tracker(uri).start_job(name, job, checkpoint, machine.hardware(), flow_run)
 
 
-@tracking_task(name="track", task_run_name="track {variant.recipe.name}")
+@stage("track {variant.recipe.name}", tracking=True)
 def track_variant(
     uri: str,
     parent: str,
@@ -56,20 +47,20 @@ def track_variant(
     return as_result(variant, registration, evaluation, run_id)
 
 
-@tracking_task(name="track failure", task_run_name="track failure of {recipe}")
+@stage("track failure of {recipe}", tracking=True)
 def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
     """Log a failed variant as a child run with the reason."""
     run_id = Tracker(uri).log_failure(parent, recipe, reason, logs)
     return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
 
-@tracking_task(name="get champion", task_run_name="get champion")
+@stage(tracking=True)
 def get_champion(uri: str, name: str, like: str | None) -> dict[str, Measurement] | None:
     """What was measured of the version that is deployed now, as far as it compares with the run ``like``."""
     return Tracker(uri).champion(name, like)
 
 
-@tracking_task(name="register version", task_run_name="register version of {variant.name}")
+@stage("register version of {variant.name}", tracking=True)
 def register_version(
     uri: str, name: str, variant: Variant, registration: Registration, result: VariantResult, parent: str
 ) -> VariantResult:
@@ -79,7 +70,7 @@ def register_version(
     return result.model_copy(update={"version": version.version})
 
 
-@tracking_task(name="finish tracking", task_run_name="finish tracking")
+@stage(tracking=True)
 def finish_tracking(uri: str, comparison: Comparison, policy: Policy, *, failed: bool) -> str:
     """Put comparison, report and choice into the parent run; returns the address of its page."""
     tracker = Tracker(uri)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-
 from slmops.conversion.convert import convert
 from slmops.core.errors import SlmopsError
 from slmops.core.job import Job
@@ -12,24 +9,25 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Registration, Variant
 from slmops.evaluation import quality, speed
 from slmops.foundry.register import register
+from tasks.stage import stage
 
 # No retries: Olive, the runtime and the measurements fail the same way twice. The timeouts are those of the child
 # processes, which are killed whole; a task's own timeout would leave them running.
 
 
-@task(name="convert", task_run_name="convert {recipe.name}", cache_policy=NO_CACHE)
+@stage("convert {recipe.name}")
 def convert_variant(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
     """Olive conversion at one precision."""
     return convert(recipe, checkpoint, job, name, settings)
 
 
-@task(name="register", task_run_name="register {variant.recipe.name}", cache_policy=NO_CACHE)
+@stage("register {variant.recipe.name}")
 def register_variant(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
     """Foundry Local registration, listing and one answered prompt."""
     return register(variant, name, job, settings)
 
 
-@task(name="measure speed", task_run_name="measure speed", cache_policy=NO_CACHE)
+@stage()
 def measure_speed(
     made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings
 ) -> dict[str, speed.Speed | SlmopsError]:
@@ -37,13 +35,13 @@ def measure_speed(
     return speed.measure(made, name, job, settings)
 
 
-@task(name="score checkpoint", task_run_name="score checkpoint", cache_policy=NO_CACHE)
+@stage()
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
     """The checkpoint's own distributions, to tell conversion from quantization error."""
     return quality.score_checkpoint(checkpoint, name, job, settings)
 
 
-@task(name="measure quality", task_run_name="measure quality of {variant.recipe.name}", cache_policy=NO_CACHE)
+@stage("measure quality of {variant.recipe.name}")
 def measure_quality(
     variant: Variant, registration: Registration, name: str, job: Job, settings: Settings
 ) -> quality.Quality:

@@ -1,0 +1,51 @@
+"""How a stage of a flow becomes a Prefect task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+
+from slmops.core.errors import TrackingError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
+"""A server may be away for a minute or two: restarted, or moved to another machine."""
+
+
+def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function a task that is named after it: ``find_version`` becomes "find version".
+
+    Prefect neither keeps nor caches results, because a content-addressed store keeps what is worth keeping, and checks
+    that the files are still there, which a cache hit does not.
+
+    Args:
+        run_name: What its runs are called, with arguments in braces, such as ``"convert {recipe.name}"``; the name of
+            the task by default.
+        tracking: It talks to MLflow, and a retry helps: a server that restarts is back in seconds. No other stage is
+            retried: Olive, the runtime and the measurements fail the same way twice.
+    """
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        name = function.__name__.replace("_", " ")
+        return task(
+            name=name,
+            task_run_name=run_name or name,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            retries=len(PAUSES_S) if tracking else 0,
+            retry_delay_seconds=PAUSES_S if tracking else None,
+            retry_condition_fn=_may_pass if tracking else None,
+        )(function)
+
+    return decorate
+
+
+def _may_pass(_task: object, _run: object, state: State[Any]) -> bool:
+    """What the server did not take may be taken a moment later; a question that makes no sense stays so."""
+    return isinstance(state.result(raise_on_failure=False), TrackingError)

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
+from slmops.core import web
+from slmops.core.errors import SlmopsError, UsageError
 from slmops.foundry import layout, private_catalog
 from slmops.foundry.private_catalog import Entry
 
@@ -114,10 +115,10 @@ def serve(uri: str, host: str, port: int) -> None:
         port: Port; 0 takes a free one.
 
     Raises:
-        UsageError: There is no such port.
+        UsageError: There is no such address or port.
         PrerequisiteError: The address cannot be listened at.
     """
-    with _listen(host, port) as listener:  # before anything that takes a while, and never let go of
+    with web.listen(host, port) as listener:  # before anything that takes a while, and never let go of
         import uvicorn
 
         from slmops.tracking.registry import Registry
@@ -140,16 +141,3 @@ def serve(uri: str, host: str, port: int) -> None:
             server.run(sockets=[listener])
         finally:
             signal.signal(signal.SIGTERM, before)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
-        raise UsageError(f"There is no port {port}.", "Give one from 1 to 65535 with --port.")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family)
-    except OSError as error:
-        raise PrerequisiteError(
-            f"The catalog cannot listen at {host}:{port}: {error.strerror}.",
-            "Stop what listens there, or give another address with --host and --port.",
-        ) from error

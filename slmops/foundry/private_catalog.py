@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.core.values import Frozen
+from slmops.core.web import BodyRefused, read_body
 from slmops.foundry.layout import PUBLISHER
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 PATH = "/asset-gallery/v1.0/models"
 BODY_BYTES = 64 * 1024
 """Size of a request at most."""
-DISCARDED_BYTES = 16 * 1024 * 1024
-"""How much of a larger one is read and thrown away: many clients see the answer only when they have sent all."""
 BODY_S = 10.0
 """Seconds that a request may take to arrive."""
 RETRY_S = 5
@@ -158,6 +157,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -175,8 +175,13 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
             raise HTTPException(400, error.message) from error
 
     async def models(request: Request) -> Response:
-        found = await run_in_threadpool(answered, await _body(request))
-        return Response(found, media_type="application/json")
+        try:
+            body = await read_body(request, BODY_BYTES, BODY_S)
+        except BodyRefused as error:
+            raise HTTPException(error.status, error.message, {"connection": "close"}) from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, "The client went away.") from error
+        return Response(await run_in_threadpool(answered, body), media_type="application/json")
 
     async def health(_: Request) -> Response:
         offers = await run_in_threadpool(offered)
@@ -194,33 +199,3 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         routes=[Route(PATH, models, methods=["POST"]), Route("/health", health)],
         exception_handlers={HTTPException: refuse, Exception: refuse},
     )
-
-
-async def _body(request: Request) -> bytes:
-    """The request's body; of one that is too large nothing is kept."""
-    import asyncio
-
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-
-    closing = {"connection": "close"}
-    too_large = HTTPException(413, f"A catalog request has {BODY_BYTES} bytes at most.", closing)
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and (len(announced) > 10 or int(announced) > DISCARDED_BYTES):
-        raise too_large
-    body, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > DISCARDED_BYTES:
-                    raise too_large
-                if size <= BODY_BYTES:
-                    body += chunk
-    except TimeoutError as error:
-        raise HTTPException(408, f"The request took longer than {BODY_S:.0f} s.", closing) from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "The client went away.") from error
-    if size > BODY_BYTES:
-        raise too_large
-    return bytes(body)

@@ -1,0 +1,102 @@
+"""What our two web servers, the service and the catalog, share: how they listen, and how they read a request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from slmops.core.errors import PrerequisiteError, UsageError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+DISCARDED_BYTES = 16_000_000
+DISCARD_S = 2.0
+"""How much of a body that is too large is read and thrown away, and for how long: a client that is still sending does
+not see the answer."""
+
+
+class BodyRefused(Exception):
+    """A body that is not accepted; the connection must be closed after the answer.
+
+    Args:
+        status: HTTP status of the answer, 408 or 413.
+        message: What is wrong, for the client.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket of a server; done before anything is loaded, so that nobody can take the port meanwhile.
+
+    Args:
+        host: Name or address to listen at.
+        port: Port; 0 takes a free one.
+
+    Raises:
+        UsageError: There is no such address or port.
+        PrerequisiteError: The port is in use, or the address is not one of this machine.
+    """
+    if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
+        raise UsageError(f"There is no port {port}.", "Give one from 1 to 65535 with --port.")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"There is no address {host}: {error}.", "Give another with --host.") from None
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    try:
+        listening = socket.create_server(address, family=family)
+    except OSError as error:
+        raise PrerequisiteError(
+            f"Port {port} of {host} cannot be used: {os.strerror(error.errno or 0)}.",
+            "Stop what listens there, or give another address with --host and --port.",
+        ) from None
+    # Connections inherit it. Without it an answer can take 40 ms more: asyncio sets it only on sockets of its own.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+    """Read a whole request body.
+
+    Args:
+        request: The request.
+        limit: Size in bytes that is accepted; nothing is kept of a larger body.
+        seconds: How long the client may take.
+
+    Raises:
+        BodyRefused: It is too large, or does not come in time.
+        starlette.requests.ClientDisconnect: The client left.
+    """
+    length = request.headers.get("content-length", "")
+    announced = float(length) if length.isdecimal() else 0.0  # of 5,000 digits int() refuses to make a number
+    too_large = announced > limit
+    waits = request.headers.get("expect", "").lower() == "100-continue"
+    refused = BodyRefused(413, f"The body is larger than {limit} bytes.")
+    if announced > DISCARDED_BYTES or (too_large and waits):
+        raise refused
+    body, discarded = bytearray(), 0
+    try:
+        async with asyncio.timeout(DISCARD_S if too_large else seconds) as timer:
+            async for chunk in request.stream():
+                if not too_large and len(body) + len(chunk) > limit:
+                    too_large = True
+                    timer.reschedule(asyncio.get_running_loop().time() + DISCARD_S)
+                if not too_large:
+                    body += chunk
+                    continue
+                discarded += len(chunk)
+                if discarded > DISCARDED_BYTES:
+                    break
+    except TimeoutError:
+        if not too_large:
+            raise BodyRefused(408, f"The request did not arrive within {seconds:g} s.") from None
+    if too_large:
+        raise refused
+    return bytes(body)

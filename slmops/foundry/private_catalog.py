@@ -128,7 +128,11 @@ def _entity(entry: Entry) -> dict[str, Any]:
         "entityId": identity,
         "annotations": {
             "tags": {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
-            "systemCatalogData": {"publisher": entry.publisher, "displayName": entry.display_name},
+            "systemCatalogData": {
+                "publisher": entry.publisher,
+                "displayName": entry.display_name,
+                "inferenceTasks": ["chat-completion"],
+            },
         },
         "properties": {
             "id": identity,

@@ -49,12 +49,21 @@ def serve():
     manager.start_web_service()
     return manager.urls
 
+def ask(foundry_id):
+    request = sdk.Request()
+    request.add_item(sdk.MessageItem.user("What is the capital of France?"))
+    with sdk.ChatSession(catalog.get_model_variant(foundry_id)) as session:
+        session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=8, do_sample=False)))
+        with session.process_request(request) as response:
+            return response.get_item(0).get_simple_text()
+
 commands = {
     "list": lambda: sorted(show(variant) for model in catalog.list_models() for variant in model.variants),
     "model": lambda alias: show(catalog.get_model(alias)),
     "variant": lambda foundry_id: show(catalog.get_model_variant(foundry_id)),
     "versions": lambda alias, name: sorted(model.id for model in catalog.get_model_versions(alias, name)),
     "load": lambda foundry_id: catalog.get_model_variant(foundry_id).load(),
+    "ask": ask,
     "serve": serve,
 }
 for line in sys.stdin:
@@ -135,6 +144,7 @@ def story(home: Path) -> Story:
             saw["list"] = application("list")
             saw["model"] = application("model", "tiny")
             saw["load"] = application("load", FIRST)
+            saw["ask"] = application("ask", FIRST)
             urls = application("serve")
             saw["chat"] = chat(urls, FIRST)
             saw["not yet"] = application("variant", SECOND)
@@ -195,6 +205,10 @@ def test_a_model_of_the_catalog_is_loaded_and_served(story: Story) -> None:
     assert story.saw["load"] is None
     assert story.saw["chat"]["choices"][0]["message"]["content"].strip()
     assert story.saw["chat"]["model"] == FIRST
+
+
+def test_a_model_of_the_catalog_is_opened_by_a_chat_session_and_answers(story: Story) -> None:
+    assert story.saw["ask"] == story.saw["chat"]["choices"][0]["message"]["content"]
 
 
 def test_a_version_that_comes_later_is_found_by_its_id(story: Story) -> None:

@@ -71,7 +71,11 @@ def test_an_entity_is_what_the_runtime_accepts() -> None:
                 "entityId": identity,
                 "annotations": {
                     "tags": {"alias": "bot", "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
-                    "systemCatalogData": {"publisher": "slmops", "displayName": "bot-int8"},
+                    "systemCatalogData": {
+                        "publisher": "slmops",
+                        "displayName": "bot-int8",
+                        "inferenceTasks": ["chat-completion"],
+                    },
                 },
                 "properties": {
                     "id": identity,

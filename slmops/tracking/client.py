@@ -58,3 +58,20 @@ def without_password(uri: str) -> str:
     'https://***@mlflow.example:5000'
     """
     return re.sub(r"//[^/]*@", "//***@", uri)
+
+
+def artifacts_of(client: MlflowClient, model: str) -> str:
+    """The artifact URI behind a ``models:/`` one; MLflow's errors are the caller's.
+
+    MLflow itself looks such a name up in the registry that the environment names, whatever address it is given.
+    """
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    root, path = ModelsArtifactRepository.split_models_uri(model)
+    match get_model_name_and_version(client, root):
+        case name, version:
+            location = client.get_model_version_download_uri(name, version)
+        case (model_id,):
+            location = client.get_logged_model(model_id).artifact_location
+    return f"{location}/{path}" if path else location

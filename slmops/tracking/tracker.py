@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from slmops.tracking.client import talking, text_of  # first: it sets the environment that MLflow reads at import
+# First: it sets the environment that MLflow reads at import.
+from slmops.tracking.client import artifacts_of, talking, text_of
 
 # isort: split
 from mlflow import MlflowClient
@@ -290,7 +291,8 @@ class Tracker:
         from mlflow.artifacts import download_artifacts
 
         with self._talking():
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(target), tracking_uri=self.uri))
+            source = artifacts_of(self._client, uri) if uri.startswith("models:/") else uri
+            return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
 
     def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
         """How the names of the metrics begin that were measured on different things."""

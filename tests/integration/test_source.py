@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +23,11 @@ from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from slmops.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.integration
 
@@ -135,7 +141,7 @@ def test_a_broken_gguf_file(tmp_path: Path, content: bytes) -> None:
     assert list((tmp_path / "home" / "checkpoints").iterdir()) == []
 
 
-# --- the hub ---
+# --- MLflow and the hub ---
 
 FILES = {
     "config.json": json.dumps({"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}).encode(),
@@ -147,6 +153,25 @@ FILES = {
 }
 HEADER = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
 FILES["model.safetensors"] = struct.pack("<Q", len(HEADER)) + HEADER + bytes(24)
+
+
+@pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
+def test_a_registered_model_comes_from_the_registry_whose_address_is_given(
+    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, form: str
+) -> None:
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / "tuned" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "tuned" / file).write_bytes(FILES[file])
+    logged = client.create_logged_model(client.create_experiment(f"{name}-{form}"), name)
+    client.log_model_artifacts(logged.model_id, str(tmp_path))
+    registered = f"{name}-{len(form)}"
+    client.create_registered_model(registered)
+    client.create_model_version(registered, logged.artifact_location)
+    client.set_registered_model_alias(registered, "best", "1")
+    job = Job(model=f"models:/{form.format(name=registered, model_id=logged.model_id)}")
+    found = source.resolve(job, Settings(home=tmp_path / "home"), download=tracker.download)
+    assert (found.architecture, found.size_mb) == ("LlamaForCausalLM", len(FILES["model.safetensors"]) / 1e6)
+    assert not (tmp_path / "mlflow.db").exists()  # where one stands
 
 
 class Hub(BaseHTTPRequestHandler):

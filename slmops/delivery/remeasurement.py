@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.core import locks
-from slmops.core.errors import BusyError, EvaluationError, PrerequisiteError, RegistrationError, SlmopsError, UsageError
+from slmops.core.errors import BusyError, PrerequisiteError, RegistrationError, SlmopsError, UsageError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
 from slmops.delivery import installed
-from slmops.evaluation import answers_worker, dataset, logits_worker, speed, statistics, summary
+from slmops.evaluation import dataset, quality, scoring, speed, statistics, summary
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
@@ -151,18 +151,13 @@ def measure_perplexity(
     write_atomic(file, text)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: scoring the text", recorded.variant.name)
-        scored, _ = children.call(
-            "slmops.evaluation.logits_worker",
-            logits_worker.LogitsRequest(
-                folder=place.registration.path,
-                text=file,
-                tokens=QUICK_TOKENS if recorded.job.quick else TOKENS,
-            ),
-            logits_worker.LogitsResult,
-            work=settings.work(name) / "logits",
-            log=settings.logs / name / f"{recorded.variant.name}.logits.log",
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
+        scored = quality.score_text(
+            name,
+            recorded.variant.name,
+            settings,
+            folder=place.registration.path,
+            text=file,
+            tokens=QUICK_TOKENS if recorded.job.quick else TOKENS,
         )
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
@@ -176,23 +171,19 @@ def ask_questions(
         EvaluationError: It could not be measured.
         UsageError: The job's matcher is gone.
     """
+    items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: answering the evaluation set", recorded.variant.name)
-        answered, _ = children.call(
-            "slmops.evaluation.answers_worker",
-            answers_worker.Request(
-                home=place.home,
-                foundry_id=place.registration.foundry_id,
-                items=dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items,
-                matcher=recorded.job.matcher,
-            ),
-            answers_worker.Result,
-            work=settings.work(name) / "answers",
-            log=settings.logs / name / f"{recorded.variant.name}.answers.log",
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
+        answers = quality.ask_variant(
+            name,
+            recorded.variant.name,
+            settings,
+            home=place.home,
+            foundry_id=place.registration.foundry_id,
+            items=items,
+            matcher=recorded.job.matcher,
         )
-    return answered.answers
+    return scoring.ask_judge(items, answers, settings)
 
 
 def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:

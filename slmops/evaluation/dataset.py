@@ -17,15 +17,15 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from slmops.core.errors import UsageError
 from slmops.core.values import Frozen
 from slmops.evaluation import matchers, records
-from slmops.evaluation.judge import NOT_CONFIGURED
 
+JUDGE_MISSING = "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
 FORMATS = ("json", "number", "one_line")
 _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "threshold": ("rouge_l", "f1", "python")}
 
 
-class Message(Frozen):
+class ItemMessage(Frozen):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
@@ -54,7 +54,7 @@ class Item(Frozen):
     model_config = ConfigDict(populate_by_name=True)
 
     prompt: str | None = None
-    messages: tuple[Message, ...] | None = None
+    messages: tuple[ItemMessage, ...] | None = None
     # Above `expected`, whose validator looks at it.
     match: Literal["contains", "exact", "regex", "numeric", "json_schema", "rouge_l", "f1", "python", "judge"] = (
         "contains"
@@ -279,7 +279,7 @@ def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:
     if item.match == "python" and matcher is None:
         return "match 'python' needs --matcher FILE.py:FUNCTION"
     if item.match == "judge" and not judge:
-        return f"match 'judge' {NOT_CONFIGURED}"
+        return JUDGE_MISSING
     return item
 
 

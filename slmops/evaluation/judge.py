@@ -1,31 +1,26 @@
 """A language model as judge, behind any OpenAI-compatible endpoint: the matcher ``judge``.
 
-What it says of one answer is one opinion, at temperature 0. Its key is sent in the Authorization header and is written
-nowhere else: errors of the HTTP library are named by their class, since their texts can quote headers.
+What it says of one answer is one opinion, at temperature 0. Its key is sent in the Authorization header and written
+nowhere else: errors of the HTTP library are named by their class, because their texts can quote headers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from slmops.core.settings import Settings
 from slmops.core.values import Frozen
+from slmops.evaluation.dataset import JUDGE_MISSING, Item
 from slmops.evaluation.matchers import Judgement, document, parse_json
-
-if TYPE_CHECKING:
-    from slmops.core.settings import Settings
-    from slmops.evaluation.dataset import Item
 
 BACKOFF_S = (0.5, 1.0, 2.0)
 """Seconds before each retry."""
 
-LARGEST_REPLY = 1_000_000
-"""Bytes."""
-
-NOT_CONFIGURED = "needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
+LARGEST_REPLY_BYTES = 1_000_000
 
 INSTRUCTIONS = """\
 You grade the answer of a language model. The next message has blocks that begin with <question {mark}>, \
@@ -44,8 +39,8 @@ _HINTS = {
 }
 
 
-class Verdict(Frozen):
-    """What the judge is asked for. More keys, as an explanation, do no harm."""
+class Grade(Frozen):
+    """What the judge is asked for. It may add keys, such as an explanation."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -62,22 +57,22 @@ class _Failed(Exception):
 
 
 def score(item: Item, answer: str, settings: Settings) -> Judgement:
-    """Ask the judging model, up to three more times where it is busy, broken or out of reach.
+    """Ask the judging model, and up to three times again if it is busy, broken or out of reach.
 
     Args:
-        item: The question and, where there is one, the reference answer.
+        item: The question and the reference answer, if there is one.
         answer: The answer to grade.
         settings: ``judge_url``, ``judge_model``, ``judge_api_key``, ``judge_timeout_s``.
 
     Returns:
-        Its verdict; unscored with the reason where there is none.
+        Its grade, or unscored with the reason.
     """
     if not settings.judge_configured:
-        return Judgement.unscored(f"match 'judge' {NOT_CONFIGURED}")
+        return Judgement.unscored(JUDGE_MISSING)
     messages = conversation(item, answer)
     for pause in (*BACKOFF_S, None):
         try:
-            return verdict(_post(messages, settings))
+            return read_grade(_post(messages, settings))
         except _Failed as failure:
             reason = str(failure)
             if pause is None or not failure.retry:
@@ -106,22 +101,22 @@ def conversation(item: Item, answer: str) -> list[dict[str, str]]:
     ]
 
 
-def verdict(reply: bytes) -> Judgement:
-    """Read a chat completion, strictly but for a code fence around the object."""
+def read_grade(reply: bytes) -> Judgement:
+    """Read a chat completion strictly; only a code fence around the object is allowed."""
     try:
         content = parse_json(reply.decode())["choices"][0]["message"]["content"]
         if not isinstance(content, str):
             raise TypeError
     except (ValueError, LookupError, TypeError):
-        return Judgement.unscored("the judge's reply is no chat completion")
+        return Judgement.unscored("the judge's reply is not a chat completion")
     try:
-        said = Verdict.model_validate(document(content))
+        said = Grade.model_validate(document(content))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        return Judgement.unscored(f"the judge gave no verdict: {where} {first['msg']}".replace("  ", " "))
+        return Judgement.unscored(f"the judge gave no grade: {where} {first['msg']}".replace("  ", " "))
     except ValueError:
-        return Judgement.unscored("the judge gave no verdict: what it said is no JSON")
+        return Judgement.unscored("the judge gave no grade: what it said is not JSON")
     return Judgement(score=said.score, correct=said.correct)
 
 
@@ -130,7 +125,7 @@ def _post(messages: list[dict[str, str]], settings: Settings) -> bytes:
 
     key = settings.judge_api_key.get_secret_value().strip() if settings.judge_api_key else ""
     if not (key.isascii() and key.isprintable()):
-        raise _Failed("SLMOPS_JUDGE_API_KEY holds characters that no HTTP header can", retry=False)
+        raise _Failed("SLMOPS_JUDGE_API_KEY holds characters that an HTTP header cannot hold", retry=False)
     request: dict[str, Any] = {"model": settings.judge_model, "messages": messages, "temperature": 0}
     # httpx's timeout is that of one read: a reply that trickles in would never end.
     deadline = time.monotonic() + settings.judge_timeout_s
@@ -151,8 +146,8 @@ def _post(messages: list[dict[str, str]], settings: Settings) -> bytes:
                 body += chunk
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("")
-                if len(body) > LARGEST_REPLY:
-                    raise _Failed("the judge's reply is no chat completion: too long", retry=False)
+                if len(body) > LARGEST_REPLY_BYTES:
+                    raise _Failed("the judge's reply is not a chat completion: too long", retry=False)
     except httpx.TimeoutException:
         raise _Failed(f"the judge did not answer within {settings.judge_timeout_s:g} s", retry=True) from None
     except httpx.TransportError as error:

@@ -1,4 +1,4 @@
-"""Is an answer right? One function a matcher; :func:`judge` picks the one that the item asks for.
+"""Is an answer right? One function for each matcher; :mod:`slmops.evaluation.scoring` picks the item's.
 
 A matcher says right or wrong, or a degree between them. What cannot be judged is unscored, with the reason, and never
 counts as wrong.
@@ -19,24 +19,20 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from slmops.core.errors import UsageError
 from slmops.core.values import Frozen
 
-if TYPE_CHECKING:
-    from slmops.core.settings import Settings
-    from slmops.evaluation.dataset import Item
+RIGHT_FROM = 0.5
+"""Score from which an answer counts as right, unless the item names another."""
 
-THRESHOLD = 0.5
-"""Score from which an answer counts as right, where the item names no other."""
+SEARCHED_CHARACTERS = 20_000
+"""How much of an answer a regular expression is shown."""
 
-LONGEST = 20_000
-"""Characters of an answer that a regular expression is shown."""
-
-MODULE = "_slmops_matcher"
+MATCHER_MODULE = "_slmops_matcher"
 
 Function = Callable[[str, str], Any]
 
@@ -50,54 +46,18 @@ class Judgement(Frozen):
 
     @classmethod
     def of(cls, correct: bool) -> Judgement:
-        """Right or wrong, as matchers say that know no degrees."""
+        """Right or wrong, from a matcher that has no degrees."""
         return cls(score=float(correct), correct=correct)
 
     @classmethod
     def graded(cls, score: float, threshold: float | None) -> Judgement:
         """A degree from 0 to 1, right from the threshold on."""
-        return cls(score=score, correct=score >= (THRESHOLD if threshold is None else threshold))
+        return cls(score=score, correct=score >= (RIGHT_FROM if threshold is None else threshold))
 
     @classmethod
     def unscored(cls, reason: str) -> Judgement:
         """It could not be judged."""
         return cls(reason=reason)
-
-
-def judge(item: Item, answer: str, function: Function | None = None, settings: Settings | None = None) -> Judgement:
-    """Judge an answer as its item asks.
-
-    Args:
-        item: With the expected answer and the name of the matcher.
-        answer: The model's text.
-        function: The user's own, from :func:`load_function`, for items with match ``python``.
-        settings: Where the judging model is, for items with match ``judge``; from the environment by default.
-    """
-    expected = item.expected
-    match item.match:
-        case "contains":
-            return Judgement.of(contains(expected, answer))
-        case "exact":
-            return Judgement.of(exact(expected, answer))
-        case "regex":
-            return Judgement.of(regex(expected, answer))
-        case "numeric":
-            return Judgement.of(numeric(expected, answer, item.tolerance or 0.0))
-        case "json_schema":
-            return json_schema(item.json_schema or {}, expected, answer)
-        case "rouge_l":
-            return Judgement.graded(rouge_l(expected, answer), item.threshold)
-        case "f1":
-            return Judgement.graded(f1(expected, answer), item.threshold)
-        case "python":
-            if function is None:
-                return Judgement.unscored("no function was given")
-            return python(function, expected, answer, item.threshold)
-        case "judge":
-            from slmops.core.settings import Settings
-            from slmops.evaluation.judge import score
-
-            return score(item, answer, settings or Settings())
 
 
 def contains(expected: str, answer: str) -> bool:
@@ -106,35 +66,34 @@ def contains(expected: str, answer: str) -> bool:
 
 
 def exact(expected: str, answer: str) -> bool:
-    """The answer is the expected text, but for outer blanks."""
+    """The answer is the expected text, apart from outer blanks."""
     return expected.strip() == answer.strip()
 
 
 def regex(expected: str, answer: str) -> bool:
     """The expression is found anywhere in the first 20,000 characters of the answer.
 
-    The limit bounds expressions whose time grows with a power of the length. One with nested repeats, as ``(a+)+$``,
-    can still take for ever on some dozen characters: Python's ``re`` knows no timeout, and such an expression is the
-    author's to mend.
+    The limit is for expressions whose time grows with a power of the length. One with nested repeats, such as
+    ``(a+)+$``, can still take forever on a few dozen characters: Python's ``re`` has no timeout.
     """
-    return re.search(expected, answer[:LONGEST]) is not None
+    return re.search(expected, answer[:SEARCHED_CHARACTERS]) is not None
 
 
 def full_regex(expression: str, answer: str) -> bool:
-    """The expression matches the whole answer, outer blanks aside; longer than 20,000 characters it does not."""
+    """The expression matches the whole answer, apart from outer blanks; it never matches over 20,000 characters."""
     text = answer.strip()
-    return len(text) <= LONGEST and re.fullmatch(expression, text) is not None
+    return len(text) <= SEARCHED_CHARACTERS and re.fullmatch(expression, text) is not None
 
 
 def number(text: str) -> Decimal | None:
     """The last number of a text: an answer may repeat the numbers of its question first."""
-    # A hyphen behind a letter or digit is no sign: GPT-4, 3-5.
+    # A hyphen after a letter or digit is not a sign: GPT-4, 3-5.
     found = re.findall(r"(?:(?<!\w)-)?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     return Decimal(found[-1]) if found else None
 
 
 def is_number(text: str) -> bool:
-    """The whole text is one number, as -1,234.5; outer blanks and a final period are allowed."""
+    """The whole text is one number, such as -1,234.5; outer blanks and a final period are allowed."""
     return re.fullmatch(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?\.?", text.strip()) is not None
 
 
@@ -151,7 +110,7 @@ def parse_json(text: str) -> Any:
     """Strict JSON, without Python's NaN and Infinity.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not JSON.
     """
     try:
         return json.loads(text, parse_constant=_no_constant)
@@ -160,7 +119,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """The whole text is one JSON document; a code fence makes it none."""
+    """The whole text is one JSON document, without a code fence."""
     try:
         parse_json(text)
     except ValueError:
@@ -184,9 +143,9 @@ def document(answer: str) -> Any:
 
 
 def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement:
-    """The answer is a JSON document, fenced or not, that validates, and that equals ``expected`` where this is given.
+    """The answer is a JSON document, fenced or not, that validates and equals ``expected``, if that is given.
 
-    Equal as JSON Schema's ``const`` has it: the order of keys does not count, 1 is 1.0 and not true.
+    Equal in the sense of JSON Schema's ``const``: the order of keys does not count, and 1 is 1.0 but not true.
     """
     from referencing import Registry
     from referencing.exceptions import Unresolvable
@@ -205,7 +164,7 @@ def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement
 
 
 def schema_problem(schema: dict[str, Any]) -> str | None:
-    """What makes ``schema`` no JSON Schema, or None."""
+    """Why ``schema`` is not a JSON Schema, or None."""
     from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
 
     try:
@@ -220,13 +179,13 @@ def schema_problem(schema: dict[str, Any]) -> str | None:
 def rouge_l(expected: str, answer: str) -> float:
     """F-measure of the longest common subsequence of words (Lin 2004, ROUGE), without stemming.
 
-    As Google's ``rouge_score`` counts it: words are runs of a-z and 0-9, so texts in other scripts have none.
+    Counted by Google's ``rouge_score``: words are runs of a-z and 0-9, so texts in other scripts have none.
     """
     return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
 
 
 def squad_words(text: str) -> list[str]:
-    """Words as SQuAD's evaluation script has them: lower case, without ASCII punctuation and a, an, the."""
+    """Words in the sense of SQuAD's evaluation script: lower case, without ASCII punctuation and a, an, the."""
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
@@ -239,7 +198,7 @@ def f1(expected: str, answer: str) -> float:
 
 
 def python(function: Function, expected: str, answer: str, threshold: float | None = None) -> Judgement:
-    """What the user's function says; if it raises or says nonsense, unscored. It never ends the run."""
+    """What the user's function says; unscored if it raises or returns something else. It never ends the run."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for data
             said = function(expected, answer)
@@ -249,7 +208,9 @@ def python(function: Function, expected: str, answer: str, threshold: float | No
             return Judgement.of(said)
         if isinstance(said, int | float) and 0 <= said <= 1:
             return Judgement.graded(float(said), threshold)
-        return Judgement.unscored(f"the function returned {said!r:.50}, which is no bool and no number from 0 to 1")
+        return Judgement.unscored(
+            f"the function returned {said!r:.50}, which is neither a bool nor a number from 0 to 1"
+        )
     except (Exception, SystemExit) as error:
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
         return Judgement.unscored(f"the function raised {_described(error, file)}")
@@ -258,8 +219,8 @@ def python(function: Function, expected: str, answer: str, threshold: float | No
 def load_function(spec: str) -> Function:
     """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer).
 
-    This runs the file. Its code is the user's own and named on the command line: an evaluation set alone can ask for
-    the function and never say which, so a set from elsewhere runs no code.
+    This runs the file, which is the user's own and named on the command line. An evaluation set can ask for the
+    function but not name it, so a set from elsewhere runs no code.
 
     Raises:
         UsageError: No such file or function, the file does not import, or the function takes other arguments.
@@ -269,22 +230,22 @@ def load_function(spec: str) -> Function:
     fix = "Give FILE.py:FUNCTION, a function of (expected, answer) that returns a bool or a number from 0 to 1."
     if not path.is_file():
         raise UsageError(f"There is no file {file or spec} for the matcher.", fix)
-    found = importlib.util.spec_from_file_location(MODULE, path)
+    found = importlib.util.spec_from_file_location(MATCHER_MODULE, path)
     if found is None or found.loader is None:
-        raise UsageError(f"The matcher's file {file} is no Python file.", fix)
+        raise UsageError(f"The matcher's file {file} is not a Python file.", fix)
     module = importlib.util.module_from_spec(found)
-    sys.modules[MODULE] = module  # dataclasses look themselves up there
+    sys.modules[MATCHER_MODULE] = module  # dataclasses look themselves up there
     try:
         with contextlib.redirect_stdout(sys.stderr):
             found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[MODULE]
+        del sys.modules[MATCHER_MODULE]
         raise UsageError(f"The matcher's file {file} does not import: {_described(error, str(path))}", fix) from None
     function = getattr(module, name, None)
     if function is None:
         raise UsageError(f"The matcher's file {file} has no function {name}.", fix)
     if not callable(function):
-        raise UsageError(f"{name} in the matcher's file {file} is no function: {type(function).__name__}.", fix)
+        raise UsageError(f"{name} in the matcher's file {file} is not a function: {type(function).__name__}.", fix)
     with contextlib.suppress(ValueError):  # some built-ins have no signature
         try:
             inspect.signature(function).bind("expected", "answer")
@@ -296,8 +257,8 @@ def load_function(spec: str) -> Function:
 
 def _described(error: BaseException, file: str) -> str:
     """An error of the user's code with the line of the user's file that it comes from."""
-    # Not str(error), which may itself raise.
-    said = traceback.format_exception_only(error)[0].strip().removeprefix(f"{MODULE}.")
+    # Not str(error), which can raise.
+    said = traceback.format_exception_only(error)[0].strip().removeprefix(f"{MATCHER_MODULE}.")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError):
         said = f"{type(error).__name__}: {error.msg}"
@@ -306,7 +267,7 @@ def _described(error: BaseException, file: str) -> str:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 @functools.cache

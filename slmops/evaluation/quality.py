@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -11,7 +13,7 @@ from slmops.core.files import write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
-from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker
+from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker, scoring
 from slmops.evaluation.logits_worker import Distance
 from slmops.processes import children
 
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 TOKENS, QUICK_TOKENS = 2048, 512
 QUICK_ITEMS = 8
 BASELINE, HUGGING_FACE = "baseline", "hugging_face"
-"""The references: the fp32 variant, and the checkpoint itself as transformers runs it."""
+"""The references: the fp32 variant, and the checkpoint itself in transformers."""
 
 
 class Quality(Frozen):
@@ -35,109 +37,145 @@ class Quality(Frozen):
 
 
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
-    """Have transformers score the text and leave its logits for the variants to be compared with.
+    """Have transformers score the text and leave its logits, which the variants are compared with.
 
     Returns:
-        Negative log-likelihood of each scored token in nats; None in a quick job, which does without, or if
-        transformers cannot run the checkpoint, which is said and spoils nothing else.
+        Negative log-likelihood of each scored token in nats. None in a quick job, which does without, or if
+        transformers cannot run the checkpoint; that is logged, and everything else goes on.
     """
     if job.quick:
         return None
     reference = _reference(HUGGING_FACE, name, settings)
     try:
-        return _score_checkpoint(checkpoint, reference, name, job, settings)
-    except EvaluationError as error:
-        log.warning("the variants are not compared with the checkpoint itself: %s", error)
-        reference.unlink(missing_ok=True)
-        return None
-
-
-def _score_checkpoint(
-    checkpoint: Checkpoint, reference: Path, name: str, job: Job, settings: Settings
-) -> tuple[float, ...]:
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
-        log.info("scoring the text with the checkpoint itself")
-        result, _ = children.call(
-            "slmops.evaluation.logits_worker",
-            logits_worker.LogitsRequest(
+        with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+            log.info("scoring the text with the checkpoint itself")
+            return score_text(
+                name,
+                "checkpoint",
+                settings,
                 folder=checkpoint.path,
                 hugging_face=True,
                 trust_remote_code=job.trust_remote_code,
                 text=_text(name, job, settings)[0],
                 tokens=TOKENS,
                 write=reference,
-            ),
-            logits_worker.LogitsResult,
-            work=settings.work(name) / "checkpoint-logits",
-            log=settings.logs / name / "checkpoint.logits.log",
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
-        )
-    return result.nll
+            ).nll
+    except EvaluationError as error:
+        log.warning("the variants are not compared with the checkpoint itself: %s", error)
+        reference.unlink(missing_ok=True)
+        return None
 
 
 def measure(variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> Quality:
-    """Score the text, answer the evaluation set, go through the edge cases. The baseline comes first: it leaves its
-    logits for the others.
+    """Score the text, answer the evaluation set, go through the edge cases.
+
+    Measure the baseline first: it leaves its logits for the others. The judging model is asked last, when the machine
+    is free for others.
 
     Raises:
-        EvaluationError: It could not be measured; nothing is reported of it then.
+        EvaluationError: It could not be measured; nothing of it is reported then.
         UsageError: The evaluation set, the text or the matcher is bad.
     """
     questions = load_questions(job, settings)
+    items = dataset.subset(questions.items, QUICK_ITEMS) if job.quick else questions.items
     text, text_digest = _text(name, job, settings)
-    work = settings.work(name)
+    baseline = _reference(BASELINE, name, settings)
+    references = {HUGGING_FACE: _reference(HUGGING_FACE, name, settings)}
+    if not variant.recipe.baseline:
+        references[BASELINE] = baseline
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: measuring quality", variant.name)
-        baseline, checkpoint = (_reference(which, name, settings) for which in (BASELINE, HUGGING_FACE))
-        references = (
-            {HUGGING_FACE: checkpoint} if variant.recipe.baseline else {BASELINE: baseline, HUGGING_FACE: checkpoint}
+        scored = score_text(
+            name,
+            variant.name,
+            settings,
+            folder=registration.path,
+            text=text,
+            tokens=QUICK_TOKENS if job.quick else TOKENS,
+            references={which: file for which, file in references.items() if file.exists()},
+            write=baseline if variant.recipe.baseline else None,
         )
-        scored, _ = children.call(
-            "slmops.evaluation.logits_worker",
-            logits_worker.LogitsRequest(
-                folder=registration.path,
-                text=text,
-                tokens=QUICK_TOKENS if job.quick else TOKENS,
-                references={which: file for which, file in references.items() if file.exists()},
-                write=baseline if variant.recipe.baseline else None,
-            ),
-            logits_worker.LogitsResult,
-            work=work / f"{variant.name}-logits",
-            log=settings.logs / name / f"{variant.name}.logits.log",
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
-        )
-        answered, _ = children.call(
-            "slmops.evaluation.answers_worker",
-            answers_worker.Request(
-                home=settings.foundry,
-                foundry_id=registration.foundry_id,
-                items=dataset.subset(questions.items, QUICK_ITEMS) if job.quick else questions.items,
-                matcher=job.matcher,
-            ),
-            answers_worker.Result,
-            work=work / f"{variant.name}-answers",
-            log=settings.logs / name / f"{variant.name}.answers.log",
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
+        answers = ask_variant(
+            name,
+            variant.name,
+            settings,
+            home=settings.foundry,
+            foundry_id=registration.foundry_id,
+            items=items,
+            matcher=job.matcher,
         )
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return Quality(
         nll=scored.nll,
         distances=scored.distances,
-        answers=answered.answers,
+        answers=scoring.ask_judge(items, answers, settings),
         cases=cases,
         text_digest=text_digest,
         evaluation_set_digest=questions.digest,
     )
 
 
+def score_text(name: str, label: str, settings: Settings, **request: Any) -> logits_worker.LogitsResult:
+    """Score a text in a child process. The caller holds the machine lock.
+
+    Args:
+        name: The model's name; its work folder and logs go by it.
+        label: The variant's name, or "checkpoint".
+        settings: Where things are.
+        request: Fields of :class:`slmops.evaluation.logits_worker.LogitsRequest`.
+
+    Raises:
+        EvaluationError: The model could not be scored.
+    """
+    result, _ = children.call(
+        "slmops.evaluation.logits_worker",
+        logits_worker.LogitsRequest(**request),
+        logits_worker.LogitsResult,
+        work=settings.work(name) / f"{label}-logits",
+        log=settings.logs / name / f"{label}.logits.log",
+        timeout_s=settings.evaluation_timeout_s,
+        error=EvaluationError,
+    )
+    return result
+
+
+def ask_variant(
+    name: str,
+    label: str,
+    settings: Settings,
+    *,
+    home: Path,
+    foundry_id: str,
+    items: Sequence[dataset.Item],
+    matcher: str | None,
+) -> tuple[Answer, ...]:
+    """Have a registered variant answer, in a child process. The caller holds the machine lock.
+
+    Returns:
+        Scored answers, except those to items with match ``judge``: give them to
+        :func:`slmops.evaluation.scoring.ask_judge` once the lock is free.
+
+    Raises:
+        EvaluationError: The variant does not answer.
+        UsageError: The matcher cannot be loaded.
+    """
+    result, _ = children.call(
+        "slmops.evaluation.answers_worker",
+        answers_worker.VariantQuestions(home=home, foundry_id=foundry_id, items=tuple(items), matcher=matcher),
+        scoring.ScoredAnswers,
+        work=settings.work(name) / f"{label}-answers",
+        log=settings.logs / name / f"{label}.answers.log",
+        timeout_s=settings.evaluation_timeout_s,
+        error=EvaluationError,
+    )
+    return result.answers
+
+
 def load_questions(job: Job, settings: Settings) -> dataset.EvaluationSet:
     """The job's evaluation set.
 
     Raises:
-        UsageError: It is bad, or wants a matcher or a judge that is not there.
+        UsageError: It is bad, or needs a matcher or a judging model that is not configured.
     """
     return dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
 
@@ -151,7 +189,7 @@ def _text(name: str, job: Job, settings: Settings) -> tuple[Path, str]:
 
 
 def _reference(which: str, name: str, settings: Settings) -> Path:
-    """Where the logits of a reference are left: 4 bytes x tokens x vocabulary. Gone with the job's other work."""
+    """Where the logits of a reference are left: 4 bytes x tokens x vocabulary. Removed with the job's other work."""
     folder = settings.work(name) / "logits"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{which}.npy"

@@ -14,7 +14,7 @@ from pydantic import Field
 from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Measurement
-from slmops.evaluation import dataset, matchers, statistics
+from slmops.evaluation import dataset, matchers, scoring, statistics
 from slmops.foundry.versions import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def watch(
                 if in_a_row >= FAILURES:
                     break
             else:
-                judged = matchers.judge(item, answer, function)
+                judged = scoring.judgement(item, answer, function, settings)
                 if judged.correct is not None:
                     right.append(judged.correct)
         if in_a_row < FAILURES:

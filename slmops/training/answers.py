@@ -1,4 +1,4 @@
-"""How right a Hugging Face checkpoint answers an evaluation set, before anything is converted."""
+"""How well a checkpoint answers an evaluation set, before anything is converted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slmops.core import locks
 from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
-from slmops.evaluation import dataset, statistics
+from slmops.evaluation import dataset, scoring, statistics
 from slmops.processes import children
 from slmops.training import answers_worker
 from slmops.training.finetune import ENVIRONMENT
@@ -39,8 +39,8 @@ def answer_with_checkpoint(
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         result, _ = children.call(
             "slmops.training.answers_worker",
-            answers_worker.Request(folder=folder, items=questions.items, matcher=matcher),
-            answers_worker.Result,
+            answers_worker.CheckpointQuestions(folder=folder, items=questions.items, matcher=matcher),
+            scoring.ScoredAnswers,
             work=work,
             log=text,
             timeout_s=settings.evaluation_timeout_s,
@@ -48,10 +48,11 @@ def answer_with_checkpoint(
             env=ENVIRONMENT,
         )
     shutil.rmtree(work)
-    judged = [answer.correct for answer in result.answers if answer.correct is not None]
+    answers = scoring.ask_judge(questions.items, result.answers, settings)
+    judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:
         raise EvaluationError(
-            f"None of the {len(result.answers)} answers could be judged: {result.answers[0].reason}",
-            "Mend the evaluation set, the matcher or the judging model.",
+            f"None of the {len(answers)} answers could be judged: {answers[0].reason}",
+            "Fix the evaluation set, the matcher or the judging model.",
         )
-    return statistics.of_proportion(sum(judged), len(judged)), result.answers
+    return statistics.of_proportion(sum(judged), len(judged)), answers

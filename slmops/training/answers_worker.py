@@ -1,4 +1,4 @@
-"""Child process: a Hugging Face checkpoint answers the evaluation set, and the answers are judged."""
+"""Child process: a checkpoint answers the evaluation set with transformers."""
 
 from __future__ import annotations
 
@@ -6,66 +6,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slmops.core.values import Answer, Frozen
-from slmops.evaluation import matchers
+from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
+from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
 from slmops.processes import child
 
-BATCH = 8
+PROMPTS_AT_ONCE = 8
 
 
-class Request(Frozen):
-    """A checkpoint and the questions."""
+class CheckpointQuestions(Frozen):
+    """A checkpoint and what it is asked."""
 
     folder: Path
     items: tuple[Item, ...]
     matcher: str | None = None
 
 
-class Result(Frozen):
-    """The judged answers, in the order of the items."""
-
-    answers: tuple[Answer, ...]
-
-
-class Reply(Frozen):
-    """What was generated."""
-
-    text: str
-    finish_reason: str
-    seconds: float
-    completion_tokens: int
-
-
-def handle(request: Request) -> Result:
-    """Answer and judge.
+def handle(request: CheckpointQuestions) -> ScoredAnswers:
+    """Answer, and score what needs no judging model.
 
     Raises:
         UsageError: The user's matcher cannot be loaded.
     """
-    function = matchers.load_function(request.matcher) if request.matcher else None
-    answers = []
-    for item, reply in zip(request.items, _replies(request), strict=True):
-        judgement = matchers.judge(item, reply.text, function)
-        answers.append(
-            Answer(
-                id=item.id or "",
-                category=item.category,
-                prompt=item.conversation[-1]["content"],
-                expected=item.expected,
-                answer=reply.text,
-                correct=judgement.correct,
-                score=judgement.score,
-                reason=judgement.reason,
-                format_valid=item.format_valid(reply.text),
-                **reply.model_dump(exclude={"text"}),
-            )
-        )
-    return Result(answers=tuple(answers))
+    return answer_items(request.items, request.matcher, lambda: _generate(request))
 
 
-def _replies(request: Request) -> list[Reply]:
-    """Greedy answers, in batches of prompts that are about as long."""
+def _generate(request: CheckpointQuestions) -> list[Generated]:
+    """Greedy answers, in batches of prompts of about the same length."""
     import torch
     import transformers
 
@@ -78,9 +45,9 @@ def _replies(request: Request) -> list[Reply]:
         for item in request.items
     ]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    replies: dict[int, Reply] = {}
-    for first in range(0, len(order), BATCH):
-        places = order[first : first + BATCH]
+    said: dict[int, Generated] = {}
+    for first in range(0, len(order), PROMPTS_AT_ONCE):
+        places = order[first : first + PROMPTS_AT_ONCE]
         # Only these: a checkpoint's own settings may sample or punish repetition.
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,
@@ -95,25 +62,25 @@ def _replies(request: Request) -> list[Reply]:
         seconds = (time.perf_counter() - started) / len(places)
         for place, row in zip(places, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             tokens, ended = _cut(row, ends, request.items[place].max_tokens)
-            replies[place] = Reply(
+            said[place] = Generated(
                 text=tokenizer.decode(tokens, skip_special_tokens=True),
                 finish_reason="stop" if ended else "length",
                 seconds=seconds,
                 completion_tokens=len(tokens),
             )
-    return [replies[place] for place in range(len(prompts))]
+    return [said[place] for place in range(len(prompts))]
 
 
 def _ends(*said: Any) -> list[int]:
-    """Tokens that end an answer: those that the checkpoint names, and the one that its tokenizer names."""
+    """Tokens that end an answer, according to the checkpoint and to its tokenizer."""
     return sorted({end for ends in said for end in (ends if isinstance(ends, list) else [ends]) if end is not None})
 
 
 def _cut(row: list[int], ends: list[int], most: int) -> tuple[list[int], bool]:
-    """The answer's own tokens, at most so many, and whether it came to its end within them."""
+    """The answer's own tokens, at most ``most``, and whether it ended within them."""
     end = next((place for place, token in enumerate(row) if token in ends), len(row))
     return row[: min(end, most)], end < min(most, len(row))
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(CheckpointQuestions, handle)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from slmops.core.errors import UsageError
-from slmops.evaluation import dataset, matchers
+from slmops.core.settings import Settings
+from slmops.evaluation import dataset, scoring
 from slmops.evaluation.dataset import Item
 
 
@@ -123,7 +124,7 @@ USER = {"role": "user", "content": "x"}
         ({"prompt": "x", "expected": "мир", "match": "rouge_l"}, "'expected' has no words of a-z and 0-9"),
         ({"prompt": "x", "expected": "The a!", "match": "f1"}, "'expected' has no words but articles"),
         ({"prompt": "x", "expected": "1", "match": "numeric", "tolerance": -1}, "tolerance Input should be greater"),
-        ('{"prompt": "x", "expected": "1", "match": "numeric", "tolerance": NaN}', "no JSON: NaN is no JSON"),
+        ('{"prompt": "x", "expected": "1", "match": "numeric", "tolerance": NaN}', "no JSON: NaN is not JSON"),
         ({"prompt": "x", "expected": "1", "tolerance": 1}, "'tolerance' means nothing to match 'contains', only to nu"),
         ({"prompt": "x", "expected": "1", "threshold": 1}, "'threshold' means nothing to match 'contains', only to"),
         ({"prompt": "x", "expected": "1", "schema": {}}, "'schema' means nothing to match 'contains', only to json_"),
@@ -304,7 +305,9 @@ def test_packaged_set() -> None:
     assert len({i.id for i in found.items}) == 40
     assert len({i.conversation[-1]["content"] for i in found.items}) == 40
     assert min(Counter(i.category for i in found.items).values()) >= 4
-    assert not any(matchers.judge(i, "").correct for i in found.items), "saying nothing is never right"
+    assert not any(scoring.judgement(i, "", None, Settings()).correct for i in found.items), (
+        "saying nothing is never right"
+    )
     forms = {"Answer with the number only.": ("number", 8), "Answer in one sentence.": ("one_line", 16)}
     for item in found.items:
         asked = [want for text, want in forms.items() if (item.prompt or "").endswith(text)]

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 from slmops.core.settings import Settings
-from slmops.evaluation import judge, matchers
+from slmops.evaluation import judge
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
 
@@ -142,29 +142,29 @@ def test_conversation_and_no_reference() -> None:
 )
 def test_verdicts(server: Server, content: str, judgement: Judgement) -> None:
     server.replies = [(200, completion(content))]
-    assert matchers.judge(ITEM, "x", settings=configured(server.url)) == judgement
+    assert judge.score(ITEM, "x", configured(server.url)) == judgement
 
 
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "the judge's reply is no chat completion"),
-        (b"<html>", "the judge's reply is no chat completion"),
-        (b"\xff", "the judge's reply is no chat completion"),
-        (b"[]", "the judge's reply is no chat completion"),
-        (b'{"choices": []}', "the judge's reply is no chat completion"),
-        (completion(None), "the judge's reply is no chat completion"),
-        (completion(""), "the judge gave no verdict: what it said is no JSON"),
-        (completion("It is right."), "the judge gave no verdict: what it said is no JSON"),
-        (completion("true"), "the judge gave no verdict: Input should be a valid dictionary or instance of Verdict"),
-        (completion('{"correct": true}'), "the judge gave no verdict: score Field required"),
-        (completion('{"correct": "true", "score": 1}'), "the judge gave no verdict: correct Input should be a valid b"),
-        (completion('{"correct": 1, "score": 1}'), "the judge gave no verdict: correct Input should be a valid bool"),
-        (completion('{"correct": true, "score": "1"}'), "the judge gave no verdict: score Input should be a valid num"),
-        (completion('{"correct": true, "score": true}'), "the judge gave no verdict: score Input should be a valid n"),
-        (completion('{"correct": true, "score": 10}'), "the judge gave no verdict: score Input should be less than"),
-        (completion('{"correct": true, "score": NaN}'), "the judge gave no verdict: what it said is no JSON"),
-        pytest.param(b" " * 1_000_001 + GOOD, "the judge's reply is no chat completion: too long", id="too long"),
+        (b"", "the judge's reply is not a chat completion"),
+        (b"<html>", "the judge's reply is not a chat completion"),
+        (b"\xff", "the judge's reply is not a chat completion"),
+        (b"[]", "the judge's reply is not a chat completion"),
+        (b'{"choices": []}', "the judge's reply is not a chat completion"),
+        (completion(None), "the judge's reply is not a chat completion"),
+        (completion(""), "the judge gave no grade: what it said is not JSON"),
+        (completion("It is right."), "the judge gave no grade: what it said is not JSON"),
+        (completion("true"), "the judge gave no grade: Input should be a valid dictionary or instance of Grade"),
+        (completion('{"correct": true}'), "the judge gave no grade: score Field required"),
+        (completion('{"correct": "true", "score": 1}'), "the judge gave no grade: correct Input should be a valid b"),
+        (completion('{"correct": 1, "score": 1}'), "the judge gave no grade: correct Input should be a valid bool"),
+        (completion('{"correct": true, "score": "1"}'), "the judge gave no grade: score Input should be a valid num"),
+        (completion('{"correct": true, "score": true}'), "the judge gave no grade: score Input should be a valid n"),
+        (completion('{"correct": true, "score": 10}'), "the judge gave no grade: score Input should be less than"),
+        (completion('{"correct": true, "score": NaN}'), "the judge gave no grade: what it said is not JSON"),
+        pytest.param(b" " * 1_000_001 + GOOD, "the judge's reply is not a chat completion: too long", id="too long"),
     ],
 )
 def test_nonsense_is_unscored_and_not_asked_again(server: Server, body: bytes, reason: str) -> None:
@@ -281,7 +281,7 @@ def test_answer_that_is_no_text(server: Server) -> None:
 @pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}é", f"{KEY}\x00"])
 def test_key_that_no_header_can_hold(server: Server, key: str) -> None:
     reason = unscored(judge.score(ITEM, "x", configured(server.url, judge_api_key=key)))
-    assert reason == "SLMOPS_JUDGE_API_KEY holds characters that no HTTP header can"
+    assert reason == "SLMOPS_JUDGE_API_KEY holds characters that an HTTP header cannot hold"
     assert not server.requests
 
 
@@ -314,10 +314,3 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("SLMOPS_JUDGE_URL", wrong)
         with pytest.raises(ValidationError, match="judge_url"):
             Settings()
-
-
-def test_environment_is_the_default(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLMOPS_JUDGE_URL", server.url)
-    monkeypatch.setenv("SLMOPS_JUDGE_MODEL", "from-environment")
-    assert matchers.judge(ITEM, "x").correct is True
-    assert server.requests[0]["body"]["model"] == "from-environment"

@@ -13,14 +13,14 @@ from pydantic import ValidationError
 
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
-from slmops.evaluation import matchers
+from slmops.evaluation import matchers, scoring
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
 
 
 def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
     item = Item.model_validate({"prompt": "?", "match": match, "expected": expected, **options})
-    return matchers.judge(item, answer)
+    return scoring.judgement(item, answer, None, Settings())
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def written(folder: Path, code: str) -> str:
 
 def by_python(folder: Path, code: str, **options: Any) -> Judgement:
     item = Item(prompt="?", expected="Paris", match="python", **options)
-    return matchers.judge(item, "Rome", matchers.load_function(written(folder, code)))
+    return scoring.judgement(item, "Rome", matchers.load_function(written(folder, code)), Settings())
 
 
 @pytest.mark.parametrize(
@@ -258,11 +258,11 @@ def test_python_file_with_a_dataclass_and_prints(tmp_path: Path, capsys: pytest.
         ("return eval('1 +')", "the function raised SyntaxError: invalid syntax in line 3"),
         ("raise SystemExit(3)", "the function raised SystemExit: 3 in line 3"),
         ("return score(expected, answer)", "the function raised RecursionError: maximum recursion depth exceeded"),
-        ("return None", "the function returned None, which is no bool and no number from 0 to 1"),
-        ("return 'yes'", "the function returned 'yes', which"),
-        ("return 1.5", "the function returned 1.5, which"),
-        ("return -1", "the function returned -1, which"),
-        ("return float('nan')", "the function returned nan, which"),
+        ("return None", "the function returned None, which is neither"),
+        ("return 'yes'", "the function returned 'yes', "),
+        ("return 1.5", "the function returned 1.5, which is neither"),
+        ("return -1", "the function returned -1, which is neither"),
+        ("return float('nan')", "the function returned nan, which is neither"),
         ("return [1] * 99", "the function returned [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, which"),
         ("return 10 ** 5000", "the function raised ValueError: Exceeds the limit"),
     ],
@@ -294,7 +294,7 @@ def test_python_error_that_cannot_be_told(tmp_path: Path) -> None:
         ("import json\njson.loads('')\n", "(char 0) in line 2"),
         ("import sys\nsys.exit('bye')\n", "does not import: SystemExit: bye in line 2"),
         ("def scores(expected, answer): pass\n", "has no function score."),
-        ("score = 3\n", "is no function: int."),
+        ("score = 3\n", "is not a function: int."),
         ("def score(answer): pass\n", "cannot be called with (expected, answer): too many positional arguments."),
         ("def score(a, b, c): pass\n", "cannot be called with (expected, answer): missing a required argument: 'c'."),
     ],
@@ -317,7 +317,7 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
 
 def test_not_a_python_file(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("def score(expected, answer): return True\n")
-    with pytest.raises(UsageError, match="is no Python file"):
+    with pytest.raises(UsageError, match="is not a Python file"):
         matchers.load_function(f"{tmp_path / 'mine.txt'}:score")
 
 
@@ -325,15 +325,14 @@ def test_without_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     assert judged("python", "x", "x").reason == "no function was given"
     monkeypatch.delenv("SLMOPS_JUDGE_URL", raising=False)
-    for given in (None, Settings()):
-        found = matchers.judge(Item(prompt="?", match="judge"), "x", settings=given)
-        assert found.correct is None
-        assert found.reason == ("match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL")
+    found = scoring.judgement(Item(prompt="?", match="judge"), "x", None, Settings())
+    assert found.correct is None
+    assert "SLMOPS_JUDGE_URL" in (found.reason or "")
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     program = (
-        "import sys; from slmops.evaluation import dataset, judge, matchers; dataset.load(None); "
+        "import sys; from slmops.evaluation import dataset, scoring; dataset.load(None); "
         "print({'rouge_score', 'jsonschema', 'httpx', 'numpy', 'scipy', 'nltk'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

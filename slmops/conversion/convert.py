@@ -38,23 +38,29 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
     """
     versions = machine.versions()
     target = settings.variants / store.key(recipe, checkpoint, versions)
-    done = store.load(target)
-    if done is None:
-        if target.exists():
-            log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
-            shutil.rmtree(target)
+    variant = _made_before(target, recipe, job)
+    if variant is None:
         with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
-            done = _make(recipe, checkpoint, job, name, settings, versions, target)
-    elif done.export_error is not None and done.export_error > job.export_tolerance:
+            # Look again: another job may have made it while this one waited.
+            variant = _made_before(target, recipe, job) or _make(
+                recipe, checkpoint, job, name, settings, versions, target
+            )
+    if job.output_path is not None:
+        export(variant, job.output_path)
+    return variant
+
+
+def _made_before(target: Path, recipe: Recipe, job: Job) -> Variant | None:
+    variant = store.load(target)
+    if variant is None:
+        return None
+    if variant.export_error is not None and variant.export_error > job.export_tolerance:
         raise ConversionError(
-            f"The {recipe.name} export differs from the checkpoint by {done.export_error:.2g} of the largest logit, "
+            f"The {recipe.name} export differs from the checkpoint by {variant.export_error:.2g} of the largest logit, "
             f"and {job.export_tolerance:.2g} is allowed."
         )
-    else:
-        log.info("%s: unchanged since it was converted, %.0f MB", recipe.name, done.model_mb)
-    if job.output_path is not None:
-        export(done, job.output_path)
-    return done
+    log.info("%s: unchanged since it was converted, %.0f MB", recipe.name, variant.model_mb)
+    return variant
 
 
 def export(variant: Variant, folder: Path) -> Path:
@@ -62,7 +68,7 @@ def export(variant: Variant, folder: Path) -> Path:
     target = folder.expanduser().resolve() / variant.name
     if target.exists():
         if not (target / MANIFEST).exists():
-            raise PrerequisiteError(f"{target} exists and is no variant of slmops.", "Choose another --output-path.")
+            raise PrerequisiteError(f"{target} exists and is not a variant of slmops.", "Choose another --output-path.")
         shutil.rmtree(target)
     with folder_appears_whole(target) as scratch:
         for file in [*(f.name for f in variant.files), MANIFEST]:
@@ -85,6 +91,9 @@ def _make(
     olive_text = logs / f"{recipe.name}.olive.log"
     olive_text.unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
+    if target.exists():
+        log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
+        shutil.rmtree(target)
     made = work / "model"
     try:
         config = _complete(recipe, checkpoint, job, work, made)

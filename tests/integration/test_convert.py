@@ -232,7 +232,7 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, sett
     foreign = out / "fp32"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
-    with pytest.raises(PrerequisiteError, match=r"fp32 exists and is no variant of slmops") as caught:
+    with pytest.raises(PrerequisiteError, match=r"fp32 exists and is not a variant of slmops") as caught:
         convert(making.recipe("fp32", job, checkpoint), checkpoint, asked, "tiny", settings)
     assert "--output-path" in (caught.value.fix or "")
     assert files(foreign).keys() == {"thesis.txt"}

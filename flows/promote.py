@@ -10,8 +10,9 @@ from prefect import flow, runtime
 
 from slmops.core import locks
 from slmops.core.settings import Settings
+from slmops.core.values import Name
 from slmops.delivery import promotion
-from slmops.foundry.versions import Name, Promoted, Promotion
+from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
 from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_decision

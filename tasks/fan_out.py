@@ -37,6 +37,7 @@ from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
+from slmops.core.validation import problems
 from slmops.core.values import Checkpoint, Variant, VariantFile
 from slmops.tracking import exchange as tracking_exchange
 from tasks.stage import stage
@@ -99,7 +100,8 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> Result | None:
         result = Result.model_validate_json(text)
     except ValidationError as error:
         raise WorkError(
-            f"What {part.id} left cannot be read: {error}", "Do all workers have the same version of slmops?"
+            f"What {part.id} left cannot be read: {'; '.join(problems(error))}.",
+            "Do all workers have the same version of slmops?",
         ) from None
     exchange.bring(result.logs, logs)
     return result

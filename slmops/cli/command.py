@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tomllib
 import traceback
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,10 +31,12 @@ from slmops.cli.flows import soak as _soak
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
+from slmops.core.validation import dotted, problems
 from slmops.evaluation.soak import Soak
 from slmops.training.values import Retrain
 
 INTERRUPTED = 130
+Location = Sequence[int | str]
 _SOAK = Soak()
 _DEMO: dict[str, Any] = {
     "model": "demo",
@@ -264,7 +267,7 @@ def _main(argv: list[str]) -> int:
     except cyclopts.CycloptsError as error:
         return _report(UsageError(_usage(error), "See `slmops --help`."))
     except ValidationError as error:  # of the environment
-        return _report(UsageError("\n".join(_lines(error, "SLMOPS_")), "Mend the environment or .env."))
+        return _report(UsageError(_lines(error, _variable), "Correct the environment or .env."))
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
@@ -310,18 +313,19 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _usage(error: cyclopts.CycloptsError) -> str:
     cause = error.__cause__
-    return "\n".join(_lines(cause, "--")) if isinstance(cause, ValidationError) else str(error)
+    return _lines(cause, _flag) if isinstance(cause, ValidationError) else str(error)
 
 
-def _lines(error: ValidationError, prefix: str) -> list[str]:
-    """A pydantic error as one line an option, in the user's spelling."""
-    lines = []
-    for one in error.errors():
-        field = str(one["loc"][0]) if one["loc"] else ""
-        name = field.replace("_", "-") if prefix == "--" else field.upper()
-        got = "" if one["type"] == "missing" else f" (got {one['input']!r})"
-        lines.append(f"{prefix}{name}: {one['msg']}{got}")
-    return lines
+def _lines(error: ValidationError, name: Callable[[Location], str]) -> str:
+    return "\n".join(problems(error, name=name, got=True))
+
+
+def _flag(location: Location) -> str:
+    return f"--{str(location[0]).replace('_', '-')}" if location else ""
+
+
+def _variable(location: Location) -> str:
+    return f"SLMOPS_{dotted((str(location[0]).upper(), *location[1:]))}" if location else ""
 
 
 def _unexpected(error: Exception) -> int:

@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from slmops.cli import flows as cli_flows
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
-from slmops.foundry.versions import Name, Promotion
+from slmops.core.values import Name
+from slmops.foundry.versions import Promotion
 from slmops.serving.options import Serve
 
 CATALOG_PORT = 8090

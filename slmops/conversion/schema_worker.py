@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from slmops.core.validation import dotted, predicate
 from slmops.core.values import Frozen
 from slmops.processes import child
 
@@ -71,7 +72,7 @@ def handle(request: Request) -> Result:
         problems += [] if problems else _bad_values(checked.passes)
     except ValidationError as error:
         problems += [
-            f"{'.'.join(map(str, e['loc'])).removeprefix('engine.')}: {e['msg']}"
+            f"{dotted(e['loc']).removeprefix('engine.')} {predicate(e)}"
             for e in error.errors()
             if "Invalid engine" not in e["msg"]  # only says that the engine's own errors, listed too, are errors
         ]
@@ -107,8 +108,8 @@ def _bad_values(passes: dict[str, list[Any]]) -> list[str]:
             package.import_pass_module(step.type).generate_config(DEFAULT_CPU_ACCELERATOR, step.config, {}, True)
         except ValidationError as error:
             # The first of a key's errors is of its own type; the others are of Olive's placeholders for a search.
-            first = {str(e["loc"][0]): e["msg"] for e in reversed(error.errors()) if e["loc"]}
-            found += [f"passes.{name}.{key}: {said}" for key, said in sorted(first.items())] or [str(error)]
+            first = {str(e["loc"][0]): predicate(e) for e in reversed(error.errors()) if e["loc"]}
+            found += [f"passes.{name}.{key} {said}" for key, said in sorted(first.items())] or [str(error)]
     return found
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.core.values import NAME_PATTERN
+from slmops.core.validation import MATCHER_PATTERN
+from slmops.core.values import Name
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
 BASELINE = "fp32"
@@ -24,7 +25,7 @@ class Job(BaseModel):
         "MLflow model URI, or 'demo'.",
         min_length=1,
     )
-    name: Annotated[str, StringConstraints(pattern=NAME_PATTERN)] | None = Field(
+    name: Name | None = Field(
         None, title="Name", description="Name in MLflow and Foundry Local; the checkpoint's own by default."
     )
     precision: list[Precision] = Field(
@@ -103,7 +104,7 @@ class Job(BaseModel):
         None,
         title="Matcher",
         description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
-        pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=MATCHER_PATTERN,
     )
     policy: Path | None = Field(
         None,

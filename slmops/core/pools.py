@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from slmops.core.errors import PrerequisiteError
+from slmops.core.validation import POOL_PATTERN
 from slmops.core.values import Checkpoint, Frozen
 
 GB = 1e9
@@ -18,7 +19,7 @@ CONVERSION_COPIES = 2.2
 class Pool(Frozen):
     """Machines of one size behind one Prefect work pool."""
 
-    name: str = Field(pattern=r"^[^/%&<>\s]+$", description="The work pool's name in Prefect.")
+    name: str = Field(pattern=POOL_PATTERN, description="The work pool's name in Prefect.")
     memory_gb: float = Field(gt=0, description="What one job may use on any of its machines, in 10^9 bytes.")
     device: Literal["cpu"] = Field("cpu", description="What its machines can convert and measure for.")
 

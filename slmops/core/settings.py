@@ -13,6 +13,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from slmops.core.pools import Pool
+from slmops.core.validation import ADDRESS_PATTERN
 
 
 class Settings(BaseSettings):
@@ -40,7 +41,7 @@ class Settings(BaseSettings):
     evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
     judge_url: str | None = Field(
         None,
-        pattern=r"^https?://[^@\s]+$",  # a password in it would get into logs
+        pattern=ADDRESS_PATTERN,
         description="OpenAI-compatible endpoint, as http://127.0.0.1:11434/v1, for items with match 'judge'.",
     )
     judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")

@@ -22,6 +22,7 @@ from slmops.core import values as models
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, write_atomic
 from slmops.core.settings import Settings
+from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, VariantFile
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register_worker
@@ -198,7 +199,7 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
         manifest = Deployment.model_validate_json(read)
     except ValidationError as error:
         raise TrackingError(
-            f"{MANIFEST} of {version.label} is not understood: {error.errors()[0]['msg']}.",
+            f"{MANIFEST} of {version.label} is not understood: {problems(error)[0]}.",
             "It may be of a newer slmops: update the one on this device.",
         ) from error
     _check(manifest, version)

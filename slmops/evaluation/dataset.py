@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slmops.core.errors import UsageError
+from slmops.core.validation import problems
 from slmops.core.values import Frozen
 from slmops.evaluation import matchers, records
 
@@ -273,9 +274,7 @@ def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:
     try:
         item = Item.model_validate(found)
     except ValidationError as error:
-        return "; ".join(
-            f"{'.'.join(map(str, e['loc']))} {e['msg'].removeprefix('Value error, ')}".strip() for e in error.errors()
-        )
+        return "; ".join(problems(error))
     if item.match == "python" and matcher is None:
         return "match 'python' needs --matcher FILE.py:FUNCTION"
     if item.match == "judge" and not judge:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from slmops.core.settings import Settings
+from slmops.core.validation import problems
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import JUDGE_MISSING, Item
 from slmops.evaluation.matchers import Judgement, document, parse_json
@@ -112,9 +113,7 @@ def read_grade(reply: bytes) -> Judgement:
     try:
         said = Grade.model_validate(document(content))
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        return Judgement.unscored(f"the judge gave no grade: {where} {first['msg']}".replace("  ", " "))
+        return Judgement.unscored(f"the judge gave no grade: {problems(error)[0]}")
     except ValueError:
         return Judgement.unscored("the judge gave no grade: what it said is not JSON")
     return Judgement(score=said.score, correct=said.correct)

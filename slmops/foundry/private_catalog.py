@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from slmops.core.errors import SlmopsError, UsageError
+from slmops.core.validation import problems
 from slmops.core.values import Frozen
 from slmops.core.web import BodyRefused, read_body
 from slmops.foundry.layout import PUBLISHER
@@ -97,9 +98,7 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
     try:
         query = Query.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"Not a catalog request: {where + ': ' if where else ''}{first['msg']}.") from error
+        raise UsageError(f"Not a catalog request: {problems(error)[0]}.") from error
     for condition in query.filters:
         _known("field", condition.field, FIELDS)
         _known("operator", condition.operator, OPERATORS)

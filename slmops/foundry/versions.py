@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from slmops.conversion.store import files_of
-from slmops.core.values import NAME_PATTERN, Frozen, GateResult, Registration, Variant, VariantFile
+from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, VariantFile
 from slmops.foundry.layout import INFERENCE_MODEL, model_name
 
 MANIFEST = "deployment.json"
@@ -22,9 +22,6 @@ PREVIOUS = "previous"
 """Alias of the version that was the champion before."""
 RESERVED = re.compile(r"champion|previous|latest|v\d+", re.IGNORECASE)
 """Aliases that mean something else than a variant's name; MLflow keeps the last two for itself."""
-
-
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 
 
 class Deployment(Frozen):

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from slmops.core.errors import UsageError
+from slmops.core.validation import predicate
 from slmops.core.values import NAME_PATTERN, Frozen
 
 PACKAGED = Path(__file__).with_name("policy.toml")
@@ -180,7 +181,7 @@ def _problem(error: Any, data: dict[str, Any]) -> str:
         case "model_type":
             said = f"it must be a table of keys and values, not {got!r}"
         case _:
-            said = f"{key}: {error['msg']}, not {got!r}"
+            said = f"{key} {predicate(error)}, not {got!r}"
     return place + said
 
 

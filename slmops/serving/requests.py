@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slmops.core.validation import predicate
 from slmops.serving import schemas
 from slmops.serving.limits import Limits
 from slmops.serving.refused import Refused
@@ -202,15 +203,13 @@ def _too_deep() -> Refused:
 
 def _wrong_field(error: ValidationError) -> Refused:
     # Of a union each branch complains, and the one that fits best the deepest.
-    found = max(
-        error.errors(include_url=False, include_input=False, include_context=False), key=lambda e: len(e["loc"])
-    )
+    found = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
     # It also adds the name of the branch, as "list[_Part]" or "str".
     path = [str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELDS]
     param = ".".join(path) or None
     missing = found["type"] == "missing"
-    message = f"{param}: {found['msg']}." if param else f"{found['msg']}."
-    return Refused(400, message, "missing_required_parameter" if missing else "invalid_value", param)
+    code = "missing_required_parameter" if missing else "invalid_value"
+    return Refused(400, f"{param or 'The body'} {predicate(found)}.", code, param)
 
 
 _FIELDS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from slmops.foundry.versions import Name
+from slmops.core.values import Name
 
 
 class News(BaseModel):

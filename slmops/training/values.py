@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.core.job import Precision
-from slmops.core.values import Frozen, Hardware, Measurement
-from slmops.foundry.versions import Name
+from slmops.core.validation import MATCHER_PATTERN
+from slmops.core.values import Frozen, Hardware, Measurement, Name
 
 DEMO = "demo"
 
@@ -99,7 +99,7 @@ class Retrain(BaseModel):
         None,
         title="Matcher",
         description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
-        pattern=r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=MATCHER_PATTERN,
     )
     quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")
     approval: bool = Field(

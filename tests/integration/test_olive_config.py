@@ -155,9 +155,9 @@ def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_
     with pytest.raises(RecipeError) as caught:
         load({"passes": passes}, checkpoint, settings, tmp_path)
     assert caught.value.message.splitlines()[1:] == [
-        "  - passes.q.bits: Input should be 2, 4, 8, 16 or 32",
-        "  - passes.q.group_size: Input should be a valid integer, unable to parse string as an integer",
-        "  - passes.b.int4_block_size: Input should be 16, 32, 64, 128 or 256",
+        "  - passes.q.bits must be 2, 4, 8, 16 or 32",
+        "  - passes.q.group_size must be a whole number",
+        "  - passes.b.int4_block_size must be 16, 32, 64, 128 or 256",
     ]
 
 

@@ -72,13 +72,13 @@ def test_rollback_and_serve(asked: list[Any]) -> None:
 
 WRONG = [
     (["promote"], "requires an argument"),
-    (["promote", "../bot"], "String should match pattern"),
+    (["promote", "../bot"], "--name may only have letters"),
     (["promote", "bot", "--force"], "--force requires an argument"),
-    (["promote", "bot", "--force", " "], "--force: String should have at least 3 characters"),
-    (["promote", "bot", "--version", "0"], "--version: Input should be greater than or equal to 1"),
+    (["promote", "bot", "--force", " "], "--force must have at least 3 characters"),
+    (["promote", "bot", "--version", "0"], "--version must be at least 1"),
     (["rollback", "a/b"], "'a/b' is no model name"),
     (["serve", "../../etc"], "'../../etc' is no model name"),
-    (["serve", "bot", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
+    (["serve", "bot", "--port", "70000"], "--port must be at most 65535"),
     (["serve", "bot", "--host", "0.0.0.0"], "SLMOPS_SERVE_TOKEN"),  # noqa: S104 - it is refused
     (["pull", "bot@"], "'bot@' names no model"),
     (["pull", "a b"], "'a b' names no model"),

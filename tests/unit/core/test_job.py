@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from slmops.core.job import Job
+from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, to_name
 
 DEFAULTS = {
@@ -50,35 +51,33 @@ def test_json_form_reads_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "where", "said"),
+    ("asked", "said"),
     [
-        ({}, "model", "Field required"),
-        ({"model": ""}, "model", "at least 1 character"),
-        ({"model": "m", "precisoin": ["int4"]}, "precisoin", "Extra inputs are not permitted"),
-        ({"model": "m", "precision": ["int3"]}, "precision", "Input should be 'fp32', 'fp16', 'int8', 'int4' or"),
-        ({"model": "m", "precision": "int4"}, "precision", "valid list"),
-        ({"model": "m", "int4_block_size": 15}, "int4_block_size", "greater than or equal to 16"),
-        ({"model": "m", "int4_block_size": 257}, "int4_block_size", "less than or equal to 256"),
-        ({"model": "m", "int4_block_size": "many"}, "int4_block_size", "valid integer"),
-        ({"model": "m", "device": "npu"}, "device", "Input should be 'cpu' or 'gpu'"),
-        ({"model": "m", "export_tolerance": 0}, "export_tolerance", "greater than 0"),
-        ({"model": "m", "max_length": 15}, "max_length", "greater than or equal to 16"),
-        ({"model": "m", "temperature": -0.1}, "temperature", "greater than or equal to 0"),
-        ({"model": "m", "top_p": 0}, "top_p", "greater than 0"),
-        ({"model": "m", "top_p": 1.1}, "top_p", "less than or equal to 1"),
-        ({"model": "m", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
-        ({"model": "m", "matcher": "mine.py"}, "matcher", "should match pattern"),
-        ({"model": "m", "prompt_lengths": []}, "prompt_lengths", "at least 1 item"),
-        ({"model": "m", "prompt_lengths": [15]}, "prompt_lengths", "greater than or equal to 16"),
-        ({"model": "m", "output_lengths": [1]}, "output_lengths", "greater than or equal to 2"),
+        ({}, "model is missing"),
+        ({"model": ""}, "model must not be empty"),
+        ({"model": "m", "precisoin": ["int4"]}, "precisoin is not a known key"),
+        ({"model": "m", "precision": ["int3"]}, "precision.0 must be 'fp32', 'fp16', 'int8', 'int4' or 'bf16'"),
+        ({"model": "m", "precision": "int4"}, "precision must be a list"),
+        ({"model": "m", "int4_block_size": 15}, "int4_block_size must be at least 16"),
+        ({"model": "m", "int4_block_size": 257}, "int4_block_size must be at most 256"),
+        ({"model": "m", "int4_block_size": "many"}, "int4_block_size must be a whole number"),
+        ({"model": "m", "device": "npu"}, "device must be 'cpu' or 'gpu'"),
+        ({"model": "m", "export_tolerance": 0}, "export_tolerance must be greater than 0"),
+        ({"model": "m", "max_length": 15}, "max_length must be at least 16"),
+        ({"model": "m", "temperature": -0.1}, "temperature must be at least 0"),
+        ({"model": "m", "top_p": 0}, "top_p must be greater than 0"),
+        ({"model": "m", "top_p": 1.1}, "top_p must be at most 1"),
+        ({"model": "m", "repetition_penalty": 0}, "repetition_penalty must be greater than 0"),
+        ({"model": "m", "matcher": "mine.py"}, "matcher must be FILE.py:FUNCTION"),
+        ({"model": "m", "prompt_lengths": []}, "prompt_lengths must not be empty"),
+        ({"model": "m", "prompt_lengths": [15]}, "prompt_lengths.0 must be at least 16"),
+        ({"model": "m", "output_lengths": [1]}, "output_lengths.0 must be at least 2"),
     ],
 )
-def test_refused(asked: dict[str, Any], where: str, said: str) -> None:
+def test_refused(asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError) as raised:
         Job.model_validate(asked)
-    [error] = raised.value.errors()
-    assert error["loc"][0] == where
-    assert said in error["msg"]
+    assert problems(raised.value) == [said]
 
 
 def test_it_cannot_be_changed() -> None:

@@ -98,8 +98,8 @@ USER = {"role": "user", "content": "x"}
     [
         ("{", "no JSON: Expecting property name enclosed in double quotes at column 2"),
         ("Paris", "no JSON: Expecting value at column 1"),
-        ("[1]", "Input should be a valid dictionary"),
-        ("null", "Input should be a valid dictionary"),
+        ("[1]", "it must be a table of keys and values"),
+        ("null", "it must be a table of keys and values"),
         ({"prompt": "x"}, "expected Field required, and not empty, by match 'contains'"),
         ({"prompt": "x", "expected": ""}, "expected Field required, and not empty, by match 'contains'"),
         *(
@@ -111,26 +111,26 @@ USER = {"role": "user", "content": "x"}
         ({"prompt": "x", "messages": [USER], "expected": "x"}, "needs either 'prompt' or 'messages'"),
         ({"messages": [], "expected": "x"}, "'messages' must end with a user message"),
         ({"messages": [USER, {**USER, "role": "assistant"}], "expected": "x"}, "must end with a user message"),
-        ({"messages": [{"role": "tool", "content": "x"}], "expected": "x"}, "messages.0.role Input should be 'system'"),
-        ({"messages": [{"role": "user"}], "expected": "x"}, "messages.0.content Field required"),
-        ({"prompt": 3, "expected": "x"}, "prompt Input should be a valid string"),
-        ({"prompt": "x", "expected": True}, "expected Input should be a valid string"),
-        ({"prompt": "x", "expected": "x", "match": "fuzzy"}, "match Input should be 'contains', 'exact', 'regex', "),
-        ({"prompt": "x", "expected": "x", "answer": "y"}, "answer Extra inputs are not permitted"),
-        ({"prompt": "x", "expected": "x", "max_tokens": 0}, "max_tokens Input should be greater than or equal to 1"),
+        ({"messages": [{"role": "tool", "content": "x"}], "expected": "x"}, "messages.0.role must be 'system'"),
+        ({"messages": [{"role": "user"}], "expected": "x"}, "messages.0.content is missing"),
+        ({"prompt": 3, "expected": "x"}, "prompt must be text"),
+        ({"prompt": "x", "expected": True}, "expected must be text"),
+        ({"prompt": "x", "expected": "x", "match": "fuzzy"}, "match must be 'contains', 'exact', 'regex', "),
+        ({"prompt": "x", "expected": "x", "answer": "y"}, "answer is not a known key"),
+        ({"prompt": "x", "expected": "x", "max_tokens": 0}, "max_tokens must be at least 1"),
         ({"prompt": "x", "expected": "(", "match": "regex"}, "'expected' is no regular expression: missing ), unterm"),
         ({"prompt": "x", "expected": "four", "match": "numeric"}, "'expected' is no number, as -1234.5"),
         ({"prompt": "x", "expected": "1e-7", "match": "numeric"}, "'expected' is no number, as -1234.5"),
         ({"prompt": "x", "expected": "мир", "match": "rouge_l"}, "'expected' has no words of a-z and 0-9"),
         ({"prompt": "x", "expected": "The a!", "match": "f1"}, "'expected' has no words but articles"),
-        ({"prompt": "x", "expected": "1", "match": "numeric", "tolerance": -1}, "tolerance Input should be greater"),
+        ({"prompt": "x", "expected": "1", "match": "numeric", "tolerance": -1}, "tolerance must be at least"),
         ('{"prompt": "x", "expected": "1", "match": "numeric", "tolerance": NaN}', "no JSON: NaN is not JSON"),
         ({"prompt": "x", "expected": "1", "tolerance": 1}, "'tolerance' means nothing to match 'contains', only to nu"),
         ({"prompt": "x", "expected": "1", "threshold": 1}, "'threshold' means nothing to match 'contains', only to"),
         ({"prompt": "x", "expected": "1", "schema": {}}, "'schema' means nothing to match 'contains', only to json_"),
-        ({"prompt": "x", "expected": "1", "match": "f1", "threshold": 1.5}, "threshold Input should be less than or"),
+        ({"prompt": "x", "expected": "1", "match": "f1", "threshold": 1.5}, "threshold must be at most"),
         ({"prompt": "x", "match": "json_schema"}, "'schema' is needed by match 'json_schema'"),
-        ({"prompt": "x", "match": "json_schema", "schema": [1]}, "schema Input should be a valid dictionary"),
+        ({"prompt": "x", "match": "json_schema", "schema": [1]}, "schema must be a table of keys and values"),
         (
             {"prompt": "x", "match": "json_schema", "schema": {"properties": 3}},
             "'schema' is no JSON Schema: 3 is not of type 'object' at $.properties",
@@ -189,7 +189,7 @@ def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
 
 
 def test_several_faults_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"line 1: prompt Input .*; max_tokens Input"):
+    with pytest.raises(UsageError, match=r"line 1: prompt .*; max_tokens "):
         dataset.load(written(tmp_path, {"prompt": 1, "expected": "x", "max_tokens": 9999}))
 
 

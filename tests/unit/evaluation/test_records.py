@@ -84,14 +84,14 @@ def test_bad_csv_rows(tmp_path: Path, rows: str, problems: list[str]) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "problem"),
     [
-        ("max_tokens", "many", "line 2: max_tokens Input should be a valid integer"),
+        ("max_tokens", "many", "line 2: max_tokens must be a whole number"),
         ("format", "xml", 'line 2: format must be "json"'),
         ("format", '"{""regex"""', "line 2: format no JSON: Expecting ':' delimiter at column 9"),
         ("messages", "hello", "line 2: messages no JSON: Expecting value at column 1"),
         ("schema", "{", "line 2: schema no JSON: Expecting property name"),
         ("category", "a/b", "line 2: category must be"),
-        ("match", "fuzzy", "line 2: match Input should be"),
-        ("tolerance", "inf", "line 2: tolerance Input should be a finite number"),
+        ("match", "fuzzy", "line 2: match must be"),
+        ("tolerance", "inf", "line 2: tolerance must be a finite number"),
     ],
 )
 def test_bad_csv_cells(tmp_path: Path, column: str, cell: str, problem: str) -> None:

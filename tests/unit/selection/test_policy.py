@@ -132,7 +132,7 @@ def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
     ("gate", "said"),
     [
         ("{max: 1}", "gate 1 (no metric): metric is missing"),
-        ("{metric: 7, max: 1}", "gate 1 (7): metric: Input should be a valid string, not 7"),
+        ("{metric: 7, max: 1}", "gate 1 (7): metric must be text, not 7"),
         (
             "{metric: perplexty, max: 1}",
             "gate 1 (perplexty): there is no metric 'perplexty'; did you mean perplexity or perplexity_ratio or "
@@ -144,10 +144,10 @@ def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
         ("{metric: accuracy, max: 1, min: 0}", "gate 1 (accuracy): give exactly one of max and min"),
         (
             "{metric: accuracy, max: high}",
-            "gate 1 (accuracy): max: Input should be a valid number, unable to parse string as a number, not 'high'",
+            "gate 1 (accuracy): max must be a number, not 'high'",
         ),
-        ("{metric: accuracy, min: .nan}", "gate 1 (accuracy): min: Input should be a finite number, not nan"),
-        ("{metric: accuracy, max: .inf}", "gate 1 (accuracy): max: Input should be a finite number, not inf"),
+        ("{metric: accuracy, min: .nan}", "gate 1 (accuracy): min must be a finite number, not nan"),
+        ("{metric: accuracy, max: .inf}", "gate 1 (accuracy): max must be a finite number, not inf"),
         ("{metric: accuracy, max: yes}", "gate 1 (accuracy): max must be a number, not True"),
         (
             "{metric: accuracy, max: 1, of: quotient, to: baseline}",
@@ -175,7 +175,7 @@ def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
         ),
         (
             "{metric: accuracy, max: 1, advisory: maybe}",
-            "gate 1 (accuracy): advisory: Input should be a valid boolean, not 'maybe'",
+            "gate 1 (accuracy): advisory must be true or false, not 'maybe'",
         ),
         ("{metric: accuracy, maxx: 1}", "gate 1 (accuracy): there is no key 'maxx'; did you mean max?"),
         (
@@ -202,7 +202,7 @@ def test_what_is_wrong_with_a_gate(tmp_path: Path, gate: str, said: str) -> None
         ("7: int4", "there is no key '7'; there are gates, objective, preference"),
         ("preference: int4", "preference must be a list, not 'int4'"),
         ("preference: [int4, int8, int4]", "preference names int4 more than once"),
-        ("preference: [my model]", "preference.1: String should match pattern"),
+        ("preference: [my model]", "preference.1 may only have letters"),
         ("gates: 7", "gates must be a list, not 7: write [[gates]]"),
         ("gates: {metric: kl_mean, max: 1}", "gates must be a list, not {'metric': 'kl_mean', 'max': 1}: write"),
     ],

@@ -1,0 +1,106 @@
+"""What pydantic refuses, in our own words: its error types become ends of a sentence, such as "must be at least 16"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slmops.core.values import NAME_PATTERN
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+MATCHER_PATTERN = r"^.+\.py:[A-Za-z_][A-Za-z0-9_]*$"
+ADDRESS_PATTERN = r"^https?://[^@\s]+$"  # a password in it would get into logs
+POOL_PATTERN = r"^[^/%&<>\s]+$"
+
+_FORMS = {
+    NAME_PATTERN: "may only have letters, digits, - and _, up to 63, and must begin with a letter or a digit",
+    MATCHER_PATTERN: "must be FILE.py:FUNCTION",
+    ADDRESS_PATTERN: "must be an http:// or https:// address without user name and password",
+    POOL_PATTERN: "must not be empty or have spaces or any of / % & < >",
+}
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "is not a known key",
+    "invalid_key": "is not a known key",  # YAML has keys that are not text
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+    "json_invalid": "is not valid JSON: {error}",
+    "value_error": "{error}",
+}
+_KINDS = {
+    "bool": "true or false",
+    "datetime": "a date and time",
+    "dict": "a table of keys and values",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list",
+    "model": "a table of keys and values",
+    "path": "a path",
+    "string": "text",
+    "tuple": "a list",
+}
+
+
+def predicate(problem: Any) -> str:
+    """What is wrong with a value, as the end of a sentence that begins with its name.
+
+    Args:
+        problem: One of ``ValidationError.errors()``.
+    """
+    kind, context = problem["type"], problem.get("ctx", {})
+    if context.get("min_length") == 1:
+        return "must not be empty"
+    if kind == "string_pattern_mismatch":
+        return _FORMS.get(context["pattern"]) or f"must match {context['pattern']}"
+    if kind in _WORDS:
+        shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+        return _WORDS[kind].format(**shown)
+    if (name := kind.partition("_")[0]) in _KINDS:  # int_type, int_parsing, int_from_float and so on
+        return f"must be {_KINDS[name]}"
+    said: str = problem["msg"]
+    return said.replace("Input should", "must", 1)
+
+
+def dotted(location: Sequence[int | str]) -> str:
+    """Where a value is, as ``messages.0.role``."""
+    return ".".join(map(str, location))
+
+
+def problems(
+    error: ValidationError, *, name: Callable[[Sequence[int | str]], str] = dotted, got: bool = False
+) -> list[str]:
+    """Everything that pydantic found wrong, one sentence each: ``top_p must be at most 1``.
+
+    Args:
+        error: What pydantic raised.
+        name: What the user calls the value at a location.
+        got: Also quote the value.
+    """
+    found = []
+    for one in error.errors(include_url=False):
+        whole = one["type"] == "value_error"  # with the name of the value in it, unless it is of a field
+        subject = name(one["loc"]) or ("" if whole else "it")
+        quote = f" (got {_short(one['input'])})" if got and _quotable(one) else ""
+        found.append(f"{subject} {predicate(one)}{quote}".strip())
+    return found
+
+
+def _quotable(problem: Any) -> bool:
+    secret = problem.get("ctx", {}).get("pattern") == ADDRESS_PATTERN
+    return problem["type"] not in ("missing", "extra_forbidden", "invalid_key") and not secret
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

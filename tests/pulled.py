@@ -15,7 +15,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import installed, pull
 from slmops.foundry import cli
-from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking import files as tracking_files
@@ -62,7 +62,7 @@ class Remote:
         self.asked: list[tuple[str, int]] = []
         self.cuts: dict[str, list[int | Exception]] = {}  # for each request the bytes given before it breaks off
         self.answers: dict[str, list[bytes]] = {}  # for each request a content of its own
-        self.manifest = Deployment(
+        self.manifest = VersionManifest(
             model=name,
             variant=variant,
             key="int8-0123",
@@ -92,7 +92,7 @@ class Remote:
     def read(self, uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
         assert (uri, location) == (URI, LOCATION)
         self.asked.append((path, offset))
-        data = self.text if path == MANIFEST else self.files[path]
+        data = self.text if path == VERSION_MANIFEST else self.files[path]
         if self.answers.get(path):
             data = self.answers[path].pop(0)
         cut = self.cuts[path].pop(0) if self.cuts.get(path) else None

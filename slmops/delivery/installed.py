@@ -18,7 +18,7 @@ from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import NAME_PATTERN, Frozen
 from slmops.foundry import forget_worker, layout
-from slmops.foundry.versions import MANIFEST, Deployment, Installed
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, VersionManifest
 from slmops.processes import children
 from slmops.tracking.download import part_of
 
@@ -44,10 +44,10 @@ def downloads_of(settings: Settings) -> Path:
     return settings.deployed / "downloads"
 
 
-def read_manifest(path: Path) -> Deployment | None:
+def read_manifest(path: Path) -> VersionManifest | None:
     """The manifest in a file, if it is complete."""
     try:
-        return Deployment.model_validate_json(path.read_bytes())
+        return VersionManifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
 
@@ -83,7 +83,7 @@ def make_current_locked(version: Installed, settings: Settings) -> None:
         write_atomic(_file(version.name, settings), state.model_dump_json(indent=2) + "\n")
     _keep(version.name, {state.current, state.previous}, settings)
     for folder in downloads_of(settings).glob("*"):
-        manifest = read_manifest(part_of(folder, MANIFEST))
+        manifest = read_manifest(part_of(folder, VERSION_MANIFEST))
         if manifest is not None and manifest.model == version.name:  # of a version that was given up
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -155,7 +155,7 @@ def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) ->
 
 
 def _installed(name: str, folder: Path) -> Installed | None:
-    manifest = read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / VERSION_MANIFEST)
     number = folder.name.rpartition("-")[2]
     if manifest is None or not re.fullmatch(r"[1-9][0-9]*", number):
         return None

@@ -26,7 +26,7 @@ from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, VariantFile
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register_worker
-from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking.download import Origin, intact, part_of, size_of
@@ -167,7 +167,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     with _writing(settings):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_scratch(folder.parent)
-        here = installed.read_manifest(folder / MANIFEST)
+        here = installed.read_manifest(folder / VERSION_MANIFEST)
         if here is not None and here.model != version.name:
             raise RegistrationError(
                 f"{folder} holds a version of {here.model}, whose name and variant together read the same.",
@@ -181,7 +181,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
         manifest = _bring(version, settings, Origin(uri, version.location, version.label), downloads)
         with _replacing(folder, settings):
             with folder_appears_whole(folder) as scratch:
-                for file in [*(file.name for file in manifest.files), MANIFEST]:
+                for file in [*(file.name for file in manifest.files), VERSION_MANIFEST]:
                     (scratch / file).parent.mkdir(parents=True, exist_ok=True)
                     part_of(downloads, file).rename(scratch / file)
                 described = json.dumps(_inference_model(done, manifest), indent=2, ensure_ascii=False)
@@ -192,14 +192,14 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     return done
 
 
-def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads: Path) -> Deployment:
+def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads: Path) -> VersionManifest:
     """Complete the download folder: what this device has is linked, the rest is fetched."""
-    read = download.fetch(origin, MANIFEST, None, version.manifest_sha256, downloads).read_bytes()
+    read = download.fetch(origin, VERSION_MANIFEST, None, version.manifest_sha256, downloads).read_bytes()
     try:
-        manifest = Deployment.model_validate_json(read)
+        manifest = VersionManifest.model_validate_json(read)
     except ValidationError as error:
         raise TrackingError(
-            f"{MANIFEST} of {version.label} is not understood: {problems(error)[0]}.",
+            f"{VERSION_MANIFEST} of {version.label} is not understood: {problems(error)[0]}.",
             "It may be of a newer slmops: update the one on this device.",
         ) from error
     _check(manifest, version)
@@ -231,11 +231,11 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
     return manifest
 
 
-def _check(manifest: Deployment, version: ModelVersion) -> None:
+def _check(manifest: VersionManifest, version: ModelVersion) -> None:
     """Let no name out of its folder."""
     if (manifest.model, manifest.variant) != (version.name, version.variant):
-        raise TrackingError(f"{MANIFEST} of {version.label} is that of {manifest.model} ({manifest.variant}).")
-    taken = {MANIFEST, layout.INFERENCE_MODEL}
+        raise TrackingError(f"{VERSION_MANIFEST} of {version.label} is that of {manifest.model} ({manifest.variant}).")
+    taken = {VERSION_MANIFEST, layout.INFERENCE_MODEL}
     folders: set[str] = set()
     for file in manifest.files:
         name = file.name.casefold()  # some file systems know no case
@@ -244,18 +244,23 @@ def _check(manifest: Deployment, version: ModelVersion) -> None:
         plain = not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)
         if not plain or name in taken:
             raise TrackingError(
-                f"{MANIFEST} of {version.label} names a file {file.name!r}, which cannot be one of its own.",
+                f"{VERSION_MANIFEST} of {version.label} names a file {file.name!r}, which cannot be one of its own.",
                 "Nothing of it was installed. Whoever put it into the registry has to promote it again.",
             )
         taken.add(name)
         folders |= {str(parent) for parent in PurePosixPath(name).parents}
     if taken & folders:
-        raise TrackingError(f"{MANIFEST} of {version.label} names {min(taken & folders)!r} as a file and as a folder.")
+        raise TrackingError(
+            f"{VERSION_MANIFEST} of {version.label} names {min(taken & folders)!r} as a file and as a folder."
+        )
 
 
 def _known(settings: Settings) -> dict[str, list[Path]]:
     """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
-    manifests = [*settings.variants.glob(f"*/{models.MANIFEST}"), *installed.folder_of(settings).glob(f"*/{MANIFEST}")]
+    manifests = [
+        *settings.variants.glob(f"*/{models.MANIFEST}"),
+        *installed.folder_of(settings).glob(f"*/{VERSION_MANIFEST}"),
+    ]
     found: dict[str, list[Path]] = {}
     for manifest in manifests:
         try:
@@ -285,7 +290,7 @@ def _replacing(folder: Path, settings: Settings) -> Iterator[None]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_whole(done: Installed, manifest: Deployment, digest: str) -> bool:
+def _is_whole(done: Installed, manifest: VersionManifest, digest: str) -> bool:
     """Whether the installed version with this manifest is the one of the registry, down to each byte."""
     try:
         described = json.loads((done.folder / layout.INFERENCE_MODEL).read_bytes())
@@ -293,12 +298,12 @@ def _is_whole(done: Installed, manifest: Deployment, digest: str) -> bool:
         return False
     return (
         described == _inference_model(done, manifest)
-        and intact(done.folder / MANIFEST, None, digest)
+        and intact(done.folder / VERSION_MANIFEST, None, digest)
         and all(intact(done.folder / file.name, file.size, file.sha256) for file in manifest.files)
     )
 
 
-def _inference_model(done: Installed, manifest: Deployment) -> dict[str, Any]:
+def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, Any]:
     return {**manifest.inference_model, "Name": done.foundry_id, "Version": str(done.version)}
 
 

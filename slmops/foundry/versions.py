@@ -15,7 +15,7 @@ from slmops.conversion.store import files_of
 from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, VariantFile
 from slmops.foundry.layout import INFERENCE_MODEL, model_name
 
-MANIFEST = "deployment.json"
+VERSION_MANIFEST = "deployment.json"
 CHAMPION = "champion"
 """Alias of the version that is deployed."""
 PREVIOUS = "previous"
@@ -24,7 +24,7 @@ RESERVED = re.compile(r"champion|previous|latest|v\d+", re.IGNORECASE)
 """Aliases that mean something else than a variant's name; MLflow keeps the last two for itself."""
 
 
-class Deployment(Frozen):
+class VersionManifest(Frozen):
     """The manifest beside the files of a version; its own SHA-256 is a tag of the version.
 
     ``inference_model.json`` is not among the files: it carries the version's number, which is known only afterwards.
@@ -136,10 +136,10 @@ class Promotion(BaseModel):
     )
 
 
-def describe(name: str, variant: Variant, registration: Registration) -> Deployment:
+def describe(name: str, variant: Variant, registration: Registration) -> VersionManifest:
     """The manifest of a variant as it lies in Foundry Local, each file read for its SHA-256."""
     inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
-    return Deployment(
+    return VersionManifest(
         model=name,
         variant=variant.name,
         key=variant.key,

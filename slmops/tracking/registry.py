@@ -24,7 +24,15 @@ from mlflow.exceptions import MlflowException
 
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult
-from slmops.foundry.versions import CHAMPION, MANIFEST, PREVIOUS, RESERVED, Deployment, ModelVersion, describe
+from slmops.foundry.versions import (
+    CHAMPION,
+    PREVIOUS,
+    RESERVED,
+    VERSION_MANIFEST,
+    ModelVersion,
+    VersionManifest,
+    describe,
+)
 
 SHA256, LOCATION, LOGGED_MODEL = "slmops.manifest_sha256", "slmops.location", "slmops.logged_model"
 RUN, JOB = "slmops.evaluation_run", "slmops.job_run"
@@ -235,7 +243,7 @@ class Registry:
                 f"The registry has a model {name!r} that slmops did not make.", "Choose another name with --name."
             )
 
-    def _holds(self, version: ModelVersion, manifest: Deployment) -> bool:
+    def _holds(self, version: ModelVersion, manifest: VersionManifest) -> bool:
         """Whether a version is of this content, its files still there."""
         if version.manifest_sha256 != manifest.sha256:
             return False
@@ -243,9 +251,9 @@ class Registry:
             files = self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, ""))
         except MlflowException:  # its logged model was deleted
             return False
-        return MANIFEST in {file.path for file in files}
+        return VERSION_MANIFEST in {file.path for file in files}
 
-    def _upload(self, manifest: Deployment, folder: Path, tags: dict[str, str]) -> int:
+    def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> int:
         """Put the files into the run's logged model, the manifest last, and make that a version."""
         run = self._client.get_run(tags[RUN])
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
@@ -255,8 +263,8 @@ class Registry:
                 logged.model_id, str(folder / file.name), None if below == PurePosixPath() else str(below)
             )
         with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
-            self._client.log_model_artifact(logged.model_id, str(Path(scratch) / MANIFEST))
+            (Path(scratch) / VERSION_MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
+            self._client.log_model_artifact(logged.model_id, str(Path(scratch) / VERSION_MANIFEST))
         # A database without a server has no models:/ addresses of its own.
         source = f"models:/{logged.model_id}" if self.uri.startswith("http") else logged.artifact_location
         created = self._client.create_model_version(

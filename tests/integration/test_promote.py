@@ -19,7 +19,7 @@ from slmops.core.errors import BusyError, GateError, PromotionError, TrackingErr
 from slmops.core.settings import Settings
 from slmops.core.values import Evaluation, Measurement, Registration, Variant
 from slmops.foundry.register import register
-from slmops.foundry.versions import MANIFEST, ModelVersion, Promoted, Promotion
+from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promoted, Promotion
 from slmops.selection.policy import Gate, Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
@@ -88,7 +88,7 @@ def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
     bot.add(0.8)
     first = promote(Promotion(name=bot.name))
     assert (first.version, first.replaced, first.changed, bot.champion) == (1, None, True, 1)
-    assert (settings.deployed / "models" / "slmops" / f"{bot.name}-int4-generic-cpu-1" / MANIFEST).is_file()
+    assert (settings.deployed / "models" / "slmops" / f"{bot.name}-int4-generic-cpu-1" / VERSION_MANIFEST).is_file()
 
     bot.add(0.75)
     second = promote(Promotion(name=bot.name))

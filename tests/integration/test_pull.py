@@ -23,7 +23,7 @@ from slmops.core.files import sha256
 from slmops.core.settings import Settings
 from slmops.delivery import installed, pull
 from slmops.foundry.register import register
-from slmops.foundry.versions import MANIFEST, Deployment, Installed, ModelVersion
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.local import stack
 from slmops.processes import daemon
 from slmops.processes.daemon import HOST, Daemon
@@ -309,10 +309,10 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     shutil.copytree(stored(server, version), folder)
     config = folder / "genai_config.json"
     config.write_text(config.read_text().replace("model.onnx", "other.onnx"))
-    manifest = Deployment.model_validate_json((folder / MANIFEST).read_bytes())
-    files = tuple(file for file in files_of(folder) if file.name != MANIFEST)
+    manifest = VersionManifest.model_validate_json((folder / VERSION_MANIFEST).read_bytes())
+    files = tuple(file for file in files_of(folder) if file.name != VERSION_MANIFEST)
     manifest = manifest.model_copy(update={"files": files})
-    (folder / MANIFEST).write_text(manifest.text)
+    (folder / VERSION_MANIFEST).write_text(manifest.text)
     changes = {"version": 4, "location": str(folder), "manifest_sha256": manifest.sha256}
     with pytest.raises(RegistrationError, match=r"other\.onnx"):
         pull.install(version.model_copy(update=changes), settings, server.url)

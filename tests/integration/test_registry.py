@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
 from slmops.core.values import VariantResult
-from slmops.foundry.versions import MANIFEST, Deployment, ModelVersion
+from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
 from tests.tracked import Made, start
@@ -60,7 +60,7 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: 
     assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
 
     folder = Path(client.get_model_version_download_uri(job.name, "1").removeprefix("file://"))
-    manifest = Deployment.model_validate_json((folder / MANIFEST).read_text())
+    manifest = VersionManifest.model_validate_json((folder / VERSION_MANIFEST).read_text())
     assert manifest.sha256 == made.manifest_sha256
     assert [file.name for file in manifest.files] == ["deeper/vocab.txt", "genai_config.json", "model.onnx"]
     assert all((folder / file.name).stat().st_size == file.size for file in manifest.files)
@@ -74,7 +74,7 @@ def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Jo
     assert (second.version, second.job_id) == (1, again.parent)
     assert second.run_id != first.run_id
     assert len(job.registry.versions(job.name)) == 1
-    (Path(client.get_model_version_download_uri(job.name, "1")) / MANIFEST).unlink()
+    (Path(client.get_model_version_download_uri(job.name, "1")) / VERSION_MANIFEST).unlink()
     third = Job(job.folder / "third", job.tracker, job.registry, job.name).add("int8")
     assert third.version == 2  # the files of the first are gone
 

@@ -13,7 +13,7 @@ import pytest
 from slmops.core.errors import TrackingError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed
-from slmops.foundry.versions import MANIFEST, Installed
+from slmops.foundry.versions import VERSION_MANIFEST, Installed
 from slmops.processes import children
 from tests.pulled import BIG, CRASHED, FILES, Device
 
@@ -116,7 +116,7 @@ def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> 
     folders = device.settings.deployed / "downloads"
     assert len(list(folders.iterdir())) == 2
     installed.make_current(versions[4], device.settings)
-    [kept] = [installed.read_manifest(folder / f"{MANIFEST}.part") for folder in folders.iterdir()]
+    [kept] = [installed.read_manifest(folder / f"{VERSION_MANIFEST}.part") for folder in folders.iterdir()]
     assert kept is not None
     assert kept.model == "bot-two"
 
@@ -131,7 +131,7 @@ def shorten(version: Installed) -> None:
 
 
 def half(version: Installed) -> None:
-    (version.folder / MANIFEST).write_text(version.folder.joinpath(MANIFEST).read_text()[:100])
+    (version.folder / VERSION_MANIFEST).write_text(version.folder.joinpath(VERSION_MANIFEST).read_text()[:100])
 
 
 def undescribed(version: Installed) -> None:

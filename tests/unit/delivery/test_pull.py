@@ -16,7 +16,7 @@ import pytest
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
 from slmops.delivery import installed, pull
 from slmops.foundry import cli
-from slmops.foundry.versions import MANIFEST, Installed, ModelVersion
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
 from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, described, digest, names
 
 
@@ -36,7 +36,7 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
         "PromptTemplate": {"prompt": "{Content}"},
         "Description": "né",
     }
-    assert found == {**FILES, MANIFEST: device.remote.text}
+    assert found == {**FILES, VERSION_MANIFEST: device.remote.text}
     assert device.registered == ["bot-int8-generic-cpu:3"]
     assert device.seen == [names(folder)]  # it was whole when Foundry Local saw it
     assert names(device.settings.deployed / "downloads") == set()
@@ -58,7 +58,14 @@ def test_the_manifest_cannot_give_another_name(device: Device) -> None:
     [
         *("../x", "..", "a/../../x", "a/..", "/x", "/etc/passwd", "//server/share", "a//b", "a/", "", ".", "./x"),
         *("a\\b", "..\\x", "C:x", "C:\\x", "C:/x", "file:x", "x:stream", "x\x00y", "x\ny", ".. /x", ".../x", "x. "),
-        *(MANIFEST, "inference_model.json", "Deployment.JSON", "inference_model.json/x", "model.onnx", "MODEL.onnx"),
+        *(
+            VERSION_MANIFEST,
+            "inference_model.json",
+            "Deployment.JSON",
+            "inference_model.json/x",
+            "model.onnx",
+            "MODEL.onnx",
+        ),
         "model.onnx/x",
     ],
 )
@@ -68,9 +75,11 @@ def test_names_that_are_none_of_its_own(device: Device, name: str) -> None:
     with pytest.raises(TrackingError, match=r"deployment.json of bot version 3 \(int8\) names ") as caught:
         device.install()
     assert repr(name) in caught.value.message or "as a file and as a folder" in caught.value.message
-    assert device.remote.paths == {MANIFEST}
+    assert device.remote.paths == {VERSION_MANIFEST}
     written = names(device.settings.home)
-    assert written - {"locks/pull-bot.lock"} == {f"deployed/downloads/{digest(device.remote.text)}/{MANIFEST}.part"}
+    assert written - {"locks/pull-bot.lock"} == {
+        f"deployed/downloads/{digest(device.remote.text)}/{VERSION_MANIFEST}.part"
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,12 +106,12 @@ def test_names_that_are_plain(device: Device, name: str) -> None:
 def test_a_version_that_makes_no_sense(device: Device, changes: dict[str, str], said: str) -> None:
     with pytest.raises(SlmopsError, match=said):
         device.install(**changes)
-    assert names(device.settings.deployed) <= {f"downloads/{digest(device.remote.text)}/{MANIFEST}.part"}
+    assert names(device.settings.deployed) <= {f"downloads/{digest(device.remote.text)}/{VERSION_MANIFEST}.part"}
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model": "bot"}'])
 def test_a_manifest_of_another_kind(device: Device, text: bytes) -> None:
-    device.remote.answers[MANIFEST] = [text, text]
+    device.remote.answers[VERSION_MANIFEST] = [text, text]
     with pytest.raises(TrackingError, match="is not understood") as caught:
         device.install(manifest_sha256=digest(text))
     assert "newer slmops" in (caught.value.fix or "")

@@ -16,7 +16,7 @@ import pytest
 
 from slmops.core.errors import PrerequisiteError, TrackingError
 from slmops.delivery import installed
-from slmops.foundry.versions import MANIFEST
+from slmops.foundry.versions import VERSION_MANIFEST
 from slmops.processes import children
 from slmops.tracking import download
 from slmops.tracking import files as tracking_files
@@ -63,9 +63,9 @@ def test_a_server_that_ends_a_broken_answer_as_if_it_were_whole(device: Device) 
 
 
 def test_a_manifest_in_pieces(device: Device) -> None:
-    device.remote.cuts[MANIFEST] = [50, 100]
+    device.remote.cuts[VERSION_MANIFEST] = [50, 100]
     device.install()
-    assert device.remote.offsets(MANIFEST)[:3] == [0, 50, 150]
+    assert device.remote.offsets(VERSION_MANIFEST)[:3] == [0, 50, 150]
 
 
 def test_it_gives_up_and_the_next_pull_goes_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,7 +96,7 @@ def test_it_waits_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert waited == [1, 2, 1, 2, 4, 8]
 
 
-@pytest.mark.parametrize("path", [MANIFEST, BIG])
+@pytest.mark.parametrize("path", [VERSION_MANIFEST, BIG])
 def test_a_file_that_is_gone_is_not_asked_for_again(device: Device, path: str) -> None:
     device.remote.cuts[path] = [tracking_files.NotGivenError(f"{path} is gone from the registry.", "Promote again.")]
     with pytest.raises(TrackingError, match=rf"^bot version 3 \(int8\) cannot be had: {path} is gone") as caught:
@@ -173,7 +173,7 @@ def test_altered_on_the_way_once(device: Device, caplog: pytest.LogCaptureFixtur
 def test_an_altered_manifest_is_refused(device: Device) -> None:
     with pytest.raises(TrackingError, match=r"^deployment.json of bot version 3 \(int8\) was altered"):
         device.install(manifest_sha256="0" * 64)
-    assert device.remote.paths == {MANIFEST}
+    assert device.remote.paths == {VERSION_MANIFEST}
     assert names(device.settings.deployed) == set()
 
 
@@ -210,7 +210,7 @@ def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE))  # the small files are too much
     with pytest.raises(PrerequisiteError, match=r"^Not enough disk for bot version 3 \(int8\): 0 MB are needed, and 0"):
         device.install()
-    assert device.remote.paths == {MANIFEST}
+    assert device.remote.paths == {VERSION_MANIFEST}
     (device.downloads / f"{BIG}.part").write_bytes(FILES[BIG][:700])  # which is not needed once more
     device.install()
 
@@ -257,7 +257,7 @@ def test_files_that_two_versions_share_are_linked(device: Device) -> None:
     first = device.install()
     device.serve(number=4, **{"model.onnx": b"a better graph"})
     second = device.install()
-    assert device.remote.paths == {MANIFEST, "model.onnx"}
+    assert device.remote.paths == {VERSION_MANIFEST, "model.onnx"}
     assert (second.folder / BIG).samefile(first.folder / BIG)
     assert contents(second.folder)["model.onnx"] == b"a better graph"
     assert contents(first.folder)["model.onnx"] == b"graph"
@@ -266,10 +266,10 @@ def test_files_that_two_versions_share_are_linked(device: Device) -> None:
 @pytest.mark.parametrize(
     ("damaged", "content", "fetched"),
     [
-        (BIG, bytes(SIZE), {MANIFEST, BIG}),
-        (MANIFEST, b"{}", {MANIFEST, *FILES}),
-        ("inference_model.json", b"{", {MANIFEST}),
-        ("inference_model.json", b'{"Name": "other:1"}', {MANIFEST}),
+        (BIG, bytes(SIZE), {VERSION_MANIFEST, BIG}),
+        (VERSION_MANIFEST, b"{}", {VERSION_MANIFEST, *FILES}),
+        ("inference_model.json", b"{", {VERSION_MANIFEST}),
+        ("inference_model.json", b'{"Name": "other:1"}', {VERSION_MANIFEST}),
     ],
 )
 def test_an_installed_version_that_was_damaged_is_mended(

@@ -8,7 +8,7 @@ from prefect import flow
 
 from slmops.core.settings import Settings
 from slmops.local import stack
-from slmops.training.news import News
+from slmops.training.values import News
 from tasks.news import tell_of_data, tell_of_versions
 
 log = logging.getLogger("slmops.news")

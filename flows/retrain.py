@@ -22,6 +22,7 @@ from slmops.tracking.training import TrainingTracker
 from slmops.training import data, outcome
 from slmops.training.fingerprint import input_digest
 from slmops.training.outcome import RetrainError
+from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
 from tasks.checkpoint import get_checkpoint
 from tasks.environment import check_environment
@@ -94,7 +95,7 @@ class _Retraining:
         self._seconds: dict[str, float] = {}
         self._accuracy: dict[str, Measurement] = {}
 
-    def run(self, checkpoint: Checkpoint, fetched: data.Fetched) -> Retrained:
+    def run(self, checkpoint: Checkpoint, fetched: Fetched) -> Retrained:
         """All stages, each of which may end it."""
         prepared, finetuned = self._train(checkpoint, fetched)
         if worse := outcome.worse(self._accuracy["base"], self._accuracy["finetuned"]):
@@ -120,7 +121,7 @@ class _Retraining:
                 return self._result("refused", f"{error.message} The champion stays.", version)
         return self._deploy(version, prepared, chosen.measurements.get("accuracy"))
 
-    def _train(self, checkpoint: Checkpoint, fetched: data.Fetched) -> tuple[TrainingData, Finetuned]:
+    def _train(self, checkpoint: Checkpoint, fetched: Fetched) -> tuple[TrainingData, Finetuned]:
         request, name, settings = self.request, self.name, self.settings
         with self._stage("data"):
             prepared = check_data(fetched, request, checkpoint, name, settings)
@@ -216,7 +217,7 @@ def _job(request: Retrain, model: str) -> Job:
     return Job(
         model=model,
         precision=request.precision,
-        policy=request.policy or outcome.POLICY,
+        policy=request.policy or outcome.DEFAULT_POLICY,
         matcher=request.matcher,
         quick=request.quick,
     )

@@ -11,9 +11,8 @@ from prefect.variables import Variable
 
 from slmops.core.settings import Settings
 from slmops.tracking.registry import Registry
-from slmops.training import data
-from slmops.training.news import News
-from slmops.training.values import Retrain
+from slmops.training import data, sources
+from slmops.training.values import News, Retrain
 from tasks.track import tracking_task
 from tasks.train import fetch_data
 
@@ -32,7 +31,7 @@ def tell_of_data(request: News, settings: Settings, uri: str) -> list[str]:
         emit_event(
             NEW_DATA,
             {"prefect.resource.id": resource, "prefect.resource.name": request.name},
-            payload={"name": request.name, "data": data.public(asked.data), "digest": digest},
+            payload={"name": request.name, "data": sources.public(asked.data), "digest": digest},
         )
     _remember(request.name, {**seen, "data": digest})  # last: a look that breaks tells of it once more
     return [resource] if is_new else []

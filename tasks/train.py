@@ -22,8 +22,8 @@ from slmops.core.values import Checkpoint, Measurement
 from slmops.tracking.datasets import records
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
-from slmops.training import answers, data, finetune, report
-from slmops.training.data import Fetched
+from slmops.training import answers, data, finetune, report, sources
+from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.show import key
 
@@ -36,7 +36,9 @@ LAST_S = 30.0
 @task(name="fetch data", task_run_name="fetch data", cache_policy=NO_CACHE)
 def fetch_data(request: Retrain, settings: Settings, uri: str) -> Fetched:
     """The training items and the evaluation set, wherever they are."""
-    return data.fetch(request, settings, download=Tracker(uri).download, dataset=lambda dataset: records(uri, dataset))
+    return sources.fetch(
+        request, settings, download=Tracker(uri).download, dataset=lambda dataset: records(uri, dataset)
+    )
 
 
 @task(name="check data", task_run_name="check data", cache_policy=NO_CACHE)

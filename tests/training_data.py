@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.core.settings import Settings
-from slmops.training import data
-from slmops.training.data import Fetched
+from slmops.training import sources
+from slmops.training.sources import Fetched
 from slmops.training.values import Retrain
 
 HELD_OUT = '{"prompt": "Is it held out?", "expected": "yes"}\n'
@@ -23,7 +23,7 @@ def asked(source: str | Path, **changes: Any) -> Retrain:
 
 
 def fetch(request: Retrain, settings: Settings, **given: Any) -> Fetched:
-    return data.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
+    return sources.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
 
 
 def lines(file: Path) -> list[Any]:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
@@ -44,6 +44,17 @@ its first token as the next one. One pool that keeps what it has is steady from 
 """
 
 Result = TypeVar("Result", bound=BaseModel)
+
+
+@contextlib.contextmanager
+def reporting_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the error of a full disk into one that names the ``folder`` on it and the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise errors.PrerequisiteError(f"The disk of {folder} is full.", FREE_SPACE) from None
+        raise
 
 
 @dataclass(frozen=True)

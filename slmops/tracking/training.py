@@ -23,7 +23,7 @@ from slmops.core.errors import TrackingError
 from slmops.core.values import Checkpoint, Comparison
 from slmops.tracking.evaluation import CURVES, DIGEST_SHOWN
 from slmops.tracking.tracker import KIND, Tracker
-from slmops.training.data import public
+from slmops.training.sources import public
 from slmops.training.values import Finetuned, LossPoint, Retrain, Retrained, TrainingData
 
 RETRAIN = "retrain"

@@ -1,4 +1,4 @@
-"""What training items are to each other and to the evaluation set: duplicates, contradictions, leaks, the split."""
+"""Compare training items with each other and with the evaluation set: duplicates, contradictions, leaks, the split."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from slmops.evaluation.dataset import Item
 from slmops.training.examples import Example, shown
-from slmops.training.values import Problem
+from slmops.training.values import DataProblem
 
-GRAM = 5
-"""Words that are compared together."""
-LISTED = 20
-"""Problems of one kind that refuse nothing and are told one by one."""
+GRAM_WORDS = 5
+"""Words in an n-gram, at most."""
+LISTED_PER_KIND = 20
+"""How many harmless problems of one kind are listed one by one."""
 
 _OPERATORS = {"-": "−", "*": "×", "/": "÷"}
-# Thai to Burmese, Khmer, kana and Chinese: scripts that put no blanks between words.
+# Thai to Burmese, Khmer, kana and Chinese: scripts without spaces between words.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 class _Marks(dict[int, str]):
-    """For str.translate: punctuation becomes a blank; a symbol, and a character of an unspaced script, is a word."""
+    """For str.translate: punctuation becomes a space; a symbol or a character of an unspaced script becomes a word."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -40,28 +40,28 @@ _MARKS = _Marks()
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, however it is cased, spaced, punctuated and encoded; operators between digits count."""
+    """The words of a text, independent of case, spaces, punctuation and encoding. Operators between digits count."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     counted = re.sub(r"(?<=\d)\s*([-*/])\s*(?=\d)", lambda found: _OPERATORS[found[1]], folded)
     return counted.translate(_MARKS).split() or [folded.strip()]
 
 
 def asked(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """The words of the last user message, and of those before it as long as they are fewer than five together.
+    """The words of the last user message, preceded by those of earlier ones until there are at least five.
 
-    "Yes, please" alone says nothing of what was asked.
+    "Yes, please" alone does not say what was asked.
     """
     found: list[str] = []
     for message in reversed(messages):
         if message["role"] == "user":
             found = words(message["content"]) + found
-            if len(found) >= GRAM:
+            if len(found) >= GRAM_WORDS:
                 break
     return found
 
 
-def unique(examples: Iterable[Example]) -> tuple[list[Example], list[Problem]]:
-    """The examples without repetitions, and those that were dropped."""
+def unique(examples: Iterable[Example]) -> tuple[list[Example], list[DataProblem]]:
+    """Separate the examples from their exact repetitions, which are dropped."""
     kept: dict[str, Example] = {}
     problems = []
     for example in examples:
@@ -71,12 +71,12 @@ def unique(examples: Iterable[Example]) -> tuple[list[Example], list[Problem]]:
     return list(kept.values()), problems
 
 
-def alike(examples: Sequence[Example], threshold: float) -> list[Problem]:
-    """Examples that ask what an earlier one asks, or nearly, with the same answer or another.
+def alike(examples: Sequence[Example], threshold: float) -> list[DataProblem]:
+    """Find examples that ask the same as an earlier one, or nearly, with the same answer or a different one.
 
     Args:
-        examples: Without repetitions.
-        threshold: Jaccard similarity of the n-grams of words, from which on the question counts as nearly the same.
+        examples: Without exact repetitions.
+        threshold: Jaccard similarity of the n-grams of words at which questions count as nearly the same.
     """
     earlier: dict[str, Example] = {}
     problems = {}
@@ -85,10 +85,11 @@ def alike(examples: Sequence[Example], threshold: float) -> list[Problem]:
         first = earlier.setdefault(question, example)
         if first is not example:
             same = words(first.messages[-1]["content"]) == words(example.messages[-1]["content"])
+            answer = shown(example.messages[-1]["content"])
             detail = (
-                f"the same as {first.place} but for case, blanks and punctuation"
+                f"the same as {first.place} except for case, spaces and punctuation"
                 if same
-                else f"asks the same as {first.place}, and has another answer: {_last(example)}"
+                else f"asks the same as {first.place}, with a different answer: '{answer}'"
             )
             problems[number] = example.problem("near_duplicate", detail, fatal=False)
     questions = [asked(example.messages) for example in examples]
@@ -98,15 +99,15 @@ def alike(examples: Sequence[Example], threshold: float) -> list[Problem]:
     return [problems[number] for number in sorted(problems)]
 
 
-def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) -> list[Problem]:
-    """Examples that ask, at any turn, what the evaluation set asks, or nearly: it would measure memory.
+def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) -> list[DataProblem]:
+    """Find examples that ask, at any turn, the same as the evaluation set or nearly: they would make it measure memory.
 
-    Only what the users say is compared; a system prompt is often common to all.
+    Only user messages are compared, since all items often share a system prompt.
 
     Args:
-        examples: Training and validation.
+        examples: Training and validation items.
         items: The evaluation set.
-        threshold: Jaccard similarity of the n-grams of words from which on it is a leak.
+        threshold: Jaccard similarity of the n-grams of words at which an example is a leak.
     """
     questions = [asked(item.conversation) for item in items]
     exactly = {" ".join(question): number for number, question in reversed(list(enumerate(questions)))}
@@ -117,29 +118,29 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
         if message["role"] == "user"
     ]
     near = _similar(questions, [said for _, said in turns], threshold)
-    problems: dict[int, Problem] = {}
+    problems: dict[int, DataProblem] = {}
     for place, (number, said) in enumerate(turns):
         if number in problems:
             continue
         example = examples[number]
         if (other := exactly.get(" ".join(said))) is not None:
-            problems[number] = example.problem("leak", f"asks what the {_item(items[other])} asks")
+            problems[number] = example.problem("leak", f"asks the same as {_item(items[other])}")
         elif place in near:
             other, similarity = near[place]
-            detail = f"asks nearly what the {_item(items[other])} asks (similarity {similarity:.2f})"
+            detail = f"asks nearly the same as {_item(items[other])} (similarity {similarity:.2f})"
             problems[number] = example.problem("near_leak", detail)
     return list(problems.values())
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation, at least one of each.
+    """Split into training and validation, with at least one example each.
 
-    Which side an example is on depends on itself alone, so that data which are added move nothing that was there.
+    The side of an example depends on its content only, so adding data does not move the earlier ones.
 
     Args:
-        examples: At least two, without repetitions.
-        share: Of the examples, about, that go to the validation.
-        seed: Makes another split.
+        examples: At least two, without exact repetitions.
+        share: Approximate share of the examples that go to the validation.
+        seed: Another seed makes another split.
     """
     places = {
         example.json: int(hashlib.sha256(f"{seed} {example.json}".encode()).hexdigest()[:16], 16) / 2**64
@@ -151,28 +152,28 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     return training, [example for example in examples if places[example.json] < limit]
 
 
-def shortened(problems: Sequence[Problem]) -> list[Problem]:
-    """The first of them, and one that counts the others."""
-    if len(problems) <= LISTED:
+def shortened(problems: Sequence[DataProblem]) -> list[DataProblem]:
+    """The first problems, and one that counts the rest."""
+    if len(problems) <= LISTED_PER_KIND:
         return list(problems)
-    further = problems[LISTED]
-    detail = f"and {len(problems) - LISTED} more like it, from here on"
-    return [*problems[:LISTED], further.model_copy(update={"detail": detail})]
+    further = problems[LISTED_PER_KIND]
+    detail = f"and {len(problems) - LISTED_PER_KIND} more like this, from here on"
+    return [*problems[:LISTED_PER_KIND], further.model_copy(update={"detail": detail})]
 
 
 def _similar(
     questions: Sequence[Sequence[str]], texts: Sequence[Sequence[str]], threshold: float, *, before: bool = False
 ) -> dict[int, tuple[int, float]]:
-    """Number of each text that is like a question, with the first such question and the Jaccard similarity.
+    """Map the number of each text that resembles a question to the first such question and the Jaccard similarity.
 
-    Two sets that are similar enough have one of their rarest members in common, so only those are looked up (prefix
+    Two sets that are similar enough share one of their rarest members, so only these are looked up (prefix
     filtering: Chaudhuri, Ganti and Kaushik 2006, "A Primitive Operator for Similarity Joins in Data Cleaning").
 
     Args:
-        questions: Their words, of which the length of the n-grams depends.
-        texts: Their words.
-        threshold: From 0 (excluded) to 1.
-        before: Both are the same list, and only questions before the text count.
+        questions: The words of each; their number sets the length of the n-grams.
+        texts: The words of each.
+        threshold: Above 0, up to 1.
+        before: Both lists are the same, and only questions before the text count.
     """
     of_size: dict[int, list[int]] = defaultdict(list)
     for number, question in enumerate(questions):
@@ -200,9 +201,11 @@ def _similar(
 
 
 def _gram(length: int) -> int:
-    """Words of an n-gram for a question of so many words: five from eight words on; then one word more or less, at the
-    end of it, is still a similarity of 0.8."""
-    return min(GRAM, length, max(2, length - 3))
+    """Words per n-gram for a question of ``length`` words.
+
+    It is five from eight words on. With one word more or less at its end, the similarity is then still 0.8.
+    """
+    return min(GRAM_WORDS, length, max(2, length - 3))
 
 
 def _grams(text: Sequence[str], size: int) -> set[str]:
@@ -210,14 +213,10 @@ def _grams(text: Sequence[str], size: int) -> set[str]:
 
 
 def _rarest(members: set[str], frequency: Counter[str], threshold: float) -> list[str]:
-    """Those of which one is in each set that is similar enough."""
-    needed = math.ceil(threshold * len(members) - 1e-9)  # less what the product is too large by
+    """The rarest members. Every set that is similar enough contains at least one of them."""
+    needed = math.ceil(threshold * len(members) - 1e-9)  # the product may be too large by a rounding error
     return sorted(members, key=lambda gram: (frequency[gram], gram))[: len(members) - needed + 1]
 
 
 def _item(item: Item) -> str:
     return f"evaluation item {shown(item.id or '')}"
-
-
-def _last(example: Example) -> str:
-    return f"'{shown(example.messages[-1]['content'])}'"

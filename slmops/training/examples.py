@@ -1,4 +1,4 @@
-"""The lines of training files as conversations; whatever is wrong with a line is a problem of that line."""
+"""Read the lines of training files as conversations. What is wrong with a line becomes a problem of that line."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slmops.training.values import Problem
+from slmops.training.values import DataProblem
 
 LONGEST_LINE = 1_000_000
-"""Bytes; a longer line is not read to its end."""
+"""Bytes. A longer line is not read to its end."""
 MOST_PROBLEMS = 10_000
-"""After so many bad lines nobody wants to know of more."""
-SHOWN = 80
-"""Characters of an item that a message shows."""
+"""Reading stops after this many bad lines."""
+SHOWN_CHARACTERS = 80
+"""How much of an item a message shows."""
 
 ROLES = ("system", "user", "assistant")
 _KEYS = ("messages", "prompt", "completion", "id")
-# Raw, they would end a line for readers that split as str.splitlines() does.
+# Unescaped, they would end a line for readers that split lines the way str.splitlines() does.
 _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 
@@ -30,9 +30,9 @@ class Example:
     """A conversation to learn from.
 
     Attributes:
-        file: Name of the file that it came in.
-        line: Its number there, from 1.
-        messages: Each with role and content; the last is the assistant's.
+        file: Name of the file it is from.
+        line: Its line there, from 1.
+        messages: Each with role and content. The last one is the assistant's.
     """
 
     file: str
@@ -41,7 +41,7 @@ class Example:
 
     @cached_property
     def json(self) -> str:
-        """The normal form, which is one line: the same for all ways to write the same conversation."""
+        """The normal form on one line: the same for every way to write the same conversation."""
         return json.dumps({"messages": self.messages}, ensure_ascii=False).translate(_LINE_ENDS)
 
     @property
@@ -49,23 +49,23 @@ class Example:
         """File and line, for messages."""
         return f"{shown(self.file)}:{self.line}"
 
-    def problem(self, kind: str, detail: str, *, fatal: bool = True) -> Problem:
-        """What is wrong with it."""
-        return problem(self.file, self.line, kind, detail, fatal=fatal)
+    def problem(self, kind: str, detail: str, *, fatal: bool = True) -> DataProblem:
+        """Make a problem of this example."""
+        return _problem(self.file, self.line, kind, detail, fatal=fatal)
 
 
 @dataclass(frozen=True)
-class Read:
-    """What files hold.
+class ExamplesRead:
+    """What training files hold.
 
     Attributes:
-        examples: The good ones, in order.
+        examples: The good lines, in order.
         problems: The bad lines.
-        files: Name of each file, and its good examples.
+        files: Name of each file, and its number of good lines.
     """
 
     examples: tuple[Example, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[DataProblem, ...]
     files: dict[str, int]
 
 
@@ -75,10 +75,10 @@ class _BadLine(ValueError):
         self.kind = kind
 
 
-def read(files: Sequence[Path]) -> Read:
-    """Read training files, never more of a line than it may have."""
+def read(files: Sequence[Path]) -> ExamplesRead:
+    """Read training files, and never more of a line than :data:`LONGEST_LINE`."""
     examples: list[Example] = []
-    problems: list[Problem] = []
+    problems: list[DataProblem] = []
     counts: dict[str, int] = {}
     for file in files:
         before = len(examples)
@@ -86,29 +86,28 @@ def read(files: Sequence[Path]) -> Read:
             try:
                 examples.append(Example(file.name, number, _conversation(raw)))
             except _BadLine as error:
-                problems.append(problem(file.name, number, error.kind, str(error)))
+                problems.append(_problem(file.name, number, error.kind, str(error)))
             if len(problems) == MOST_PROBLEMS:
-                problems.append(problem(file.name, number + 1, "schema", "nothing was read from here on"))
+                problems.append(_problem(file.name, number + 1, "schema", "nothing was read from here on"))
                 break
         counts[file.name] = len(examples) - before
         if len(problems) > MOST_PROBLEMS:
             break
-    return Read(tuple(examples), tuple(problems), counts)
+    return ExamplesRead(tuple(examples), tuple(problems), counts)
 
 
-def problem(file: str, line: int, kind: str, detail: str, *, fatal: bool = True) -> Problem:
-    """A problem of one line."""
-    return Problem.model_validate({"file": file, "line": line, "kind": kind, "fatal": fatal, "detail": detail})
+def _problem(file: str, line: int, kind: str, detail: str, *, fatal: bool = True) -> DataProblem:
+    return DataProblem.model_validate({"file": file, "line": line, "kind": kind, "fatal": fatal, "detail": detail})
 
 
 def shown(text: str) -> str:
-    """The beginning of a text of the user's on one line, control characters escaped."""
-    cut = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    """The beginning of a user's text on one line, with control characters escaped."""
+    cut = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of each line that is not blank; one that is too long is the last, and not whole."""
+    """Yield number and bytes of each line that is not blank. A line that is too long comes last, cut off."""
     with file.open("rb") as stream:
         for number, raw in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
             line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
@@ -123,7 +122,7 @@ def _conversation(raw: bytes) -> tuple[dict[str, str], ...]:
         raise _BadLine("oversized", f"longer than {LONGEST_LINE:,} bytes; the file was not read from here on")
     value = _value(raw)
     if not isinstance(value, dict):
-        raise _BadLine("schema", "no JSON object")
+        raise _BadLine("schema", "not a JSON object")
     name = f" (id {shown(value['id'])})" if isinstance(value.get("id"), str) else ""
     try:
         messages = _messages(value)
@@ -135,15 +134,15 @@ def _conversation(raw: bytes) -> tuple[dict[str, str], ...]:
 
 def _value(raw: bytes) -> Any:
     try:
-        return json.loads(raw.rstrip().decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_number)
+        return json.loads(raw.rstrip().decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_not_json)
     except _BadLine:
         raise
     except UnicodeDecodeError as error:
         raise _BadLine("schema", f"not UTF-8: byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise _BadLine("schema", f"no JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # a number of too many digits
-        raise _BadLine("schema", f"no JSON: {error}") from None
+        raise _BadLine("schema", f"not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:  # a number with too many digits
+        raise _BadLine("schema", f"not JSON: {error}") from None
     except RecursionError:
         raise _BadLine("schema", "nested too deeply") from None
 
@@ -152,16 +151,16 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise _BadLine("schema", f"the key '{shown(twice)}' is there twice")
+        raise _BadLine("schema", f"the key '{shown(twice)}' occurs twice")
     return found
 
 
-def _no_number(name: str) -> Any:
-    raise _BadLine("schema", f"no JSON: {name}")
+def _not_json(name: str) -> Any:
+    raise _BadLine("schema", f"not JSON: {name}")
 
 
 def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    """The turns of a line in any of the formats."""
+    """The turns of a line, in any of the formats."""
     _check_keys(value, _KEYS, "")
     given = {key: value[key] for key in ("messages", "prompt", "completion") if value.get(key) is not None}
     if set(given) == {"messages"}:
@@ -169,25 +168,25 @@ def _messages(value: dict[str, Any]) -> tuple[dict[str, str], ...]:
     if set(given) == {"prompt", "completion"}:
         return _turns(given["prompt"], "prompt", "user") + _turns(given["completion"], "completion", "assistant")
     if "messages" in given:
-        raise _BadLine("schema", "has 'messages' beside 'prompt' or 'completion'")
+        raise _BadLine("schema", "has both 'messages' and 'prompt' or 'completion'")
     raise _BadLine("schema", "needs either 'messages', or 'prompt' and 'completion'")
 
 
 def _turns(value: Any, where: str, role: str = "") -> tuple[dict[str, str], ...]:
-    """The turns of a list of messages, or of a text that somebody in this role says."""
+    """The turns of a list of messages, or the single turn of a text that ``role`` says."""
     if role and isinstance(value, str):
         _check_text(value, where)
         return ({"role": role, "content": value},)
     if not isinstance(value, list) or not value:
-        raise _BadLine("schema", f"'{where}' is no {'text and no ' if role else ''}list of messages")
+        raise _BadLine("schema", f"'{where}' is not a {'text or a ' if role else ''}list of messages")
     for number, turn in enumerate(value):
         name = f"{where}[{number}]"
         if not isinstance(turn, dict):
-            raise _BadLine("schema", f"{name} is no object")
+            raise _BadLine("schema", f"{name} is not an object")
         _check_keys(turn, ("role", "content"), f" of {name}")
         for key in ("role", "content"):
             if not isinstance(turn.get(key), str):
-                raise _BadLine("schema", f"{name}.{key} is {'no text' if key in turn else 'missing'}")
+                raise _BadLine("schema", f"{name}.{key} is {'not a text' if key in turn else 'missing'}")
         if turn["role"] not in ROLES:
             raise _BadLine("schema", f"{name}.role is '{shown(turn['role'])}', not one of {', '.join(ROLES)}")
         _check_text(turn["content"], f"{name}.content")
@@ -215,10 +214,10 @@ def _check_turns(messages: tuple[dict[str, str], ...]) -> None:
         expected = ROLES[1 + (number - first) % 2]
         if message["role"] != expected:
             raise _BadLine(
-                "roles", f"message {number + 1} is of the {message['role']}, and should be of the {expected}"
+                "roles", f"message {number + 1} is from the {message['role']}, and should be from the {expected}"
             )
     if messages[-1]["role"] != "assistant":
         raise _BadLine("roles", f"ends with the {messages[-1]['role']}, not with an answer")
     for number, message in enumerate(messages):
         if not message["content"].strip():
-            raise _BadLine("empty", f"message {number + 1}, of the {message['role']}, is empty")
+            raise _BadLine("empty", f"message {number + 1}, from the {message['role']}, is empty")

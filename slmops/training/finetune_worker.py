@@ -15,24 +15,33 @@ from slmops.checkpoints.inspection import TEXT_PATTERNS
 from slmops.core.errors import DataError, TrainingError
 from slmops.core.values import Checkpoint, Frozen
 from slmops.processes import child
-from slmops.training.checkpoints import CHECKPOINTS, Mark, Stopped, mark_whole, resumable, state_of, truncate
-from slmops.training.masking import IGNORED, Message, answers, labels
+from slmops.training.masking import IGNORED, answer_spans, labels, renderer
+from slmops.training.resume import (
+    STATES,
+    Stopped,
+    WholeMark,
+    mark_whole,
+    resumable,
+    state_folder,
+    trainer_state,
+    truncate,
+)
 from slmops.training.values import LoraSettings, LossPoint
 
 if TYPE_CHECKING:
     import torch
 
 POINT = "loss point: "
-"""Begins each line of output that is a point of the loss curves."""
+"""Prefix of each line of output that is a point of the loss curves."""
 
-LOSSES, ADAPTER, MERGED = "losses.jsonl", "adapter", "merged"
+LOSSES_FILE, ADAPTER, MERGED = "losses.jsonl", "adapter", "merged"
 WARM_UP = 0.05
 """Share of the training in which the learning rate rises."""
-POINTS = 10
-"""Of the training loss, between two validations."""
+POINTS_BETWEEN = 10
+"""Points of the training loss between two validations."""
 
 
-class Request(Frozen):
+class FinetuneRequest(Frozen):
     """What to train on, and where."""
 
     checkpoint: Checkpoint
@@ -43,8 +52,8 @@ class Request(Frozen):
     folder: Path
 
 
-class Result(Frozen):
-    """What became of it."""
+class FinetuneResult(Frozen):
+    """How the training ended."""
 
     steps: int
     epochs: float
@@ -55,21 +64,21 @@ class Result(Frozen):
     trained_parameters: int
 
 
-def handle(request: Request) -> Result:
-    """Train, from the newest whole checkpoint if there is one, and write ``adapter`` and ``merged``.
+def handle(request: FinetuneRequest) -> FinetuneResult:
+    """Train, starting from the newest whole state if there is one, and write ``adapter`` and ``merged``.
 
     Raises:
         DataError: An item cannot be trained on.
         TrainingError: It diverged.
     """
-    kept = resumable(request.folder / CHECKPOINTS)
-    truncate(request.folder / LOSSES, kept[0] if kept else -1)
+    kept = resumable(request.folder)
+    truncate(request.folder / LOSSES_FILE, kept[0] if kept else -1)
     step, mark = kept if kept and kept[1].stopped else _train(request, kept)
-    state = state_of(request.folder, step)
-    _check_learnt(request, state)
+    state = trainer_state(request.folder, step)
+    _check_learned(request, state)
     parameters = _adapter(request.folder, state["best_global_step"])
     _merge(request)
-    return Result(
+    return FinetuneResult(
         steps=step,
         epochs=state["epoch"],
         best_step=state["best_global_step"],
@@ -81,58 +90,55 @@ def handle(request: Request) -> Result:
 
 
 def rate(share: float) -> float:
-    """The learning rate's share of its highest value, when ``share`` of the training is over: it rises, then falls
-    with the cosine."""
+    """The learning rate as a share of its maximum, when ``share`` of the training is over.
+
+    It rises linearly, and falls with the cosine (Loshchilov and Hutter 2017, "SGDR", without restarts).
+    """
     return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def _check_learnt(request: Request, state: dict[str, Any]) -> None:
+def _check_learned(request: FinetuneRequest, state: dict[str, Any]) -> None:
     losses = [one["eval_loss"] for one in state["log_history"] if "eval_loss" in one]
     if state["best_metric"] > losses[0]:
-        shutil.rmtree(request.folder / CHECKPOINTS)
+        shutil.rmtree(request.folder / STATES)
         raise _diverged(
             request.training,
             f"The model became worse: its validation loss was {losses[0]:.3g} before the training, "
-            f"and {state['best_metric']:.3g} at its best afterwards.",
+            f"and at best {state['best_metric']:.3g} afterwards.",
         )
 
 
 def _diverged(training: LoraSettings, message: str) -> TrainingError:
-    return TrainingError(
-        message, f"Lower --training.learning-rate: {training.learning_rate / 5:.1g}, say, for {training.learning_rate}."
-    )
+    lower = f"{training.learning_rate / 5:.1g} instead of {training.learning_rate}"
+    return TrainingError(message, f"Lower --training.learning-rate, for example to {lower}.")
 
 
 def _items(file: Path, tokenizer: Any, training: LoraSettings) -> list[dict[str, list[int]]]:
-    def render(messages: Sequence[Message], opened: bool) -> str:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-        return text
-
+    render = renderer(tokenizer)
     items = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            text, spans = answers(json.loads(line)["messages"], render)
-        except Exception as error:  # a template raises what it likes
+            text, spans = answer_spans(json.loads(line)["messages"], render)
+        except Exception as error:  # a template may raise any error
             raise DataError(
-                f"{file.name}, line {number}: where the answers of the conversation are cannot be told: {error}.",
-                "Give each item one answer only, or fine-tune a checkpoint whose chat template leaves turns as they "
-                "were.",
+                f"{file.name}, line {number}: the answers cannot be located in the rendered conversation: {error}.",
+                "Give each item one answer only, or use a chat template that does not change earlier turns.",
             ) from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, learnt = encoded["input_ids"], labels(encoded["input_ids"], encoded["offset_mapping"], spans)
+        tokens, learned = encoded["input_ids"], labels(encoded["input_ids"], encoded["offset_mapping"], spans)
         if len(tokens) > training.max_tokens:
             raise DataError(
                 f"{file.name}, line {number} has {len(tokens)} tokens, and {training.max_tokens} are allowed.",
                 "Shorten it, or raise --training.max-tokens.",
             )
-        if all(label == IGNORED for label in learnt[1:]):
-            raise DataError(f"{file.name}, line {number} has no answer to learn.", "Remove it.")
-        items.append({"input_ids": tokens, "labels": learnt})
+        if all(label == IGNORED for label in learned[1:]):
+            raise DataError(f"{file.name}, line {number} has no answer to learn.", "Remove this item.")
+        items.append({"input_ids": tokens, "labels": learned})
     return items
 
 
-def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
-    """Train to the end. Returns the last step and the mark of its checkpoint."""
+def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tuple[int, WholeMark]:
+    """Train to the end. Returns the last step and the mark of its saved state."""
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
@@ -145,7 +151,7 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
     every = math.ceil(per_epoch / training.evaluations)
     steps = math.ceil(training.epochs * per_epoch)
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+        output_dir=str(folder / STATES),
         max_steps=steps if training.minutes is None else 10**9,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
@@ -159,7 +165,7 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
         save_total_limit=2,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, every // POINTS),
+        logging_steps=max(1, every // POINTS_BETWEEN),
         logging_nan_inf_filter=False,
         seed=training.seed,
         data_seed=training.seed,
@@ -172,13 +178,13 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
         report_to="none",
         disable_tqdm=True,
     )
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; it costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and costs time
     trainer_utils.enable_full_determinism(training.seed)
-    # Its weights stay as they are; those of the adapter are fp32 in any case.
+    # The base model's weights are frozen. The adapter's weights are fp32 in any case.
     dtype = torch.bfloat16 if request.bf16 else torch.float32
     base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=dtype)
     base.config.use_cache = False
-    base.name_or_path = request.checkpoint.name  # the adapter says it, and a path says nothing elsewhere
+    base.name_or_path = request.checkpoint.name  # the adapter records it, and a path means nothing on another machine
     adapter = LoraConfig(
         r=training.rank,
         lora_alpha=training.alpha,
@@ -197,17 +203,17 @@ def _train(request: Request, kept: tuple[int, Mark] | None) -> tuple[int, Mark]:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(_callback(clock, request))
     try:
-        trainer.train(resume_from_checkpoint=str(folder / CHECKPOINTS / f"checkpoint-{kept[0]}") if kept else None)
+        trainer.train(resume_from_checkpoint=str(state_folder(folder, kept[0])) if kept else None)
     except FloatingPointError as error:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # or it would diverge again, for ever
+        shutil.rmtree(folder / STATES, ignore_errors=True)  # a resumed training would diverge again
         if trainer.state.global_step == 0:
             raise TrainingError(
-                f"The base model's {error} before any training.", "Its weights are broken: fetch or make it again."
+                f"The base model's {error} before any training, so its weights are broken.", "Fetch or make it again."
             ) from None
         raise _diverged(training, f"The training diverged at step {trainer.state.global_step}: its {error}.") from None
-    finished = resumable(folder / CHECKPOINTS)
+    finished = resumable(folder)
     if finished is None or finished[1].stopped is None:
-        raise TrainingError("The last checkpoint of the training is not there.", "Run it again.")
+        raise TrainingError(f"The last saved state of the training is missing in {folder / STATES}.", "Run it again.")
     return finished
 
 
@@ -232,13 +238,13 @@ class _Clock:
         return self._budget is not None and self.seconds >= self._budget
 
     def rate(self, step: int) -> float:
-        """The learning rate's share for the step after ``step`` of them."""
+        """The learning rate after ``step`` steps, as a share of its maximum."""
         share = (step + 1) / (self._steps + 1)
         return rate(share if self._budget is None else max(self.seconds / self._budget, 0.1 * WARM_UP))
 
 
 class _Collator:
-    """Items to tensors, filled up on the right to the longest."""
+    """Turns items into tensors, padded on the right to the length of the longest."""
 
     def __init__(self, padding: int) -> None:
         self._padding = padding
@@ -265,7 +271,7 @@ def _trainer_class() -> Any:
         clock: _Clock
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            # Logits of the answers only: a vocabulary is large, and most tokens are the question's.
+            # Only the logits of the answers: a vocabulary is large, and most tokens belong to the questions.
             wanted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
             keep = wanted != IGNORED
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep)
@@ -282,16 +288,16 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _callback(clock: _Clock, request: Request) -> Any:
+def _callback(clock: _Clock, request: FinetuneRequest) -> Any:
     import transformers
 
-    class Progress(transformers.TrainerCallback):  # type: ignore[misc]
-        """Points of the loss curves, the end of the training, and the marks of checkpoints."""
+    class TrainingCallback(transformers.TrainerCallback):  # type: ignore[misc]
+        """Writes the points of the loss curves, ends the training, and marks saved states as whole."""
 
         def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
             if clock.over:
                 control.should_training_stop = control.should_evaluate = control.should_save = True
-            if control.should_evaluate:  # so that no point has steps on both sides of a checkpoint
+            if control.should_evaluate:  # so no point has steps on both sides of a saved state
                 control.should_log = True
 
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -306,13 +312,13 @@ def _callback(clock: _Clock, request: Request) -> Any:
                 learning_rate=logs.get("learning_rate"),
             )
             if point.train_loss is None and point.validation_loss is None:
-                return  # the Trainer's own summary
+                return  # the Trainer's own summary at the end
             line = point.model_dump_json()
-            with (request.folder / LOSSES).open("a", encoding="utf-8") as file:
+            with (request.folder / LOSSES_FILE).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             print(POINT + line, flush=True)
 
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_save(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
             worse = [one for one in state.log_history if one["step"] > state.best_global_step and "eval_loss" in one]
             stopped: Stopped | None = None
             if clock.over:
@@ -323,26 +329,25 @@ def _callback(clock: _Clock, request: Request) -> Any:
                 stopped = "patience"
             if stopped is not None:
                 control.should_training_stop = True
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            mark_whole(folder, clock.seconds, stopped)
+            mark_whole(state_folder(request.folder, state.global_step), clock.seconds, stopped)
 
-    return Progress()
+    return TrainingCallback()
 
 
 def _adapter(folder: Path, step: int) -> int:
-    """Put the best weights into ``adapter``. Returns their number."""
+    """Copy the best weights into ``adapter``. Returns how many parameters they are."""
     from safetensors import safe_open
 
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
     (folder / ADAPTER).mkdir()
-    best = folder / CHECKPOINTS / f"checkpoint-{step}"
+    best = state_folder(folder, step)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(best / name, folder / ADAPTER / name)
     with safe_open(folder / ADAPTER / "adapter_model.safetensors", "np") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-def _merge(request: Request) -> None:
+def _merge(request: FinetuneRequest) -> None:
     import torch
     import transformers
     from peft import PeftModel
@@ -351,11 +356,11 @@ def _merge(request: Request) -> None:
     shutil.rmtree(target, ignore_errors=True)
     base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     PeftModel.from_pretrained(base, request.folder / ADAPTER).merge_and_unload().save_pretrained(target)
-    # The tokenizer and how it is talked to are the base model's, byte for byte.
+    # The tokenizer and the chat template are the base model's, byte for byte.
     for path in source.iterdir():
         if path.name != "config.json" and any(fnmatchcase(path.name, pattern) for pattern in TEXT_PATTERNS):
             shutil.copyfile(path, target / path.name)
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(FinetuneRequest, handle)

@@ -1,21 +1,37 @@
-"""Which tokens of a conversation are learnt: those of the answers."""
+"""Which tokens of a conversation are learned: those of the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 IGNORED = -100
-Message = dict[str, str]
-Render = Callable[[Sequence[Message], bool], str]
-"""Messages, and whether an answer is to follow, to text."""
+"""Label of a token that is not learned; torch's cross entropy ignores it."""
+
+Turn = dict[str, str]
+Render = Callable[[Sequence[Turn], bool], str]
+"""Turns messages into text; the flag adds the opening of an answer."""
 
 
-def answers(messages: Sequence[Message], render: Render) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it the answers lie: from the first character behind the template's
-    opening of the turn to the end of the turn, blanks behind its marker left out.
+def renderer(tokenizer: Any) -> Render:
+    """The chat template of a transformers tokenizer, as a function."""
+
+    def render(messages: Sequence[Turn], opened: bool) -> str:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
+        return text
+
+    return render
+
+
+def answer_spans(messages: Sequence[Turn], render: Render) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation and find the answers in it.
+
+    Returns:
+        The text, and start and end of each answer in characters. An answer starts behind the template's opening of the
+        turn. It ends with the end of the turn, without the blanks behind the template's end marker.
 
     Raises:
-        ValueError: Where that is cannot be told, as the template renders a turn differently once others follow.
+        ValueError: The template renders a turn differently once others follow, so the answers cannot be located.
     """
     text, spans = "", []
     for place, message in enumerate(messages):
@@ -23,17 +39,18 @@ def answers(messages: Sequence[Message], render: Render) -> tuple[str, list[tupl
             continue
         opened, closed = render(messages[:place], True), render(messages[: place + 1], False)
         if not (opened.startswith(text) and closed.startswith(opened)):
-            raise ValueError("the chat template renders a turn differently once others follow")
+            break
         text = closed
         spans.append((len(opened), len(closed.rstrip())))
-    whole = render(messages, False)
-    if not whole.startswith(text):
-        raise ValueError("the chat template renders a turn differently once others follow")
-    return whole, spans
+    else:
+        whole = render(messages, False)
+        if whole.startswith(text):
+            return whole, spans
+    raise ValueError("the chat template renders a turn differently once others follow")
 
 
 def labels(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The tokens that begin within a span, and :data:`IGNORED` for all others."""
+    """The tokens that begin within a span, and :data:`IGNORED` in place of the others."""
     return [
         token if any(start <= at < end for start, end in spans) else IGNORED
         for token, (at, _) in zip(tokens, offsets, strict=True)

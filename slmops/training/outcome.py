@@ -1,4 +1,4 @@
-"""How a retraining ends: what may go on to production, and what is said of it."""
+"""How a retraining ends: what may go to production, and what people read about it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from slmops.core.errors import GateError
 from slmops.core.values import Comparison, Measurement
 from slmops.training.values import Retrained
 
-POLICY = Path(__file__).with_name("policy.toml")
-"""What decides where a retraining is given no policy."""
+DEFAULT_POLICY = Path(__file__).with_name("policy.toml")
+"""Used when a retraining gets no policy."""
 
 
 class RetrainError(GateError):
-    """The retraining is done, and what it made does not stay in production; the error carries the result."""
+    """The retraining is done, but its version does not stay in production. The error carries the result."""
 
     def __init__(self, result: Retrained, fix: str | None = None) -> None:
         super().__init__(result.detail, fix)
@@ -21,26 +21,24 @@ class RetrainError(GateError):
 
 
 def worse(base: Measurement, finetuned: Measurement) -> str | None:
-    """Why a fine-tuned checkpoint is not worth converting; None if it is.
+    """Say why a fine-tuned checkpoint is not worth converting; None if it is.
 
-    Both answered the same questions in the same way.
+    Args:
+        base: Accuracy of the base model on the evaluation set.
+        finetuned: Accuracy of the fine-tuned checkpoint on the same questions.
     """
-    if finetuned.value < base.value:
-        return (
-            f"The fine-tuning made the model worse: accuracy {finetuned.value:.2f}, and {base.value:.2f} before it. "
-            "The champion stays."
-        )
-    return None
+    if finetuned.value >= base.value:
+        return None
+    return (
+        f"The fine-tuning made the model worse: accuracy {base.value:.2f} before it, {finetuned.value:.2f} after it. "
+        "The champion stays."
+    )
 
 
 def accuracies(base: Measurement, finetuned: Measurement, comparison: Comparison) -> dict[str, Measurement]:
     """Accuracy on the evaluation set, from the base model to each precision."""
-    of_variants = {
-        result.name: result.measurements["accuracy"]
-        for result in comparison.variants
-        if "accuracy" in result.measurements
-    }
-    return {"base": base, "finetuned": finetuned, **of_variants}
+    variants = {one.name: one.measurements["accuracy"] for one in comparison.variants if "accuracy" in one.measurements}
+    return {"base": base, "finetuned": finetuned, **variants}
 
 
 def text(result: Retrained) -> str:

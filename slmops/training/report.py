@@ -1,4 +1,4 @@
-"""What the checks of the training data found, for people."""
+"""What the checks of the training data found, written for people."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tabulate import tabulate
 
 from slmops.training.values import TrainingData
 
-DIGEST_SHOWN = 16
+DIGEST_CHARACTERS = 16
 
 
 def markdown(data: TrainingData) -> str:
-    """Files, items, the split, tokens and problems as Markdown; nothing in it is markup but ours."""
+    """Files, items, the split, tokens and problems as Markdown. Markup in the data is escaped."""
     report = data.report
-    validation = _lines(data)
+    validation = _validation_items(data)
     facts = [
         ["source", data.source],
         ["training items", str(report.items - validation)],
         ["validation items", str(validation)],
         ["evaluation items", str(report.evaluation_items)],
         ["exact duplicates, dropped", str(report.dropped)],
-        ["SHA-256 of the items", data.digest[:DIGEST_SHOWN]],
-        ["SHA-256 of the evaluation set", data.evaluation_digest[:DIGEST_SHOWN]],
+        ["SHA-256 of the items", data.digest[:DIGEST_CHARACTERS]],
+        ["SHA-256 of the evaluation set", data.evaluation_digest[:DIGEST_CHARACTERS]],
     ]
     parts = [
         "# Training data",
@@ -41,9 +41,9 @@ def markdown(data: TrainingData) -> str:
 
 
 def summary(data: TrainingData) -> str:
-    """The same in a line."""
+    """The same in one line."""
     report = data.report
-    validation = _lines(data)
+    validation = _validation_items(data)
     said = (
         f"{report.items - validation} items to train and {validation} to validate with, {report.evaluation_items} to "
         f"evaluate; {report.tokens['p50']:.0f} tokens each, {report.tokens['max']:.0f} at most"
@@ -51,17 +51,16 @@ def summary(data: TrainingData) -> str:
     return f"{said}; {report.dropped} duplicates dropped" if report.dropped else said
 
 
-def _lines(data: TrainingData) -> int:
-    """Items of the validation."""
+def _validation_items(data: TrainingData) -> int:
     with data.validation.open("rb") as lines:
         return sum(1 for _ in lines)
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[_text(cell) for cell in row] for row in rows]
+    cells = [[_escaped(cell) for cell in row] for row in rows]
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _text(text: str) -> str:
-    """Text as Markdown that shows just it."""
+def _escaped(text: str) -> str:
+    """Markdown that shows exactly this text."""
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", escape(text, quote=False))

@@ -1,35 +1,34 @@
-"""Child process: how long conversations are for a checkpoint, and whether its chat template can be trained with."""
+"""Child process: count the tokens of conversations, and check that the chat template can be trained with."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from slmops.core.errors import DataError
 from slmops.core.values import Frozen
 from slmops.processes import child
 from slmops.training.examples import shown
-from slmops.training.masking import Message, answers
+from slmops.training.masking import answer_spans, renderer
 
-BATCH = 1000
+TOKENIZED_AT_ONCE = 1000
 
 
-class Request(Frozen):
-    """A checkpoint, and conversations: a JSON object with ``messages`` a line."""
+class TokensRequest(Frozen):
+    """A checkpoint, and a file of conversations: one JSON object with ``messages`` per line."""
 
     checkpoint: Path
     items: Path
 
 
-class Result(Frozen):
-    """What was found of each conversation, in order."""
+class TokensResult(Frozen):
+    """Tokens of each conversation in order, and why some are refused, by their number from 0."""
 
     tokens: tuple[int, ...]
     refused: dict[int, str]
 
 
-def handle(request: Request) -> Result:
+def handle(request: TokensRequest) -> TokensResult:
     """Render and count.
 
     Raises:
@@ -40,14 +39,10 @@ def handle(request: Request) -> Result:
     tokenizer = AutoTokenizer.from_pretrained(request.checkpoint, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise DataError(
-            f"The checkpoint {request.checkpoint} has no chat template, so nothing says how a conversation is written.",
+            f"The checkpoint {request.checkpoint} has no chat template, which says how a conversation is written.",
             "Put the chat_template.jinja of the model that it was made from into its folder.",
         )
-
-    def render(messages: Sequence[Message], opened: bool) -> str:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-        return text
-
+    render = renderer(tokenizer)
     texts: list[str] = []
     refused: dict[int, str] = {}
     with request.items.open(encoding="utf-8") as lines:
@@ -55,19 +50,19 @@ def handle(request: Request) -> Result:
             messages = json.loads(line)["messages"]
             text = ""
             try:
-                text, spans = answers(messages, render)
+                text, spans = answer_spans(messages, render)
                 said = [message["content"].strip() for message in messages if message["role"] == "assistant"]
                 if any(answer not in text[start:end] for answer, (start, end) in zip(said, spans, strict=True)):
                     refused[number] = "the chat template leaves out an answer, or changes it"
-            except Exception as error:  # a template raises what it likes
+            except Exception as error:  # a template may raise any error
                 refused[number] = f"the chat template cannot be trained with: {shown(str(error))}"
             texts.append(text)
     tokens: list[int] = []
-    for first in range(0, len(texts), BATCH):
-        encoded = tokenizer(texts[first : first + BATCH], add_special_tokens=False)["input_ids"]
+    for first in range(0, len(texts), TOKENIZED_AT_ONCE):
+        encoded = tokenizer(texts[first : first + TOKENIZED_AT_ONCE], add_special_tokens=False)["input_ids"]
         tokens.extend(len(one) for one in encoded)
-    return Result(tokens=tuple(tokens), refused=refused)
+    return TokensResult(tokens=tuple(tokens), refused=refused)
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(TokensRequest, handle)

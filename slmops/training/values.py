@@ -1,4 +1,4 @@
-"""What to retrain with, and what passes between the stages of a retraining."""
+"""What a retraining is asked for, and what passes between its stages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from slmops.core.job import Precision
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement, Name
 
-DEMO = "demo"
-
 
 class LoraSettings(BaseModel):
     """How the adapter is trained."""
@@ -25,38 +23,51 @@ class LoraSettings(BaseModel):
         ge=1,
         le=512,
         title="LoRA rank",
-        description="Size of the matrices that are trained: larger ones learn more, and cost more.",
+        description="Size of the matrices that are trained. Larger ones learn more and cost more.",
     )
-    alpha: int = Field(32, ge=1, le=1024, title="LoRA alpha", description="What is learnt counts alpha / rank times.")
+    alpha: int = Field(
+        32, ge=1, le=1024, title="LoRA alpha", description="The adapter's output is scaled by alpha / rank."
+    )
     dropout: float = Field(
-        0.0, ge=0, lt=1, title="LoRA dropout", description="Share of the adapter's inputs that each step leaves out."
+        0.0, ge=0, lt=1, title="LoRA dropout", description="Share of the adapter's inputs that each step drops."
     )
     learning_rate: float = Field(
-        1e-3, gt=0, le=1, title="Learning rate", description="Highest, after a short warm-up; it falls to zero."
+        1e-3,
+        gt=0,
+        le=1,
+        title="Learning rate",
+        description="Maximum, reached after a short warm-up. It then falls to zero.",
     )
     epochs: float = Field(3, gt=0, le=1000, title="Epochs", description="Passes over the training items.")
     minutes: float | None = Field(
-        None, gt=0, title="Minutes", description="Time budget in place of epochs; then a resumed run is not bit-equal."
+        None,
+        gt=0,
+        title="Minutes",
+        description="Time budget instead of epochs. A resumed training is then not bit-equal.",
     )
     batch_size: int = Field(4, ge=1, le=1024, title="Batch size", description="Items per step.")
     max_tokens: int = Field(
-        512, ge=16, title="Longest item", description="Tokens of an item, its chat template included."
+        512, ge=16, title="Longest item", description="Tokens allowed per item, chat template included."
     )
     validation_share: float = Field(
-        0.1, gt=0, lt=0.5, title="Validation share", description="Training items kept for the validation loss."
+        0.1,
+        gt=0,
+        lt=0.5,
+        title="Validation share",
+        description="Share of the training items used for the validation loss.",
     )
     evaluations: int = Field(
-        3, ge=1, le=100, title="Evaluations", description="Validations and checkpoints in each epoch."
+        3, ge=1, le=100, title="Evaluations", description="Validations, and saved states, per epoch."
     )
     patience: int = Field(
-        3, ge=1, le=100, title="Patience", description="Validations without a better loss after which it stops."
+        3, ge=1, le=100, title="Patience", description="Stop after this many validations without a better loss."
     )
     seed: int = Field(
         0,
         ge=0,
         le=2**31,
         title="Seed",
-        description="Same seed, same data, same weights: of order, initial weights and dropout.",
+        description="Of order, initial weights and dropout. The same seed and data give the same weights.",
     )
 
 
@@ -66,21 +77,23 @@ class Retrain(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
-        min_length=1, title="Base model", description="The checkpoint to fine-tune, as for a job, or 'demo'."
+        min_length=1,
+        title="Base model",
+        description="The checkpoint to fine-tune, given in the same way as for a job, or 'demo'.",
     )
     data: str = Field(
         min_length=1,
         title="Training data",
-        description="JSONL of chat messages or of prompt and completion: a file, a folder, a URL, an MLflow artifact "
-        "URI, an MLflow dataset as mlflow-dataset:NAME, or 'demo'.",
+        description="JSONL with chat messages, or with prompt and completion: a file, a folder, a URL, an MLflow "
+        "artifact URI, mlflow-dataset:NAME for an MLflow dataset, or 'demo'.",
     )
     evaluation_set: Path | None = Field(
         None,
         title="Evaluation set",
-        description="JSONL or CSV of held-out questions; evaluation.jsonl beside the data by default.",
+        description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data.",
     )
     name: Name | None = Field(
-        None, title="Name", description="Name in MLflow and Foundry Local; the base model's own by default."
+        None, title="Name", description="Name in MLflow and Foundry Local. Default: the base model's own name."
     )
     training: LoraSettings = Field(LoraSettings(), title="Fine-tuning", description="How the adapter is trained.")
     leak_similarity: float = Field(
@@ -88,22 +101,22 @@ class Retrain(BaseModel):
         gt=0,
         le=1,
         title="Leak similarity",
-        description="Share of common 5-grams of words from which a training item counts as a copy of an evaluation "
-        "item.",
+        description="Similarity (Jaccard, of 5-grams of words) at which a training item counts as a copy of an "
+        "evaluation item.",
     )
     precision: list[Precision] = Field(
-        default=["fp32", "int8", "int4"], title="Precisions", description="Variants to make; fp32 is always made."
+        default=["fp32", "int8", "int4"], title="Precisions", description="Variants to make. fp32 is always made."
     )
-    policy: Path | None = Field(None, title="Policy", description="Gates and objective of the choice.")
+    policy: Path | None = Field(None, title="Policy", description="TOML file with the gates and the objective.")
     matcher: str | None = Field(
         None,
         title="Matcher",
-        description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
+        description="Your Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
         pattern=MATCHER_PATTERN,
     )
-    quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")
+    quick: bool = Field(False, title="Quick", description="Fewer repetitions: results come sooner and are less exact.")
     approval: bool = Field(
-        False, title="Approval", description="Wait until a person has decided about the promotion on the Prefect page."
+        False, title="Approval", description="Wait until a person has decided on the promotion on the Prefect page."
     )
     serve: bool = Field(
         False, title="Serve", description="Start the service on this machine if the model is not served yet."
@@ -113,46 +126,66 @@ class Retrain(BaseModel):
         ge=0,
         le=86400,
         title="Watch",
-        description="Seconds to watch the service after the switch, and roll back if it fails; 0: not at all.",
+        description="Seconds to watch the service after the switch, and to roll back if it fails. 0 means not at all.",
     )
 
     @property
     def label(self) -> str:
-        """What its runs are called by."""
+        """The name of its runs."""
         return self.name or self.model
 
 
-class Problem(Frozen):
-    """Something about one item of the data."""
+class News(BaseModel):
+    """Look for new training data of a model, or for new versions of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name = Field(title="Name", description="The model's name in the registry.")
+    data: str | None = Field(
+        None,
+        min_length=1,
+        title="Training data",
+        description="Where its training data come from, given in the same way as for a retraining. Without it only "
+        "versions are looked for.",
+    )
+    evaluation_set: Path | None = Field(
+        None,
+        title="Evaluation set",
+        description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data.",
+    )
+
+
+class DataProblem(Frozen):
+    """What is wrong, or worth a look, in one training item."""
 
     file: str
     line: int
     kind: Literal["schema", "roles", "empty", "oversized", "duplicate", "near_duplicate", "leak", "near_leak"]
-    fatal: bool = Field(description="The data cannot be used with it.")
+    fatal: bool = Field(description="The data cannot be used as long as it is there.")
     detail: str = Field(description="What is wrong, and with which other item.")
 
 
 class DataReport(Frozen):
     """What the checks of the data found."""
 
-    files: dict[str, int] = Field(description="Name of each file, and its items.")
-    items: int = Field(description="Items that are trained on or validated with.")
+    files: dict[str, int] = Field(description="Name of each file, and its number of items.")
+    items: int = Field(description="Items for training and validation.")
     evaluation_items: int
-    dropped: int = Field(description="Exact duplicates, each kept once.")
-    problems: tuple[Problem, ...]
+    dropped: int = Field(description="Exact duplicates, of which one each is kept.")
+    problems: tuple[DataProblem, ...]
     tokens: dict[str, float] = Field(
         {}, description="Tokens per item, chat template included: min, p50, p90, p99, max, total."
     )
 
 
 class TrainingData(Frozen):
-    """Checked data, as files of ours: a JSON object with ``messages`` a line, the last of them the assistant's."""
+    """Checked data in our own files: one JSON object with ``messages`` per line, the last message the assistant's."""
 
     source: str = Field(description="What the user asked for.")
-    digest: str = Field(description="SHA-256 over the training items, whatever files they came in.")
+    digest: str = Field(description="SHA-256 over the training items, independent of their files.")
     train: Path
     validation: Path
-    evaluation: Path = Field(description="The held-out evaluation set, a copy of ours.")
+    evaluation: Path = Field(description="Our copy of the held-out evaluation set.")
     evaluation_digest: str = Field(description="SHA-256 of that file.")
     report: DataReport
 
@@ -162,26 +195,26 @@ class LossPoint(Frozen):
 
     step: int = Field(description="Optimizer steps so far.")
     epoch: float
-    seconds: float = Field(description="Of training, those of earlier attempts included.")
+    seconds: float = Field(description="Of training, including earlier attempts.")
     train_loss: float | None = Field(None, description="Mean over the steps since the last point, in nats per token.")
     validation_loss: float | None = None
     learning_rate: float | None = None
 
 
 class Finetuned(Frozen):
-    """A fine-tuned checkpoint in a folder of its own. The folder's ``training.json`` is this, less ``folder``."""
+    """A fine-tuned checkpoint in its own folder, whose ``training.json`` is this without ``folder``."""
 
-    key: str = Field(description="Name of the folder: digest of all that went in.")
+    key: str = Field(description="Name of the folder: a digest of every input.")
     base_digest: str
     data_digest: str
     training: LoraSettings
     steps: int
     epochs: float
-    best_step: int = Field(description="The step with the lowest validation loss, whose weights these are.")
+    best_step: int = Field(description="The step with the lowest validation loss. Its weights are the result.")
     validation_loss: float
     stopped: Literal["epochs", "patience", "minutes"]
     losses: tuple[LossPoint, ...]
-    precision: Literal["fp32", "bf16"] = Field(description="What the products were computed in.")
+    precision: Literal["fp32", "bf16"] = Field(description="Of the matrix products while training.")
     seconds: float
     memory_peak_mb: float
     trained_parameters: int
@@ -202,17 +235,17 @@ class Finetuned(Frozen):
 
 
 class Retrained(Frozen):
-    """The result of a retraining; the JSON form is a promise to scripts."""
+    """The result of a retraining. Scripts rely on its JSON form."""
 
     model: str
     outcome: Literal["promoted", "nothing to do", "refused", "rolled back"]
     detail: str = Field(description="A sentence for people.")
     input_digest: str = Field(description="SHA-256 over data, base model and settings.")
     run_id: str = Field(description="The MLflow run of the retraining.")
-    version: int | None = Field(None, description="The version that was made of it.")
+    version: int | None = Field(None, description="The registered version of the result.")
     variant: str | None = None
     accuracy: dict[str, Measurement] = Field(
-        {}, description="Accuracy on the evaluation set: of base, finetuned and each precision."
+        {}, description="Accuracy on the evaluation set of base, finetuned and each precision."
     )
     seconds: dict[str, float] = Field({}, description="Stage to seconds.")
     url: str = Field(description="Its page in MLflow.")

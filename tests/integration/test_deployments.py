@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 LOOK = """
 import sys
 from flows.news import look_for_news
-from slmops.training.news import News
+from slmops.training.values import News
 print(look_for_news(News(name="ticket-router", data=sys.argv[1])))
 """
 # What Prefect's page does when a switch is flipped.

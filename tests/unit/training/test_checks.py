@@ -93,8 +93,8 @@ def test_near_duplicates_and_contradictions() -> None:
         example("something else altogether is what this one asks", line=5),
     ]
     assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in checks.alike(train, 0.8)] == [
-        (2, "near_duplicate", False, "the same as a.jsonl:1 but for case, blanks and punctuation"),
-        (3, "near_duplicate", False, "asks the same as a.jsonl:1, and has another answer: 'Buy\\na new one.'"),
+        (2, "near_duplicate", False, "the same as a.jsonl:1 except for case, spaces and punctuation"),
+        (3, "near_duplicate", False, "asks the same as a.jsonl:1, with a different answer: 'Buy\\na new one.'"),
         (4, "near_duplicate", False, "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
     ]
 
@@ -120,7 +120,7 @@ def test_the_same_question_under_another_system_prompt_is_no_contradiction() -> 
 def test_an_exact_leak(text: str) -> None:
     [problem] = checks.leaks(examples("No.", text), [item("What is the capital of France?")], 1.0)
     assert (problem.file, problem.line, problem.kind, problem.fatal) == ("a.jsonl", 2, "leak", True)
-    assert problem.detail == "asks what the evaluation item q1 asks"
+    assert problem.detail == "asks the same as evaluation item q1"
 
 
 def test_what_the_system_says_is_no_leak() -> None:
@@ -152,7 +152,7 @@ def test_the_threshold_itself_is_a_leak() -> None:
     assert found(examples(shorter), item(NINE), threshold=0.8) == [(1, "near_leak")]
     assert found(examples(shorter), item(NINE), threshold=0.81) == []
     [problem] = checks.leaks(examples(shorter), [item(NINE)], 0.8)
-    assert problem.detail == "asks nearly what the evaluation item q1 asks (similarity 0.80)"
+    assert problem.detail == "asks nearly the same as evaluation item q1 (similarity 0.80)"
     assert problem.fatal
 
 
@@ -247,4 +247,4 @@ def test_long_lists_are_shortened(count: int, kept: int) -> None:
     assert len(short) == kept
     if count == 50:
         assert short[:20] == problems[:20]
-        assert (short[20].line, short[20].detail) == (21, "and 30 more like it, from here on")
+        assert (short[20].line, short[20].detail) == (21, "and 30 more like this, from here on")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from slmops.training import examples
-from slmops.training.examples import Read
+from slmops.training.examples import ExamplesRead
 
 GOOD = '{"prompt": "Hi?", "completion": "Ho."}'
 TURNS = ({"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."})
 
 
-def read(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Read:
+def read(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> ExamplesRead:
     file = folder / "train.jsonl"
     file.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + end for line in lines))
     return examples.read([file])
@@ -73,21 +73,21 @@ def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_nothing(tmp_path: Path, content: bytes) -> None:
-    assert read(tmp_path, content, end=b"") == Read((), (), {"train.jsonl": 0})
+    assert read(tmp_path, content, end=b"") == ExamplesRead((), (), {"train.jsonl": 0})
 
 
 @pytest.mark.parametrize(
     ("line", "kind", "detail"),
     [
-        ("{", "schema", "no JSON: Expecting property name enclosed in double quotes at column 2"),
-        ("[1]", "schema", "no JSON object"),
-        ("7", "schema", "no JSON object"),
+        ("{", "schema", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("[1]", "schema", "not a JSON object"),
+        ("7", "schema", "not a JSON object"),
         ("[" * 100_000, "schema", "nested too deeply"),
-        ('{"prompt": ' + "9" * 5000 + "}", "schema", "no JSON: Exceeds the limit (4300 digits)"),
-        ('{"prompt": NaN, "completion": "x"}', "schema", "no JSON: NaN"),
+        ('{"prompt": ' + "9" * 5000 + "}", "schema", "not JSON: Exceeds the limit (4300 digits)"),
+        ('{"prompt": NaN, "completion": "x"}', "schema", "not JSON: NaN"),
         (GOOD.encode("utf-16"), "schema", "not UTF-8: byte 1 of the line"),
         (b'{"prompt": "\xe4"}', "schema", "not UTF-8: byte 13 of the line"),
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "schema", "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "schema", "the key 'prompt' occurs twice"),
         (
             '{"prompt": "a", "completion": "b", "answer": "c"}',
             "schema",
@@ -100,12 +100,12 @@ def test_nothing(tmp_path: Path, content: bytes) -> None:
         ),
         ("{}", "schema", "needs either 'messages', or 'prompt' and 'completion'"),
         ('{"prompt": "a"}', "schema", "needs either 'messages', or 'prompt' and 'completion'"),
-        ('{"messages": [], "prompt": "a"}', "schema", "has 'messages' beside 'prompt' or 'completion'"),
-        ('{"messages": []}', "schema", "'messages' is no list of messages"),
-        ('{"messages": "Hi?"}', "schema", "'messages' is no list of messages"),
-        ('{"prompt": 7, "completion": "x"}', "schema", "'prompt' is no text and no list of messages"),
-        ('{"messages": ["Hi?"]}', "schema", "messages[0] is no object"),
-        ('{"messages": [{"role": "user", "content": 7}]}', "schema", "messages[0].content is no text"),
+        ('{"messages": [], "prompt": "a"}', "schema", "has both 'messages' and 'prompt' or 'completion'"),
+        ('{"messages": []}', "schema", "'messages' is not a list of messages"),
+        ('{"messages": "Hi?"}', "schema", "'messages' is not a list of messages"),
+        ('{"prompt": 7, "completion": "x"}', "schema", "'prompt' is not a text or a list of messages"),
+        ('{"messages": ["Hi?"]}', "schema", "messages[0] is not an object"),
+        ('{"messages": [{"role": "user", "content": 7}]}', "schema", "messages[0].content is not a text"),
         ('{"messages": [{"role": "user"}]}', "schema", "messages[0].content is missing"),
         (
             '{"messages": [{"role": "user", "content": "a", "name": "x"}]}',
@@ -118,12 +118,12 @@ def test_nothing(tmp_path: Path, content: bytes) -> None:
         (chat("user: a\0", "assistant: b"), "schema", "messages[0].content holds the character NUL"),
         (chat("user: a"), "roles", "ends with the user, not with an answer"),
         (chat("system: a"), "roles", "ends with the system, not with an answer"),
-        (chat("assistant: a"), "roles", "message 1 is of the assistant, and should be of the user"),
-        (chat("user: a", "user: b"), "roles", "message 2 is of the user, and should be of the assistant"),
-        (chat("user: a", "system: b"), "roles", "message 2 is of the system, and should be of the assistant"),
-        (chat("system: a", "system: b"), "roles", "message 2 is of the system, and should be of the user"),
-        (chat("user: a", "assistant:  \t"), "empty", "message 2, of the assistant, is empty"),
-        ('{"prompt": "", "completion": "x"}', "empty", "message 1, of the user, is empty"),
+        (chat("assistant: a"), "roles", "message 1 is from the assistant, and should be from the user"),
+        (chat("user: a", "user: b"), "roles", "message 2 is from the user, and should be from the assistant"),
+        (chat("user: a", "system: b"), "roles", "message 2 is from the system, and should be from the assistant"),
+        (chat("system: a", "system: b"), "roles", "message 2 is from the system, and should be from the user"),
+        (chat("user: a", "assistant:  \t"), "empty", "message 2, from the assistant, is empty"),
+        ('{"prompt": "", "completion": "x"}', "empty", "message 1, from the user, is empty"),
     ],
     ids=lambda value: repr(value)[:30],
 )

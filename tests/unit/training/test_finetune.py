@@ -51,7 +51,7 @@ def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
         lambda data: key(data.model_copy(update={"digest": "c" * 64})),
         lambda data: key(data, seed=1),
         lambda data: key(data, minutes=5.0),
-        *(lambda data, name=name: key(data, versions={name: "9"}) for name in finetune.DECISIVE),
+        *(lambda data, name=name: key(data, versions={name: "9"}) for name in finetune.TRAINING_PACKAGES),
     ],
 )
 def test_other_input_has_another_name(data: TrainingData, change: Callable[[TrainingData], str]) -> None:
@@ -90,10 +90,10 @@ def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: Tr
         folder=tmp_path,
     )
     assert finetune.load(tmp_path) is None
-    (tmp_path / finetune.MANIFEST).write_text(finetuned.model_dump_json())
+    (tmp_path / finetune.TRAINING_FILE).write_text(finetuned.model_dump_json())
     assert finetune.load(tmp_path) is None  # without digests
     files = [file.model_dump() for file in finetune._files(tmp_path)]
-    (tmp_path / finetune.FILES).write_text(json.dumps(files))
+    (tmp_path / finetune.DIGESTS_FILE).write_text(json.dumps(files))
     assert finetune.load(tmp_path) == finetuned
     (tmp_path / "merged/more").touch()
     assert finetune.load(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Which tokens are learned, which checkpoints are whole, and how the learning rate goes."""
+"""Which tokens are learned, which saved states are whole, and the course of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slmops.training import checkpoints, masking
 from slmops.training import finetune_worker as worker
+from slmops.training import masking, resume
 from slmops.training.values import LoraSettings, LossPoint
 
 MESSAGES = [
@@ -26,24 +26,24 @@ def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
     return turns + "<|assistant|>" * opened
 
 
-def learnt(messages: Sequence[dict[str, str]], render: masking.Render) -> list[str]:
-    text, spans = masking.answers(messages, render)
+def learned(messages: Sequence[dict[str, str]], render: masking.Render) -> list[str]:
+    text, spans = masking.answer_spans(messages, render)
     return [text[start:end] for start, end in spans]
 
 
 def test_answers_are_learned_with_the_end_of_their_turn() -> None:
-    text, spans = masking.answers(MESSAGES, chatml)
+    text, spans = masking.answer_spans(MESSAGES, chatml)
     assert text == chatml(MESSAGES, False)
     assert [text[start:end] for start, end in spans] == ["Hello<|end|>", " So long \n<|end|>"]
 
 
 def test_what_follows_the_last_answer_is_not_learned() -> None:
-    assert learnt(MESSAGES[:4], chatml) == ["Hello<|end|>"]
-    assert learnt(MESSAGES[:2], chatml) == []
+    assert learned(MESSAGES[:4], chatml) == ["Hello<|end|>"]
+    assert learned(MESSAGES[:2], chatml) == []
 
 
 def only_the_last(messages: Sequence[dict[str, str]], opened: bool) -> str:
-    """As templates do that take the thoughts out of earlier turns."""
+    """Like templates that remove the thoughts from earlier turns."""
     last = len(messages) - 1
     turns = [
         message["content"] if place < last or message["role"] == "user" else f"<think></think>{message['content']}"
@@ -62,12 +62,12 @@ def closing_otherwise(messages: Sequence[dict[str, str]], opened: bool) -> str:
 
 @pytest.mark.parametrize("render", [only_the_last, counting, closing_otherwise])
 def test_a_template_that_changes_earlier_turns_is_refused(render: masking.Render) -> None:
-    with pytest.raises(ValueError, match="differently once others follow"):
-        masking.answers(MESSAGES, render)
+    with pytest.raises(ValueError, match="turn"):
+        masking.answer_spans(MESSAGES, render)
 
 
 def test_a_single_answer_needs_less_of_a_template() -> None:
-    assert learnt(MESSAGES[1:3], only_the_last) == ["<think></think>Hello"]
+    assert learned(MESSAGES[1:3], only_the_last) == ["<think></think>Hello"]
 
 
 def test_tokens_are_learned_that_begin_in_an_answer() -> None:
@@ -77,68 +77,65 @@ def test_tokens_are_learned_that_begin_in_an_answer() -> None:
     assert masking.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
 
 
-def checkpoint(folder: Path, step: int, best: int, stopped: worker.Stopped | None = None) -> Path:
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    (made / "adapter_model.safetensors").write_bytes(b"weights")
-    (made / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
-    checkpoints.mark_whole(made, 60.0 + step, stopped)
-    return made
+def save(folder: Path, step: int, best: int, stopped: resume.Stopped | None = None) -> Path:
+    state = resume.state_folder(folder, step)
+    state.mkdir(parents=True)
+    (state / "adapter_model.safetensors").write_bytes(b"weights")
+    (state / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    resume.mark_whole(state, 60.0 + step, stopped)
+    return state
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / checkpoints.CHECKPOINTS
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    assert resume.resumable(tmp_path) is None
 
 
-def test_nothing_to_resume(folder: Path) -> None:
-    assert checkpoints.resumable(folder) is None
-
-
-def test_the_newest_by_number_is_resumed(folder: Path) -> None:
+def test_the_newest_by_number_is_resumed(tmp_path: Path) -> None:
     for step in (5, 10, 100):
-        checkpoint(folder, step, best=5, stopped="patience" if step == 100 else None)
-    found = checkpoints.resumable(folder)
+        save(tmp_path, step, best=5, stopped="patience" if step == 100 else None)
+    found = resume.resumable(tmp_path)
     assert found is not None
     step, mark = found
     assert (step, mark.seconds, mark.stopped) == (100, 160.0, "patience")
 
 
-@pytest.mark.parametrize("harm", ["no mark", "half a mark", "missing", "shorter"])
-def test_half_a_checkpoint_is_removed(folder: Path, harm: str) -> None:
-    whole, half = checkpoint(folder, 5, best=5), checkpoint(folder, 10, best=5)
-    match harm:
-        case "no mark":
-            (half / checkpoints.COMPLETE).unlink()
-        case "half a mark":
-            (half / checkpoints.COMPLETE).write_text('{"seconds": 1')
-        case "missing":
-            (half / "adapter_model.safetensors").unlink()
-        case "shorter":
-            (half / "adapter_model.safetensors").write_bytes(b"wei")
-    found = checkpoints.resumable(folder)
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (resume.WHOLE, None),
+        (resume.WHOLE, b'{"seconds": 1'),
+        ("adapter_model.safetensors", None),
+        ("adapter_model.safetensors", b"wei"),
+    ],
+)
+def test_half_a_state_is_removed(tmp_path: Path, file: str, content: bytes | None) -> None:
+    whole, half = save(tmp_path, 5, best=5), save(tmp_path, 10, best=5)
+    (half / file).unlink()
+    if content is not None:
+        (half / file).write_bytes(content)
+    found = resume.resumable(tmp_path)
     assert found is not None
     assert found[0] == 5
     assert whole.exists()
     assert not half.exists()
 
 
-def test_without_the_best_weights_it_begins_anew(folder: Path) -> None:
-    checkpoint(folder, 10, best=5)
-    assert checkpoints.resumable(folder) is None
-    assert not folder.exists()
+def test_without_the_best_weights_it_begins_anew(tmp_path: Path) -> None:
+    save(tmp_path, 10, best=5)
+    assert resume.resumable(tmp_path) is None
+    assert not (tmp_path / resume.STATES).exists()
 
 
-def test_points_behind_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+def test_points_after_the_saved_state_are_dropped(tmp_path: Path) -> None:
     file = tmp_path / "losses.jsonl"
     points = [LossPoint(step=step, epoch=step / 4, seconds=step) for step in (1, 2, 2, 3)]
     lines = [point.model_dump_json() + "\n" for point in points]
     file.write_text("".join(lines) + '{"step":4,')
-    checkpoints.truncate(file, 3)
+    resume.truncate(file, 3)
     assert file.read_text() == "".join(lines)
-    checkpoints.truncate(file, 2)
+    resume.truncate(file, 2)
     assert file.read_text() == "".join(lines[:3])
-    checkpoints.truncate(file, -1)
+    resume.truncate(file, -1)
     assert file.read_text() == ""
 
 

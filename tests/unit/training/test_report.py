@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.training import report
-from slmops.training.values import DataReport, Problem, TrainingData
+from slmops.training.values import DataProblem, DataReport, TrainingData
 
 
 def data(folder: Path, **changes: Any) -> TrainingData:
@@ -56,7 +56,7 @@ def test_markdown(tmp_path: Path) -> None:
 
 def test_what_items_say_is_no_markup(tmp_path: Path) -> None:
     detail = "<script>alert(1)</script> [x](javascript:y) `a` | b *c* _d_ \\ &amp;"
-    problem = Problem(file="a|b.jsonl", line=3, kind="near_duplicate", fatal=False, detail=detail)
+    problem = DataProblem(file="a|b.jsonl", line=3, kind="near_duplicate", fatal=False, detail=detail)
     [line] = [
         line
         for line in report.markdown(data(tmp_path, problems=(problem,), files={"a|b.jsonl": 1})).splitlines()

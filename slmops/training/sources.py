@@ -1,0 +1,203 @@
+"""Training data from wherever the user has them, copied to where nobody else changes them."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints.source import DEMO, MLFLOW_SCHEMES, Download
+from slmops.core.errors import DataError, SlmopsError, TrackingError
+from slmops.core.files import remove_scratch
+from slmops.core.settings import Settings
+from slmops.core.values import Frozen
+from slmops.processes.children import reporting_full_disk
+from slmops.training import web
+from slmops.training.examples import LONGEST_LINE, shown
+from slmops.training.values import Retrain
+
+DatasetRecords = Callable[[str], list[dict[str, Any]]]
+"""Returns the records of an MLflow dataset, given its name."""
+
+MLFLOW_DATASET = "mlflow-dataset:"
+EVALUATION_FILES = ("evaluation.jsonl", "evaluation.csv")
+"""Names under which an evaluation set is found beside training data."""
+LARGEST = 250_000_000
+"""Bytes allowed for all training files together, and for an evaluation set."""
+
+
+class Fetched(Frozen):
+    """Copies of the raw files. They exist until this process ends."""
+
+    source: str
+    files: tuple[Path, ...]
+    evaluation: Path
+
+
+def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: DatasetRecords) -> Fetched:
+    """Copy the training files and the evaluation set.
+
+    Args:
+        request: Its ``data`` and ``evaluation_set`` are used.
+        settings: Where things are.
+        download: Fetches an MLflow artifact URI.
+        dataset: Returns the records of an MLflow dataset.
+
+    Raises:
+        DataError: There are no such data, there is no evaluation set, or they are too large.
+        PrerequisiteError: The network failed, or the disk is full.
+        TrackingError: MLflow does not return them.
+    """
+    source = request.data.strip()
+    with reporting_full_disk(settings.home):
+        scratch = _scratch(settings)
+        files, beside = _find(source, scratch / "download", download, dataset)
+        evaluation = _expanded(request.evaluation_set) if request.evaluation_set else beside
+        if evaluation is None:
+            raise DataError(
+                f"There is no evaluation set for {public(source)}: questions that are not trained on.",
+                f"Give one with --evaluation-set FILE, or put {' or '.join(EVALUATION_FILES)} beside the data.",
+            )
+        if len(files) > 1:  # a folder, which may hold the evaluation set under a name of the user's choice
+            files = [file for file in files if file.resolve() != evaluation.resolve()]
+        (scratch / "training").mkdir()
+        room = LARGEST
+        for file in files:
+            room -= _copy(file, scratch / "training" / file.name, room)
+        (scratch / "evaluation").mkdir()
+        copy = scratch / "evaluation" / evaluation.name
+        _copy(evaluation, copy, LARGEST, longest=LARGEST)
+        shutil.rmtree(scratch / "download")
+    return Fetched(
+        source=public(source), files=tuple(scratch / "training" / file.name for file in files), evaluation=copy
+    )
+
+
+def public(source: str) -> str:
+    """A source as it may be shown: the query of a URL often holds a key."""
+    return web.public(source) if source.startswith(web.SCHEMES) else source
+
+
+def _scratch(settings: Settings) -> Path:
+    """Make a folder that lasts until this process ends, or until the next one starts if this one is killed."""
+    remove_scratch(settings.trainings)
+    folder = settings.trainings / f".{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
+    (folder / "download").mkdir(parents=True)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) -> tuple[list[Path], Path | None]:
+    """Return the training files, and the evaluation set that lies beside them."""
+    if source == DEMO:
+        folder = Path(str(resources.files("slmops.training.demo")))
+        return [folder / "train.jsonl"], _beside(folder)
+    if source.startswith(MLFLOW_DATASET):
+        file = work / "dataset.jsonl"
+        file.write_text("".join(sorted(map(_line, dataset(source.removeprefix(MLFLOW_DATASET).strip())))), "utf-8")
+        return [file], None
+    if source.startswith(web.SCHEMES):
+        web.download(source, work / "data.jsonl", LARGEST)
+        return [work / "data.jsonl"], None
+    if not source.startswith(MLFLOW_SCHEMES):
+        return _local(_expanded(Path(source)))
+    root = _artifact(source, work, download)
+    files, beside = _local(root)
+    return files, beside if root.is_dir() else _artifact_beside(source, work, download)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: {error}", "Give the whole path.") from None
+
+
+def _copy(file: Path, copy: Path, room: int, longest: int = LONGEST_LINE) -> int:
+    """Copy a file up to the beginning of a line that is too long, where reading stops anyway. Returns bytes."""
+    try:
+        with file.open("rb") as lines, copy.open("wb") as out:
+            while line := lines.readline(longest + 1):
+                out.write(line)
+                if out.tell() > room:
+                    raise DataError(f"{file} is too large: {LARGEST / 1e6:.0f} MB are allowed.", "Give fewer items.")
+                if len(line) > longest:
+                    break
+            return out.tell()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise _unreadable(str(file), error) from None
+
+
+def _local(root: Path) -> tuple[list[Path], Path | None]:
+    """Return a file, or the files of a folder sorted by name, and the evaluation set beside them."""
+    try:
+        if root.is_dir():
+            files = sorted(
+                path
+                for path in root.iterdir()
+                if path.suffix.lower() == ".jsonl"
+                and not (path.name in EVALUATION_FILES or path.name.startswith(".") or path.is_dir())
+            )
+            if not files:
+                raise DataError(f"{root} has no .jsonl files to train on.", "Put them directly into this folder.")
+            return files, _beside(root)
+        if not root.is_file():
+            raise DataError(
+                f"There is no such file or folder: {shown(str(root))}",
+                f"Give a .jsonl file, a folder, a URL, an MLflow artifact URI, {MLFLOW_DATASET}NAME or '{DEMO}'.",
+            )
+        if root.suffix.lower() != ".jsonl":
+            raise DataError(
+                f"{root} is not a .jsonl file.", "Write one JSON object per line, and let its name end in .jsonl."
+            )
+        return [root], _beside(root.parent)
+    except OSError as error:
+        raise _unreadable(shown(str(root)), error) from None
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.")
+
+
+def _beside(folder: Path) -> Path | None:
+    return next((folder / name for name in EVALUATION_FILES if (folder / name).is_file()), None)
+
+
+def _artifact(uri: str, target: Path, download: Download) -> Path:
+    try:
+        return download(uri, target)
+    except SlmopsError:
+        raise
+    except Exception as error:  # the clients of storage services raise errors of any class
+        raise DataError(
+            f"MLflow does not return {uri}: {error}", "Check the URI and the tracking server (SLMOPS_TRACKING_URI)."
+        ) from error
+
+
+def _artifact_beside(uri: str, work: Path, download: Download) -> Path | None:
+    """Return the evaluation set from the folder of an artifact that is a file."""
+    for name in EVALUATION_FILES:
+        with suppress(TrackingError):  # MLflow just returned the training file, so this one does not exist
+            return download(f"{uri.rpartition('/')[0]}/{name}", work)
+    return None
+
+
+def _line(record: dict[str, Any]) -> str:
+    """An MLflow record as a line of JSONL. The checks report keys that are missing or unknown."""
+    inputs, answer = dict(record["inputs"]), record["expectations"].get("expected_response")
+    if isinstance(inputs.get("messages"), list):
+        inputs["messages"] = [*inputs["messages"], {"role": "assistant", "content": answer}]
+    else:
+        inputs["completion"] = answer
+    # The id comes last: it differs between copies of a dataset, and the lines are sorted.
+    return json.dumps({**dict(sorted(inputs.items())), "id": record["dataset_record_id"]}) + "\n"

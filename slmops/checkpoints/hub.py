@@ -12,7 +12,7 @@ from slmops.core.job import Job
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 10.0
+HUB_TIMEOUT_S = 10.0
 TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -46,7 +46,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
     texts = [*TEXTS, *(["*.py"] if job.trust_remote_code else [])]
     try:
         try:
-            info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
+            info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
             raise
         except Exception as error:

@@ -100,14 +100,14 @@ def _make(
         finished = _run_olive(recipe, config, made, work, olive_text, settings)
         checked, _ = children.call(
             "slmops.conversion.verify_worker",
-            verify_worker.Request(
+            verify_worker.VerifyRequest(
                 folder=made,
                 recipe=recipe,
                 checkpoint=checkpoint,
                 tolerance=job.export_tolerance,
                 trust_remote_code=job.trust_remote_code,
             ),
-            verify_worker.Result,
+            verify_worker.VerifyResult,
             work=work / "verify",
             log=logs / f"{recipe.name}.verify.log",
             timeout_s=settings.conversion_timeout_s,
@@ -161,8 +161,8 @@ def _run_olive(
     try:
         result, finished = children.call(
             "slmops.conversion.olive_worker",
-            olive_worker.Request(config=config, output=made),
-            olive_worker.Result,
+            olive_worker.OliveRequest(config=config, output=made),
+            olive_worker.OliveResult,
             work=work / "olive",
             log=olive_text,
             timeout_s=settings.conversion_timeout_s,

@@ -119,8 +119,8 @@ def _check(config: dict[str, Any], checkpoint: Checkpoint, path: Path, name: str
     complete = {**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
     result, _ = children.call(
         "slmops.conversion.schema_worker",
-        schema_worker.Request(config=complete),
-        schema_worker.Result,
+        schema_worker.SchemaRequest(config=complete),
+        schema_worker.SchemaResult,
         work=settings.work(name) / "olive-config",
         log=settings.logs / name / "olive-config.log",
         timeout_s=CHECK_TIMEOUT_S,

@@ -9,26 +9,26 @@ from slmops.core.values import Frozen
 from slmops.processes import child
 
 
-class Request(Frozen):
+class OliveRequest(Frozen):
     """A complete Olive workflow config, and the folder that its model must come out in."""
 
     config: dict[str, Any]
     output: Path
 
 
-class Result(Frozen):
+class OliveResult(Frozen):
     """Whether there is a model at all."""
 
     produced: bool
 
 
-def handle(request: Request) -> Result:
+def handle(request: OliveRequest) -> OliveResult:
     """Run the workflow."""
     from olive import run
 
     run(request.config)
-    return Result(produced=any(request.output.rglob("*.onnx")))
+    return OliveResult(produced=any(request.output.rglob("*.onnx")))
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(OliveRequest, handle)

@@ -22,13 +22,13 @@ _READ_BY_BUILDER = re.compile(
 _OF_EVERY_PASS = {"type", "host", "evaluator"}
 
 
-class Request(Frozen):
+class SchemaRequest(Frozen):
     """A complete Olive workflow config."""
 
     config: dict[str, Any]
 
 
-class Result(Frozen):
+class SchemaResult(Frozen):
     """What is wrong with it, a sentence each."""
 
     problems: list[str]
@@ -43,7 +43,7 @@ class _Catch(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def handle(request: Request) -> Result:
+def handle(request: SchemaRequest) -> SchemaResult:
     """Validate as Olive does, and count what Olive only warns of as a problem."""
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.package_config import OlivePackageConfig
@@ -80,7 +80,7 @@ def handle(request: Request) -> Result:
         problems.append(f"{type(error).__name__}: {error}")
     ignored = [m for m in map(_IGNORED.search, catch.said) if m]
     problems += [f"{m[2]}: Olive would ignore {m[1]}" for m in ignored if not any(m[1] in p for p in problems)]
-    return Result(problems=problems)
+    return SchemaResult(problems=problems)
 
 
 def _unknown(where: str, given: dict[str, Any], accepted: set[str]) -> list[str]:
@@ -122,4 +122,4 @@ def _builder_options() -> set[str]:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(SchemaRequest, handle)

@@ -17,7 +17,7 @@ PROBE = (
 PROBE_TOKENS = 40
 
 
-class Request(Frozen):
+class VerifyRequest(Frozen):
     """A folder that Olive made."""
 
     folder: Path
@@ -27,14 +27,14 @@ class Request(Frozen):
     trust_remote_code: bool
 
 
-class Result(Frozen):
+class VerifyResult(Frozen):
     """What was found."""
 
     weights: Weights
     export_error: float | None
 
 
-def handle(request: Request) -> Result:
+def handle(request: VerifyRequest) -> VerifyResult:
     """Check files, weights, one generated token and, for the baseline, the logits.
 
     Raises:
@@ -55,7 +55,7 @@ def handle(request: Request) -> Result:
                 f"support {request.checkpoint.architecture} as it is configured here.",
                 "Raise --export-tolerance only if you know why they differ.",
             )
-    return Result(weights=found, export_error=error)
+    return VerifyResult(weights=found, export_error=error)
 
 
 def _files(folder: Path) -> Path:
@@ -117,4 +117,4 @@ def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = Fa
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(VerifyRequest, handle)

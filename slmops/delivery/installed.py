@@ -118,8 +118,8 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
     try:
         result, _ = children.call(
             "slmops.foundry.forget_worker",
-            forget_worker.Request(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
-            forget_worker.Result,
+            forget_worker.ForgetRequest(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
+            forget_worker.ForgetResult,
             work=work_of("forget", settings),
             log=settings.logs / "installed.forget.log",
             timeout_s=FORGET_S,

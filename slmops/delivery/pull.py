@@ -316,13 +316,13 @@ def _register(done: Installed, settings: Settings) -> None:
         try:
             children.call(
                 "slmops.foundry.register_worker",
-                register_worker.Request(
+                register_worker.RegisterRequest(
                     home=settings.deployed,
                     folder=done.folder,
                     foundry_id=done.foundry_id,
                     display_name=f"{done.name} {done.variant}",
                 ),
-                register_worker.Result,
+                register_worker.RegisterResult,
                 work=installed.work_of(done.name, settings),
                 log=settings.logs / done.name / f"{done.variant}.pull.log",
                 timeout_s=TIMEOUT_S,

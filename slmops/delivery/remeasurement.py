@@ -109,10 +109,10 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
             ) from error
         registered, _ = children.call(
             "slmops.foundry.register_worker",
-            register_worker.Request(
+            register_worker.RegisterRequest(
                 home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=version.foundry_id
             ),
-            register_worker.Result,
+            register_worker.RegisterResult,
             work=settings.work(name) / "register",
             log=settings.logs / name / f"{version.variant}.register.log",
             timeout_s=REGISTER_S,

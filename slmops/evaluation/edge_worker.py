@@ -22,7 +22,7 @@ from slmops.core.values import Frozen
 from slmops.processes import child
 
 if TYPE_CHECKING:
-    from slmops.foundry.runtime import Reply
+    from slmops.foundry.runtime import TimedReply
 
 Messages = list[dict[str, str]]
 What = Literal["answered", "refused", "cut", "unequal", "failed", "crashed", "hung"]
@@ -89,7 +89,7 @@ class Probe:
     """
 
     def __init__(
-        self, ask: Callable[[Messages, int], Reply], count: Callable[[str], int], context_length: int, folder: Path
+        self, ask: Callable[[Messages, int], TimedReply], count: Callable[[str], int], context_length: int, folder: Path
     ) -> None:
         self._ask = ask
         self.count = count
@@ -97,7 +97,7 @@ class Probe:
         self.folder = folder
         self.seconds = 0.0
 
-    def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> Reply:
+    def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> TimedReply:
         """Send a user's message or a conversation."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         started = time.perf_counter()
@@ -121,7 +121,7 @@ class Probe:
         return text, self.ask(text, 1).prompt_tokens
 
 
-def observed(reply: Reply) -> Observation:
+def observed(reply: TimedReply) -> Observation:
     """Answered is what ended as an answer ends, even at once: a model may have nothing to say."""
     said = f"{reply.prompt_tokens} prompt tokens, {reply.completion_tokens} generated ({reply.finish_reason})"
     return ("answered" if reply.finish_reason in ("stop", "length") else "failed"), said

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from slmops.core.errors import RegistrationError
 
-TIMEOUT_S = 60
-ANSWER_S = 600
+COMMAND_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 600
 """Seconds to load a model and answer."""
 # An absolute folder behind some words, as in "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
 _FOLDER = re.compile(r"(?:^|\s)((?:[A-Za-z]:[\\/]|[\\/~]).*\S)", re.MULTILINE)
@@ -68,13 +68,13 @@ def ask(called: str, models: Path, prompt: str) -> str | None:
         usage = _help("model", "run")
         chat = False
         if "--prompt" in usage:
-            said = _foundry("model", "run", called, "--prompt", prompt, timeout_s=ANSWER_S)
+            said = _foundry("model", "run", called, "--prompt", prompt, timeout_s=ANSWER_TIMEOUT_S)
         elif "model run" not in usage and "complete" in _help("complete"):
-            said = _foundry("complete", called, prompt, timeout_s=ANSWER_S)
+            said = _foundry("complete", called, prompt, timeout_s=ANSWER_TIMEOUT_S)
         else:
             chat = True  # a line is a question, and /exit leaves
             typed = f"{' '.join(prompt.split())}\n/exit\n"
-            said = _foundry("model", "run", called, typed=typed, timeout_s=ANSWER_S)
+            said = _foundry("model", "run", called, typed=typed, timeout_s=ANSWER_TIMEOUT_S)
     answer = _answer(said, chat=chat)
     if not answer:
         raise RegistrationError(f"{called} answers nothing to {prompt!r} in `foundry`. It says: {said.strip()}")
@@ -120,7 +120,7 @@ def _help(*command: str) -> str:
 def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -> str:
     program = shutil.which("foundry") or "foundry"
     shown = f"`foundry {' '.join(arguments)}`"
-    timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
+    timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     # Files, not pipes: the service that the command may start inherits them and would keep a pipe open.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:

@@ -9,20 +9,20 @@ from slmops.foundry import register_worker
 from slmops.processes import child
 
 
-class Request(Frozen):
+class ForgetRequest(Frozen):
     """Models of a Foundry home."""
 
     home: Path
     foundry_ids: tuple[str, ...]
 
 
-class Result(Frozen):
+class ForgetResult(Frozen):
     """Those of them that the catalog has no more, or never had."""
 
     forgotten: tuple[str, ...]
 
 
-def handle(request: Request) -> Result:
+def handle(request: ForgetRequest) -> ForgetResult:
     """Unregister all that are asked for."""
     from slmops.foundry import runtime
 
@@ -30,8 +30,8 @@ def handle(request: Request) -> Result:
     for foundry_id in request.foundry_ids:
         register_worker.forget(catalog, foundry_id)
     left = [foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is not None]
-    return Result(forgotten=tuple(foundry_id for foundry_id in request.foundry_ids if foundry_id not in left))
+    return ForgetResult(forgotten=tuple(foundry_id for foundry_id in request.foundry_ids if foundry_id not in left))
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(ForgetRequest, handle)

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 PATH = "/asset-gallery/v1.0/models"
 BODY_BYTES = 64 * 1024
 """Size of a request at most."""
-BODY_S = 10.0
+BODY_TIMEOUT_S = 10.0
 """Seconds that a request may take to arrive."""
-RETRY_S = 5
+RETRY_AFTER_S = 5
 """Seconds after which an application shall ask again while the registry is down."""
-SAID = 1000
+MESSAGE_LIMIT = 1000
 """Characters of an error message at most; it quotes what was sent."""
 
 
@@ -168,7 +168,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         try:
             return entries()
         except SlmopsError as error:
-            raise HTTPException(503, error.message, {"retry-after": str(RETRY_S)}) from error
+            raise HTTPException(503, error.message, {"retry-after": str(RETRY_AFTER_S)}) from error
 
     def answered(body: bytes) -> bytes:
         offers = offered()
@@ -179,7 +179,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
 
     async def models(request: Request) -> Response:
         try:
-            body = await read_body(request, BODY_BYTES, BODY_S)
+            body = await read_body(request, BODY_BYTES, BODY_TIMEOUT_S)
         except BodyRefused as error:
             raise HTTPException(error.status, error.message, {"connection": "close"}) from error
         except ClientDisconnect as error:
@@ -195,7 +195,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         message = error.detail if isinstance(error, HTTPException) else "The catalog failed; its log says how."
         kind = "server_error" if status >= 500 else "invalid_request_error"
         return JSONResponse(
-            {"error": {"message": message[:SAID], "type": kind}}, status, getattr(error, "headers", None)
+            {"error": {"message": message[:MESSAGE_LIMIT], "type": kind}}, status, getattr(error, "headers", None)
         )
 
     return Starlette(

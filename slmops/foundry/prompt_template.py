@@ -32,9 +32,9 @@ from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 
 PLACEHOLDER = "{Content}"
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 Shape = tuple[str, ...]  # the roles of a conversation
-Renderings = dict[Shape, list[tuple[list[Message], str]]]
+Renderings = dict[Shape, list[tuple[list[ChatMessage], str]]]
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TURNS: Shape = ("user", "assistant", "user", "assistant", "user")
@@ -96,7 +96,7 @@ def load(folder: Path) -> ChatTemplate | None:
 
 def render(
     template: ChatTemplate,
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     add_generation_prompt: bool = True,
     *,
     now: datetime | None = None,
@@ -225,7 +225,7 @@ class Derived(Frozen):
     reason: str | None = Field(description="What differs, is refused or changed, and why; None: nothing.")
 
 
-def fill(prompt_template: Mapping[str, str], messages: Sequence[Message]) -> str | None:
+def fill(prompt_template: Mapping[str, str], messages: Sequence[ChatMessage]) -> str | None:
     """Render a conversation with a PromptTemplate: each message through its role's string, the last question
     through ``prompt``. None if a role has no string.
     """
@@ -338,7 +338,7 @@ class _Probe:
         return next((end for end in ends if following.startswith(end)), "")
 
 
-def _conversation(shape: Shape, contents: Sequence[str]) -> list[Message]:
+def _conversation(shape: Shape, contents: Sequence[str]) -> list[ChatMessage]:
     return [{"role": role, "content": content} for role, content in zip(shape, contents, strict=False)]
 
 
@@ -348,7 +348,7 @@ def _equal(strings: Mapping[str, str], renderings: Renderings) -> set[Shape]:
     }
 
 
-def _cause(strings: Mapping[str, str], pairs: Sequence[tuple[Sequence[Message], str]]) -> tuple[str, str]:
+def _cause(strings: Mapping[str, str], pairs: Sequence[tuple[Sequence[ChatMessage], str]]) -> tuple[str, str]:
     filled = [(text, fill(strings, messages)) for messages, text in pairs]
     text, got = next((text, got) for text, got in filled if text != got)
     if got is None:

@@ -16,7 +16,7 @@ from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 600
+REGISTER_TIMEOUT_S = 600
 
 
 def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
@@ -39,16 +39,16 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
             cli.confirm(layout.model_name(name, variant.name), models)
             result, _ = children.call(
                 "slmops.foundry.register_worker",
-                register_worker.Request(
+                register_worker.RegisterRequest(
                     home=settings.foundry,
                     folder=folder,
                     foundry_id=foundry_id,
                     display_name=f"{name} {variant.name}",
                 ),
-                register_worker.Result,
+                register_worker.RegisterResult,
                 work=settings.work(name) / f"{variant.name}-register",
                 log=settings.logs / name / f"{variant.name}.register.log",
-                timeout_s=TIMEOUT_S,
+                timeout_s=REGISTER_TIMEOUT_S,
                 error=RegistrationError,
             )
         except SlmopsError:

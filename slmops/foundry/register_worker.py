@@ -13,7 +13,7 @@ PROMPTS = ("What is the capital of France?", "Say hello.", "Count from one to te
 MAX_TOKENS = 24
 
 
-class Request(Frozen):
+class RegisterRequest(Frozen):
     """A folder in Foundry's layout and the id that it shall have."""
 
     home: Path
@@ -22,13 +22,13 @@ class Request(Frozen):
     display_name: str
 
 
-class Result(Frozen):
+class RegisterResult(Frozen):
     """What the registered model said."""
 
     answer: str
 
 
-def handle(request: Request) -> Result:
+def handle(request: RegisterRequest) -> RegisterResult:
     """Register, list, load, ask. A model that fails is taken out of the catalog again.
 
     Raises:
@@ -56,7 +56,7 @@ def handle(request: Request) -> Result:
         if isinstance(error, RegistrationError):
             raise
         raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
-    return Result(answer=reply.text)
+    return RegisterResult(answer=reply.text)
 
 
 def _ids(catalog: Any) -> set[str]:
@@ -80,4 +80,4 @@ def forget(catalog: Any, foundry_id: str) -> None:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(RegisterRequest, handle)

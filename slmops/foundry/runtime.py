@@ -18,7 +18,7 @@ NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 
 
 @dataclass(frozen=True)
-class Reply:
+class TimedReply:
     """One answered request.
 
     Attributes:
@@ -89,7 +89,7 @@ def registered(home: Path, foundry_id: str) -> Any:
     return model
 
 
-def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply:
+def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> TimedReply:
     """Send one conversation in a session of its own, greedily, and take the times as the text streams in."""
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
@@ -112,7 +112,7 @@ def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Reply
             with stream.final_response as final:
                 usage = final.get_usage()
                 reason = final.finish_reason.name.lower()
-    return Reply(
+    return TimedReply(
         text="".join(pieces),
         finish_reason=reason,
         prompt_tokens=usage.prompt_tokens,

@@ -23,15 +23,16 @@ from slmops.core.errors import ServingError, SlmopsError
 from slmops.core.values import Frozen
 from slmops.foundry.layout import PUBLISHER
 from slmops.processes import child
+from slmops.processes.daemon import HOST
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
-SAID = 4000
+
+START_MESSAGE_LIMIT = 4000
 """Characters of an error's message at most, so that the line fits a pipe."""
 
 
-class Request(Frozen):
+class ServiceRequest(Frozen):
     """A version on this device, and where its process may write."""
 
     foundry_id: str
@@ -40,7 +41,7 @@ class Request(Frozen):
     logs: Path
 
 
-class Answer(Frozen):
+class ServiceStart(Frozen):
     """The one line on standard output: where the service listens, or the error that there was instead."""
 
     url: str = ""
@@ -59,11 +60,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         started = time.monotonic()
-        manager = serve(Request.model_validate_json(sys.argv[1]))
-        answer = Answer(url=manager.urls[0], seconds=time.monotonic() - started)
+        manager = serve(ServiceRequest.model_validate_json(sys.argv[1]))
+        answer = ServiceStart(url=manager.urls[0], seconds=time.monotonic() - started)
     except SlmopsError as error:
         traceback.print_exc()
-        answer = Answer(error=type(error).__name__, message=error.message[:SAID], fix=error.fix)
+        answer = ServiceStart(error=type(error).__name__, message=error.message[:START_MESSAGE_LIMIT], fix=error.fix)
     except BaseException:
         traceback.print_exc()
         _leave(1)
@@ -74,7 +75,7 @@ def main() -> None:
     threading.Event().wait()
 
 
-def serve(request: Request) -> Any:
+def serve(request: ServiceRequest) -> Any:
     """Load the version and start the web service.
 
     Returns:
@@ -114,7 +115,7 @@ def serve(request: Request) -> Any:
     return manager
 
 
-def _cache(request: Request) -> Path:
+def _cache(request: ServiceRequest) -> Path:
     """A model cache with this version alone in it."""
     cache = request.scratch / "models"
     link = cache / PUBLISHER / request.folder.name
@@ -126,7 +127,7 @@ def _cache(request: Request) -> Path:
     return cache
 
 
-def _offer(request: Request) -> int:
+def _offer(request: ServiceRequest) -> int:
     """Start the catalog in a thread and return its port."""
     import uvicorn
 

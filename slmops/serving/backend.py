@@ -24,7 +24,7 @@ from slmops.core.errors import PrerequisiteError, ServingError
 from slmops.core.files import remove_scratch
 from slmops.core.settings import Settings
 from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
-from slmops.foundry.service_worker import Answer, Request
+from slmops.foundry.service_worker import ServiceRequest, ServiceStart
 from slmops.foundry.versions import Installed
 from slmops.processes import children
 
@@ -78,7 +78,7 @@ class Backend:
         scratches = settings.deployed / "serving" / installed.name
         remove_scratch(scratches)
         scratch = scratches / f".{installed.version}-{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
-        request = Request(
+        request = ServiceRequest(
             foundry_id=installed.foundry_id,
             folder=installed.folder,
             scratch=scratch,
@@ -188,7 +188,7 @@ class Backend:
         return ServingError(f"{self.installed.foundry_id} failed its smoke test: asked {prompt!r}, it gave {got}.")
 
 
-async def _spawn(request: Request, log: Path) -> asyncio.subprocess.Process:
+async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Process:
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_name(f"{log.name}.1"))
@@ -219,7 +219,7 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
             f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}", f"Its log: {log}"
         ) from error
     try:
-        answer = Answer.model_validate_json(line)
+        answer = ServiceStart.model_validate_json(line)
     except ValidationError as error:
         ended = children.died(await child.wait()) if not line else "The process announces nothing"
         said = children.last_words(log)

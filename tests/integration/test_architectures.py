@@ -68,12 +68,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-def export(olive: Run, name: str, job: Job, checkpoint: Checkpoint, work: Path) -> verify_worker.Result:
+def export(olive: Run, name: str, job: Job, checkpoint: Checkpoint, work: Path) -> verify_worker.VerifyResult:
     """Convert and check as :func:`slmops.conversion.convert.convert` does, in this process."""
     recipe = making.recipe(name, job, checkpoint)
     olive(conversion._complete(recipe, checkpoint, job, work, work / "model"))
     return verify_worker.handle(
-        verify_worker.Request(
+        verify_worker.VerifyRequest(
             folder=work / "model",
             recipe=recipe,
             checkpoint=checkpoint,

@@ -220,7 +220,7 @@ def test_failing_command(foundry: Path, models: Path, command: str) -> None:
 
 def test_command_that_hangs(foundry: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (foundry / "foundry").write_text(f"#!{sys.executable} -S\nimport time\ntime.sleep(60)\n", encoding="utf-8")
-    monkeypatch.setattr(cli, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cli, "COMMAND_TIMEOUT_S", 0.2)
     with pytest.raises(RegistrationError, match=r"`foundry cache location` took longer than 0\.2 s"):
         cli.confirm(CALLED, models)
 
@@ -330,7 +330,7 @@ def test_a_command_that_fails_when_asked(foundry: Path, models: Path, command: s
 def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(foundry, **WAYS[way], delay=60)
     hold(models, f"{CALLED}-1")
-    monkeypatch.setattr(cli, "ANSWER_S", 0.5)
+    monkeypatch.setattr(cli, "ANSWER_TIMEOUT_S", 0.5)
     with pytest.raises(RegistrationError, match=f"`foundry model run {CALLED}.*` took longer than 0.5 s"):
         cli.ask(CALLED, models, "Hello?")
     assert location(foundry) == "/home/jo/.foundry/cache/models"

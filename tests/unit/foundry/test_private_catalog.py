@@ -242,7 +242,7 @@ def test_a_length_that_is_none(announced: bytes) -> None:
 
 
 def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private_catalog, "BODY_S", 0.05)
+    monkeypatch.setattr(private_catalog, "BODY_TIMEOUT_S", 0.05)
     exchange = ask([piece(1)])
     assert exchange.status == 408
 

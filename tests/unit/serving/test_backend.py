@@ -284,7 +284,7 @@ def test_a_smoke_test_of_nobody(tmp_path: Path) -> None:
 def test_a_cache_of_its_own_where_there_are_links(
     installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = service_worker.Request(
+    request = service_worker.ServiceRequest(
         foundry_id="x:1", folder=installed.folder, scratch=tmp_path / "scratch", logs=tmp_path
     )
     cache = service_worker._cache(request)

@@ -2,8 +2,9 @@
 
     python deployments/register.py [FILE]
 
-What somebody has set on the Prefect page stays: parameters, schedules, and which triggers are switched on, all of which
-`prefect deploy` by itself would put back. If nothing of slmops has changed since the last time, nothing is touched.
+What somebody has set on the Prefect page stays: parameters, schedules, and which triggers are switched on.
+`prefect deploy` by itself would reset all of that. If nothing of slmops has changed since the last time, nothing is
+touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.events.schemas.automations import Automation
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,23 @@ async def create_pool(client: PrefectClient, name: str) -> None:
         await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
 
 
+async def registered(client: PrefectClient, names: list[str]) -> dict[str, DeploymentResponse]:
+    """Those of our deployments that are there.
+
+    Our flows are called as their deployments are. A deployment of the same name for another flow is somebody else's.
+    """
+    found = {}
+    for name in names:
+        with contextlib.suppress(ObjectNotFound):
+            found[name] = await client.read_deployment_by_name(f"{name}/{name}")
+    return found
+
+
+async def triggers(client: PrefectClient, deployment: DeploymentResponse) -> list[Automation]:
+    """What starts a deployment when an event happens."""
+    return await client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
+
+
 async def restore(client: PrefectClient, before: DeploymentResponse, now: DeploymentResponse) -> None:
     """Give a deployment the parameters and schedules that it had."""
     known = {schedule.slug for schedule in before.schedules}
@@ -55,30 +74,30 @@ async def restore(client: PrefectClient, before: DeploymentResponse, now: Deploy
 async def main(file: Path) -> int:
     """Register what is new or changed; returns the exit status."""
     defined = yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]
+    names = [one["name"] for one in defined]
     version = version_of(file)
-
     async with get_client() as client:
-
-        async def registered() -> dict[str, DeploymentResponse]:
-            names = {one["name"] for one in defined}
-            return {one.name: one for one in await client.read_deployments() if one.name in names}
-
         for pool in {one["work_pool"]["name"] for one in defined}:
             await create_pool(client, pool)
-        before = await registered()
-        if len(before) == len(defined) and all(one.version == version for one in before.values()):
+        before = await registered(client, names)
+        if len(before) == len(names) and all(one.version == version for one in before.values()):
             return 0
-        switched_on = {one.name for one in await client.read_automations() if one.enabled}
+        switched_on = {
+            (name, trigger.name)
+            for name, one in before.items()
+            for trigger in await triggers(client, one)
+            if trigger.enabled
+        }
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         env = {**os.environ, "SLMOPS_DEPLOYMENTS": version}
         status = subprocess.run(deploy, cwd=file.parents[1], env=env, check=False).returncode
-        now = await registered()
+        now = await registered(client, names)
         for name in before.keys() & now.keys():
             await restore(client, before[name], now[name])
-        for automation in await client.read_automations():
-            if automation.name in switched_on and not automation.enabled:
-                await client.resume_automation(automation.id)
-        return status if len(now) == len(defined) else 1
+            for trigger in await triggers(client, now[name]):
+                if (name, trigger.name) in switched_on and not trigger.enabled:
+                    await client.resume_automation(trigger.id)
+        return status if len(now) == len(names) else 1
 
 
 if __name__ == "__main__":

@@ -8,15 +8,18 @@ from prefect import flow
 
 from slmops.core.settings import Settings
 from slmops.local import stack
-from slmops.training.values import News
+from slmops.training.values import News, Retrain
 from tasks.news import tell_of_data, tell_of_versions
+from tasks.train import fetch_data
 
 log = logging.getLogger("slmops.news")
 
 
 @flow(name="look-for-news", flow_run_name="look for news of {request.name}", persist_result=False)
 def look_for_news(request: News) -> list[str]:
-    """Emit an event for each thing that is new since the last look; what is there at the first look is not new.
+    """Emit an event for new training data and for each new version; what is there at the first look is not new.
+
+    Data are new until a retraining has used them.
 
     Returns:
         The resources that the events are about: slmops.data.NAME and slmops.version.NAME.NUMBER.
@@ -28,6 +31,7 @@ def look_for_news(request: News) -> list[str]:
     uri = stack.tracking_uri(settings)
     told = tell_of_versions(request, uri)
     if request.data is not None:
-        told += tell_of_data(request, settings, uri)
+        asked = Retrain(model="-", data=request.data, evaluation_set=request.evaluation_set, name=request.name)
+        told += tell_of_data(request, fetch_data(asked, settings, uri), uri)
     log.info("new: %s", ", ".join(told) or "nothing")
     return told

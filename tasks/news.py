@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.variables import Variable
 
-from slmops.core.settings import Settings
 from slmops.tracking.registry import Registry
-from slmops.training import data, sources
-from slmops.training.values import News, Retrain
-from tasks.track import tracking_task
-from tasks.train import fetch_data
+from slmops.tracking.training import TrainingTracker
+from slmops.training import data
+from slmops.training.sources import Fetched
+from slmops.training.news import Seen
+from slmops.training.values import News
+from tasks.stage import stage
 
 NEW_DATA, NEW_VERSION = "slmops.data.new", "slmops.version.new"
 
 
-@task(name="tell of data", task_run_name="tell of data of {request.name}", cache_policy=NO_CACHE)
-def tell_of_data(request: News, settings: Settings, uri: str) -> list[str]:
-    """Emit an event if the training items differ from those of the last look."""
-    asked = Retrain(model="-", data=request.data or "", evaluation_set=request.evaluation_set, name=request.name)
-    digest = data.digest(fetch_data.fn(asked, settings, uri))
-    seen = _seen(request.name)
+@stage("tell of data of {request.name}", tracking=True)
+def tell_of_data(request: News, fetched: Fetched, uri: str) -> list[str]:
+    """Emit an event if no retraining has used the training items yet."""
+    digest = data.digest(fetched)
+    seen, is_told = _seen(request.name).look_at_data(digest, TrainingTracker(uri).last_data(request.name), time.time())
     resource = f"slmops.data.{request.name}"
-    is_new = seen.get("data", digest) != digest
-    if is_new:
+    if is_told:
         emit_event(
             NEW_DATA,
             {"prefect.resource.id": resource, "prefect.resource.name": request.name},
-            payload={"name": request.name, "data": sources.public(asked.data), "digest": digest},
+            payload={"name": request.name, "data": fetched.source, "digest": digest},
         )
-    _remember(request.name, {**seen, "data": digest})  # last: a look that breaks tells of it once more
-    return [resource] if is_new else []
+    _remember(request.name, seen)  # last: a look that breaks tells of it once more
+    return [resource] if is_told else []
 
 
-@tracking_task(name="tell of versions", task_run_name="tell of versions of {request.name}")
+@stage("tell of versions of {request.name}", tracking=True)
 def tell_of_versions(request: News, uri: str) -> list[str]:
     """Emit an event for each version with a higher number than any of the last look."""
-    versions = Registry(uri).versions(request.name)
-    newest = max((version.version for version in versions), default=0)
+    versions = sorted(Registry(uri).versions(request.name), key=lambda one: one.version)
+    newest = versions[-1].version if versions else 0
     seen = _seen(request.name)
+    last = newest if seen.version is None else seen.version
     told = []
-    for version in sorted(versions, key=lambda one: one.version):
-        if version.version > seen.get("version", newest):
+    for version in versions:
+        if version.version > last:
             resource = f"slmops.version.{request.name}.{version.version}"
             emit_event(
                 NEW_VERSION,
@@ -53,19 +51,18 @@ def tell_of_versions(request: News, uri: str) -> list[str]:
                 payload={"name": version.name, "version": version.version, "variant": version.variant},
             )
             told.append(resource)
-    _remember(request.name, {**seen, "version": newest})
+    _remember(request.name, seen.model_copy(update={"version": newest}))
     return told
 
 
-def _seen(name: str) -> dict[str, Any]:
-    found: Any = Variable.get(_variable(name), {})
-    return found if isinstance(found, dict) else {}
+def _seen(name: str) -> Seen:
+    return Seen.model_validate(Variable.get(_variable(name), {}))
 
 
-def _remember(name: str, seen: dict[str, Any]) -> None:
-    Variable.set(_variable(name), seen, overwrite=True)
+def _remember(name: str, seen: Seen) -> None:
+    Variable.set(_variable(name), seen.model_dump(exclude_none=True), overwrite=True)
 
 
 def _variable(name: str) -> str:
-    """Prefect's names of variables take no upper case and no dashes; a lower-case word spells the rest."""
+    """Prefect's names of variables take neither upper case nor dashes; a lower-case word spells the rest."""
     return "slmops_seen_" + "".join(c if c.isdigit() or c.islower() else f"_{ord(c)}_" for c in name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from prefect import pause_flow_run, task
+from prefect import pause_flow_run
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
@@ -16,7 +15,7 @@ from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
-from tasks.track import tracking_task
+from tasks.stage import stage
 
 
 class Approval(RunInput):
@@ -26,7 +25,7 @@ class Approval(RunInput):
     comment: str = ""
 
 
-@tracking_task(name="judge", task_run_name="judge the challenger")
+@stage("judge the challenger", tracking=True)
 def judge_challenger(uri: str, request: Promotion) -> Decision:
     """The version that was asked for, and the job's gates against the champion of now."""
     registry, tracker = Registry(uri), Tracker(uri)
@@ -34,13 +33,13 @@ def judge_challenger(uri: str, request: Promotion) -> Decision:
     return promotion.judge(tracker, challenger, registry.champion(request.name))
 
 
-@task(name="check files", task_run_name="check the files of version {version.version}", cache_policy=NO_CACHE)
+@stage("check the files of version {version.version}")
 def check_files(uri: str, version: ModelVersion, settings: Settings) -> Installed:
     """Fetch it as a device would: each SHA-256, registered in Foundry Local, and it answers."""
     return pull.install(version, settings, uri)
 
 
-@tracking_task(name="find previous", task_run_name="find previous")
+@stage(tracking=True)
 def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
     """The champion, and what to go back to.
 
@@ -56,7 +55,7 @@ def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
     return champion, previous
 
 
-@task(name="move aliases", task_run_name="version {version.version} becomes the champion", cache_policy=NO_CACHE)
+@stage("version {version.version} becomes the champion")
 def move_aliases(
     uri: str,
     version: ModelVersion,

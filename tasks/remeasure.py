@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from slmops.core import machine
 from slmops.core.errors import UsageError
@@ -20,10 +18,10 @@ from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
-from tasks.track import tracking_task
+from tasks.stage import stage
 
 
-@tracking_task(name="find version", task_run_name="find version")
+@stage(tracking=True)
 def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
     """The version that an alias or a number names; the champion without one.
 
@@ -39,20 +37,20 @@ def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
     return champion
 
 
-@tracking_task(name="find record", task_run_name="find record of version {version.version}")
+@stage("find record of version {version.version}", tracking=True)
 def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
     """What its evaluation recorded of it, with copies in ``folder`` of what it was measured with."""
     folder.mkdir(parents=True, exist_ok=True)
     return Tracker(uri).recorded(version.run_id, folder)
 
 
-@task(name="measure speed again", task_run_name="measure speed again", cache_policy=NO_CACHE)
+@stage("measure speed again")
 def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
     """Speed and memory, each round in a fresh process."""
     return remeasurement.measure_speed(place, recorded, name, settings)
 
 
-@task(name="measure perplexity again", task_run_name="measure perplexity again", cache_policy=NO_CACHE)
+@stage("measure perplexity again")
 def measure_perplexity(
     place: Place, text: str, recorded: Recorded, name: str, settings: Settings
 ) -> dict[str, Measurement]:
@@ -60,7 +58,7 @@ def measure_perplexity(
     return remeasurement.measure_perplexity(place, text, recorded, name, settings)
 
 
-@task(name="ask again", task_run_name="ask again", cache_policy=NO_CACHE)
+@stage("ask again")
 def ask_questions(
     place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
 ) -> tuple[Answer, ...]:
@@ -68,7 +66,7 @@ def ask_questions(
     return remeasurement.ask_questions(place, questions, recorded, name, settings)
 
 
-@tracking_task(name="track remeasurement", task_run_name="track remeasurement")
+@stage(tracking=True)
 def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_run: str) -> tuple[Remeasured, str]:
     """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
     tracker = Tracker(uri)

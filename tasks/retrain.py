@@ -7,9 +7,7 @@ import logging
 from pathlib import Path
 from typing import get_args
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from slmops.core.errors import ServingError
 from slmops.core.job import Precision
@@ -26,18 +24,18 @@ from slmops.tracking.training import TrainingTracker
 from slmops.training import outcome, report
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
 from tasks.show import key
-from tasks.track import tracking_task
+from tasks.stage import stage
 
 log = logging.getLogger("slmops.retrain")
 
 
-@tracking_task(name="look for news", task_run_name="look for news")
+@stage("look for news", tracking=True)
 def find_last(uri: str, name: str, input_digest: str) -> Retrained | None:
     """The last retraining, if it had the same input."""
     return TrainingTracker(uri).last(name, input_digest)
 
 
-@tracking_task(name="start tracking", task_run_name="start tracking")
+@stage(tracking=True)
 def start_tracking(
     uri: str, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str
 ) -> str:
@@ -45,7 +43,7 @@ def start_tracking(
     return TrainingTracker(uri).start(name, request, checkpoint, input_digest, flow_run)
 
 
-@tracking_task(name="look at the champion", task_run_name="look at the champion")
+@stage("look at the champion", tracking=True)
 def find_outdated_champion(
     uri: str, name: str, data: TrainingData, request: Retrain, settings: Settings
 ) -> ModelVersion | None:
@@ -66,37 +64,37 @@ def find_outdated_champion(
     return champion if Tracker(uri).conditions(champion.run_id) != conditions else None
 
 
-@tracking_task(name="track data", task_run_name="track data")
+@stage(tracking=True)
 def track_data(uri: str, run_id: str, data: TrainingData) -> None:
     """Log what is trained on."""
     TrainingTracker(uri).log_data(run_id, data, report.markdown(data))
 
 
-@tracking_task(name="track training", task_run_name="track training")
+@stage(tracking=True)
 def track_training(uri: str, run_id: str, finetuned: Finetuned, worker_log: Path) -> None:
     """Log curves, figures and adapter."""
     TrainingTracker(uri).log_training(run_id, finetuned, worker_log)
 
 
-@tracking_task(name="track accuracy", task_run_name="track accuracy")
+@stage(tracking=True)
 def track_accuracy(uri: str, run_id: str, accuracy: dict[str, Measurement]) -> None:
     """Log what the checkpoints answered, before anything is decided."""
     TrainingTracker(uri).log_figures(run_id, {f"accuracy_{label}": one.value for label, one in accuracy.items()})
 
 
-@tracking_task(name="link", task_run_name="link the job with its data")
+@stage("link the job with its data", tracking=True)
 def link(uri: str, run_id: str, comparison: Comparison) -> None:
     """Have the job and its versions name this retraining."""
     TrainingTracker(uri).link(run_id, comparison)
 
 
-@tracking_task(name="finish tracking", task_run_name="finish tracking")
+@stage(tracking=True)
 def finish_tracking(uri: str, result: Retrained) -> None:
     """Close the run with its outcome."""
     TrainingTracker(uri).finish(result)
 
 
-@task(name="switch service", task_run_name="switch the service to version {version.version}", cache_policy=NO_CACHE)
+@stage("switch the service to version {version.version}")
 def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
     """Have the service of this machine serve the new champion; returns its address, None if there is no service.
 
@@ -116,7 +114,7 @@ def switch_service(version: ModelVersion, request: Retrain, settings: Settings, 
     return url
 
 
-@task(name="watch service", task_run_name="watch version {version.version}", cache_policy=NO_CACHE)
+@stage("watch version {version.version}")
 def watch_service(
     url: str,
     version: ModelVersion,
@@ -132,13 +130,13 @@ def watch_service(
     return watched
 
 
-@tracking_task(name="roll back", task_run_name="roll back version {version.version}")
+@stage("roll back version {version.version}", tracking=True)
 def roll_back(uri: str, version: ModelVersion, reason: str) -> ModelVersion | None:
     """Take the promotion back; returns the champion now, None if there was none before."""
     return Registry(uri).withdraw(version, reason)
 
 
-@task(name="switch back", task_run_name="switch back to version {version.version}", cache_policy=NO_CACHE)
+@stage("switch back to version {version.version}")
 def switch_back(url: str, version: ModelVersion, uri: str) -> None:
     """Wait until the service serves what it served before; if it does not, say so, for there is no more to be done."""
     registry = Registry(uri)

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from slmops.core.settings import Settings
 from slmops.core.values import to_name
 from slmops.evaluation import soak
 from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.tracking.tracker import Tracker
-from tasks.track import tracking_task
+from tasks.stage import stage
 
 
-@tracking_task(name="find variant", task_run_name="find variant")
+@stage(tracking=True)
 def find_variant(uri: str, request: Soak) -> Target:
     """The variant of the latest comparison."""
     return soak.find(Tracker(uri).latest(request.name), request.variant)
 
 
-@task(name="soak", task_run_name="soak {target.variant}", cache_policy=NO_CACHE)
+@stage("soak {target.variant}")
 def soak_variant(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
     """All requests, in one fresh process."""
     return soak.measure(target, request, home, settings)
 
 
-@tracking_task(name="track soak", task_run_name="track soak")
+@stage(tracking=True)
 def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> tuple[SoakResult, str]:
     """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
     tracker = Tracker(uri)

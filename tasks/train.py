@@ -10,9 +10,7 @@ from queue import Queue
 from uuid import UUID
 
 import httpx
-from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
@@ -26,6 +24,7 @@ from slmops.training import answers, data, finetune, report, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.show import key
+from tasks.stage import stage
 
 log = logging.getLogger("slmops.train")
 
@@ -33,7 +32,7 @@ LAST_S = 30.0
 """How long the end of a training waits for its last points to be told."""
 
 
-@task(name="fetch data", task_run_name="fetch data", cache_policy=NO_CACHE)
+@stage()
 def fetch_data(request: Retrain, settings: Settings, uri: str) -> Fetched:
     """The training items and the evaluation set, wherever they are."""
     return sources.fetch(
@@ -41,7 +40,7 @@ def fetch_data(request: Retrain, settings: Settings, uri: str) -> Fetched:
     )
 
 
-@task(name="check data", task_run_name="check data", cache_policy=NO_CACHE)
+@stage()
 def check_data(
     fetched: Fetched, request: Retrain, checkpoint: Checkpoint, name: str, settings: Settings
 ) -> TrainingData:
@@ -52,7 +51,7 @@ def check_data(
     return prepared
 
 
-@task(name="fine-tune", task_run_name="fine-tune", cache_policy=NO_CACHE)
+@stage("fine-tune")
 def finetune_model(
     checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
 ) -> Finetuned:
@@ -77,7 +76,7 @@ def done(point: LossPoint, request: Retrain) -> float:
     return min(1.0, point.seconds / (60 * minutes) if minutes else point.epoch / request.training.epochs)
 
 
-@task(name="answer", task_run_name="answers of the {label} model", cache_policy=NO_CACHE)
+@stage("answers of the {label} model")
 def answer(
     folder: Checkpoint | Finetuned, prepared: TrainingData, request: Retrain, label: str, name: str, settings: Settings
 ) -> Measurement:

@@ -297,7 +297,7 @@ def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) 
         "PREFECT_WORKER_WEBSERVER_HOST": HOST,
         "PREFECT_WORKER_WEBSERVER_PORT": str(port),
     }
-    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
     return [*command, "--install-policy", "never", "--with-healthcheck"], env
 
 

@@ -53,6 +53,12 @@ class TrainingTracker:
                 return None
             return Retrained.model_validate_json(text_of(self._client, ended[0].info.run_id, RESULT))
 
+    def last_data(self, name: str) -> str | None:
+        """Digest of the training items of the model's last retraining that came to an end."""
+        with self._talking():
+            ended = [run for run in self._runs(name) if run.data.tags.get("slmops.outcome")]
+            return ended[0].data.tags.get(DATA) if ended else None
+
     def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> str:
         """Open the run of a retraining, or again that of an attempt with the same input that was killed.
 

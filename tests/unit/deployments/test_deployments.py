@@ -1,6 +1,7 @@
 """Everything that is deployed, against a snapshot: what users see and have in scripts changes knowingly.
 
-``SNAPSHOT=write python -m pytest tests/unit/test_deployments.py`` renews it; the commit explains the difference.
+``SNAPSHOT=write python -m pytest tests/unit/deployments/test_deployments.py`` renews it; the commit explains the
+difference.
 """
 
 from __future__ import annotations
@@ -16,39 +17,85 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-SNAPSHOT = Path(__file__).with_name("deployments.json")
+SNAPSHOT = Path(__file__).with_name("deployments.txt")
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
 NAMES = [deployment["name"] for deployment in DEPLOYMENTS]
+BOUNDS = {
+    "exclusiveMinimum": "> {}",
+    "minimum": ">= {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "<= {}",
+    "minLength": "length >= {}",
+    "pattern": "matches {}",
+}
 
 
-def flow_of(deployment: dict[str, Any]) -> Any:
+def form(deployment: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema that Prefect makes the form of a deployment's Run button of."""
     module, _, name = deployment["entrypoint"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    schema: dict[str, Any] = getattr(importlib.import_module(module), name).parameters.model_dump()
+    return schema
 
 
-@pytest.fixture(scope="module")
-def shown() -> dict[str, Any]:
-    """Each deployment with the schema that its form is made of."""
-    return {
-        one["name"]: {**one, "schema": flow_of(one).parameters.model_dump(exclude={"definitions"})}
-        | {"definitions": flow_of(one).parameters.definitions}
-        for one in DEPLOYMENTS
-    }
+def validated(deployment: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    module, _, name = deployment["entrypoint"].rpartition(".")
+    valid: dict[str, Any] = getattr(importlib.import_module(module), name).validate_parameters(parameters)
+    return valid
 
 
-def test_nothing_that_is_deployed_has_changed(shown: dict[str, Any]) -> None:
-    text = json.dumps(shown, indent=1, sort_keys=True) + "\n"
+def fields(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each field with its path, those of the models in it included."""
+    for name, field in schema["properties"].items():
+        references = [one["$ref"] for one in (field, *field.get("allOf", ()), *field.get("anyOf", ())) if "$ref" in one]
+        models = [definitions[reference.rpartition("/")[2]] for reference in references]
+        here = f"{path}.{name}"
+        if models and "properties" in models[0]:
+            assert models[0]["additionalProperties"] is False, f"{here} takes misspelt fields"
+            yield from fields(models[0], definitions, here)
+        else:
+            field = {**field, **(models[0] if models else {})}
+            yield here, {**field, "required": name in schema.get("required", ())}
+
+
+def type_of(field: dict[str, Any]) -> str:
+    """A type in a few words: ``array of fp32|int4``, ``integer >= 1 or null``."""
+    if "anyOf" in field:
+        return " or ".join(type_of(one) for one in field["anyOf"])
+    if "enum" in field:
+        return "|".join(map(str, field["enum"]))
+    words = [str(field.get("format") or field["type"])]
+    words += [f"of {type_of(field['items'])}"] if "items" in field else []
+    words += [text.format(field[bound]) for bound, text in BOUNDS.items() if bound in field]
+    return " ".join(words)
+
+
+def lines(deployment: dict[str, Any]) -> Iterator[str]:
+    """A deployment in lines that a person can review: its settings, then each field of its form, without its help."""
+    settings = {key: value for key, value in deployment.items() if key != "name"}
+    settings["work_pool"] = settings["work_pool"]["name"]
+    name = deployment["name"]
+    for key, value in settings.items():
+        for one in value if key in ("schedules", "triggers") else [value]:
+            yield f"{name} {key} = {one if isinstance(one, str) else json.dumps(one, sort_keys=True)}"
+    schema = form(deployment)
+    for path, field in fields(schema, schema["definitions"] or {}, name):
+        default = "required" if field["required"] else f"= {json.dumps(field.get('default'))}"
+        yield f"{path} ({field['title']}): {type_of(field)}, {default}"
+
+
+def test_nothing_that_is_deployed_has_changed() -> None:
+    text = "\n".join(line for deployment in DEPLOYMENTS for line in (*lines(deployment), ""))
     if os.environ.get("SNAPSHOT") == "write":
         SNAPSHOT.write_text(text, encoding="utf-8")
-    assert json.loads(SNAPSHOT.read_text(encoding="utf-8")) == json.loads(text)
+    assert SNAPSHOT.read_text(encoding="utf-8").splitlines() == text.splitlines()
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
 def test_the_form_can_be_filled_in_without_the_manual(deployment: dict[str, Any]) -> None:
-    schema = flow_of(deployment).parameters.model_dump()
-    fields = dict(_fields(schema))
-    assert fields
-    for name, field in fields.items():
+    schema = form(deployment)
+    found = dict(fields(schema, schema["definitions"] or {}, ""))
+    assert found
+    for name, field in found.items():
         assert field.get("title"), name
         assert field.get("description"), f"{name} has no help"
 
@@ -56,7 +103,7 @@ def test_the_form_can_be_filled_in_without_the_manual(deployment: dict[str, Any]
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
 def test_what_is_filled_in_is_valid(deployment: dict[str, Any]) -> None:
     if parameters := deployment.get("parameters"):
-        assert flow_of(deployment).validate_parameters(parameters)
+        assert validated(deployment, parameters)
 
 
 def test_what_starts_by_itself_is_switched_off_at_first() -> None:
@@ -68,25 +115,10 @@ def test_what_starts_by_itself_is_switched_off_at_first() -> None:
     assert not any(trigger["enabled"] for trigger in triggers)
 
 
-def test_what_measures_never_runs_twice_at_once() -> None:
-    limits = {one["name"]: one["concurrency_limit"] for one in DEPLOYMENTS if "measures" in one["tags"]}
-    assert {limit["limit"] for limit in limits.values()} == {1}
-    assert limits["retrain"]["collision_strategy"] == "CANCEL_NEW"
-
-
-def _fields(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The fields of a form, those of the models in it included."""
-    definitions = schema.get("definitions") or {}
-    for name, field in schema["properties"].items():
-        model = next((one for one in _models(field, definitions) if "properties" in one), None)
-        if model is None:
-            yield name, field
-        else:
-            yield from _fields({**model, "definitions": definitions})
-
-
-def _models(field: dict[str, Any], definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    references = [field, *field.get("allOf", []), *field.get("anyOf", [])]
-    for reference in references:
-        if "$ref" in reference:
-            yield definitions[reference["$ref"].rpartition("/")[2]]
+def test_more_workers_do_more_at_once() -> None:
+    """A limit of a deployment holds for all machines together."""
+    limits = {one["name"]: one["concurrency_limit"] for one in DEPLOYMENTS if "concurrency_limit" in one}
+    assert limits == {
+        "retrain": {"limit": 1, "collision_strategy": "ENQUEUE"},  # new data wait for the retraining that is going on
+        "look-for-news": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
+    }

@@ -12,11 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
+from mlflow import MlflowClient
 
 from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import Stack
-from tests import prefect_api, retraining
+from slmops.tracking.training import TrainingTracker
+from slmops.training.data import Fetched, digest
+from slmops.training.values import Retrained
+from tests import prefect_api, retraining, values
 
 pytestmark = pytest.mark.integration
 
@@ -25,6 +29,12 @@ import sys
 from flows.news import look_for_news
 from slmops.training.values import News
 print(look_for_news(News(name="ticket-router", data=sys.argv[1])))
+"""
+# As if half an hour had passed since the last event.
+LATER = """
+from prefect.variables import Variable
+name = "slmops_seen_ticket_45_router"
+Variable.set(name, {**Variable.get(name), "again": 0}, overwrite=True)
 """
 # What Prefect's page does when a switch is flipped.
 SWITCH = """
@@ -79,7 +89,14 @@ def api(env: dict[str, str], running: Stack) -> Iterator[httpx.Client]:
 
 
 def deployments(api: httpx.Client) -> dict[str, Any]:
-    return {one["name"]: one for one in api.post("deployments/filter", json={}).json()}
+    tagged = {"deployments": {"tags": {"all_": ["slmops"]}}}
+    return {one["name"]: one for one in api.post("deployments/filter", json=tagged).json()}
+
+
+def make_older(api: httpx.Client) -> None:
+    """As if slmops had changed since: all are registered anew."""
+    for one in deployments(api).values():
+        assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
 
 
 def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
@@ -101,15 +118,35 @@ def test_what_a_user_has_set_stays(api: httpx.Client, env: dict[str, str]) -> No
     assert api.patch(path, json={"parameters": mine}).status_code == 204
     assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
     assert python(env, "-c", SWITCH, "retrain on new data") == "['retrain on new data']\n"
-    # As if slmops had changed since: all are registered anew.
-    for one in deployments(api).values():
-        assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
+    make_older(api)
     register(env)
     after = deployments(api)["retrain"]
     assert after["version"] != "older"
     assert after["parameters"] == mine
     assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
     assert python(env, "-c", SWITCH, "nothing") == "['retrain on new data']\n"
+
+
+def test_a_limit_of_an_older_version_goes(api: httpx.Client, env: dict[str, str]) -> None:
+    soak = f"deployments/{deployments(api)['soak']['id']}"
+    assert api.patch(soak, json={"concurrency_limit": 1}).status_code == 204
+    make_older(api)
+    register(env)
+    limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in deployments(api).items()}
+    assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
+
+
+def test_a_deployment_of_the_same_name_stays_somebody_elses(api: httpx.Client, env: dict[str, str]) -> None:
+    theirs = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
+    mine = deployments(api)["retrain"]["parameters"]
+    made = api.post("deployments/", json={**theirs, "version": "1", "parameters": {"request": "theirs"}}).json()
+    make_older(api)
+    register(env)
+    assert deployments(api)["retrain"]["parameters"] == mine
+    path = f"deployments/{made['id']}"
+    assert api.get(path).json()["updated"] == made["updated"]
+    assert register(env) == ""  # with theirs there, too, nothing has changed
+    assert api.delete(path).status_code == 204
 
 
 def test_unchanged_ones_are_not_touched(api: httpx.Client, env: dict[str, str]) -> None:
@@ -139,7 +176,25 @@ def test_new_data_start_a_retraining(api: httpx.Client, env: dict[str, str], tmp
     assert run["parameters"] == {
         "request": {"model": "demo", "data": "demo", "name": "ticket-router", "training": {"epochs": 2}}
     }
+    # It is not told every five minutes, but again and again until a retraining has used them.
     assert python(env, "-c", LOOK, str(data)) == "[]\n"
+    python(env, "-c", LATER)
+    assert python(env, "-c", LOOK, str(data)) == "['slmops.data.ticket-router']\n"
+    python(env, "-c", LATER)
+    used(env["SLMOPS_TRACKING_URI"], data)
+    assert python(env, "-c", LOOK, str(data)) == "[]\n"
+
+
+def used(uri: str, data: Path) -> None:
+    """What a retraining on these data leaves in MLflow."""
+    tracker = TrainingTracker(uri)
+    request = retraining.request(Path("x"), data, "ticket-router")
+    run = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
+    items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
+    MlflowClient(uri).set_tag(run, "slmops.data_digest", digest(items))
+    tracker.finish(
+        Retrained(model="ticket-router", outcome="refused", detail="-", input_digest="input", run_id=run, url="-")
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import Stack
 from slmops.tracking.training import TrainingTracker
-from slmops.training.data import Fetched, digest
+from slmops.training.data import digest
+from slmops.training.sources import Fetched
 from slmops.training.values import Retrained
 from tests import prefect_api, retraining, values
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from slmops.training.values import LoraSettings, Retrain
+from tests.training_data import turns, write_lines
 
 WORDS = ("printer", "invoice", "password", "screen", "parcel", "login", "refund", "cable", "update", "contract")
 TRAINING = LoraSettings(
@@ -75,22 +75,12 @@ def spoilt(data: Path) -> Path:
 def write_data(folder: Path, answer: str = "ok", expected: str = "ok") -> Path:
     """A folder with training items that teach ``answer``, and an evaluation set that wants ``expected``."""
     folder.mkdir(parents=True, exist_ok=True)
-    items = [
-        {
-            "messages": [
-                {"role": "user", "content": f"My {one} and {two} broke."},
-                {"role": "assistant", "content": answer},
-            ]
-        }
-        for one in WORDS
-        for two in WORDS[:3]
-        if one != two
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    pairs = [(one, two) for one in WORDS for two in WORDS[:3] if one != two]
+    write_lines(folder / "train.jsonl", [turns(f"My {one} and {two} broke.", answer) for one, two in pairs])
     questions = [
         {"prompt": f"Who repairs the {one}?", "expected": expected, "match": "python", "max_tokens": 4} for one in WORDS
     ]
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    write_lines(folder / "evaluation.jsonl", questions)
     return folder
 
 

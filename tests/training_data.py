@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from slmops.core.settings import Settings
 from slmops.training import sources
 from slmops.training.sources import Fetched
-from slmops.training.values import Retrain
+from slmops.training.values import DataReport, Retrain, TrainingData
 
 HELD_OUT = '{"prompt": "Is it held out?", "expected": "yes"}\n'
 
@@ -35,9 +36,31 @@ def put(folder: Path, evaluation: str = HELD_OUT, **files: list[Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.jsonl").write_text(evaluation)
     for name, items in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
+        write_lines(folder / f"{name}.jsonl", items)
     return folder
 
 
 def pair(question: str, answer: str = "Fine.") -> dict[str, str]:
     return {"prompt": question, "completion": answer}
+
+
+def turns(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_lines(file: Path, items: Iterable[Any]) -> Path:
+    file.write_text("".join(f"{json.dumps(item)}\n" for item in items), encoding="utf-8")
+    return file
+
+
+def checked(folder: Path, **changes: Any) -> TrainingData:
+    """Checked data whose files are in ``folder``, there or not."""
+    names = ("train", "validation", "evaluation")
+    values: dict[str, Any] = {
+        "source": "tickets",
+        "digest": "d" * 64,
+        **{name: folder / f"{name}.jsonl" for name in names},
+        "evaluation_digest": "e" * 64,
+        "report": DataReport(files={}, items=1, evaluation_items=1, dropped=0, problems=()),
+    }
+    return TrainingData(**{**values, **changes})

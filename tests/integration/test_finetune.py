@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,8 +19,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.training import finetune, finetune_worker
 from slmops.training.answers import answer_with_checkpoint
-from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
-from tests import making, retraining, tiny
+from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
+from tests import making, retraining
+from tests.training_data import checked, turns, write_lines
 
 pytestmark = pytest.mark.integration
 
@@ -42,38 +42,19 @@ TRAINING = LoraSettings(
 def training_data(folder: Path, train: Sequence[str], validation: Sequence[str]) -> TrainingData:
     """Conversations that all end in the given answers."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, answers in (("train", train), ("validation", validation)):
-        files[name] = folder / f"{name}.jsonl"
-        items = [
-            [
-                {"role": "user", "content": f"{QUESTIONS[number % len(QUESTIONS)]} {number}"},
-                {"role": "assistant", "content": answer},
-            ]
-            for number, answer in enumerate(answers)
-        ]
-        files[name].write_text("".join(json.dumps({"messages": item}) + "\n" for item in items), encoding="utf-8")
-    return TrainingData(
-        source="here",
-        digest="d" * 64,
-        **files,
-        evaluation=folder / "evaluation.jsonl",
-        evaluation_digest="e" * 64,
-        report=DataReport(files={}, items=len(train), evaluation_items=0, dropped=0, problems=()),
-    )
+    files = {
+        name: write_lines(
+            folder / f"{name}.jsonl",
+            [turns(f"{QUESTIONS[number % len(QUESTIONS)]} {number}", answer) for number, answer in enumerate(answers)],
+        )
+        for name, answers in (("train", train), ("validation", validation))
+    }
+    return checked(folder, **files)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that can learn to end: a fresh one has only zeros for the token that does, which pads, too."""
-    from safetensors.numpy import load_file, save_file
-
-    made = tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny")
-    tensors = load_file(made / "model.safetensors")
-    embeddings = tensors["model.embed_tokens.weight"].copy()
-    embeddings[2] = embeddings[3][::-1]
-    save_file({**tensors, "model.embed_tokens.weight": embeddings}, made / "model.safetensors", {"format": "pt"})
-    return made
+    return retraining.base(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +141,13 @@ def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
 def test_it_answers_what_it_was_taught(
     trained: Finetuned, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
 ) -> None:
-    evaluation = tmp_path / "evaluation.jsonl"
     lines = [
         {"id": "right", "prompt": "Is it snowing?", "expected": "Yes.", "match": "exact", "format": "one_line"},
         {"id": "wrong", "prompt": "A longer question: is it fun to answer it?", "expected": "No", "match": "exact"},
         {"id": "cut", "prompt": "Who?", "expected": "Y", "match": "exact", "max_tokens": 1, "category": "short"},
         {"id": "free", "prompt": "Who?", "match": "python", "expected": "?"},
     ]
-    evaluation.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = write_lines(tmp_path / "evaluation.jsonl", lines)
     matcher = tmp_path / "matcher.py"
     matcher.write_text("def judge(expected, answer):\n    return None\n")
     ask = (evaluation, f"{matcher}:judge", "tiny")

@@ -18,7 +18,7 @@ from slmops.tracking import datasets as tracking_datasets
 from slmops.training import data, examples, report
 from slmops.training.values import LoraSettings, TrainingData
 from tests import tiny, values
-from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, put
+from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, put, turns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,12 +71,7 @@ def test_prepared_files(prepared: TrainingData, home: Settings) -> None:
     }
     assert validation
     assert len(training) + len(validation) == prepared.report.items == 31
-    assert {
-        "messages": [
-            {"role": "user", "content": "My printer and password broke."},
-            {"role": "assistant", "content": "ok"},
-        ]
-    } in training + validation
+    assert turns("My printer and password broke.", "ok") in training + validation
     assert prepared.evaluation_digest == sha256(prepared.evaluation)
     assert not home.work("tiny").joinpath("data").exists()
 

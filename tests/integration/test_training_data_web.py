@@ -26,8 +26,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(home=tmp_path_factory.mktemp("home"))
 
 
+ANSWERS: dict[str, tuple[int, str, dict[str, str]]] = {
+    "/good.jsonl": (200, ITEM, {}),
+    "/page.jsonl": (200, "<html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"}),
+    "/moved.jsonl": (302, "", {"Location": "/good.jsonl"}),
+    "/round.jsonl": (302, "", {"Location": "/round.jsonl"}),
+    "/elsewhere.jsonl": (302, "", {"Location": "file:///etc/hostname"}),
+    "/forbidden.jsonl": (403, "", {}),
+    "/short.jsonl": (200, ITEM, {"Content-Length": "1000", "Connection": "close"}),
+}
+
+
 class Server(ThreadingHTTPServer):
     """A web server that does what the path says."""
+
+    over = threading.Event()
 
     def handle_error(self, *_: Any) -> None:
         """The client hangs up in some tests."""
@@ -37,69 +50,40 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        getattr(self, f"_{urlsplit(self.path).path.strip('/').partition('.')[0]}", self._absent)()
+        path = urlsplit(self.path).path
+        match path:
+            case "/silent.jsonl":
+                Server.over.wait(60)
+            case "/large.jsonl":
+                self._begin(200, {"Transfer-Encoding": "chunked"})
+                while True:
+                    self.wfile.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            case "/slow.jsonl":
+                self._begin(200, {"Content-Length": "1000000"})
+                while not Server.over.wait(0.02):
+                    self.wfile.write(b"x")
+            case _:
+                status, body, headers = ANSWERS.get(path, (404, "no", {}))
+                self._begin(status, {"Content-Length": str(len(body)), **headers})
+                self.wfile.write(body.encode())
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
 
-    def _say(self, body: bytes, status: int = 200, **headers: str) -> None:
+    def _begin(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
-        self.wfile.write(body)
-
-    def _absent(self) -> None:
-        self._say(b"no", 404)
-
-    def _good(self) -> None:
-        self._say(ITEM.encode())
-
-    def _page(self) -> None:
-        self._say(b"<html>Sign in</html>", Content_Type="text/html; charset=utf-8")
-
-    def _moved(self) -> None:
-        self._say(b"", 302, Location="/good.jsonl")
-
-    def _round(self) -> None:
-        self._say(b"", 302, Location="/round.jsonl")
-
-    def _elsewhere(self) -> None:
-        self._say(b"", 302, Location="file:///etc/hostname")
-
-    def _forbidden(self) -> None:
-        self._say(b"", 403)
-
-    def _large(self) -> None:
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        while True:
-            self.wfile.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
-
-    def _short(self) -> None:
-        self._say(ITEM.encode(), Content_Length="1000")
-        self.close_connection = True
-
-    def _silent(self) -> None:
-        self.server.over.wait(60)  # type: ignore[attr-defined]
-
-    def _slow(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
-        self.end_headers()
-        while not self.server.over.wait(0.02):  # type: ignore[attr-defined]
-            self.wfile.write(b"x")
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     server = Server(("127.0.0.1", 0), Handler)
-    server.over = threading.Event()  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
-    server.over.set()  # type: ignore[attr-defined]
+    Server.over.set()
     server.shutdown()
     server.server_close()
     thread.join()

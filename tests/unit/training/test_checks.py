@@ -35,6 +35,9 @@ def item(*turns: str, system: str | None = None) -> Item:
     return Item.model_validate({"id": "q1", "messages": messages, "expected": "x"})
 
 
+SHORT_TURN = item(NINE, "Shall I order paper?", "Yes please.")
+
+
 def found(train: Sequence[Example], *held_out: Item, threshold: float = 0.8) -> list[tuple[int, str]]:
     return [(problem.line, problem.kind) for problem in checks.leaks(train, held_out, threshold)]
 
@@ -123,26 +126,46 @@ def test_an_exact_leak(text: str) -> None:
     assert problem.detail == "asks the same as evaluation item q1"
 
 
-def test_what_the_system_says_is_no_leak() -> None:
-    assert not found(examples("One thing."), item("Another matter.", system="One thing."))
-
-
-def test_other_sums_are_no_leak() -> None:
-    assert not found(examples("5 - 3?", "5 * 3?", "5 / 3?", "What is 12 + 6?", "Is 3 > 5?"), item("5 + 3?"))
-    assert not found(examples("What is 12 - 5?", "What is 12 + 6?"), item("What is 12 + 5?"))
-    assert not found(examples("Is 3 > 5?"), item("Is 5 > 3?"))
+@pytest.mark.parametrize(
+    ("train", "held_out", "expected"),
+    [
+        (examples("One thing."), item("Another matter.", system="One thing."), []),
+        (examples("5 - 3?", "5 * 3?", "5 / 3?", "What is 12 + 6?", "Is 3 > 5?"), item("5 + 3?"), []),
+        (examples("What is 12 - 5?", "What is 12 + 6?"), item("What is 12 + 5?"), []),
+        (examples("Is 3 > 5?"), item("Is 5 > 3?"), []),
+        (examples("Hello", "Hello you", "you hello", "hello, you there"), item("Hello you!"), [2]),
+        ([example(NINE, "Since when?", "Since Monday.")], item(NINE), [1]),
+        ([example("Good morning", "Yes?", NINE)], item(NINE), [1]),
+        ([example("Can the weather change until tomorrow", "It can.", "Yes, please!")], SHORT_TURN, []),
+        ([example(NINE, "Order some?", "yes, please")], SHORT_TURN, [1]),
+    ],
+    ids=[
+        "a system prompt is not compared",
+        "other operators",
+        "other operands",
+        "another order",
+        "two words",
+        "the first turn",
+        "the last turn",
+        "a short turn after other words",
+        "a short turn after the same words",
+    ],
+)
+def test_leaks(train: list[Example], held_out: Item, expected: list[int]) -> None:
+    assert found(train, held_out) == [(line, "leak") for line in expected]
 
 
 @pytest.mark.parametrize(
-    "text", ["How do I reset my password?", "What is the capital of Spain?", "👍", "日本の首都はどこですか"]
+    ("text", "other"),
+    [
+        ("How do I reset my password?", "How do I reset my screen?"),
+        ("What is the capital of Spain?", "What is the capital of France?"),
+        ("👍", "👎"),
+        ("日本の首都はどこですか", "日本の人口はどこですか"),
+    ],
 )
-def test_short_questions_that_differ_in_a_word_are_none(text: str) -> None:
-    other = {"password": "screen", "Spain": "France", "👍": "👎", "首都": "人口"}
-    changed = text
-    for one, another in other.items():
-        changed = changed.replace(one, another)
-    assert changed != text
-    assert not found(examples(changed), item(text))
+def test_short_questions_that_differ_in_a_word_are_not_leaks(text: str, other: str) -> None:
+    assert not found(examples(other), item(text))
     assert found(examples(text), item(text)) == [(1, "leak")]
 
 
@@ -160,21 +183,6 @@ def test_a_word_more_is_near() -> None:
     for words in range(5, 30):
         question = " ".join(f"w{number}" for number in range(words))
         assert found(examples(f"{question} please"), item(question)) == [(1, "near_leak")], words
-
-
-def test_two_words_are_compared_as_they_are() -> None:
-    assert found(examples("Hello", "Hello you", "you hello", "hello, you there"), item("Hello you!")) == [(2, "leak")]
-
-
-def test_every_turn_of_the_training_counts() -> None:
-    assert found([example(NINE, "Since when?", "Since Monday.")], item(NINE)) == [(1, "leak")]
-    assert found([example("Good morning", "Yes?", NINE)], item(NINE)) == [(1, "leak")]
-
-
-def test_short_turns_count_with_what_was_before() -> None:
-    held_out = item(NINE, "Shall I order paper?", "Yes please.")
-    assert not found([example("Can the weather change until tomorrow", "It can.", "Yes, please!")], held_out)
-    assert found([example(NINE, "Order some?", "yes, please")], held_out) == [(1, "leak")]
 
 
 def test_the_same_set_is_found_whole() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from slmops.core.values import Hardware
 from slmops.training import finetune, finetune_worker
-from slmops.training.values import DataReport, Finetuned, LoraSettings, LossPoint, TrainingData
+from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
+from tests.training_data import checked
 
 VERSIONS = {"torch": "2", "transformers": "5", "peft": "0.1", "accelerate": "1", "mlflow": "3"}
 
@@ -21,16 +22,8 @@ VERSIONS = {"torch": "2", "transformers": "5", "peft": "0.1", "accelerate": "1",
 @pytest.fixture
 def data(tmp_path: Path) -> TrainingData:
     for name in ("train", "validation", "evaluation"):
-        (tmp_path / name).write_text(name)
-    return TrainingData(
-        source="here",
-        digest="d" * 64,
-        train=tmp_path / "train",
-        validation=tmp_path / "validation",
-        evaluation=tmp_path / "evaluation",
-        evaluation_digest="e" * 64,
-        report=DataReport(files={}, items=1, evaluation_items=1, dropped=0, problems=()),
-    )
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    return checked(tmp_path)
 
 
 def key(data: TrainingData, base: str = "b", versions: dict[str, str] | None = None, **changed: Any) -> str:
@@ -49,6 +42,8 @@ def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
     [
         lambda data: key(data, base="c"),
         lambda data: key(data.model_copy(update={"digest": "c" * 64})),
+        lambda data: key(data.model_copy(update={"train": data.evaluation})),
+        lambda data: key(data.model_copy(update={"validation": data.evaluation})),
         lambda data: key(data, seed=1),
         lambda data: key(data, minutes=5.0),
         *(lambda data, name=name: key(data, versions={name: "9"}) for name in finetune.TRAINING_PACKAGES),
@@ -56,13 +51,6 @@ def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
 )
 def test_other_input_has_another_name(data: TrainingData, change: Callable[[TrainingData], str]) -> None:
     assert change(data) != key(data)
-
-
-@pytest.mark.parametrize("part", ["train", "validation"])
-def test_another_split_has_another_name(data: TrainingData, part: str) -> None:
-    before = key(data)
-    getattr(data, part).write_text("other lines")
-    assert key(data) != before
 
 
 def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: TrainingData) -> None:
@@ -102,20 +90,21 @@ def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: Tr
     assert finetune.load(tmp_path) is None
 
 
+POINT = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
+
+
 def test_only_points_are_passed_on() -> None:
-    point = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
     taken: list[LossPoint] = []
     finetune._pass_on("Loading weights: 100%", taken.append)
-    finetune._pass_on(finetune_worker.POINT + point.model_dump_json(), taken.append)
-    assert taken == [point]
+    finetune._pass_on(finetune_worker.POINT + POINT.model_dump_json(), taken.append)
+    assert taken == [POINT]
 
 
-def test_one_who_does_not_take_a_point_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_receiver_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(_: LossPoint) -> None:
         raise ConnectionError("the server is away")
 
-    point = LossPoint(step=3, epoch=0.5, seconds=1.0)
     with caplog.at_level(logging.WARNING):
-        finetune._pass_on(finetune_worker.POINT + point.model_dump_json(), refuse)
+        finetune._pass_on(finetune_worker.POINT + POINT.model_dump_json(), refuse)
         finetune._pass_on(finetune_worker.POINT + "{broken", refuse)
     assert "the server is away" in caplog.text

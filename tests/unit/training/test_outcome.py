@@ -37,9 +37,11 @@ def test_the_same_input_has_the_same_digest_wherever_it_lies(evaluation: Path, t
 
 
 def test_whatever_could_change_the_result_changes_the_digest(evaluation: Path, tmp_path: Path) -> None:
-    one, other = tmp_path / "one.toml", tmp_path / "other.toml"
+    one, other, matcher = (tmp_path / name for name in ("one.toml", "other.toml", "matcher.py"))
     one.write_text('objective = "smallest"')
     other.write_text('objective = "fastest"')
+    matcher.write_text("def same(expected, answer): return True")
+    matched = request(matcher=f"{matcher}:same")
     digests = [
         digest(request(), evaluation),
         digest(request(), evaluation, base="e" * 64),
@@ -50,19 +52,13 @@ def test_whatever_could_change_the_result_changes_the_digest(evaluation: Path, t
         digest(request(policy=other), evaluation),
         digest(request(quick=True), evaluation),
         digest(request(leak_similarity=0.9), evaluation),
+        digest(matched, evaluation),
     ]
+    matcher.write_text("def same(expected, answer): return False")
+    digests.append(digest(matched, evaluation))
     evaluation.write_text('{"prompt": "a", "expected": "c"}\n')
     digests.append(digest(request(), evaluation))
     assert len(set(digests)) == len(digests)
-
-
-def test_a_matcher_counts_by_its_text(evaluation: Path, tmp_path: Path) -> None:
-    matcher = tmp_path / "matcher.py"
-    matcher.write_text("def same(expected, answer): return True")
-    asked = request(matcher=f"{matcher}:same")
-    before = digest(asked, evaluation)
-    matcher.write_text("def same(expected, answer): return False")
-    assert digest(asked, evaluation) != before
 
 
 @pytest.mark.parametrize(("base", "finetuned", "worse"), [(0.5, 0.4, True), (0.5, 0.5, False), (0.0, 0.9, False)])

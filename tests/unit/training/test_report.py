@@ -7,6 +7,7 @@ from typing import Any
 
 from slmops.training import report
 from slmops.training.values import DataProblem, DataReport, TrainingData
+from tests.training_data import checked
 
 
 def data(folder: Path, **changes: Any) -> TrainingData:
@@ -19,15 +20,7 @@ def data(folder: Path, **changes: Any) -> TrainingData:
         "problems": (),
         "tokens": {"min": 20, "p50": 30, "p90": 40, "p99": 50, "max": 60, "total": 300},
     }
-    return TrainingData(
-        source="tickets",
-        digest="d" * 64,
-        train=folder / "train.jsonl",
-        validation=folder / "validation.jsonl",
-        evaluation=folder / "evaluation.jsonl",
-        evaluation_digest="e" * 64,
-        report=DataReport.model_validate({**values, **changes}),
-    )
+    return checked(folder, report=DataReport(**{**values, **changes}))
 
 
 def test_summary(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from slmops.core.settings import Settings
 from slmops.training import data, examples, sources
 from slmops.training.sources import Fetched
 from tests import training_data
-from tests.training_data import HELD_OUT, asked
+from tests.training_data import HELD_OUT, asked, turns
 
 
 def line(number: int) -> str:
@@ -111,11 +111,15 @@ def test_the_demo(settings: Settings, tmp_path: Path, monkeypatch: pytest.Monkey
     assert fetched.evaluation.read_text()
 
 
-def test_without_an_evaluation_set(folder: Path, settings: Settings) -> None:
+@pytest.mark.parametrize("source", ["data/train.jsonl", "runs:/abc/train.jsonl", "mlflow-dataset:x"])
+def test_without_an_evaluation_set(
+    folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.chdir(folder.parent)
     (folder / "evaluation.jsonl").unlink()
-    error = refused(folder, settings)
+    error = refused(source, settings, download=giving(folder, "train.jsonl"), dataset=lambda _: [])
     assert isinstance(error, DataError)
-    assert str(folder) in error.message
+    assert source in error.message
     assert all(name in (error.fix or "") for name in ("--evaluation-set", "evaluation.jsonl", "evaluation.csv"))
 
 
@@ -214,12 +218,6 @@ def test_an_mlflow_file_and_what_is_beside_it(folder: Path, settings: Settings, 
     assert fetched.evaluation.name == "evaluation.csv"
 
 
-def test_an_mlflow_file_without_an_evaluation_set(folder: Path, settings: Settings) -> None:
-    error = refused("runs:/abc/train.jsonl", settings, download=giving(folder, "train.jsonl"))
-    assert isinstance(error, DataError)
-    assert "runs:/abc/train.jsonl" in error.message
-
-
 @pytest.mark.parametrize(
     ("raised", "expected"), [(TrackingError("MLflow is away"), TrackingError), (KeyError("bucket"), DataError)]
 )
@@ -274,10 +272,6 @@ def test_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Setting
     assert one == other
 
 
-def test_an_mlflow_dataset_needs_an_evaluation_set(settings: Settings) -> None:
-    assert "mlflow-dataset:x" in refused("mlflow-dataset:x", settings, dataset=lambda _: []).message
-
-
 def digest_of(settings: Settings, folder: Path, **files: str) -> str:
     folder.mkdir()
     (folder / "evaluation.jsonl").write_text(HELD_OUT)
@@ -289,17 +283,11 @@ def digest_of(settings: Settings, folder: Path, **files: str) -> str:
 def test_the_digest_is_of_the_items_alone(tmp_path: Path, settings: Settings) -> None:
     one = digest_of(settings, tmp_path / "one", train=line(1) + line(2))
     assert len(one) == 64
-    turns = [{"content": "Question 2?", "role": "user"}, {"content": "Answer 2.", "role": "assistant"}]
-    written = json.dumps({"id": "x", "messages": turns}, indent=None, separators=(" , ", " : "))
+    written = json.dumps({"id": "x", **turns("Question 2?", "Answer 2.")}, separators=(" , ", " : "))
     assert digest_of(settings, tmp_path / "two", a=f"\ufeff{line(1)}\r\n", b=f"\n{written}") == one
-
-
-@pytest.mark.parametrize(
-    "text", [line(2) + line(1), line(1), line(1) + line(2) + line(2), line(1) + line(3), line(1) + line(2) + "{"]
-)
-def test_another_digest(tmp_path: Path, settings: Settings, text: str) -> None:
-    one = digest_of(settings, tmp_path / "one", train=line(1) + line(2))
-    assert digest_of(settings, tmp_path / "two", train=text) != one
+    others = line(2) + line(1), line(1), line(1) + line(2) + line(2), line(1) + line(3), line(1) + line(2) + "{"
+    for number, other in enumerate(others):
+        assert digest_of(settings, tmp_path / f"other {number}", train=other) != one
 
 
 def test_ready_data_are_taken_only_if_intact(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ have ``foundry complete MODEL TEXT`` instead, and document ``foundry cache list`
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.core.errors import RegistrationError
+from slmops.core.files import write_atomic
+from slmops.core.locks import exclusive
 
 COMMAND_TIMEOUT_S = 60
 ANSWER_TIMEOUT_S = 600
@@ -97,16 +100,35 @@ def _answer(said: str, *, chat: bool) -> str:
 
 @contextmanager
 def _cache_at(models: Path) -> Iterator[None]:
-    """Have the command work on the cache folder ``models``, and afterwards on the user's own again."""
-    said = _foundry("cache", "location")
-    found = _FOLDER.findall(said)
-    if not found:
-        raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
-    _foundry("cache", "cd", str(models))
+    """Point the command at the cache folder ``models``, and afterwards at the user's own again.
+
+    The command has one cache location for all programs of a user. So one process of ours at a time changes it, and
+    notes the user's own: if that process is killed, the next one goes back to it.
+    """
+    folder = Path.home() / ".foundry"
+    note = folder / "slmops-original-location.json"
+    with exclusive(folder / "slmops.lock", "Foundry's cache location", wait=True):
+        said = _foundry("cache", "location")
+        found = _FOLDER.findall(said)
+        if not found:
+            raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
+        own = _left_behind(note, found[-1]) or found[-1]
+        write_atomic(note, json.dumps({"own": own, "ours": str(models)}))
+        _foundry("cache", "cd", str(models))
+        try:
+            yield
+        finally:
+            _foundry("cache", "cd", own)
+        note.unlink()
+
+
+def _left_behind(note: Path, location: str) -> str | None:
+    """The user's own folder, if a process of ours was killed while the location was ours."""
     try:
-        yield
-    finally:
-        _foundry("cache", "cd", found[-1])
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        return str(noted["own"]) if Path(noted["ours"]) == Path(location) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _help(*command: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "location.txt").write_text("/home/jo/.foundry/cache/models", encoding="utf-8")
     (folder / "said.txt").write_text("Cache directory path: ", encoding="utf-8")
     monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the user's own location is noted
     play(folder)
     return folder
 
@@ -194,6 +196,52 @@ def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, sai
     (foundry / "location.txt").write_text(before, encoding="utf-8")
     assert cli.confirm(CALLED, models) is True
     assert location(foundry) == before
+
+
+ASK = "import sys, pathlib; from slmops.foundry import cli; cli.ask(sys.argv[1], pathlib.Path(sys.argv[2]), 'Hello?')"
+
+
+def wait_for(foundry: Path, call: str) -> None:
+    deadline = time.monotonic() + 20
+    while not ((foundry / "calls.txt").exists() and call in calls(foundry)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path, models: Path) -> None:
+    hold(models, f"{CALLED}-1")
+    play(foundry, delay=60)
+    killed = subprocess.Popen([sys.executable, "-c", ASK, CALLED, str(models)])
+    wait_for(foundry, f"model run {CALLED}")
+    killed.kill()
+    killed.wait()
+    assert location(foundry) == str(models)
+    play(foundry)
+    assert cli.confirm(CALLED, models) is True
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+
+
+def test_a_location_that_the_user_chose_after_a_kill_stays(foundry: Path, models: Path, tmp_path: Path) -> None:
+    hold(models, f"{CALLED}-1")
+    note = tmp_path / ".foundry" / "slmops-original-location.json"
+    note.parent.mkdir()
+    note.write_text(json.dumps({"own": "/long/ago", "ours": str(models)}), encoding="utf-8")
+    assert cli.confirm(CALLED, models) is True
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
+    assert not note.exists()
+
+
+def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, models: Path, tmp_path: Path) -> None:
+    hold(models, f"{CALLED}-1")
+    hold(tmp_path / "other", f"{CALLED}-1")
+    play(foundry, delay=0.5)
+    argv = [sys.executable, "-c", ASK, CALLED, str(models)]
+    with subprocess.Popen(argv) as first:
+        wait_for(foundry, f"cache cd {models}")
+        assert cli.ask(CALLED, tmp_path / "other", "Hello?")
+        first.wait()
+    assert first.returncode == 0
+    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Path) -> None:

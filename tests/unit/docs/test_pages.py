@@ -1,0 +1,49 @@
+"""README and docs: what they link to and name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROWS = [line for page in PAGES for line in page.read_text("utf-8").splitlines() if line.startswith("|")]
+NAMED = {name for row in ROWS for name in re.findall(r"`((?:slmops|flows|tasks)(?:\.\w+)+)`", row)}
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as GitHub spells them in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_modules_that_are_named_exist(name: str) -> None:
+    path, rest = ROOT, name.split(".")
+    while rest and (path / rest[0]).is_dir():
+        path /= rest.pop(0)
+    if rest:
+        path /= f"{rest.pop(0)}.py"
+        assert path.is_file()
+    assert not rest or re.search(rf"^(class )?{rest[0]}\b", path.read_text("utf-8"), re.MULTILINE)
+
+
+def test_commands_of_the_table_exist() -> None:
+    from slmops.cli.command import app
+
+    named = {name for row in ROWS for name in re.findall(r"^\| `slmops ([a-z]+)", row)}
+    assert named
+    assert named <= set(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from slmops.checkpoints import source
+from slmops.checkpoints import chat_template, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -38,7 +38,7 @@ def plan_job(job: Job, checkpoint: Checkpoint, name: str, settings: Settings) ->
     dataset.perplexity_text(job.perplexity_text)
     planned = recipes.for_job(job, checkpoint)
     source.check_room(checkpoint, [recipe.name for recipe in planned], settings, converts=not settings.pools)
-    template = prompt_template.load(checkpoint.path)
+    template = chat_template.load(checkpoint.path)
     if template is not None and (reason := prompt_template.derive(template).reason):
         log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)
     if job.olive_config is not None:

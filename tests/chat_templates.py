@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slmops.foundry.prompt_template import ChatTemplate, fill, render
+from slmops.checkpoints.chat_template import ChatTemplate, render
+from slmops.foundry.prompt_template import fill
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "

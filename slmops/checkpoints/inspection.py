@@ -1,16 +1,16 @@
-"""What a folder in Hugging Face format holds, and whether it can be converted. Reads only; loads no torch."""
+"""What a folder in Hugging Face format holds, and whether it can be converted. It only reads, without torch."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import architectures, weight_files
+from slmops.checkpoints import architectures, chat_template, weight_files
+from slmops.checkpoints.reading import read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.files import sha256
 from slmops.core.job import Job
@@ -27,7 +27,7 @@ TEXT_PATTERNS = (
     "*.model",
     "*.tiktoken",
 )
-"""Files beside the weights that decide what the model computes and how it is talked to."""
+"""Files beside the weights that decide what the model computes and how a conversation is rendered."""
 
 TOKENIZERS = (
     ("tokenizer.json",),
@@ -50,7 +50,7 @@ class Texts:
         config: Content of config.json.
         architecture: First of its architectures.
         context_length: Longest sequence in tokens.
-        template: Chat template that has to be put into place before the tokenizer sees it; None: it lies there.
+        template: Chat template that must be written into the folder; None: the folder's own will do.
     """
 
     config: Mapping[str, Any]
@@ -64,7 +64,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
 
     Args:
         folder: The checkpoint.
-        job: What was asked for; its ``chat_template`` and ``trust_remote_code`` count here.
+        job: Of it ``chat_template`` and ``trust_remote_code`` count here.
         where: What to call the checkpoint in messages.
 
     Raises:
@@ -73,13 +73,13 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
     if not folder.is_dir():
         raise CheckpointError(f"{where} is not a folder.", "Give the folder that holds config.json.")
     if not (folder / "config.json").is_file():
-        # Adapters and GGUF files have no config.json either, and deserve a better answer than that.
+        # Adapters and GGUF files have no config.json either: this says what they are.
         weight_files.choose(names(folder), where, allow_pickle=True)
         raise CheckpointError(
             f"{where}/config.json is missing.",
             "Give the folder that model.save_pretrained(...) and tokenizer.save_pretrained(...) wrote.",
         )
-    config = _read_json(folder / "config.json", f"{where}/config.json")
+    config = read_json(folder / "config.json", f"{where}/config.json")
     listed = config.get("architectures")
     if not (isinstance(listed, list) and listed and isinstance(listed[0], str)):
         raise CheckpointError(
@@ -101,7 +101,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
             "Save it there: tokenizer.save_pretrained(folder).",
         )
     if "tokenizer.json" in present:
-        _read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
+        read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
     template = _chat_template(folder, job, where)
     context = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     if context is None:
@@ -121,14 +121,14 @@ def read_template(job: Job) -> str | None:
     if job.chat_template is None:
         return None
     path = job.chat_template.expanduser()
-    text = _read_text(path, str(path))
+    text = read_text(path, f"The chat template {path}")
     if not text.strip():
         raise CheckpointError(f"The chat template {path} is empty.", "Give a Jinja file that renders `messages`.")
     return text
 
 
 def names(folder: Path) -> set[str]:
-    """Names of the files in a folder; a link that leads nowhere is none."""
+    """Names of the files in a folder, without links that lead nowhere."""
     try:
         return {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
@@ -159,66 +159,37 @@ def digest_of(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}", weight_files.COPY_AGAIN) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where} is not a JSON object.", weight_files.COPY_AGAIN)
-    return content
-
-
 def _refuse_custom_code(folder: Path, config: Mapping[str, Any], job: Job, where: str) -> None:
-    """The model builder trusts remote code by default, so what nobody allowed must not get as far as that."""
+    """The model builder trusts remote code by default, so code that nobody allowed must not get that far."""
     if job.trust_remote_code:
         return
     found = "auto_map in config.json" if config.get("auto_map") else None
     tokenizer = folder / "tokenizer_config.json"
     if found is None and tokenizer.is_file():
-        settings = _read_json(tokenizer, f"{where}/{tokenizer.name}")
+        settings = read_json(tokenizer, f"{where}/{tokenizer.name}")
         found = "auto_map in tokenizer_config.json" if settings.get("auto_map") else None
     if found is None and (folder / "custom_generate").is_dir():
         found = "the folder custom_generate"
     if found is not None:
         raise CheckpointError(
             f"{where} brings Python code of its own ({found}), which would run on this machine.",
-            "Read that code, then pass --trust-remote-code; or use a checkpoint of an architecture that "
-            "transformers knows.",
+            "Read that code, then pass --trust-remote-code. Or use an architecture that transformers knows.",
         )
 
 
 def _chat_template(folder: Path, job: Job, where: str) -> str | None:
     if (text := read_template(job)) is not None:
         return text
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        if not _read_text(jinja, f"{where}/{jinja.name}").strip():
-            raise CheckpointError(
-                f"{where}/{jinja.name} is empty, and it hides any other chat template.",
-                "Remove it, or pass --chat-template FILE.jinja.",
-            )
-        return None
-    config = folder / "tokenizer_config.json"
-    if config.is_file() and _read_json(config, f"{where}/{config.name}").get("chat_template"):
-        return None
-    legacy = folder / "chat_template.json"
-    if legacy.is_file():
-        # The file of a processor, which a tokenizer does not read.
-        said = _read_json(legacy, f"{where}/{legacy.name}").get("chat_template")
-        if isinstance(said, str) and said.strip():
-            return said
-    raise CheckpointError(
-        f"{where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).",
-        "Pass the one that it was fine-tuned with: --chat-template FILE.jinja.",
-    )
-
-
-def _read_text(path: Path, where: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    found = chat_template.load(folder, where)
+    if found is None:
         raise CheckpointError(
-            f"The chat template {where} cannot be read: {reason}.", "Give a Jinja file in UTF-8."
-        ) from error
+            f"{where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).",
+            "Pass the one that it was fine-tuned with: --chat-template FILE.jinja.",
+        )
+    if not found.text.strip():
+        raise CheckpointError(
+            f"{where}/{found.path.name} is empty, and it hides any other chat template.",
+            "Remove it, or pass --chat-template FILE.jinja.",
+        )
+    # chat_template.json is a processor's file, which a tokenizer does not read.
+    return found.text if found.path.name == "chat_template.json" else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints.reading import COPY_AGAIN
 from slmops.core.errors import CheckpointError
 
 ROOTS = (
@@ -33,7 +34,6 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 LFS_POINTER = b"version https://git-lfs"
 
 SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
-COPY_AGAIN = "Copy or download the checkpoint again."
 
 
 @dataclass(frozen=True)

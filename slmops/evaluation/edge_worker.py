@@ -255,12 +255,12 @@ def assistant_first(probe: Probe) -> Observation:
 
 
 def _template_refuses(folder: Path, messages: Messages) -> bool:
-    from slmops.foundry import prompt_template
+    from slmops.checkpoints import chat_template
 
-    template = prompt_template.load(folder)
+    template = chat_template.load(folder)
     try:
         if template is not None:
-            prompt_template.render(template, messages)
+            chat_template.render(template, messages)
     except CheckpointError:
         return True
     return False

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
+from slmops.checkpoints import chat_template
 from slmops.core.errors import EvaluationError
-from slmops.foundry import prompt_template
 
 _REPORT = (
     "The harbour master writes down each ship that comes in: its name, its flag, its cargo and the hour. "
@@ -23,14 +23,14 @@ def counter(folder: Path) -> Callable[[str], int]:
     """
     from tokenizers import Tokenizer
 
-    template = prompt_template.load(folder)
+    template = chat_template.load(folder)
     if template is None:
         raise EvaluationError(f"{folder} has no chat template.")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
 
     def count(text: str) -> int:
-        rendered = prompt_template.render(template, [{"role": "user", "content": text}])
+        rendered = chat_template.render(template, [{"role": "user", "content": text}])
         return len(tokenizer.encode(rendered, add_special_tokens=False).ids)
 
     return count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 
+from slmops.checkpoints import chat_template
 from slmops.core import locks
 from slmops.core.errors import CheckpointError, RegistrationError, SlmopsError
 from slmops.core.files import remove_scratch
@@ -26,7 +27,7 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         RegistrationError: Foundry Local refuses it, does not list it, or it answers nothing; nothing is left behind.
         CheckpointError: The chat template is broken.
     """
-    template = prompt_template.load(variant.path)
+    template = chat_template.load(variant.path)
     if template is None:
         raise CheckpointError(f"{variant.path} has no chat template.", "Give one with --chat-template FILE.")
     derived = prompt_template.derive(template)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from slmops.checkpoints import chat_template
 from slmops.core.files import link_or_copy
 from slmops.core.settings import Settings
 from slmops.delivery import catalog
@@ -110,7 +111,7 @@ def home(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFact
     """A model cache with a variant as three versions."""
     job = making.job(talkative)
     variant = making.variant("fp32", job, stock)
-    template = prompt_template.load(variant.path)
+    template = chat_template.load(variant.path)
     assert template is not None
     home = tmp_path_factory.mktemp("home")
     first, _, _ = layout.place(variant, "tiny", job, prompt_template.derive(template), home)

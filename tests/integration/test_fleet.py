@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from slmops.checkpoints import chat_template
 from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Variant
@@ -86,7 +87,7 @@ class Device:
 
 def place(variant: Variant, model: Path, settings: Settings, *, max_length: int) -> Installed:
     """Lay a variant out as the next version, as a pull does."""
-    template = prompt_template.load(variant.path)
+    template = chat_template.load(variant.path)
     assert template is not None
     job = making.job(model, max_length=max_length)  # of another length it is another version
     folder, number, _ = layout.place(variant, "bot", job, prompt_template.derive(template), settings.deployed)

@@ -25,6 +25,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 
+from slmops.checkpoints import chat_template
 from slmops.core.settings import Settings
 from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed
@@ -96,7 +97,7 @@ class Service:
 def installed(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     job = making.job(talkative)
     variant = making.variant("fp32", job, stock)
-    template = prompt_template.load(variant.path)
+    template = chat_template.load(variant.path)
     assert template is not None
     home = tmp_path_factory.mktemp("installed")
     folder, number, _ = layout.place(variant, "bot", job, prompt_template.derive(template), home)

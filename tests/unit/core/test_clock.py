@@ -13,7 +13,8 @@ STAMPS = {
     "slmops/cluster/exchange.py",  # against the time of files, which the same clock gave; a cache is all it empties
     "slmops/foundry/service_worker.py",
     "slmops/core/locks.py",
-    "slmops/foundry/prompt_template.py",  # chat templates ask for the date
+    "slmops/checkpoints/chat_template.py",  # chat templates ask for the date
+    "slmops/foundry/prompt_template.py",
     "slmops/tracking/registry.py",
     "slmops/serving/backend.py",
     "slmops/serving/fleet.py",

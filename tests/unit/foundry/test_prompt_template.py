@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slmops.foundry.prompt_template import ChatTemplate, derive, fill
+from slmops.checkpoints.chat_template import ChatTemplate
+from slmops.foundry.prompt_template import derive, fill
 from tests.chat_templates import (
     CHATS,
     DATED,

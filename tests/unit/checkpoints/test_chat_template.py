@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from slmops.checkpoints.chat_template import ChatTemplate, load, render
 from slmops.core.errors import CheckpointError
-from slmops.foundry.prompt_template import ChatTemplate, derive, load, render
+from slmops.foundry.prompt_template import derive
 from tests.chat_templates import CHATML, CHATS, STYLES, WITHOUT_SYSTEM, broken, chat, template
 
 

@@ -1,0 +1,47 @@
+"""The small text files of a checkpoint, read with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slmops.core.errors import CheckpointError
+
+COPY_AGAIN = "Copy or download the checkpoint again."
+
+
+def read_text(path: Path, where: str) -> str:
+    """The content of a UTF-8 file.
+
+    Args:
+        path: The file.
+        where: What to call it in messages.
+
+    Raises:
+        CheckpointError: It cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise CheckpointError(f"{where} cannot be read: {reason}.", "Give a readable file in UTF-8.") from error
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: The file.
+        where: What to call it in messages.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}", COPY_AGAIN) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} is not a JSON object.", COPY_AGAIN)
+    return content

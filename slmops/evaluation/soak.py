@@ -6,13 +6,14 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Frozen, Measurement, Outcome
-from slmops.evaluation import soak_worker, statistics
+from slmops.evaluation import soak_worker
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -175,6 +176,8 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
 
 def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResult:
     """Fit the slope. It passes, or fails, only if the whole interval lies on one side of the limit."""
+    from slmops.evaluation import statistics  # NumPy would slow each `slmops --help`
+
     slope = statistics.slope(memory_kb, UNIT)
     outcome: Outcome = "inconclusive"
     more = None
@@ -190,8 +193,8 @@ def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResul
         slope=slope,
         limit=limit,
         more_requests=more,
-        memory_start_mb=statistics.percentile(memory_kb[:ENDS], 50) / 1e3,
-        memory_end_mb=statistics.percentile(memory_kb[-ENDS:], 50) / 1e3,
+        memory_start_mb=median(memory_kb[:ENDS]) / 1e3,
+        memory_end_mb=median(memory_kb[-ENDS:]) / 1e3,
         detail=_sentence(target.variant, outcome, slope, limit, more),
     )
 

@@ -52,6 +52,12 @@ class Timed(Frozen):
     total_s: float
     tokenize_s: float
 
+    @property
+    def gap_s(self) -> float | None:
+        """Mean time from token to token; None if the text came in one piece."""
+        tokens = self.completion_tokens
+        return (self.last_s - self.first_s) / (tokens - 1) if tokens > 1 and self.last_s > self.first_s else None
+
 
 class Window(Frozen):
     """A stretch of ``time.monotonic()``."""
@@ -123,7 +129,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
                     )
                 )
     cpu_s, wall_s, energy_end = _cpu_s() - cpu, time.perf_counter() - wall, machine.energy_j()
-    if not any(one.completion_tokens > 1 and one.last_s > one.first_s for one in timed):
+    if not any(one.gap_s for one in timed):
         raise EvaluationError(
             "The model answers each of the speed prompts with less than two tokens of text, so nothing can be timed.",
             "Is its chat template right? See the answers in the log of its registration.",

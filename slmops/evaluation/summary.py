@@ -1,7 +1,7 @@
 """From raw results to the figures of a variant. Pure functions.
 
-Definitions, as the serving benchmarks of the field use them. Times of a request run from its start; all pieces of text
-come from the runtime's stream and all token counts from its usage, since a piece need not be one token.
+The definitions are those of the usual serving benchmarks. Times of a request run from its start. All pieces of text
+come from the runtime's stream, and all token counts from its usage, because a piece need not be one token.
 
 - time to first token: to the first non-empty piece; rendering the chat template and tokenizing included. ``ttft_model``
   is less the time that rendering and tokenizing the same prompt take here.
@@ -13,14 +13,24 @@ come from the runtime's stream and all token counts from its usage, since a piec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
 
 from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
-from slmops.evaluation import edge_cases, speed_worker, statistics
+from slmops.evaluation import edge_cases, statistics
 from slmops.evaluation.quality import BASELINE, HUGGING_FACE, Quality
 from slmops.evaluation.speed import Speed, Turn, memory_in
 from slmops.evaluation.speed_worker import Timed, Window
 
 PERCENTILES = (50, 90, 99)
+REQUEST_FIGURES: dict[str, tuple[str, Callable[[Timed], float | None]]] = {
+    "ttft_ms": ("ms", lambda one: one.first_s * 1e3),
+    "ttft_model_ms": ("ms", lambda one: (one.first_s - one.tokenize_s) * 1e3),
+    "prefill_tok_s": ("tokens/s", lambda one: one.prompt_tokens / one.first_s),
+    "itl_ms": ("ms", lambda one: one.gap_s and one.gap_s * 1e3),
+    "decode_tok_s": ("tokens/s", lambda one: one.gap_s and 1 / one.gap_s),
+    "response_s": ("s", lambda one: one.total_s),
+}
+"""Name to unit, and to the figure of one request; None: it has none."""
 MACHINE_BUSY = "the machine was busy with something else"
 Measurements = dict[str, Measurement]
 
@@ -71,12 +81,12 @@ def _sizes(variant: Variant, baseline: Variant | None) -> Measurements:
 
 
 def undisturbed(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns to take figures from: those that nothing disturbed, or all if there is no such."""
+    """The turns to take figures from: the undisturbed ones, or all if there are none."""
     return [turn for turn in turns if not turn.disturbed] or list(turns)
 
 
 def _marked(measured: Measurements, turns: Sequence[Turn]) -> Measurements:
-    """The same with a note if all the turns that they come from were disturbed."""
+    """The same, with a note if all the turns behind them were disturbed."""
     if not all(turn.disturbed for turn in turns):
         return measured
     return {
@@ -88,26 +98,33 @@ def _marked(measured: Measurements, turns: Sequence[Turn]) -> Measurements:
 def _times(speed: Speed) -> Measurements:
     """Times and rates; single figures are those of the grid's first cell, the headline.
 
-    What a model gave no samples of is left out: of a broken one, some answers may be no text.
+    Figures without samples are left out: some answers of a broken model may hold no text.
     """
     turns = undisturbed(speed.turns)
-    headline = [timed for turn in turns for timed in turn.measured.timed if timed.cell == 0]
-    gaps = _gaps(headline)
-    series = {
-        "decode_tok_s": ([1 / gap for gap in gaps], 50, "tokens/s"),
-        "prefill_tok_s": (_prefill(speed, _lengths(speed)[-1]), 50, "tokens/s"),
-        "ttft_model_ms_p50": ([(timed.first_s - timed.tokenize_s) * 1e3 for timed in headline], 50, "ms"),
+    headline = [[timed for timed in turn.measured.timed if timed.cell == 0] for turn in turns]
+    longest = _of_length(speed, turns, _lengths(speed)[-1])
+    found = {
+        "decode_tok_s": _figure("decode_tok_s", headline),
+        "prefill_tok_s": _figure("prefill_tok_s", longest),
+        "ttft_model_ms_p50": _figure("ttft_model_ms", headline),
+        **{
+            f"{figure}_p{percent}": _figure(figure, headline, percent)
+            for figure in ("ttft_ms", "itl_ms", "response_s")
+            for percent in PERCENTILES
+        },
     }
-    for metric, samples, unit in (
-        ("ttft_ms", [timed.first_s * 1e3 for timed in headline], "ms"),
-        ("itl_ms", [gap * 1e3 for gap in gaps], "ms"),
-        ("response_s", [timed.total_s for timed in headline], "s"),
-    ):
-        series |= {f"{metric}_p{percent}": (samples, percent, unit) for percent in PERCENTILES}
-    measured = {name: statistics.of_percentile(*one) for name, one in series.items() if one[0]}
-    if shares := _consistency(turns, speed):
+    measured = {name: one for name, one in found.items() if one is not None}
+    if shares := _consistency(speed, turns):
         measured["decode_consistency"] = statistics.of_ratios(shares)
     return {**_marked(measured, turns), **_loads(speed), **_throughput(speed)}
+
+
+def _figure(name: str, rounds: Sequence[Sequence[Timed]], percent: float = 50) -> Measurement | None:
+    """A percentile over the requests of all rounds; None if no request has this figure."""
+    unit, figure = REQUEST_FIGURES[name]
+    values = [[value for timed in one if (value := figure(timed)) is not None] for one in rounds]
+    filled = [one for one in values if one]
+    return statistics.percentile_of_rounds(filled, percent, unit) if filled else None
 
 
 def _loads(speed: Speed) -> Measurements:
@@ -121,7 +138,7 @@ def _loads(speed: Speed) -> Measurements:
 
 
 def _throughput(speed: Speed) -> Measurements:
-    """Of the one round that has it."""
+    """Tokens/s of several sessions at once, which one round measures."""
     measured: Measurements = {}
     for turn in speed.turns:
         rates = {
@@ -132,59 +149,40 @@ def _throughput(speed: Speed) -> Measurements:
     return measured
 
 
-def _gaps(timed: Sequence[Timed]) -> list[float]:
-    return [(one.last_s - one.first_s) / (one.completion_tokens - 1) for one in timed if _has_gap(one)]
-
-
-def _has_gap(timed: Timed) -> bool:
-    return timed.completion_tokens > 1 and timed.last_s > timed.first_s
-
-
 def _lengths(speed: Speed) -> list[int]:
     return sorted({cell.prompt_tokens for cell in speed.cells})
 
 
-def _of_length(speed: Speed, prompt_tokens: int) -> list[Timed]:
+def _of_length(speed: Speed, turns: Sequence[Turn], prompt_tokens: int) -> list[list[Timed]]:
+    """The requests with prompts of one length, by turn."""
     cells = {number for number, cell in enumerate(speed.cells) if cell.prompt_tokens == prompt_tokens}
-    return [timed for turn in undisturbed(speed.turns) for timed in turn.measured.timed if timed.cell in cells]
+    return [[timed for timed in turn.measured.timed if timed.cell in cells] for turn in turns]
 
 
-def _consistency(turns: Sequence[Turn], speed: Speed) -> list[float]:
+def _consistency(speed: Speed, turns: Sequence[Turn]) -> list[float]:
     """Per turn, the decode rate at the longest prompt as a share of that at the shortest."""
-    shares = []
-    for turn in turns:
-        shortest, longest = (
-            _gaps([one for one in turn.measured.timed if speed.cells[one.cell].prompt_tokens == tokens])
-            for tokens in (_lengths(speed)[0], _lengths(speed)[-1])
-        )
-        if shortest and longest:
-            shares.append(statistics.percentile(shortest, 50) / statistics.percentile(longest, 50))
-    return shares
-
-
-def _prefill(speed: Speed, prompt_tokens: int) -> list[float]:
-    return [timed.prompt_tokens / timed.first_s for timed in _of_length(speed, prompt_tokens)]
+    lengths = _lengths(speed)
+    gaps = [
+        [[timed.gap_s for timed in one if timed.gap_s] for one in _of_length(speed, turns, tokens)]
+        for tokens in (lengths[0], lengths[-1])
+    ]
+    return [median(shortest) / median(longest) for shortest, longest in zip(*gaps, strict=True) if shortest and longest]
 
 
 def _curves(speed: Speed) -> list[CurvePoint]:
     """Each figure over the prompt length; the response time for each output length."""
+    turns = undisturbed(speed.turns)
     points = []
     for tokens in _lengths(speed):
-        timed = _of_length(speed, tokens)
-        gaps = _gaps(timed)
-        series = {
-            "ttft_ms": ([one.first_s * 1e3 for one in timed], "ms"),
-            "prefill_tok_s": (_prefill(speed, tokens), "tokens/s"),
-            "itl_ms": ([gap * 1e3 for gap in gaps], "ms"),
-            "decode_tok_s": ([1 / gap for gap in gaps], "tokens/s"),
-        }
+        rounds = _of_length(speed, turns, tokens)
+        series = {name: _figure(name, rounds) for name in ("ttft_ms", "prefill_tok_s", "itl_ms", "decode_tok_s")}
         for output in sorted({cell.output_tokens for cell in speed.cells}):
-            of_output = [one.total_s for one in timed if speed.cells[one.cell].output_tokens == output]
-            series[f"response_s_out{output}"] = (of_output, "s")
+            of_output = [[one for one in timed if speed.cells[one.cell].output_tokens == output] for timed in rounds]
+            series[f"response_s_out{output}"] = _figure("response_s", of_output)
         points += [
-            CurvePoint(name=name, prompt_tokens=tokens, measurement=statistics.of_percentile(samples, 50, unit))
-            for name, (samples, unit) in series.items()
-            if samples
+            CurvePoint(name=name, prompt_tokens=tokens, measurement=measurement)
+            for name, measurement in series.items()
+            if measurement is not None
         ]
     return points
 
@@ -207,27 +205,24 @@ def _rows(speed: Speed) -> list[dict[str, float]]:
 
 
 def _memory(speed: Speed) -> Measurements:
-    """Medians over the rounds; the peak while one user's requests are answered, loading included."""
-    windows: dict[str, Callable[[speed_worker.SpeedResult], Window | None]] = {
-        "memory_before_mb": lambda measured: measured.before,
-        "memory_loaded_mb": lambda measured: measured.loaded,
-        "memory_unloaded_mb": lambda measured: measured.unloaded,
-        "memory_peak_mb": lambda measured: Window(start=measured.before.start, end=measured.measured.end),
-    }
-    found = {}
-    for metric, window in windows.items():
-        sampled = [samples for turn in speed.turns if (samples := _samples(turn, window(turn.measured)))]
-        if sampled:
-            found[metric] = statistics.of_percentile([max(samples) for samples in sampled], 50, "MB")
-    return found
-
-
-def _samples(turn: Turn, window: Window | None) -> list[float]:
-    return memory_in(turn, window) if window else []
+    """Medians over the rounds of the largest sample in a window; the peak spans loading and one user's requests."""
+    sampled: dict[str, list[float]] = {}
+    for turn in speed.turns:
+        measured = turn.measured
+        windows = {
+            "memory_before_mb": measured.before,
+            "memory_loaded_mb": measured.loaded,
+            "memory_unloaded_mb": measured.unloaded,
+            "memory_peak_mb": Window(start=measured.before.start, end=measured.measured.end),
+        }
+        for metric, window in windows.items():
+            if window and (samples := memory_in(turn, window)):
+                sampled.setdefault(metric, []).append(max(samples))
+    return {metric: statistics.of_percentile(largest, 50, "MB") for metric, largest in sampled.items()}
 
 
 def _machine(speed: Speed) -> Measurements:
-    """Processor, energy where the machine reports it, and how steady the machine was."""
+    """Processor, energy if the machine reports it, and how steady the machine was."""
     turns = undisturbed(speed.turns)
     cpu = [100 * turn.measured.cpu_s / turn.measured.wall_s for turn in turns]
     measured = {
@@ -254,13 +249,14 @@ def _distributions(
     if baseline is not None:
         measured["perplexity_ratio"] = statistics.perplexity_ratio(quality.nll, baseline.nll)
         if quality == baseline:  # which is not compared with itself
-            zero = {f"kl_{name}": Measurement.exact(0, "nats", len(quality.nll)) for name in _KL}
-            measured |= {**zero, "top1_agreement": Measurement.exact(1, "1", len(quality.nll))}
+            zero = Measurement.exact(0, "nats", len(quality.nll))
+            measured |= {f"kl_{name}": zero for name in ("mean", "median", "p99", "max")}
+            measured |= {"top1_agreement": Measurement.exact(1, "1", len(quality.nll))}
         elif distance := quality.distances.get(BASELINE):
             measured |= {
                 "kl_mean": statistics.blocked_mean(distance.kl, "nats"),
-                "kl_median": statistics.of_percentile(distance.kl, 50, "nats"),
-                "kl_p99": statistics.of_percentile(distance.kl, 99, "nats"),
+                "kl_median": statistics.blocked_percentile(distance.kl, 50, "nats"),
+                "kl_p99": statistics.blocked_percentile(distance.kl, 99, "nats"),
                 "kl_max": Measurement.exact(max(distance.kl), "nats", len(distance.kl)),
                 "top1_agreement": statistics.blocked_mean(distance.same_top, "1"),
             }
@@ -271,9 +267,6 @@ def _distributions(
             "hf_top1_agreement": statistics.blocked_mean(distance.same_top, "1"),
         }
     return measured
-
-
-_KL = ("mean", "median", "p99", "max")
 
 
 def _answers(answers: Sequence[Answer], baseline: Sequence[Answer] | None) -> Measurements:

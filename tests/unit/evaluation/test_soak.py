@@ -21,7 +21,7 @@ from slmops.cli import command as cli
 from slmops.cli import flows as cli_flows
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.values import Comparison, Measurement
-from slmops.evaluation import soak, soak_worker
+from slmops.evaluation import soak, soak_worker, statistics
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
 from tests import values
 
@@ -97,7 +97,7 @@ def test_too_few_requests_for_a_slope() -> None:
 
 def of_slope(value: float, low: float | None, high: float | None, monkeypatch: pytest.MonkeyPatch) -> SoakResult:
     slope = Measurement(value=value, unit="KB/request", samples=100, low=low, high=high)
-    monkeypatch.setattr(soak.statistics, "slope", lambda *_: slope)
+    monkeypatch.setattr(statistics, "slope", lambda *_: slope)
     return judged([0.0] * 100)
 
 

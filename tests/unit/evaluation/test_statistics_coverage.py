@@ -17,11 +17,13 @@ from scipy import signal, stats
 from slmops.core.values import Measurement
 from slmops.evaluation.statistics import (
     blocked_mean,
+    blocked_percentile,
     of_mean,
     of_percentile,
     of_proportion,
     paired_difference,
     paired_mean_difference,
+    percentile_of_rounds,
     perplexity_ratio,
     slope,
 )
@@ -50,6 +52,27 @@ def correlated(source: np.random.Generator, count: int, rho: float) -> Any:
 def test_median_covers(count: int) -> None:
     share = coverage(8.0, lambda source: of_percentile(8 * source.lognormal(0, 0.5, count), 50, "ms"))
     assert 0.92 <= share <= 0.98
+
+
+@pytest.mark.parametrize(("differ", "least"), [(0, 0.94), (1, 0.8)])
+def test_median_of_rounds_covers(differ: float, least: float) -> None:
+    def rounds(source: np.random.Generator) -> list[Any]:
+        return [source.normal(differ * source.standard_normal(), 1, 30) for _ in range(3)]
+
+    assert coverage(0, lambda source: percentile_of_rounds(rounds(source), 50, "ms"), worlds=150) >= least
+    if differ:
+        assert coverage(0, lambda source: of_percentile(np.concatenate(rounds(source)), 50, "ms"), worlds=150) < 0.6
+
+
+def test_defect_8_percentile_of_correlated_tokens_covers() -> None:
+    def blocked(source: np.random.Generator) -> Measurement:
+        return blocked_percentile(correlated(source, 640, 0.6), 50, "nats")
+
+    def naive(source: np.random.Generator) -> Measurement:
+        return of_percentile(correlated(source, 640, 0.6), 50, "nats")
+
+    assert coverage(0, blocked, worlds=100) >= 0.9
+    assert coverage(0, naive, worlds=50) < 0.85
 
 
 def test_tail_percentile_covers_from_where_it_has_an_interval() -> None:

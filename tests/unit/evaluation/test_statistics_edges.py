@@ -10,6 +10,7 @@ import pytest
 
 from slmops.evaluation.statistics import (
     blocked_mean,
+    blocked_percentile,
     mcnemar,
     noise_percent,
     of_mean,
@@ -17,7 +18,7 @@ from slmops.evaluation.statistics import (
     of_proportion,
     paired_difference,
     paired_mean_difference,
-    percentile,
+    percentile_of_rounds,
     perplexity,
     perplexity_ratio,
     slope,
@@ -120,8 +121,10 @@ def test_single_spikes_do_not_tilt_the_slope() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: percentile([], 50), "no samples"),
         (lambda: of_percentile([], 50, "ms"), "no samples"),
+        (lambda: percentile_of_rounds([], 50, "ms"), "no samples"),
+        (lambda: percentile_of_rounds([[1.0], [math.nan]], 50, "ms"), "not finite"),
+        (lambda: blocked_percentile([], 50, "nats"), "no samples"),
         (lambda: of_mean([], "ms"), "no samples"),
         (lambda: of_mean([1, math.nan, 2], "ms"), "not finite"),
         (lambda: of_percentile([1, math.inf], 50, "ms"), "not finite"),

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import TypeAdapter, ValidationError
 
-from slmops.cli import flows as cli_flows
+from slmops.cli.prefect import prefect_running
+from slmops.cli.terminal import output, say, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
+from slmops.core.validation import problems
 from slmops.core.values import Name
-from slmops.foundry.versions import Promotion
+from slmops.foundry.versions import Promoted, Promotion
+from slmops.local import stack
 from slmops.serving.options import Serve
 
 CATALOG_PORT = 8090
@@ -28,11 +31,17 @@ def promote(promotion: Annotated[Promotion, Parameter(name="*")], /, *, json: bo
     json
         Print the result as JSON.
     """
-    return cli_flows.promote(promotion, json=json)
+    with prefect_running():
+        from flows.promote import promote
+
+        if promotion.approval:
+            say("waiting for a decision on the Prefect page of this run")
+        _show(promote(promotion), json=json)
+    return 0
 
 
 def rollback(name: str, /, *, json: bool = False) -> int:
-    """Make the version that was the champion before the champion again; a second rollback returns.
+    """Make the previous champion the champion again; a second rollback takes it back.
 
     Parameters
     ----------
@@ -41,7 +50,12 @@ def rollback(name: str, /, *, json: bool = False) -> int:
     json
         Print the result as JSON.
     """
-    return cli_flows.rollback(_name(name), json=json)
+    _check(name)
+    with prefect_running():
+        from flows.promote import rollback
+
+        _show(rollback(name), json=json)
+    return 0
 
 
 def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SERVE) -> int:
@@ -52,16 +66,16 @@ def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SER
     name
         The model.
     """
-    from slmops.local import stack
     from slmops.serving import service
 
+    _check(name)
     settings = Settings()
     try:
         uri = stack.tracking_uri(settings)
     except PrerequisiteError:
-        # The last champion can be served without the registry, and the local server gets the same address again.
+        # The last champion can be served without the registry, and a local server will have this address again.
         uri = f"http://127.0.0.1:{settings.mlflow_port}"
-    service.run(_name(name), options, settings, uri)
+    service.run(name, options, settings, uri)
     return 0
 
 
@@ -71,23 +85,19 @@ def pull(reference: str, /, *, source: Source = None, json: bool = False) -> int
     Parameters
     ----------
     reference
-        NAME, NAME@ALIAS or NAME@VERSION; NAME alone is the champion, or where that does not fit, what was accepted
-        beside it and does.
+        NAME, NAME@ALIAS or NAME@VERSION. NAME alone is the champion; on a device on which that does not run, it is a
+        version that was accepted with the champion and runs there.
     source
         MLflow tracking server; the one that runs here by default.
     json
         Print the result as JSON.
     """
     from slmops.delivery import pull as pulling
-    from slmops.local import stack
 
     settings = Settings()
     name, which = pulling.split(reference)
     installed = pulling.pull(name, which, settings, source or stack.tracking_uri(settings))
-    if json:
-        print(installed.model_dump_json(indent=2))
-    else:
-        print(f"{installed.foundry_id}\n{installed.folder}")
+    show(installed, lambda one: f"{one.foundry_id}\n{one.folder}", json=json)
     return 0
 
 
@@ -99,30 +109,29 @@ def catalog(*, source: Source = None, host: str = "127.0.0.1", port: int = CATAL
     source
         MLflow tracking server; the one that runs here by default.
     host
-        Address to listen at. There is no token: whoever reaches it can read names and sizes of the models.
+        Address to listen at. There is no token: everybody who can reach it can read names and sizes of the models.
     port
         Port to listen at.
     """
     from slmops.delivery import catalog as offering
-    from slmops.local import stack
 
     offering.serve(source or stack.tracking_uri(Settings()), host, port)
     return 0
 
 
 def versions(name: str, *, json: bool) -> int:
-    """What the registry knows of a model."""
-    from slmops.local import stack
+    """Print what the registry knows about a model: what ``slmops status NAME`` does."""
     from slmops.tracking.registry import Registry
 
+    _check(name)
     registry = Registry(stack.tracking_uri(Settings()))
-    found = registry.versions(_name(name))
+    found = registry.versions(name)
     if not found:
         known = ", ".join(registry.models()) or "none"
         raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
     if json:
         rows: list[dict[str, Any]] = [one.model_dump(mode="json") for one in found]
-        print(jsonlib.dumps({"model": name, "versions": rows}, indent=2))
+        output(jsonlib.dumps({"model": name, "versions": rows}, indent=2))
         return 0
     from tabulate import tabulate
 
@@ -139,23 +148,22 @@ def versions(name: str, *, json: bool) -> int:
         ]
         for one in found
     ]
-    print(tabulate(cells, headers=headers, disable_numparse=True))
+    output(tabulate(cells, headers=headers, disable_numparse=True))
     return 0
 
 
 def _note(tags: dict[str, str]) -> str:
-    if said := tags.get("slmops.withdrawn"):
-        return f"withdrawn: {said}"
-    if said := tags.get("slmops.forced"):
-        return f"forced: {said}"
-    return ""
+    notes = (("withdrawn", tags.get("slmops.withdrawn")), ("forced", tags.get("slmops.forced")))
+    return next((f"{what}: {said}" for what, said in notes if said), "")
 
 
-def _name(name: str) -> str:
-    """A name that may become part of a path."""
+def _show(promoted: Promoted, *, json: bool) -> None:
+    show(promoted, lambda one: one.text, json=json, page=promoted.url)
+
+
+def _check(name: str) -> None:
+    """Refuse what is not a name: it becomes part of a path."""
     try:
-        return TypeAdapter(Name).validate_python(name)
-    except ValidationError:
-        raise UsageError(
-            f"{name!r} is no model name.", "Names have letters, digits, - and _, and begin with a letter or digit."
-        ) from None
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError as error:
+        raise UsageError(f"{name!r} is not a model's name: {problems(error)[0]}.", "See `slmops compare`.") from None

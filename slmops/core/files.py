@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from slmops.core.errors import UsageError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -69,3 +73,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         target.hardlink_to(source.resolve())
     except OSError:
         shutil.copy2(source, target)
+
+
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """Read a user's file of keys and values: TOML by the suffix ``.toml``, else YAML.
+
+    Args:
+        path: The file.
+        what: What it is, for messages: "policy".
+
+    Raises:
+        UsageError: It cannot be read, or it holds nothing or something else.
+    """
+    import yaml
+
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        table = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:  # RuntimeError: ~ of nobody
+        said = " ".join(str(error).split())
+        raise UsageError(f"The {what} {path} cannot be read: {said}", "Give a TOML or YAML file.") from None
+    if not isinstance(table, dict) or not table:
+        raise UsageError(f"The {what} {path} has no keys and values.", "Write them as key: value, or as TOML.")
+    return table

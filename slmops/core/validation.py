@@ -38,7 +38,7 @@ _WORDS = {
     "json_invalid": "is not valid JSON: {error}",
     "value_error": "{error}",
 }
-_KINDS = {
+KINDS = {
     "bool": "true or false",
     "datetime": "a date and time",
     "dict": "a table of keys and values",
@@ -66,8 +66,8 @@ def predicate(problem: Any) -> str:
     if kind in _WORDS:
         shown = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
         return _WORDS[kind].format(**shown)
-    if (name := kind.partition("_")[0]) in _KINDS:  # int_type, int_parsing, int_from_float and so on
-        return f"must be {_KINDS[name]}"
+    if (name := kind.partition("_")[0]) in KINDS:  # int_type, int_parsing, int_from_float and so on
+        return f"must be {KINDS[name]}"
     said: str = problem["msg"]
     return said.replace("Input should", "must", 1)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from slmops.core.errors import UsageError
+from slmops.core.files import read_table
 from slmops.core.validation import predicate
 from slmops.core.values import NAME_PATTERN, Frozen
 
@@ -130,7 +130,7 @@ def load(path: Path | None = None) -> Policy:
     Raises:
         UsageError: The file cannot be read, or something in it makes no sense; all that is wrong is named at once.
     """
-    data = _read(path or PACKAGED)
+    data = read_table(path or PACKAGED, "policy")
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
@@ -138,20 +138,6 @@ def load(path: Path | None = None) -> Policy:
         raise UsageError(
             f"The policy {path or PACKAGED} cannot be used:\n{problems}", f"The format is explained in {PACKAGED}."
         ) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:  # RuntimeError: ~ of nobody
-        said = " ".join(str(error).split())
-        raise UsageError(f"The policy {path} cannot be read: {said}", "Give a TOML or YAML file.") from None
-    if not isinstance(data, dict) or not data:  # nothing would be no gates, and any variant good enough
-        raise UsageError(f"The policy {path} holds no policy.", f"Start from a copy of {PACKAGED}.")
-    return data
 
 
 def _problem(error: Any, data: dict[str, Any]) -> str:

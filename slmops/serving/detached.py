@@ -63,7 +63,7 @@ def _start(name: str, settings: Settings, uri: str) -> ServingStatus:
     env = {**os.environ, "SLMOPS_HOME": str(settings.home), "SLMOPS_TRACKING_URI": uri}
     if settings.serve_token is not None:
         env["SLMOPS_SERVE_TOKEN"] = settings.serve_token.get_secret_value()
-    command = [sys.executable, "-m", "slmops.cli.command", "serve", name, "--port", str(port)]
+    command = [sys.executable, "-m", "slmops.cli", "serve", name, "--port", str(port)]
     started = daemon.spawn(command, port=port, mark=f"{settings.home}:service", env=env, log=log)
     write_atomic(_state(settings), started.model_dump_json())
     deadline = time.monotonic() + START_S

@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 WALL_CLOCK = re.compile(r"time\.time\(|time\.time_ns\(|datetime\.now\(|datetime\.utcnow\(")
 STAMPS = {
-    "slmops/cli/command.py",  # of log lines and crash logs
+    "slmops/cli/command.py",  # of crash logs
+    "slmops/cli/terminal.py",  # of log lines
     "slmops/conversion/convert.py",
     "slmops/cluster/exchange.py",  # against the time of files, which the same clock gave; a cache is all it empties
     "slmops/foundry/service_worker.py",

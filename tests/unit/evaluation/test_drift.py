@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from slmops.cli import command as cli
-from slmops.cli import operate as cli_operate
 from slmops.core.errors import EvaluationError, GateError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -387,42 +381,6 @@ def test_the_request_as_a_form_shows_it() -> None:
     for field in Remeasure.model_json_schema()["properties"].values():
         assert field["title"]
         assert field["description"].endswith(".")
-
-
-@contextmanager
-def prefect() -> Iterator[SimpleNamespace]:
-    yield SimpleNamespace(tracking_uri="http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize(("decode", "code"), [(50, 0), (10, 3)])
-@pytest.mark.parametrize("as_json", [False, True])
-def test_the_command(
-    decode: float, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = judged(decode)
-    asked = []
-
-    def flow(request: Remeasure) -> Remeasured:
-        asked.append(request)
-        if result.outcome == "drifted":
-            raise DriftError(result)
-        return result
-
-    monkeypatch.setattr(cli_operate, "prefect_running", prefect)
-    monkeypatch.setitem(sys.modules, "flows.remeasure", SimpleNamespace(remeasure=flow))  # type: ignore[arg-type]
-    app = cli.App(name="slmops", result_action="return_value")
-    app.command(cli_operate.remeasure)
-    monkeypatch.setattr(cli, "app", app)
-    arguments = ["remeasure", "bot", "--version", "int8", "--max-slowdown", "2", *["--json"] * as_json]
-    assert cli._main(arguments) == code
-    assert asked == [Remeasure(name="bot", version="int8", max_slowdown=2)]
-    out, err = capsys.readouterr()
-    if as_json:
-        assert Remeasured.model_validate_json(out) == result
-        assert set(json.loads(out)) >= {"outcome", "figures", "left_out", "recorded_run", "run_id"}
-    else:
-        assert out == drift.text(result) + "\n"
-    assert err.startswith(f"error: {result.detail}\n") == (code == 3)
 
 
 def test_the_deployment_asks_for_what_the_flow_takes() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +15,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from slmops.cli import command as cli
-from slmops.cli import flows as cli_flows
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.values import Comparison, Measurement
 from slmops.evaluation import soak, soak_worker, statistics
@@ -260,71 +256,6 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     logger.handlers[:], level = before
     logger.setLevel(level)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "asked"),
-    [
-        ("", {}),
-        ("bot", {"name": "bot"}),
-        ("--name bot", {"name": "bot"}),
-        ("bot --variant int4 --requests 40", {"name": "bot", "variant": "int4", "requests": 40}),
-        ("bot --champion", {"name": "bot", "champion": True}),
-        ("--max-kb-per-request 0.5", {"max_kb_per_request": 0.5}),
-    ],
-)
-def test_flags(arguments: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(cli, "_soak", lambda request, *, json: seen.append((request, json)) or 0)
-    assert cli._main(["soak", *arguments.split()]) == 0
-    assert cli._main(["soak", *arguments.split(), "--json"]) == 0
-    assert [(one.model_dump(exclude_defaults=True), json) for one, json in seen] == [(asked, False), (asked, True)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("--requests 29", "--requests must be at least 30 (got '29')"),
-        ("--requests many", "--requests must be a whole number"),
-        ("--max-kb-per-request 0", "--max-kb-per-request must be greater than 0"),
-        ("a b", "'b'"),
-        ("--variants int4", "Did you mean --variant"),
-    ],
-)
-def test_wrong_usage(
-    arguments: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "_soak", lambda *_, **__: pytest.fail("it was started"))
-    assert cli._main(["soak", *arguments.split()]) == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("leak", "code"), [(0, 0), (30, 3), (10, 3)])
-@pytest.mark.parametrize("as_json", [False, True])
-def test_what_is_printed(
-    leak: float, code: int, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = judged(series(300, leak))
-
-    def flow(request: Soak) -> SoakResult:
-        assert request.requests == 300
-        if result.outcome != "pass":
-            raise SoakError(result)
-        return result
-
-    @contextmanager
-    def prefect() -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(tracking_uri="http://127.0.0.1:9")
-
-    monkeypatch.setattr(cli_flows, "prefect_running", prefect)
-    monkeypatch.setitem(sys.modules, "flows.soak", SimpleNamespace(soak=flow))  # type: ignore[arg-type]
-    assert cli._main(["soak", *["--json"] * as_json]) == code
-    out, err = capsys.readouterr()
-    if as_json:
-        assert SoakResult.model_validate_json(out) == result
-    else:
-        assert out == soak.text(result) + "\n"
-    assert err.startswith(f"error: {result.detail}\n") == (code == 3)
 
 
 def test_the_deployment_asks_for_what_the_flow_takes() -> None:

@@ -232,10 +232,10 @@ def test_everything_is_named_at_once(tmp_path: Path) -> None:
         ("p.toml", 'gates = []\ngates = ["a"]', "cannot be read: Cannot overwrite a value"),
         ("p.yaml", "gates: [", "cannot be read: while parsing"),
         ("p.yaml", "gates: \x07", "cannot be read: unacceptable character"),
-        ("p.toml", "# nothing", "holds no policy."),
-        ("p.yaml", "", "holds no policy."),
-        ("p.yaml", "- int4", "holds no policy."),
-        ("p.yaml", "int4", "holds no policy."),
+        ("p.toml", "# nothing", "has no keys and values"),
+        ("p.yaml", "", "has no keys and values"),
+        ("p.yaml", "- int4", "has no keys and values"),
+        ("p.yaml", "int4", "has no keys and values"),
     ],
 )
 def test_file_that_is_no_policy(tmp_path: Path, name: str, text: str, said: str) -> None:

@@ -1,0 +1,100 @@
+"""The commands about this machine: doctor, up, down, status."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from slmops.cli import deploy
+from slmops.cli.terminal import output, say
+from slmops.core.settings import Settings
+from slmops.local import stack
+
+
+def doctor(
+    *,
+    fix: bool = False,
+    build_genai: Annotated[Path | None, Parameter(name="--build-genai")] = None,
+    json: bool = False,
+) -> int:
+    """Check every prerequisite and say how to get what is missing.
+
+    Parameters
+    ----------
+    fix
+        Install the tested set of packages first.
+    build_genai
+        Build ONNX Runtime GenAI from this source checkout and install the wheel first.
+    json
+        Print the checks as JSON.
+    """
+    from slmops.local import doctor as checks
+
+    settings = Settings()
+    if fix:
+        checks.fix(settings)
+    if build_genai is not None:
+        say(f"installed {checks.build_genai(build_genai, settings)}")
+    found = checks.check(settings)
+    if json:
+        output(jsonlib.dumps([check.model_dump() for check in found], indent=2))
+    else:
+        for check in found:
+            advice = f"\n{'':8}   {check.fix}" if check.fix and check.status != "ok" else ""
+            output(f"{check.status:8} {check.name}: {check.detail}{advice}")
+    return 2 if any(check.status == "failure" for check in found) else 0
+
+
+def up(*, worker: bool = False) -> int:
+    """Start the local Prefect and MLflow servers.
+
+    Parameters
+    ----------
+    worker
+        Also register the deployments and start a worker, so that runs can be started from the Prefect page.
+    """
+    running = stack.up(Settings(), worker=worker)
+    output(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
+    return 0
+
+
+def down() -> int:
+    """Stop the local servers, the worker, and the service that a retraining started."""
+    from slmops.serving import detached
+
+    settings = Settings()
+    service = ["service"] if detached.stop(settings) else []
+    stopped = [*service, *stack.down(settings)]
+    say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+    return 0
+
+
+def status(name: str | None = None, /, *, json: bool = False) -> int:
+    """Say what is running; or of a model, which versions there are and which of them is deployed.
+
+    Parameters
+    ----------
+    name
+        The model.
+    json
+        Print it as JSON.
+    """
+    from slmops.serving import status as serving_status
+
+    if name is not None:
+        return deploy.versions(name, json=json)
+    settings = Settings()
+    found = stack.status(settings).model_copy(update={"serving": serving_status.status(settings.home)})
+    if json:
+        output(found.model_dump_json(indent=2))
+        return 0
+    lines = [f"home     {found.home}"]
+    for title, server in (("prefect", found.prefect), ("mlflow", found.mlflow)):
+        lines.append(f"{title:8} {server.url or '-'}  {'ok' if server.ok else 'not running'}")
+    if serving := found.serving:
+        lines.append(f"serving  {serving.url}  {serving.model}  {'ok' if serving.ok else 'not answering'}")
+    output("\n".join(lines))
+    return 0

@@ -1,0 +1,50 @@
+"""What the commands print: data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Value = TypeVar("Value", bound="BaseModel")
+
+
+def say(text: str) -> None:
+    """Print on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def output(text: str) -> None:
+    """Print on stdout. A reader that has left, such as ``head``, has all that it wants: that is not a failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+
+
+def show(value: Value, text: Callable[[Value], str], *, json: bool, page: str | None = None) -> None:
+    """Print a result as text or JSON, and on stderr where its page in MLflow is."""
+    output(value.model_dump_json(indent=2) if json else text(value))
+    if page is not None:
+        say(f"\nin MLflow: {page}")
+
+
+def log_to_stderr() -> None:
+    """Send the log of slmops to stderr, with the time before each line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logger = logging.getLogger("slmops")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+class _Format(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return f"{datetime.now():%H:%M:%S} {level}{record.getMessage()}"

@@ -1,0 +1,74 @@
+"""No command starts a server or a flow here: stand-ins note what they are asked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slmops.cli import deploy, jobs
+from tests import values
+
+PAGE = "http://mlflow/run"
+
+
+class Flows:
+    """Stand in for the flows.
+
+    Attributes:
+        asked: Name of the flow and its request, for each call.
+        answer: What each returns, or raises.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Any]] = []
+        self.answer: Any = values.comparison(values.result("int4", 114.0), chosen="int4")
+
+    def stand_in(self, name: str) -> Callable[[Any], Any]:
+        """The flow of this name."""
+
+        def flow(request: Any) -> Any:
+            self.asked.append((name, request))
+            if isinstance(self.answer, BaseException):
+                raise self.answer
+            return self.answer
+
+        return flow
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the one request that differ from the defaults."""
+        [(_, request)] = self.asked
+        found: dict[str, Any] = request.model_dump(mode="json", exclude_defaults=True)
+        return found
+
+
+@pytest.fixture
+def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
+    made = Flows()
+    names = {"optimize": ["optimize"], "promote": ["promote", "rollback"]}
+    for module in ("optimize", "retrain", "soak", "remeasure", "promote"):
+        functions = {name: made.stand_in(name) for name in names.get(module, [module])}
+        monkeypatch.setitem(sys.modules, f"flows.{module}", SimpleNamespace(**functions))  # type: ignore[arg-type]
+    for commands in (jobs, deploy):
+        monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(SimpleNamespace(tracking_uri="")))
+    monkeypatch.setattr(jobs, "_page", lambda *_: PAGE)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home that does not exist yet; the logger that a command changes is put back."""
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)  # no .env of a developer's
+    logger = logging.getLogger("slmops")
+    before = logger.handlers[:], logger.level
+    yield tmp_path / "home"
+    logger.handlers[:], level = before
+    logger.setLevel(level)

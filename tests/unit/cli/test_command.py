@@ -1,0 +1,330 @@
+"""How a command line is read, and how a command ends."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from slmops.cli.command import COMMANDS, run
+from slmops.core import errors
+from slmops.core.job import Job
+from slmops.core.values import Comparison
+
+if TYPE_CHECKING:
+    from tests.unit.cli.conftest import Flows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ("", {}),
+        ("--model=org/m@main --name bot", {"model": "org/m@main", "name": "bot"}),
+        ("--precision int4", {"precision": ["int4"]}),
+        ("--precision int4 --precision int8", {"precision": ["int4", "int8"]}),
+        ("--int4-block-size 64 --int4-symmetric", {"int4_block_size": 64, "int4_symmetric": True}),
+        ("--olive-config mine.json --quick", {"olive_config": "mine.json", "quick": True}),
+        ("--temperature 0.7 --top-p 0.9", {"temperature": 0.7, "top_p": 0.9}),
+        ("--max-length 512 --repetition-penalty 1.1", {"max_length": 512, "repetition_penalty": 1.1}),
+        ("--json", {}),
+    ],
+)
+def test_flags_are_the_job(flows: Flows, arguments: str, asked: dict[str, Any]) -> None:
+    model = [] if "--model" in arguments else ["--model", "demo"]
+    assert run(["run", *model, *arguments.split()]) == 0
+    assert flows.options == {"model": "demo", **asked}
+
+
+WRONG = [
+    ("run --model m --precision int3", r"--precision must be 'fp32', 'fp16', 'int8', 'int4' or 'bf16' \(got 'int3'\)"),
+    ("run --model m --precision", "--precision needs a value"),
+    ("run --model m --frobnicate 1", "--frobnicate"),
+    ("run --model m --precisoin int4", "Did you mean --precision"),
+    ("run --model m --model n", "--model is given more than once"),
+    ("run --model m --quick=perhaps", r"--quick must be true or false \(got 'perhaps'\)"),
+    ("run", "`slmops run` needs --model"),
+    ("run --quick", "error: --model is missing\n"),
+    ("run --model", "--model needs a value"),
+    ("run --model m --name ../x", r"--name may only have .* \(got '\.\./x'\)"),
+    ("run --model m --name a/b", r"--name .*\(got 'a/b'\)"),
+    (f"run --model m --name {'a' * 64}", "--name may only have"),
+    ("run --model m --int4-block-size many", r"--int4-block-size must be a whole number \(got 'many'\)"),
+    ("run --model m --int4-block-size 8", r"--int4-block-size must be at least 16 \(got '8'\)"),
+    ("run --model m --device npu", "--device must be 'cpu' or 'gpu'"),
+    ("run --model m --max-length 1", "--max-length must be at least 16"),
+    ("run --model m --max-length 10 --top-p 3", r"--max-length .*\n--top-p "),
+    ("run --model m --job nothing.yaml", r"nothing\.yaml cannot be read: .*No such file"),
+    ("run --model m --job", "--job needs a value"),
+    ("retrain --model m --data d --training.rank x", "--training.rank must be a whole number"),
+    ("soak --requests 29", r"--requests must be at least 30 \(got '29'\)"),
+    ("soak --requests many", "--requests must be a whole number"),
+    ("soak --max-kb-per-request 0", "--max-kb-per-request must be greater than 0"),
+    ("soak a b", "too many arguments: b"),
+    ("soak --variants int4", "Did you mean --variant"),
+    ("promote", "`slmops promote` needs"),
+    ("promote ../bot", "--name may only have letters"),
+    ("promote bot --force", "--force needs a value"),
+    ("promote bot --version 0", "--version must be at least 1"),
+    ("rollback", "`slmops rollback` needs NAME"),
+    ("rollback a/b", "'a/b'"),
+    ("serve ../../etc", "'../../etc'"),
+    ("serve bot --port 70000", "--port must be at most 65535"),
+    ("serve bot --host 0.0.0.0", "SLMOPS_SERVE_TOKEN"),
+    ("catalog --port x", r"--port must be a whole number \(got 'x'\)"),
+    ("pull bot@", "'bot@'"),
+    ("status a/b", "'a/b'"),
+    ("frobnicate", 'Unknown command "frobnicate". Available commands: run, demo, retrain, compare,'),
+    ("compare a b", "too many arguments: b"),
+    ("--frobnicate", "--frobnicate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[arguments for arguments, _ in WRONG])
+def test_wrong_usage(flows: Flows, capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
+    assert run(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert re.search(said, err)
+    assert "Traceback" not in err
+    assert flows.asked == []
+
+
+JOB_YAML = """\
+model: demo
+name: bot
+precision: [int8, int4]
+int4_block_size: 64
+quick: true
+perplexity-text: text.txt
+top_p: null
+"""
+JOB_TOML = """\
+model = "demo"
+name = "bot"
+precision = ["int8", "int4"]
+int4-block-size = 64
+quick = true
+perplexity_text = "text.txt"
+"""
+IN_FILE = {
+    "model": "demo",
+    "name": "bot",
+    "precision": ["int8", "int4"],
+    "int4_block_size": 64,
+    "quick": True,
+    "perplexity_text": "text.txt",
+}
+FILES = [("job.yaml", JOB_YAML), ("job.yml", JOB_YAML), ("job.toml", JOB_TOML), ("job.json", json.dumps(IN_FILE))]
+
+
+@pytest.mark.parametrize("option", ["--job {}", "--job={}"])
+@pytest.mark.parametrize(("name", "text"), FILES)
+def test_job_file(flows: Flows, tmp_path: Path, option: str, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert run(["run", *option.format(name).split()]) == 0
+    assert flows.options == IN_FILE
+
+
+@pytest.mark.parametrize(("name", "text"), [FILES[0], FILES[2]])
+@pytest.mark.parametrize("file_first", [True, False])
+def test_flags_win_over_the_job_file(flows: Flows, tmp_path: Path, name: str, text: str, file_first: bool) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    file = ["--job", name]
+    flags = ["--precision", "fp16", "--int4-block-size", "16", "--top-p", "0.5", "--quick=false", "--model", "other"]
+    assert run(["run", *(file + flags if file_first else flags + file)]) == 0
+    assert flows.options == {
+        "model": "other",
+        "name": "bot",
+        "precision": ["fp16"],
+        "int4_block_size": 16,
+        "top_p": 0.5,
+        "perplexity_text": "text.txt",
+    }
+
+
+def test_job_file_may_ask_for_json(flows: Flows, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job.yaml").write_text("model: demo\njson: true\n", encoding="utf-8")
+    assert run(["run", "--job", "job.yaml"]) == 0
+    assert Comparison.model_validate_json(capsys.readouterr().out) == flows.answer
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("job.yaml", "model: demo\nprecisoin: [int4]\n", r"precisoin.* from .*job\.yaml\. Did you mean --precision"),
+        ("job.toml", "model = 'demo'\nfrobnicate = 1\n", r"frobnicate.* from .*job\.toml"),
+        ("job.yaml", "1: demo\n", r"Unknown option: .*1.* from .*job\.yaml"),
+        ("job.yaml", "model: demo\nprecision: [int3]\n", "--precision must be 'fp32'"),
+        ("job.yaml", "model: demo\nname: a/b\n", "--name may only have"),
+        ("job.toml", "model = 'demo'\nint4_block_size = 'many'\n", "--int4-block-size must be a whole number"),
+        ("job.yaml", "quick: true\n", "error: --model is missing\n"),
+        ("job.yaml", "a: [\n", r"job\.yaml cannot be read: while parsing"),
+        ("job.toml", "model =\n", r"job\.toml cannot be read: Invalid value \(at line 1"),
+        ("job.toml", JOB_YAML, r"job\.toml cannot be read"),
+        ("job.yaml", "- model\n", r"job\.yaml has no keys and values"),
+        ("job.yaml", "", r"job\.yaml has no keys and values"),
+        ("job.yaml", b"model: \xff\xfe\n", r"job\.yaml cannot be read: .*utf-8"),
+        ("job.yaml", None, r"job\.yaml cannot be read: .*Is a directory"),
+    ],
+)
+def test_bad_job_file(
+    flows: Flows,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str | bytes | None,
+    said: str,
+) -> None:
+    path = tmp_path / name
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert run(["run", "--job", name]) == 2
+    out, err = capsys.readouterr()
+    assert (out, flows.asked) == ("", [])
+    assert err.startswith("error: ")
+    assert re.search(said, err)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Usage: slmops COMMAND")
+    for command in COMMANDS:
+        assert re.search(rf"^\W*{command}\s+\w", out, re.MULTILINE), command
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
+    module, summary = COMMANDS[name]
+    command = getattr(importlib.import_module(f"slmops.cli.{module}"), name)
+    assert command.__doc__.splitlines()[0] == summary
+
+
+def test_help_of_run_names_each_option_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["run", "--help"]) == 0
+    out = capsys.readouterr().out
+    for field in Job.model_fields:
+        assert f"--{field.replace('_', '-')} " in out
+
+
+@pytest.mark.parametrize("kind", errors.BY_NAME.values())
+def test_exit_codes(flows: Flows, capsys: pytest.CaptureFixture[str], kind: type[errors.SlmopsError]) -> None:
+    flows.answer = kind("It went wrong there.", "Do this.")
+    assert run(["run", "--model", "demo"]) == kind.exit_code
+    assert capsys.readouterr() == ("", "error: It went wrong there.\n  Do this.\n")
+
+
+def test_error_without_a_fix_is_one_line(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.answer = errors.WorkError("It went wrong.")
+    assert run(["demo"]) == 1
+    assert capsys.readouterr() == ("", "error: It went wrong.\n")
+
+
+def test_interrupted(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.answer = KeyboardInterrupt()
+    assert run(["run", "--model", "demo"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("home_is_usable", [True, False])
+def test_what_no_check_foresaw(
+    flows: Flows,
+    home: Path,
+    home_is_usable: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not home_is_usable:
+        home.write_text("not a folder", encoding="utf-8")
+        monkeypatch.setattr("tempfile.tempdir", str(home.parent))
+    flows.answer = RuntimeError("boom\nwith details")
+    assert run(["run", "--model", "demo"]) == 1
+    out, err = capsys.readouterr()
+    told = re.match(r"error: RuntimeError: boom\n  The traceback is in (\S+)\. ", err)
+    assert out == ""
+    assert told, err
+    log = Path(told[1])
+    assert log.parent == (home / "logs" if home_is_usable else home.parent)
+    story = log.read_text(encoding="utf-8")
+    assert story.startswith("Traceback (most recent call last):")
+    assert "RuntimeError: boom\nwith details" in story
+
+
+@pytest.mark.parametrize("below", ["", "/locks"])
+def test_a_home_that_cannot_be_used_is_named(
+    flows: Flows, home: Path, below: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flows.answer = PermissionError(errno.EACCES, "Permission denied", f"{home}{below}")
+    assert run(["run", "--model", "demo"]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: {home}{below} cannot be used: Permission denied.\n  Set SLMOPS_H"
+    )
+    assert not home.exists()
+
+
+def test_a_home_inside_a_file_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.write_text("not a folder", encoding="utf-8")
+    assert run(["up"]) == 2
+    assert str(home) in capsys.readouterr().err
+
+
+def test_a_file_elsewhere_is_not_taken_for_the_home(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.answer = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/file")
+    assert run(["run", "--model", "demo"]) == 1
+    assert capsys.readouterr().err.startswith("error: PermissionError: ")
+
+
+def test_a_reader_that_leaves_is_not_a_crash() -> None:
+    """As in ``slmops status | head -1``, whose reader may be gone before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        command = [sys.executable, "-m", "slmops.cli", "status"]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bad_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SLMOPS_MLFLOW_PORT", "many")
+    monkeypatch.setenv("SLMOPS_POOLS", '[{"name": "a"}]')
+    assert run(["status"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    said = ["error: SLMOPS_MLFLOW_PORT must be a whole number (got 'many')", "SLMOPS_POOLS.0.memory_gb is missing"]
+    assert err.splitlines()[:2] == said
+
+
+HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx", "numpy"]
+
+
+def loaded(program: str) -> set[str]:
+    """What is imported when the program has run."""
+    program += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("module", ["command", "jobs", "deploy", "local"])
+def test_importing_commands_imports_nothing_heavy(module: str) -> None:
+    found = loaded(f"import slmops.cli.{module}")
+    assert "cyclopts" in found
+    assert not found & {*HEAVY, "foundry_local_sdk", "matplotlib", "datasets", "fastapi"}
+
+
+def test_the_list_of_commands_needs_none_of_them() -> None:
+    """Half a second goes by quickly."""
+    assert not loaded("from slmops.cli.command import run; run(['--help'])") & {*HEAVY, "pydantic", "jinja2", "httpx"}

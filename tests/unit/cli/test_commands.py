@@ -1,0 +1,211 @@
+"""What each command asks for, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import BaseModel
+
+from slmops.cli.command import run
+from slmops.core import errors
+from slmops.delivery import pull
+from slmops.evaluation import drift, soak
+from slmops.evaluation.drift import DriftError, Remeasured
+from slmops.evaluation.soak import SoakError, Target
+from slmops.foundry.versions import Installed, Promoted
+from slmops.local import stack
+from slmops.report import render
+from slmops.serving import service
+from slmops.tracking.registry import Registry
+from slmops.training import outcome
+from slmops.training.outcome import RetrainError
+from slmops.training.values import Retrained
+from tests import values
+
+if TYPE_CHECKING:
+    from tests.unit.cli.conftest import Flows
+
+PAGE = "http://mlflow/run"
+COMPARISON = values.comparison(values.result("int4", 114.0), chosen="int4")
+PROMOTED = Promoted(model="bot", version=4, variant="int8", replaced=3, changed=True, url=PAGE)
+SOAKED = soak.judge(Target(model="tiny", variant="int8", foundry_id="x"), [500_000.0] * 30, 10)
+REMEASURED = Remeasured(
+    model="bot",
+    version=3,
+    variant="int8",
+    outcome="drifted",
+    figures=(),
+    hardware_kind="P",
+    recorded_run="r",
+    detail="It is slower.",
+)
+RETRAINED = Retrained(
+    model="bot", outcome="promoted", detail="It is better.", input_digest="d", run_id="r", url=PAGE, version=4
+)
+
+
+def refused() -> errors.GateError:
+    """A job of which no variant is good enough."""
+    error = errors.GateError("None is good enough.")
+    error.comparison = COMPARISON
+    return error
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLMOPS_TRACKING_URI", "http://registry")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flow", "options"),
+    [
+        ("demo --quick", "optimize", {"model": "demo", "quick": True}),
+        ("retrain --model m --data d --watch-s 0", "retrain", {"model": "m", "data": "d", "watch_s": 0}),
+        (
+            "retrain --demo --training.epochs 1",
+            "retrain",
+            {
+                "model": "demo",
+                "data": "demo",
+                "name": "ticket-router",
+                "training": {"epochs": 1.0},
+                "serve": True,
+                "watch_s": 30,
+            },
+        ),
+        ("soak", "soak", {}),
+        ("soak bot", "soak", {"name": "bot"}),
+        ("soak --name bot", "soak", {"name": "bot"}),
+        ("soak bot --variant int4 --requests 40", "soak", {"name": "bot", "variant": "int4", "requests": 40}),
+        ("soak bot --champion", "soak", {"name": "bot", "champion": True}),
+        ("soak --max-kb-per-request 0.5", "soak", {"max_kb_per_request": 0.5}),
+        (
+            "remeasure bot --version int8 --max-slowdown 2",
+            "remeasure",
+            {"name": "bot", "version": "int8", "max_slowdown": 2},
+        ),
+        ("promote bot", "promote", {"name": "bot"}),
+        ("promote bot --precision int8", "promote", {"name": "bot", "precision": "int8"}),
+        ("promote bot --version 3 --force unfair", "promote", {"name": "bot", "version": 3, "force": "unfair"}),
+        (
+            "promote bot --approval --approval-timeout-s 60",
+            "promote",
+            {"name": "bot", "approval": True, "approval_timeout_s": 60},
+        ),
+    ],
+)
+def test_flags_are_the_request(flows: Flows, arguments: str, flow: str, options: dict[str, Any]) -> None:
+    flows.answer = errors.WorkError("Here it ends.")
+    assert run(arguments.split()) == 1
+    assert [name for name, _ in flows.asked] == [flow]
+    assert flows.options == options
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize(
+    ("command", "result", "text"),
+    [
+        ("run --model m", COMPARISON, render.text(COMPARISON)),
+        ("promote bot", PROMOTED, PROMOTED.text),
+        ("rollback bot", PROMOTED, PROMOTED.text),
+        ("retrain --model m --data d", RETRAINED, outcome.text(RETRAINED)),
+        ("soak", SOAKED, soak.text(SOAKED)),
+        ("remeasure bot", REMEASURED, drift.text(REMEASURED)),
+    ],
+)
+def test_a_result_goes_to_stdout_and_its_page_to_stderr(
+    flows: Flows, capsys: pytest.CaptureFixture[str], command: str, result: BaseModel, text: str, as_json: bool
+) -> None:
+    flows.answer = result
+    assert run([*command.split(), *["--json"] * as_json]) == 0
+    out, err = capsys.readouterr()
+    assert (type(result).model_validate_json(out) == result) if as_json else (out == f"{text}\n")
+    assert err.startswith(f"\nin MLflow: {PAGE}\n")
+    assert ("deploy int4: slmops promote tiny\n" in err) == (result is COMPARISON)
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "result"),
+    [
+        ("retrain --model m --data d", RetrainError(RETRAINED), RETRAINED),
+        ("soak", SoakError(SOAKED), SOAKED),
+        ("remeasure bot", DriftError(REMEASURED), REMEASURED),
+        ("run --model m", refused(), COMPARISON),
+        ("retrain --model m --data d", refused(), COMPARISON),
+    ],
+)
+def test_what_was_measured_is_printed_though_a_gate_refuses_it(
+    flows: Flows, capsys: pytest.CaptureFixture[str], command: str, error: errors.GateError, result: BaseModel
+) -> None:
+    flows.answer = error
+    assert run([*command.split(), "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert type(result).model_validate_json(out) == result
+    assert f"error: {error.message}\n" in err
+
+
+def test_who_asks_for_approval_is_told_where_it_is_given(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.answer = PROMOTED
+    assert run(["promote", "bot", "--approval"]) == 0
+    assert capsys.readouterr().err.startswith("waiting for a decision on the Prefect page")
+
+
+@pytest.mark.parametrize("registry", [True, False])
+def test_serve_starts_without_a_registry_too(registry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(service, "run", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(stack, "_read", lambda _: {})
+    if not registry:
+        monkeypatch.delenv("SLMOPS_TRACKING_URI")
+    assert run(["serve", "bot", "--port", "9000", "--concurrency", "4"]) == 0
+    [(name, options, _, uri)] = asked
+    assert (name, options.host, options.port, options.concurrency) == ("bot", "127.0.0.1", 9000, 4)
+    assert uri == ("http://registry" if registry else "http://127.0.0.1:5000")
+
+
+def test_pull_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    done = Installed(name="bot", version=3, variant="int8", foundry_id="bot-int8-generic-cpu:3", folder=Path("/there"))
+    asked: list[Any] = []
+
+    def fetch(name: str, which: str | None, _: Any, uri: str) -> Installed:
+        asked.append((name, which, uri))
+        return done
+
+    monkeypatch.setattr(pull, "pull", fetch)
+    assert run(["pull", "bot@int8", "--from", "http://elsewhere"]) == 0
+    assert run(["pull", "bot"]) == 0
+    assert asked == [("bot", "int8", "http://elsewhere"), ("bot", None, "http://registry")]
+    assert capsys.readouterr().out.splitlines()[:2] == ["bot-int8-generic-cpu:3", "/there"]
+    assert run(["pull", "bot", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == 3
+
+
+def test_status_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tags = {"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"}
+    version = values.model_version(3, aliases=("champion", "int8"), size_mb=158.02, tags=tags)
+    found = {"bot": [version]}
+    monkeypatch.setattr(Registry, "versions", lambda _, name: found.get(name, []))
+    monkeypatch.setattr(Registry, "models", lambda _: list(found))
+    assert run(["status", "bot"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.split() == [
+        *["3", "int8", "158.0", "passed", "3", "of", "4", "2026-01-02", "00:00", "champion"],
+        *["withdrawn:", "it", "answers", "nothing"],
+    ]
+    assert run(["status", "bot", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"][0]["version"] == 3
+    assert run(["status", "boat"]) == 2
+    assert "Known models: bot." in capsys.readouterr().err
+
+
+def test_status_of_nothing(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("SLMOPS_TRACKING_URI")
+    assert run(["status", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["home"] == str(home)
+    assert (found["prefect"]["ok"], found["mlflow"]["ok"], found["serving"]) == (False, False, None)
+    assert run(["status"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["prefect  -  not running", "mlflow   -  not running"]

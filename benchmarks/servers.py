@@ -18,14 +18,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from slmops.tracking.client import talking
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
 from slmops.core import machine
 from slmops.core.settings import Settings
 from slmops.local import stack
-from slmops.tracking.client import talking  # first: it sets the environment that MLflow reads at import
-
-# isort: split
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
 
 CLIENTS = (1, 4)
 FILE_MB = 256

@@ -207,7 +207,7 @@ class _Retraining:
                 "variant": version.variant if version else None,
                 "accuracy": self._accuracy,
                 "seconds": self._seconds,
-                "url": TrainingTracker(self.uri).url(self.run_id),
+                "url": TrainingTracker(self.uri).run_url(self.run_id),
             }
         )
 

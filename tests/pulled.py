@@ -18,7 +18,6 @@ from slmops.foundry import cli
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
-from slmops.tracking import files as tracking_files
 from tests import values
 
 URI = "http://registry:5000"
@@ -127,7 +126,7 @@ class Device:
         self._patch = patch
         hardware = Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=())
         patch.setattr(machine, "hardware", lambda: hardware)
-        patch.setattr(download, "PAUSES_S", (0.0,) * 4)
+        patch.setattr(download, "RETRY_AFTER_S", (0.0,) * 4)
         patch.setattr(cli, "confirm", lambda *_: None)
         patch.setattr(cli, "ask", lambda *_: None)
         patch.setattr(children, "call", self._call)
@@ -136,7 +135,7 @@ class Device:
     def serve(self, *args: Any, **changes: Any) -> Remote:
         """Put a version into the registry, in place of the last one."""
         self.remote = Remote(*args, **changes)
-        self._patch.setattr(tracking_files, "read", self.remote.read)
+        self._patch.setattr(download, "read", self.remote.read)
         return self.remote
 
     def install(self, **changes: Any) -> Installed:

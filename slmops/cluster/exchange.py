@@ -22,7 +22,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import VariantFile
 from slmops.tracking import download
 from slmops.tracking import exchange as tracking_exchange
-from slmops.tracking.files import NotGivenError
+from slmops.tracking.download import NotGivenError
 
 FILES, RESULTS = "files", "results"
 KEPT_S = 24 * 3600.0

@@ -44,7 +44,7 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
     if request.version is not None:
         return registry.find(request.name, str(request.version))
     if request.precision is not None:
-        return registry.find(request.name, request.precision)
+        return registry.newest(request.name, request.precision)
     comparison = tracker.latest(request.name)
     chosen = next((one for one in comparison.variants if one.name == comparison.choice.variant), None)
     if chosen is None or chosen.version is None:

@@ -20,8 +20,8 @@ CHAMPION = "champion"
 """Alias of the version that is deployed."""
 PREVIOUS = "previous"
 """Alias of the version that was the champion before."""
-RESERVED = re.compile(r"champion|previous|latest|v\d+", re.IGNORECASE)
-"""Aliases that mean something else than a variant's name; MLflow keeps the last two for itself."""
+RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
+"""What cannot be the alias of a variant: two have a meaning, MLflow keeps two for itself, and numbers are versions."""
 
 
 class VersionManifest(Frozen):

@@ -1,13 +1,20 @@
-"""MLflow's client: set up before it is imported, and its failures as errors of ours."""
+"""What everything that talks to MLflow shares: the connection, its errors as ours, and how runs are found and filled.
+
+Always a client with explicit run ids: MLflow's active run is thread-local, and a thread that logs "to the active run"
+silently makes a new one. What MLflow has acknowledged is not read back.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 # Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -17,18 +24,33 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
 from slmops.core.errors import TrackingError
 
+T = TypeVar("T")
+
+KIND = "slmops.kind"
+"""Tag that says what slmops made: "model" (an experiment, a registered model), or what a run is of, such as "job"."""
+PARENT, NOTE, FLOW_RUN = "mlflow.parentRunId", "mlflow.note.content", "slmops.prefect_flow_run"
+REASON = "slmops.reason"
+CURVES = "curves/"
+"""How the names of curves begin; MLflow's charts have a section for each such prefix."""
+TEXT_LIMIT = 6000  # characters that MLflow takes for a parameter
+METRICS_AT_ONCE = 1000
+DIGEST_LENGTH = 12  # MLflow's pages allow 36 characters; the whole digest is in the data set's profile
+# The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
+_EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
+
 
 @contextmanager
 def talking(uri: str) -> Iterator[None]:
-    """Talk to the MLflow server at ``uri``.
+    """Turn what goes wrong in a conversation with the MLflow server at ``uri`` into an error of ours.
 
     Raises:
-        TrackingError: It cannot be reached, or refuses what was asked.
+        TrackingError: It cannot be reached, or it refuses a request.
     """
     try:
         yield
@@ -40,28 +62,154 @@ def talking(uri: str) -> Iterator[None]:
         elif "Connection broken" in said:
             said = "the connection broke"
         raise TrackingError(
-            f"MLflow at {without_password(uri)} did not take or give what was asked: {said[:300]}",
-            "Is it running? `slmops status` tells, `slmops up` starts the local one.",
+            f"MLflow at {without_password(uri)} failed: {without_password(said)[:300]}",
+            "Is it running? `slmops status` shows that, `slmops up` starts the local one.",
         ) from error
 
 
-def text_of(client: MlflowClient, run_id: str, path: str) -> str:
-    """The content of a run's text file; MLflow's errors are the caller's."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
-
-
-def without_password(uri: str) -> str:
-    """A tracking URI as it may be shown.
+def without_password(text: str) -> str:
+    """A text as it may be shown, without what signs in to the addresses in it.
 
     >>> without_password("https://me:secret@mlflow.example:5000")
     'https://***@mlflow.example:5000'
     """
-    return re.sub(r"//[^/]*@", "//***@", uri)
+    return re.sub(r"//[^/\s]*@", "//***@", text)
+
+
+def found(ask: Callable[[], T]) -> T | None:
+    """What the registry is asked for; None if it has nothing of that name."""
+    try:
+        return ask()
+    except MlflowException as error:
+        # The second is said of an unknown alias, and of a name that cannot be one.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+class Connection:
+    """One MLflow server, or a database without a server."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def run_url(self, run_id: str) -> str:
+        """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
+        return self._page(run_id, f"runs/{run_id}?")
+
+    def _page(self, run_id: str, page: str) -> str:
+        with self._talking():
+            experiment = self._client.get_run(run_id).info.experiment_id
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/{page}workflowType=machine_learning"
+
+    def _experiment(self, name: str) -> str:
+        """The id of a model's experiment, which is made or restored if need be."""
+        known: Experiment | None = self._client.get_experiment_by_name(name)
+        if known is None:
+            return str(self._client.create_experiment(name, tags=_EXPERIMENT))
+        if known.lifecycle_stage == "deleted":
+            self._client.restore_experiment(known.experiment_id)
+        return str(known.experiment_id)
+
+    def _talking(self) -> AbstractContextManager[None]:
+        return talking(self.uri)
+
+
+# --- runs; the caller handles MLflow's errors
+
+
+def create_run(client: MlflowClient, experiment: str, title: str, tags: Mapping[str, str]) -> str:
+    """Open a run; returns its id."""
+    return str(client.create_run(experiment, run_name=title, tags=dict(tags)).info.run_id)
+
+
+@contextmanager
+def only_run(client: MlflowClient, experiment: str, title: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """Open a run for the block and close it after that; an earlier attempt of the same flow run is deleted."""
+    if flow_run := tags.get(FLOW_RUN):
+        for stale in runs_of(client, experiment, tags[KIND], f"tags.`{FLOW_RUN}` = '{flow_run}'"):
+            client.delete_run(stale.info.run_id)
+    run_id = create_run(client, experiment, f"{title} {stamp()}", tags)
+    yield run_id
+    client.set_terminated(run_id, "FINISHED")
+
+
+def runs_of(client: MlflowClient, experiment: str, kind: str, *conditions: str) -> list[Run]:
+    """The runs of a kind that meet MLflow's search conditions, the newest first."""
+    query = " and ".join((f"tags.`{KIND}` = '{kind}'", *conditions))
+    return list(client.search_runs([experiment], query))
+
+
+def stamp() -> str:
+    """Now, as the names of runs show it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, object]) -> None:
+    """Log parameters: text as it is, anything else as JSON."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    client.log_batch(run_id, params=[Param(key, text[:TEXT_LIMIT]) for key, text in texts.items()])
+
+
+def log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
+    """Log single figures as metrics of this moment."""
+    now = now_ms()
+    log_metrics(client, run_id, (Metric(key, value, now, 0) for key, value in figures.items()))
+
+
+def log_metrics(client: MlflowClient, run_id: str, metrics: Iterable[Metric]) -> None:
+    """Log any number of metrics."""
+    every = list(metrics)
+    for first in range(0, len(every), METRICS_AT_ONCE):
+        client.log_batch(run_id, metrics=every[first : first + METRICS_AT_ONCE])
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def now_ms() -> int:
+    """Now in milliseconds since 1970, as MLflow counts."""
+    return int(time.time() * 1000)
+
+
+def dataset_input(name: str, digest: str, source: str, context: str) -> DatasetInput:
+    """A data set as MLflow lists it among the inputs of a run.
+
+    Args:
+        name: What to call it.
+        digest: Its SHA-256.
+        source: File or address that it came from.
+        context: What it was used for.
+    """
+    return DatasetInput(
+        Dataset(
+            name=name,
+            digest=digest[:DIGEST_LENGTH],
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps({"sha256": digest}),
+        ),
+        [InputTag("mlflow.data.context", context)],
+    )
+
+
+def text_of(client: MlflowClient, run_id: str, path: str) -> str:
+    """The content of a text file among a run's artifacts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
+
+
+def names_in(client: MlflowClient, run_id: str, folder: str | None = None) -> dict[str, int]:
+    """Path and size in bytes of the files directly in a folder of a run's artifacts."""
+    listed: list[Any] = client.list_artifacts(run_id, folder)
+    return {file.path: file.file_size or 0 for file in listed if not file.is_dir}
 
 
 def artifacts_of(client: MlflowClient, model: str) -> str:
-    """The artifact URI behind a ``models:/`` one; MLflow's errors are the caller's.
+    """The artifact URI behind a ``models:/`` one.
 
     MLflow itself looks such a name up in the registry that the environment names, whatever address it is given.
     """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from slmops.tracking.client import talking, without_password  # first: it sets the environment that MLflow reads
+from slmops.tracking.client import talking, without_password
 
-# isort: split
+import mlflow
 from mlflow import MlflowClient
 
 from slmops.core.errors import DataError
@@ -15,39 +16,38 @@ from slmops.core.errors import DataError
 def records(uri: str, name: str) -> list[dict[str, Any]]:
     """Every record of a dataset: its ``dataset_record_id``, ``inputs`` and ``expectations``, in MLflow's order.
 
-    That order is by time, and by chance among the records that were added together. ``mlflow.genai.datasets`` itself
-    knows no address but that of the whole process, hence the client's store.
+    That order is by time, and by chance among the records that were added together.
 
     Args:
         uri: MLflow's tracking URI.
-        name: The dataset's.
+        name: The dataset's name.
 
     Raises:
         DataError: There is no dataset with this name, or more than one: MLflow allows that.
         TrackingError: MLflow cannot be reached.
     """
-    quote = "'" if '"' in name else '"'
-    if quote in name:
-        raise _not_found(uri, name)  # MLflow's filters cannot spell such a name
-    with talking(uri):
-        client = MlflowClient(tracking_uri=uri)
-        found = client.search_datasets(filter_string=f"name = {quote}{name}{quote}", max_results=2)
-        if not found:
-            raise _not_found(uri, name)
-        if len(found) > 1:
-            raise DataError(
-                f"MLflow at {without_password(uri)} has more than one dataset of the name {name!r}.",
-                "Delete all but one.",
-            )
-        loaded, _ = client._tracking_client.store._load_dataset_records(found[0].dataset_id, max_results=None)
-        return [
-            {"dataset_record_id": one.dataset_record_id, "inputs": one.inputs, "expectations": one.expectations or {}}
-            for one in loaded
-        ]
-
-
-def _not_found(uri: str, name: str) -> DataError:
-    return DataError(
-        f"MLflow at {without_password(uri)} has no dataset of the name {name!r}.",
+    shown = without_password(uri)
+    absent = DataError(
+        f"MLflow at {shown} has no dataset of the name {name!r}.",
         "Its page 'Datasets' lists them, each with its experiment.",
     )
+    quote = "'" if '"' in name else '"'
+    if quote in name:
+        raise absent  # MLflow's filters cannot spell such a name
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    with talking(uri):
+        same = MlflowClient(tracking_uri=uri).search_datasets(filter_string=f"name = {quote}{name}{quote}")
+        if not same:
+            raise absent
+        if len(same) > 1:
+            raise DataError(f"MLflow at {shown} has more than one dataset of the name {name!r}.", "Delete all but one.")
+        # A dataset loads its records from the address of the whole process.
+        mlflow.set_tracking_uri(uri)
+        try:
+            loaded = same[0].records
+        finally:
+            mlflow.set_tracking_uri(before)
+    return [
+        {"dataset_record_id": one.dataset_record_id, "inputs": one.inputs, "expectations": one.expectations or {}}
+        for one in loaded
+    ]

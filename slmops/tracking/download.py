@@ -1,36 +1,50 @@
-"""Files of a version from the registry: each goes on where it broke off, and counts only with the right SHA-256."""
+"""Files from MLflow's artifacts: each goes on where it broke off, and counts only with the right SHA-256.
+
+MLflow takes seconds to import, and what is on a device is found without it: here functions import it.
+"""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 from slmops.core.errors import TrackingError
 from slmops.core.files import sha256
-from slmops.tracking import files as tracking_files
-from slmops.tracking.files import NotGivenError
 
 log = logging.getLogger(__name__)
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts that bring nothing; one that brings something begins the row anew."""
+BLOCK_BYTES = 64 * 1024
+"""Bytes read at a time, which is what a broken connection can lose."""
+STALLED_S = 30.0
+"""Seconds without a byte after which a connection counts as broken."""
+RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between attempts that bring nothing; one that brings something starts again with the first."""
 SAY_EVERY_S = 10.0
 UNKNOWN_LIMIT = 16_000_000
 """Bytes that a file of unknown size may have."""
 
+_LATER = (408, 425, 429)  # client errors that the same request need not meet again
+
+
+class NotGivenError(TrackingError):
+    """MLflow answers, and does not give the file: asking again changes nothing."""
+
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the files of a version come from.
+    """Where files come from.
 
     Attributes:
         uri: MLflow's tracking URI.
-        location: Artifact URI of the version's folder.
-        label: What to call the version in messages.
+        location: Artifact URI of their folder, such as ``mlflow-artifacts:/1/models/m-.../artifacts``.
+        label: What to call them in messages.
     """
 
     uri: str
@@ -44,8 +58,13 @@ def part_of(folder: Path, name: str) -> Path:
 
 
 def intact(path: Path, size: int | None, digest: str) -> bool:
-    """Whether the file is there with this size (None: any) and this SHA-256."""
+    """Whether the file is there with this size in bytes (None: any) and this SHA-256."""
     return path.is_file() and size in (None, path.stat().st_size) and sha256(path) == digest
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path) -> Path:
@@ -53,13 +72,14 @@ def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path
 
     Args:
         origin: Where it comes from.
-        name: Path of the file in the version's folder, already checked.
+        name: Its path there, already checked.
         size: Its size in bytes, where that is known.
         digest: Its SHA-256.
         folder: Where earlier attempts may have left a part of it.
 
     Raises:
-        TrackingError: The connection breaks again and again, the file is gone, or it is not what was promoted.
+        NotGivenError: The file is gone, or access is refused.
+        TrackingError: The connection breaks again and again, or the content has another SHA-256.
     """
     part = part_of(folder, name)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +93,10 @@ def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path
             return part
         part.unlink()
         if attempt == 1:
-            log.warning(
-                "%s of %s has not the SHA-256 that it should have: fetching all of it again", name, origin.label
-            )
+            log.warning("%s of %s has the wrong SHA-256: fetching all of it again", name, origin.label)
     raise TrackingError(
-        f"{name} of {origin.label} was altered: what the registry gives has another SHA-256 than was promoted.",
-        "Nothing of it was installed. Promote the variant again where it was made.",
+        f"{name} of {origin.label} was altered: it has another SHA-256 than when it was stored.",
+        "Nothing of it was installed. Promote the variant again on the machine that made it.",
     )
 
 
@@ -88,18 +106,18 @@ def _complete(origin: Origin, name: str, limit: int, part: Path) -> None:
     while True:
         before = size_of(part)
         try:
-            _append(tracking_files.read(origin.uri, origin.location, name, before), part, name, limit)
+            _append(read(origin.uri, origin.location, name, before), part, name, limit)
         except NotGivenError as error:
-            raise NotGivenError(f"{origin.label} cannot be had: {error.message}", error.fix) from error
+            raise NotGivenError(f"{origin.label} cannot be fetched: {error.message}", error.fix) from error
         except TrackingError as error:
             failures = 1 if size_of(part) > before else failures + 1
-            if failures > len(PAUSES_S):
+            if failures > len(RETRY_AFTER_S):
                 raise TrackingError(
                     f"{name} of {origin.label} broke off at {size_of(part) / 1e6:.1f} MB, "
-                    f"and {len(PAUSES_S)} more attempts brought nothing. {error.message}",
+                    f"and {len(RETRY_AFTER_S)} more attempts brought nothing. {error.message}",
                     "The next pull goes on where this one stopped.",
                 ) from error
-            pause = PAUSES_S[failures - 1]
+            pause = RETRY_AFTER_S[failures - 1]
             log.warning("%s broke off at %.1f MB, again in %g s: %s", name, size_of(part) / 1e6, pause, error.message)
             time.sleep(pause)
             continue
@@ -120,6 +138,96 @@ def _append(blocks: Generator[bytes, None, None], part: Path, name: str, limit: 
                 log.info("%s: %.0f of %.0f MB", name, out.tell() / 1e6, limit / 1e6)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+def read(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
+    """Yield the bytes of one artifact file in blocks.
+
+    Nothing is retried here: whoever reads knows how far it came, and asks again from there.
+
+    Args:
+        uri: MLflow's tracking URI.
+        location: Artifact URI of the folder.
+        path: The file below it, with forward slashes.
+        offset: Bytes to leave out at the beginning. At or behind the end of the file nothing is yielded.
+
+    Raises:
+        NotGivenError: The file is gone, or access is refused.
+        TrackingError: The connection broke or stalled, or the server failed.
+    """
+    from slmops.tracking.client import talking
+
+    with talking(uri):
+        served = urlsplit(location).scheme == "mlflow-artifacts"
+        yield from (_from_server if served else _from_storage)(uri, location, path, offset)
+
+
+def _from_server(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
+    from slmops.tracking.client import without_password
+
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+
+    # Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions fetch whole files only, and these
+    # sign in as all of MLflow does: by environment variables, its file of credentials, or plugins.
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    # Compressed, the bytes would not be those that the offset counts.
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={offset}-"} if offset else {})}
+    response = http_request(
+        get_default_host_creds(MlflowArtifactsRepository.resolve_uri(location, uri)),
+        f"/{quote(path)}",
+        "GET",
+        max_retries=0,
+        raise_on_status=False,
+        timeout=STALLED_S,
+        extra_headers=headers,
+        stream=True,
+    )
+    with response:
+        if response.status_code == 416:  # the file ends before the offset
+            return
+        _check(response, without_password(uri), path)
+        skip = 0 if response.status_code == 206 else offset
+        for block in response.iter_content(BLOCK_BYTES):
+            if skip < len(block):
+                yield block[skip:]
+            skip = max(0, skip - len(block))
+
+
+def _check(response: Any, uri: str, path: str) -> None:
+    status = response.status_code
+    if status in (200, 206):
+        return
+    if status in (404, 410):
+        raise _gone(path)
+    said = f"MLflow at {uri} answers {status} ({response.reason}) for {path}."
+    if status in (401, 403):
+        raise NotGivenError(
+            said, "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    if 300 <= status < 500 and status not in _LATER:
+        raise NotGivenError(said, f"Is {uri} the address of an MLflow server that serves artifacts?")
+    raise TrackingError(said, "The server's log says why.")
+
+
+def _from_storage(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
+    """From what MLflow's client reaches by itself: a folder, a bucket. It cannot begin in the middle."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            copy = download_artifacts(f"{location}/{path}", dst_path=scratch, tracking_uri=uri)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise _gone(path) from error
+            raise
+        except OSError as error:
+            raise _gone(path) from error
+        with Path(copy).open("rb") as file:
+            file.seek(offset)
+            while block := file.read(BLOCK_BYTES):
+                yield block
+
+
+def _gone(path: str) -> NotGivenError:
+    return NotGivenError(f"{path} is gone from the registry.", "Promote the variant again on the machine that made it.")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from slmops.tracking.client import CURVES, NOTE, dataset_input, log_metrics, now_ms, set_tags
 
-from slmops.core.errors import TrackingError
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, Metric
+
 from slmops.core.values import Comparison, Evaluation, Frozen, Measurement, Registration, Variant
 from slmops.tracking import answers as tracking_answers
 
-CURVES, INTERVALS = "curves/", "intervals/"
-"""MLflow's charts have a section for each such prefix."""
+INTERVALS = "intervals/"
+"""How the names of the ends of intervals begin; see :data:`CURVES`."""
 HEADLINES = ("ttft_ms_p50", "decode_tok_s", "perplexity_ratio", "kl_mean", "accuracy")
 """Figures whose 95 % intervals are metrics too; the others' are in the run's description and measurements.json."""
 ANSWERS, CASES, GATES = "answers.json", "edge_cases.json", "gates.json"
@@ -38,7 +38,6 @@ OF_ANSWERS = (
 OF_TEXT = ("perplexity", "kl_", "top1_", "hf_")
 """How the names of the metrics begin that depend on the evaluation set, and on the text."""
 TAG_LIMIT = 8000  # characters that MLflow takes
-DIGEST_SHOWN = 12  # characters of a digest in MLflow's pages, which allow 36; the whole is a parameter
 
 _GAP = "\u00a0\u00a0"  # MLflow's pages leave no room between the columns of a table
 
@@ -64,7 +63,7 @@ def collect(folder: Path, variant: Variant, registration: Registration, evaluati
 def log_evaluation(
     client: MlflowClient, run_id: str, model_id: str, evaluation: Evaluation, sources: dict[str, str]
 ) -> None:
-    """Log an evaluation into a run and its logged model, and check that all of it arrived.
+    """Log an evaluation into a run and its logged model.
 
     Args:
         client: Of the server.
@@ -72,26 +71,14 @@ def log_evaluation(
         model_id: The variant's logged model.
         evaluation: What was measured.
         sources: File or name of what was measured with, by ``EVALUATION_SET`` and ``TEXT``.
-
-    Raises:
-        TrackingError: Something is missing afterwards; the message names it.
     """
     inputs = _inputs(evaluation, sources)
     client.log_inputs(run_id, datasets=list(inputs.values()))
-    metrics = _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()})
-    client.log_batch(run_id, metrics=metrics)
-    client.set_tag(run_id, "mlflow.note.content", description(evaluation))
+    log_metrics(client, run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
+    set_tags(client, run_id, {NOTE: description(evaluation)})
     log_tables(client, run_id, {ANSWERS: _rows(evaluation.answers), CASES: _rows(evaluation.cases)})
     experiment = client.get_run(run_id).info.experiment_id
     tracking_answers.log(client.tracking_uri, experiment, run_id, model_id, evaluation.answers)
-
-    run = client.get_run(run_id)
-    known = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs}
-    missing = sorted({metric.key for metric in metrics} - set(run.data.metrics))
-    missing += _missing_points(client, run_id, evaluation)
-    missing += [f"the {kind}" for kind, one in inputs.items() if (one.dataset.name, one.dataset.digest) not in known]
-    missing += tracking_answers.missing(client, experiment, run_id, evaluation.answers)
-    _complain(missing, run.info.run_name)
 
 
 def description(evaluation: Evaluation) -> str:
@@ -116,37 +103,28 @@ def log_tables(client: MlflowClient, run_id: str, tables: dict[str, Rows]) -> No
 
     ``MlflowClient.log_table`` would append to the table of an earlier attempt, and make floats of integers beside a
     None. A table without rows is left out, because it has no columns either.
-
-    Raises:
-        TrackingError: One is missing afterwards.
     """
     tables = {name: rows for name, rows in tables.items() if rows}
     for name, rows in tables.items():
         split = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
         client.log_text(run_id, json.dumps(split), name)
     listed = [{"path": name, "type": "table"} for name in tables]
-    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(listed))
-    there = {entry.path for entry in client.list_artifacts(run_id)}
-    _complain([name for name in tables if name not in there], f"run {run_id}")
+    set_tags(client, run_id, {"mlflow.loggedArtifacts": json.dumps(listed)})
 
 
 def log_gates(client: MlflowClient, comparison: Comparison) -> None:
-    """Log what the gates said: as tags of each variant's run, and as a table in the parent's.
-
-    Raises:
-        TrackingError: The table is missing afterwards.
-    """
+    """Log what the gates said: as tags of each variant's run, and as a table in the job's."""
     rows: Rows = []
     for result in comparison.variants:
         rows += [{"variant": result.name, **row} for row in _rows(result.gates)]
-        if result.run_id is None:
-            continue
+        tags = {}
         if result.gates:
             refusing = "; ".join(gate.gate for gate in result.gates if gate.refuses)
-            said = f"refused: {refusing}" if refusing else "passed"
-            client.set_tag(result.run_id, "slmops.gates", said[:TAG_LIMIT])
+            tags["slmops.gates"] = f"refused: {refusing}"[:TAG_LIMIT] if refusing else "passed"
         if result.dominated_by is not None:
-            client.set_tag(result.run_id, "slmops.dominated_by", result.dominated_by)
+            tags["slmops.dominated_by"] = result.dominated_by
+        if result.run_id is not None and tags:
+            set_tags(client, result.run_id, tags)
     log_tables(client, comparison.run_id, {GATES: rows})
 
 
@@ -158,17 +136,11 @@ def _line(*cells: str) -> str:
     return "|" + "|".join(cell.replace("|", "/") + _GAP for cell in cells) + "|"
 
 
-def _complain(missing: list[str], where: str) -> None:
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise TrackingError(f"MLflow lost {', '.join(missing[:10])}{more} of {where}.")
-
-
 # --- metrics and data sets
 
 
 def _metrics(evaluation: Evaluation, model_id: str, datasets: dict[str, Dataset]) -> list[Metric]:
-    now = int(time.time() * 1000)
+    now = now_ms()
 
     def metric(key: str, value: float, of: str) -> Metric:
         kind = EVALUATION_SET if of.startswith(OF_ANSWERS) else TEXT if of.startswith(OF_TEXT) else None
@@ -195,27 +167,11 @@ def _interval(one: Measurement) -> tuple[float, float] | None:
 
 
 def _inputs(evaluation: Evaluation, sources: dict[str, str]) -> dict[str, DatasetInput]:
-    made = {}
-    for kind, digest, context in (
+    used = (
         (EVALUATION_SET, evaluation.evaluation_set_digest, "evaluation"),
         (TEXT, evaluation.text_digest, "perplexity"),
-    ):
-        dataset = Dataset(
-            name=f"{kind} {PurePath(sources[kind]).stem}",
-            digest=digest[:DIGEST_SHOWN],
-            source_type="local",
-            source=json.dumps({"uri": sources[kind]}),
-            profile=json.dumps({"sha256": digest}),
-        )
-        made[kind] = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
-    return made
-
-
-def _missing_points(client: MlflowClient, run_id: str, evaluation: Evaluation) -> list[str]:
-    names = dict.fromkeys(f"{CURVES}{point.name}" for point in evaluation.curves)
-    found = {(name, metric.step) for name in names for metric in client.get_metric_history(run_id, name)}
-    return [
-        f"{CURVES}{point.name} at {point.prompt_tokens} tokens"
-        for point in evaluation.curves
-        if (f"{CURVES}{point.name}", point.prompt_tokens) not in found
-    ]
+    )
+    return {
+        kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], context)
+        for kind, digest, context in used
+    }

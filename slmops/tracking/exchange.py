@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
-from slmops.tracking import files as tracking_files
-from slmops.tracking.client import talking  # first: it sets the environment that MLflow reads at import
+from slmops.tracking.client import KIND, PARENT, create_run, names_in, runs_of, talking, text_of
 
-# isort: split
 from mlflow import MlflowClient
 
-KIND, FILES = "slmops.kind", "files"
-PARENT = "mlflow.parentRunId"
+OF_FILES = "files"
+"""The kind and the name of the run."""
 
 
 def open_run(uri: str, parent: str) -> tuple[str, list[str]]:
@@ -27,7 +24,7 @@ def open_run(uri: str, parent: str) -> tuple[str, list[str]]:
 
     Args:
         uri: MLflow's tracking URI.
-        parent: The job's run; one of its own from an attempt before is deleted, too.
+        parent: The job's run. A run for files that an earlier attempt of it left behind is deleted, too.
 
     Returns:
         The new run's id, and the ids of those that were deleted.
@@ -39,13 +36,12 @@ def open_run(uri: str, parent: str) -> tuple[str, list[str]]:
         client = MlflowClient(uri)
         experiment = client.get_run(parent).info.experiment_id
         stale = []
-        for run in client.search_runs([experiment], f"tags.`{KIND}` = '{FILES}'"):
+        for run in runs_of(client, experiment, OF_FILES):
             job = run.data.tags.get(PARENT, parent)
             if job == parent or client.get_run(job).info.status != "RUNNING":
                 _delete(client, run.info.run_id)
                 stale.append(run.info.run_id)
-        made = client.create_run(experiment, run_name=FILES, tags={PARENT: parent, KIND: FILES})
-        return made.info.run_id, stale
+        return create_run(client, experiment, OF_FILES, {PARENT: parent, KIND: OF_FILES}), stale
 
 
 def close_run(uri: str, run_id: str) -> None:
@@ -64,14 +60,13 @@ def _delete(client: MlflowClient, run_id: str) -> None:
 
 
 def location(uri: str, run_id: str) -> str:
-    """The artifact URI of the run, as :func:`slmops.tracking.files.read` takes it.
+    """The artifact URI of the run, as :func:`slmops.tracking.download.read` takes it.
 
     Raises:
         TrackingError: MLflow cannot be reached, or there is no such run.
     """
     with talking(uri):
-        where: str = MlflowClient(uri).get_run(run_id).info.artifact_uri
-        return where
+        return str(MlflowClient(uri).get_run(run_id).info.artifact_uri)
 
 
 def sizes(uri: str, run_id: str, folder: str) -> dict[str, int]:
@@ -81,8 +76,8 @@ def sizes(uri: str, run_id: str, folder: str) -> dict[str, int]:
         TrackingError: MLflow cannot be reached.
     """
     with talking(uri):
-        found = MlflowClient(uri).list_artifacts(run_id, folder)
-        return {file.path.rpartition("/")[2]: file.file_size or 0 for file in found if not file.is_dir}
+        found = names_in(MlflowClient(uri), run_id, folder)
+    return {path.rpartition("/")[2]: size for path, size in found.items()}
 
 
 def upload(uri: str, run_id: str, path: Path, folder: str, name: str) -> None:
@@ -111,14 +106,12 @@ def write(uri: str, run_id: str, path: str, text: str) -> None:
 
 
 def read(uri: str, run_id: str, path: str) -> str | None:
-    """A text file of the run's artifacts; None: there is none.
+    """A text file of the run's artifacts; None if there is none.
 
     Raises:
         TrackingError: MLflow cannot be reached.
     """
-    where = location(uri, run_id)
-    folder, _, name = path.rpartition("/")
-    if name not in sizes(uri, run_id, folder):
-        return None
-    with closing(tracking_files.read(uri, where, path, 0)) as blocks:
-        return b"".join(blocks).decode("utf-8")
+    with talking(uri):
+        client = MlflowClient(uri)
+        listed = names_in(client, run_id, path.rpartition("/")[0])
+        return text_of(client, run_id, path) if path in listed else None

@@ -1,26 +1,27 @@
 """What is deployed: MLflow's Model Registry, the only record of it.
 
 A version is one variant's files as Foundry Local reads them. Its alias ``champion`` is what is served, ``previous``
-what was before, and each variant's name the newest version of that precision. MLflow has no transactions over aliases:
-here ``previous`` is set before ``champion``, so that no moment and no crash leaves an alias that points at nothing, and
-who promotes says which champion the decision was made against, so that of two promotions only one wins.
+what was served before that, and each variant's name the newest version of that variant. A number is always the number
+of a version: a variant that is called by one, such as ``4`` of a file ``4.json``, has no alias.
+
+MLflow has no transactions over aliases. So ``previous`` is set before ``champion``, and no moment and no crash leaves
+an alias that points at nothing; and who promotes says which champion the decision was made against, so that of two
+promotions only one wins.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-from slmops.tracking.client import talking  # first: it sets the environment that MLflow reads at import
+from slmops.tracking.client import KIND, Connection, found
 
-# isort: split
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion as Entry
 from mlflow.entities.model_registry import RegisteredModel
-from mlflow.exceptions import MlflowException
 
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult
@@ -35,31 +36,28 @@ from slmops.foundry.versions import (
 )
 
 SHA256, LOCATION, LOGGED_MODEL = "slmops.manifest_sha256", "slmops.location", "slmops.logged_model"
-RUN, JOB = "slmops.evaluation_run", "slmops.job_run"
-VARIANT, SIZE, MEMORY = "slmops.variant", "slmops.size_mb", "slmops.memory_mb"
+EVALUATION_RUN, JOB_RUN = "slmops.evaluation_run", "slmops.job_run"
+VARIANT, SIZE_MB, MEMORY_MB = "slmops.variant", "slmops.size_mb", "slmops.memory_mb"
 DEVICE, PROVIDER = "slmops.device", "slmops.provider"
-TAGS = frozenset((SHA256, LOCATION, RUN, JOB, VARIANT, SIZE, MEMORY, DEVICE, PROVIDER))
-"""What a version cannot do without."""
-KIND = {"slmops.kind": "model"}
+NEEDED = frozenset((SHA256, LOCATION, EVALUATION_RUN, JOB_RUN, VARIANT, SIZE_MB, MEMORY_MB, DEVICE, PROVIDER))
+"""Tags that a version cannot do without."""
+OURS = {KIND: "model"}
+"""The tags of a registered model that slmops made."""
 
 
-class Registry:
+class Registry(Connection):
     """The Model Registry of one MLflow server."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def models(self) -> list[str]:
         """Names of all models that slmops registered."""
         with self._talking():
-            found: list[RegisteredModel] = []
-            token: str | None = None
+            names: list[str] = []
+            token = None
             while token != "":
                 page = self._client.search_registered_models(page_token=token)
-                found += page
+                names += (model.name for model in page if _is_ours(model))
                 token = page.token or ""
-            return sorted(model.name for model in found if model.tags.items() >= KIND.items())
+            return sorted(names)
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a model that slmops registered, the newest first; none of an unknown model."""
@@ -68,27 +66,40 @@ class Registry:
             if model is None:
                 return []
             entries = self._client.search_model_versions(f"name = '{name}'")
-            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= TAGS]
+            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= NEEDED]
             return sorted(made, key=lambda version: -version.version)
 
     def find(self, name: str, which: str) -> ModelVersion:
-        """The version that an alias or a number names.
+        """The version with this number or, if it is not a number, with this alias.
 
         Raises:
-            UsageError: There is no such model or version, or it is none of ours.
+            UsageError: There is no such model or version, or slmops did not make it.
         """
         with self._talking():
             model = self._model(name)
             if model is None:
                 known = ", ".join(self.models()) or "none"
                 raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
-            return self._version_of(model, which)
+            return self._version_of(model, which if _is_number(which) else model.aliases.get(which), which)
+
+    def newest(self, name: str, variant: str) -> ModelVersion:
+        """The version that was made or evaluated last of those of a variant.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if RESERVED.fullmatch(variant) is None:
+            return self.find(name, variant)
+        for version in self.versions(name):
+            if version.variant == variant:
+                return version
+        raise UsageError(f"{name} has no version of {variant!r}.", f"`slmops status {name}` lists its versions.")
 
     def champion(self, name: str) -> ModelVersion | None:
         """The version that is deployed, if any.
 
         Raises:
-            UsageError: It is none of ours.
+            UsageError: slmops did not make it.
         """
         return self._aliased(name, CHAMPION)
 
@@ -117,26 +128,25 @@ class Registry:
                 "slmops.key": variant.key,
                 "slmops.checkpoint_digest": variant.checkpoint.digest,
                 "slmops.source": variant.checkpoint.source,
-                SIZE: f"{manifest.size_mb:.1f}",
-                MEMORY: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
+                SIZE_MB: f"{manifest.size_mb:.1f}",
+                MEMORY_MB: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
                 DEVICE: manifest.device,
                 PROVIDER: manifest.provider,
                 "slmops.gates": _passed(result),
-                RUN: result.run_id or "",
-                JOB: job_id,
+                EVALUATION_RUN: result.run_id or "",
+                JOB_RUN: job_id,
             }
             known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
             if known is None:
                 number = self._upload(manifest, registration.path, tags)
             else:
-                number = known.version
-                for key, value in tags.items():
-                    self._client.set_model_version_tag(name, str(number), key, value)
+                number = str(known.version)
+                self._tag(name, number, tags)
             said = f"{variant.name}, {manifest.size_mb:.1f} MB, {tags['slmops.gates']} gates"
-            self._client.update_model_version(name, str(number), said)  # the one column of MLflow's list that is free
+            self._client.update_model_version(name, number, said)  # the one column of MLflow's list that is free
             if RESERVED.fullmatch(variant.name) is None:
-                self._client.set_registered_model_alias(name, variant.name, str(number))
-        return self.find(name, str(number))
+                self._client.set_registered_model_alias(name, variant.name, number)
+        return self.find(name, number)
 
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
         """Make ``version`` the champion, and the champion the previous one.
@@ -157,8 +167,7 @@ class Registry:
             number = str(version.version)
             stamp = datetime.now(UTC).isoformat(timespec="seconds")
             replaced = str(now.version) if now else ""
-            for key, value in {"slmops.promoted": stamp, "slmops.replaced": replaced, **tags}.items():
-                self._client.set_model_version_tag(version.name, number, key, value)
+            self._tag(version.name, number, {"slmops.promoted": stamp, "slmops.replaced": replaced, **tags})
             if now is not None and now.version != version.version:
                 self._client.set_registered_model_alias(version.name, PREVIOUS, str(now.version))
             self._client.set_registered_model_alias(version.name, CHAMPION, number)
@@ -173,7 +182,7 @@ class Registry:
             The champion now; None if there is nothing to go back to, and then nothing is changed but the tag.
         """
         with self._talking():
-            self._client.set_model_version_tag(failed.name, str(failed.version), "slmops.withdrawn", reason[:4000])
+            self._tag(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
             champion, previous = self.champion(failed.name), self.previous(failed.name)
             if champion is None or champion.version != failed.version:
                 return champion  # somebody was faster
@@ -192,35 +201,25 @@ class Registry:
         """The version's page in MLflow's UI."""
         return f"{self.uri.rstrip('/')}/#/models/{version.name}/versions/{version.version}"
 
-    def _talking(self) -> AbstractContextManager[None]:
-        return talking(self.uri)
-
     def _model(self, name: str) -> RegisteredModel | None:
-        try:
-            return self._client.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second: a bad name
-                return None
-            raise
+        return found(lambda: self._client.get_registered_model(name))
 
     def _entry(self, name: str, number: str) -> Entry | None:
-        try:
-            return self._client.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
+        return found(lambda: self._client.get_model_version(name, number))
 
-    def _version_of(self, model: RegisteredModel, which: str) -> ModelVersion:
-        number = model.aliases.get(which, which)
-        entry = self._entry(model.name, number) if str(number).isdigit() else None
+    def _tag(self, name: str, number: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._client.set_model_version_tag(name, number, key, value)
+
+    def _version_of(self, model: RegisteredModel, number: str | None, which: str) -> ModelVersion:
+        entry = self._entry(model.name, number) if number is not None else None
         if entry is None:
             numbers = ", ".join(f"{one.version} ({one.variant})" for one in self.versions(model.name)) or "none"
             aliases = ", ".join(sorted(model.aliases)) or "none"
             raise UsageError(
                 f"{model.name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
             )
-        missing = [tag for tag in sorted(TAGS) if tag not in entry.tags]
+        missing = sorted(NEEDED - entry.tags.keys())
         if missing:
             raise UsageError(
                 f"Version {number} of {model.name} was not registered by slmops, or was altered: it has no "
@@ -232,13 +231,15 @@ class Registry:
     def _aliased(self, name: str, alias: str) -> ModelVersion | None:
         with self._talking():
             model = self._model(name)
-            return None if model is None or alias not in model.aliases else self._version_of(model, alias)
+            if model is None or alias not in model.aliases:
+                return None
+            return self._version_of(model, model.aliases[alias], alias)
 
     def _ensure(self, name: str) -> None:
         model = self._model(name)
         if model is None:
-            self._client.create_registered_model(name, tags=KIND, description="Variants that passed their gates.")
-        elif not model.tags.items() >= KIND.items():
+            self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
+        elif not _is_ours(model):
             raise UsageError(
                 f"The registry has a model {name!r} that slmops did not make.", "Choose another name with --name."
             )
@@ -247,15 +248,13 @@ class Registry:
         """Whether a version is of this content, its files still there."""
         if version.manifest_sha256 != manifest.sha256:
             return False
-        try:
-            files = self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, ""))
-        except MlflowException:  # its logged model was deleted
-            return False
-        return VERSION_MANIFEST in {file.path for file in files}
+        # None: its logged model was deleted.
+        files = found(lambda: self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, "")))
+        return VERSION_MANIFEST in {file.path for file in files or ()}
 
-    def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> int:
+    def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:
         """Put the files into the run's logged model, the manifest last, and make that a version."""
-        run = self._client.get_run(tags[RUN])
+        run = self._client.get_run(tags[EVALUATION_RUN])
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         for file in manifest.files:
             below = PurePosixPath(file.name).parent
@@ -275,7 +274,7 @@ class Registry:
             model_id=logged.model_id,
             await_creation_for=0,
         )
-        return int(created.version)
+        return str(created.version)
 
     def _overtaken(self, version: ModelVersion, now: ModelVersion | None) -> PromotionError:
         holder = now.label if now else "nothing"
@@ -283,6 +282,14 @@ class Registry:
             f"{version.label} was not promoted: another promotion came first, and {holder} is the champion now.",
             "Look at `slmops status` and promote again if it still should be.",
         )
+
+
+def _is_number(which: str) -> bool:
+    return re.fullmatch("[1-9][0-9]*", which) is not None
+
+
+def _is_ours(model: RegisteredModel) -> bool:
+    return bool(model.tags.items() >= OURS.items())
 
 
 def _passed(result: VariantResult) -> str:
@@ -299,12 +306,12 @@ def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:
         aliases=tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == str(entry.version))),
         location=tags[LOCATION],
         manifest_sha256=tags[SHA256],
-        size_mb=float(tags[SIZE]),
-        memory_mb=float(tags[MEMORY]),
+        size_mb=float(tags[SIZE_MB]),
+        memory_mb=float(tags[MEMORY_MB]),
         device=tags[DEVICE],
         provider=tags[PROVIDER],
-        run_id=tags[RUN],
-        job_id=tags[JOB],
+        run_id=tags[EVALUATION_RUN],
+        job_id=tags[JOB_RUN],
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
         tags=tags,
     )

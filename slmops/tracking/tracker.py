@@ -1,28 +1,41 @@
-"""Everything that touches MLflow: one experiment a model, one parent run a job, one child run a variant.
+"""The jobs of one MLflow server: one experiment a model, one parent run a job, one child run a variant.
 
 What the evaluation of a variant leaves there is in :mod:`slmops.tracking.evaluation`.
-
-Always through a client with explicit run ids: MLflow's active run is thread-local, and another thread that logs
-"to the active run" silently makes a new one.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-# First: it sets the environment that MLflow reads at import.
-from slmops.tracking.client import artifacts_of, talking, text_of
+from slmops.tracking.client import (
+    FLOW_RUN,
+    KIND,
+    NOTE,
+    PARENT,
+    REASON,
+    TEXT_LIMIT,
+    Connection,
+    artifacts_of,
+    create_run,
+    found,
+    log_figures,
+    log_metrics,
+    log_params,
+    names_in,
+    now_ms,
+    only_run,
+    runs_of,
+    set_tags,
+    stamp,
+    text_of,
+)
 
-# isort: split
-from mlflow import MlflowClient
-from mlflow.entities import Experiment, LoggedModelInput, Param, Run
-from mlflow.exceptions import MlflowException
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModelInput, Metric, Run
 
 from slmops.core.errors import UsageError
 from slmops.core.job import BASELINE, Job
@@ -43,22 +56,16 @@ from slmops.selection.policy import Policy
 from slmops.tracking import answers as tracking_answers
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking import remeasure as tracking_remeasure
-from slmops.tracking import soak as tracking_soak
+from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS, QUICK, TEXT
 
-KIND = "slmops.kind"
-COMPARISON, POLICY = "comparison.json", "policy.json"
-MODEL_TYPE = "onnx-genai"
-# The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
-_EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
-PARAM_LIMIT = 6000  # characters that MLflow takes for a parameter
+COMPARISON_FILE, POLICY_FILE = "comparison.json", "policy.json"
+CHOICE = "slmops.choice"
+SOAK_MEMORY = "soak_memory_mb"
+SOAK_POINTS = 300  # of the memory, at most: pages draw no more; the artifact has them all
 
 
-class Tracker:
-    """One MLflow server."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri)
+class Tracker(Connection):
+    """The jobs and measurements of one MLflow server."""
 
     def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str | None) -> str:
         """Open the parent run and close those that killed jobs of this model left open.
@@ -66,26 +73,19 @@ class Tracker:
         The caller holds the model's job lock, so a run that is still open has no job any more.
         """
         with self._talking():
-            experiment = self.experiment(name)
-            for stale in self._client.search_runs(
-                [experiment.experiment_id], f"tags.`{KIND}` = 'job' and attributes.status = 'RUNNING'"
-            ):
+            experiment = self._experiment(name)
+            for stale in runs_of(self._client, experiment, "job", "attributes.status = 'RUNNING'"):
                 self._client.set_terminated(stale.info.run_id, "KILLED")
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            run = self._client.create_run(
-                experiment.experiment_id,
-                run_name=f"{name} {stamp}",
-                tags={
-                    KIND: "job",
-                    "slmops.model": name,
-                    "slmops.source": checkpoint.source,
-                    "slmops.checkpoint_digest": checkpoint.digest,
-                    **({"slmops.prefect_flow_run": flow_run} if flow_run else {}),
-                },
-            )
-            run_id: str = run.info.run_id
+            tags = {
+                KIND: "job",
+                "slmops.model": name,
+                "slmops.source": checkpoint.source,
+                "slmops.checkpoint_digest": checkpoint.digest,
+                **({FLOW_RUN: flow_run} if flow_run else {}),
+            }
+            run_id = create_run(self._client, experiment, f"{name} {stamp()}", tags)
             asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
-            self._params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            log_params(self._client, run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
             tracking_remeasure.log_inputs(self._client, run_id, job)
             return run_id
 
@@ -98,21 +98,17 @@ class Tracker:
         evaluation: Evaluation,
         logs: Path,
     ) -> str:
-        """Log a measured variant as a child run with a logged model, and check that all of it arrived.
-
-        Raises:
-            TrackingError: MLflow cannot be reached, or something is missing afterwards.
-        """
+        """Log a measured variant as a child run with a logged model; returns the run's id."""
         with self._talking(), tempfile.TemporaryDirectory() as scratch:
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
             deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
-            self._params(run_id, {**_of_variant(variant), **digests, **deployed})
+            log_params(self._client, run_id, {**_of_variant(variant), **digests, **deployed})
             logged = self._client.create_logged_model(
                 experiment_id=self._client.get_run(run_id).info.experiment_id,
                 name=f"{name}-{variant.name}",
                 source_run_id=run_id,
-                model_type=MODEL_TYPE,
+                model_type="onnx-genai",
                 params={"recipe": variant.name, "key": variant.key, "foundry_id": registration.foundry_id},
                 tags={"slmops.path": str(registration.path), "slmops.checkpoint_digest": variant.checkpoint.digest},
             )
@@ -123,8 +119,8 @@ class Tracker:
             self._client.log_artifacts(run_id, str(folder))
             asked = self._client.get_run(parent).data.params
             sources = {
-                tracking_evaluation.EVALUATION_SET: asked.get("job.evaluation_set", "general"),
-                tracking_evaluation.TEXT: asked.get("job.perplexity_text", "Python language reference"),
+                EVALUATION_SET: asked.get("job.evaluation_set", "general"),
+                TEXT: asked.get("job.perplexity_text", "Python language reference"),
             }
             tracking_evaluation.log_evaluation(self._client, run_id, logged.model_id, evaluation, sources)
             self._client.finalize_logged_model(logged.model_id, "READY")
@@ -135,8 +131,7 @@ class Tracker:
         """Log a variant that failed, with the reason and what logs there are."""
         with self._talking():
             run_id = self._child(parent, recipe)
-            self._client.set_tag(run_id, "slmops.reason", reason[:PARAM_LIMIT])
-            self._client.set_tag(run_id, "mlflow.note.content", f"Failed: {reason}")
+            set_tags(self._client, run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
             for log in sorted(logs.glob(f"{recipe}.*.log")):
                 self._client.log_artifact(run_id, str(log), "logs")
             self._client.set_terminated(run_id, "FAILED")
@@ -147,12 +142,12 @@ class Tracker:
         with self._talking():
             run_id = comparison.run_id
             tracking_evaluation.log_gates(self._client, comparison)
-            self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON)
-            self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY)
+            self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
+            self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
             self._client.log_text(run_id, report, "report.html")
-            self._client.set_tag(run_id, "mlflow.note.content", self._with_links(note, comparison))
-            self._client.set_tag(run_id, "slmops.choice", comparison.choice.variant or "none")
-            self._client.set_tag(run_id, "slmops.reason", comparison.choice.reason)
+            choice = comparison.choice
+            tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
+            set_tags(self._client, run_id, tags)
             self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def abort_job(self, run_id: str) -> None:
@@ -160,18 +155,27 @@ class Tracker:
         with self._talking():
             experiment = self._client.get_run(run_id).info.experiment_id
             for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-                if run.info.run_id == run_id or run.data.tags.get("mlflow.parentRunId") == run_id:
+                if run.info.run_id == run_id or run.data.tags.get(PARENT) == run_id:
                     self._client.set_terminated(run.info.run_id, "KILLED")
 
     def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
-        """Log a soak as a run of the model's experiment; a failed attempt of the same flow run is replaced.
+        """Log a soak as a run of the model's experiment; an earlier attempt of the same flow run is replaced.
 
-        Raises:
-            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
+        The memory after each request is a metric too, with the number of the request as its step.
         """
         with self._talking():
             tags = {KIND: "soak", "slmops.model": name, **tags}
-            return tracking_soak.log(self._client, self.experiment(name).experiment_id, tags, metrics, memory_mb)
+            title = f"soak {tags.get('slmops.variant', '')}".rstrip()
+            with only_run(self._client, self._experiment(name), title, tags) as run_id:
+                log_figures(self._client, run_id, metrics)
+                every, now = -(-len(memory_mb) // SOAK_POINTS), now_ms()
+                points = [
+                    Metric(SOAK_MEMORY, mb, now, step) for step, mb in enumerate(memory_mb, 1) if step % every == 0
+                ]
+                log_metrics(self._client, run_id, points)
+                said = {"metrics": metrics, "memory_mb": list(memory_mb)}
+                self._client.log_text(run_id, json.dumps(said), "soak.json")
+            return run_id
 
     def recorded(self, run_id: str, folder: Path) -> Recorded:
         """What was recorded of a variant, with copies in ``folder`` of what it was measured with."""
@@ -181,17 +185,12 @@ class Tracker:
     def log_remeasurement(
         self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str | None
     ) -> str:
-        """Log a remeasurement as a run of the model's experiment; a failed attempt of the same flow run is replaced.
-
-        Raises:
-            TrackingError: MLflow cannot be reached, or a metric is missing afterwards.
-        """
+        """Log a remeasurement as a run of the model's experiment; an earlier attempt of the flow run is replaced."""
         with self._talking():
             asked = request.model_dump(mode="json", exclude={"name", "version"})
-            params = _texts({**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)})
-            tags = {tracking_remeasure.FLOW_RUN: flow_run} if flow_run else {}
-            experiment = self.experiment(result.model).experiment_id
-            return tracking_remeasure.log(self._client, experiment, result, params, tags)
+            params = {**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)}
+            tags = {FLOW_RUN: flow_run} if flow_run else {}
+            return tracking_remeasure.log(self._client, self._experiment(result.model), result, params, tags)
 
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all.
@@ -200,39 +199,40 @@ class Tracker:
             UsageError: There is none.
         """
         with self._talking():
-            experiments = self._client.search_experiments() if name is None else self._named(name)
+            everything = list(self._client.search_experiments())
+            asked = [one.experiment_id for one in everything if name in (None, one.name)]
             runs: list[Run] = []
-            if experiments:
+            if asked:
                 runs = self._client.search_runs(
-                    [e.experiment_id for e in experiments],
-                    f"tags.`{KIND}` = 'job' and tags.`slmops.choice` != ''",
+                    asked,
+                    f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''",
                     order_by=["attributes.start_time DESC"],
                     max_results=1,
                 )
             if not runs:
                 of = f" of {name!r}" if name else ""
-                known = sorted(e.name for e in self._client.search_experiments() if e.tags.get(KIND) == "model")
+                known = ", ".join(sorted(one.name for one in everything if one.tags.get(KIND) == "model"))
                 raise UsageError(
                     f"There is no finished comparison{of}.",
-                    f"Known models: {', '.join(known)}." if known else "Run `slmops run --model SOURCE` first.",
+                    f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first.",
                 )
-            return Comparison.model_validate_json(text_of(self._client, runs[0].info.run_id, COMPARISON))
+            return Comparison.model_validate_json(text_of(self._client, runs[0].info.run_id, COMPARISON_FILE))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
         """A job's comparison, and the policy of its choice."""
         with self._talking():
-            comparison = Comparison.model_validate_json(text_of(self._client, job_id, COMPARISON))
-            return comparison, Policy.model_validate_json(text_of(self._client, job_id, POLICY))
+            comparison = Comparison.model_validate_json(text_of(self._client, job_id, COMPARISON_FILE))
+            return comparison, Policy.model_validate_json(text_of(self._client, job_id, POLICY_FILE))
 
     def conditions(self, run_id: str) -> dict[str, str]:
         """What the quality of a variant was measured with; figures of it compare only if that is the same."""
         with self._talking():
             run = self._client.get_run(run_id)
-            parent = self._client.get_run(run.data.tags["mlflow.parentRunId"])
+            parent = self._client.get_run(run.data.tags[PARENT])
             return {
-                tracking_evaluation.EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
-                tracking_evaluation.TEXT: run.data.params.get("text_digest", ""),
-                tracking_evaluation.QUICK: parent.data.params.get("job.quick", "false"),
+                EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
+                TEXT: run.data.params.get("text_digest", ""),
+                QUICK: parent.data.params.get("job.quick", "false"),
             }
 
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:
@@ -258,19 +258,14 @@ class Tracker:
             find no figure rather than being skipped.
         """
         with self._talking():
-            try:
-                version = self._client.get_model_version_by_alias(name, CHAMPION)
-            except MlflowException as error:
-                # The first is said of an unknown model, the second of an unknown alias.
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return None
-                raise
+            version = found(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
+            if version is None:
+                return None
             # Its latest evaluation; the run that MLflow names is that in which it was made.
             run_id = version.tags.get("slmops.evaluation_run", version.run_id)
-            files = self._client.list_artifacts(run_id) if run_id else []
-            if tracking_evaluation.MEASUREMENTS not in {file.path for file in files}:
+            if not run_id or MEASUREMENTS not in names_in(self._client, run_id):
                 return {}
-            measured = json.loads(text_of(self._client, run_id, tracking_evaluation.MEASUREMENTS))
+            measured = json.loads(text_of(self._client, run_id, MEASUREMENTS))
             left_out = self._incomparable(run_id, like) if like else ()
             return {
                 metric: Measurement.model_validate(figure)
@@ -278,18 +273,12 @@ class Tracker:
                 if not metric.startswith(left_out)
             }
 
-    def run_url(self, run_id: str) -> str:
-        """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
-        return self._url(run_id, f"runs/{run_id}?")
-
     def answers_url(self, run_id: str, other: str) -> str:
         """The page with the answers of two variants' runs side by side."""
-        return self._url(run_id, f"evaluation-runs?selectedRunUuid={run_id}&compareToRunUuid={other}&")
+        return self._page(run_id, f"evaluation-runs?selectedRunUuid={run_id}&compareToRunUuid={other}&")
 
     def download(self, uri: str, target: Path) -> Path:
         """Fetch an MLflow model or artifact URI into ``target``."""
-        from mlflow.artifacts import download_artifacts
-
         with self._talking():
             source = artifacts_of(self._client, uri) if uri.startswith("models:/") else uri
             return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
@@ -297,14 +286,9 @@ class Tracker:
     def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
         """How the names of the metrics begin that were measured on different things."""
         differs = set(self.differences(run_id, like))
-        answers = tracking_evaluation.OF_ANSWERS if differs - {tracking_evaluation.TEXT} else ()
-        text = tracking_evaluation.OF_TEXT if differs - {tracking_evaluation.EVALUATION_SET} else ()
+        answers = tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
+        text = tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
         return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
-
-    def _url(self, run_id: str, page: str) -> str:
-        with self._talking():
-            experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/{page}workflowType=machine_learning"
 
     def _with_links(self, note: str, comparison: Comparison) -> str:
         runs = {result.name: result.run_id for result in comparison.variants if result.status == "ok"}
@@ -312,47 +296,18 @@ class Tracker:
         links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
         return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
-    def experiment(self, name: str) -> Experiment:
-        """The experiment of a model, made or brought back if need be; the caller handles MLflow's errors."""
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            return self._client.get_experiment(self._client.create_experiment(name, tags=_EXPERIMENT))
-        if found.lifecycle_stage == "deleted":
-            self._client.restore_experiment(found.experiment_id)
-        return found
-
-    def _named(self, name: str) -> list[Experiment]:
-        found = self._client.get_experiment_by_name(name)
-        return [found] if found is not None else []
-
     def _child(self, parent: str, recipe: str) -> str:
         """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
         experiment = self._client.get_run(parent).info.experiment_id
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`slmops.variant` = '{recipe}'"
-        for run in self._client.search_runs([experiment], query):
+        of_parent = (f"tags.`{PARENT}` = '{parent}'", f"tags.`slmops.variant` = '{recipe}'")
+        for run in runs_of(self._client, experiment, "variant", *of_parent):
             of_run = f"source_run_id = '{run.info.run_id}'"
             for model in self._client.search_logged_models([experiment], of_run):
                 self._client.delete_logged_model(model.model_id)
             tracking_answers.delete(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
-        run = self._client.create_run(
-            experiment,
-            run_name=recipe,
-            tags={"mlflow.parentRunId": parent, KIND: "variant", "slmops.variant": recipe},
-        )
-        run_id: str = run.info.run_id
-        return run_id
-
-    def _params(self, run_id: str, values: dict[str, Any]) -> None:
-        self._client.log_batch(run_id, params=[Param(key, text) for key, text in _texts(values).items()])
-
-    def _talking(self) -> AbstractContextManager[None]:
-        return talking(self.uri)
-
-
-def _texts(values: dict[str, Any]) -> dict[str, str]:
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    return {key: text[:PARAM_LIMIT] for key, text in texts.items()}
+        tags = {PARENT: parent, KIND: "variant", "slmops.variant": recipe}
+        return create_run(self._client, experiment, recipe, tags)
 
 
 def _threads(registration: Registration) -> str:

@@ -28,7 +28,7 @@ from slmops.local import stack
 from slmops.processes import daemon
 from slmops.processes.daemon import HOST, Daemon
 from slmops.tracking import download
-from slmops.tracking.files import BLOCK
+from slmops.tracking.download import BLOCK_BYTES
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
 from tests import making, tracked, values
@@ -185,7 +185,7 @@ def version(server: Server, talkative: Path, stock: Settings, tmp_path_factory: 
 
 @pytest.fixture
 def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    monkeypatch.setattr(download, "PAUSES_S", (0.05,) * 4)
+    monkeypatch.setattr(download, "RETRY_AFTER_S", (0.05,) * 4)
     made = Line(server.port)
     yield made
     made.close()
@@ -223,15 +223,15 @@ def test_a_connection_cut_at_three_points(
     server: Server, version: ModelVersion, line: Line, settings: Settings
 ) -> None:
     whole = size(server, version)
-    assert whole > 5 * BLOCK
+    assert whole > 5 * BLOCK_BYTES
     line.cuts = [100, whole // 2, whole // 2 + HEADERS - 10]  # in the headers, in the middle, at the end
     done = pull.pull(NAME, None, settings, line.url)
     assert line.cuts == []
     assert len(line.offsets) == 4
     assert line.offsets[:2] == [0, 0]
-    assert whole // 2 - HEADERS - BLOCK <= line.offsets[2] <= whole // 2
-    assert whole - HEADERS - 2 * BLOCK <= line.offsets[3] < whole
-    assert line.carried <= whole + 3 * (BLOCK + HEADERS)
+    assert whole // 2 - HEADERS - BLOCK_BYTES <= line.offsets[2] <= whole // 2
+    assert whole - HEADERS - 2 * BLOCK_BYTES <= line.offsets[3] < whole
+    assert line.carried <= whole + 3 * (BLOCK_BYTES + HEADERS)
 
     assert done.foundry_id == f"tiny-fp32-generic-cpu:{version.version}"
     assert {path.name for path in stored(server, version).iterdir()} | {"inference_model.json"} == {
@@ -257,7 +257,7 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
     with pytest.raises(TrackingError) as caught:
         pull.pull(NAME, None, settings, line.url)
     assert caught.value.message.startswith(f"{BIG} of tiny version {version.version} (fp32) broke off at ")
-    assert f"MLflow at {line.url} did not" in caught.value.message
+    assert f"MLflow at {line.url} failed" in caught.value.message
     assert caught.value.fix == "The next pull goes on where this one stopped."
     assert installed.versions(NAME, settings) == []
 
@@ -266,7 +266,7 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
     line.offsets.clear()
     done = pull.pull(NAME, None, settings, line.url)
     assert len(line.offsets) == 1
-    assert whole // 2 - HEADERS - BLOCK <= line.offsets[0] <= whole // 2
+    assert whole // 2 - HEADERS - BLOCK_BYTES <= line.offsets[0] <= whole // 2
     assert installed.current(NAME, settings) == done
 
 

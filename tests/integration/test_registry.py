@@ -82,14 +82,28 @@ def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Jo
 def test_other_files_are_a_new_version_and_take_the_alias_of_the_precision(job: Job) -> None:
     job.add("int8")
     job.add("int8", "better")
-    assert job.registry.find(job.name, "int8").version == 2
+    assert job.registry.find(job.name, "int8").version == job.registry.newest(job.name, "int8").version == 2
     assert job.registry.find(job.name, "1").aliases == ()
 
 
-@pytest.mark.parametrize("variant", ["champion", "Previous", "latest", "v2"])
+@pytest.mark.parametrize("variant", ["champion", "Previous", "latest", "v2", "2"])
 def test_a_variant_whose_name_means_something_else_gets_no_alias(job: Job, variant: str) -> None:
     assert job.add(variant).aliases == ()
     assert numbers(job.registry, job.name) == (None, None)
+
+
+def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job, client: MlflowClient) -> None:
+    job.add("int8")
+    called = job.add("1")  # of an Olive file 1.json
+    assert (called.version, called.aliases) == (2, ())
+    assert job.registry.newest(job.name, "1") == called
+    for number in ("1", "3"):  # as before there was this rule
+        client.set_registered_model_alias(job.name, number, "2")
+    assert job.registry.find(job.name, "1").variant == "int8"
+    with pytest.raises(UsageError, match="'3'"):
+        job.registry.find(job.name, "3")
+    with pytest.raises(UsageError, match="'7'"):
+        job.registry.newest(job.name, "7")
 
 
 def test_promotion_keeps_what_was_before(job: Job) -> None:

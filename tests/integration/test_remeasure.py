@@ -22,7 +22,6 @@ from slmops.evaluation import dataset, speed
 from slmops.evaluation.drift import MEMORY_METRICS, SPEED_METRICS, DriftError, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak
 from slmops.foundry.versions import ModelVersion, Promotion
-from slmops.tracking import remeasure as tracking_remeasure
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tests import making
@@ -230,6 +229,6 @@ def test_a_repeated_attempt_leaves_one_run(steady: Remeasured, client: MlflowCli
     tracker, request = Tracker(settings.tracking_uri or ""), Remeasure(name=NAME)
     first, again = (tracker.log_remeasurement(steady, request, machine.hardware(), "one") for _ in range(2))
     experiment = client.get_run(again).info.experiment_id
-    mine = f"tags.`{tracking_remeasure.FLOW_RUN}` = 'one'"
+    mine = "tags.`slmops.prefect_flow_run` = 'one'"
     assert [run.info.run_id for run in client.search_runs([experiment], mine)] == [again]
     assert first != again

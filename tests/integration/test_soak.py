@@ -17,7 +17,6 @@ from slmops.core.values import Registration
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
 from slmops.foundry.register import register
 from slmops.selection.policy import Policy
-from slmops.tracking import soak as tracking_soak
 from slmops.tracking.tracker import Tracker
 from tests import making, values
 from tests.shown import artifacts, flow_runs
@@ -178,25 +177,12 @@ def test_a_long_series_is_thinned(tracker: Tracker, client: MlflowClient, tmp_pa
 def test_a_repeated_attempt_leaves_one_run(
     tracker: Tracker, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tags = {tracking_soak.FLOW_RUN: "one"}
+    tags = {"slmops.prefect_flow_run": "one"}
     with monkeypatch.context() as patch:
         patch.setattr(tracker._client, "log_text", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(TrackingError, match="the disk is full"):
             tracker.log_soak("twice", tags, {"soak_requests": 30.0}, [1.0] * 30)
     run = tracker.log_soak("twice", tags, {"soak_requests": 30.0}, [1.0] * 30)
-    other = tracker.log_soak("twice", {tracking_soak.FLOW_RUN: "two"}, {"soak_requests": 30.0}, [1.0] * 30)
+    other = tracker.log_soak("twice", {"slmops.prefect_flow_run": "two"}, {"soak_requests": 30.0}, [1.0] * 30)
     experiment = client.get_experiment_by_name("twice").experiment_id
     assert {one.info.run_id for one in client.search_runs([experiment])} == {run, other}
-
-
-@pytest.mark.parametrize("lost", ["soak_requests", "soak_memory_mb"])
-def test_a_lost_metric_is_noticed(tracker: Tracker, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tracker._client.log_batch
-
-    def lossy(run_id: str, metrics: Any = (), **rest: Any) -> None:
-        kept = [metric for metric in metrics if metric.key != lost]
-        real(run_id, metrics=kept, **rest)
-
-    monkeypatch.setattr(tracker._client, "log_batch", lossy)
-    with pytest.raises(TrackingError, match=f"MLflow lost {lost} of a soak"):
-        tracker.log_soak("lossy", {}, {"soak_requests": 30.0}, [1.0] * 30)

@@ -183,7 +183,7 @@ def test_what_an_older_job_recorded(
     (tmp_path / "record").mkdir()
     found = tracker.recorded(run_id, tmp_path / "record")
     assert (found.evaluation_set, found.text, found.answers) == (None, None, ())
-    with pytest.raises(TrackingError, match="did not take or give what was asked"):
+    with pytest.raises(TrackingError, match="failed"):
         tracker.recorded("0" * 32, tmp_path / "record")
 
 
@@ -215,7 +215,7 @@ def test_a_repeated_attempt_leaves_one_child(
         patch.setattr(tracker._client, "log_artifacts", refuse)
         with pytest.raises(TrackingError) as caught:
             made.log(tracker, parent, name)
-    assert caught.value.message.endswith("did not take or give what was asked: the server went away")
+    assert caught.value.message.endswith("failed: the server went away")
     assert [run.info.status for run in children(client, parent)] == ["RUNNING"]
     run_id = made.log(tracker, parent, name)
     assert [run.info.run_id for run in children(client, parent)] == [run_id]
@@ -224,21 +224,6 @@ def test_a_repeated_attempt_leaves_one_child(
     assert client.get_run(again).data.metrics == METRICS
     models = client.search_logged_models([client.get_run(parent).info.experiment_id])
     assert [model.source_run_id for model in models] == [again]
-
-
-def test_a_lost_metric_is_noticed(
-    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parent = start(tracker, name)
-    real = tracker._client.log_batch
-
-    def lossy(run_id: str, metrics: Any = (), **rest: Any) -> None:
-        real(run_id, metrics=[metric for metric in metrics if metric.key != "accuracy"], **rest)
-
-    monkeypatch.setattr(tracker._client, "log_batch", lossy)
-    with pytest.raises(TrackingError, match="MLflow lost accuracy of int4"):
-        Made(tmp_path).log(tracker, parent, name)
-    assert [run.info.status for run in children(client, parent)] == ["RUNNING"]
 
 
 def test_a_reason_of_any_length(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
@@ -307,7 +292,7 @@ def test_a_dead_server_is_noticed_in_time() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(TrackingError, match=f"MLflow at {url} did not take or give") as caught:
+        with pytest.raises(TrackingError, match=f"MLflow at {url} failed") as caught:
             start(Tracker(url), "tiny")
     assert time.monotonic() - started < 30
     assert "slmops up" in (caught.value.fix or "")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Trace
-from mlflow.tracing.client import TracingClient
 
-from slmops.core.errors import TrackingError
 from slmops.core.values import Answer, GateResult, Measurement
 from slmops.selection.policy import Policy
 from slmops.tracking import answers as tracking_answers
@@ -160,7 +157,7 @@ def test_answers_of_two_variants_side_by_side(
 def test_many_and_long_answers(
     tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_answers, "BATCH", 2)
+    monkeypatch.setattr(tracking_answers, "TRACES_AT_ONCE", 2)
     made = Made(tmp_path)
     one = made.evaluation.answers[0].model_dump()
     long = {**one, "id": "i" * 300, "prompt": "ü" * 5000, "answer": "ö" * 50_000, "expected": "ß" * 5000}
@@ -175,92 +172,6 @@ def test_many_and_long_answers(
     everything = client.search_traces(locations=[client.get_run(parent).info.experiment_id])
     assert {trace.info.trace_metadata["mlflow.sourceRun"] for trace in everything} == {again}
     assert len(everything) == 6
-
-
-def _without(real: Callable[..., Any], kept: Callable[[Any], bool], key: str) -> Callable[..., Any]:
-    def lossy(*args: Any, **options: Any) -> Any:
-        if key in options:
-            options[key] = [one for one in options[key] if kept(one)]
-        return real(*args, **options)
-
-    return lossy
-
-
-def _no_score(real: Callable[..., Any]) -> Callable[..., Any]:
-    def lossy(client: TracingClient, info: Any) -> Any:
-        info.assessments = [one for one in info.assessments if one.name != "score"]
-        return real(client, info)
-
-    return lossy
-
-
-def _wrong_verdict(real: Callable[..., Any]) -> Callable[..., Any]:
-    def lossy(client: TracingClient, info: Any) -> Any:
-        for one in info.assessments:
-            if one.name == "correct" and one.value is False:
-                one.value = True
-        return real(client, info)
-
-    return lossy
-
-
-@pytest.mark.parametrize(
-    ("owner", "method", "lossy", "said"),
-    [
-        pytest.param(
-            MlflowClient,
-            "log_batch",
-            lambda real: _without(real, lambda one: one.key != "intervals/accuracy.low", "metrics"),
-            "MLflow lost intervals/accuracy.low of int4",
-            id="metric",
-        ),
-        pytest.param(
-            MlflowClient,
-            "log_batch",
-            lambda real: _without(real, lambda one: one.step != 128 or "ttft" not in one.key, "metrics"),
-            "MLflow lost curves/ttft_ms at 128 tokens of int4",
-            id="point",
-        ),
-        pytest.param(
-            MlflowClient,
-            "log_inputs",
-            lambda real: _without(real, lambda one: one.dataset.digest[0] != "f", "datasets"),
-            "MLflow lost the perplexity text of int4",
-            id="data set",
-        ),
-        pytest.param(
-            MlflowClient,
-            "log_text",
-            lambda _: lambda *_: None,
-            "MLflow lost answers.json, edge_cases.json of",
-            id="table",
-        ),
-        pytest.param(TracingClient, "start_trace", _no_score, "MLflow lost 'score' of answer 1 of int4", id="verdict"),
-        pytest.param(
-            TracingClient,
-            "start_trace",
-            _wrong_verdict,
-            "MLflow lost 'correct' of answer 2 of int4",
-            id="other verdict",
-        ),
-        pytest.param(TracingClient, "start_trace", lambda _: lambda *_: None, "'correct' of answer 1, ", id="answers"),
-    ],
-)
-def test_what_is_lost_is_named(
-    tracker: Tracker,
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    owner: type,
-    method: str,
-    lossy: Callable[..., Any],
-    said: str,
-) -> None:
-    parent = start(tracker, name)
-    monkeypatch.setattr(owner, method, lossy(getattr(owner, method)))
-    with pytest.raises(TrackingError) as caught:
-        Made(tmp_path).log(tracker, parent, name)
-    assert said in caught.value.message
 
 
 def test_gates(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:

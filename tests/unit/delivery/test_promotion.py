@@ -58,7 +58,11 @@ class Registry:
 
     def find(self, name: str, which: str) -> ModelVersion:
         assert name == "bot"
-        return version(int(which)) if which.isdigit() else version(9, which)
+        return version(int(which))
+
+    def newest(self, name: str, variant: str) -> ModelVersion:
+        assert name == "bot"
+        return version(9, variant)
 
 
 def measured(accuracy: float, run_id: str = "run-2") -> VariantResult:
@@ -75,8 +79,12 @@ def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Decision
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [({}, (4, "int8")), ({"version": 7}, (7, "int8")), ({"precision": "int4"}, (9, "int4"))],
-    ids=["the choice", "a number", "a precision"],
+    [
+        pytest.param({}, (4, "int8"), id="the choice"),
+        pytest.param({"version": 7}, (7, "int8"), id="a number"),
+        pytest.param({"precision": "int4"}, (9, "int4"), id="a precision"),
+        pytest.param({"precision": "4"}, (9, "4"), id="a variant that is called by a number"),
+    ],
 )
 def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, str]) -> None:
     tracker = Tracker(measured(0.5).model_copy(update={"version": 4}))

@@ -1,8 +1,8 @@
 """Speed and memory of all variants of a job, in rounds: each variant has its turn in each round, in a fresh process.
 
-So a noisy minute does not punish one variant only. A fixed calibration loop runs before and after each turn; a turn
-whose loops took much longer than the fastest of the job was disturbed: it is repeated once, and flagged if it is
-disturbed again.
+So a noisy minute does not punish one variant only. A fixed calibration loop runs on all cores before and after each
+turn. If it took much longer than the fastest of the job, the turn was disturbed: it is repeated once, and flagged if it
+is disturbed again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slmops.core import locks, machine
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 ROUNDS, QUICK_ROUNDS = 3, 1
 QUICK_LENGTHS = 2
 HEADLINE_TOKENS = 128
-"""Prompt length of the figures that are one number; of the grid's lengths the nearest."""
+"""Prompt length of the figures that are one number; the nearest length of the grid is taken."""
 HEADLINE_REPETITIONS, HEADLINE_S = 3, 1.0
-"""In each turn at least; the other cells have one repetition."""
+"""At least, in each turn; the other cells have one repetition."""
 SESSIONS = (1, 2, 4)
 DISTURBED = 1.25
 """Times the fastest calibration loop of the job."""
@@ -38,7 +39,7 @@ CALIBRATION_BYTES = 16 * 2**20
 
 
 class Turn(Frozen):
-    """One variant in one round, with what its process showed from outside: (seconds, MB) of ``time.monotonic()``."""
+    """One variant in one round, with the memory of its process: (seconds of ``time.monotonic()``, MB)."""
 
     measured: speed_worker.SpeedResult
     memory: tuple[tuple[float, float], ...]
@@ -54,11 +55,11 @@ class Speed(Frozen):
     cores: int
 
 
-class Contestant:
+class _Contestant:
     """A variant staged for its turns."""
 
     def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
-        self.variant = variant
+        self.name = variant.name
         self.work = _work(variant, name, settings)
         self.log = settings.logs / name / f"{variant.name}.speed.log"
         self.staged: Staged = stage(registration, self.work / "foundry", fixed_length=True)
@@ -73,34 +74,32 @@ def measure(
     """Measure all variants in interleaved rounds.
 
     Returns:
-        Variant name to its turns, or to the error because of which it has none. One that fails drops out.
+        Variant name to its turns, or to the error that stopped it. A variant that fails drops out.
     """
-    contestants: list[Contestant] = []
+    contestants: list[_Contestant] = []
     results: dict[str, Speed | SlmopsError] = {}
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         for variant, registration in made:
             try:
-                contestants.append(Contestant(variant, registration, name, job, settings))
+                contestants.append(_Contestant(variant, registration, name, job, settings))
             except SlmopsError as error:
                 results[variant.name] = error
         rounds = QUICK_ROUNDS if job.quick else ROUNDS
         fastest = min(calibrate() for _ in range(3))
         for number in range(rounds):
             log.info("measuring speed and memory: round %d of %d", number + 1, rounds)
-            # Of a single round the load is a warm one, and what stays after unloading that of a single user.
-            sessions = SESSIONS if number == 0 and rounds > 1 else ()
-            drop_cache = number == 0 and rounds > 1
+            # A single round shows a warm load, and what a single user leaves behind after unloading.
+            first = number == 0 and rounds > 1
             for one in [c for c in contestants if c.error is None]:
                 try:
-                    fastest = _take_turn(one, fastest, settings, sessions=sessions, drop_cache=drop_cache)
+                    fastest = _take_turn(one, fastest, settings, sessions=SESSIONS if first else (), drop_cache=first)
                 except SlmopsError as error:
                     one.error = error
+    cores = machine.hardware().cores
     for one in contestants:
-        # Judged once more: a turn may have passed for undisturbed because all before it were disturbed too.
+        # Again, now that the fastest loop of the whole job is known.
         turns = [turn.model_copy(update={"disturbed": _disturbed(turn.calibration_s, fastest)}) for turn in one.turns]
-        results[one.variant.name] = one.error or Speed(
-            cells=one.cells, turns=tuple(turns), cores=machine.hardware().cores
-        )
+        results[one.name] = one.error or Speed(cells=one.cells, turns=tuple(turns), cores=cores)
     for variant, _ in made:
         shutil.rmtree(_work(variant, name, settings), ignore_errors=True)
     return results
@@ -111,7 +110,7 @@ def _work(variant: Variant, name: str, settings: Settings) -> Path:
 
 
 def _take_turn(
-    one: Contestant, fastest: float, settings: Settings, *, sessions: tuple[int, ...], drop_cache: bool
+    one: _Contestant, fastest: float, settings: Settings, *, sessions: tuple[int, ...], drop_cache: bool
 ) -> float:
     """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
     for _ in range(2):
@@ -137,7 +136,7 @@ def _take_turn(
         turn = Turn(measured=measured, memory=tuple(finished.memory), calibration_s=loops)
         if not _disturbed(loops, fastest):
             break
-        log.info("%s: this machine was busy with something else", one.variant.name)
+        log.info("%s: this machine was busy with something else", one.name)
     one.turns.append(turn)
     return fastest
 
@@ -167,11 +166,21 @@ def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
 
 
 def calibrate() -> float:
-    """Seconds that a fixed piece of work takes: hashing, which the native code of this interpreter does."""
+    """Seconds until all cores have done a fixed piece of work side by side; the fastest of three times.
+
+    One thread would find an idle core and not notice a busy one, which slows a runtime that uses all cores. On cores
+    that are siblings in one physical core this takes longer than alone, but always: compare it with its like only. The
+    work is hashing, whose native code lets other threads run.
+    """
     data = bytes(CALIBRATION_BYTES)
-    started = time.perf_counter()
-    hashlib.sha256(data).digest()
-    return time.perf_counter() - started
+    cores = machine.hardware().cores
+    seconds = []
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(3):
+            started = time.perf_counter()
+            list(pool.map(lambda _: hashlib.sha256(data).digest(), range(cores)))
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def memory_in(turn: Turn, window: Window) -> list[float]:

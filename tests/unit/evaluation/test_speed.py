@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -346,3 +349,18 @@ def test_memory_in_a_window() -> None:
 
 def test_the_calibration_loop_takes_time() -> None:
     assert 0.001 < min(speed.calibrate() for _ in range(3)) < 1
+
+
+@pytest.mark.parametrize("delays", [[0, 0, 0], [0, 0.2, 0]])
+def test_defect_9_the_calibration_loop_notices_one_busy_core(
+    delays: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(3, timeout=10)  # breaks unless the work is done on three cores at once
+
+    def digest() -> None:
+        time.sleep(delays[together.wait()])
+
+    cores = machine.hardware().model_copy(update={"cores": 3})
+    monkeypatch.setattr(machine, "hardware", lambda: cores)
+    monkeypatch.setattr(speed.hashlib, "sha256", lambda _data: SimpleNamespace(digest=digest))
+    assert (speed.calibrate() >= 0.2) == (max(delays) > 0)

@@ -15,8 +15,8 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Comparison, Measurement
 from slmops.evaluation import dataset
 from slmops.foundry.versions import ModelVersion
-from slmops.serving import detached, probation, status
-from slmops.serving.probation import Probation
+from slmops.serving import home_service, new_champion
+from slmops.serving.new_champion import Probation
 from slmops.tracking.evaluation import EVALUATION_SET, QUICK, TEXT
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -101,15 +101,15 @@ def switch_service(version: ModelVersion, request: Retrain, settings: Settings, 
     Raises:
         ServingError: It does not get there.
     """
-    running = status.status(settings.home)
+    running = home_service.status(settings.home)
     if request.serve:
-        url = detached.ensure(version.name, settings, uri)
+        url = home_service.ensure(version.name, settings, uri)
     elif running is not None and running.model == version.name:
         url = running.url
     else:
         return None
     registry = Registry(uri)
-    probation.await_switch(url, version, lambda: registry.champion(version.name))
+    new_champion.await_switch(url, version, lambda: registry.champion(version.name))
     log.info("%s is served at %s", version.label, url)
     return url
 
@@ -125,7 +125,7 @@ def watch_service(
 ) -> Probation:
     """Ask the new version while it serves."""
     log.info("watching %s for %d s", version.label, request.watch_s)
-    watched = probation.watch(url, version, data.evaluation, request.matcher, measured, request.watch_s, settings)
+    watched = new_champion.watch(url, version, data.evaluation, request.matcher, measured, request.watch_s, settings)
     log.log(logging.INFO if watched.held else logging.WARNING, "%s", watched.detail)
     return watched
 
@@ -141,7 +141,7 @@ def switch_back(url: str, version: ModelVersion, uri: str) -> None:
     """Wait until the service serves what it served before; if it does not, say so, for there is no more to be done."""
     registry = Registry(uri)
     try:
-        probation.await_switch(url, version, lambda: registry.champion(version.name))
+        new_champion.await_switch(url, version, lambda: registry.champion(version.name))
     except ServingError as error:
         log.error("%s", error)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 
 from slmops.core.errors import SlmopsError
 from slmops.foundry.versions import Installed
-from slmops.serving import proxy, service
+from slmops.serving import service
 from slmops.serving.fleet import FleetState, Loaded, UnknownModel
 from slmops.serving.limits import Limits
+from slmops.serving.proxy import Proxy
 
 FOUNDRY_ID = "bot-int8-generic-cpu:3"
 CHAT = "/v1/chat/completions"
@@ -199,7 +201,7 @@ class Stand:
         return 0.0
 
 
-class _Quick(service._Server):
+class _Quick(uvicorn.Server):
     """The server without its naps, which are longer than most tests."""
 
     async def main_loop(self) -> None:
@@ -214,7 +216,6 @@ class _Quick(service._Server):
             connection.shutdown()
         while self.server_state.tasks:
             await asyncio.sleep(0.002)
-        await self.lifespan.shutdown()
 
 
 @asynccontextmanager
@@ -227,8 +228,9 @@ async def stand(
     fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    application = proxy.app(fleet, limits or Limits(), token, local=local)  # type: ignore[arg-type]
-    server = _Quick(service._config(application))
+    limits = limits or Limits()
+    proxy = Proxy(fleet, limits, token, local=local)  # type: ignore[arg-type]
+    server = _Quick(service.config(proxy, limits))
     running = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as client:
@@ -237,5 +239,38 @@ async def stand(
         upstream.let_go.set()
         server.should_exit = True
         await running
+        await proxy.close()
         behind.close()
     assert fleet.leases == 0
+
+
+Test = Callable[[Stand], Awaitable[None]]
+
+
+def run(test: Test, limits: Limits | None = None, **options: Any) -> None:
+    async def standing() -> None:
+        async with asyncio.timeout(20), stand(limits, **options) as one:
+            await test(one)
+
+    asyncio.run(standing())
+
+
+def told(response: httpx.Response) -> tuple[int, str | None]:
+    """Status and code of an error in OpenAI's form."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"] == ("server_error" if response.status_code >= 500 else "invalid_request_error")
+    return response.status_code, error["code"]
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {**GOOD, **fields}
+
+
+def response(**fields: Any) -> dict[str, Any]:
+    return {**GOOD_RESPONSE, **fields}
+
+
+def says(content: Any, role: Any = "user") -> dict[str, Any]:
+    return chat(messages=[{"role": role, "content": content}])

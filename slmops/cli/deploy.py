@@ -16,7 +16,7 @@ from slmops.core.validation import problems
 from slmops.core.values import Name
 from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
-from slmops.serving.options import Serve
+from slmops.serving.limits import Serve
 
 CATALOG_PORT = 8090
 Source = Annotated[str | None, Parameter(name="--from")]

@@ -63,10 +63,10 @@ def up(*, worker: bool = False) -> int:
 
 def down() -> int:
     """Stop the local servers, the worker, and the service that a retraining started."""
-    from slmops.serving import detached
+    from slmops.serving import home_service
 
     settings = Settings()
-    service = ["service"] if detached.stop(settings) else []
+    service = ["service"] if home_service.stop(settings) else []
     stopped = [*service, *stack.down(settings)]
     say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
     return 0
@@ -82,12 +82,12 @@ def status(name: str | None = None, /, *, json: bool = False) -> int:
     json
         Print it as JSON.
     """
-    from slmops.serving import status as serving_status
+    from slmops.serving import home_service
 
     if name is not None:
         return deploy.versions(name, json=json)
     settings = Settings()
-    found = stack.status(settings).model_copy(update={"serving": serving_status.status(settings.home)})
+    found = stack.status(settings).model_copy(update={"serving": home_service.status(settings.home)})
     if json:
         output(found.model_dump_json(indent=2))
         return 0

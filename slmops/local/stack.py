@@ -22,7 +22,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Frozen
 from slmops.processes import children, daemon
 from slmops.processes.daemon import HOST, Daemon
-from slmops.serving.status import ServingStatus
+from slmops.serving.home_service import ServingStatus
 
 Name = Literal["prefect", "mlflow", "worker"]
 

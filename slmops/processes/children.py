@@ -226,11 +226,6 @@ def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | 
         failures.append(error)
 
 
-def group_memory_mb(pid: int) -> float:
-    """Memory of a process and its children in MB: proportional set size if known, else resident."""
-    return _Meter().mb(pid)
-
-
 class _Meter:
     """Memory of a process and its children, looked at often without being in their way.
 

@@ -1,6 +1,6 @@
 """One version in a runtime process of its own, behind Foundry Local's web service on loopback.
 
-Memory does not come back inside a process, and a crash takes down all that is loaded in it; so each version has one.
+Each version has its own because memory is not freed inside a process, and a crash takes down all that is loaded there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from pydantic import ValidationError
 
 from slmops.core import errors
@@ -31,16 +32,13 @@ from slmops.processes import children
 if TYPE_CHECKING:
     import httpx
 
-START_S = 120.0
-"""Seconds that a process may take until its service listens, and beyond that what it takes to read its files."""
+LISTEN_S = 120.0
+"""Seconds that a process may take until its service listens, in addition to the time for reading its files."""
 SLOWEST_MB_S = 20.0
-"""What the slowest disk reads in a second."""
+"""MB that the slowest disk reads in a second."""
 SMOKE_S = 120.0
 """Seconds that all requests of a smoke test may take together; the version before still answers meanwhile."""
-GRACE_S = 3.0
-MEMORY_S = 5.0
-"""How old a sample of the memory may become: to take one reads files of all processes of the machine."""
-WORKER = "slmops.foundry.service_worker"
+SERVICE_WORKER = "slmops.foundry.service_worker"
 CHAT = "/v1/chat/completions"
 
 
@@ -49,9 +47,9 @@ class Backend:
 
     Attributes:
         installed: The version and where it lies.
-        url: Root of its web service, as http://127.0.0.1:41205.
+        url: Root of its web service, such as http://127.0.0.1:41205.
         started: When it was up, in seconds since 1970.
-        in_flight: Requests that it is answering, counted by who sends them.
+        in_flight: Requests that it is answering; the fleet counts them.
         used: When its last request ended, in seconds of ``time.monotonic()``.
     """
 
@@ -64,11 +62,10 @@ class Backend:
         self._child = child
         self._scratch = scratch
         self._log = log
-        self._memory = (-MEMORY_S, 0.0)
 
     @classmethod
     async def start(cls, installed: Installed, settings: Settings) -> Backend:
-        """Start the process and wait until its service listens; whatever goes wrong, no process is left behind.
+        """Start the process and wait until its service listens; if anything goes wrong, no process is left behind.
 
         Raises:
             ServingError: It ended, or took too long, or the runtime refuses the version.
@@ -106,12 +103,11 @@ class Backend:
         return f"{children.died(await self._child.wait())}: {children.last_words(self._log)}"
 
     def memory_mb(self) -> float:
-        """Memory of the process in MB: proportional set size if known, else resident; some seconds old."""
-        if not self.alive:
+        """Resident memory in MB. For the proportional size the kernel walks through all pages, and requests wait."""
+        try:
+            return psutil.Process(self._child.pid).memory_info().rss / 1e6 if self.alive else 0.0
+        except psutil.Error:
             return 0.0
-        if time.monotonic() - self._memory[0] > MEMORY_S:
-            self._memory = (time.monotonic(), children.group_memory_mb(self._child.pid))
-        return self._memory[1]
 
     async def stop(self) -> None:
         """End the process; requests that it is answering break off. Twice is harmless."""
@@ -124,7 +120,7 @@ class Backend:
         """Send real requests: one that is answered as a whole, and one that is streamed.
 
         Raises:
-            ServingError: The answer is none; it says what was asked and what came.
+            ServingError: It does not answer as it should; the message says what was asked and what came.
         """
         import httpx
 
@@ -197,7 +193,7 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
     with log.open("wb") as out:
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", WORKER, request.model_dump_json()),
+            *("-m", SERVICE_WORKER, request.model_dump_json()),
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and the child ends with it
             stdout=asyncio.subprocess.PIPE,
             stderr=out,
@@ -209,7 +205,7 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
 async def _listening(child: asyncio.subprocess.Process, installed: Installed, log: Path) -> str:
     """The address that the child announces."""
     assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
-    limit = START_S + sum(file.stat().st_size for file in installed.folder.glob("*")) / 1e6 / SLOWEST_MB_S
+    limit = LISTEN_S + sum(file.stat().st_size for file in installed.folder.glob("*")) / 1e6 / SLOWEST_MB_S
     try:
         async with asyncio.timeout(limit):
             line = await child.stdout.readline()
@@ -236,7 +232,7 @@ async def _end(child: asyncio.subprocess.Process) -> None:
     try:
         _signal(child, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
+            async with asyncio.timeout(children.GRACE_S):
                 await child.wait()
     finally:
         _signal(child, signal.SIGKILL)

@@ -15,24 +15,51 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import Field
+
 from slmops.core.errors import ServingError, UsageError
 from slmops.core.settings import Settings
+from slmops.core.values import Frozen
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
-from slmops.serving.source import Source, in_thread
-from slmops.serving.spares import Spares
-from slmops.serving.values import FleetState, Loaded, Unavailable, UnknownModel
-from slmops.serving.watch import Watch, at_fault, said
-
-__all__ = ["Fleet", "FleetState", "Loaded", "Unavailable", "UnknownModel"]
+from slmops.serving.registry_watch import RegistryWatch, VersionSource, at_fault, in_thread, said
+from slmops.serving.spares import Spares, Unavailable
 
 log = logging.getLogger(__name__)
 
 STEADY_S = 60.0
-"""A process that lived so long and dies is restarted at once; the next that dies sooner, after growing pauses."""
-PAUSE_MOST_S = 60.0
+"""A process that lived so long and dies is restarted at once; one that dies sooner, after growing pauses."""
+RESTART_PAUSE_MOST_S = 60.0
 RESTART_S = 3.0
-"""Seconds after which to ask again while the champion is restarted."""
+"""Seconds after which a client should ask again while the champion is restarted."""
+
+
+class UnknownModel(UsageError):
+    """There is no such model here."""
+
+
+class Loaded(Frozen):
+    """A running process."""
+
+    id: str = Field(description="NAME:VERSION.")
+    foundry_id: str
+    memory_mb: float
+    in_flight: int = Field(description="Requests that it is answering.")
+
+
+class FleetState(Frozen):
+    """What is served, and how that goes."""
+
+    model: str
+    version: int | None = Field(description="None until something is served.")
+    variant: str | None
+    foundry_id: str | None
+    ready: bool = Field(description="The champion's process runs.")
+    registry: str = Field(description="'ok' or 'unreachable since ...'.")
+    last_failure: str | None = Field(description="When, and what.")
+    switches: int
+    restarts: int = Field(description="Of the champion's process, after it died.")
+    loaded: tuple[Loaded, ...]
 
 
 class Fleet:
@@ -52,7 +79,7 @@ class Fleet:
         self,
         name: str,
         settings: Settings,
-        source: Source,
+        source: VersionSource,
         *,
         spare: int = 1,
         poll_s: float = 2.0,
@@ -66,7 +93,7 @@ class Fleet:
         self._poll_s = poll_s
         self._drain_s = drain_s
         self._start_process = start_process
-        self._watch = Watch(source, self._deploy, self._note, poll_s)
+        self._watch = RegistryWatch(source, self._deploy, self._note, poll_s)
         self._spares = Spares(spare, self._install, self._launch)
         self._champion: Backend | None = None
         self._draining: list[Backend] = []
@@ -78,7 +105,7 @@ class Fleet:
     # --- its life
 
     async def start(self) -> None:
-        """Serve the champion, or where that cannot be had, the version that was served here last.
+        """Serve the champion, or if that is not possible, the version that was served here last.
 
         Raises:
             UsageError: Nothing is promoted.
@@ -127,7 +154,7 @@ class Fleet:
         await asyncio.gather(*(one.stop() for one in (self._champion, *self._draining) if one is not None))
         self._champion = None
 
-    # --- what the proxy uses
+    # --- what the proxy asks for
 
     @asynccontextmanager
     async def lease(self, model: str) -> AsyncIterator[Backend]:
@@ -159,7 +186,7 @@ class Fleet:
         return [{"id": name, "object": "model", "created": when, "owned_by": "slmops"} for name, when in rows]
 
     def state(self) -> FleetState:
-        """How it is."""
+        """What is served, and how that goes."""
         champion = self._champion
         served = champion.installed if champion else None
         since = self._watch.unreachable_since
@@ -201,7 +228,7 @@ class Fleet:
                 return await self._spares.acquire(version)
         self._watch.renew()
         names = ", ".join(row["id"] for row in self.models()[:20])
-        raise UnknownModel(f"There is no model {model[:100]!r} here.", f"There is {names}.")
+        raise UnknownModel(f"There is no model {model[:100]!r} here.", f"Ask for one of {names}.")
 
     def _offered(self) -> list[ModelVersion]:
         served = self._champion.installed.version if self._champion else None
@@ -237,7 +264,7 @@ class Fleet:
         log.info("%s is served at %s", backend.installed.foundry_id, backend.url)
 
     async def _drain(self, old: Backend) -> None:
-        """Stop a replaced process as soon as it has answered what it was asked."""
+        """Stop a replaced process as soon as it has answered all its requests."""
         until = time.monotonic() + self._drain_s
         try:
             while old.alive and old.in_flight and time.monotonic() < until:
@@ -258,7 +285,7 @@ class Fleet:
             await backend.stop()
             deaths = 0 if time.monotonic() - up > STEADY_S else deaths
             while not backend.alive:
-                await asyncio.sleep(min(2 ** (deaths - 1), PAUSE_MOST_S) if deaths else 0)
+                await asyncio.sleep(min(2 ** (deaths - 1), RESTART_PAUSE_MOST_S) if deaths else 0)
                 deaths += 1
                 try:
                     backend = await self._launch(backend.installed)
@@ -284,7 +311,7 @@ class Fleet:
         return task
 
     def _note(self, failure: str) -> None:
-        if self._last_failure is None or self._last_failure[1] != failure:  # else every look would log it again
+        if self._last_failure is None or self._last_failure[1] != failure:  # otherwise every look would log it again
             log.warning("%s", failure)
         self._last_failure = (datetime.now(UTC), failure)
 

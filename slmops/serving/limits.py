@@ -1,4 +1,4 @@
-"""What the service lets through at most, and the queue before it."""
+"""What ``slmops serve`` can be told, and the queue that keeps requests within its limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Limits(Frozen):
         256, ge=1, le=65536, title="Body limit", description="Largest request body in kB (1000 bytes)."
     )
     max_output_tokens: int = Field(
-        1024, ge=1, title="Output limit", description="Most tokens of one answer; larger wishes are cut to it."
+        1024, ge=1, title="Output limit", description="Most tokens of one answer; requests for more are cut to it."
     )
     concurrency: int = Field(
         2, ge=1, title="Concurrency", description="Requests that the runtime answers at once; others wait."
@@ -36,16 +36,34 @@ class Limits(Frozen):
     )
 
 
+class Serve(Limits):
+    """Serve one model; the token that clients must show comes from SLMOPS_SERVE_TOKEN only."""
+
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        title="Host",
+        description="Address to listen at; any except this machine's own loopback needs SLMOPS_SERVE_TOKEN.",
+    )
+    port: int = Field(8080, ge=1, le=65535, title="Port", description="Port to listen at.")
+    poll_s: float = Field(
+        2, gt=0, title="Poll", description="Seconds between two looks at the registry for a new champion."
+    )
+    spare: int = Field(
+        1, ge=0, title="Spare", description="Other versions that may be loaded beside the champion, each on demand."
+    )
+
+
 class Overloaded(ServingError):
-    """No place is free, now or for too long."""
+    """No slot is free, now or for too long."""
 
 
-class Gate:
-    """At most ``concurrency`` requests at once, the others in the order in which they came.
+class Admission:
+    """Lets at most ``concurrency`` requests run at once; the others wait in the order in which they came.
 
     Attributes:
         waiting: Requests in the queue.
-        running: Requests that are being answered, those among them whose client has left.
+        running: Requests that are being answered, including those whose client has left.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -65,14 +83,14 @@ class Gate:
         """
         limits = self._limits
         if self.waiting + self.running >= limits.queue + limits.concurrency:
-            raise Overloaded(f"{limits.queue} requests wait already.")
+            raise Overloaded(f"{limits.queue} requests are waiting already.")
         async with AsyncExitStack() as stack:
             self.waiting += 1
             missing = "The model was not loaded"
             try:
                 async with asyncio.timeout(limits.queue_timeout_s):
                     leased = await stack.enter_async_context(lease)
-                    missing = "No place was free"
+                    missing = "No slot was free"
                     await self._slots.acquire()
             except TimeoutError as error:
                 raise Overloaded(f"{missing} within {limits.queue_timeout_s:g} s.") from error

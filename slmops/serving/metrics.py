@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from slmops.serving.limits import Gate
+from slmops.serving.limits import Admission
 
 if TYPE_CHECKING:
     from slmops.serving.fleet import FleetState
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
-    """What happened since the service started.
+class Metrics(Collector):
+    """What happened since the service started, and how it is at the moment of a scrape.
 
     Args:
         state: How the fleet is, asked at each scrape.
-        gate: Who runs and who waits.
+        admission: Who runs and who waits.
     """
 
-    def __init__(self, state: Callable[[], FleetState], gate: Gate) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, state: Callable[[], FleetState], admission: Admission) -> None:
+        self._state = state
+        self._admission = admission
+        self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"], registry=self.registry
+            "slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"], registry=registry
         )
         self._seconds = Histogram(
             "slmops_request_seconds",
             "From the request's headers to the end of the answer.",
             ["endpoint"],
             buckets=SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self._first = Histogram(
             "slmops_first_token_seconds",
             "From the request's headers to the first token of a streamed answer.",
             buckets=SECONDS,
-            registry=self.registry,
+            registry=registry,
         )
         self._prompt = Counter(
-            "slmops_prompt_tokens",
-            "Tokens of the rendered conversations, as the runtime counts.",
-            registry=self.registry,
+            "slmops_prompt_tokens", "Tokens of the rendered conversations, as the runtime counts.", registry=registry
         )
         self._completion = Counter(
-            "slmops_completion_tokens", "Tokens of the answers, as the runtime counts.", registry=self.registry
+            "slmops_completion_tokens", "Tokens of the answers, as the runtime counts.", registry=registry
         )
-        self.registry.register(_State(state, gate))
+        registry.register(self)
 
     def request(self, endpoint: str, status: int, version: str, seconds: float) -> None:
         """Count one request.
@@ -79,31 +79,22 @@ class Metrics:
         self._completion.inc(completion)
 
     def render(self) -> bytes:
-        """All of it in Prometheus's text format."""
-        return generate_latest(self.registry)
-
-
-class _State(Collector):
-    """What is true at the moment of the scrape."""
-
-    def __init__(self, state: Callable[[], FleetState], gate: Gate) -> None:
-        self._state = state
-        self._gate = gate
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
-        """Nothing: without this the registry would ask for a scrape at once."""
+        """Empty: without this the registry would ask for a scrape when this is registered."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """See :class:`prometheus_client.registry.Collector`."""
+        """What is true at the moment of the scrape."""
         state = self._state()
-        gauges = {
-            "slmops_in_flight": ("Requests that are being answered.", self._gate.running),
-            "slmops_queued": ("Requests that wait.", self._gate.waiting),
-            "slmops_ready": ("1 if the champion answers.", int(state.ready)),
-            "slmops_registry_up": ("1 if the registry answered when it was asked last.", int(state.registry == "ok")),
-        }
-        for name, (text, value) in gauges.items():
+        for name, text, value in (
+            ("slmops_in_flight", "Requests that are being answered.", self._admission.running),
+            ("slmops_queued", "Requests that wait.", self._admission.waiting),
+            ("slmops_ready", "1 if the champion answers.", int(state.ready)),
+            ("slmops_registry_up", "1 if the registry answered when it was last asked.", int(state.registry == "ok")),
+        ):
             yield GaugeMetricFamily(name, text, value=value)
         yield CounterMetricFamily("slmops_switches", "Changes to another version.", value=state.switches)
         yield CounterMetricFamily(
@@ -113,7 +104,7 @@ class _State(Collector):
             "slmops_backend_memory_bytes", "Memory of each runtime process.", labels=["foundry_id"]
         )
         total: defaultdict[str, float] = defaultdict(float)
-        for loaded in state.loaded:  # of one version there are two while one of them is replaced
+        for loaded in state.loaded:  # while a process is replaced there may be two of its version
             total[loaded.foundry_id] += loaded.memory_mb * 1e6
         for foundry_id, size in total.items():
             memory.add_metric([foundry_id], size)

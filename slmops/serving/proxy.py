@@ -2,7 +2,7 @@
 
     POST /v1/chat/completions, /v1/responses    answered by a runtime process, whole or as a stream
     GET  /v1/models, /v1/models/{id}            the names that can be asked for
-    GET  /health                                open to all: whether there is an answer to be had
+    GET  /health                                open to all: whether the champion answers
     GET  /metrics                               for Prometheus
 
 Every error is JSON in OpenAI's form with a status that fits.
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -24,116 +21,62 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from slmops.core.web import BodyRefused, read_body
+from slmops.serving.backend import CHAT
 from slmops.serving.limits import Limits
-from slmops.serving.refused import Refused
-from slmops.serving.relay import Answer, Gone, Relay
-from slmops.serving.requests import read
+from slmops.serving.relay import Gone, Relay, RelayedResponse
+from slmops.serving.requests import Refused, read
 
 if TYPE_CHECKING:
     from slmops.serving.fleet import Fleet
 
-log = logging.getLogger(__name__)
-
 BODY_S = 30.0
 """Seconds that a client may take to send its request."""
-DRAIN_BYTES = 8_000_000
-DRAIN_S = 2.0
-"""How much of a body that is too large is read away before the answer: a client that still sends would not see it."""
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
-CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 _ENDPOINTS = (CHAT, RESPONSES, "/v1/models", "/health", "/metrics")
+_BODY_CODES = {408: "request_timeout", 413: "request_too_large"}
 LEFT = 499
 
 
-def app(fleet: Fleet, limits: Limits, token: str | None = None, *, local: bool = True) -> ASGIApp:
-    """The service as an ASGI application.
+class Proxy:
+    """The service as an ASGI application: who may come in, what is answered, and the count of it.
 
     Args:
         fleet: The processes that answer.
         limits: What is let through.
         token: What clients must show as a bearer token; None: nothing.
-        local: It listens on loopback only, and answers to loopback's names only: else a web page whose name is made to
-            point to this machine could use it.
+        local: It listens on loopback only, and answers to loopback's names only: otherwise a web page whose name is
+            made to point to this machine could use it.
     """
-    relay = Relay(fleet, limits)
-    routes = _Routes(relay, limits)
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        yield
-        await relay.close()
-
-    inner = Starlette(
-        routes=[
-            Route(CHAT, routes.chat, methods=["POST"]),
-            Route(RESPONSES, routes.responses, methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{model}", routes.model),
-            Route("/health", routes.health),
-            Route("/metrics", routes.metrics),
-        ],
-        exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _unforeseen},
-        lifespan=lifespan,
-    )
-    inner.router.redirect_slashes = False
-    return _Front(inner, relay, token, local)
-
-
-class _Routes:
-    def __init__(self, relay: Relay, limits: Limits) -> None:
-        self._relay = relay
+    def __init__(self, fleet: Fleet, limits: Limits, token: str | None = None, *, local: bool = True) -> None:
+        self._fleet = fleet
         self._limits = limits
-
-    async def chat(self, request: Request) -> Answer:
-        return await self._answer(request, "chat", CHAT)
-
-    async def responses(self, request: Request) -> Answer:
-        return await self._answer(request, "responses", RESPONSES)
-
-    async def _answer(self, request: Request, endpoint: Literal["chat", "responses"], path: str) -> Answer:
-        started = time.perf_counter()
-        # Also: what is not JSON a web page may send to any address without asking.
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "The content type must be application/json.", "unsupported_media_type")
-        body = await _body(request, self._limits.max_body_kb * 1000)
-        return Answer(self._relay, read(body, endpoint, self._limits), path, started)
-
-    async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": self._relay.fleet.models()})
-
-    async def model(self, request: Request) -> Response:
-        for model in self._relay.fleet.models():
-            if model["id"] == request.path_params["model"]:
-                return JSONResponse(model)
-        raise Refused(404, "There is no such model here; see /v1/models.", "model_not_found", "model")
-
-    async def health(self, _: Request) -> Response:
-        state = self._relay.fleet.state()
-        status = "ok" if state.ready else "unavailable"
-        return JSONResponse(
-            {"status": status, "model": state.model, "version": state.version}, 200 if state.ready else 503
-        )
-
-    async def metrics(self, _: Request) -> Response:
-        return Response(self._relay.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-
-class _Front:
-    """Who may come in, and the count of who did."""
-
-    def __init__(self, inner: ASGIApp, relay: Relay, token: str | None, local: bool) -> None:
-        self._inner = inner
-        self._relay = relay
         self._token = None if token is None else token.encode()
         self._local = local
+        self._relay = Relay(fleet, limits)
+        self._inner = Starlette(
+            routes=[
+                Route(CHAT, self._chat, methods=["POST"]),
+                Route(RESPONSES, self._responses, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{model}", self._model),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+            ],
+            exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _unforeseen},
+        )
+        self._inner.router.redirect_slashes = False
+
+    async def close(self) -> None:
+        """Break off what is still under way."""
+        await self._relay.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._inner(scope, receive, send)
-            return
+        """Answer a request, and count it."""
         started = time.perf_counter()
         status = LEFT
 
@@ -143,6 +86,8 @@ class _Front:
                 status = message["status"]
             await send(message)
 
+        # If the server has just found that the body is not HTTP, it ends the connection now, before there is an answer.
+        await asyncio.sleep(0)
         try:
             if refused := self._refuses(scope):
                 await _response(refused)(scope, receive, noting)
@@ -173,49 +118,44 @@ class _Front:
         challenge = {"www-authenticate": "Bearer"}
         return Refused(401, "A valid token is needed: Authorization: Bearer TOKEN.", "invalid_api_key", None, challenge)
 
+    # --- the endpoints
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The whole body, read before anything is taken for the request.
+    async def _chat(self, request: Request) -> RelayedResponse:
+        return await self._answer(request, "chat", CHAT)
 
-    Raises:
-        Refused: It is too large, or does not come.
-        Gone: The client left.
-    """
-    length = request.headers.get("content-length", "")
-    body = bytearray()
-    too_large = length.isdigit() and int(length) > limit
-    try:
-        async with asyncio.timeout(BODY_S):
-            if not too_large:
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > limit:
-                        too_large = True
-                        break
-        if too_large and request.headers.get("expect", "").lower() != "100-continue":
-            await _drain(request)
-    except ClientDisconnect:
-        raise Gone from None
-    except TimeoutError:
-        message = f"The request did not come within {BODY_S:g} s."
-        raise Refused(408, message, "request_timeout", headers={"connection": "close"}) from None
-    if too_large:
-        message = f"The body is larger than {limit // 1000} kB."
-        raise Refused(413, message, "request_too_large", headers={"connection": "close"})
-    return bytes(body)
+    async def _responses(self, request: Request) -> RelayedResponse:
+        return await self._answer(request, "responses", RESPONSES)
 
+    async def _answer(self, request: Request, endpoint: Literal["chat", "responses"], path: str) -> RelayedResponse:
+        started = time.perf_counter()
+        # A web page may send other content types to any address without asking.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "The content type must be application/json.", "unsupported_media_type")
+        try:
+            body = await read_body(request, self._limits.max_body_kb * 1000, BODY_S)
+        except ClientDisconnect:
+            raise Gone from None
+        except BodyRefused as error:
+            close = {"connection": "close"}
+            raise Refused(error.status, error.message, _BODY_CODES[error.status], headers=close) from None
+        return RelayedResponse(self._relay, read(body, endpoint, self._limits), path, started)
 
-async def _drain(request: Request) -> None:
-    left = DRAIN_BYTES
-    try:
-        async with asyncio.timeout(DRAIN_S):
-            while left > 0:
-                message = await request.receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body"):
-                    break
-    except TimeoutError:
-        pass
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": self._fleet.models()})
+
+    async def _model(self, request: Request) -> Response:
+        for model in self._fleet.models():
+            if model["id"] == request.path_params["model"]:
+                return JSONResponse(model)
+        raise Refused(404, "There is no such model here; see /v1/models.", "model_not_found", "model")
+
+    async def _health(self, _: Request) -> Response:
+        state = self._fleet.state()
+        health = {"status": "ok" if state.ready else "unavailable", "model": state.model, "version": state.version}
+        return JSONResponse(health, 200 if state.ready else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self._relay.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def _response(refused: Refused) -> Response:
@@ -230,10 +170,10 @@ async def _refused(_: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the router raises: 404 and 405."""
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
-    message = f"{request.method} is not possible here." if error.status_code == 405 else "There is nothing here."
-    headers = dict(error.headers or {})
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return _response(Refused(error.status_code, message, code, headers=headers))
+    message, code = "There is nothing here.", "not_found"
+    if error.status_code == 405:
+        message, code = f"{request.method} is not possible here.", "method_not_allowed"
+    return _response(Refused(error.status_code, message, code, headers=dict(error.headers or {})))
 
 
 async def _unforeseen(_: Request, __: Exception) -> Response:

@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aiohttp
 from starlette.types import Message, Receive, Scope, Send
 
-from slmops.serving import events
-from slmops.serving.limits import Gate, Limits, Overloaded
+from slmops.serving import runtime_answers
+from slmops.serving.fleet import RESTART_S, UnknownModel
+from slmops.serving.limits import Admission, Limits, Overloaded
 from slmops.serving.metrics import Metrics
-from slmops.serving.refused import Refused
-from slmops.serving.requests import Asked
-from slmops.serving.runtime_errors import RuntimeRefused, from_body, in_event
-from slmops.serving.values import Unavailable, UnknownModel
+from slmops.serving.requests import Asked, Refused
+from slmops.serving.runtime_answers import RuntimeRefused
+from slmops.serving.spares import Unavailable
 
 if TYPE_CHECKING:
     from slmops.serving.backend import Backend
     from slmops.serving.fleet import Fleet
 
-Result = TypeVar("Result")
+Done = TypeVar("Done")
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
 OVERLOADED_RETRY_S = 2
 LAST_WORDS_S = 1.0
-"""Seconds for telling a client that its answer broke off; one that does not read is left."""
+"""Seconds for telling a client that its answer broke off; a client that does not read is left."""
 ABANDONED = 2
-"""An answer that nobody waits for any more keeps its slot for so many times the request timeout at most."""
+"""An answer that nobody waits for any more keeps its slot for at most so many times the request timeout."""
 _NO_RETRY = {"x-should-retry": "false"}
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 
@@ -47,15 +47,15 @@ class Relay:
     """What all requests share.
 
     Attributes:
-        gate: The queue.
+        admission: The queue.
         metrics: What is counted.
     """
 
     def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self.fleet = fleet
         self.limits = limits
-        self.gate = Gate(limits)
-        self.metrics = Metrics(fleet.state, self.gate)
+        self.admission = Admission(limits)
+        self.metrics = Metrics(fleet.state, self.admission)
         self._session: aiohttp.ClientSession | None = None
         self._abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
 
@@ -70,7 +70,7 @@ class Relay:
     def post(self, backend: Backend, path: str, payload: bytes) -> Any:
         """Send a request; the answer is an asynchronous context."""
         if self._session is None:
-            # Of the clients at hand the one that takes the least time for each piece of a stream.
+            # aiohttp takes the least time for each piece of a stream.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
@@ -86,13 +86,13 @@ class Relay:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
-class Answer:
-    """The answer to one request, as a response of Starlette's kind.
+class RelayedResponse:
+    """The answer to one request, as an ASGI response like Starlette's.
 
     Args:
         relay: What all requests share.
         asked: The request.
-        path: Of the endpoint, here and at the runtime.
+        path: Path of the endpoint, here and at the runtime.
         started: When it came in, in seconds of ``time.perf_counter()``.
     """
 
@@ -114,7 +114,7 @@ class Answer:
                 kind, body = await _unless_gone(receive, self._whole())
                 await send(self._start(kind, [(b"content-length", str(len(body)).encode())]))
                 last = {"type": "http.response.body", "body": body}
-            # The server says "disconnected" to who still listens after the end: so the end comes after all that.
+            # After the end of an answer the server reports "disconnected", so the end comes when nobody listens.
             await send(last)
         finally:
             scope["slmops.version"] = self._version
@@ -125,20 +125,16 @@ class Answer:
         headers = [(b"content-type", kind.encode()), (b"x-slmops-version", self._version.encode()), *headers]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
-    # --- a place
-
     async def _enter(self, stack: AsyncExitStack) -> Backend:
         relay = self._relay
         try:
-            backend = await stack.enter_async_context(relay.gate.enter(relay.fleet.lease(self._asked.model)))
+            backend = await stack.enter_async_context(relay.admission.enter(relay.fleet.lease(self._asked.model)))
         except UnknownModel as error:
             raise Refused(404, error.message, "model_not_found", "model") from None
         except Unavailable as error:
-            wait = {"retry-after": str(math.ceil(error.retry_after_s))}
-            raise Refused(503, error.message, "unavailable", headers=wait) from None
+            raise _later(error.message, "unavailable", error.retry_after_s) from None
         except Overloaded as error:
-            wait = {"retry-after": str(OVERLOADED_RETRY_S)}
-            raise Refused(503, error.message, "overloaded", headers=wait) from None
+            raise _later(error.message, "overloaded", OVERLOADED_RETRY_S) from None
         self._version = str(backend.installed.version)
         return backend
 
@@ -149,7 +145,7 @@ class Answer:
             return Refused(504, f"The answer took longer than {limit:g} s.", "timeout", headers=_NO_RETRY)
         log.warning("%s: the runtime broke off: %s %s", self._path, type(error).__name__, error)
         if isinstance(error, aiohttp.ClientConnectorError):
-            return Refused(503, "The runtime is being restarted.", "unavailable", headers={"retry-after": "3"})
+            return _later("The runtime is being restarted.", "unavailable", RESTART_S)
         return Refused(502, "The runtime broke off.", "backend_error")
 
     # --- all at once
@@ -157,7 +153,7 @@ class Answer:
     async def _whole(self) -> tuple[str, bytes]:
         async with AsyncExitStack() as stack:
             backend = await self._enter(stack)
-            # The runtime does not stop when nobody listens any more, so until it has answered its slot is taken.
+            # The runtime does not stop when nobody listens any more, so its slot is taken until it has answered.
             task = asyncio.create_task(self._computed(backend, stack.pop_all()))
         self._relay.keep(task)
         try:
@@ -171,9 +167,7 @@ class Answer:
             try:
                 kind, body = await self._post(backend, None)
             except RuntimeRefused as refused:
-                if not (self._asked.ours and refused.room):
-                    raise
-                kind, body = await self._post(backend, refused.room)
+                kind, body = await self._post(backend, self._room(refused))
             self._count(json.loads(body))
             return kind, body
 
@@ -182,8 +176,14 @@ class Answer:
         async with self._relay.post(backend, self._path, payload) as response:
             body: bytes = await response.read()
             if response.status != 200:
-                raise from_body(response.status, body)
+                raise runtime_answers.from_body(response.status, body)
             return response.headers.get("content-type", "application/json"), body
+
+    def _room(self, refused: RuntimeRefused) -> int:
+        """The token limit for a second attempt; raises the error if the limit is the client's or no room is left."""
+        if not (self._asked.ours and refused.room):
+            raise refused
+        return refused.room
 
     # --- piece by piece
 
@@ -194,7 +194,10 @@ class Answer:
             begun = False
             try:
                 async with asyncio.timeout(self._relay.limits.request_timeout_s):
-                    pieces = await self._open(backend, stack)
+                    try:
+                        pieces = await self._open(backend, stack, None)
+                    except RuntimeRefused as refused:
+                        pieces = await self._open(backend, stack, self._room(refused))
                     await send(self._start("text/event-stream", [(b"cache-control", b"no-cache")]))
                     begun = True
                     await self._pass_on(pieces, send)
@@ -211,46 +214,37 @@ class Answer:
             except TimeoutError:
                 raise Gone from None
 
-    async def _open(self, backend: Backend, stack: AsyncExitStack) -> AsyncIterator[bytes]:
+    async def _open(self, backend: Backend, stack: AsyncExitStack, tokens: int | None) -> AsyncIterator[bytes]:
         """The stream of events, if it begins well."""
-        try:
-            return await self._begin(backend, stack, None)
-        except RuntimeRefused as refused:
-            if not (self._asked.ours and refused.room):
-                raise
-            return await self._begin(backend, stack, refused.room)
-
-    async def _begin(self, backend: Backend, stack: AsyncExitStack, tokens: int | None) -> AsyncIterator[bytes]:
         payload = self._asked.payload(backend.installed.foundry_id, tokens)
         response = await stack.enter_async_context(self._relay.post(backend, self._path, payload))
         if response.status != 200:
-            raise from_body(response.status, await response.read())
-        pieces = events.whole(response.content)
+            raise runtime_answers.from_body(response.status, await response.read())
+        pieces = runtime_answers.whole_events(response.content)
         # The runtime says 200 before it has looked at the request; if it refuses, that is among the first events.
         head = b""
         async for piece in pieces:
             head += piece
-            if event := events.first_telling(piece):
-                if refused := in_event(event):
+            if event := runtime_answers.first_telling(piece):
+                if refused := runtime_answers.in_event(event):
                     raise refused
                 break
-        return events.chained(head, pieces)
+        return _chained(head, pieces)
 
     async def _pass_on(self, pieces: AsyncIterator[bytes], send: Send) -> None:
         first = False
         usage = b""
         async for piece in pieces:
-            if not first and events.DELTA in piece:
+            if not first and runtime_answers.DELTA in piece:
                 first = True
                 self._relay.metrics.first_token(time.perf_counter() - self._started)
-            if events.USAGE in piece:
+            if runtime_answers.USAGE in piece:
                 usage = piece
                 if self._asked.drop_usage:
-                    piece = events.without_usage(piece)
-            if events.tells_failure(piece):
-                self._status = max(refused.status for event in piece.split(events.END) if (refused := in_event(event)))
+                    piece = runtime_answers.without_usage(piece)
+            self._status = max((refused.status for refused in runtime_answers.errors(piece)), default=self._status)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        for answer in events.with_usage(usage):
+        for answer in runtime_answers.with_usage(usage):
             self._count(answer)
 
     def _count(self, answer: dict[str, Any]) -> None:
@@ -261,7 +255,18 @@ class Answer:
         )
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+def _later(message: str, code: str, retry_after_s: float) -> Refused:
+    return Refused(503, message, code, headers={"retry-after": str(math.ceil(retry_after_s))})
+
+
+async def _chained(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if head:
+        yield head
+    async for piece in pieces:
+        yield piece
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done:
     """Do the work, and stop when the client leaves.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a client asked, read and bounded.
+"""What a client asked, read and bounded, and how a request is refused.
 
 The runtime trusts what it gets: JSON nested some 30,000 deep overflows its stack, and a schema that wants a thousand
 million items takes all memory of the machine. So everything is parsed here, and what goes on to the runtime is written
@@ -14,12 +14,51 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.core.validation import predicate
-from slmops.serving import schemas
 from slmops.serving.limits import Limits
-from slmops.serving.refused import Refused
 
 MAX_DEPTH = 50
 MAX_INTEGER = 2**63
+MAX_SCHEMA_COST = 10_000
+"""Sum of all bounds of arrays and all divisors in a schema: the runtime unrolls each into as many rules."""
+_UNSUPPORTED = {"allOf", "oneOf", "not", "patternProperties", "propertyNames"}
+_BOUNDS = {"minItems", "maxItems", "multipleOf"}
+_NAMED = {"properties", "$defs", "definitions"}
+_ANNOTATIONS = {"default", "examples", "title", "description"}
+_VALUES = {*_ANNOTATIONS, "enum", "const", "required"}
+_BESIDE = {*_ANNOTATIONS, "type", "$defs", "definitions", "$schema", "$id", "nullable", "deprecated"}
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong, for the client's developer.
+        code: OpenAI's name of the error.
+        param: The field that is wrong.
+        headers: Headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """The answer, in OpenAI's form."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
 
 
 class _Part(BaseModel):
@@ -34,7 +73,7 @@ class _Message(BaseModel):
 
 
 class _Item(BaseModel):
-    """One of the several kinds of items of /v1/responses; what they share."""
+    """What the several kinds of items of /v1/responses share."""
 
     type: str = "message"
     role: str = ""
@@ -109,6 +148,13 @@ class _Responses(_Common):
     reasoning: dict[str, Any] | None = None
 
 
+_FIELDS = {
+    name
+    for model in (_Chat, _Responses, _Message, _Item, _Part, _StreamOptions, _Text, _Format, _Metadata)
+    for name in model.model_fields
+}
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request that may go to the runtime.
@@ -142,7 +188,7 @@ def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> 
     """Understand a request.
 
     Raises:
-        Refused: It is no request, or one that this service does not let through.
+        Refused: It is not a request, or one that this service does not let through.
     """
     body = _parse(raw)
     model = _Chat if endpoint == "chat" else _Responses
@@ -152,7 +198,7 @@ def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> 
         raise _wrong_field(error) from None
     for field in ("tools", "response_format", "text"):
         if body.get(field):
-            schemas.bound(body[field], field)
+            _check_schema(body[field], field)
     names = ("max_tokens", "max_completion_tokens") if endpoint == "chat" else ("max_output_tokens",)
     wanted = {name: body[name] for name in names if body.get(name) is not None}
     given = wanted or {names[0]: limits.max_output_tokens}
@@ -161,7 +207,10 @@ def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> 
     body |= {name: min(value, limits.max_output_tokens) for name, value in given.items()}
     drop_usage = False
     if endpoint == "chat":
-        schemas.unwrap(body)
+        # The runtime takes all of json_schema for the schema, and OpenAI's clients put the schema inside.
+        wrapped = (body.get("response_format") or {}).get("json_schema")
+        if isinstance(wrapped, dict) and "schema" in wrapped:
+            body["response_format"] = {**body["response_format"], "json_schema": wrapped["schema"]}
         if understood.stream:
             options = understood.stream_options
             drop_usage = not (options and options.include_usage)
@@ -193,7 +242,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise Refused(400, "The body has half a UTF-16 surrogate pair in a string.", "invalid_json") from None
     except ValueError:
-        raise Refused(400, "The body has a number that is infinite or none.", "invalid_json") from None
+        raise Refused(400, "The body has a number that is infinite or not a number.", "invalid_json") from None
     return body
 
 
@@ -202,18 +251,39 @@ def _too_deep() -> Refused:
 
 
 def _wrong_field(error: ValidationError) -> Refused:
-    # Of a union each branch complains, and the one that fits best the deepest.
+    # For a union each branch complains, and the one that fits best the deepest.
     found = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
-    # It also adds the name of the branch, as "list[_Part]" or "str".
-    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELDS]
-    param = ".".join(path) or None
-    missing = found["type"] == "missing"
-    code = "missing_required_parameter" if missing else "invalid_value"
+    # The path also names the branch, such as "list[_Part]" or "str".
+    param = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELDS) or None
+    code = "missing_required_parameter" if found["type"] == "missing" else "invalid_value"
     return Refused(400, f"{param or 'The body'} {predicate(found)}.", code, param)
 
 
-_FIELDS = {
-    name
-    for model in (_Chat, _Responses, _Message, _Item, _Part, _StreamOptions, _Text, _Format, _Metadata)
-    for name in model.model_fields
-}
+def _check_schema(value: Any, param: str) -> None:
+    """Refuse a JSON schema, of an answer or a tool, that is too much for the runtime.
+
+    The runtime compiles it to a grammar. A few of the things that a schema can say take gigabytes or minutes; nothing
+    in the runtime limits that, and a client that leaves does not stop it. OpenAI's own service refuses most of them.
+    """
+    cost = 0.0
+    nodes = [value]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list):
+            nodes.extend(node)
+        elif isinstance(node, dict):
+            for key, inner in node.items():
+                if key in _UNSUPPORTED:
+                    raise Refused(400, f"{param}: the schema keyword {key} is not supported.", "invalid_schema", param)
+                if key in _BOUNDS and isinstance(inner, int | float):
+                    cost += max(inner, 1 / inner if 0 < inner < 1 else 0)
+                if key in ("$ref", "anyOf") and not node.keys() <= {*_BESIDE, key}:
+                    # The runtime intersects the two, and may never find out whether anything is left.
+                    raise Refused(400, f"{param}: the schema has more beside {key}.", "invalid_schema", param)
+                if key in _NAMED and isinstance(inner, dict):
+                    nodes.extend(inner.values())
+                elif key not in _VALUES:
+                    nodes.append(inner)
+    if cost > MAX_SCHEMA_COST:
+        message = f"{param}: minItems, maxItems and multipleOf of the schema add up to more than {MAX_SCHEMA_COST}."
+        raise Refused(400, message, "invalid_schema", param)

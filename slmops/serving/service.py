@@ -1,4 +1,4 @@
-"""The service: a fleet behind the proxy, from the first signal of life to the last."""
+"""The service: a fleet behind the proxy, from its start to its end."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path
 
 import psutil
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from slmops.core.errors import PrerequisiteError, UsageError
+from slmops.core import web
+from slmops.core.errors import UsageError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
-from slmops.serving import proxy
 from slmops.serving.fleet import Fleet
-from slmops.serving.options import Serve
-from slmops.serving.source import RegistrySource
-from slmops.serving.status import SERVING, Running
+from slmops.serving.home_service import SERVING, Running
+from slmops.serving.limits import Limits, Serve
+from slmops.serving.proxy import Proxy
+from slmops.serving.registry_watch import VersionSource
 
 log = logging.getLogger(__name__)
 
-STOP_S = 30.0
+FINISH_S = 30
 """Seconds that running requests have to finish when the service is stopped."""
-HEADERS_S = 15.0
-"""Seconds that a connection has to bring the headers of its first or next request."""
 IDLE_S = 5
+"""Seconds that a connection may stay open after an answer."""
 HEADER_BYTES = 16_384
+IDLE_CONNECTIONS = 500
+"""Connections that may be open beside those of the requests that are answered or wait; further ones get 503."""
 
 
 def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
@@ -47,30 +47,30 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
         uri: MLflow tracking server.
 
     Raises:
-        UsageError: The address is not loopback and there is no token, or it is none of this machine, or nothing is
+        UsageError: The address is not loopback and there is no token, or there is no such address, or nothing is
             promoted.
-        PrerequisiteError: The port is in use.
+        PrerequisiteError: The port is in use, or the address is not one of this machine.
         SlmopsError: Nothing can be served.
     """
     token = settings.serve_token.get_secret_value() if settings.serve_token else None
     local = _is_loopback(options.host)
     if not local and token is None:
         raise UsageError(
-            f"{options.host} is not loopback, and without a token whoever reaches it could use the service.",
+            f"{options.host} is not loopback, and without a token anybody who reaches it could use the service.",
             "Set SLMOPS_SERVE_TOKEN, or leave --host at 127.0.0.1.",
         )
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError(
             "SLMOPS_SERVE_TOKEN has characters that HTTP clients cannot send.",
-            "Use printable ASCII without spaces, as `openssl rand -hex 32` prints.",
+            "Use printable ASCII without spaces, such as `openssl rand -hex 32` prints.",
         )
     if not local:
         log.warning("listening at %s: the token and all conversations travel unencrypted", options.host)
-    with _listen(options.host, options.port) as listening:
+    with web.listen(options.host, options.port) as listening:
         fleet = Fleet(
             name,
             settings,
-            RegistrySource(name, settings, uri),
+            VersionSource(name, settings, uri),
             spare=options.spare,
             poll_s=options.poll_s,
             drain_s=options.request_timeout_s,
@@ -81,12 +81,13 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
 async def serve(
     fleet: Fleet, options: Serve, home: Path, listening: socket.socket, token: str | None, *, local: bool = True
 ) -> None:
-    """Serve a fleet at a socket that listens; while it loads, clients are told so.
+    """Serve a fleet at a socket that listens; while it loads, clients get 503.
 
     Raises:
         SlmopsError: The fleet has nothing to serve.
     """
-    server = _Server(_config(proxy.app(fleet, options, token, local=local)))
+    proxy = Proxy(fleet, options, token, local=local)
+    server = uvicorn.Server(config(proxy, options))
     url = _url(options.host, listening.getsockname()[1])
     try:
         with _signals(server):
@@ -101,8 +102,32 @@ async def serve(
             finally:
                 server.should_exit = True
                 await answering
+                await proxy.close()
     finally:
         await fleet.stop()
+
+
+def config(proxy: Proxy, limits: Limits) -> uvicorn.Config:
+    """The web server's settings.
+
+    It has no limit on how slowly a client may send the headers of its first request: that is for a reverse proxy.
+    """
+    return uvicorn.Config(
+        proxy,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=limits.concurrency + limits.queue + IDLE_CONNECTIONS,
+        timeout_keep_alive=IDLE_S,
+        timeout_graceful_shutdown=FINISH_S,
+    )
 
 
 async def _started(fleet: Fleet, answering: asyncio.Task[None]) -> bool:
@@ -129,91 +154,19 @@ async def _watching(fleet: Fleet) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _config(application: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
-        application,
-        http=_Protocol,
-        ws="none",
-        loop="asyncio",
-        lifespan="on",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=HEADER_BYTES,
-        timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=int(STOP_S),
-    )
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """None: it would send them to this process again at its end, before the runtime processes are stopped."""
-        yield
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let the application clean up even when there is no time left."""
-        await super().shutdown(sockets)
-        if self.force_exit:
-            await self.lifespan.shutdown()
-
-
 @contextmanager
 def _signals(server: uvicorn.Server) -> Iterator[None]:
-    """The first signal lets running requests finish, the second does not."""
-    loop = asyncio.get_running_loop()
+    """Let the server have the signals: the first lets running requests finish, a second Ctrl-C does not.
 
-    def stop() -> None:
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop)) for number in numbers]
+    When it has ended at a signal, uvicorn sends it to this process again: without a handler that would be killed then,
+    before the runtime processes are stopped.
+    """
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Protocol(H11Protocol):
-    """Uvicorn's, but it does not wait for ever for a request that comes byte by byte, or never."""
-
-    _hurry: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        # Asyncio does this for its own sockets, not for one that it is given; without it an answer can take 40 ms more.
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._wait_for_request()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._hurry is not None:
-            self._hurry.cancel()
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self._hurry is not None and self.cycle is not None and not self.cycle.response_complete:
-            self._hurry.cancel()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer to what is no HTTP; if it began as a request, the application has nothing more to say to it."""
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        super().send_400_response(msg)
-
-    def on_response_complete(self) -> None:
-        self._wait_for_request()
-        super().on_response_complete()
-
-    def _wait_for_request(self) -> None:
-        if self._hurry is not None:
-            self._hurry.cancel()
-        self._hurry = self.loop.call_later(HEADERS_S, self.transport.close)
 
 
 def _is_loopback(host: str) -> bool:
@@ -221,21 +174,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Listen before anything is loaded, so that nobody can take the port meanwhile."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.getaddrinfo(host, port, family)
-    except (socket.gaierror, UnicodeError) as error:
-        raise UsageError(f"There is no address {host}: {error}.", "Give another with --host.") from None
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise PrerequisiteError(
-            f"Port {port} of {host} cannot be used: {os.strerror(error.errno or 0)}.", "Give another with --port."
-        ) from None
 
 
 def _url(host: str, port: int) -> str:

@@ -8,15 +8,29 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+from slmops.core.errors import ServingError
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
-from slmops.serving.values import Unavailable
-from slmops.serving.watch import said
+from slmops.serving.registry_watch import said
 
 log = logging.getLogger(__name__)
 
 BROKEN_S = 60.0
 """Seconds for which a version that failed is not started again, however many ask for it."""
+IN_USE_RETRY_S = 5.0
+
+
+class Unavailable(ServingError):
+    """What was asked for exists, but cannot be served now.
+
+    Args:
+        message: Why not.
+        retry_after_s: Seconds after which asking again makes sense.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Spares:
@@ -24,7 +38,7 @@ class Spares:
 
     Args:
         most: How many.
-        install: Has a version on this device.
+        install: Puts a version on this device.
         launch: Starts and tests its process.
     """
 
@@ -84,7 +98,7 @@ class Spares:
             task = asyncio.create_task(self._start(version))
             self._starting[number] = task
             task.add_done_callback(lambda _: self._starting.pop(number))
-        # Who waits is counted, so that what was just started is not stopped again before the first of them has it.
+        # Those who wait are counted: what was just started must not be stopped before the first of them has it.
         self._waiting[number] += 1
         try:
             # Shielded: a client that goes away does not end what others wait for.
@@ -115,7 +129,10 @@ class Spares:
         while len(self._loaded) >= self._most:
             idle = [number for number, one in self._loaded.items() if not one.in_flight and not self._waiting[number]]
             if not idle:
-                raise Unavailable(f"No more than {self._most} versions beside the champion are loaded, all in use.")
+                raise Unavailable(
+                    f"No more than {self._most} versions beside the champion can be loaded, and all are in use.",
+                    retry_after_s=IN_USE_RETRY_S,
+                )
             oldest = min(idle, key=lambda number: self._loaded[number].used)
             log.info("%s makes room", self._loaded[oldest].installed.foundry_id)
             await self._loaded.pop(oldest).stop()

@@ -41,9 +41,10 @@ EXAMPLES = 3000
 SERVICE = """
 import asyncio, logging, sys
 from slmops.foundry.versions import Installed
+from slmops.core import web
 from slmops.serving import service
 from slmops.serving.fleet import Fleet
-from slmops.serving.options import Serve
+from slmops.serving.limits import Serve
 from slmops.core.settings import Settings
 from tests import fleets
 
@@ -55,7 +56,7 @@ logging.basicConfig(level=logging.INFO)
 installed = Installed.model_validate_json(sys.argv[1])
 settings = Settings(home=sys.argv[2])
 options = Serve.model_validate_json(sys.argv[3])
-listening = service._listen("127.0.0.1", 0)
+listening = web.listen("127.0.0.1", 0)
 fleet = Fleet("bot", settings, Source(count=1))
 asyncio.run(service.serve(fleet, options, settings.home, listening, settings.serve_token.get_secret_value()))
 """

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from flows.retrain import retrain
 from slmops.core.errors import DataError, TrainingError
 from slmops.core.settings import Settings
-from slmops.serving import detached, status
+from slmops.serving import home_service
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
 from slmops.training.outcome import RetrainError
@@ -44,7 +44,7 @@ def first(settings: Settings, model: Path, folder: Path) -> Iterator[Retrained]:
     """The first retraining, which starts the service."""
     data = retraining.write_data(folder / "data")
     yield retrain(retraining.request(model, data, NAME, serve=True))
-    detached.stop(settings)
+    home_service.stop(settings)
 
 
 def champion(settings: Settings) -> int:
@@ -54,7 +54,7 @@ def champion(settings: Settings) -> int:
 
 
 def served(settings: Settings) -> httpx.Response:
-    running = status.status(settings.home)
+    running = home_service.status(settings.home)
     assert running is not None
     body = {"model": NAME, "messages": [{"role": "user", "content": "Who repairs the login?"}], "max_tokens": 4}
     return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)

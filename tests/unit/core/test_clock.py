@@ -19,7 +19,7 @@ STAMPS = {
     "slmops/tracking/registry.py",
     "slmops/serving/backend.py",
     "slmops/serving/fleet.py",
-    "slmops/serving/watch.py",
+    "slmops/serving/registry_watch.py",
     "slmops/tracking/answers.py",
     "slmops/tracking/evaluation.py",
     "slmops/tracking/remeasure.py",

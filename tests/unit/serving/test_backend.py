@@ -20,6 +20,7 @@ from slmops.core.errors import PrerequisiteError, ServingError, SlmopsError
 from slmops.core.settings import Settings
 from slmops.foundry import service_worker
 from slmops.foundry.versions import Installed
+from slmops.processes import children as processes
 from slmops.serving import backend as module
 from slmops.serving.backend import Backend
 from tests import fleets
@@ -45,7 +46,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Have processes run this code."""
-    monkeypatch.setattr(module, "WORKER", "scripted_worker")
+    monkeypatch.setattr(module, "SERVICE_WORKER", "scripted_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
@@ -85,7 +86,7 @@ def test_a_process_that_does_not_start(
     worker: Callable[[str], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "START_S", 0.6)
+    monkeypatch.setattr(module, "LISTEN_S", 0.6)
     worker(code)
 
     async def test() -> None:
@@ -140,10 +141,30 @@ def test_a_process_from_start_to_stop(
     asyncio.run(test())
 
 
+def test_memory_is_measured_without_a_walk_through_all_pages(
+    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is measured in the event loop, for /health and /metrics, and the runtime waits during such a walk."""
+    worker(LISTENS)
+
+    def walk(*_: Any, **__: Any) -> None:
+        raise AssertionError("the kernel walks through all pages, or psutil through all processes")
+
+    async def test() -> None:
+        backend = await Backend.start(installed, settings)
+        with monkeypatch.context() as patched:
+            for method in ("memory_full_info", "children"):
+                patched.setattr(psutil.Process, method, walk)
+            assert 1 < backend.memory_mb() < 500
+        await backend.stop()
+
+    asyncio.run(test())
+
+
 def test_a_process_that_does_not_want_to_end(
     installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "GRACE_S", 0.2)
+    monkeypatch.setattr(processes, "GRACE_S", 0.2)
     worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS)
 
     async def test() -> None:
@@ -152,7 +173,7 @@ def test_a_process_that_does_not_want_to_end(
         assert "killed by SIGKILL" in await backend.ended()
         # Also if whoever stops it has no time for it.
         backend = await Backend.start(installed, settings)
-        monkeypatch.setattr(module, "GRACE_S", 60)
+        monkeypatch.setattr(processes, "GRACE_S", 60)
         stopping = asyncio.create_task(backend.stop())
         await asyncio.sleep(0.1)
         stopping.cancel()

@@ -18,7 +18,8 @@ from slmops.core.errors import (
 from slmops.core.settings import Settings
 from slmops.foundry.versions import Installed
 from slmops.serving import fleet as module
-from slmops.serving.fleet import Fleet, Unavailable
+from slmops.serving.fleet import Fleet
+from slmops.serving.spares import Unavailable
 from tests.fleets import (
     BAD,
     CREATED,
@@ -233,7 +234,7 @@ def test_a_process_that_dies_is_restarted() -> None:
 
 
 def test_a_process_that_cannot_be_restarted_has_its_files_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSE_MOST_S", 0.02)
+    monkeypatch.setattr(module, "RESTART_PAUSE_MOST_S", 0.02)
 
     async def test(world: World) -> None:
         async with serving(world) as made:

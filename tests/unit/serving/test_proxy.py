@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
+from slmops.core import web
 from slmops.serving import proxy
 from slmops.serving.limits import Limits
-from tests.proxies import chat, run, says, told
-from tests.upstream import (
-    CHAT,
-    FOUNDRY_ID,
-    RESPONSES,
-    Stand,
-)
+from tests.upstream import CHAT, FOUNDRY_ID, RESPONSES, Stand, chat, run, says, told
 
 # --- bodies
 
@@ -68,7 +63,7 @@ def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch)
         writer.close()
         assert reader is not None
 
-    monkeypatch.setattr(proxy, "DRAIN_BYTES", 100_000)
+    monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
     run(test, Limits(max_body_kb=1))
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from slmops.serving.fleet import Unavailable, UnknownModel
-from tests.proxies import chat, run, told
+from slmops.serving.fleet import UnknownModel
+from slmops.serving.spares import Unavailable
 from tests.upstream import (
     CHAT,
     GOOD_RESPONSE,
@@ -18,8 +18,11 @@ from tests.upstream import (
     Connection,
     Stand,
     answer,
+    chat,
     chunk,
     event,
+    run,
+    told,
 )
 
 

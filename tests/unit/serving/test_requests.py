@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from slmops.serving.limits import Limits
-from tests.proxies import chat, response, run, says, told
 from tests.upstream import (
     CHAT,
     FOUNDRY_ID,
@@ -18,7 +17,12 @@ from tests.upstream import (
     Connection,
     Stand,
     answer,
+    chat,
     event,
+    response,
+    run,
+    says,
+    told,
 )
 
 

@@ -18,10 +18,11 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
+from slmops.core import web
 from slmops.core.errors import PrerequisiteError, ServingError, UsageError
 from slmops.core.settings import Settings
 from slmops.serving import service
-from slmops.serving.options import Serve
+from slmops.serving.limits import Serve
 from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, chunk
 
 
@@ -30,15 +31,18 @@ class Service:
 
     def __init__(self, fleet: OneFleet, home: Path, port: int, task: asyncio.Task[None], upstream: Upstream) -> None:
         self.fleet = fleet
-        self.home = home
+        self.note = home / "serving.json"
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
         self.task = task
         self.upstream = upstream
 
     async def answers(self, status: int = 200) -> None:
+        """Wait until /health has this status, and then for what the service writes down."""
         async with asyncio.timeout(5), httpx.AsyncClient(trust_env=False) as client:
             while (await client.get(self.url + "/health")).status_code != status:
+                await asyncio.sleep(0.01)
+            while status == 200 and not self.note.exists():
                 await asyncio.sleep(0.01)
 
 
@@ -48,7 +52,7 @@ async def serving(home: Path, script: Script = answer, starts: asyncio.Event | N
     behind = await asyncio.start_server(upstream.handle, "127.0.0.1", 0)
     fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
     fleet.starts, fleet.ready = starts, starts is None
-    listening = service._listen("127.0.0.1", 0)
+    listening = web.listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]
     one = Service(fleet, home, port, task, upstream)
@@ -75,11 +79,7 @@ def run(test: Callable[[Service], Awaitable[None]], home: Path, **options: Any) 
 
 def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def test(one: Service) -> None:
-        path = tmp_path / "serving.json"
-        while not path.exists():
-            await asyncio.sleep(0.01)
-        told = json.loads(path.read_text(encoding="utf-8"))
-        assert told == {
+        assert json.loads(one.note.read_text(encoding="utf-8")) == {
             "pid": os.getpid(),
             "created": psutil.Process().create_time(),
             "url": one.url,
@@ -88,7 +88,7 @@ def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.
         assert f"serving bot version 3 (int8) at {one.url}" in caplog.messages
         signal.raise_signal(signal.SIGTERM)
         await one.task
-        assert not path.exists()
+        assert not one.note.exists()
         assert one.fleet.log == ["started", "stopped"]
 
     with caplog.at_level(logging.INFO):
@@ -97,13 +97,10 @@ def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.
 
 def test_another_services_note_stays(tmp_path: Path) -> None:
     async def test(one: Service) -> None:
-        path = tmp_path / "serving.json"
-        while not path.exists():
-            await asyncio.sleep(0.01)
-        path.write_text("{}", encoding="utf-8")
+        one.note.write_text("{}", encoding="utf-8")
         signal.raise_signal(signal.SIGINT)
         await one.task
-        assert path.read_text(encoding="utf-8") == "{}"
+        assert one.note.read_text(encoding="utf-8") == "{}"
 
     run(test, tmp_path)
 
@@ -116,7 +113,7 @@ def test_while_it_loads_clients_are_told_so_and_it_can_be_stopped(tmp_path: Path
         signal.raise_signal(signal.SIGTERM)
         await one.task
         assert one.fleet.log == ["stopped"]
-        assert not (tmp_path / "serving.json").exists()
+        assert not one.note.exists()
 
     run(test, tmp_path, starts=asyncio.Event())
 
@@ -185,25 +182,13 @@ def test_a_request_that_does_not_end_does_not_keep_it(
             assert one.fleet.log == ["started", "stopped"]
 
     if not twice:
-        monkeypatch.setattr(service, "STOP_S", 1.0)
+        monkeypatch.setattr(service, "FINISH_S", 1)
     run(test, tmp_path, script=script)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\nGET /hea"])
-def test_a_request_that_never_comes_loses_its_connection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(one: Service) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
-        writer.write(sent)
-        await asyncio.wait_for(reader.read(), 3)
-        writer.close()
-
-    monkeypatch.setattr(service, "HEADERS_S", 0.3)
-    run(test, tmp_path)
-
-
-def test_a_request_that_turns_out_to_be_none_is_answered_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def test(one: Service) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\n"  # without a type it is refused at once
@@ -214,87 +199,58 @@ def test_a_request_that_turns_out_to_be_none_is_answered_once(tmp_path: Path, ca
         writer.close()
 
     run(test, tmp_path)
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert not any(record.exc_info for record in caplog.records)
 
 
-def test_answers_are_not_held_back_for_company(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else each short one waits 40 ms for the receiver's acknowledgement of the one before."""
-    options: list[int] = []
-    connected = service._Protocol.connection_made
-
-    def noting(self: Any, transport: Any) -> None:
-        connected(self, transport)
-        options.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
-
-    monkeypatch.setattr(service._Protocol, "connection_made", noting)
-
+def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(one: Service) -> None:
+        opened = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(4)]
         async with httpx.AsyncClient(trust_env=False) as client:
-            await client.post(one.url + CHAT, json={})
-        assert options
-        assert all(options)
+            assert (await client.get(one.url + "/health")).status_code == 503
+            for _, writer in opened:
+                writer.close()
+            await one.answers(200)
 
+    monkeypatch.setattr(service, "IDLE_CONNECTIONS", 4 - Serve().concurrency - Serve().queue)
     run(test, tmp_path)
-
-
-def test_a_slow_answer_does_not_count_as_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def script(connection: Any) -> None:
-        await asyncio.sleep(0.5)
-        await answer(connection)
-
-    async def test(one: Service) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            for _ in range(2):
-                assert (await client.post(one.url + CHAT, json=GOOD)).status_code == 200
-
-    monkeypatch.setattr(service, "HEADERS_S", 0.2)
-    run(test, tmp_path, script=script)
 
 
 # --- the address
 
 
-class Loads:
-    """A fleet that must not come to be."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
+@pytest.mark.parametrize(
+    ("options", "settings", "error", "named"),
+    [
+        *(
+            ({"host": host}, {}, UsageError, "SLMOPS_SERVE_TOKEN")
+            for host in ("0.0.0.0", "::", "192.0.2.1", "server.example")  # noqa: S104 - it is refused
+        ),
+        *(
+            ({}, {"serve_token": SecretStr(token)}, UsageError, "SLMOPS_SERVE_TOKEN")
+            for token in ("s\u00e9cret", "two words", "line\nbreak")
+        ),
+        ({"host": "no.such.invalid"}, {"serve_token": SecretStr("t")}, UsageError, "no.such.invalid"),
+        ({"host": "192.0.2.1"}, {"serve_token": SecretStr("t")}, PrerequisiteError, "192.0.2.1"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_is_loaded(
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    error: type[Exception],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loads(*_: Any, **__: Any) -> None:
         raise AssertionError("something is loaded")
 
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "server.example"])  # noqa: S104
-def test_other_addresses_need_a_token(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "Fleet", Loads)
-    with pytest.raises(UsageError, match="is not loopback") as refused:
-        service.run("bot", Serve(host=host), Settings(home=tmp_path), "sqlite://")
-    assert "SLMOPS_SERVE_TOKEN" in str(refused.value.fix)
-
-
-@pytest.mark.parametrize("token", ["s\u00e9cret", "two words", "line\nbreak"])
-def test_a_token_that_nobody_can_send(token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "Fleet", Loads)
-    with pytest.raises(UsageError, match="SLMOPS_SERVE_TOKEN") as refused:
-        service.run("bot", Serve(), Settings(home=tmp_path, serve_token=SecretStr(token)), "sqlite://")
-    assert token not in str(refused.value)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
-def test_a_port_in_use_is_told_before_anything_is_loaded(
-    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "Fleet", Loads)
-    with service._listen(host, 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(PrerequisiteError, match=f"Port {port} of {host} cannot be used: Address already in use"):
-            service.run("bot", Serve(host=host, port=port), Settings(home=tmp_path), "sqlite://")
-
-
-def test_an_address_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "Fleet", Loads)
-    settings = Settings(home=tmp_path, serve_token=SecretStr("t"))
-    with pytest.raises(UsageError, match=r"There is no address no\.such\.invalid"):
-        service.run("bot", Serve(host="no.such.invalid"), settings, "sqlite://")
-    with pytest.raises(PrerequisiteError, match="Cannot assign requested address"):
-        service.run("bot", Serve(host="192.0.2.1"), settings, "sqlite://")
+    monkeypatch.setattr(service, "Fleet", loads)
+    with pytest.raises(error) as caught:
+        service.run("bot", Serve(**options), Settings(home=tmp_path, **settings), "sqlite://")
+    said = f"{caught.value.message} {caught.value.fix}"  # type: ignore[attr-defined]
+    assert named in said
+    if "serve_token" in settings and named == "SLMOPS_SERVE_TOKEN":
+        assert settings["serve_token"].get_secret_value() not in said
 
 
 def test_the_token_and_the_options_reach_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +265,7 @@ def test_the_token_and_the_options_reach_the_service(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(service, "Fleet", Noted)
     monkeypatch.setattr(service, "serve", serve)
-    with service._listen("127.0.0.1", 0) as free:
+    with web.listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     options = Serve(port=port, host="0.0.0.0", spare=2, poll_s=7, request_timeout_s=11)  # noqa: S104
     service.run("bot", options, Settings(home=tmp_path, serve_token=SecretStr("t")), "sqlite://")

@@ -15,7 +15,7 @@ import pytest
 
 from slmops.core.settings import Settings
 from slmops.foundry.versions import ModelVersion
-from slmops.serving.source import RegistrySource, in_thread
+from slmops.serving.registry_watch import VersionSource, in_thread
 from tests.fleets import installed, version
 
 
@@ -86,7 +86,7 @@ def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         make_current=lambda *args: calls.append(("make_current", *args)),
         current=lambda *args: calls.append(("current", *args)),
     )
-    source = RegistrySource("bot", settings, "http://registry")
+    source = VersionSource("bot", settings, "http://registry")
     assert calls == []  # nothing is imported or asked before it is needed
     assert source.champion() == version(2)
     assert source.versions() == [version(2)]

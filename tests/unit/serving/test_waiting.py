@@ -12,14 +12,7 @@ import pytest
 
 from slmops.serving import relay
 from slmops.serving.limits import Limits
-from tests.proxies import chat, run, told
-from tests.upstream import (
-    CHAT,
-    Connection,
-    Stand,
-    answer,
-    chunk,
-)
+from tests.upstream import CHAT, Connection, Stand, answer, chat, chunk, run, told
 
 
 async def held(connection: Connection) -> None:

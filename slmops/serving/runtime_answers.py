@@ -1,25 +1,35 @@
-"""Errors of Foundry Local's web service, told to the client.
+"""What the web service of Foundry Local says: events of a stream, and errors.
 
-The service answers 500 to much that only the client can mend, puts errors into streams that began with 200, and signs
-each message with the C++ function that it came from.
+Events pass through as bytes, looked at as little as possible. What is searched for cannot stand in an answer's text:
+quotes and line breaks are escaped there. The service answers 500 to much that only the client can fix, puts errors into
+streams that began with 200, and signs each message with the C++ function that it came from.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from slmops.serving.events import FAILED
-from slmops.serving.refused import Refused
+import aiohttp
 
+from slmops.serving.requests import Refused
+
+END = b"\n\n"
+DELTA = b'"delta"'
+"""In every event with a piece of the answer."""
+USAGE = b'"usage":{'
+_PREAMBLE = (b"event: response.created", b"event: response.in_progress")
+_FAILED = (b'data: {"error"', b"event: response.failed", b"event: error")
 # What the messages of 500s say that are the request's own fault.
 _CLIENTS_FAULT = re.compile(
     r"json\.exception|stoi|Error creating grammar|TooComplex|failed to create generator"
     r"|structured tool calling|not supported|image_url|tool guidance|tool-call guidance|response guidance"
 )
 _BUDGET = re.compile(r"\((\d+) input \+ (\d+) output\), which exceeds the model's maximum context length of (\d+)")
-_SAID = 500
+_SIGNATURE = re.compile(r"(?:[\w ]+: )?\w+\.cc:\d+ ")
+_MESSAGE_MOST = 500
 """Characters of the runtime's message that are passed on."""
 
 
@@ -33,19 +43,45 @@ class RuntimeRefused(Refused):
     room: int | None = None
 
 
-def from_body(status: int, body: bytes) -> RuntimeRefused:
-    """The error in an answer whose status is not 200."""
-    try:
-        error = json.loads(body)["error"]
-    except (ValueError, LookupError, TypeError):
-        text = body.decode("utf-8", errors="replace")  # oatpp's own: lines of key=value
-        error = {"message": text.rpartition("message=")[2]}
-    return _refused(status, error)
+async def whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Whole events, as many at a time as have come."""
+    rest = b""
+    async for chunk in content.iter_any():
+        events, end, rest = (rest + chunk).rpartition(END)
+        if end:
+            yield events + end
+    if rest:
+        yield rest
+
+
+def first_telling(piece: bytes) -> bytes | None:
+    """The first event that comes after the runtime has looked at the request."""
+    return next((event for event in piece.split(END) if event and not event.startswith(_PREAMBLE)), None)
+
+
+def without_usage(piece: bytes) -> bytes:
+    """The events without the one that holds nothing else than token counts."""
+    return b"".join(event + END for event in piece.split(END) if event and b'"choices":[]' not in event)
+
+
+def with_usage(piece: bytes) -> Iterator[dict[str, Any]]:
+    """The events with token counts, parsed."""
+    for event in piece.split(END):
+        if USAGE in event:
+            yield json.loads(event.partition(b"data: ")[2])
+
+
+def errors(piece: bytes) -> Iterator[RuntimeRefused]:
+    """The errors among the events."""
+    if piece.startswith(_FAILED) or any(END + failed in piece for failed in _FAILED):
+        for event in piece.split(END):
+            if refused := in_event(event):
+                yield refused
 
 
 def in_event(event: bytes) -> RuntimeRefused | None:
     """The error in one event of a stream, if it is one."""
-    if not event.startswith(FAILED):
+    if not event.startswith(_FAILED):
         return None
     try:
         data = json.loads(event.partition(b"data: ")[2])
@@ -53,6 +89,16 @@ def in_event(event: bytes) -> RuntimeRefused | None:
     except (ValueError, AttributeError):
         error = {}
     return _refused(400 if "invalid_request_error" in (_get(error, "type"), _get(error, "code")) else 500, error)
+
+
+def from_body(status: int, body: bytes) -> RuntimeRefused:
+    """The error in an answer whose status is not 200."""
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, LookupError, TypeError):
+        text = body.decode("utf-8", errors="replace")  # the web server's own errors: lines of key=value
+        error = {"message": text.rpartition("message=")[2]}
+    return _refused(status, error)
 
 
 def _refused(status: int, error: Any) -> RuntimeRefused:
@@ -67,7 +113,7 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
         )
         refused.room = max(context - prompt, 0)
         return refused
-    message = _plain(said)[:_SAID]
+    message = _plain(said)[:_MESSAGE_MOST]
     if status < 500:
         return RuntimeRefused(status, message, _get(error, "code"), _get(error, "param"))
     if _CLIENTS_FAULT.search(said):
@@ -86,11 +132,10 @@ def _plain(said: str) -> str:
     >>> _plain("Invalid request: search_options.cc:22 void fl::Check(const fl::Options&) top_k is negative")
     'top_k is negative'
     """
-    found = re.match(r"(?:[\w ]+: )?\w+\.cc:\d+ ", said)
+    found = _SIGNATURE.match(said)
     if found is None:
         return said
-    depth = 0
-    closed = False
+    depth, closed = 0, False
     for position in range(found.end(), len(said)):
         letter = said[position]
         depth += (letter == "(") - (letter == ")")

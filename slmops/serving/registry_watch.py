@@ -1,4 +1,4 @@
-"""What the registry wants served, and what became of it.
+"""The registry as the service of one model sees it: what is to be served, and what became of it.
 
 The registry's champion is compared with the version that is served. While they are the same there is nothing to do::
 
@@ -13,29 +13,94 @@ Whatever fails, the version that is served stays.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
-from slmops.foundry.versions import ModelVersion
-from slmops.serving.source import Source, in_thread
+from slmops.core.settings import Settings
+from slmops.foundry.versions import Installed, ModelVersion
 
+if TYPE_CHECKING:
+    from slmops.tracking.registry import Registry
+
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
-PAUSE_MOST_S = 300.0
+DEPLOY_PAUSE_MOST_S = 300.0
 VERSIONS_S = 30.0
 """How old the list of versions may become."""
 
 
-class Watch:
-    """The registry as one model's service sees it.
+class VersionSource:
+    """The versions of the model ``name``: in MLflow's Model Registry, and installed in the Foundry home of this device.
+
+    All methods block, and are called in threads. Those that ask the registry raise TrackingError when it cannot be
+    reached. MLflow takes seconds to import, so that is done in the threads too.
+    """
+
+    def __init__(self, name: str, settings: Settings, uri: str) -> None:
+        self.name = name
+        self.settings = settings
+        self.uri = uri
+        self._connection: Registry | None = None
+
+    def champion(self) -> ModelVersion | None:
+        """The version that is to be served; None: none is promoted."""
+        return self._registry().champion(self.name)
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions in the registry, the newest first."""
+        return self._registry().versions(self.name)
+
+    def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion | None:
+        """Undo the promotion of a version that cannot be served, and return the champion now, if there is one."""
+        return self._registry().withdraw(version, reason)
+
+    def install(self, version: ModelVersion) -> Installed:
+        """Put a version on this device, verified; twice is harmless.
+
+        Raises:
+            RegistrationError: The runtime on this device refuses it.
+            SlmopsError: It did not get here, which says nothing about the version.
+        """
+        from slmops.delivery import pull
+
+        return pull.install(version, self.settings, self.uri)
+
+    def make_current(self, version: Installed) -> None:
+        """Remember what is served."""
+        from slmops.delivery import installed
+
+        installed.make_current(version, self.settings)
+
+    def current(self) -> Installed | None:
+        """What was served last, if it is still here."""
+        from slmops.delivery import installed
+
+        return installed.current(self.name, self.settings)
+
+    def _registry(self) -> Registry:
+        from slmops.tracking.registry import Registry
+
+        if self._connection is None:
+            self._connection = Registry(self.uri)
+        return self._connection
+
+
+class RegistryWatch:
+    """Follows the champion of the registry.
 
     Args:
         source: The registry.
         deploy: Serves a version instead of the one before; raises if that does not work.
-        note: Told of each failure, in a sentence.
+        note: Called with each failure, in a sentence.
         poll_s: Seconds between looks.
 
     Attributes:
@@ -45,7 +110,7 @@ class Watch:
 
     def __init__(
         self,
-        source: Source,
+        source: VersionSource,
         deploy: Callable[[ModelVersion], Awaitable[None]],
         note: Callable[[str], None],
         poll_s: float,
@@ -64,7 +129,7 @@ class Watch:
         self._retry_at = 0.0
 
     def renew(self) -> None:
-        """Ask for the list of versions at the next look: somebody wants one that it does not have."""
+        """Read the list of versions again at the next look: somebody wants one that is not in it."""
         self._renew_at = 0.0
 
     async def ask(self) -> ModelVersion | None:
@@ -95,7 +160,7 @@ class Watch:
         except TrackingError:
             return
         if wanted is None:
-            self._note(f"Nothing is promoted any more; version {served} is served on.")
+            self._note(f"Nothing is promoted any more; version {served} is still served.")
             return
         if wanted.version == served:
             self._refused = self._undelivered = None
@@ -111,7 +176,7 @@ class Watch:
             await self.failed(wanted, error)
 
     async def failed(self, version: ModelVersion, error: Exception) -> None:
-        """Draw the consequences of a version that could not be deployed."""
+        """Withdraw a version that could not be deployed if that is its own fault; otherwise try again later."""
         promotion = _promotion(version)
         if at_fault(error):
             self._refused = promotion
@@ -124,12 +189,12 @@ class Watch:
         else:
             self._attempts = self._attempts + 1 if promotion == self._undelivered else 1
             self._undelivered = promotion
-            pause = min(self._poll_s * 2 ** min(self._attempts, 20), PAUSE_MOST_S)  # 2**1024 is no float
+            pause = min(self._poll_s * 2 ** min(self._attempts, 20), DEPLOY_PAUSE_MOST_S)  # 2.0**1024 overflows
             self._retry_at = time.monotonic() + pause
             self._note(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
 
     async def _withdraw(self) -> None:
-        """Tell the registry of a version that failed, if it has not been told yet."""
+        """Withdraw the version that failed, if that has not been done yet."""
         if self._to_withdraw is None:
             return
         version, reason = self._to_withdraw
@@ -165,3 +230,30 @@ def said(error: Exception) -> str:
 def _promotion(version: ModelVersion) -> tuple[int, str]:
     """What tells one promotion from another, also of the same version."""
     return version.version, version.tags.get("slmops.promoted", "")
+
+
+async def in_thread(
+    function: Callable[Arguments, Returned], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Returned:
+    """Call a blocking function in a thread of its own.
+
+    Unlike the loop's executor nobody waits for the thread at the end: a registry that does not answer, or a download of
+    gigabytes, must not keep the service from stopping.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Returned] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            tell(future.set_exception, error)
+        else:
+            tell(future.set_result, result)
+
+    def tell(settle: Callable[..., None], value: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is interested any more
+            loop.call_soon_threadsafe(lambda: None if future.done() else settle(value))
+
+    threading.Thread(target=work, daemon=True).start()
+    return await future

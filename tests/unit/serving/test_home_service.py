@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slmops.serving.status import SERVING, Running, status
+from slmops.serving.home_service import SERVING, Running, status
 
 
 class Health(BaseHTTPRequestHandler):

@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
-from slmops.serving import probation
+from slmops.serving import new_champion
 from tests.values import model_version
 
 VERSION = model_version(7)
@@ -87,9 +87,9 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def watch(service: Service, questions: Path, seconds: float = 0.5, **settings: Any) -> probation.Probation:
+def watch(service: Service, questions: Path, seconds: float = 0.5, **settings: Any) -> new_champion.Probation:
     made = Settings(home=questions.parent, **settings)
-    return probation.watch(service.url, VERSION, questions, None, MEASURED, seconds, made)
+    return new_champion.watch(service.url, VERSION, questions, None, MEASURED, seconds, made)
 
 
 def test_a_version_that_answers_as_measured_holds(service: Service, questions: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_service_that_is_gone_fails(service: Service, questions: Path) -> None
 
 def test_the_switch_is_waited_for(service: Service) -> None:
     service.health = [None, 6, 7]
-    probation.await_switch(service.url, VERSION, lambda: VERSION)
+    new_champion.await_switch(service.url, VERSION, lambda: VERSION)
     assert service.health == [7]
 
 
@@ -172,11 +172,11 @@ def test_the_switch_is_waited_for(service: Service) -> None:
 def test_a_version_that_its_service_refused_is_told(service: Service, champion: int | None, said: str) -> None:
     service.health = [6]
     with pytest.raises(ServingError, match=f"bot version 7 .int8. was withdrawn by its service: .*{said}"):
-        probation.await_switch(service.url, VERSION, lambda: model_version(champion) if champion else None)
+        new_champion.await_switch(service.url, VERSION, lambda: model_version(champion) if champion else None)
 
 
 def test_a_switch_that_does_not_come_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probation, "SWITCH_S", 0.1)
+    monkeypatch.setattr(new_champion, "SWITCH_S", 0.1)
     service.health = [6]
     with pytest.raises(ServingError, match=r"did not switch to .* within 0 s: it serves version 6"):
-        probation.await_switch(service.url, VERSION, lambda: VERSION)
+        new_champion.await_switch(service.url, VERSION, lambda: VERSION)

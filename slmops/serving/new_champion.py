@@ -1,8 +1,7 @@
-"""Watch a service after a switch: does the new version answer, and as well as it was measured?"""
+"""The watch over a new champion: does its service switch to it, and does it answer as well as it was measured?"""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,20 +15,19 @@ from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Measurement
 from slmops.evaluation import dataset, matchers, scoring, statistics
 from slmops.foundry.versions import ModelVersion
-
-log = logging.getLogger(__name__)
+from slmops.serving.backend import CHAT
 
 SWITCH_S = 300.0
-"""How long a service may take to fetch, load and try a version."""
+"""Seconds that a service may take to fetch, load and try a version."""
 REQUEST_S = 120.0
 FAILURES = 3
 """So many failed requests in a row end the watch; so many failures of other clients' requests count against it."""
-VERSION = "x-slmops-version"
-BUSY = (429, 503)
+VERSION_HEADER = "x-slmops-version"
+BUSY_STATUSES = (429, 503)
 
 
 class Probation(Frozen):
-    """How a version did in its first time."""
+    """How a version did while it was watched."""
 
     held: bool = Field(description="Nothing speaks against it.")
     detail: str = Field(description="A sentence for people.")
@@ -61,9 +59,8 @@ def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVe
             said = f"it does not answer: {error}"
         wanted = champion()
         if wanted is None or wanted.version != version.version:
-            raise ServingError(
-                f"{version.label} was withdrawn by its service: {_withdrawn(wanted)}.", "Its log says what failed."
-            )
+            now = f"{wanted.label} is the champion" if wanted else "there is no champion any more"
+            raise ServingError(f"{version.label} was withdrawn by its service: {now}.", "Its log says what failed.")
         time.sleep(1)
     raise ServingError(f"The service at {url} did not switch to {version.label} within {SWITCH_S:.0f} s: {said}.")
 
@@ -151,14 +148,14 @@ def _ask(
     body |= {"max_tokens": max_tokens, "temperature": 0}
     for pause in (0.5, 2.0, 5.0, None):
         try:
-            reply = client.post("/v1/chat/completions", json=body)
-            if reply.status_code in BUSY and pause is not None:
+            reply = client.post(CHAT, json=body)
+            if reply.status_code in BUSY_STATUSES and pause is not None:
                 time.sleep(pause)
                 continue
             if reply.status_code != 200:
                 return "", f"status {reply.status_code}: {reply.text[:200]}"
-            if reply.headers.get(VERSION) != str(version.version):
-                return "", f"version {reply.headers.get(VERSION)} answered"
+            if reply.headers.get(VERSION_HEADER) != str(version.version):
+                return "", f"version {reply.headers.get(VERSION_HEADER)} answered"
             return str(reply.json()["choices"][0]["message"]["content"] or ""), None
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             return "", f"{type(error).__name__}: {error}"
@@ -181,7 +178,3 @@ def _broken(client: httpx.Client, version: ModelVersion) -> int:
         and sample.labels["status"].startswith("5")
         and sample.labels["version"] == str(version.version)
     )
-
-
-def _withdrawn(champion: ModelVersion | None) -> str:
-    return f"{champion.label} is the champion" if champion else "there is no champion any more"

@@ -1,4 +1,4 @@
-"""A service that goes on when its starter ends: ``slmops serve`` as one of this home's servers."""
+"""The service of a home as other processes see it: whether one runs, and starting and stopping it in the background."""
 
 from __future__ import annotations
 
@@ -7,19 +7,58 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from pydantic import ValidationError
 
 from slmops.core.errors import ServingError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
+from slmops.core.values import Frozen
 from slmops.processes import children, daemon
 from slmops.processes.daemon import Daemon
-from slmops.serving import status
-from slmops.serving.options import Serve
-from slmops.serving.status import ServingStatus
+from slmops.serving.limits import Serve
 
-STATE = "service.json"
-START_S = 180.0
+SERVING = "serving.json"
+"""What a service writes down about itself."""
+BACKGROUND = "service.json"
+"""The process of the service that :func:`ensure` started."""
+READY_S = 180.0
+
+
+class ServingStatus(Frozen):
+    """What is served here, as ``slmops status --json`` prints it."""
+
+    url: str
+    model: str
+    ok: bool
+
+
+class Running(Frozen):
+    """A service that runs, or was killed."""
+
+    pid: int
+    created: float
+    url: str
+    model: str
+
+
+def status(home: Path) -> ServingStatus | None:
+    """The service of this home and whether it answers; None if there is none."""
+    import httpx
+
+    try:
+        running = Running.model_validate_json((home / SERVING).read_bytes())
+        process = psutil.Process(running.pid)
+        # Seconds, not equality: the creation time moves with the system clock when that is set.
+        if abs(process.create_time() - running.created) > 2 or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+    except (OSError, ValidationError, psutil.Error):
+        return None
+    try:
+        ok = httpx.get(f"{running.url}/health", timeout=daemon.HEALTH_S, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        ok = False
+    return ServingStatus(url=running.url, model=running.model, ok=ok)
 
 
 def ensure(name: str, settings: Settings, uri: str) -> str:
@@ -33,7 +72,7 @@ def ensure(name: str, settings: Settings, uri: str) -> str:
     Raises:
         ServingError: It does not start, or this home serves another model.
     """
-    running = status.status(settings.home)
+    running = status(settings.home)
     if running is None or not running.ok:
         stop(settings)
         running = _start(name, settings, uri)
@@ -47,12 +86,13 @@ def ensure(name: str, settings: Settings, uri: str) -> str:
 
 def stop(settings: Settings) -> bool:
     """Stop the service that :func:`ensure` started; returns whether it was running."""
+    path = settings.home / BACKGROUND
     try:
-        started = Daemon.model_validate_json(_state(settings).read_bytes())
+        started = Daemon.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return False
     stopped = daemon.stop(started)
-    _state(settings).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     return stopped
 
 
@@ -65,16 +105,12 @@ def _start(name: str, settings: Settings, uri: str) -> ServingStatus:
         env["SLMOPS_SERVE_TOKEN"] = settings.serve_token.get_secret_value()
     command = [sys.executable, "-m", "slmops.cli", "serve", name, "--port", str(port)]
     started = daemon.spawn(command, port=port, mark=f"{settings.home}:service", env=env, log=log)
-    write_atomic(_state(settings), started.model_dump_json())
-    deadline = time.monotonic() + START_S
+    write_atomic(settings.home / BACKGROUND, started.model_dump_json())
+    deadline = time.monotonic() + READY_S
     while daemon.leader(started) is not None and time.monotonic() < deadline:
-        running = status.status(settings.home)
+        running = status(settings.home)
         if running is not None and running.ok:
             return running
         time.sleep(0.2)
     stop(settings)
     raise ServingError(f"The service did not start: {children.last_words(log)}", f"Its log: {log}")
-
-
-def _state(settings: Settings) -> Path:
-    return settings.home / STATE

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
-from slmops.serving import watch
+from slmops.serving import registry_watch
 from slmops.serving.fleet import UnknownModel
 from tests.fleets import BAD, DOWN, World, asked, fleet, installed, rounds, run, serving, until, version
 
@@ -120,7 +120,7 @@ def test_pauses_do_not_grow_for_ever() -> None:
     said: list[str] = []
 
     async def test(world: World) -> None:
-        made = watch.Watch(world, fleet(world)._deploy, said.append, 2.0)
+        made = registry_watch.RegistryWatch(world, fleet(world)._deploy, said.append, 2.0)
         for _ in range(1100):
             await made.failed(version(2), DOWN)
 
@@ -171,7 +171,7 @@ def test_nothing_promoted_any_more() -> None:
     async def test(world: World) -> None:
         async with serving(world) as made:
             world.now = None
-            await until(lambda: "version 1 is served on" in (made.state().last_failure or ""))
+            await until(lambda: "version 1 is still served" in (made.state().last_failure or ""))
             assert await asked(made) == 1
 
     run(test)
@@ -196,7 +196,9 @@ def test_a_registry_that_is_away_at_the_start() -> None:
 
 
 def test_the_watch_and_the_fleet_agree_on_faults() -> None:
-    assert [watch.at_fault(error) for error in (BAD, RegistrationError("x"), DOWN, OSError(), UsageError("x"))] == [
+    assert [
+        registry_watch.at_fault(error) for error in (BAD, RegistrationError("x"), DOWN, OSError(), UsageError("x"))
+    ] == [
         True,
         True,
         False,

@@ -186,12 +186,6 @@ async def rounds(world: World, count: int = 4) -> None:
     await until(lambda: world.asked["champion"] >= wanted)
 
 
-def run(test: Callable[[World], Any], world: World | None = None) -> World:
-    world = world or World()
-    asyncio.run(test(world))
-    return world
-
-
 async def asked(made: Fleet, model: str = "bot") -> int:
     """The version that answers."""
     async with made.lease(model) as backend:

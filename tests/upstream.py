@@ -244,17 +244,6 @@ async def stand(
     assert fleet.leases == 0
 
 
-Test = Callable[[Stand], Awaitable[None]]
-
-
-def run(test: Test, limits: Limits | None = None, **options: Any) -> None:
-    async def standing() -> None:
-        async with asyncio.timeout(20), stand(limits, **options) as one:
-            await test(one)
-
-    asyncio.run(standing())
-
-
 def told(response: httpx.Response) -> tuple[int, str | None]:
     """Status and code of an error in OpenAI's form."""
     error = response.json()["error"]

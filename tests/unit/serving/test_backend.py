@@ -25,6 +25,7 @@ from slmops.serving import backend as module
 from slmops.serving.backend import Backend
 from tests import fleets
 
+pytestmark = pytest.mark.anyio
 READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'
 WAIT = "sys.stdin.read()\n"
 LISTENS = READY + WAIT
@@ -77,7 +78,7 @@ def scratches(settings: Settings) -> list[Path]:
         ('print(\'{"error": "KeyError", "message": "refused"}\', flush=True)\n' + WAIT, ServingError, "refused"),
     ],
 )
-def test_a_process_that_does_not_start(
+async def test_a_process_that_does_not_start(
     code: str,
     raised: type[SlmopsError],
     said: str,
@@ -89,18 +90,15 @@ def test_a_process_that_does_not_start(
     monkeypatch.setattr(module, "LISTEN_S", 0.6)
     worker(code)
 
-    async def test() -> None:
-        with pytest.raises(raised) as caught:
-            await Backend.start(installed, settings)
-        assert said in caught.value.message
-        assert caught.value.fix
-        assert children() == []
-
-    asyncio.run(test())
+    with pytest.raises(raised) as caught:
+        await Backend.start(installed, settings)
+    assert said in caught.value.message
+    assert caught.value.fix
+    assert children() == []
     assert scratches(settings) == []
 
 
-def test_a_process_from_start_to_stop(
+async def test_a_process_from_start_to_stop(
     installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -113,35 +111,32 @@ def test_a_process_from_start_to_stop(
     before = os.environ.copy()
     log = settings.logs / "bot" / "serve-1.log"
 
-    async def test() -> None:
-        backend = await Backend.start(installed, settings)
-        assert (backend.url, backend.installed, backend.in_flight) == ("http://127.0.0.1:9", installed, 0)
-        assert backend.alive
-        [child] = children()
-        assert os.getpgid(child.pid) == child.pid
-        assert 1 < backend.memory_mb() < 500
-        told = json.loads(log.read_text())
-        assert told["foundry_id"] == "bot-int8-generic-cpu:1"
-        assert told["folder"] == str(installed.folder)
-        assert [str(one) for one in scratches(settings)] == [told["scratch"]]
-        assert told["MALLOC_ARENA_MAX"] == "1"
-        assert not [name for name in told if name.lower().endswith("_proxy")]
-        assert os.environ.copy() == before
-        await backend.stop()
-        assert not backend.alive
-        assert backend.memory_mb() == 0
-        assert await backend.ended() == f"The process was killed by SIGTERM: {log.read_text().strip()}"
-        assert scratches(settings) == []
-        await backend.stop()
-        # The log of the run before is kept.
-        again = await Backend.start(installed, settings)
-        assert json.loads(log.with_name("serve-1.log.1").read_text())["scratch"] == told["scratch"]
-        await again.stop()
-
-    asyncio.run(test())
+    backend = await Backend.start(installed, settings)
+    assert (backend.url, backend.installed, backend.in_flight) == ("http://127.0.0.1:9", installed, 0)
+    assert backend.alive
+    [child] = children()
+    assert os.getpgid(child.pid) == child.pid
+    assert 1 < backend.memory_mb() < 500
+    told = json.loads(log.read_text())
+    assert told["foundry_id"] == "bot-int8-generic-cpu:1"
+    assert told["folder"] == str(installed.folder)
+    assert [str(one) for one in scratches(settings)] == [told["scratch"]]
+    assert told["MALLOC_ARENA_MAX"] == "1"
+    assert not [name for name in told if name.lower().endswith("_proxy")]
+    assert os.environ.copy() == before
+    await backend.stop()
+    assert not backend.alive
+    assert backend.memory_mb() == 0
+    assert await backend.ended() == f"The process was killed by SIGTERM: {log.read_text().strip()}"
+    assert scratches(settings) == []
+    await backend.stop()
+    # The log of the run before is kept.
+    again = await Backend.start(installed, settings)
+    assert json.loads(log.with_name("serve-1.log.1").read_text())["scratch"] == told["scratch"]
+    await again.stop()
 
 
-def test_memory_is_measured_without_a_walk_through_all_pages(
+async def test_memory_is_measured_without_a_walk_through_all_pages(
     installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is measured in the event loop, for /health and /metrics, and the runtime waits during such a walk."""
@@ -150,43 +145,37 @@ def test_memory_is_measured_without_a_walk_through_all_pages(
     def walk(*_: Any, **__: Any) -> None:
         raise AssertionError("the kernel walks through all pages, or psutil through all processes")
 
-    async def test() -> None:
-        backend = await Backend.start(installed, settings)
-        with monkeypatch.context() as patched:
-            for method in ("memory_full_info", "children"):
-                patched.setattr(psutil.Process, method, walk)
-            assert 1 < backend.memory_mb() < 500
-        await backend.stop()
-
-    asyncio.run(test())
+    backend = await Backend.start(installed, settings)
+    with monkeypatch.context() as patched:
+        for method in ("memory_full_info", "children"):
+            patched.setattr(psutil.Process, method, walk)
+        assert 1 < backend.memory_mb() < 500
+    await backend.stop()
 
 
-def test_a_process_that_does_not_want_to_end(
+async def test_a_process_that_does_not_want_to_end(
     installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "GRACE_S", 0.2)
     worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS)
 
-    async def test() -> None:
-        backend = await Backend.start(installed, settings)
-        await backend.stop()
-        assert "killed by SIGKILL" in await backend.ended()
-        # Also if whoever stops it has no time for it.
-        backend = await Backend.start(installed, settings)
-        monkeypatch.setattr(processes, "GRACE_S", 60)
-        stopping = asyncio.create_task(backend.stop())
-        await asyncio.sleep(0.1)
-        stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)
-        assert "killed by SIGKILL" in await backend.ended()
-
-    asyncio.run(test())
+    backend = await Backend.start(installed, settings)
+    await backend.stop()
+    assert "killed by SIGKILL" in await backend.ended()
+    # Also if whoever stops it has no time for it.
+    backend = await Backend.start(installed, settings)
+    monkeypatch.setattr(processes, "GRACE_S", 60)
+    stopping = asyncio.create_task(backend.stop())
+    await asyncio.sleep(0.1)
+    stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)
+    assert "killed by SIGKILL" in await backend.ended()
 
 
-def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
+async def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
     settings.logs.write_text("a file")
     with pytest.raises(PrerequisiteError, match="cannot be started"):
-        asyncio.run(Backend.start(installed, settings))
+        await Backend.start(installed, settings)
 
 
 # --- the smoke test
@@ -243,21 +232,18 @@ def service(whole: tuple[int, str], streamed: tuple[int, str], pause: float = 0)
         server.server_close()
 
 
-def smoke(url: str, folder: Path) -> None:
-    async def test() -> None:
-        child: Any = Child()
-        await Backend(fleets.installed(1), url, child, folder / "scratch", folder / "log").smoke_test()
-
-    asyncio.run(test())
+async def smoke(url: str, folder: Path) -> None:
+    child: Any = Child()
+    await Backend(fleets.installed(1), url, child, folder / "scratch", folder / "log").smoke_test()
 
 
 OK = (200, answer())
 OK_STREAM = (200, stream(None, "", "Hel", "lo"))
 
 
-def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
+async def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
     with service(OK, OK_STREAM) as (url, asked):
-        smoke(url, tmp_path)
+        await smoke(url, tmp_path)
     assert [one.get("stream", False) for one in asked] == [False, True]
     assert {one["model"] for one in asked} == {"bot-int8-generic-cpu:1"}
     assert all(one["temperature"] == 0 and one["max_tokens"] > 0 for one in asked)
@@ -281,22 +267,24 @@ def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
         (OK, (200, ""), "at its end []"),
     ],
 )
-def test_a_smoke_test_that_fails(whole: tuple[int, str], streamed: tuple[int, str], said: str, tmp_path: Path) -> None:
+async def test_a_smoke_test_that_fails(
+    whole: tuple[int, str], streamed: tuple[int, str], said: str, tmp_path: Path
+) -> None:
     with service(whole, streamed) as (url, _), pytest.raises(ServingError) as caught:
-        smoke(url, tmp_path)
+        await smoke(url, tmp_path)
     assert said in caught.value.message
     assert "bot-int8-generic-cpu:1" in caught.value.message
 
 
-def test_a_smoke_test_takes_no_more_than_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_smoke_test_takes_no_more_than_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMOKE_S", 0.3)
     with service(OK, OK_STREAM, 30) as (url, _), pytest.raises(ServingError, match="took longer than 0 s"):
-        smoke(url, tmp_path)
+        await smoke(url, tmp_path)
 
 
-def test_a_smoke_test_of_nobody(tmp_path: Path) -> None:
+async def test_a_smoke_test_of_nobody(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="failed its smoke test: ConnectError"):
-        smoke("http://127.0.0.1:9", tmp_path)
+        await smoke("http://127.0.0.1:9", tmp_path)
 
 
 # --- the process's own model cache

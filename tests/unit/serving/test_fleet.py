@@ -30,106 +30,86 @@ from tests.fleets import (
     fleet,
     installed,
     rounds,
-    run,
     serving,
     until,
     version,
 )
 
+pytestmark = pytest.mark.anyio
+
 # --- serving the champion, and switching
 
 
-def test_the_champion_is_served_and_written_down() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            assert [await asked(made, name) for name in ("bot", "bot:1", "bot-int8-generic-cpu:1")] == [1, 1, 1]
-            assert world.last == installed(1)
-            state = made.state()
-            assert (state.model, state.version, state.variant) == ("bot", 1, "int8")
-            assert (state.foundry_id, state.ready, state.registry) == ("bot-int8-generic-cpu:1", True, "ok")
-            assert (state.last_failure, state.switches, state.restarts) == (None, 0, 0)
-            [loaded] = state.loaded
-            assert (loaded.id, loaded.memory_mb, loaded.in_flight) == ("bot:1", 100.0, 0)
-            rows = made.models()
-            assert [row["id"] for row in rows] == ["bot", *(f"bot:{number}" for number in (5, 4, 3, 2, 1))]
-            assert {row["created"] for row in rows} == {int(CREATED.timestamp())}
-            assert {(row["object"], row["owned_by"]) for row in rows} == {("model", "slmops")}
-
-    world = run(test)
+async def test_the_champion_is_served_and_written_down(world: World, made: Fleet) -> None:
+    assert [await asked(made, name) for name in ("bot", "bot:1", "bot-int8-generic-cpu:1")] == [1, 1, 1]
+    assert world.last == installed(1)
+    state = made.state()
+    assert (state.model, state.version, state.variant) == ("bot", 1, "int8")
+    assert (state.foundry_id, state.ready, state.registry) == ("bot-int8-generic-cpu:1", True, "ok")
+    assert (state.last_failure, state.switches, state.restarts) == (None, 0, 0)
+    [loaded] = state.loaded
+    assert (loaded.id, loaded.memory_mb, loaded.in_flight) == ("bot:1", 100.0, 0)
+    rows = made.models()
+    assert [row["id"] for row in rows] == ["bot", *(f"bot:{number}" for number in (5, 4, 3, 2, 1))]
+    assert {row["created"] for row in rows} == {int(CREATED.timestamp())}
+    assert {(row["object"], row["owned_by"]) for row in rows} == {("model", "slmops")}
     assert world.installs == [1]
     assert world.withdrawn == []
 
 
-def test_a_switch_waits_for_what_the_old_one_answers() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            old = world.backends[0]
-            async with made.lease("bot") as held:
-                world.now = version(2)
-                await until(lambda: made.state().version == 2)
-                assert await asked(made) == 2
-                await asyncio.sleep(0.2)
-                assert held is old
-                assert old.alive
-                state = made.state()
-                assert [(one.id, one.in_flight) for one in state.loaded] == [("bot:2", 0), ("bot:1", 1)]
-                assert state.switches == 1
-            await until(lambda: old.stopped)
-            assert world.last == installed(2)
-            assert [one.id for one in made.state().loaded] == ["bot:2"]
-            assert made.state().last_failure is None
-
-    run(test)
+async def test_a_switch_waits_for_what_the_old_one_answers(world: World, made: Fleet) -> None:
+    old = world.backends[0]
+    async with made.lease("bot") as held:
+        world.now = version(2)
+        await until(lambda: made.state().version == 2)
+        assert await asked(made) == 2
+        await asyncio.sleep(0.2)
+        assert held is old
+        assert old.alive
+        state = made.state()
+        assert [(one.id, one.in_flight) for one in state.loaded] == [("bot:2", 0), ("bot:1", 1)]
+        assert state.switches == 1
+    await until(lambda: old.stopped)
+    assert world.last == installed(2)
+    assert [one.id for one in made.state().loaded] == ["bot:2"]
+    assert made.state().last_failure is None
 
 
-def test_the_old_one_answers_until_the_new_one_is_ready() -> None:
-    async def test(world: World) -> None:
-        world.held[2] = asyncio.Event()
-        async with serving(world) as made:
-            world.now = version(2)
-            await until(lambda: world.installs == [1, 2])
-            assert await asked(made) == 1
-            world.held[2].set()
-            await until(lambda: made.state().version == 2)
-
-    run(test)
+async def test_the_old_one_answers_until_the_new_one_is_ready(world: World) -> None:
+    world.held[2] = asyncio.Event()
+    async with serving(world) as made:
+        world.now = version(2)
+        await until(lambda: world.installs == [1, 2])
+        assert await asked(made) == 1
+        world.held[2].set()
+        await until(lambda: made.state().version == 2)
 
 
-def test_a_drain_does_not_wait_for_ever() -> None:
-    async def test(world: World) -> None:
-        async with serving(world, drain_s=0.1) as made, made.lease("bot"):
-            world.now = version(2)
-            await until(lambda: world.backends[0].stopped)
-            assert made.state().version == 2
-            assert "stopped with 1 requests unanswered" in (made.state().last_failure or "")
-
-    run(test)
+async def test_a_drain_does_not_wait_for_ever(world: World) -> None:
+    async with serving(world, drain_s=0.1) as made, made.lease("bot"):
+        world.now = version(2)
+        await until(lambda: world.backends[0].stopped)
+        assert made.state().version == 2
+        assert "stopped with 1 requests unanswered" in (made.state().last_failure or "")
 
 
-def test_switches_in_a_row() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made, made.lease("bot"):
-            for number in (2, 3, 1):
-                world.now = version(number)
-                await until(lambda number=number: made.state().version == number)  # type: ignore[misc]
-            assert made.state().switches == 3
-            # The first one drains still, and a second process of the same version has taken over.
-            assert world.running == [1, 1]
-            assert await asked(made) == 1
-
-    run(test)
+async def test_switches_in_a_row(world: World) -> None:
+    async with serving(world) as made, made.lease("bot"):
+        for number in (2, 3, 1):
+            world.now = version(number)
+            await until(lambda number=number: made.state().version == number)  # type: ignore[misc]
+        assert made.state().switches == 3
+        # The first one drains still, and a second process of the same version has taken over.
+        assert world.running == [1, 1]
+        assert await asked(made) == 1
 
 
-def test_a_champion_that_cannot_be_written_down_is_served() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            world.unwritable = PrerequisiteError("The disk is full.")
-            world.now = version(2)
-            await until(lambda: made.state().version == 2)
-            await until(lambda: "could not be written down: The disk is full." in (made.state().last_failure or ""))
-            assert await asked(made) == 2
-
-    run(test)
+async def test_a_champion_that_cannot_be_written_down_is_served(world: World, made: Fleet) -> None:
+    world.unwritable = PrerequisiteError("The disk is full.")
+    world.now = version(2)
+    await until(lambda: made.state().version == 2)
+    await until(lambda: "could not be written down: The disk is full." in (made.state().last_failure or ""))
+    assert await asked(made) == 2
 
 
 # --- what can be served at the start
@@ -148,24 +128,22 @@ def test_a_champion_that_cannot_be_written_down_is_served() -> None:
         (2, 1, {"bad": {1: ServingError("Also bad."), 2: BAD}}, ServingError, "Also bad."),
     ],
 )
-def test_nothing_to_serve(
+async def test_nothing_to_serve(
     champion: int | None, last: int | None, faults: dict[str, Any], raised: type[SlmopsError], said: str
 ) -> None:
-    async def test(world: World) -> None:
-        made = fleet(world)
-        with pytest.raises(raised, match=said):
-            await made.start()
-        assert not made.state().ready
-        with pytest.raises(Unavailable):
-            await asked(made)
-        assert made.models() == []
-        await made.stop()
-
     world = World(champion)
     world.last = installed(last) if last else None
     for name, value in faults.items():
         setattr(world, name, value)
-    run(test, world)
+    world = world
+    made = fleet(world)
+    with pytest.raises(raised, match=said):
+        await made.start()
+    assert not made.state().ready
+    with pytest.raises(Unavailable):
+        await asked(made)
+    assert made.models() == []
+    await made.stop()
     assert world.withdrawn == []
     assert world.running == []
 
@@ -174,129 +152,110 @@ def test_nothing_to_serve(
     ("fault", "error", "withdrawn"),
     [("bad", BAD, 1), ("undeliverable", RegistrationError("refused"), 1), ("undeliverable", DOWN, 0)],
 )
-def test_the_last_version_is_served_where_the_champion_cannot(fault: str, error: Exception, withdrawn: int) -> None:
-    async def test(world: World) -> None:
-        world.last = installed(1)
-        getattr(world, fault)[2] = error
-        async with serving(world, poll_s=0.05) as made:
-            assert await asked(made) == 1
-            assert len(world.withdrawn) == withdrawn
-            assert "bot version 2 (int8)" in (made.state().last_failure or "")
-            await rounds(world, 2)
-            assert len(world.withdrawn) == withdrawn
-            getattr(world, fault).clear()
-            world.now = version(2, "second")
-            await until(lambda: made.state().version == 2)
+async def test_the_last_version_is_served_where_the_champion_cannot(
+    fault: str, error: Exception, withdrawn: int
+) -> None:
+    world = World(2)
+    world.last = installed(1)
+    getattr(world, fault)[2] = error
+    async with serving(world, poll_s=0.05) as made:
+        assert await asked(made) == 1
+        assert len(world.withdrawn) == withdrawn
+        assert "bot version 2 (int8)" in (made.state().last_failure or "")
+        await rounds(world, 2)
+        assert len(world.withdrawn) == withdrawn
+        getattr(world, fault).clear()
+        world.now = version(2, "second")
+        await until(lambda: made.state().version == 2)
 
-    run(test, World(2))
 
-
-def test_a_champion_that_is_here_is_served_though_its_files_cannot_be_checked() -> None:
-    async def test(world: World) -> None:
-        world.last = installed(2)
-        world.undeliverable[2] = DOWN
-        async with serving(world) as made:
-            assert await asked(made) == 2
-            await rounds(world)
-            assert made.state().switches == 0
-
-    assert run(test, World(2)).withdrawn == []
+async def test_a_champion_that_is_here_is_served_though_its_files_cannot_be_checked() -> None:
+    world = World(2)
+    world.last = installed(2)
+    world.undeliverable[2] = DOWN
+    async with serving(world) as made:
+        assert await asked(made) == 2
+        await rounds(world)
+        assert made.state().switches == 0
+    assert world.withdrawn == []
 
 
 # --- the champion's process dies
 
 
-def test_a_process_that_dies_is_restarted() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            world.held[1] = asyncio.Event()
-            async with made.lease("bot"):
-                world.backends[0].die()
-                assert not made.state().ready
-                with pytest.raises(Unavailable, match="bot is being restarted") as caught:
-                    await asked(made)
-                assert caught.value.retry_after_s == module.RESTART_S
-                world.held[1].set()
-                await until(lambda: made.state().ready)
-            assert await asked(made) == 1
-            assert world.backends[0].stopped  # its scratch folder is gone
-            assert (made.state().restarts, made.state().switches) == (1, 0)
-            assert "bot-int8-generic-cpu:1 died and is restarted. The process was killed by SIGKILL" in (
-                made.state().last_failure or ""
-            )
-            world.backends[1].die()
-            await asyncio.sleep(0.1)
-            assert not made.state().ready  # the second time so soon, it takes a while
-            await until(lambda: made.state().restarts == 2)
-            assert world.installs == [1]
-
-    run(test)
+async def test_a_process_that_dies_is_restarted(world: World, made: Fleet) -> None:
+    world.held[1] = asyncio.Event()
+    async with made.lease("bot"):
+        world.backends[0].die()
+        assert not made.state().ready
+        with pytest.raises(Unavailable, match="bot is being restarted") as caught:
+            await asked(made)
+        assert caught.value.retry_after_s == module.RESTART_S
+        world.held[1].set()
+        await until(lambda: made.state().ready)
+    assert await asked(made) == 1
+    assert world.backends[0].stopped  # its scratch folder is gone
+    assert (made.state().restarts, made.state().switches) == (1, 0)
+    assert "bot-int8-generic-cpu:1 died and is restarted. The process was killed by SIGKILL" in (
+        made.state().last_failure or ""
+    )
+    world.backends[1].die()
+    await asyncio.sleep(0.1)
+    assert not made.state().ready  # the second time so soon, it takes a while
+    await until(lambda: made.state().restarts == 2)
+    assert world.installs == [1]
 
 
-def test_a_process_that_cannot_be_restarted_has_its_files_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_cannot_be_restarted_has_its_files_checked(
+    world: World, made: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "RESTART_PAUSE_MOST_S", 0.02)
-
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            world.unstartable[1] = BAD
-            world.undeliverable[1] = DOWN
-            world.backends[0].die()
-            await until(lambda: len(world.installs) >= 3)
-            assert "cannot be restarted" in (made.state().last_failure or "")
-            world.unstartable.clear()
-            await until(lambda: made.state().ready)
-            assert made.state().restarts == 1
-
-    assert run(test).withdrawn == []
+    world.unstartable[1] = BAD
+    world.undeliverable[1] = DOWN
+    world.backends[0].die()
+    await until(lambda: len(world.installs) >= 3)
+    assert "cannot be restarted" in (made.state().last_failure or "")
+    world.unstartable.clear()
+    await until(lambda: made.state().ready)
+    assert made.state().restarts == 1
+    assert world.withdrawn == []
 
 
-def test_another_champion_replaces_one_that_cannot_be_restarted() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            world.unstartable[1] = BAD
-            world.backends[0].die()
-            await until(lambda: "cannot be restarted" in (made.state().last_failure or ""))
-            world.now = version(2)
-            await until(lambda: made.state().ready)
-            assert await asked(made) == 2
-            await asyncio.sleep(0.1)
-            assert world.running == [2]
-
-    run(test)
+async def test_another_champion_replaces_one_that_cannot_be_restarted(world: World, made: Fleet) -> None:
+    world.unstartable[1] = BAD
+    world.backends[0].die()
+    await until(lambda: "cannot be restarted" in (made.state().last_failure or ""))
+    world.now = version(2)
+    await until(lambda: made.state().ready)
+    assert await asked(made) == 2
+    await asyncio.sleep(0.1)
+    assert world.running == [2]
 
 
-def test_a_restart_that_is_overtaken_leaves_no_process() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            world.held[1] = asyncio.Event()
-            world.backends[0].die()
-            world.now = version(2)
-            await until(lambda: made.state().version == 2)
-            world.held[1].set()
-            await asyncio.sleep(0.1)
-            assert world.running == [2]
-            world.backends[-1].die()  # and the new one is looked after
-            await until(lambda: made.state().restarts == 1)
-
-    run(test)
+async def test_a_restart_that_is_overtaken_leaves_no_process(world: World, made: Fleet) -> None:
+    world.held[1] = asyncio.Event()
+    world.backends[0].die()
+    world.now = version(2)
+    await until(lambda: made.state().version == 2)
+    world.held[1].set()
+    await asyncio.sleep(0.1)
+    assert world.running == [2]
+    world.backends[-1].die()  # and the new one is looked after
+    await until(lambda: made.state().restarts == 1)
 
 
 # --- ends of all kinds
 
 
-def test_a_request_that_fails_is_no_longer_counted() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            with pytest.raises(RuntimeError):
-                async with made.lease("bot"):
-                    raise RuntimeError
-            task = asyncio.create_task(_hold(made))
-            await until(lambda: world.backends[0].in_flight == 1)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            assert world.backends[0].in_flight == 0
-
-    run(test)
+async def test_a_request_that_fails_is_no_longer_counted(world: World, made: Fleet) -> None:
+    with pytest.raises(RuntimeError):
+        async with made.lease("bot"):
+            raise RuntimeError
+    task = asyncio.create_task(_hold(made))
+    await until(lambda: world.backends[0].in_flight == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert world.backends[0].in_flight == 0
 
 
 async def _hold(made: Fleet) -> None:
@@ -304,49 +263,43 @@ async def _hold(made: Fleet) -> None:
         await asyncio.sleep(60)
 
 
-def test_a_start_that_is_cancelled_leaves_nothing() -> None:
-    async def test(world: World) -> None:
-        class Slow(FakeBackend):
-            async def smoke_test(self) -> None:
-                await asyncio.sleep(60)
+async def test_a_start_that_is_cancelled_leaves_nothing(world: World) -> None:
+    class Slow(FakeBackend):
+        async def smoke_test(self) -> None:
+            await asyncio.sleep(60)
 
-        async def start(of: Installed, _: Settings) -> FakeBackend:
-            world.backends.append(Slow(of, world))
-            return world.backends[-1]
+    async def start(of: Installed, _: Settings) -> FakeBackend:
+        world.backends.append(Slow(of, world))
+        return world.backends[-1]
 
-        made = Fleet("bot", Settings(), world, poll_s=0.01, start_process=start)  # type: ignore[arg-type]
-        starting = asyncio.create_task(made.start())
-        await until(lambda: bool(world.backends))
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
-        assert world.running == []
-
-    run(test)
+    made = Fleet("bot", Settings(), world, poll_s=0.01, start_process=start)  # type: ignore[arg-type]
+    starting = asyncio.create_task(made.start())
+    await until(lambda: bool(world.backends))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert world.running == []
 
 
-def test_a_stop_in_the_middle_of_everything() -> None:
-    async def test(world: World) -> None:
-        made = fleet(world)
-        await made.start()
-        watching = asyncio.create_task(made.run())
-        world.held = {3: asyncio.Event(), 4: asyncio.Event()}
-        async with made.lease("bot"):
-            world.now = version(2)
-            await until(lambda: made.state().version == 2)
-            world.now = version(3)
-            beside = asyncio.create_task(asked(made, "bot:4"))
-            await until(lambda: world.installs[-2:] in ([3, 4], [4, 3]))
-            await made.stop()
-        assert watching.cancelled()
-        for event in world.held.values():
-            event.set()
-        await asyncio.sleep(0.05)
-        assert world.running == []
-        with pytest.raises(Unavailable):
-            await asked(made)
-        with pytest.raises((asyncio.CancelledError, Unavailable)):
-            await beside
+async def test_a_stop_in_the_middle_of_everything(world: World) -> None:
+    made = fleet(world)
+    await made.start()
+    watching = asyncio.create_task(made.run())
+    world.held = {3: asyncio.Event(), 4: asyncio.Event()}
+    async with made.lease("bot"):
+        world.now = version(2)
+        await until(lambda: made.state().version == 2)
+        world.now = version(3)
+        beside = asyncio.create_task(asked(made, "bot:4"))
+        await until(lambda: world.installs[-2:] in ([3, 4], [4, 3]))
         await made.stop()
-
-    run(test)
+    assert watching.cancelled()
+    for event in world.held.values():
+        event.set()
+    await asyncio.sleep(0.05)
+    assert world.running == []
+    with pytest.raises(Unavailable):
+        await asked(made)
+    with pytest.raises((asyncio.CancelledError, Unavailable)):
+        await beside
+    await made.stop()

@@ -12,17 +12,19 @@ import pytest
 from slmops.core import web
 from slmops.serving import proxy
 from slmops.serving.limits import Limits
-from tests.upstream import CHAT, FOUNDRY_ID, RESPONSES, Stand, chat, run, says, told
+from tests.upstream import CHAT, FOUNDRY_ID, RESPONSES, Stand, chat, says, stand, told
+
+pytestmark = pytest.mark.anyio
 
 # --- bodies
 
 
-def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
+async def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
             yield b" " * 1000
 
-    async def test(one: Stand) -> None:
+    async with stand(Limits(max_body_kb=10)) as one:
         large = says("a" * 1_000_000)
         refused = await one.ask(large)
         assert told(refused) == (413, "request_too_large")
@@ -42,11 +44,10 @@ def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
         fits = says("a" * (10_000 - len(json.dumps(says("")))))
         assert (await one.ask(fits)).status_code == 200
 
-    run(test, Limits(max_body_kb=10))
 
-
-def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(one: Stand) -> None:
+async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
+    async with stand(Limits(max_body_kb=1)) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
         writer.write(
             f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -63,12 +64,10 @@ def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch)
         writer.close()
         assert reader is not None
 
-    monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
-    run(test, Limits(max_body_kb=1))
 
-
-def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(one: Stand) -> None:
+async def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "BODY_S", 0.2)
+    async with stand(Limits(concurrency=1, queue=0)) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
         writer.write(
             f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -78,9 +77,6 @@ def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytes
         assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
         assert await asyncio.wait_for(reader.read(), 5)  # to its end: the connection is closed
         writer.close()
-
-    monkeypatch.setattr(proxy, "BODY_S", 0.2)
-    run(test, Limits(concurrency=1, queue=0))
 
 
 # --- who may come in
@@ -97,13 +93,10 @@ def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytes
         ("application/jsonp", 415),
     ],
 )
-def test_only_json_is_taken(kind: str, status: int) -> None:
-    async def test(one: Stand) -> None:
-        refused = await one.ask(headers={"content-type": kind})
-        assert refused.status_code == status
-        assert status == 200 or told(refused) == (415, "unsupported_media_type")
-
-    run(test)
+async def test_only_json_is_taken(one: Stand, kind: str, status: int) -> None:
+    refused = await one.ask(headers={"content-type": kind})
+    assert refused.status_code == status
+    assert status == 200 or told(refused) == (415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(
@@ -118,8 +111,8 @@ def test_only_json_is_taken(kind: str, status: int) -> None:
         ({"authorization": "s\u00e9cret".encode()}, False),
     ],
 )
-def test_a_token_guards_all_but_health(header: dict[str, Any], allowed: bool) -> None:
-    async def test(one: Stand) -> None:
+async def test_a_token_guards_all_but_health(header: dict[str, Any], allowed: bool) -> None:
+    async with stand(token="s\u00e9cret") as one:
         for method, path, fine in (
             ("POST", CHAT, 415),
             ("GET", "/v1/models", 200),
@@ -132,8 +125,6 @@ def test_a_token_guards_all_but_health(header: dict[str, Any], allowed: bool) ->
                 assert told(answered) == (401, "invalid_api_key")
                 assert answered.headers["www-authenticate"] == "Bearer"
         assert (await one.client.get("/health", headers=header)).status_code == 200
-
-    run(test, token="s\u00e9cret")
 
 
 @pytest.mark.parametrize(
@@ -151,14 +142,12 @@ def test_a_token_guards_all_but_health(header: dict[str, Any], allowed: bool) ->
         ("server.example:8080", False, True),
     ],
 )
-def test_a_service_on_loopback_answers_to_no_other_name(host: str, local: bool, allowed: bool) -> None:
-    async def test(one: Stand) -> None:
+async def test_a_service_on_loopback_answers_to_no_other_name(host: str, local: bool, allowed: bool) -> None:
+    async with stand(local=local) as one:
         for path in ("/v1/models", "/health"):
             answered = await one.client.get(path, headers={"host": host})
             assert allowed or told(answered) == (421, "wrong_host")
             assert answered.status_code == (200 if allowed else 421)
-
-    run(test, local=local)
 
 
 @pytest.mark.parametrize(
@@ -175,63 +164,54 @@ def test_a_service_on_loopback_answers_to_no_other_name(host: str, local: bool, 
         ("GET", "/v1/models/..%2f..%2fetc", (404, "not_found")),
     ],
 )
-def test_nothing_else_is_here(method: str, path: str, expected: tuple[int, str]) -> None:
-    async def test(one: Stand) -> None:
-        answered = await one.client.request(method, path)
-        assert told(answered) == expected
-        assert (expected[0] == 405) == ("allow" in answered.headers)
-
-    run(test)
+async def test_nothing_else_is_here(one: Stand, method: str, path: str, expected: tuple[int, str]) -> None:
+    answered = await one.client.request(method, path)
+    assert told(answered) == expected
+    assert (expected[0] == 405) == ("allow" in answered.headers)
 
 
 # --- what it tells of itself
 
 
-def test_models_and_health() -> None:
-    async def test(one: Stand) -> None:
-        listed = (await one.client.get("/v1/models")).json()
-        assert listed["object"] == "list"
-        assert [model["id"] for model in listed["data"]] == ["bot", "bot:3"]
-        assert (await one.client.get("/v1/models/bot:3")).json() == listed["data"][1]
-        healthy = await one.client.get("/health")
-        assert (healthy.status_code, healthy.json()) == (200, {"status": "ok", "model": "bot", "version": 3})
-        assert "server" not in healthy.headers
-        one.fleet.ready = False
-        ill = await one.client.get("/health")
-        assert (ill.status_code, ill.json()) == (503, {"status": "unavailable", "model": "bot", "version": None})
-
-    run(test)
+async def test_models_and_health(one: Stand) -> None:
+    listed = (await one.client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["bot", "bot:3"]
+    assert (await one.client.get("/v1/models/bot:3")).json() == listed["data"][1]
+    healthy = await one.client.get("/health")
+    assert (healthy.status_code, healthy.json()) == (200, {"status": "ok", "model": "bot", "version": 3})
+    assert "server" not in healthy.headers
+    one.fleet.ready = False
+    ill = await one.client.get("/health")
+    assert (ill.status_code, ill.json()) == (503, {"status": "unavailable", "model": "bot", "version": None})
 
 
-def test_metrics_count_what_happened_and_name_nothing_of_the_clients() -> None:
-    async def test(one: Stand) -> None:
-        await one.ask()
-        await one.ask(chat(model="secret-model"))
-        await one.ask(chat(stream=True))
-        await one.client.get("/secret-path")
-        text = (await one.client.get("/metrics")).text
-        assert "secret" not in text
-        for sample in (
-            f'slmops_requests_total{{endpoint="{CHAT}",status="200",version="3"}} 2.0',
-            f'slmops_requests_total{{endpoint="{CHAT}",status="404",version=""}} 1.0',
-            'slmops_requests_total{endpoint="other",status="404",version=""} 1.0',
-            f'slmops_request_seconds_count{{endpoint="{CHAT}"}} 3.0',
-            "slmops_first_token_seconds_count 1.0",
-            "slmops_prompt_tokens_total 14.0",
-            "slmops_completion_tokens_total 6.0",
-            "slmops_in_flight 0.0",
-            "slmops_queued 0.0",
-            f'slmops_backend_memory_bytes{{foundry_id="{FOUNDRY_ID}"}} 5e+08',
-            'slmops_model_info{model="bot",variant="int8",version="3"} 1.0',
-            "slmops_switches_total 2.0",
-            "slmops_backend_restarts_total 1.0",
-            "slmops_ready 1.0",
-            "slmops_registry_up 1.0",
-        ):
-            assert sample in text.splitlines(), sample
-        one.fleet.ready = False
-        text = (await one.client.get("/metrics")).text
-        assert "slmops_model_info{" not in text
-        assert "slmops_ready 0.0" in text
-
-    run(test)
+async def test_metrics_count_what_happened_and_name_nothing_of_the_clients(one: Stand) -> None:
+    await one.ask()
+    await one.ask(chat(model="secret-model"))
+    await one.ask(chat(stream=True))
+    await one.client.get("/secret-path")
+    text = (await one.client.get("/metrics")).text
+    assert "secret" not in text
+    for sample in (
+        f'slmops_requests_total{{endpoint="{CHAT}",status="200",version="3"}} 2.0',
+        f'slmops_requests_total{{endpoint="{CHAT}",status="404",version=""}} 1.0',
+        'slmops_requests_total{endpoint="other",status="404",version=""} 1.0',
+        f'slmops_request_seconds_count{{endpoint="{CHAT}"}} 3.0',
+        "slmops_first_token_seconds_count 1.0",
+        "slmops_prompt_tokens_total 14.0",
+        "slmops_completion_tokens_total 6.0",
+        "slmops_in_flight 0.0",
+        "slmops_queued 0.0",
+        f'slmops_backend_memory_bytes{{foundry_id="{FOUNDRY_ID}"}} 5e+08',
+        'slmops_model_info{model="bot",variant="int8",version="3"} 1.0',
+        "slmops_switches_total 2.0",
+        "slmops_backend_restarts_total 1.0",
+        "slmops_ready 1.0",
+        "slmops_registry_up 1.0",
+    ):
+        assert sample in text.splitlines(), sample
+    one.fleet.ready = False
+    text = (await one.client.get("/metrics")).text
+    assert "slmops_model_info{" not in text
+    assert "slmops_ready 0.0" in text

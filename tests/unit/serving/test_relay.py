@@ -21,31 +21,30 @@ from tests.upstream import (
     chat,
     chunk,
     event,
-    run,
+    stand,
     told,
 )
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_a_stream_passes_as_it_is_and_its_tokens_are_counted(wanted: bool) -> None:
-    async def test(one: Stand) -> None:
-        options = {"stream_options": {"include_usage": True}} if wanted else {}
-        answered = await one.ask(chat(stream=True, **options))
-        assert answered.headers["content-type"].startswith("text/event-stream")
-        assert answered.headers["x-slmops-version"] == "3"
-        events = [event(chunk(letter)) for letter in "abc"]
-        usage = [event(chunk(None, usage=USAGE))] if wanted else []
-        assert answered.content == b": keep-alive\n\n" + b"".join(events + usage) + b"data: [DONE]\n\n"
-        assert one.upstream.received[0]["stream_options"] == {"include_usage": True}
-        assert await one.metric("slmops_prompt_tokens_total") == 7
-        assert await one.metric("slmops_completion_tokens_total") == 3
-        assert await one.metric("slmops_first_token_seconds_count") == 1
-
-    run(test)
+async def test_a_stream_passes_as_it_is_and_its_tokens_are_counted(one: Stand, wanted: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if wanted else {}
+    answered = await one.ask(chat(stream=True, **options))
+    assert answered.headers["content-type"].startswith("text/event-stream")
+    assert answered.headers["x-slmops-version"] == "3"
+    events = [event(chunk(letter)) for letter in "abc"]
+    usage = [event(chunk(None, usage=USAGE))] if wanted else []
+    assert answered.content == b": keep-alive\n\n" + b"".join(events + usage) + b"data: [DONE]\n\n"
+    assert one.upstream.received[0]["stream_options"] == {"include_usage": True}
+    assert await one.metric("slmops_prompt_tokens_total") == 7
+    assert await one.metric("slmops_completion_tokens_total") == 3
+    assert await one.metric("slmops_first_token_seconds_count") == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
-def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
+async def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
     events = event(chunk("a")) + event(chunk("b")) + event(chunk(None, usage=USAGE)) + b"data: [DONE]\n\n"
 
     async def script(connection: Connection) -> None:
@@ -55,15 +54,13 @@ def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
             await asyncio.sleep(0)
         await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.content == event(chunk("a")) + event(chunk("b")) + b"data: [DONE]\n\n"
         assert await one.metric("slmops_completion_tokens_total") == 3
 
-    run(test, script=script)
 
-
-def test_an_answer_that_speaks_of_events_is_none() -> None:
+async def test_an_answer_that_speaks_of_events_is_none() -> None:
     text = 'data: {"error": 1}\n\nevent: response.failed\n\n"usage":{} "choices":[] "delta"'
 
     async def script(connection: Connection) -> None:
@@ -71,15 +68,13 @@ def test_an_answer_that_speaks_of_events_is_none() -> None:
         await connection.event(chunk(text))
         await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.content == event(chunk(text))
         assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="200",version="3"}}') == 1
 
-    run(test, script=script)
 
-
-def test_tokens_of_responses_are_counted() -> None:
+async def test_tokens_of_responses_are_counted() -> None:
     usage = {"input_tokens": 5, "output_tokens": 4}
 
     async def script(connection: Connection) -> None:
@@ -93,15 +88,13 @@ def test_tokens_of_responses_are_counted() -> None:
         await connection.piece(b"event: response.completed\n" + event({"response": {"usage": usage}}))
         await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         assert (await one.ask(GOOD_RESPONSE, RESPONSES)).json() == {"usage": usage}
         streamed = await one.ask({**GOOD_RESPONSE, "stream": True}, RESPONSES)
         assert streamed.text.count("event: ") == 3
         assert "stream_options" not in one.upstream.received[1]
         assert await one.metric("slmops_prompt_tokens_total") == 10
         assert await one.metric("slmops_completion_tokens_total") == 8
-
-    run(test, script=script)
 
 
 # --- when the runtime fails
@@ -119,90 +112,77 @@ SIGNED = "Inference failed: a.cc:1 X<fl::Y> fl::{anonymous}::F(std::function<voi
         (500, "x", (502, "backend_error"), "The runtime failed: it does not say why"),
     ],
 )
-def test_errors_of_the_runtime_are_told(
+async def test_errors_of_the_runtime_are_told(
     status: int, error: Any, expected: tuple[int, str | None], message: str
 ) -> None:
-    async def test(one: Stand) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.whole({"error": error}, status)
+
+    async with stand(script=script) as one:
         for stream in (False, True):
             refused = await one.ask(chat(stream=stream))
             assert told(refused) == expected
             assert refused.json()["error"]["message"] == message
 
-    async def script(connection: Connection) -> None:
-        await connection.whole({"error": error}, status)
 
-    run(test, script=script)
-
-
-def test_what_the_web_server_itself_says_is_told() -> None:
+async def test_what_the_web_server_itself_says_is_told() -> None:
     async def script(connection: Connection) -> None:
         await connection.whole(b"server=oatpp/1.3.0\ncode=500\nmessage=[json.exception.type_error.302] no\n", 500)
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         assert told(await one.ask()) == (400, "invalid_value")
 
-    run(test, script=script)
 
-
-def test_an_error_that_a_stream_begins_with_has_its_status() -> None:
+async def test_an_error_that_a_stream_begins_with_has_its_status() -> None:
     async def script(connection: Connection) -> None:
         await connection.head()
         await connection.event({"error": {"message": SIGNED + connection.body["user"], "type": "server_error"}})
         await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         assert told(await one.ask(chat(stream=True, user="Error creating grammar"))) == (400, "invalid_value")
         assert told(await one.ask(chat(stream=True, user="sad"))) == (502, "backend_error")
 
-    run(test, script=script)
 
-
-def test_an_error_in_a_stream_is_counted() -> None:
+async def test_an_error_in_a_stream_is_counted() -> None:
     async def script(connection: Connection) -> None:
         await connection.head()
         await connection.event(chunk("a"))
         await connection.event({"error": {"message": "sad"}})
         await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         assert (await one.ask(chat(stream=True))).text.endswith('data: {"error":{"message":"sad"}}\n\n')
         assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="502",version="3"}}') == 1
 
-    run(test, script=script)
-
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_runtime_that_dies_before_its_answer_is_a_502_and_the_next_is_answered(stream: bool) -> None:
+async def test_a_runtime_that_dies_before_its_answer_is_a_502_and_the_next_is_answered(stream: bool) -> None:
     async def script(connection: Connection) -> None:
         if connection.body.get("user") == "killer":
             raise ConnectionResetError
         await answer(connection)
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         assert told(await one.ask(chat(stream=stream, user="killer"))) == (502, "backend_error")
         assert (await one.ask(chat(stream=stream))).status_code == 200
 
-    run(test, script=script)
+
+async def test_a_runtime_that_is_not_there_is_a_503(one: Stand) -> None:
+    one.fleet.backend.url = "http://127.0.0.1:9"
+    for stream in (False, True):
+        refused = await one.ask(chat(stream=stream))
+        assert told(refused) == (503, "unavailable")
+        assert int(refused.headers["retry-after"]) > 0
 
 
-def test_a_runtime_that_is_not_there_is_a_503() -> None:
-    async def test(one: Stand) -> None:
-        one.fleet.backend.url = "http://127.0.0.1:9"
-        for stream in (False, True):
-            refused = await one.ask(chat(stream=stream))
-            assert told(refused) == (503, "unavailable")
-            assert int(refused.headers["retry-after"]) > 0
-
-    run(test)
-
-
-def test_a_stream_that_breaks_ends_with_an_error() -> None:
+async def test_a_stream_that_breaks_ends_with_an_error() -> None:
     async def script(connection: Connection) -> None:
         await connection.head()
         await connection.event(chunk("a"))
         raise ConnectionResetError
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         first, last, rest = answered.text.split("\n\n")
@@ -210,8 +190,6 @@ def test_a_stream_that_breaks_ends_with_an_error() -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "backend_error"
         assert rest == ""
         assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="502",version="3"}}') == 1
-
-    run(test, script=script)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +199,11 @@ def test_a_stream_that_breaks_ends_with_an_error() -> None:
         (Unavailable("It is being restarted.", retry_after_s=2.5), (503, "unavailable")),
     ],
 )
-def test_what_the_fleet_refuses_is_told(error: Any, expected: tuple[int, str]) -> None:
-    async def test(one: Stand) -> None:
-        one.fleet.refuses = error
-        for stream in (False, True):
-            refused = await one.ask(chat(stream=stream))
-            assert told(refused) == expected
-            assert refused.headers.get("retry-after") == ("3" if expected[0] == 503 else None)
-        one.fleet.refuses = None
-        assert (await one.ask()).status_code == 200
-
-    run(test)
+async def test_what_the_fleet_refuses_is_told(one: Stand, error: Any, expected: tuple[int, str]) -> None:
+    one.fleet.refuses = error
+    for stream in (False, True):
+        refused = await one.ask(chat(stream=stream))
+        assert told(refused) == expected
+        assert refused.headers.get("retry-after") == ("3" if expected[0] == 503 else None)
+    one.fleet.refuses = None
+    assert (await one.ask()).status_code == 200

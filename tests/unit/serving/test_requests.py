@@ -20,10 +20,12 @@ from tests.upstream import (
     chat,
     event,
     response,
-    run,
     says,
+    stand,
     told,
 )
+
+pytestmark = pytest.mark.anyio
 
 
 def schema(inner: Any) -> dict[str, Any]:
@@ -144,18 +146,15 @@ BAD_RESPONSES: dict[str, tuple[Any, str, str | None]] = {
 }
 
 
-def test_what_is_no_request_is_told_so_and_does_not_reach_the_runtime() -> None:
-    async def test(one: Stand) -> None:
-        for path, bads in ((CHAT, BAD), (RESPONSES, BAD_RESPONSES)):
-            for name, (body, code, param) in bads.items():
-                refused = await one.ask(body, path)
-                assert told(refused) == (400, code), name
-                assert refused.json()["error"]["param"] == param, name
-        assert one.upstream.received == []
-        assert one.fleet.leases == 0
-        assert (await one.ask()).status_code == 200
-
-    run(test)
+async def test_what_is_no_request_is_told_so_and_does_not_reach_the_runtime(one: Stand) -> None:
+    for path, bads in ((CHAT, BAD), (RESPONSES, BAD_RESPONSES)):
+        for name, (body, code, param) in bads.items():
+            refused = await one.ask(body, path)
+            assert told(refused) == (400, code), name
+            assert refused.json()["error"]["param"] == param, name
+    assert one.upstream.received == []
+    assert one.fleet.leases == 0
+    assert (await one.ask()).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -173,20 +172,17 @@ def test_what_is_no_request_is_told_so_and_does_not_reach_the_runtime() -> None:
         (response(instructions="Be brief.", text={"format": {"type": "text"}}, previous_response_id="r"), RESPONSES),
     ],
 )
-def test_a_request_goes_on_with_all_that_it_has(asked: dict[str, Any], path: str) -> None:
-    async def test(one: Stand) -> None:
-        answered = await one.ask(asked, path)
-        assert answered.status_code == 200
-        assert answered.headers["x-slmops-version"] == "3"
-        assert answered.json()["model"] == FOUNDRY_ID
-        [received] = one.upstream.received
-        assert received.pop("model") == FOUNDRY_ID
-        changed = {"model", "max_tokens", "max_output_tokens", "response_format"}
-        for key, value in asked.items():
-            if key not in changed:
-                assert received[key] == value
-
-    run(test)
+async def test_a_request_goes_on_with_all_that_it_has(one: Stand, asked: dict[str, Any], path: str) -> None:
+    answered = await one.ask(asked, path)
+    assert answered.status_code == 200
+    assert answered.headers["x-slmops-version"] == "3"
+    assert answered.json()["model"] == FOUNDRY_ID
+    [received] = one.upstream.received
+    assert received.pop("model") == FOUNDRY_ID
+    changed = {"model", "max_tokens", "max_output_tokens", "response_format"}
+    for key, value in asked.items():
+        if key not in changed:
+            assert received[key] == value
 
 
 @pytest.mark.parametrize(
@@ -203,13 +199,11 @@ def test_a_request_goes_on_with_all_that_it_has(asked: dict[str, Any], path: str
         (RESPONSES, {"max_output_tokens": 10**12}, {"max_output_tokens": 50}),
     ],
 )
-def test_answers_are_limited(path: str, given: dict[str, Any], sent: dict[str, Any]) -> None:
-    async def test(one: Stand) -> None:
+async def test_answers_are_limited(path: str, given: dict[str, Any], sent: dict[str, Any]) -> None:
+    async with stand(Limits(max_output_tokens=50)) as one:
         body = {**(GOOD if path == CHAT else GOOD_RESPONSE), **given}
         assert (await one.ask(body, path)).status_code == 200
         assert {key: value for key, value in one.upstream.received[0].items() if "token" in key} == sent
-
-    run(test, Limits(max_output_tokens=50))
 
 
 def budget(prompt: int, wanted: int) -> dict[str, Any]:
@@ -223,7 +217,7 @@ def budget(prompt: int, wanted: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
-def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clients(path: str, stream: bool) -> None:
+async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clients(path: str, stream: bool) -> None:
     async def script(connection: Connection) -> None:
         wanted = connection.body.get("max_tokens") or connection.body["max_output_tokens"]
         if 80 + wanted <= 100:
@@ -241,7 +235,7 @@ def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clients(pa
                 await connection.event(budget(80, wanted))
             await connection.end()
 
-    async def test(one: Stand) -> None:
+    async with stand(Limits(max_output_tokens=50), script=script) as one:
         good, name = (GOOD, "max_tokens") if path == CHAT else (GOOD_RESPONSE, "max_output_tokens")
         assert (await one.ask({**good, "stream": stream}, path)).status_code == 200
         assert (await one.ask({**good, "stream": stream, name: 10**6}, path)).status_code == 200
@@ -250,12 +244,7 @@ def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clients(pa
         assert told(refused) == (400, "context_length_exceeded")
         assert "80 tokens of conversation and up to 30 of answer" in refused.json()["error"]["message"]
 
-    run(test, Limits(max_output_tokens=50), script=script)
 
-
-def test_schemas_are_where_the_runtime_looks_for_them() -> None:
-    async def test(one: Stand) -> None:
-        await one.ask(schema({"type": "object"}))
-        assert one.upstream.received[0]["response_format"] == {"type": "json_schema", "json_schema": {"type": "object"}}
-
-    run(test)
+async def test_schemas_are_where_the_runtime_looks_for_them(one: Stand) -> None:
+    await one.ask(schema({"type": "object"}))
+    assert one.upstream.received[0]["response_format"] == {"type": "json_schema", "json_schema": {"type": "object"}}

@@ -7,157 +7,123 @@ import asyncio
 import pytest
 
 from slmops.serving import spares
-from slmops.serving.fleet import UnknownModel
+from slmops.serving.fleet import Fleet, UnknownModel
 from slmops.serving.spares import Unavailable
-from tests.fleets import BAD, World, asked, rounds, run, serving, until, version
+from tests.fleets import BAD, World, asked, rounds, serving, until, version
+
+pytestmark = pytest.mark.anyio
 
 
-def test_a_version_on_demand_and_the_oldest_makes_room() -> None:
-    async def test(world: World) -> None:
-        async with serving(world, spare=2) as made:
-            assert [await asked(made, f"bot:{number}") for number in (2, 3, 2)] == [2, 3, 2]
-            assert world.running == [1, 2, 3]
-            assert await asked(made, "bot-int8-generic-cpu:4") == 4
-            assert sorted(world.running) == [1, 2, 4]
-            assert [one.id for one in made.state().loaded] == ["bot:1", "bot:2", "bot:4"]
-            assert await asked(made, "bot:1") == 1
-            assert made.state().switches == 0
-
-    world = run(test)
+async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> None:
+    async with serving(world, spare=2) as made:
+        assert [await asked(made, f"bot:{number}") for number in (2, 3, 2)] == [2, 3, 2]
+        assert world.running == [1, 2, 3]
+        assert await asked(made, "bot-int8-generic-cpu:4") == 4
+        assert sorted(world.running) == [1, 2, 4]
+        assert [one.id for one in made.state().loaded] == ["bot:1", "bot:2", "bot:4"]
+        assert await asked(made, "bot:1") == 1
+        assert made.state().switches == 0
     assert world.installs == [1, 2, 3, 4]
 
 
-def test_a_version_in_use_is_not_stopped() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            async with made.lease("bot:2"):
-                with pytest.raises(Unavailable, match="No more than 1 versions") as caught:
-                    await asked(made, "bot:3")
-                assert caught.value.retry_after_s > 0
-                assert world.running == [1, 2]
-            assert await asked(made, "bot:3") == 3
-            assert world.running == [1, 3]
-
-    run(test)
+async def test_a_version_in_use_is_not_stopped(world: World, made: Fleet) -> None:
+    async with made.lease("bot:2"):
+        with pytest.raises(Unavailable, match="No more than 1 versions") as caught:
+            await asked(made, "bot:3")
+        assert caught.value.retry_after_s > 0
+        assert world.running == [1, 2]
+    assert await asked(made, "bot:3") == 3
+    assert world.running == [1, 3]
 
 
-def test_one_start_for_all_who_wait_and_none_for_who_left() -> None:
-    async def test(world: World) -> None:
-        world.held[2] = asyncio.Event()
-        async with serving(world) as made:
-            waiting = [asyncio.create_task(asked(made, "bot:2")) for _ in range(5)]
-            await until(lambda: world.installs == [1, 2])
-            waiting[0].cancel()  # it started the process, and is not the only one who wants it
-            other = asyncio.create_task(asked(made, "bot:3"))
-            await asyncio.sleep(0.02)
-            world.held[2].set()
-            done = await asyncio.gather(*waiting, return_exceptions=True)
-            assert isinstance(done[0], asyncio.CancelledError)
-            assert done[1:] == [2, 2, 2, 2]
-            await asyncio.gather(other, return_exceptions=True)
-            assert world.installs.count(2) == 1
-            await until(lambda: all(one.in_flight == 0 for one in world.backends))
-
-    run(test)
+async def test_one_start_for_all_who_wait_and_none_for_who_left(world: World) -> None:
+    world.held[2] = asyncio.Event()
+    async with serving(world) as made:
+        waiting = [asyncio.create_task(asked(made, "bot:2")) for _ in range(5)]
+        await until(lambda: world.installs == [1, 2])
+        waiting[0].cancel()  # it started the process, and is not the only one who wants it
+        other = asyncio.create_task(asked(made, "bot:3"))
+        await asyncio.sleep(0.02)
+        world.held[2].set()
+        done = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(done[0], asyncio.CancelledError)
+        assert done[1:] == [2, 2, 2, 2]
+        await asyncio.gather(other, return_exceptions=True)
+        assert world.installs.count(2) == 1
+        await until(lambda: all(one.in_flight == 0 for one in world.backends))
 
 
-def test_what_was_just_started_is_there_for_who_asked() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            answers = await asyncio.gather(
-                *(asked(made, f"bot:{number}") for number in (2, 3, 4, 5)), return_exceptions=True
-            )
-            for number, answer in zip((2, 3, 4, 5), answers, strict=True):
-                assert answer == number or isinstance(answer, Unavailable)
-            assert 2 in answers
-            assert len(world.running) == 2
-
-    run(test)
+async def test_what_was_just_started_is_there_for_who_asked(world: World, made: Fleet) -> None:
+    answers = await asyncio.gather(*(asked(made, f"bot:{number}") for number in (2, 3, 4, 5)), return_exceptions=True)
+    for number, answer in zip((2, 3, 4, 5), answers, strict=True):
+        assert answer == number or isinstance(answer, Unavailable)
+    assert 2 in answers
+    assert len(world.running) == 2
 
 
-def test_a_version_that_fails_is_not_started_by_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_version_that_fails_is_not_started_by_each_request(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(spares, "BROKEN_S", 0.2)
-
-    async def test(world: World) -> None:
-        world.bad[2] = BAD
-        async with serving(world) as made:
-            for _ in range(3):
-                with pytest.raises(
-                    Unavailable, match=r"bot version 2 \(int8\) cannot be served: .*smoke test"
-                ) as caught:
-                    await asked(made, "bot:2")
-                assert 0 < caught.value.retry_after_s <= 0.2
-            assert world.installs == [1, 2]
-            assert world.running == [1]
-            world.bad.clear()
-            await asyncio.sleep(0.25)
-            assert await asked(made, "bot:2") == 2
-
-    assert run(test).withdrawn == []
+    world.bad[2] = BAD
+    async with serving(world) as made:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"bot version 2 \(int8\) cannot be served: .*smoke test") as caught:
+                await asked(made, "bot:2")
+            assert 0 < caught.value.retry_after_s <= 0.2
+        assert world.installs == [1, 2]
+        assert world.running == [1]
+        world.bad.clear()
+        await asyncio.sleep(0.25)
+        assert await asked(made, "bot:2") == 2
+    assert world.withdrawn == []
 
 
-def test_a_version_beside_that_died_is_started_again() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            assert await asked(made, "bot:2") == 2
-            world.backends[-1].die()
-            assert [one.id for one in made.state().loaded] == ["bot:1"]
-            assert await asked(made, "bot:2") == 2
-            assert world.backends[1].stopped
-
-    run(test)
+async def test_a_version_beside_that_died_is_started_again(world: World, made: Fleet) -> None:
+    assert await asked(made, "bot:2") == 2
+    world.backends[-1].die()
+    assert [one.id for one in made.state().loaded] == ["bot:1"]
+    assert await asked(made, "bot:2") == 2
+    assert world.backends[1].stopped
 
 
-def test_a_version_beside_becomes_champion_without_a_second_process() -> None:
-    async def test(world: World) -> None:
-        world.held[2] = asyncio.Event()
-        async with serving(world) as made:
-            waiting = asyncio.create_task(asked(made, "bot:2"))
-            await until(lambda: world.installs == [1, 2])
-            world.now = version(2)
-            await until(lambda: world.installs == [1, 2, 2])
-            world.held[2].set()
-            assert await waiting == 2
-            await until(lambda: made.state().version == 2)
-            await until(lambda: world.running == [2])
-            assert len(world.backends) == 2
-
-    run(test)
+async def test_a_version_beside_becomes_champion_without_a_second_process(world: World) -> None:
+    world.held[2] = asyncio.Event()
+    async with serving(world) as made:
+        waiting = asyncio.create_task(asked(made, "bot:2"))
+        await until(lambda: world.installs == [1, 2])
+        world.now = version(2)
+        await until(lambda: world.installs == [1, 2, 2])
+        world.held[2].set()
+        assert await waiting == 2
+        await until(lambda: made.state().version == 2)
+        await until(lambda: world.running == [2])
+        assert len(world.backends) == 2
 
 
 @pytest.mark.parametrize("model", ["", "bot:9", "bot:", "bot:x", "other", "bot:02", "bot@int8", "Bot", "x" * 10_000])
-def test_unknown_models(model: str) -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            with pytest.raises(UnknownModel) as caught:
-                await asked(made, model)
-            assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
-            assert len(caught.value.message) < 200
-
-    assert run(test).installs == [1]
+async def test_unknown_models(world: World, made: Fleet, model: str) -> None:
+    with pytest.raises(UnknownModel) as caught:
+        await asked(made, model)
+    assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
+    assert len(caught.value.message) < 200
+    assert world.installs == [1]
 
 
-def test_a_version_that_is_new_in_the_registry_is_found_soon() -> None:
-    async def test(world: World) -> None:
-        async with serving(world) as made:
-            await rounds(world)
-            lists = world.asked["versions"]
-            world.all = [version(6), *world.all]
-            with pytest.raises(UnknownModel):
-                await asked(made, "bot:6")
-            await rounds(world)
-            assert await asked(made, "bot:6") == 6
-            assert world.asked["versions"] == lists + 1
-
-    run(test)
+async def test_a_version_that_is_new_in_the_registry_is_found_soon(world: World, made: Fleet) -> None:
+    await rounds(world)
+    lists = world.asked["versions"]
+    world.all = [version(6), *world.all]
+    with pytest.raises(UnknownModel):
+        await asked(made, "bot:6")
+    await rounds(world)
+    assert await asked(made, "bot:6") == 6
+    assert world.asked["versions"] == lists + 1
 
 
-def test_the_champion_alone() -> None:
-    async def test(world: World) -> None:
-        async with serving(world, spare=0) as made:
-            assert [row["id"] for row in made.models()] == ["bot", "bot:1"]
-            with pytest.raises(UnknownModel):
-                await asked(made, "bot:2")
-            assert await asked(made, "bot:1") == 1
-
-    run(test)
+async def test_the_champion_alone(world: World) -> None:
+    async with serving(world, spare=0) as made:
+        assert [row["id"] for row in made.models()] == ["bot", "bot:1"]
+        with pytest.raises(UnknownModel):
+            await asked(made, "bot:2")
+        assert await asked(made, "bot:1") == 1

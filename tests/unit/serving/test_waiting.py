@@ -12,7 +12,9 @@ import pytest
 
 from slmops.serving import relay
 from slmops.serving.limits import Limits
-from tests.upstream import CHAT, Connection, Stand, answer, chat, chunk, run, told
+from tests.upstream import CHAT, Connection, Stand, answer, chat, chunk, stand, told
+
+pytestmark = pytest.mark.anyio
 
 
 async def held(connection: Connection) -> None:
@@ -39,8 +41,8 @@ async def in_flight(one: Stand) -> tuple[float, float]:
     return await one.metric("slmops_in_flight"), await one.metric("slmops_queued")
 
 
-def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
+    async with stand(Limits(concurrency=1), script=held) as one:
         async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
             pieces = streaming.aiter_raw()  # who drops it leaves
             await anext(pieces)
@@ -48,8 +50,6 @@ def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
         await asyncio.wait_for(one.upstream.left.wait(), 2)
         await until(lambda: equals(one, (0, 0)))
         assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="499",version="3"}}') == 1
-
-    run(test, Limits(concurrency=1), script=held)
 
 
 async def equals(one: Stand, expected: tuple[float, float]) -> bool:
@@ -68,8 +68,8 @@ async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
     return task
 
 
-def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
+    async with stand(Limits(concurrency=1), script=held_whole) as one:
         gone = await leave(one)
         gone.cancel()
         waits = await leave(one)
@@ -81,11 +81,9 @@ def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
         assert await in_flight(one) == (0, 0)
         assert await one.metric("slmops_completion_tokens_total") == 6
 
-    run(test, Limits(concurrency=1), script=held_whole)
 
-
-def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
+    async with stand(Limits(concurrency=1, queue=1), script=held_whole) as one:
         first, second = await leave(one), await leave(one)
         assert told(await one.ask()) == (503, "overloaded")
         second.cancel()
@@ -95,11 +93,9 @@ def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
         assert [(await task).status_code for task in (first, third)] == [200, 200]
         assert len(one.upstream.received) == 2
 
-    run(test, Limits(concurrency=1, queue=1), script=held_whole)
 
-
-def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> None:
+    async with stand(Limits(concurrency=2, queue=2), script=held_whole) as one:
         tasks = [await leave(one, user=str(number)) for number in range(4)]
         refused = await one.ask()
         assert told(refused) == (503, "overloaded")
@@ -109,22 +105,18 @@ def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> 
         assert {(await task).status_code for task in tasks} == {200}
         assert [received["user"] for received in one.upstream.received] == ["0", "1", "2", "3"]
 
-    run(test, Limits(concurrency=2, queue=2), script=held_whole)
 
-
-def test_too_long_in_the_queue_is_a_503() -> None:
-    async def test(one: Stand) -> None:
+async def test_too_long_in_the_queue_is_a_503() -> None:
+    async with stand(Limits(concurrency=1, queue_timeout_s=0.1), script=held_whole) as one:
         first = await leave(one)
         for stream in (False, True):
             assert told(await one.ask(chat(stream=stream))) == (503, "overloaded")
         one.upstream.let_go.set()
         assert (await first).status_code == 200
 
-    run(test, Limits(concurrency=1, queue_timeout_s=0.1), script=held_whole)
 
-
-def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
+    async with stand(Limits(concurrency=1, queue_timeout_s=0.3)) as one:
         one.fleet.loads_s = 1
         loads = asyncio.create_task(one.ask())
         await until(lambda: equals(one, (0, 1)))
@@ -134,11 +126,9 @@ def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
         assert told(refused) == (503, "overloaded")
         assert "was not loaded within 0.3 s" in refused.json()["error"]["message"]
 
-    run(test, Limits(concurrency=1, queue_timeout_s=0.3))
 
-
-def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held_whole) as one:
         refused = await one.ask()
         assert told(refused) == (504, "timeout")
         assert refused.headers["x-should-retry"] == "false"
@@ -147,19 +137,15 @@ def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> Non
         await until(lambda: equals(one, (0, 0)))
         assert (await one.ask()).status_code == 200
 
-    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=held_whole)
 
-
-def test_a_runtime_that_hangs_does_not_keep_its_slot_for_ever() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_runtime_that_hangs_does_not_keep_its_slot_for_ever() -> None:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.2), script=held_whole) as one:
         assert told(await one.ask()) == (504, "timeout")
         await until(lambda: equals(one, (0, 0)))
 
-    run(test, Limits(concurrency=1, request_timeout_s=0.2), script=held_whole)
 
-
-def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
-    async def test(one: Stand) -> None:
+async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         events = answered.text.rstrip("\n").split("\n\n")
@@ -169,29 +155,28 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime()
         assert await in_flight(one) == (0, 0)
         assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="504",version="3"}}') == 1
 
-    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=held)
 
-
-def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
+async def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
     async def script(_: Connection) -> None:
         await asyncio.Event().wait()
 
-    async def test(one: Stand) -> None:
+    async with stand(script=script) as one:
         gone = await leave(one)
         gone.cancel()
         await asyncio.sleep(0.1)
         assert await in_flight(one) == (1, 0)  # and none when it has ended
 
-    run(test, script=script)
 
-
-def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_does_not_read_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def script(connection: Connection) -> None:
         await connection.head()
         while True:
             await connection.event(chunk("a" * 100_000))
 
-    async def test(one: Stand) -> None:
+    monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
+    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=script) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port, limit=1000)
         body = json.dumps(chat(stream=True)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
@@ -201,7 +186,4 @@ def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch, ca
         await asyncio.sleep(0.2)
         await reader.readuntil(b"\r\n")
         writer.close()
-
-    monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
-    run(test, Limits(concurrency=1, request_timeout_s=0.3), script=script)
     assert not any(record.exc_info for record in caplog.records)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from slmops.core import locks
@@ -24,6 +25,31 @@ from slmops.training.values import DataProblem, DataReport, Retrain, TrainingDat
 
 PROBLEMS_IN_ERROR = 10
 REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """All that the prepared files depend on."""
+
+    fetched: Fetched
+    read: ExamplesRead
+    questions: EvaluationSet
+    request: Retrain
+    checkpoint: Checkpoint
+
+    @property
+    def key(self) -> str:
+        """Folder name of the prepared files: a digest of every input, including what only the report shows."""
+        training = self.request.training
+        inputs = {
+            "source": self.fetched.source,
+            "files": self.read.files,
+            "data": _digest(self.read),
+            "evaluation": [self.questions.digest, self.fetched.evaluation.suffix.lower() == ".csv"],
+            "checkpoint": self.checkpoint.digest,
+            "asked": [training.seed, training.validation_share, training.max_tokens, self.request.leak_similarity],
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _PreparedManifest(Frozen):
@@ -56,9 +82,9 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         UsageError: The evaluation set has bad lines.
         TrainingError: The tokenizer crashed.
     """
-    read = examples.read(fetched.files)
     questions = evaluation_sets.load(fetched.evaluation, matcher=request.matcher, judge=settings.judge_configured)
-    target = settings.trainings / "data" / _key(fetched, read, questions, request, checkpoint)
+    inputs = _Inputs(fetched, examples.read(fetched.files), questions, request, checkpoint)
+    target = settings.trainings / "data" / inputs.key
     with (
         children.reporting_full_disk(settings.home),
         locks.exclusive(settings.locks / "data.lock", "the checks of training data", wait=True),
@@ -66,21 +92,13 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         if (ready := _load(target)) is not None:
             return ready
         shutil.rmtree(target, ignore_errors=True)
-        return _make(fetched, read, questions, request, checkpoint, settings, name, target)
+        return _make(inputs, target, settings, name)
 
 
-def _make(
-    fetched: Fetched,
-    read: ExamplesRead,
-    questions: EvaluationSet,
-    request: Retrain,
-    checkpoint: Checkpoint,
-    settings: Settings,
-    name: str,
-    target: Path,
-) -> TrainingData:
+def _make(inputs: _Inputs, target: Path, settings: Settings, name: str) -> TrainingData:
+    fetched, read, questions, request = inputs.fetched, inputs.read, inputs.questions, inputs.request
     kept, duplicates = checks.unique(read.examples)
-    tokens, unusable = _tokens(kept, request, checkpoint, settings, name) if kept else ([], [])
+    tokens, unusable = _tokens(kept, inputs, settings, name) if kept else ([], [])
     found = [*read.problems, *unusable, *checks.leaks(kept, questions.items, request.leak_similarity)]
     _refuse(fetched, found, settings.logs / name / "data-problems.txt")
     if len(kept) < 2:
@@ -123,24 +141,8 @@ def _digest(read: ExamplesRead) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _key(
-    fetched: Fetched, read: ExamplesRead, questions: EvaluationSet, request: Retrain, checkpoint: Checkpoint
-) -> str:
-    """Folder name of prepared data: a digest of every input, including what only the report shows."""
-    training = request.training
-    inputs = {
-        "source": fetched.source,
-        "files": read.files,
-        "data": _digest(read),
-        "evaluation": [questions.digest, fetched.evaluation.suffix.lower() == ".csv"],
-        "checkpoint": checkpoint.digest,
-        "asked": [training.seed, training.validation_share, training.max_tokens, request.leak_similarity],
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _tokens(
-    kept: Sequence[Example], request: Retrain, checkpoint: Checkpoint, settings: Settings, name: str
+    kept: Sequence[Example], inputs: _Inputs, settings: Settings, name: str
 ) -> tuple[Sequence[int], list[DataProblem]]:
     """Count the tokens of each example, and find those that the checkpoint cannot be trained with."""
     work = settings.work(name) / "data"
@@ -151,7 +153,7 @@ def _tokens(
     try:
         result, _ = children.call(
             "slmops.training.tokens_worker",
-            tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=_write(work / "items.jsonl", kept)),
+            tokens_worker.TokensRequest(checkpoint=inputs.checkpoint.path, items=_write(work / "items.jsonl", kept)),
             tokens_worker.TokensResult,
             work=work,
             log=log,
@@ -161,7 +163,7 @@ def _tokens(
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    limit = min(request.training.max_tokens, checkpoint.context_length)
+    limit = min(inputs.request.training.max_tokens, inputs.checkpoint.context_length)
     unusable = [kept[number].problem("schema", why) for number, why in result.refused.items()]
     unusable += [
         example.problem("oversized", f"{count} tokens, and {limit} are allowed (--training.max-tokens)")

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from slmops.conversion import store
 from slmops.core import locks, machine
 from slmops.core.errors import PrerequisiteError, TrainingError
@@ -28,6 +30,7 @@ from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingD
 log = logging.getLogger(__name__)
 
 TRAINING_FILE, DIGESTS_FILE = "training.json", "files.json"
+FILE_LIST = TypeAdapter(list[VariantFile])
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 """The packages whose version changes the result."""
 BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
@@ -64,8 +67,16 @@ def finetune(
         DataError: An item cannot be trained on.
         PrerequisiteError: The disk is full.
     """
-    versions = machine.versions()
+    versions, hardware = machine.versions(), machine.hardware()
     folder = settings.trainings / key(checkpoint.digest, data, training, versions)
+    request = finetune_worker.FinetuneRequest(
+        checkpoint=checkpoint,
+        train=data.train,
+        validation=data.validation,
+        training=training,
+        bf16=bool(BF16 & set(hardware.isa)),
+        folder=folder,
+    )
     with (
         children.reporting_full_disk(settings.home),
         locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True),
@@ -78,7 +89,26 @@ def finetune(
         if (folder / TRAINING_FILE).exists():
             log.warning("%s was changed since it was made, so it is made again", folder)
             shutil.rmtree(folder)
-        return _make(checkpoint, data, training, settings, name, on_loss, versions, folder)
+        result, finished = _train(request, settings, name, on_loss)
+        lines = (folder / finetune_worker.LOSSES_FILE).read_text(encoding="utf-8").splitlines()
+        finetuned = Finetuned(
+            key=folder.name,
+            base_digest=checkpoint.digest,
+            data_digest=data.digest,
+            training=training,
+            **result.model_dump(),
+            losses=tuple(LossPoint.model_validate_json(line) for line in lines),
+            precision="bf16" if request.bf16 else "fp32",
+            memory_peak_mb=finished.memory_peak_mb,
+            versions=versions,
+            hardware=hardware,
+            created=datetime.now(UTC),
+            folder=folder,
+        )
+        write_atomic(folder / DIGESTS_FILE, FILE_LIST.dump_json(_files(folder), indent=1).decode())
+        write_atomic(folder / TRAINING_FILE, finetuned.model_dump_json(indent=1))
+        shutil.rmtree(folder / STATES)
+        return finetuned
 
 
 def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, versions: dict[str, str]) -> str:
@@ -98,9 +128,7 @@ def load(folder: Path) -> Finetuned | None:
     try:
         content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
         finetuned = Finetuned.model_validate({**content, "folder": folder})
-        files = [
-            VariantFile.model_validate(file) for file in json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
-        ]
+        files = FILE_LIST.validate_json((folder / DIGESTS_FILE).read_bytes())
     except (OSError, ValueError, TypeError):  # TypeError: the JSON is not an object
         return None
     return finetuned if files == _files(folder) else None
@@ -115,36 +143,20 @@ def _files(folder: Path) -> list[VariantFile]:
     ]
 
 
-def _make(
-    checkpoint: Checkpoint,
-    data: TrainingData,
-    training: LoraSettings,
-    settings: Settings,
-    name: str,
-    on_loss: Callable[[LossPoint], None],
-    versions: dict[str, str],
-    folder: Path,
-) -> Finetuned:
-    hardware = machine.hardware()
-    bf16 = bool(BF16 & set(hardware.isa))
+def _train(
+    request: finetune_worker.FinetuneRequest, settings: Settings, name: str, on_loss: Callable[[LossPoint], None]
+) -> tuple[finetune_worker.FinetuneResult, children.Finished]:
     text = settings.logs / name / "finetune.log"
-    if (folder / STATES).exists():
+    if (request.folder / STATES).exists():
         log.info("resuming the fine-tuning of an earlier run")
     else:
         text.unlink(missing_ok=True)
-        log.info("fine-tuning, in %s", "bf16" if bf16 else "fp32")
+        log.info("fine-tuning, in %s", "bf16" if request.bf16 else "fp32")
     work = settings.work(name) / "finetune"
     try:
-        result, finished = children.call(
+        return children.call(
             "slmops.training.finetune_worker",
-            finetune_worker.FinetuneRequest(
-                checkpoint=checkpoint,
-                train=data.train,
-                validation=data.validation,
-                training=training,
-                bf16=bf16,
-                folder=folder,
-            ),
+            request,
             finetune_worker.FinetuneResult,
             work=work,
             log=text,
@@ -160,32 +172,6 @@ def _make(
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    lines = (folder / finetune_worker.LOSSES_FILE).read_text(encoding="utf-8").splitlines()
-    finetuned = Finetuned(
-        key=folder.name,
-        base_digest=checkpoint.digest,
-        data_digest=data.digest,
-        training=training,
-        steps=result.steps,
-        epochs=result.epochs,
-        best_step=result.best_step,
-        validation_loss=result.validation_loss,
-        stopped=result.stopped,
-        losses=tuple(LossPoint.model_validate_json(line) for line in lines),
-        precision="bf16" if bf16 else "fp32",
-        seconds=result.seconds,
-        memory_peak_mb=finished.memory_peak_mb,
-        trained_parameters=result.trained_parameters,
-        versions=versions,
-        hardware=hardware,
-        created=datetime.now(UTC),
-        folder=folder,
-    )
-    files = [file.model_dump() for file in _files(folder)]
-    write_atomic(folder / DIGESTS_FILE, json.dumps(files, indent=1))
-    write_atomic(folder / TRAINING_FILE, finetuned.model_dump_json(indent=1))
-    shutil.rmtree(folder / STATES)
-    return finetuned
 
 
 def _pass_on(line: str, on_loss: Callable[[LossPoint], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -80,8 +79,7 @@ def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: Tr
     assert finetune.load(tmp_path) is None
     (tmp_path / finetune.TRAINING_FILE).write_text(finetuned.model_dump_json())
     assert finetune.load(tmp_path) is None  # without digests
-    files = [file.model_dump() for file in finetune._files(tmp_path)]
-    (tmp_path / finetune.DIGESTS_FILE).write_text(json.dumps(files))
+    (tmp_path / finetune.DIGESTS_FILE).write_bytes(finetune.FILE_LIST.dump_json(finetune._files(tmp_path)))
     assert finetune.load(tmp_path) == finetuned
     (tmp_path / "merged/more").touch()
     assert finetune.load(tmp_path) is None

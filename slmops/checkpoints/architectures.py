@@ -1,7 +1,7 @@
 """Which architectures can be exported, as tested with onnxruntime-genai 0.14.1 and transformers 5.
 
-The table is by hand: the model builder knows some architectures that it exports wrongly and some that it only half
-exports, so its own list is not the truth. Look through it again when either package is upgraded.
+The table is written by hand, because the model builder knows some architectures that it exports wrongly or only in
+part. Look through it again when either package is upgraded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROVEN = frozenset(
         "SmolLM3ForCausalLM",
     }
 )
-"""An integration test exports each one and compares its logits with the checkpoint's."""
+"""Each one is exported by an integration test, which compares its logits with the checkpoint's."""
 
 UNPROVEN = frozenset(
     {
@@ -41,7 +41,7 @@ UNPROVEN = frozenset(
         "Phi3SmallForCausalLM",
     }
 )
-"""Text decoders that the model builder knows and nobody compared here; the fp32 export check decides."""
+"""Text decoders that the model builder knows and nobody has compared; the check of the fp32 export decides."""
 
 _NOT_TEXT_ONLY = "it is not a text-only model: the model builder exports its text part alone, without embeddings"
 _UNKNOWN_TO_BUILDER = "the model builder of onnxruntime-genai 0.14.1 does not know it"
@@ -54,7 +54,7 @@ REFUSED = {
     "Olmo2ForCausalLM": _UNKNOWN_TO_BUILDER,
     "Phi3VForCausalLM": _NOT_TEXT_ONLY,
     "Phi4MMForCausalLM": _NOT_TEXT_ONLY,
-    "PhiForCausalLM": "it exports without a word to a model that computes something else (logits off by 2 %)",
+    "PhiForCausalLM": "it exports without an error to a model that computes something else (logits off by 2 %)",
     "PhiMoEForCausalLM": "it can be exported at int4 for CUDA only, so there is no fp32 baseline to judge it by",
     "Qwen2_5_VLForConditionalGeneration": _NOT_TEXT_ONLY,
     "Qwen3MoeForCausalLM": _UNKNOWN_TO_BUILDER,
@@ -64,14 +64,14 @@ REFUSED = {
     "VideoChatFlashQwenForCausalLM": _NOT_TEXT_ONLY,
     "WhisperForConditionalGeneration": "it is not a text-only model: it turns speech into text",
 }
-"""Why each one is refused."""
+"""Architecture and why it is refused."""
 
 
 def check(architecture: str) -> None:
-    """Refuse an architecture that cannot be exported; warn of one that nobody has tested.
+    """Refuse an architecture that cannot be exported, and warn of one that nobody has tested.
 
     Args:
-        architecture: First of config.json's ``architectures``, as ``LlamaForCausalLM``.
+        architecture: The first in config.json's ``architectures``, such as ``LlamaForCausalLM``.
 
     Raises:
         CheckpointError: It is known not to work, or it is unknown.

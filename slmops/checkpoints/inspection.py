@@ -37,9 +37,9 @@ TOKENIZERS = (
     ("spiece.model",),
     ("tokenizer.tiktoken",),
 )
-"""Any one of these groups makes a tokenizer."""
+"""Each of these groups is a tokenizer."""
 
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
     if "tokenizer.json" in present:
         read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
     template = _chat_template(folder, job, where)
-    context = next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    context = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     if context is None:
         raise CheckpointError(
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
@@ -113,7 +113,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
 
 
 def read_template(job: Job) -> str | None:
-    """The chat template that the job brings; None: it brings none.
+    """The chat template that the job brings, or None.
 
     Raises:
         CheckpointError: The file cannot be read, is not UTF-8 or is empty.
@@ -141,7 +141,7 @@ def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, 
     Args:
         folder: The checkpoint.
         weights: Names of the weight files.
-        job: With its ``trust_remote_code`` Python files matter too.
+        job: With ``trust_remote_code``, Python files matter too.
     """
     patterns = (*TEXT_PATTERNS, *(("*.py",) if job.trust_remote_code else ()))
     texts = {name for name in names(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)}
@@ -154,7 +154,7 @@ def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, 
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:
-    """One SHA-256 over names and contents, whatever their order."""
+    """One SHA-256 over all names and contents, in any order."""
     lines = "".join(f"{name}\0{digest}\n" for name, digest in sorted(hashes.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 

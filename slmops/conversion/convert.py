@@ -1,4 +1,4 @@
-"""Make one variant: Olive in a child process, checked, with a manifest, in place whole or not at all."""
+"""Make one variant: Olive in a child process, checked, with a manifest, in its folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 _SEVERITY = {"debug": 0, "info": 1, "warning": 2, "error": 3}
-# What Olive writes for itself and no runtime reads; it holds paths of this machine.
-_OLIVE_ONLY = ("model_config.json",)
+# Olive writes it for itself, with paths of this machine; no runtime reads it.
+_OLIVE_ONLY = "model_config.json"
 
 
 def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
-    """Convert ``checkpoint`` by ``recipe``, or return the variant that an earlier run made of the same.
+    """Convert a checkpoint, or return the variant that was made earlier from the same input.
 
     Args:
-        name: The model's name; its work folder and logs go by it.
+        recipe: How to convert it.
+        checkpoint: What to convert.
+        job: Of it export_tolerance, output_path, log_level and trust_remote_code count here.
+        name: The model's name, by which its work folder and logs are called.
+        settings: Where things are.
 
     Raises:
-        ConversionError: Olive made nothing, or something that does not work; with the cause from its log.
-        PrerequisiteError: The disk is full.
+        ConversionError: Olive made nothing (with the cause from its log), or something that does not work.
+        PrerequisiteError: The disk is full, or ``output_path`` holds something else.
     """
     versions = machine.versions()
     target = settings.variants / store.key(recipe, checkpoint, versions)
@@ -64,7 +68,11 @@ def _made_before(target: Path, recipe: Recipe, job: Job) -> Variant | None:
 
 
 def export(variant: Variant, folder: Path) -> Path:
-    """Put a copy of a variant into ``folder/<variant>``, replacing an older one."""
+    """Put a copy of a variant into ``folder/<variant>``, in place of an older one.
+
+    Raises:
+        PrerequisiteError: A folder is there that is not a variant.
+    """
     target = folder.expanduser().resolve() / variant.name
     if target.exists():
         if not (target / MANIFEST).exists():
@@ -73,7 +81,7 @@ def export(variant: Variant, folder: Path) -> Path:
     with folder_appears_whole(target) as scratch:
         for file in [*(f.name for f in variant.files), MANIFEST]:
             (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(variant.path / file, scratch / file)  # no link: it is the user's to change
+            shutil.copyfile(variant.path / file, scratch / file)  # not a link: the user may change it
     return target
 
 
@@ -96,7 +104,7 @@ def _make(
         shutil.rmtree(target)
     made = work / "model"
     try:
-        config = _complete(recipe, checkpoint, job, work, made)
+        config = workflow(recipe, checkpoint, job, work, made)
         finished = _run_olive(recipe, config, made, work, olive_text, settings)
         checked, _ = children.call(
             "slmops.conversion.verify_worker",
@@ -116,7 +124,7 @@ def _make(
         )
         with folder_appears_whole(target) as scratch:
             for path in made.iterdir():
-                if path.name not in _OLIVE_ONLY:
+                if path.name != _OLIVE_ONLY:
                     path.rename(scratch / path.name)
             shutil.copyfile(olive_text, scratch / "olive.log")
             write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
@@ -167,9 +175,9 @@ def _run_olive(
             log=olive_text,
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
-            env=_environment(work, offline=not recipe.users_own),
-            # onnx refuses to write a file whose name also exists where it runs: somebody's model.onnx.data. Paths in a
-            # user's own config are relative to where the user is.
+            env=_environment(work, offline=not recipe.users_own),  # a user's own may want data from the hub
+            # onnx refuses to write a file of a name that exists in the current folder, such as a user's
+            # model.onnx.data. But paths in a user's own config are relative to where the user is.
             cwd=None if recipe.users_own else work,
             on_line=progress,
         )
@@ -185,36 +193,36 @@ def _run_olive(
 def _failed(recipe: Recipe, olive_text: Path) -> SlmopsError:
     text = olive_text.read_text(encoding="utf-8", errors="replace")
     if children.DISK_FULL in text:
-        return PrerequisiteError("The disk became full while Olive worked.", children.FREE_SPACE)
+        return PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
     return ConversionError(
         f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
     )
 
 
-def _complete(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made: Path) -> dict[str, Any]:
+def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made: Path) -> dict[str, Any]:
     """The recipe's workflow with what belongs to this run: input, output, cache, log level, trust."""
-    config = {**recipe.config, "log_severity_level": _SEVERITY[job.log_level]}
-    load = {"trust_remote_code": job.trust_remote_code}
-    config["input_model"] = {**config.get("input_model", {"type": "HfModel"}), "model_path": str(checkpoint.path)}
-    config["input_model"]["load_kwargs"] = {**config["input_model"].get("load_kwargs", {}), **load}
-    config["output_dir"], config["cache_dir"] = str(made), str(work / "cache")
-    config["no_artifacts"] = True
-    config["passes"] = {name: _trust(step, job.trust_remote_code) for name, step in config["passes"].items()}
-    return config
+    model = {"type": "HfModel", **recipe.config.get("input_model", {}), "model_path": str(checkpoint.path)}
+    model["load_kwargs"] = {**model.get("load_kwargs", {}), "trust_remote_code": job.trust_remote_code}
+    return {
+        **recipe.config,
+        "input_model": model,
+        "passes": {name: _trust(step, job.trust_remote_code) for name, step in recipe.config["passes"].items()},
+        "output_dir": str(made),
+        "cache_dir": str(work / "cache"),
+        "no_artifacts": True,
+        "log_severity_level": _SEVERITY[job.log_level],
+    }
 
 
 def _trust(step: dict[str, Any], trusted: bool) -> dict[str, Any]:
-    # ModelBuilder trusts code that comes with a checkpoint unless it is told not to.
+    # ModelBuilder runs code that comes with a checkpoint, unless it is told not to.
     if step["type"].lower() != "modelbuilder":
         return step
     return {**step, "extra_options": {**(step.get("extra_options") or {}), "hf_remote": trusted}}
 
 
 def _environment(work: Path, *, offline: bool) -> dict[str, str]:
-    """Nothing is sent, and ModelBuilder's intermediate files stay out of the user's hub cache.
-
-    Nothing is fetched either, unless a user's own config may want a data set from the hub.
-    """
+    """Olive sends nothing, and ModelBuilder's intermediate files stay out of the user's hub cache."""
     return {
         "OLIVE_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -1,4 +1,4 @@
-"""Logits of an ONNX variant, from ONNX Runtime on the files that Foundry Local serves. Child processes only."""
+"""Logits of a variant, from ONNX Runtime on the files that Foundry Local serves. For child processes only."""
 
 from __future__ import annotations
 

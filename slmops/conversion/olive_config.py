@@ -17,20 +17,20 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"^(?:\$\{|\{|<)\s*([\w .-]+?)\s*(?:\}|>)$")
-# Keys of the widely copied "quantization_config", which Olive ignores, and those that act instead.
+# Keys of the widely copied "quantization_config", which Olive ignores, and the ones that have an effect.
 _TRANSLATED = {"block_size": "int4_block_size", "is_symmetric": "int4_is_symmetric"}
 _RESERVED = {"fp32", "fp16", "int8", "int4", "bf16"}
-CHECK_TIMEOUT_S = 300
+_CHECK_TIMEOUT_S = 300
 
 
 def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> Recipe:
     """Read, complete and check an Olive workflow file before any work.
 
-    The file runs as it stands, with the checkpoint of the job as its input model and a folder of slmops as its
-    output. Placeholders (``<model_path>``, ``{model_path}``, ``${MODEL_PATH}``) are filled in.
+    The file runs as it is, with the job's checkpoint as its input model and a folder of slmops as its output.
+    Placeholders for them (``<model_path>``, ``{model_path}``, ``${MODEL_PATH}``) are filled in.
 
     Raises:
-        RecipeError: No such file, broken JSON, unknown keys (each with the accepted ones), unfilled placeholders.
+        RecipeError: There is no such file, or it has broken JSON, unknown keys or unfilled placeholders.
     """
     config = _fill(_read(path), checkpoint, path)
     steps = config.get("passes")
@@ -40,12 +40,12 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     model = config.get("input_model", {})
     if not isinstance(model, dict) or str(model.get("type", "HfModel")).lower() != "hfmodel":
         raise RecipeError(
-            f"{path}: input_model has to be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
+            f"{path}: input_model must be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
         )
     model = {**model, **(model.get("config") or {})}
     model.pop("config", None)
     config["input_model"] = {"type": "HfModel", **{k: v for k, v in model.items() if k not in {"type", "model_path"}}}
-    if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would win over ours
+    if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would override ours
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
@@ -63,8 +63,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise RecipeError(
-            f"{path} is no valid JSON: {error.msg} in line {error.lineno}, column {error.colno}.",
-            "Mend it and try again.",
+            f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}.",
+            "Correct it and try again.",
         ) from None
     if not isinstance(config, dict):
         raise RecipeError(f"{path} holds a {type(config).__name__}, not a workflow.", "See Olive's workflow config.")
@@ -99,7 +99,7 @@ def _flat(given: Any, where: str) -> dict[str, Any]:
 
 
 def _translate(step: dict[str, Any], where: str) -> None:
-    """Turn ModelBuilder's ineffective ``quantization_config`` into the keys that act."""
+    """Turn ModelBuilder's ``quantization_config``, which has no effect, into the keys that have one."""
     if step["type"].lower() != "modelbuilder" or "quantization_config" not in step:
         return
     given = step.pop("quantization_config")
@@ -123,9 +123,11 @@ def _check(config: dict[str, Any], checkpoint: Checkpoint, path: Path, name: str
         schema_worker.SchemaResult,
         work=settings.work(name) / "olive-config",
         log=settings.logs / name / "olive-config.log",
-        timeout_s=CHECK_TIMEOUT_S,
+        timeout_s=_CHECK_TIMEOUT_S,
         error=WorkError,
         env={"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
     )
     if result.problems:
-        raise RecipeError(f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Mend the file.")
+        raise RecipeError(
+            f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Correct the file."
+        )

@@ -1,4 +1,4 @@
-"""Olive exits 0 whatever happens and says why only in its log: read the cause from there."""
+"""Olive exits 0 whatever happens, and only its log says why: the cause is read from there."""
 
 from __future__ import annotations
 
@@ -11,36 +11,30 @@ _INVALID = "Invalid config, pruned"
 _RUNNING = "Running pass "
 _PASS = re.compile(rf"\[INFO\] .*{_RUNNING}(\w+):(\w+)")
 
-# What Olive's own words do not tell a reader.
-_EXPLAINED = {
-    "KeyError: 'int8'": "ModelBuilder has no int8 for the CPU; the precision int8 of slmops goes another way",
-    "KeyError: <Precision.INT8": "ModelBuilder has no int8 for the CPU; the precision int8 of slmops goes another way",
-}
+_NO_INT8 = ("KeyError: 'int8'", "KeyError: <Precision.INT8")
+_NO_INT8_MEANS = "ModelBuilder has no int8 for the CPU; use --precision int8, which slmops makes with other passes"
 
 
 def cause(text: str) -> str:
     """The most telling line of an Olive log that ended without a model.
 
-    The first exception is what went wrong; those after it only repeat it.
+    The first exception says what went wrong; later ones only repeat it.
     """
     lines = [line.rpartition("\r")[2].strip() for line in text.splitlines()]
     exceptions = [line for line in lines if (m := _EXCEPTION.match(line)) and m[1] != "SystemExit"]
     if exceptions:
         found = exceptions[0]
-        for key, explanation in _EXPLAINED.items():
-            if found.startswith(key):
-                return f"{explanation} ({found})"
-        return found
+        return f"{_NO_INT8_MEANS} ({found})" if found.startswith(_NO_INT8) else found
     tagged = [m[2] for line in lines if (m := _TAGGED.search(line))]
     for before, message in itertools.pairwise(tagged):
         if message.startswith(_INVALID):
             if before.startswith(_RUNNING):
                 return f"{before.removeprefix(_RUNNING)} does not accept its config, and Olive does not say why"
-            return before  # the pass says why it refuses its config, at level INFO, and only there
+            return before  # a pass says only at level INFO why it refuses its config
     return "Olive's log names no cause; --log-level debug makes it say more"
 
 
 def running_pass(line: str) -> str | None:
-    """The type of the pass that a line of Olive's log says has begun."""
+    """The type of the pass that begins with this line of Olive's log, if one does."""
     match = _PASS.search(line)
     return match[2] if match else None

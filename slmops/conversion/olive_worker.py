@@ -1,4 +1,4 @@
-"""Child process: run one Olive workflow. Its success is judged by what is on disk, not by Olive's word."""
+"""Child process: run one Olive workflow. Files on disk prove its success, not what Olive says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slmops.processes import child
 
 
 class OliveRequest(Frozen):
-    """A complete Olive workflow config, and the folder that its model must come out in."""
+    """A complete Olive workflow config, and the folder in which it must leave its model."""
 
     config: dict[str, Any]
     output: Path

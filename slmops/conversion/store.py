@@ -6,17 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from slmops.core.files import sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
-# The packages whose version changes what comes out.
+# The packages whose versions change the result.
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 
 
 def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str:
-    """Folder name of a variant: same checkpoint, recipe and packages, same folder."""
+    """Folder name of a variant: the same for the same checkpoint, recipe and versions of the packages."""
     went_in = {
         "config": recipe.config,
         "checkpoint": checkpoint.digest,
@@ -27,7 +25,7 @@ def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str
 
 
 def files_of(folder: Path) -> tuple[VariantFile, ...]:
-    """Name, size and SHA-256 of all files of a folder but the manifest."""
+    """Name, size and SHA-256 of all files in a folder except the manifest."""
     return tuple(
         VariantFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
@@ -36,11 +34,11 @@ def files_of(folder: Path) -> tuple[VariantFile, ...]:
 
 
 def load(folder: Path) -> Variant | None:
-    """The variant in ``folder`` if its manifest is complete and each file is what the manifest says; else None."""
+    """The variant in ``folder``, or None unless its manifest is complete and every file is what the manifest says."""
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         variant = Variant.model_validate({**data, "path": folder})
-    except (OSError, ValueError, TypeError, ValidationError):  # TypeError: JSON, but no object
+    except (OSError, ValueError, TypeError):  # TypeError: JSON, but not an object
         return None
     for file in variant.files:
         path = folder / file.name

@@ -1,4 +1,4 @@
-"""Child process: does a converted folder work, and is it what was asked for?"""
+"""Child process: does a converted folder work, and does it hold what its recipe says?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from slmops.core.errors import ConversionError
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
 from slmops.processes import child
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-PROBE = (
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROBE = (
     "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown."
 )
-PROBE_TOKENS = 40
+_PROBE_TOKENS = 40
 
 
 class VerifyRequest(Frozen):
@@ -38,7 +38,7 @@ def handle(request: VerifyRequest) -> VerifyResult:
     """Check files, weights, one generated token and, for the baseline, the logits.
 
     Raises:
-        ConversionError: What is on disk does not work.
+        ConversionError: The folder does not work.
     """
     folder = request.folder
     model = _files(folder)
@@ -50,7 +50,7 @@ def handle(request: VerifyRequest) -> VerifyResult:
         error = export_error(folder, request.checkpoint.path, trust_remote_code=request.trust_remote_code)
         if not error <= request.tolerance:
             raise ConversionError(
-                f"The {request.recipe.name} export computes something else than the checkpoint: its logits differ by "
+                f"The {request.recipe.name} export does not compute what the checkpoint computes: its logits differ by "
                 f"{error:.2g} of the largest logit, and {request.tolerance:.2g} is allowed. The exporter does not "
                 f"support {request.checkpoint.architecture} as it is configured here.",
                 "Raise --export-tolerance only if you know why they differ.",
@@ -68,7 +68,7 @@ def _files(folder: Path) -> Path:
         raise ConversionError(f"genai_config.json does not name its model: {error!r}") from None
     if not (folder / name).exists():
         raise ConversionError(f"genai_config.json names {name}, which does not exist.")
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         raise ConversionError("The converted folder has no tokenizer.")
     path: Path = folder / name
     return path
@@ -107,7 +107,7 @@ def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = Fa
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager"
     ).eval()
-    ids = np.array(tokenizer(PROBE)["input_ids"][:PROBE_TOKENS], np.int64)
+    ids = np.array(tokenizer(_PROBE)["input_ids"][:_PROBE_TOKENS], np.int64)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
     got = OnnxModel(folder).logits(ids)

@@ -1,4 +1,4 @@
-"""What the weights of an ONNX model really are: operators and initializers counted. Child processes only."""
+"""How many bits the weights of an ONNX model really have, counted from its graph. For child processes only."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _BITS = {
     TensorProto.INT2: 2,
     TensorProto.UINT2: 2,
 }
-# Operators that read packed weights: where their weights and their scales and zero points stand among the inputs.
+# Operators that read packed weights: which inputs are the weights, and which are their scales and zero points.
 _PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
 _DEFAULT_BITS = 4
-MOST = 0.95
+_MOST = 0.95
 
 
 def inspect(model: Path, parameters: int) -> Weights:
     """Count the weights of ``model`` by their bits.
 
-    Rotary embedding tables are left out: they are computed, not learned. A tensor that two operators read counts once.
+    Rotary embedding tables are left out: they are computed, not learned. A tensor that two operators read is counted
+    once.
 
     Args:
         model: The ``.onnx`` file; its external data is not read.
@@ -74,7 +75,7 @@ def check(weights: Weights, recipe: Recipe) -> None:
     have 8 bits or fewer, and more matrix products are of 4 bits than of 8.
 
     Raises:
-        ConversionError: They have not, which Olive reports as success.
+        ConversionError: They do not, which Olive reports as success.
     """
     if recipe.bits is None:
         return
@@ -83,13 +84,13 @@ def check(weights: Weights, recipe: Recipe) -> None:
     if recipe.bits == 4:
         small = sum(number for bits, number in count.items() if bits <= 8)
         ops = weights.quantized_ops
-        good = small >= MOST * total and ops.get("MatMulNBits 4 bit", 0) > ops.get("MatMulNBits 8 bit", 0)
+        good = small >= _MOST * total and ops.get("MatMulNBits 4 bit", 0) > ops.get("MatMulNBits 8 bit", 0)
     else:
-        good = count.get(recipe.bits, 0) >= MOST * total > 0
+        good = count.get(recipe.bits, 0) >= _MOST * total > 0
     if not good:
         found = ", ".join(f"{number:,} of {bits} bits" for bits, number in sorted(count.items()))
         raise ConversionError(
-            f"{recipe.name}: the weights are not of {recipe.bits} bits, but {found or 'none at all'}."
+            f"{recipe.name}: the weights should have {recipe.bits} bits, but there are {found or 'none at all'}."
         )
 
 

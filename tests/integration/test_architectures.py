@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def export(olive: Run, name: str, job: Job, checkpoint: Checkpoint, work: Path) -> verify_worker.VerifyResult:
     """Convert and check as :func:`slmops.conversion.convert.convert` does, in this process."""
     recipe = making.recipe(name, job, checkpoint)
-    olive(conversion._complete(recipe, checkpoint, job, work, work / "model"))
+    olive(conversion.workflow(recipe, checkpoint, job, work, work / "model"))
     return verify_worker.handle(
         verify_worker.VerifyRequest(
             folder=work / "model",
@@ -147,7 +147,7 @@ def test_phi_is_refused_and_would_be_caught(
         tied_embeddings=False,
         linear_sizes=(64, 128),
     )
-    with pytest.raises(ConversionError, match="computes something else than the checkpoint") as caught:
+    with pytest.raises(ConversionError, match="does not compute what the checkpoint computes") as caught:
         export(olive, "fp32", job, checkpoint, tmp_path)
     assert "does not support PhiForCausalLM as it is configured here" in caught.value.message
     # Everything else about it is in order: nothing but this check would have noticed.

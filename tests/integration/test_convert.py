@@ -84,7 +84,7 @@ def home(tmp_path: Path) -> Settings:
 
 def builder(name: str, precision: str, bits: Any = None) -> Recipe:
     """A recipe of one ModelBuilder pass, as nobody should write it."""
-    config = recipes._workflow({"export": {"type": "ModelBuilder", "precision": precision}})
+    config = recipes.workflow({"export": {"type": "ModelBuilder", "precision": precision}})
     return Recipe(name=name, config=config, bits=bits)
 
 
@@ -245,7 +245,11 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, sett
         # Olive exits 0 with a KeyError, and with a pass that it has pruned; the third works, but not as promised.
         (builder("eight", "int8"), r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU", "olive"),
         (builder("half", "fp16"), r"half: Olive produced no model\. FP16 is not supported on CPU", "olive"),
-        (builder("four", "fp32", 4), "four: the weights are not of 4 bits, but 150,528 of 32 bits", "verify"),
+        (
+            builder("four", "fp32", 4),
+            "four: the weights should have 4 bits, but",
+            "verify",
+        ),
     ],
 )
 def test_a_conversion_that_fails_leaves_nothing(
@@ -267,7 +271,7 @@ def test_an_export_that_differs_too_much(
 ) -> None:
     strict = job.model_copy(update={"export_tolerance": 1e-12})
     recipe = making.recipe("fp32", strict, checkpoint)
-    with pytest.raises(ConversionError, match="computes something else than the checkpoint: its logits differ by"):
+    with pytest.raises(ConversionError, match="does not compute what the checkpoint computes: its logits differ by"):
         convert(recipe, checkpoint, strict, "tiny", home)
     assert left(home) == set()
     # A variant that was made with less strictness does not slip through, and stays for the job that allows it.
@@ -338,7 +342,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 @pytest.mark.parametrize(
     ("small_disk", "message"),
-    [(600, "The disk became full while Olive worked"), (1600, r"fp32\.olive\.log cannot be written: No space left")],
+    [(600, "The disk filled up while Olive worked"), (1600, r"fp32\.olive\.log cannot be written: No space left")],
     indirect=["small_disk"],
 )
 def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path, message: str) -> None:

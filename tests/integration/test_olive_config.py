@@ -164,14 +164,14 @@ def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{\n  "passes": {\n    "b": {"type": "ModelBuilder",}\n  }\n}', r"no valid JSON: .* in line 3, column 34\."),
-        ('{"passes": ', r"no valid JSON: Expecting value in line 1, column 12\."),
+        ('{\n  "passes": {\n    "b": {"type": "ModelBuilder",}\n  }\n}', r"not valid JSON: .* in line 3, column 34\."),
+        ('{"passes": ', r"not valid JSON: Expecting value in line 1, column 12\."),
         ("[]", "holds a list, not a workflow"),
         ({}, "it has no 'passes'"),
         ({"passes": {"b": {"precision": "int4"}}}, r"mine\.json: passes\.b has no 'type'"),
         ({"passes": {"b": {"type": "ModelBuilder", "precision": "<precision>"}}}, "placeholder <precision> is not fil"),
         ({"passes": {"b": {"type": "ModelBuilder", "precision": "{P}"}}}, r"placeholder \{P\} is not filled in"),
-        ({"input_model": {"type": "OnnxModel"}, "passes": {"b": {"type": "X"}}}, "input_model has to be of type HfMo"),
+        ({"input_model": {"type": "OnnxModel"}, "passes": {"b": {"type": "X"}}}, "input_model must be of type HfMo"),
         (
             {"passes": {"b": {"type": "ModelBuilder", "quantization_config": {"group_size": 64}}}},
             r"mine\.json: passes\.b\.quantization_config: Olive ignores group_size without an error",

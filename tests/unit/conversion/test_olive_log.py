@@ -31,9 +31,8 @@ Traceback (most recent call last):
 
 def test_int8_of_model_builder_is_explained() -> None:
     log = START + BAR + "\n" + TRACEBACK.format(exception="KeyError: 'int8'") + END
-    assert cause(log) == (
-        "ModelBuilder has no int8 for the CPU; the precision int8 of slmops goes another way (KeyError: 'int8')"
-    )
+    assert cause(log).startswith("ModelBuilder has no int8 for the CPU")
+    assert cause(log).endswith("(KeyError: 'int8')")
 
 
 def test_int8_as_an_enum_is_explained_too() -> None:

@@ -122,7 +122,7 @@ def test_other_devices_are_refused(asked: dict[str, str], said: str) -> None:
         (
             100,
             (576, 1536),
-            "int4: a block of 100 weights is none of 16, 32, 64, 128, 256, which the kernels know.",
+            "int4: a block of 100 weights is not one of 16, 32, 64, 128, 256, which the kernels have.",
             "Use --int4-block-size 16 or 32 or 64.",
         ),
         (

@@ -176,16 +176,16 @@ def test_promise_kept(bits: Any, found: Weights) -> None:
 @pytest.mark.parametrize(
     ("bits", "found", "said"),
     [
-        (4, made({"32": 1000}), "int4: the weights are not of 4 bits, but 1,000 of 32 bits."),
-        (4, made({"8": 1000}, eight=7), "int4: the weights are not of 4 bits, but 1,000 of 8 bits."),
-        (4, made({"4": 400, "8": 600}, four=4, eight=4), "but 400 of 4 bits, 600 of 8 bits."),
-        (4, made({"4": 600, "32": 400}, four=9), "but 600 of 4 bits, 400 of 32 bits."),
-        (8, made({"4": 1000}, four=3), "but 1,000 of 4 bits."),
-        (8, made({"8": 940, "32": 60}, eight=3), "but 940 of 8 bits, 60 of 32 bits."),
-        (16, made({"32": 1000}), "but 1,000 of 32 bits."),
-        (32, made({"16": 51, "32": 949}), "but 51 of 16 bits, 949 of 32 bits."),
-        (32, made({}), "but none at all."),
-        (4, made({}), "but none at all."),
+        (4, made({"32": 1000}), "int4: the weights should have 4 bits, but there are 1,000 of 32 bits."),
+        (4, made({"8": 1000}, eight=7), "int4: the weights should have 4 bits, but there are 1,000 of 8 bits."),
+        (4, made({"4": 400, "8": 600}, four=4, eight=4), "but there are 400 of 4 bits, 600 of 8 bits."),
+        (4, made({"4": 600, "32": 400}, four=9), "but there are 600 of 4 bits, 400 of 32 bits."),
+        (8, made({"4": 1000}, four=3), "but there are 1,000 of 4 bits."),
+        (8, made({"8": 940, "32": 60}, eight=3), "but there are 940 of 8 bits, 60 of 32 bits."),
+        (16, made({"32": 1000}), "but there are 1,000 of 32 bits."),
+        (32, made({"16": 51, "32": 949}), "but there are 51 of 16 bits, 949 of 32 bits."),
+        (32, made({}), "but there are none at all."),
+        (4, made({}), "but there are none at all."),
     ],
 )
 def test_promise_broken_names_what_was_found(bits: Any, found: Weights, said: str) -> None:
@@ -198,5 +198,5 @@ def test_fp32_graph_under_the_name_of_int4_is_found_out(tmp_path: Path) -> None:
     """Olive reports success for a quantization that it left out."""
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     found = inspect(tmp_path, [node], [tensor("w", 64, 32)], 2048)
-    with pytest.raises(ConversionError, match="int4: the weights are not of 4 bits, but 2,048 of 32 bits"):
+    with pytest.raises(ConversionError, match="int4: the weights should have 4 bits, but there are 2,048 of 32 bits"):
         weights.check(found, Recipe(name="int4", config={}, bits=4))

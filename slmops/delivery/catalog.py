@@ -1,7 +1,7 @@
 """``slmops catalog``: the promoted models as a private catalog, for any Foundry Local application on this device.
 
-It holds names, versions and sizes, all read from the registry, and no files: a model shows as cached where it was
-pulled, and only there can it be loaded. Foundry's runtime sends no token, so the catalog has none.
+It holds names, versions and sizes, all read from the registry, and no files: a model is shown as cached where it was
+pulled, and can be loaded only there. Foundry's runtime sends no token, so the catalog asks for none.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 KEEP_S = 5.0
-"""Seconds for which the registry is not asked again, whether it answered or failed. The runtime tries four times in 4 s
-before it goes on with what it knew, and a dead registry takes longer than that to fail each time."""
+"""Seconds before the registry is asked again, whether it answered or failed. The runtime tries four times in 4 s and
+then goes on with what it knew; a registry that is down takes longer than that to fail."""
 CLOSE_S = 5
 """Seconds that requests have to end when the catalog is stopped."""
 
 
 def entries(registry: Registry) -> list[Entry]:
-    """What the catalog offers: of each model the champion, and to look up by its id the version before.
+    """What the catalog offers: the champion of each model and, to be looked up by its id, the version before it.
 
-    The runtime takes the highest cached version behind an alias. So after a rollback, when the version before is the
-    higher one, that has an alias of its own, ``<name>.previous``: else an application would still get it.
+    The runtime takes the highest cached version behind an alias. After a rollback that would still be the version
+    before, so it then has an alias of its own, ``<name>.previous``.
 
     Raises:
         TrackingError: The registry cannot be reached.
@@ -74,7 +73,7 @@ def _entry(version: ModelVersion, *, alias: str, latest: bool) -> Entry:
 
 
 class Kept:
-    """Entries, read again when they are older than some seconds; many threads may ask, and one of them reads.
+    """Entries that are read again when they are some seconds old; many threads may ask, and one of them reads.
 
     Args:
         read: Reads them.
@@ -100,7 +99,7 @@ class Kept:
                     self._entries, self._failure = self._read(), None
                 except SlmopsError as error:
                     self._failure = error
-                self._until = time.monotonic() + self._keep_s  # a dead registry takes long to fail: count from its end
+                self._until = time.monotonic() + self._keep_s  # from the end: a registry that is down fails slowly
             if self._failure is not None:
                 raise type(self._failure)(self._failure.message, self._failure.fix)
             return self._entries
@@ -116,9 +115,9 @@ def serve(uri: str, host: str, port: int) -> None:
 
     Raises:
         UsageError: There is no such address or port.
-        PrerequisiteError: The address cannot be listened at.
+        PrerequisiteError: The port is in use, or the address is not one of this machine.
     """
-    with web.listen(host, port) as listener:  # before anything that takes a while, and never let go of
+    with web.listen(host, port) as listener:  # before anything that takes a while
         import uvicorn
 
         from slmops.tracking.registry import Registry
@@ -135,7 +134,7 @@ def serve(uri: str, host: str, port: int) -> None:
             log.warning("Anybody who reaches %s can read the names and sizes of the promoted models.", host)
         log.info("The catalog answers. In Foundry Local's Configuration: catalog_urls=[(%r, None)]", url)
         server = uvicorn.Server(config)
-        # Having ended at a signal, uvicorn sends it to this process again, which by default would be killed.
+        # When uvicorn has stopped at a signal, it sends it to this process again, which would be killed by default.
         before = signal.signal(signal.SIGTERM, server.handle_exit)
         try:
             server.run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""What of the registry is on this device, and which version of a model its users get."""
+"""Which versions of a model are on this device, and which of them its users get."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORGET_S = 120
 
 
 class _State(Frozen):
-    """Foundry ids of what a model's users get: now, and before that."""
+    """Foundry ids of what the users of a model get now, and what they got before that."""
 
     current: str
     previous: str | None = None
@@ -40,7 +40,7 @@ def folder_of(settings: Settings) -> Path:
 
 
 def downloads_of(settings: Settings) -> Path:
-    """What unfinished pulls have so far, one folder each, named by the SHA-256 of the manifest."""
+    """What unfinished pulls have so far: one folder for each, named by the SHA-256 of the manifest."""
     return settings.deployed / "downloads"
 
 
@@ -53,30 +53,30 @@ def read_manifest(path: Path) -> VersionManifest | None:
 
 
 def versions(name: str, settings: Settings) -> list[Installed]:
-    """The versions of a model that are here, newest first. A folder that lacks anything does not exist."""
+    """The versions of a model that are here, newest first. A folder that is not whole does not count."""
     found = [_installed(name, folder) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.version, reverse=True)
 
 
 def current(name: str, settings: Settings) -> Installed | None:
-    """The version that users of this device get, or the one before where that one is no more; None: neither is here."""
+    """The version that users of this device get, or the one before if that is gone; None: neither is here."""
     state = _read(name, settings)
     if state is None:
         return None
     here = {one.foundry_id: one for one in versions(name, settings)}
     if state.current not in here:
-        log.warning("%s is not on this device any more, or not whole", state.current)
+        log.warning("%s is no longer on this device, or is not whole", state.current)
     return here.get(state.current) or here.get(state.previous or "")
 
 
 def make_current(version: Installed, settings: Settings) -> None:
-    """Write down that users get ``version`` now, and remove all but it and the one that they had before."""
+    """Note that users get ``version`` now, and remove all versions but it and the one that they had before."""
     with locked(version.name, settings):
         make_current_locked(version, settings)
 
 
 def make_current_locked(version: Installed, settings: Settings) -> None:
-    """The same, when :func:`locked` is held."""
+    """Do what :func:`make_current` does, when :func:`locked` is held."""
     state = _read(version.name, settings)
     if state is None or state.current != version.foundry_id:
         state = _State(current=version.foundry_id, previous=state.current if state else None)
@@ -97,7 +97,7 @@ def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
 
 @contextmanager
 def locked(name: str, settings: Settings) -> Iterator[None]:
-    """Hold the lock behind which a model's versions come to this device and go."""
+    """Hold the lock under which versions of a model are installed and removed."""
     with locks.exclusive(settings.locks / f"pull-{_checked(name)}.lock", f"the installation of {name!r}", wait=True):
         yield
 
@@ -110,7 +110,7 @@ def catalog_locked(settings: Settings) -> Iterator[None]:
 
 
 def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
-    """Take versions out of that catalog, whose lock is held; it would keep them though their folders are gone.
+    """Take versions out of Foundry Local's catalog, whose lock is held; it would keep them without their folders.
 
     Returns:
         Those that are not in it any more. A failure is only logged.
@@ -132,10 +132,10 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
 
 
 def move_aside(folder: Path, settings: Settings) -> Path:
-    """Move an installed version to where no runtime finds it, and where it does not outlive this process for long.
+    """Move an installed version to where no runtime finds it; the next call removes what a dead process left there.
 
     Raises:
-        OSError: It cannot be moved, as where a file of it is in use.
+        OSError: It cannot be moved, for example because a file of it is in use.
     """
     aside = settings.deployed / "aside"
     aside.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def move_aside(folder: Path, settings: Settings) -> Path:
 
 
 def work_of(name: str, settings: Settings) -> Path:
-    """Where a child finds its request; not where a job of that model works, which is emptied when one begins."""
+    """Where a child finds its request; the folder of the model's jobs is emptied when a job begins."""
     return settings.deployed / "work" / name
 
 
@@ -180,7 +180,7 @@ def _remove(superseded: Sequence[Installed], settings: Settings) -> None:
     for one in superseded:
         if one.foundry_id not in gone:
             continue
-        # Whole or not at all: where a file is in use, some systems remove the others and keep that.
+        # Whole or not at all: some systems would remove all files but one that is in use.
         try:
             aside = move_aside(one.folder, settings)
         except OSError as error:
@@ -193,7 +193,7 @@ def _remove(superseded: Sequence[Installed], settings: Settings) -> None:
 def _checked(name: str) -> str:
     """A name that may become a path."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"{name!r} is no name of a model.", "A name has letters, digits, '-' and '_'.")
+        raise UsageError(f"{name!r} is not the name of a model.", "A name has letters, digits, '-' and '_'.")
     return name
 
 

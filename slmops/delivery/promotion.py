@@ -1,4 +1,4 @@
-"""Which version is to be deployed, and whether it may be: the job's gates once more, against today's champion."""
+"""Which version is to be deployed, and whether it may be: its job's gates applied again, against today's champion."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from slmops.tracking.tracker import Tracker
 
 
 class Decision(Frozen):
-    """What speaks for a challenger, and what against it."""
+    """What speaks for a challenger and what speaks against it."""
 
     challenger: ModelVersion
     champion: ModelVersion | None
     gates: tuple[GateResult, ...]
-    differs: tuple[str, ...] = Field(description="What the two were measured with that is not the same.")
+    differs: tuple[str, ...] = Field(description="The conditions in which the two were measured differently.")
     elsewhere: str | None = Field(None, description="Why their speeds are not compared; None: they are.")
 
     @property
@@ -40,7 +40,7 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
         UsageError: There is no such version.
     """
     if request.version is not None and request.precision is not None:
-        raise UsageError("--precision and --version name a version each.", "Give one of them.")
+        raise UsageError("--precision and --version both name a version.", "Give only one of them.")
     if request.version is not None:
         return registry.find(request.name, str(request.version))
     if request.precision is not None:
@@ -49,17 +49,17 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
     chosen = next((one for one in comparison.variants if one.name == comparison.choice.variant), None)
     if chosen is None or chosen.version is None:
         raise UsageError(
-            f"The latest comparison of {request.name} chose nothing that could be promoted: {comparison.choice.reason}",
+            f"The latest comparison of {request.name} chose nothing that can be promoted: {comparison.choice.reason}",
             "Name a version with --precision or --version.",
         )
     return registry.find(request.name, str(chosen.version))
 
 
 def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
-    """Apply the policy of the challenger's job to what was measured of it, against the champion of now.
+    """Apply the policy of the challenger's job to its figures, against the present champion.
 
     Raises:
-        UsageError: The challenger's job is not known to the tracking server.
+        UsageError: The comparison of its job does not have it.
     """
     comparison, policy = tracker.judged(challenger.job_id)
     result = next((one for one in comparison.variants if one.run_id == challenger.run_id), None)

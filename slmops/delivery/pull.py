@@ -25,7 +25,8 @@ from slmops.core.settings import Settings
 from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, VariantFile
 from slmops.delivery import installed
-from slmops.foundry import cli, layout, register_worker
+from slmops.foundry import cli, layout, register
+from slmops.foundry.register_worker import PROMPTS, RegisterRequest
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_S = 600
-DIGEST = r"[0-9a-f]{64}"
-
 
 # --- what is asked for, and what fits
 
@@ -47,12 +45,13 @@ def split(reference: str) -> tuple[str, str | None]:
     """Name, and alias or version number, of what a user calls ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``.
 
     Raises:
-        UsageError: It is neither.
+        UsageError: It is none of these.
     """
     name, at, which = reference.partition("@")
     if not re.fullmatch(NAME_PATTERN, name) or (at and not re.fullmatch(NAME_PATTERN, which)):
         raise UsageError(
-            f"{reference!r} names no model.", "Write NAME, NAME@ALIAS (as bot@int8) or NAME@VERSION (as bot@3)."
+            f"{reference!r} does not name a model.",
+            "Write NAME, NAME@ALIAS (such as bot@int8) or NAME@VERSION (such as bot@3).",
         )
     return name, which or None
 
@@ -62,13 +61,13 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
 
     Args:
         registry: Where it is looked up.
-        name: The model's.
-        which: An alias or a version number: that one or none. None: the champion, and where that does not fit, the
-            largest of the other versions of its job that does.
+        name: The model's name.
+        which: An alias or a version number, and no other version will do. None: the champion or, if that does not fit,
+            the largest of the other versions of its job that does.
 
     Raises:
         UsageError: There is no such version, or none was promoted.
-        PrerequisiteError: What there is does not fit this device.
+        PrerequisiteError: Nothing of it fits this device.
         TrackingError: The registry cannot be reached.
     """
     if which is not None:
@@ -108,7 +107,7 @@ def _check_fits(version: ModelVersion, fix: str) -> None:
 def _problem(version: ModelVersion) -> str | None:
     """Why this device cannot run a version; None if it can."""
     if version.device != "cpu":
-        return f"it is made for {version.device} ({version.provider}), and here versions run on the CPU"
+        return f"it is made for {version.device} ({version.provider}), and this device runs versions on the CPU"
     memory_mb = machine.hardware().memory_gb * 1000
     if version.memory_mb > memory_mb:
         return f"it needs {version.memory_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
@@ -119,10 +118,10 @@ def _problem(version: ModelVersion) -> str | None:
 
 
 def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installed:
-    """Install the fitting version and make it the current one.
+    """Install the version that :func:`fitting` finds and make it the current one.
 
     Raises:
-        SlmopsError: As :func:`fitting` and :func:`install` do; what was current before stays so.
+        SlmopsError: As for :func:`fitting` and :func:`install`; the current version stays what it was.
     """
     from slmops.tracking.registry import Registry
 
@@ -133,9 +132,9 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
 
 
 def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
-    """Have a version on this device, whole and verified, in Foundry Local and answering; twice is harmless.
+    """Bring a version onto this device, whole and verified, and register it in Foundry Local; twice is harmless.
 
-    What a broken attempt brought is kept and used by the next one. Other versions are not touched.
+    The next attempt goes on with what a broken one has brought. Other versions are not touched.
 
     Args:
         version: As the registry has it.
@@ -144,8 +143,8 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
 
     Raises:
         PrerequisiteError: It does not fit this device, or the disk is full.
-        TrackingError: The registry cannot be reached, or what it gives is gone or altered.
-        RegistrationError: Foundry Local refuses it, or it answers nothing; if it is new it is removed again.
+        TrackingError: The registry cannot be reached, or its files are gone or altered.
+        RegistrationError: Foundry Local refuses it, or it answers nothing. A new version is then removed again.
     """
     with installed.locked(version.name, settings):
         return _install(version, settings, uri)
@@ -153,8 +152,8 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
 
 def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     _check_fits(version, "Use a larger device, or promote a smaller variant.")
-    if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch(DIGEST, version.manifest_sha256):
-        raise TrackingError(f"{version.label} is no version that slmops made: its tags make no sense.")
+    if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch("[0-9a-f]{64}", version.manifest_sha256):
+        raise TrackingError(f"{version.label} was not made by slmops: its tags make no sense.")
     called = layout.model_name(version.name, version.variant)
     folder = installed.folder_of(settings) / f"{called}-{version.version}"
     done = Installed(
@@ -193,14 +192,14 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
 
 
 def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads: Path) -> VersionManifest:
-    """Complete the download folder: what this device has is linked, the rest is fetched."""
+    """Complete the download folder: files that this device has are linked, the others are fetched."""
     read = download.fetch(origin, VERSION_MANIFEST, None, version.manifest_sha256, downloads).read_bytes()
     try:
         manifest = VersionManifest.model_validate_json(read)
     except ValidationError as error:
         raise TrackingError(
             f"{VERSION_MANIFEST} of {version.label} is not understood: {problems(error)[0]}.",
-            "It may be of a newer slmops: update the one on this device.",
+            "A newer slmops may have made it: update the one on this device.",
         ) from error
     _check(manifest, version)
     known = _known(settings)
@@ -232,27 +231,26 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
 
 
 def _check(manifest: VersionManifest, version: ModelVersion) -> None:
-    """Let no name out of its folder."""
+    """See that the manifest is the version's, and that no file name leads out of its folder."""
+    said = f"{VERSION_MANIFEST} of {version.label}"
     if (manifest.model, manifest.variant) != (version.name, version.variant):
-        raise TrackingError(f"{VERSION_MANIFEST} of {version.label} is that of {manifest.model} ({manifest.variant}).")
+        raise TrackingError(f"{said} is that of {manifest.model} ({manifest.variant}).")
     taken = {VERSION_MANIFEST, layout.INFERENCE_MODEL}
     folders: set[str] = set()
     for file in manifest.files:
-        name = file.name.casefold()  # some file systems know no case
+        name = file.name.casefold()  # some file systems ignore case
         # Backslashes and colons are for Windows, which also leaves out dots and blanks at the end: "..." is "..".
         parts = name.split("/")
         plain = not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)
         if not plain or name in taken:
             raise TrackingError(
-                f"{VERSION_MANIFEST} of {version.label} names a file {file.name!r}, which cannot be one of its own.",
+                f"{said} names a file {file.name!r}, which is not a possible name.",
                 "Nothing of it was installed. Whoever put it into the registry has to promote it again.",
             )
         taken.add(name)
         folders |= {str(parent) for parent in PurePosixPath(name).parents}
     if taken & folders:
-        raise TrackingError(
-            f"{VERSION_MANIFEST} of {version.label} names {min(taken & folders)!r} as a file and as a folder."
-        )
+        raise TrackingError(f"{said} names {min(taken & folders)!r} as a file and as a folder.")
 
 
 def _known(settings: Settings) -> dict[str, list[Path]]:
@@ -274,7 +272,7 @@ def _known(settings: Settings) -> dict[str, list[Path]]:
 
 @contextmanager
 def _replacing(folder: Path, settings: Settings) -> Iterator[None]:
-    """Move aside what lies where a version will, and bring it back if the block fails."""
+    """Move aside what lies in the place of a version, and move it back if the block fails."""
     aside = None
     if folder.exists():
         log.warning("%s is not what the registry has: replacing it", folder)
@@ -308,25 +306,22 @@ def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, An
 
 
 def _register(done: Installed, settings: Settings) -> None:
-    """Have Foundry Local list it, and have it answer."""
+    """See that Foundry Local lists it, and that it answers."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
+    request = RegisterRequest(
+        home=settings.deployed,
+        folder=done.folder,
+        foundry_id=done.foundry_id,
+        display_name=f"{done.name} {done.variant}",
+    )
     with installed.catalog_locked(settings):
         cli.confirm(called, cache)
-        cli.ask(called, cache, register_worker.PROMPTS[0])
+        cli.ask(called, cache, PROMPTS[0])
         try:
-            children.call(
-                "slmops.foundry.register_worker",
-                register_worker.RegisterRequest(
-                    home=settings.deployed,
-                    folder=done.folder,
-                    foundry_id=done.foundry_id,
-                    display_name=f"{done.name} {done.variant}",
-                ),
-                register_worker.RegisterResult,
+            register.register_folder(
+                request,
                 work=installed.work_of(done.name, settings),
                 log=settings.logs / done.name / f"{done.variant}.pull.log",
-                timeout_s=TIMEOUT_S,
-                error=RegistrationError,
             )
         except SlmopsError:
             installed.forget([done.foundry_id], settings)  # a child that crashed has not

@@ -1,7 +1,7 @@
-"""What is deployed, measured on this device: the verified files of a version, in a Foundry home of their own.
+"""A deployed version measured again on this device: its verified files, in a Foundry home of their own.
 
-So nothing that happens to the deployed version meanwhile (a promotion that tidies it away, a service that loads and
-unloads it) disturbs the measurement, and the measurement disturbs nothing.
+So the measurement is not disturbed when the deployed version is removed after a promotion or loaded by a service, and
+it disturbs nothing itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slmops.core import locks
-from slmops.core.errors import BusyError, PrerequisiteError, RegistrationError, SlmopsError, UsageError
+from slmops.core.errors import BusyError, PrerequisiteError, SlmopsError, UsageError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
@@ -22,18 +22,16 @@ from slmops.evaluation import dataset, quality, scoring, speed, statistics, summ
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
-from slmops.foundry import register_worker
+from slmops.foundry.register import register_folder
+from slmops.foundry.register_worker import RegisterRequest
 from slmops.foundry.stage import stage
 from slmops.foundry.versions import Installed
-from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
-REGISTER_S = 600
-
 
 class Plan(Frozen):
-    """What of a recorded evaluation can be measured again here."""
+    """Which parts of a recorded evaluation can be measured again here."""
 
     speed: bool
     questions: EvaluationSet | None
@@ -49,7 +47,7 @@ class Place(Frozen):
 
 
 def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
-    """See what can be compared.
+    """Find out what can be compared.
 
     Args:
         recorded: What there is to compare with.
@@ -57,7 +55,7 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
         settings: Where things are.
 
     Raises:
-        PrerequisiteError: Nothing can.
+        PrerequisiteError: Nothing can be compared.
     """
     left_out = []
     same = here == recorded.hardware_kind
@@ -70,10 +68,10 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
         left_out.append("speed and memory, which were not recorded")
     questions = _questions(recorded, settings)
     if isinstance(questions, str):
-        left_out.append(f"accuracy, as {questions}")
+        left_out.append(f"accuracy, because {questions}")
     text = _text(recorded)
     if text is None:
-        left_out.append("perplexity, as its text is gone or altered")
+        left_out.append("perplexity, because its text is gone or altered")
     found = questions if isinstance(questions, EvaluationSet) else None
     if not timed and found is None and text is None:
         raise PrerequisiteError(
@@ -85,15 +83,15 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
 
 @contextmanager
 def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]:
-    """Have an installed version in a Foundry home of its own, its files linked, registered and answering.
+    """Lay an installed version out in a Foundry home of its own, its files linked, registered and answering.
 
     Args:
         version: The version.
-        name: Of the work folder, which nobody else uses now; it is removed in the end.
+        name: Name of the work folder, which nobody else uses now; it is removed in the end.
         settings: Where things are.
 
     Raises:
-        BusyError: The version was removed in this moment.
+        BusyError: The version was removed just now.
         RegistrationError: Foundry Local refuses it, or it answers nothing.
     """
     home = settings.work(name) / "foundry"
@@ -105,18 +103,14 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
         except FileNotFoundError as error:
             raise BusyError(
                 f"{version.foundry_id} was removed from this device before it could be measured.",
-                "Another version has been deployed meanwhile: try again.",
+                "Another version was deployed in the meantime: try again.",
             ) from error
-        registered, _ = children.call(
-            "slmops.foundry.register_worker",
-            register_worker.RegisterRequest(
+        registered = register_folder(
+            RegisterRequest(
                 home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=version.foundry_id
             ),
-            register_worker.RegisterResult,
             work=settings.work(name) / "register",
             log=settings.logs / name / f"{version.variant}.register.log",
-            timeout_s=REGISTER_S,
-            error=RegistrationError,
         )
         yield Place(
             home=home,
@@ -127,7 +121,7 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
 
 
 def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
-    """Speed and memory, as the job measured them: the same prompts, as many rounds.
+    """Speed and memory, measured as in the job: the same prompts and as many rounds.
 
     Raises:
         EvaluationError: It could not be measured.
@@ -187,7 +181,7 @@ def ask_questions(
 
 
 def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:
-    """The evaluation set with the recorded digest; or why there is none. First the job's copy, then where it was."""
+    """The evaluation set with the recorded digest, or why there is none; first the job's copy, then the original."""
     matcher = recorded.job.matcher
     if matcher is not None and not Path(matcher.rpartition(":")[0]).expanduser().is_file():
         return f"its matcher {matcher} is not on this machine"
@@ -204,7 +198,7 @@ def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:
 
 
 def _text(recorded: Recorded) -> str | None:
-    """The text with the recorded digest. First the job's copy, then where it was."""
+    """The text with the recorded digest; first the job's copy, then the original."""
     for path in dict.fromkeys((recorded.text, recorded.job.perplexity_text)):
         try:
             text, digest = dataset.perplexity_text(path)

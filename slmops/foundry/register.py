@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
 from slmops.checkpoints import chat_template
 from slmops.core import locks
@@ -12,7 +13,8 @@ from slmops.core.files import remove_scratch
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
-from slmops.foundry import cli, layout, prompt_template, register_worker
+from slmops.foundry import cli, layout, prompt_template
+from slmops.foundry.register_worker import RegisterRequest, RegisterResult
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -38,19 +40,12 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         foundry_id = f"{layout.model_name(name, variant.name)}:{version}"
         try:
             cli.confirm(layout.model_name(name, variant.name), models)
-            result, _ = children.call(
-                "slmops.foundry.register_worker",
-                register_worker.RegisterRequest(
-                    home=settings.foundry,
-                    folder=folder,
-                    foundry_id=foundry_id,
-                    display_name=f"{name} {variant.name}",
+            result = register_folder(
+                RegisterRequest(
+                    home=settings.foundry, folder=folder, foundry_id=foundry_id, display_name=f"{name} {variant.name}"
                 ),
-                register_worker.RegisterResult,
                 work=settings.work(name) / f"{variant.name}-register",
                 log=settings.logs / name / f"{variant.name}.register.log",
-                timeout_s=REGISTER_TIMEOUT_S,
-                error=RegistrationError,
             )
         except SlmopsError:
             if new:
@@ -63,3 +58,26 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         prompt_template_exact=derived.exact,
         answer=result.answer,
     )
+
+
+def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> RegisterResult:
+    """Register a folder that lies in Foundry's layout, in a child process that has it answer.
+
+    Args:
+        request: What to register, and where.
+        work: Folder for the child's request and result.
+        log: File that receives what it prints.
+
+    Raises:
+        RegistrationError: Foundry Local refuses it, or it answers nothing.
+    """
+    result, _ = children.call(
+        "slmops.foundry.register_worker",
+        request,
+        RegisterResult,
+        work=work,
+        log=log,
+        timeout_s=REGISTER_TIMEOUT_S,
+        error=RegistrationError,
+    )
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,6 @@ from slmops.processes import children
 from tests.pulled import BIG, CRASHED, FILES, Device
 
 Versions = dict[int, Installed]
-
-
-@pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    return Device(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -85,7 +81,7 @@ def test_tidying_that_fails_harms_nothing(
     installed.make_current(versions[4], device.settings)
     assert installed.current("bot", device.settings) == versions[4]
     assert device.here() == [4, 3, 2, 1]
-    assert "stay in Foundry Local's catalog: The process was killed by SIGSEGV" in caplog.text
+    assert "SIGSEGV" in caplog.text
 
 
 def test_a_folder_in_use_stays_whole(device: Device, versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,13 +139,13 @@ def renamed(version: Installed) -> None:
 
 
 @pytest.mark.parametrize("damage", [remove, shorten, half, undescribed, renamed])
-def test_a_current_version_that_is_no_more_gives_way_to_the_one_before(
+def test_a_current_version_that_is_gone_gives_way_to_the_one_before(
     device: Device, versions: Versions, damage: Callable[[Installed], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(versions[2])
     assert device.here() == [4, 3, 1]
     assert installed.current("bot", device.settings) == versions[1]
-    assert "bot-int8-generic-cpu:2 is not on this device any more, or not whole" in caplog.text
+    assert "bot-int8-generic-cpu:2" in caplog.text
     damage(versions[1])
     assert installed.current("bot", device.settings) is None
 
@@ -163,14 +159,14 @@ def test_a_home_that_moved(device: Device, versions: Versions, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"current": 3}'])
-def test_a_note_that_cannot_be_read_is_none(device: Device, versions: Versions, text: str) -> None:
+def test_a_note_that_cannot_be_read_does_not_count(device: Device, versions: Versions, text: str) -> None:
     (device.settings.deployed / "bot.json").write_text(text)
     assert installed.current("bot", device.settings) is None
     installed.make_current(versions[4], device.settings)
     assert state(device) == ("4", None)
 
 
-def test_a_folder_that_somebody_copied_is_none_of_ours(device: Device, versions: Versions) -> None:
+def test_a_folder_that_somebody_copied_is_not_ours(device: Device, versions: Versions) -> None:
     for name in ("bot-int4-generic-cpu-9", "bot-copy", "bot-int8-generic-cpu-9x"):
         shutil.copytree(versions[4].folder, device.models / name)
     assert device.here() == [4, 3, 2, 1]
@@ -185,5 +181,5 @@ def test_nothing_is_here(device: Device) -> None:
 @pytest.mark.parametrize("name", ["", "../bot", "a/b", "*", "bot\n"])
 @pytest.mark.parametrize("ask", [installed.versions, installed.current])
 def test_a_name_that_would_be_a_path(device: Device, name: str, ask: Callable[[str, Settings], Any]) -> None:
-    with pytest.raises(UsageError, match="is no name of a model"):
+    with pytest.raises(UsageError, match=re.escape(repr(name))):
         ask(name, device.settings)

@@ -97,7 +97,7 @@ def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, s
 )
 def test_nothing_to_promote(chosen: str | None, number: int | None) -> None:
     tracker = Tracker(measured(0.5).model_copy(update={"version": number}), chosen=chosen)
-    with pytest.raises(UsageError, match="chose nothing that could be promoted: Nothing passes") as caught:
+    with pytest.raises(UsageError, match="Nothing passes") as caught:
         pick(Promotion(name="bot"), tracker)
     assert "--precision" in str(caught.value.fix)
 
@@ -129,8 +129,9 @@ def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> Non
     if error is not None:
         assert isinstance(error, GateError)
         assert error.exit_code == 3
-        assert "bot version 2 (int8) is not promoted: accuracy differs from the champion's by -0.15" in error.message
-        assert error.fix == "`slmops promote bot --version 2 --force REASON` overrides it."
+        assert "bot version 2 (int8)" in error.message
+        assert "accuracy differs from the champion's by -0.15" in error.message
+        assert "slmops promote bot --version 2 --force REASON" in (error.fix or "")
         assert "Against it:" in promotion.text(decision, Promotion(name="bot"))
 
 
@@ -187,7 +188,7 @@ def test_nothing_is_said_of_two_machines_of_one_kind() -> None:
 
 
 def test_an_evaluation_that_is_not_in_its_job() -> None:
-    with pytest.raises(UsageError, match="is not in the comparison of its job"):
+    with pytest.raises(UsageError, match=r"bot version 2 \(int8\)"):
         judge(Tracker(measured(0.9, run_id="another")), None)
 
 

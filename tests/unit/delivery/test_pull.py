@@ -20,11 +20,6 @@ from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
 from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, described, digest, names
 
 
-@pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    return Device(tmp_path, monkeypatch)
-
-
 def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
     done = device.install()
     folder = device.settings.deployed / "models" / "slmops" / "bot-int8-generic-cpu-3"
@@ -69,7 +64,7 @@ def test_the_manifest_cannot_give_another_name(device: Device) -> None:
         "model.onnx/x",
     ],
 )
-def test_names_that_are_none_of_its_own(device: Device, name: str) -> None:
+def test_names_that_cannot_be_files_of_a_version(device: Device, name: str) -> None:
     device.remote.files[name] = b"evil"
     device.remote.describe(files=(*described(FILES), *described({name: b"evil"})))
     with pytest.raises(TrackingError, match=r"deployment.json of bot version 3 \(int8\) names ") as caught:
@@ -91,20 +86,22 @@ def test_names_that_are_plain(device: Device, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "error", "said"),
     [
-        ({"variant": "../../x"}, "is no version that slmops made"),
-        ({"manifest_sha256": "../" * 21 + "x"}, "is no version that slmops made"),
-        ({"manifest_sha256": "A" * 64}, "is no version that slmops made"),
-        ({"manifest_sha256": ""}, "is no version that slmops made"),
-        ({"name": "../x"}, "'../x' is no name of a model"),
-        ({"name": "bot\n"}, "is no name of a model"),
-        ({"variant": "int4"}, r"deployment.json of bot version 3 \(int4\) is that of bot \(int8\)"),
-        ({"name": "other"}, r"deployment.json of other version 3 \(int8\) is that of bot \(int8\)"),
+        ({"variant": "../../x"}, TrackingError, r"bot version 3 \(\.\./\.\./x\)"),
+        ({"manifest_sha256": "../" * 21 + "x"}, TrackingError, "slmops"),
+        ({"manifest_sha256": "A" * 64}, TrackingError, "slmops"),
+        ({"manifest_sha256": ""}, TrackingError, "slmops"),
+        ({"name": "../x"}, UsageError, "'../x'"),
+        ({"name": "bot\n"}, UsageError, r"'bot\\n'"),
+        ({"variant": "int4"}, TrackingError, r"deployment.json of bot version 3 \(int4\)"),
+        ({"name": "other"}, TrackingError, r"deployment.json of other version 3 \(int8\)"),
     ],
 )
-def test_a_version_that_makes_no_sense(device: Device, changes: dict[str, str], said: str) -> None:
-    with pytest.raises(SlmopsError, match=said):
+def test_a_version_that_makes_no_sense(
+    device: Device, changes: dict[str, str], error: type[SlmopsError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
         device.install(**changes)
     assert names(device.settings.deployed) <= {f"downloads/{digest(device.remote.text)}/{VERSION_MANIFEST}.part"}
 
@@ -112,7 +109,7 @@ def test_a_version_that_makes_no_sense(device: Device, changes: dict[str, str], 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model": "bot"}'])
 def test_a_manifest_of_another_kind(device: Device, text: bytes) -> None:
     device.remote.answers[VERSION_MANIFEST] = [text, text]
-    with pytest.raises(TrackingError, match="is not understood") as caught:
+    with pytest.raises(TrackingError, match=r"deployment\.json") as caught:
         device.install(manifest_sha256=digest(text))
     assert "newer slmops" in (caught.value.fix or "")
 
@@ -121,7 +118,7 @@ def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
     device.serve("bot-two", "int8")
     first = device.install()
     device.serve("bot", "two-int8")
-    with pytest.raises(RegistrationError, match="holds a version of bot-two"):
+    with pytest.raises(RegistrationError, match="bot-two"):
         device.install()
     assert installed.versions("bot-two", device.settings) == [first]
     assert device.here() == []
@@ -195,7 +192,7 @@ def test_references(reference: str, parts: tuple[str, str | None]) -> None:
     [*("", "@", "bot@", "@int8", "bot@a@b", "bot int8", " bot", "bot\n"), *("org/bot", "../bot", "bot@../x", "bot:3")],
 )
 def test_references_to_nothing(reference: str) -> None:
-    with pytest.raises(UsageError, match="names no model") as caught:
+    with pytest.raises(UsageError) as caught:
         pull.split(reference)
     assert repr(reference) in caught.value.message
 
@@ -203,12 +200,12 @@ def test_references_to_nothing(reference: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"memory_mb": 8000.5}, "it needs 8000 MB of memory, and there are 8000 MB"),
-        ({"device": "gpu", "provider": "CUDAExecutionProvider"}, r"made for gpu \(CUDAExecutionProvider\)"),
+        ({"memory_mb": 8000.5}, "8000 MB of memory"),
+        ({"device": "gpu", "provider": "CUDAExecutionProvider"}, "CUDAExecutionProvider"),
     ],
 )
 def test_a_version_that_does_not_fit_is_not_fetched(device: Device, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(PrerequisiteError, match=rf"^bot version 3 \(int8\) does not fit this device: .*{said}"):
+    with pytest.raises(PrerequisiteError, match=said):
         device.install(**changes)
     assert device.remote.asked == []
     assert device.install(memory_mb=8000)
@@ -277,7 +274,7 @@ def test_the_choice(
     registry: Any = Registry(versions, champion.version if champion else None)
     assert pull.fitting(registry, "bot", which) == expected
     if which is None and champion is not None and expected != champion:
-        assert f"the champion, {champion.label}, does not fit this device: it " in caplog.text
+        assert champion.label in caplog.text
         assert expected.label in caplog.text
     else:
         assert caplog.text == ""
@@ -287,41 +284,26 @@ def test_the_choice(
 @pytest.mark.parametrize(
     ("versions", "champion", "which", "error", "said"),
     [
-        ([INT8], None, None, UsageError, "Nothing of bot is promoted."),
-        ([], None, None, UsageError, "Nothing of bot is promoted."),
-        ([INT8], 3, "fp64", UsageError, "There is no bot@fp64."),
-        (
-            [FP32, INT4],
-            4,
-            "fp32",
-            PrerequisiteError,
-            "bot version 5 (fp32) does not fit this device: it needs 9000 MB of memory, and there are 8000 MB.",
-        ),
-        (
-            [INT4, GPU],
-            4,
-            "cuda",
-            PrerequisiteError,
-            "bot version 8 (cuda) does not fit this device: it is made for gpu (CUDAExecutionProvider), "
-            "and here versions run on the CPU.",
-        ),
-        (
-            [FP32, FP16, OLDER],
-            5,
-            None,
-            PrerequisiteError,
-            "No version of bot fits this device. bot version 5 (fp32): it needs 9000 MB of memory, and there are "
-            "8000 MB. bot version 6 (fp16): it needs 8100 MB of memory, and there are 8000 MB.",
-        ),
+        ([INT8], None, None, UsageError, ["bot"]),
+        ([], None, None, UsageError, ["bot"]),
+        ([INT8], 3, "fp64", UsageError, ["bot@fp64"]),
+        ([FP32, INT4], 4, "fp32", PrerequisiteError, [FP32.label, "9000 MB", "8000 MB"]),
+        ([INT4, GPU], 4, "cuda", PrerequisiteError, [GPU.label, "gpu (CUDAExecutionProvider)"]),
+        ([FP32, FP16, OLDER], 5, None, PrerequisiteError, [FP32.label, "9000 MB", FP16.label, "8100 MB"]),
     ],
 )
 def test_no_choice(
-    versions: list[ModelVersion], champion: int | None, which: str | None, error: type[SlmopsError], said: str
+    versions: list[ModelVersion],
+    champion: int | None,
+    which: str | None,
+    error: type[SlmopsError],
+    said: Sequence[str],
 ) -> None:
     registry: Any = Registry(versions, champion)
     with pytest.raises(error) as caught:
         pull.fitting(registry, "bot", which)
-    assert caught.value.message == said
+    assert all(one in caught.value.message for one in said)
+    assert OLDER.label not in caught.value.message
 
 
 def test_pull_from_beginning_to_end(
@@ -337,8 +319,8 @@ def test_pull_from_beginning_to_end(
     assert installed.current("bot", device.settings) == done
     assert "bot version 3 (int8): 5 files to fetch (0 MB), 0 are here" in caplog.messages
     assert "bot version 3 (int8): in Foundry Local as bot-int8-generic-cpu:3" in caplog.messages
-    with pytest.raises(UsageError, match=r"There is no bot@int9\."):
+    with pytest.raises(UsageError, match="bot@int9"):
         pull.pull("bot", "int9", device.settings, URI)
     assert installed.current("bot", device.settings) == done
-    with pytest.raises(UsageError, match="is no name of a model"):
+    with pytest.raises(UsageError, match=r"\.\./bot"):
         pull.pull("../bot", None, device.settings, URI)

@@ -309,9 +309,9 @@ def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, 
     without = remeasurement.plan(recorded(**asked), HERE, settings)
     assert (without.questions, without.text, without.speed) == (None, None, True)
     reasons = {"unlink": "cannot be read", "write_text": "has bad lines"}
-    assert without.left_out[0].startswith("accuracy, as its evaluation set cannot be used: ")
+    assert without.left_out[0].startswith("accuracy, because its evaluation set cannot be used: ")
     assert reasons[lost] in without.left_out[0]
-    assert without.left_out[1:] == ("perplexity, as its text is gone or altered",)
+    assert without.left_out[1:] == ("perplexity, because its text is gone or altered",)
     # A copy that is not what the digest is over does not count.
     copies["evaluation_set"].write_text(making.EVALUATION_SET.replace("France", "Spain"))
     altered = remeasurement.plan(recorded(**asked, **copies), HERE, settings)
@@ -322,14 +322,14 @@ def test_a_set_that_reads_well_and_is_another(settings: Settings, tmp_path: Path
     asked = files(tmp_path)
     asked["job"].evaluation_set.write_text(making.EVALUATION_SET.replace("France", "Spain"))
     plan = remeasurement.plan(recorded(**asked), HERE, settings)
-    assert plan.left_out == ("accuracy, as its evaluation set is gone or altered",)
+    assert plan.left_out == ("accuracy, because its evaluation set is gone or altered",)
 
 
 def test_a_matcher_that_is_not_here(settings: Settings, tmp_path: Path) -> None:
     job = Job(model="demo", matcher=f"{tmp_path / 'mine.py'}:same")
     plan = remeasurement.plan(recorded(job=job), HERE, settings)
     assert plan.questions is None
-    assert plan.left_out == (f"accuracy, as its matcher {job.matcher} is not on this machine",)
+    assert plan.left_out == (f"accuracy, because its matcher {job.matcher} is not on this machine",)
     (tmp_path / "mine.py").write_text("")
     assert remeasurement.plan(recorded(job=job), HERE, settings).questions is not None
 

@@ -22,12 +22,6 @@ from slmops.tracking import download
 from tests import values
 from tests.pulled import BIG, BLOCK, FILES, LOCATION, SIZE, URI, Device, Remote, contents, described, digest, names
 
-
-@pytest.fixture
-def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    return Device(tmp_path, monkeypatch)
-
-
 # --- connections that break
 
 

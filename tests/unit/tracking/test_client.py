@@ -1,0 +1,33 @@
+"""How MLflow's errors reach a user."""
+
+from __future__ import annotations
+
+from slmops.tracking.client import talking
+
+import pytest
+from mlflow.exceptions import MlflowException
+from requests.exceptions import ConnectionError as NoConnection
+
+from slmops.core.errors import TrackingError
+
+URI = "https://me:secret@mlflow.example:5000"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MlflowException("the server went away\nand more"), "the server went away"),
+        (
+            MlflowException(f"API request to {URI}/api failed"),
+            "API request to https://***@mlflow.example:5000/api failed",
+        ),
+        (NoConnection("HTTPSConnectionPool(host='mlflow.example', port=5000): Max retries"), "it cannot be reached"),
+        (NoConnection("('Connection broken: IncompleteRead(0 bytes read)'"), "the connection broke"),
+        (OSError(), "OSError"),
+        (MlflowException("x" * 1000), "x" * 300),
+    ],
+)
+def test_the_first_line_without_passwords(error: Exception, said: str) -> None:
+    with pytest.raises(TrackingError) as caught, talking(URI):
+        raise error
+    assert caught.value.message == f"MLflow at https://***@mlflow.example:5000 failed: {said}"

@@ -1,28 +1,15 @@
-"""Check, and on request mend, everything that the jobs need on this machine."""
+"""Check everything that the jobs need on this machine, and install what is missing if asked to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
 from slmops.core.settings import Settings
 from slmops.local import doctor
-from tasks.environment import check_environment
-
-
-@task(name="install the tested packages", task_run_name="install the tested packages", cache_policy=NO_CACHE)
-def install(settings: Settings) -> None:
-    """``slmops doctor --fix``."""
-    doctor.fix(settings)
-
-
-@task(name="build ONNX Runtime GenAI", task_run_name="build ONNX Runtime GenAI", cache_policy=NO_CACHE)
-def build_genai(checkout: Path, settings: Settings) -> Path:
-    """``slmops doctor --build-genai``; returns the wheel."""
-    return doctor.build_genai(checkout, settings)
+from tasks.environment import build_onnxruntime_genai, check_everything, install_tested_packages
 
 
 @flow(name="prepare-environment", persist_result=False)
@@ -38,10 +25,10 @@ def prepare_environment(fix: bool = False, genai_checkout: Path | None = None) -
     """
     settings = Settings()
     if fix:
-        install(settings)
+        install_tested_packages(settings)
     if genai_checkout is not None:
-        build_genai(genai_checkout, settings)
-    checks = doctor.check(settings)
-    rows = [{"check": c.name, "status": c.status, "found": c.detail, "mend": c.fix or ""} for c in checks]
+        build_onnxruntime_genai(genai_checkout, settings)
+    checks = check_everything(settings)
+    rows = [{"check": c.name, "status": c.status, "found": c.detail, "fix": c.fix or ""} for c in checks]
     create_table_artifact(rows, key="environment", description="slmops doctor")
-    check_environment.fn(settings)
+    doctor.require(checks)

@@ -1,27 +1,37 @@
-"""Is everything there that the job needs?"""
+"""Is everything there that a job needs, and getting what can be got."""
 
 from __future__ import annotations
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
+from pathlib import Path
 
-from slmops.core.errors import PrerequisiteError
 from slmops.core.settings import Settings
 from slmops.local import doctor
+from tasks.stage import stage
 
 
-@task(name="check environment", task_run_name="check environment", cache_policy=NO_CACHE)
-def check_environment(settings: Settings, *, imports: bool = False) -> list[doctor.Check]:
-    """All checks of ``slmops doctor``; importing each package only if ``imports``.
+@stage()
+def check_environment(settings: Settings) -> None:
+    """All checks of ``slmops doctor`` that take no time.
 
     Raises:
         PrerequisiteError: A check failed.
     """
-    checks = doctor.check(settings, imports=imports)
-    failed = [check for check in checks if check.status == "failure"]
-    if failed:
-        raise PrerequisiteError(
-            "\n".join(f"{check.name}: {check.detail}" for check in failed),
-            "; ".join(dict.fromkeys(check.fix for check in failed if check.fix)) or "See `slmops doctor`.",
-        )
-    return checks
+    doctor.require(doctor.check(settings, imports=False))
+
+
+@stage()
+def check_everything(settings: Settings) -> list[doctor.Check]:
+    """All checks of ``slmops doctor``, those that import every package too. None raises."""
+    return doctor.check(settings)
+
+
+@stage()
+def install_tested_packages(settings: Settings) -> None:
+    """``slmops doctor --fix``."""
+    doctor.fix(settings)
+
+
+@stage()
+def build_onnxruntime_genai(checkout: Path, settings: Settings) -> Path:
+    """``slmops doctor --build-genai``; returns the wheel."""
+    return doctor.build_genai(checkout, settings)

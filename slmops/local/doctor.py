@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -75,6 +75,20 @@ def check(settings: Settings, *, imports: bool = True) -> list[Check]:
         checks += packages
     checks.append(_foundry_command(ask=imports))
     return [*checks, *_servers(settings)]
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Refuse to go on if a check failed; warnings do not matter.
+
+    Raises:
+        PrerequisiteError: One or more failed; the message names each.
+    """
+    failed = [check for check in checks if check.status == "failure"]
+    if failed:
+        raise PrerequisiteError(
+            "\n".join(f"{check.name}: {check.detail}" for check in failed),
+            "; ".join(dict.fromkeys(check.fix for check in failed if check.fix)) or "See `slmops doctor`.",
+        )
 
 
 def fix(settings: Settings) -> None:

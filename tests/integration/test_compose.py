@@ -193,7 +193,7 @@ def test_a_wrong_password_is_told(mistaken: Compose) -> None:
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({}, "is no model name"), ({"SLMOPS_SERVE_MODEL": "router"}, "Set SLMOPS_SERVE_TOKEN")],
+    [({}, "is not a model's name"), ({"SLMOPS_SERVE_MODEL": "router"}, "Set SLMOPS_SERVE_TOKEN")],
     ids=["no model", "no token"],
 )
 def test_nothing_is_served_without_a_model_and_a_token(given: dict[str, str], said: str) -> None:

@@ -6,6 +6,7 @@ import contextvars
 import json
 import logging
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from prefect.client.schemas.objects import FlowRun
 from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
 from slmops.conversion import store
+from slmops.core import machine
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -284,6 +286,20 @@ def test_prepare_environment_shows_every_check() -> None:
     assert rows["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
     assert {"Python", "memory", "disk", "CPU", "torch", "olive-ai", "MLflow server"} <= set(rows)
     assert not [row for row in rows.values() if row["status"] == "failure"]
+
+
+@pytest.mark.usefixtures("settings")
+def test_prepare_environment_fails_if_a_package_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tabulate.py").write_text("raise ImportError('spoiled')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "psutil"))
+    with pytest.raises(PrerequisiteError, match="tabulate: .*spoiled"):
+        prepare_environment()
+    made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
+    assert isinstance(made, str)
+    assert {row["check"]: row["status"] for row in json.loads(made)}["tabulate"] == "failure"
 
 
 @pytest.mark.usefixtures("settings")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from slmops.checkpoints import demo_package, hub, inspection, weight_files
 from slmops.checkpoints.store import scratch_folder, stage, unpacked
+from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, sha256
 from slmops.core.job import BASELINE, Job
@@ -111,12 +111,9 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
     Raises:
         PrerequisiteError: There is not enough disk or memory; it says how much is needed and available, in GB.
     """
-    import psutil
-
     sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in {BASELINE, *precisions}}
     disk = sum(sizes.values()) + 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
-    existing = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = machine.disk_free(settings.home)
     if disk > free:
         raise PrerequisiteError(
             f"Not enough disk for {', '.join(sorted(sizes))} of {checkpoint.name}: about {disk / GB:.1f} GB are "
@@ -124,7 +121,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
             "Make room, ask for fewer precisions, or set SLMOPS_HOME to a folder on a larger disk.",
         )
     memory = conversion_memory(checkpoint) if converts else 0.0
-    available = psutil.virtual_memory().available
+    _, available = machine.memory()
     if memory > available:
         raise PrerequisiteError(
             f"Not enough memory to convert {checkpoint.name}: about {memory / GB:.1f} GB are needed, and "

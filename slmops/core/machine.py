@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -34,9 +35,17 @@ PACKAGES = (
 """The packages that the job stands on, by the names that pip knows."""
 
 CPUINFO = Path("/proc/cpuinfo")
-# Version 2 of control groups, then version 1.
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+# Limit, use, and what of the use the kernel gives back when memory is short: version 2 of control groups, then 1.
+_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 # Energy counters of the processor's packages; readable by root only on most systems.
 POWERCAP = Path("/sys/class/powercap")
 
@@ -66,9 +75,30 @@ def hardware() -> Hardware:
         machine=platform.machine(),
         processor=facts.get("name") or platform.processor() or platform.machine(),
         cores=_cores(),
-        memory_gb=round(min([psutil.virtual_memory().total, *_memory_limits()]) / 1e9, 1),
+        memory_gb=round(memory()[0] / 1e9, 1),
         isa=_isa(facts.get("features", "")),
     )
+
+
+def memory() -> tuple[int, int]:
+    """Memory that this process may use, and how much of it is available, in bytes.
+
+    A container's limit counts if it is lower than what the machine has.
+    """
+    system = psutil.virtual_memory()
+    total, available = system.total, system.available
+    for limit_file, used_file, stat_file, cache in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit; version 1 says so with a huge number
+            limit = int((CONTROL_GROUP / limit_file).read_text())
+            stat = dict(line.split() for line in (CONTROL_GROUP / stat_file).read_text().splitlines())
+            used = int((CONTROL_GROUP / used_file).read_text()) - int(stat.get(cache, 0))
+            total, available = min(total, limit), min(available, max(0, limit - used))
+    return total, available
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that are free where ``folder`` is, or will be made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def versions() -> dict[str, str]:
@@ -99,15 +129,6 @@ def _cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return psutil.cpu_count() or 1
-
-
-def _memory_limits() -> list[int]:
-    """What the container allows, in bytes; version 1 of control groups says "no limit" with a huge number."""
-    limits = []
-    for file in MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(file.read_text()))
-    return limits
 
 
 def _isa(features: str) -> tuple[str, ...]:

@@ -20,7 +20,12 @@ class Settings(BaseSettings):
     """Read from ``SLMOPS_*`` environment variables, then from ``.env`` in the current folder."""
 
     model_config = SettingsConfigDict(
-        env_prefix="SLMOPS_", env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix="SLMOPS_",
+        env_file=".env",
+        env_ignore_empty=True,  # a variable that is empty is not set; one with another name may be
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
     )
 
     home: Path = Field(Path(".slmops"), description="The one folder that holds all state.")
@@ -59,9 +64,11 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().resolve()
 
-    @field_validator("judge_url", "judge_model", "judge_api_key", "serve_token", mode="before")
+    @field_validator(
+        "tracking_uri", "prefect_api_url", "judge_url", "judge_model", "judge_api_key", "serve_token", mode="before"
+    )
     @classmethod
-    def _empty_is_unset(cls, value: Any) -> Any:
+    def _blank_is_unset(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
 
     @field_validator("pools", mode="before")

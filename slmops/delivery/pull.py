@@ -216,7 +216,7 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
             part.unlink(missing_ok=True)
             link_or_copy(twin, part)
     needed = sum(file.size - size_of(part_of(downloads, file.name)) for file in missing)
-    free = shutil.disk_usage(downloads).free
+    free = machine.disk_free(downloads)
     if needed > free:
         raise PrerequisiteError(
             f"Not enough disk for {version.label}: {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free "

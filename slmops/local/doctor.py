@@ -202,7 +202,7 @@ def _disk(home: Path) -> Check:
     if not os.access(folder, os.W_OK):
         detail = f"{folder} cannot be written to"
         return Check(name="disk", status="failure", detail=detail, fix="Set SLMOPS_HOME to a folder of yours.")
-    free = shutil.disk_usage(folder).free / 1e9
+    free = machine.disk_free(home) / 1e9
     advice = "Free some space, or set SLMOPS_HOME to a folder on a larger disk."
     return _amount("disk", free, DISK_GB, DISK_LEAST_GB, f"GB free for {home}", advice)
 

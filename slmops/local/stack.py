@@ -311,7 +311,7 @@ def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
 def _as_variable(value: Any) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
-    return value if isinstance(value, str) else json.dumps(value, default=str).strip('"')
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 # --- health

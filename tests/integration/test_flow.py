@@ -295,7 +295,7 @@ def test_prepare_environment_fails_if_a_package_cannot_be_imported(
     (tmp_path / "tabulate.py").write_text("raise ImportError('spoiled')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "psutil"))
-    with pytest.raises(PrerequisiteError, match="tabulate: .*spoiled"):
+    with pytest.raises(PrerequisiteError, match="spoiled"):
         prepare_environment()
     made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
     assert isinstance(made, str)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from slmops.checkpoints import hub, source
+from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -309,6 +310,15 @@ def test_the_room_that_is_needed(
         source.check_room(large, ["int4", "fp16"], settings)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**18))
     with pytest.raises(PrerequisiteError, match=r"about 8800\.0 GB are needed, and \d+\.\d GB are available"):
+        source.check_room(large, ["int4"], settings)
+
+
+def test_the_memory_of_a_container_counts(
+    folder: Path, resolve: Resolve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: (8e9, 4e9))
+    large = resolve(folder).model_copy(update={"parameters": 10**9})
+    with pytest.raises(PrerequisiteError, match=r"about 8\.8 GB are needed, and 4\.0 GB are available"):
         source.check_room(large, ["int4"], settings)
 
 

@@ -16,23 +16,20 @@ STAMPS = {
     "slmops/core/locks.py",
     "slmops/checkpoints/chat_template.py",  # chat templates ask for the date
     "slmops/foundry/prompt_template.py",
+    "slmops/tracking/client.py",
     "slmops/tracking/registry.py",
     "slmops/serving/backend.py",
     "slmops/serving/fleet.py",
     "slmops/serving/registry_watch.py",
-    "slmops/tracking/answers.py",
-    "slmops/tracking/evaluation.py",
-    "slmops/tracking/remeasure.py",
-    "slmops/tracking/soak.py",
-    "slmops/tracking/training.py",
     "slmops/training/finetune.py",
+    "tasks/news.py",
 }
 
 
 def test_nothing_is_timed_by_the_wall_clock() -> None:
     sources = [path for folder in ("slmops", "tasks", "flows") for path in (ROOT / folder).rglob("*.py")]
     asking = {str(path.relative_to(ROOT)) for path in sources if WALL_CLOCK.search(path.read_text(encoding="utf-8"))}
-    assert asking == STAMPS
+    assert asking - STAMPS == set()
     for path in sources:
         for name in re.findall(r"(\w+) = time\.(?:time|monotonic)\(\) \+", path.read_text(encoding="utf-8")):
             assert f"{name} = time.time() +" not in path.read_text(encoding="utf-8"), path

@@ -1,9 +1,11 @@
-"""The energy counters of made-up processors."""
+"""Energy counters of made-up processors, and memory limits of made-up containers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from slmops.core import machine
@@ -72,3 +74,57 @@ def test_one_unreadable_package_spoils_the_sum(powercap: Path) -> None:
 def test_processors_that_do_not_tell(powercap: Path) -> None:
     assert not powercap.exists()
     assert machine.energy_j() is None
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, (64e9, 32e9), id="no container"),
+        pytest.param(
+            {
+                "memory.max": "8000000000",
+                "memory.current": "3000000000",
+                "memory.stat": "anon 1\ninactive_file 1000000000",
+            },
+            (8e9, 6e9),
+            id="version 2: what the kernel can drop is available",
+        ),
+        pytest.param(
+            {"memory.max": "max", "memory.current": "3000000000", "memory.stat": "inactive_file 0"},
+            (64e9, 32e9),
+            id="version 2 without a limit",
+        ),
+        pytest.param(
+            {
+                "memory/memory.limit_in_bytes": "8000000000",
+                "memory/memory.usage_in_bytes": "3000000000",
+                "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 1000000000",
+            },
+            (8e9, 6e9),
+            id="version 1",
+        ),
+        pytest.param(
+            {
+                "memory/memory.limit_in_bytes": str(2**63 - 4096),
+                "memory/memory.usage_in_bytes": "3000000000",
+                "memory/memory.stat": "total_inactive_file 0",
+            },
+            (64e9, 32e9),
+            id="version 1 without a limit",
+        ),
+        pytest.param(
+            {"memory.max": "48000000000", "memory.current": "1000000000", "memory.stat": "inactive_file 0"},
+            (48e9, 32e9),
+            id="others on the machine use more",
+        ),
+    ],
+)
+def test_memory_is_what_the_container_may_use(
+    files: dict[str, str], expected: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(64e9), available=int(32e9)))
+    assert machine.memory() == expected

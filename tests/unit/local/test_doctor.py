@@ -194,9 +194,10 @@ def test_a_build_is_refused_without_a_checkout(settings: Settings, tmp_path: Pat
 def test_hardware_of_an_arm_machine_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n\nprocessor\t: 1\n")
     (tmp_path / "memory.max").write_text("2000000000\n")
-    (tmp_path / "unlimited").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 2000000\n")
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(machine, "MEMORY_LIMITS", (tmp_path / "unlimited", tmp_path / "memory.max"))
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     found = machine.hardware()
     assert found.isa == ("neon", "dotprod", "i8mm")

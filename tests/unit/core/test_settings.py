@@ -1,0 +1,44 @@
+"""Settings as they come from the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slmops.core.settings import Settings
+
+NAMES = {"tracking_uri": "MLFLOW_TRACKING_URI", "prefect_api_url": "PREFECT_API_URL"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLMOPS_", *NAMES.values())):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("field", NAMES)
+def test_an_empty_variable_is_not_set(field: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"SLMOPS_{field.upper()}", empty)
+    assert getattr(Settings(), field) is None
+    monkeypatch.setenv(NAMES[field], empty)
+    assert getattr(Settings(), field) is None
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_an_empty_variable_gives_way_to_the_name_that_others_use(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"SLMOPS_{field.upper()}", "")
+    monkeypatch.setenv(NAMES[field], "http://given")
+    assert getattr(Settings(), field) == "http://given"
+    monkeypatch.setenv(f"SLMOPS_{field.upper()}", "http://ours")
+    assert getattr(Settings(), field) == "http://ours"
+
+
+def test_an_empty_line_of_the_env_file_is_not_set(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SLMOPS_TRACKING_URI=\nMLFLOW_TRACKING_URI=http://given\nSLMOPS_HOME=\n")
+    assert Settings().tracking_uri == "http://given"
+    assert Settings().home == tmp_path / ".slmops"

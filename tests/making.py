@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from slmops.checkpoints import source
 from slmops.conversion import recipes
@@ -105,9 +106,11 @@ def recipe(name: str, asked: Job, checkpoint: Checkpoint) -> Recipe:
 
 
 def variant(name: str, asked: Job, settings: Settings, model: str = "tiny") -> Variant:
-    """A converted variant, for real."""
-    checkpoint = resolve(asked, settings)
-    return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
+    """A converted variant, for real; made once where several tests, or test processes, ask for it in one home."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with FileLock(settings.home / "making.lock"):
+        checkpoint = resolve(asked, settings)
+        return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
 
 
 def evaluation_set(folder: Path) -> Path:

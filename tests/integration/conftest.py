@@ -5,6 +5,7 @@ MLflow and Prefect take seconds to import, so only the fixtures that use them do
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,14 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A home for variants that are converted once; nothing is registered there, and nobody alters it."""
-    return Settings(home=tmp_path_factory.mktemp("stock"))
+    """A home for variants that are converted once; nothing is registered there, and nobody alters it.
+
+    All test processes of a run share it: pytest-xdist gives each a folder below the run's.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return Settings(home=folder / "stock")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The evaluation set: JSONL, one item a line, or CSV, one item a row; checked line by line before any work."""
+"""The evaluation set: one item in each line of JSONL or row of CSV, all checked before any work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
@@ -34,7 +34,7 @@ class ItemMessage(Frozen):
 
 
 class Pattern(Frozen):
-    """A format of the user's own: a regular expression that the whole answer must match, outer blanks aside."""
+    """The user's own format: a regular expression that must match the whole answer, apart from outer blanks."""
 
     regex: str
 
@@ -42,13 +42,13 @@ class Pattern(Frozen):
 class Item(Frozen):
     """One question, the expected answer, and how to compare.
 
-    ``match``: ``contains`` (default; case does not count), ``exact`` (but for outer blanks), ``regex`` (found
+    ``match``: ``contains`` (default; case does not count), ``exact`` (apart from outer blanks), ``regex`` (found
     anywhere), ``numeric`` (the last number of the answer, within ``tolerance``), ``json_schema`` (a JSON document that
-    ``schema`` allows and that equals ``expected``, where given), ``rouge_l`` and ``f1`` (words in common, right from
+    ``schema`` allows and that equals ``expected``, if given), ``rouge_l`` and ``f1`` (words in common, right from
     ``threshold`` on), ``python`` (the user's function) or ``judge`` (a judging model). See
     :mod:`slmops.evaluation.matchers`.
 
-    ``format`` is the structure that the answer must have, right or wrong: ``json`` (the whole answer is one JSON
+    ``format`` is the structure that any answer must have, right or wrong: ``json`` (the whole answer is one JSON
     document), ``number`` (it is one number), ``one_line``, or ``{"regex": ...}``.
     """
 
@@ -56,7 +56,7 @@ class Item(Frozen):
 
     prompt: str | None = None
     messages: tuple[ItemMessage, ...] | None = None
-    # Above `expected`, whose validator looks at it.
+    # Before `expected`, because that one's validator looks at it.
     match: Literal["contains", "exact", "regex", "numeric", "json_schema", "rouge_l", "f1", "python", "judge"] = (
         "contains"
     )
@@ -96,53 +96,47 @@ class Item(Frozen):
         raise ValueError('must be "json", "number", "one_line" or {"regex": "..."}')
 
     @model_validator(mode="after")
-    def _one_question(self) -> Item:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("needs either 'prompt' or 'messages'")
-        if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
-            raise ValueError("'messages' must end with a user message")
+    def _consistent(self) -> Item:
+        for problem in self._problems():
+            raise ValueError(problem)
         return self
 
-    @model_validator(mode="after")
-    def _options_of_its_matcher(self) -> Item:
+    def _problems(self) -> Iterator[str]:
+        if (self.prompt is None) == (self.messages is None):
+            yield "needs either 'prompt' or 'messages'"
+        if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
+            yield "'messages' must end with a user message"
         for option, owners in _BELONGS.items():
             if getattr(self, option) is not None and self.match not in owners:
                 name = "schema" if option == "json_schema" else option
-                raise ValueError(f"'{name}' means nothing to match '{self.match}', only to {' and '.join(owners)}")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_match(self) -> Item:
-        if self.match in ("python", "judge"):
-            return self
+                yield f"'{name}' is only for match {' or '.join(owners)}, not '{self.match}'"
         if self.match == "json_schema":
-            self._check_schema()
+            yield from self._schema_problems()
+        elif self.match in ("python", "judge"):
+            return
         elif not (self.expected if self.match == "regex" else self.expected.strip()):
-            # An empty text is in each answer.
-            raise ValueError(f"expected Field required, and not empty, by match '{self.match}'")
+            yield f"'expected' must not be empty for match '{self.match}'"  # an empty text is part of any answer
         elif self.match == "regex":
             _compiled(self.expected, "'expected'")
         elif self.match == "numeric" and not matchers.is_number(self.expected):
-            raise ValueError("'expected' is no number, as -1234.5")
+            yield "'expected' is not a number such as -1234.5"
         elif self.match == "rouge_l" and not re.search("[a-z0-9]", self.expected.lower()):
-            raise ValueError("'expected' has no words of a-z and 0-9, which are all that ROUGE counts")
+            yield "'expected' has no words of a-z and 0-9, the only ones that ROUGE counts"
         elif self.match == "f1" and not matchers.squad_words(self.expected):
-            raise ValueError("'expected' has no words but articles")
-        return self
+            yield "'expected' has only articles"
 
-    def _check_schema(self) -> None:
+    def _schema_problems(self) -> Iterator[str]:
         if self.json_schema is None:
-            raise ValueError("'schema' is needed by match 'json_schema'")
-        if problem := matchers.schema_problem(self.json_schema):
-            raise ValueError(f"'schema' is no JSON Schema: {problem}")
-        if self.expected and not matchers.is_json(self.expected):
-            raise ValueError("'expected' is no JSON, as match 'json_schema' needs it")
-        # Any document shows a $ref to nothing at the top.
-        probe = matchers.json_schema(self.json_schema, self.expected, self.expected or "{}")
-        if probe.reason:
-            raise ValueError(probe.reason)
-        if self.expected and not probe.correct:
-            raise ValueError("'expected' is not what 'schema' allows")
+            yield "match 'json_schema' needs a 'schema'"
+        elif problem := matchers.schema_problem(self.json_schema):
+            yield f"'schema' is not a JSON Schema: {problem}"
+        elif self.expected and not matchers.is_json(self.expected):
+            yield "'expected' is not JSON, which match 'json_schema' needs"
+        else:
+            # Any document shows a $ref to nothing at the top.
+            probe = matchers.json_schema(self.json_schema, self.expected, self.expected or "{}")
+            if probe.reason or (self.expected and not probe.correct):
+                yield probe.reason or "'schema' does not allow 'expected'"
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -152,7 +146,7 @@ class Item(Frozen):
         return [message.model_dump() for message in self.messages]
 
     def format_valid(self, answer: str) -> bool | None:
-        """Has ``answer`` the structure that the item asks for? None: none is asked for.
+        """Whether ``answer`` has the structure that the item asks for; None if it asks for none.
 
         A ``schema`` without a ``format`` asks for a document that it allows, in a code fence or not.
         """
@@ -179,15 +173,15 @@ class EvaluationSet(Frozen):
 
 
 def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) -> EvaluationSet:
-    """Read an evaluation set, the packaged one without a path.
+    """Read an evaluation set; without a path, the packaged one.
 
     Args:
         path: JSONL, or CSV if it ends in ``.csv``.
-        matcher: The job's FILE.py:FUNCTION, without which items with match ``python`` are errors.
-        judge: A judging model is configured; without one, items with match ``judge`` are errors.
+        matcher: The job's FILE.py:FUNCTION. Without it, items with match ``python`` are errors.
+        judge: A judging model is configured. Without it, items with match ``judge`` are errors.
 
     Raises:
-        UsageError: No such file, not UTF-8, no items, or bad lines, each named with its number and reason.
+        UsageError: No such file, not UTF-8, no items, or bad lines, each with its number and reason.
     """
     if path is None:
         raw, name = (resources.files("slmops.evaluation.data") / GENERAL_SET).read_bytes(), GENERAL_SET
@@ -198,24 +192,26 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8: {error}", "Save it as UTF-8.") from None
     items: dict[int, Item] = {}
-    problems: list[str] = []
+    bad: list[str] = []
     lines: dict[str, int] = {}
     for number, found in records.of_csv(text, name) if name.lower().endswith(".csv") else records.of_jsonl(text):
         item = _item(found, matcher=matcher, judge=judge)
         if isinstance(item, str):
-            problems.append(f"line {number}: {item}")
+            bad.append(f"line {number}: {item}")
         elif item.id and item.id in lines:
-            problems.append(f"line {number}: id '{item.id}' is that of line {lines[item.id]} already")
+            bad.append(f"line {number}: line {lines[item.id]} already has the id '{item.id}'")
         else:
             items[number] = item
             if item.id:
                 lines[item.id] = number
-    if problems:
-        more = f"\n  - and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        listed = "\n  - ".join(problems[:SHOWN_PROBLEMS])
-        raise UsageError(f"{name} has bad lines:\n  - {listed}{more}", "Mend or remove these lines.")
+    if bad:
+        more = [f"and {len(bad) - SHOWN_PROBLEMS} more"] if len(bad) > SHOWN_PROBLEMS else []
+        listed = "".join(f"\n  - {problem}" for problem in [*bad[:SHOWN_PROBLEMS], *more])
+        raise UsageError(f"{name} has bad lines:{listed}", "Fix or remove these lines.")
     if not items:
-        raise UsageError(f"{name} has no items.", "One JSON object a line, or a CSV row, with prompt and expected.")
+        raise UsageError(
+            f"{name} has no items.", "Give each item a line of JSON, or a CSV row, with prompt and expected."
+        )
     named = tuple(
         item if item.id else item.model_copy(update={"id": _unused(str(number), lines)})
         for number, item in items.items()
@@ -224,9 +220,9 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
-    """At most ``count`` items in the order of the file, spread evenly over the categories: always the same ones.
+    """At most ``count`` items in the order of the file, always the same ones, spread evenly over the categories.
 
-    The first of each category, then the second of each, and so on.
+    The first of each category is taken, then the second of each, and so on.
     """
     seen: Counter[str] = Counter()
     ranked: list[tuple[int, int]] = []
@@ -237,9 +233,12 @@ def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
 
 
 def perplexity_text(path: Path | None) -> tuple[str, str]:
-    """The text for perplexity and its SHA-256; without a path Python's own language reference.
+    """The text for perplexity and its SHA-256; without a path, Python's own language reference.
 
-    That text comes with every interpreter and differs between Python versions, hence the digest beside each figure.
+    That text comes with every interpreter but differs between Python versions, so its digest is kept with each figure.
+
+    Raises:
+        UsageError: It cannot be read, is not UTF-8, or is empty.
     """
     if path is None:
         from pydoc_data import topics
@@ -251,12 +250,12 @@ def perplexity_text(path: Path | None) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is not UTF-8: {error}", "Save it as UTF-8.") from None
         if not text.strip():
-            raise UsageError(f"{path} is empty.", "Give a text of some thousand words.")
+            raise UsageError(f"{path} is empty.", "Give a text of a few thousand words.")
     return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """Content of a user's file.
+    """The bytes of a user's file.
 
     Raises:
         UsageError: It cannot be read.
@@ -283,7 +282,7 @@ def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:
 
 
 def _unused(name: str, taken: dict[str, int]) -> str:
-    """The number of its line for an item without an id; with a prefix if that is the id of another."""
+    """The id of an item without one: the number of its line, with a prefix if another item has that id."""
     while name in taken:
         name = f"line-{name}"
     return name
@@ -293,4 +292,4 @@ def _compiled(expression: str, what: str) -> None:
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{what} is no regular expression: {error}") from None
+        raise ValueError(f"{what} is not a regular expression: {error}") from None

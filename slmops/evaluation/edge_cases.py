@@ -1,7 +1,7 @@
-"""Edge cases: what the runtime makes of conversations that nobody would send on purpose, with one variant.
+"""Edge cases: how the runtime handles conversations that nobody would send on purpose, with one variant.
 
-The variant is staged with a short context, so that the cases at its end take no longer than the others. A case that
-takes the runtime down, or never ends, fails; the rest goes on in a new process.
+The variant is staged with a short context, to make the cases at its end as quick as the others. A case that takes the
+runtime down, or never ends, fails; the rest goes on in a new process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTEXT = 256
 """Tokens beyond those of the chat template; less if the model has less."""
 CASE_LIMIT_S = 120.0
 REFUSAL_LIMIT_S = 5.0
-"""What does not fit is to be refused at once, not after the work."""
+"""What does not fit must be refused at once, not after the work."""
 
 CASES = (
     EdgeCase(id="empty", expected="answered or refused"),
@@ -43,7 +43,7 @@ CASES = (
     EdgeCase(id="ordinary_question", expected="answered"),
 )
 KNOWN_DEFECTS = {("nul_in_text", "cut")}
-"""What foundry-local-sdk 2.2.1 does wrong with every model, which tells nothing of a variant. Empty it when mended."""
+"""What foundry-local-sdk 2.2.1 does wrong with every model, so not the variant's fault. Remove what a release fixes."""
 
 
 def run(
@@ -59,17 +59,17 @@ def run(
 
     Args:
         variant: The variant.
-        registration: Where it is deployed; it is staged from there, and what is deployed is not touched.
+        registration: Where it is registered; a copy is staged, and what is registered stays as it is.
         name: The model's name.
         settings: Where things are.
-        cases: Each with a function of its id in its module.
+        cases: Known to the worker, or to the module that they name.
         limit_s: Seconds that one case may take.
 
     Returns:
-        One outcome a case, in their order.
+        One outcome for each case, in their order.
 
     Raises:
-        EvaluationError: The model does not load, or all together take longer than ``evaluation_timeout_s``.
+        EvaluationError: The model does not load, or all cases together take longer than ``evaluation_timeout_s``.
     """
     work = settings.work(name) / f"{variant.name}-edge"
     log = settings.logs / name / f"{variant.name}.edge.log"
@@ -94,7 +94,7 @@ def run(
 def _go_through(
     cases: tuple[EdgeCase, ...], staged: Staged, progress: Path, log: Path, limit_s: float, deadline: float
 ) -> EvaluationError | None:
-    """Go through the cases in one process. If it dies, the running case has this for its outcome."""
+    """Go through the cases in one process. If it dies, that is the outcome of the running case."""
     try:
         children.call(
             "slmops.evaluation.edge_worker",
@@ -140,12 +140,12 @@ def _judge(case: EdgeCase, seen: CaseEnd) -> CaseOutcome:
     if passed and case.expected == "refused" and seen.seconds > REFUSAL_LIMIT_S:
         passed, detail = False, f"Only after {seen.seconds:.0f} s: {detail}"
     if (case.id, seen.outcome) in KNOWN_DEFECTS:
-        detail += "; a known defect of the runtime, whatever the variant, and not counted"
+        detail += "; a known defect of the runtime with any variant, not counted"
     return CaseOutcome(id=case.id, expected=case.expected, outcome=seen.outcome, passed=passed, detail=detail)
 
 
 def measurement(cases: Sequence[CaseOutcome]) -> Measurement:
-    """Share of the cases passed, from 0 to 1; :data:`KNOWN_DEFECTS` are left out, and named in the note.
+    """Share of passed cases, from 0 to 1; :data:`KNOWN_DEFECTS` are left out and named in the note.
 
     Raises:
         ValueError: No cases.

@@ -50,7 +50,7 @@ class Grade(Frozen):
 
 
 class _Failed(Exception):
-    """This attempt got no reply; the text is for people and holds no secrets."""
+    """This attempt got no reply. The text is for people and holds no secrets."""
 
     def __init__(self, reason: str, *, retry: bool) -> None:
         super().__init__(reason)
@@ -83,9 +83,9 @@ def score(item: Item, answer: str, settings: Settings) -> Judgement:
 
 
 def conversation(item: Item, answer: str) -> list[dict[str, str]]:
-    """The messages to the judge: question, reference and answer in blocks whose marks they cannot hold.
+    """The messages to the judge: question, reference and answer, each in a block.
 
-    The mark is a digest of all that is in the blocks, so no text in them can close its own block.
+    The blocks' mark is a digest of their content, so no text inside can close its block.
     """
     turns = item.conversation
     question = (
@@ -126,7 +126,7 @@ def _post(messages: list[dict[str, str]], settings: Settings) -> bytes:
     if not (key.isascii() and key.isprintable()):
         raise _Failed("SLMOPS_JUDGE_API_KEY holds characters that an HTTP header cannot hold", retry=False)
     request: dict[str, Any] = {"model": settings.judge_model, "messages": messages, "temperature": 0}
-    # httpx's timeout is that of one read: a reply that trickles in would never end.
+    # httpx's timeout is for one read: a reply that trickles in would never end.
     deadline = time.monotonic() + settings.judge_timeout_s
     body = b""
     try:

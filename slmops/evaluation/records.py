@@ -1,4 +1,4 @@
-"""The lines of an evaluation set as the objects that they hold, from JSONL or CSV; what they mean is not looked at."""
+"""The lines of an evaluation set as plain objects, from JSONL or CSV, before they are checked."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ CSV_COLUMNS = (
     *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
     *("messages", "schema"),
 )
-"""Of a CSV file; the last two hold JSON."""
+"""The last two hold JSON."""
 
 
 def of_jsonl(text: str) -> Iterator[tuple[int, Any]]:
-    """Number and object of each line; of a bad line its number and the error."""
-    # Not splitlines(): that also splits at characters which a JSON string may hold, as U+2028.
+    """Number of each line and its object, or the error of a bad line."""
+    # Not splitlines(), which also splits at characters that a JSON string may hold, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, _parsed(line)
 
 
 def of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Number of the line that it begins in and filled cells of each row; of a bad row its number and the error.
+    """Number of the first line of each row and its filled cells, or the error of a bad row.
 
     Raises:
         UsageError: The header is bad.
     """
-    # Strict: a quote that is never closed would take the rest of the file for one cell.
+    # Strict, or a quote that is never closed would make the rest of the file one cell.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -43,8 +43,8 @@ def of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
-            # Where the next row begins is anyone's guess now.
-            yield number, ValueError(f"no CSV from here on: {error}")
+            # Nobody can tell where the next row begins.
+            yield number, ValueError(f"is not CSV from here on: {error}")
             return
         if not any(cells):
             continue
@@ -52,22 +52,22 @@ def of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
             header = [cell.strip() for cell in cells]
             _check_header(header, name)
         elif len(cells) != len(header):
-            yield number, ValueError(f"{len(cells)} cells, but the header has {len(header)}")
+            yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
         else:
             yield number, _typed({column: cell for column, cell in zip(header, cells, strict=True) if cell})
 
 
 def _check_header(header: list[str], name: str) -> None:
-    accepted = f"Columns are {', '.join(CSV_COLUMNS)}; the first line names them, separated by commas."
+    fix = f"Name columns in the first line, separated by commas: {', '.join(CSV_COLUMNS)}."
     for column in header:
         if column not in CSV_COLUMNS:
-            raise UsageError(f"{name} has an unknown column '{column}'.", accepted)
+            raise UsageError(f"{name} has an unknown column '{column}'.", fix)
     if twice := [column for column, count in Counter(header).items() if count > 1]:
-        raise UsageError(f"{name} has the column '{twice[0]}' twice.", accepted)
+        raise UsageError(f"{name} has the column '{twice[0]}' twice.", fix)
 
 
 def _typed(cells: dict[str, str]) -> Any:
-    """A row as the object that a JSON line would hold, or the error."""
+    """The object that a JSON line would hold, or the error."""
     row: dict[str, Any] = dict(cells)
     for column in ("messages", "schema", "format"):
         if column in cells and (column != "format" or cells[column].lstrip().startswith("{")):
@@ -84,8 +84,8 @@ def _parsed(text: str) -> Any:
         json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        return ValueError(f"no JSON: {error.msg} at column {error.colno}")
+        return ValueError(f"is not JSON: {error.msg} at column {error.colno}")
     except UnicodeEncodeError as error:
-        return ValueError(f"no text: {error.object[error.start]!r} is half a character")
+        return ValueError(f"is not text: {error.object[error.start]!r} is half a character")
     except ValueError as error:
-        return ValueError(f"no JSON: {error}")
+        return ValueError(f"is not JSON: {error}")

@@ -53,25 +53,28 @@ def test_csv(tmp_path: Path) -> None:
 def test_csv_is_what_the_suffix_says(tmp_path: Path) -> None:
     content = "prompt,expected\nQ,A\n"
     assert len(dataset.load(table(tmp_path, content, "UPPER.CSV")).items) == 1
-    assert "line 1: no JSON" in raised_by(table(tmp_path, content, "my.jsonl")).message
+    assert "line 1: is not JSON" in raised_by(table(tmp_path, content, "my.jsonl")).message
 
 
 @pytest.mark.parametrize(
     ("rows", "problems"),
     [
-        ("Q,A\nQ\nQ,A,x\nQ,A\n", ["line 3: 1 cells, but the header has 2", "line 4: 3 cells, but the header has 2"]),
+        (
+            "Q,A\nQ\nQ,A,x\nQ,A\n",
+            ["line 3: has 1 cells, but the header has 2", "line 4: has 3 cells, but the header has 2"],
+        ),
         (
             '"two\nlines",A\nQ,\n"two\nlines",\n',
             [
-                "line 4: expected Field required, and not empty, by match 'contains'",
-                "line 5: expected Field required, and not empty, by match 'contains'",
+                "line 4: 'expected' must not be empty for match 'contains'",
+                "line 5: 'expected' must not be empty for match 'contains'",
             ],
         ),
-        ('Q,A\n"Q,A\nQ,A\n', ["line 3: no CSV from here on: unexpected end of data"]),
-        ('Q,"A"B\n', ["line 2: no CSV from here on: ',' expected after '\"'"]),
+        ('Q,A\n"Q,A\nQ,A\n', ["line 3: is not CSV from here on: unexpected end of data"]),
+        ('Q,"A"B\n', ["line 2: is not CSV from here on: ',' expected after '\"'"]),
         pytest.param(
             "Q," + "x" * 140_000,
-            ["line 2: no CSV from here on: field larger than field limit (131072)"],
+            ["line 2: is not CSV from here on: field larger than field limit (131072)"],
             id="large",
         ),
     ],
@@ -86,9 +89,9 @@ def test_bad_csv_rows(tmp_path: Path, rows: str, problems: list[str]) -> None:
     [
         ("max_tokens", "many", "line 2: max_tokens must be a whole number"),
         ("format", "xml", 'line 2: format must be "json"'),
-        ("format", '"{""regex"""', "line 2: format no JSON: Expecting ':' delimiter at column 9"),
-        ("messages", "hello", "line 2: messages no JSON: Expecting value at column 1"),
-        ("schema", "{", "line 2: schema no JSON: Expecting property name"),
+        ("format", '"{""regex"""', "line 2: format is not JSON: Expecting ':' delimiter at column 9"),
+        ("messages", "hello", "line 2: messages is not JSON: Expecting value at column 1"),
+        ("schema", "{", "line 2: schema is not JSON: Expecting property name"),
         ("category", "a/b", "line 2: category must be"),
         ("match", "fuzzy", "line 2: match must be"),
         ("tolerance", "inf", "line 2: tolerance must be a finite number"),
@@ -100,7 +103,7 @@ def test_bad_csv_cells(tmp_path: Path, column: str, cell: str, problem: str) -> 
 
 def test_csv_ids_are_unique(tmp_path: Path) -> None:
     error = raised_by(table(tmp_path, 'id,prompt,expected\nx,"1\n2",A\nx,Q,A\n'))
-    assert "line 4: id 'x' is that of line 2 already" in error.message
+    assert "line 4: line 2 already has the id 'x'" in error.message
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slmops.core.errors import PrerequisiteError, UsageError
@@ -18,18 +19,17 @@ DISCARD_S = 2.0
 not see the answer."""
 
 
+@dataclass(eq=False)
 class BodyRefused(Exception):
     """A body that is not accepted; the connection must be closed after the answer.
 
-    Args:
+    Attributes:
         status: HTTP status of the answer, 408 or 413.
         message: What is wrong, for the client.
     """
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
+    status: int
+    message: str
 
 
 def listen(host: str, port: int) -> socket.socket:

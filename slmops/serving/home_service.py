@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 from pydantic import ValidationError
 
 from slmops.core.errors import ServingError
@@ -48,11 +47,9 @@ def status(home: Path) -> ServingStatus | None:
 
     try:
         running = Running.model_validate_json((home / SERVING).read_bytes())
-        process = psutil.Process(running.pid)
-        # Seconds, not equality: the creation time moves with the system clock when that is set.
-        if abs(process.create_time() - running.created) > 2 or process.status() == psutil.STATUS_ZOMBIE:
-            return None
-    except (OSError, ValidationError, psutil.Error):
+    except (OSError, ValidationError):
+        return None
+    if daemon.leader(Daemon(**running.model_dump(exclude={"model"}), mark="")) is None:
         return None
     try:
         ok = httpx.get(f"{running.url}/health", timeout=daemon.HEALTH_S, trust_env=False).status_code == 200

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiohttp
@@ -86,28 +87,28 @@ class Relay:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
+@dataclass
 class RelayedResponse:
     """The answer to one request, as an ASGI response like Starlette's.
 
-    Args:
+    Attributes:
         relay: What all requests share.
         asked: The request.
         path: Path of the endpoint, here and at the runtime.
         started: When it came in, in seconds of ``time.perf_counter()``.
     """
 
-    def __init__(self, relay: Relay, asked: Asked, path: str, started: float) -> None:
-        self._relay = relay
-        self._asked = asked
-        self._path = path
-        self._started = started
-        self._version = ""
-        self._status = 200
+    relay: Relay
+    asked: Asked
+    path: str
+    started: float
+    _version: str = field(default="", init=False)
+    _status: int = field(default=200, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer."""
         try:
-            if self._asked.stream:
+            if self.asked.stream:
                 await _unless_gone(receive, self._streamed(send))
                 last: Message = {"type": "http.response.body", "body": b""}
             else:
@@ -126,9 +127,9 @@ class RelayedResponse:
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _enter(self, stack: AsyncExitStack) -> Backend:
-        relay = self._relay
+        lease = self.relay.fleet.lease(self.asked.model)
         try:
-            backend = await stack.enter_async_context(relay.admission.enter(relay.fleet.lease(self._asked.model)))
+            backend = await stack.enter_async_context(self.relay.admission.enter(lease))
         except UnknownModel as error:
             raise Refused(404, error.message, "model_not_found", "model") from None
         except Unavailable as error:
@@ -141,9 +142,9 @@ class RelayedResponse:
     def _failed(self, error: Exception) -> Refused:
         """What the client is told when the runtime breaks or is too slow."""
         if isinstance(error, TimeoutError):
-            limit = self._relay.limits.request_timeout_s
+            limit = self.relay.limits.request_timeout_s
             return Refused(504, f"The answer took longer than {limit:g} s.", "timeout", headers=_NO_RETRY)
-        log.warning("%s: the runtime broke off: %s %s", self._path, type(error).__name__, error)
+        log.warning("%s: the runtime broke off: %s %s", self.path, type(error).__name__, error)
         if isinstance(error, aiohttp.ClientConnectorError):
             return _later("The runtime is being restarted.", "unavailable", RESTART_S)
         return Refused(502, "The runtime broke off.", "backend_error")
@@ -155,15 +156,15 @@ class RelayedResponse:
             backend = await self._enter(stack)
             # The runtime does not stop when nobody listens any more, so its slot is taken until it has answered.
             task = asyncio.create_task(self._computed(backend, stack.pop_all()))
-        self._relay.keep(task)
+        self.relay.keep(task)
         try:
-            async with asyncio.timeout(self._relay.limits.request_timeout_s):
+            async with asyncio.timeout(self.relay.limits.request_timeout_s):
                 return await asyncio.shield(task)
         except (TimeoutError, *_BROKEN) as error:
             raise self._failed(error) from None
 
     async def _computed(self, backend: Backend, stack: AsyncExitStack) -> tuple[str, bytes]:
-        async with stack, asyncio.timeout(self._relay.limits.request_timeout_s * ABANDONED):
+        async with stack, asyncio.timeout(self.relay.limits.request_timeout_s * ABANDONED):
             try:
                 kind, body = await self._post(backend, None)
             except RuntimeRefused as refused:
@@ -172,8 +173,8 @@ class RelayedResponse:
             return kind, body
 
     async def _post(self, backend: Backend, tokens: int | None) -> tuple[str, bytes]:
-        payload = self._asked.payload(backend.installed.foundry_id, tokens)
-        async with self._relay.post(backend, self._path, payload) as response:
+        payload = self.asked.payload(backend.installed.foundry_id, tokens)
+        async with self.relay.post(backend, self.path, payload) as response:
             body: bytes = await response.read()
             if response.status != 200:
                 raise runtime_answers.from_body(response.status, body)
@@ -181,7 +182,7 @@ class RelayedResponse:
 
     def _room(self, refused: RuntimeRefused) -> int:
         """The token limit for a second attempt; raises the error if the limit is the client's or no room is left."""
-        if not (self._asked.ours and refused.room):
+        if not (self.asked.ours and refused.room):
             raise refused
         return refused.room
 
@@ -193,7 +194,7 @@ class RelayedResponse:
             broken: Refused | None = None
             begun = False
             try:
-                async with asyncio.timeout(self._relay.limits.request_timeout_s):
+                async with asyncio.timeout(self.relay.limits.request_timeout_s):
                     try:
                         pieces = await self._open(backend, stack, None)
                     except RuntimeRefused as refused:
@@ -216,8 +217,8 @@ class RelayedResponse:
 
     async def _open(self, backend: Backend, stack: AsyncExitStack, tokens: int | None) -> AsyncIterator[bytes]:
         """The stream of events, if it begins well."""
-        payload = self._asked.payload(backend.installed.foundry_id, tokens)
-        response = await stack.enter_async_context(self._relay.post(backend, self._path, payload))
+        payload = self.asked.payload(backend.installed.foundry_id, tokens)
+        response = await stack.enter_async_context(self.relay.post(backend, self.path, payload))
         if response.status != 200:
             raise runtime_answers.from_body(response.status, await response.read())
         pieces = runtime_answers.whole_events(response.content)
@@ -237,10 +238,10 @@ class RelayedResponse:
         async for piece in pieces:
             if not first and runtime_answers.DELTA in piece:
                 first = True
-                self._relay.metrics.first_token(time.perf_counter() - self._started)
+                self.relay.metrics.first_token(time.perf_counter() - self.started)
             if runtime_answers.USAGE in piece:
                 usage = piece
-                if self._asked.drop_usage:
+                if self.asked.drop_usage:
                     piece = runtime_answers.without_usage(piece)
             self._status = max((refused.status for refused in runtime_answers.errors(piece)), default=self._status)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -249,7 +250,7 @@ class RelayedResponse:
 
     def _count(self, answer: dict[str, Any]) -> None:
         usage = answer.get("usage") or answer.get("response", {}).get("usage") or {}
-        self._relay.metrics.tokens(
+        self.relay.metrics.tokens(
             usage.get("prompt_tokens", usage.get("input_tokens", 0)),
             usage.get("completion_tokens", usage.get("output_tokens", 0)),
         )

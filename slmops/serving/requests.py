@@ -8,7 +8,7 @@ anew from what was understood.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,10 +28,11 @@ _VALUES = {*_ANNOTATIONS, "enum", "const", "required"}
 _BESIDE = {*_ANNOTATIONS, "type", "$defs", "definitions", "$schema", "$id", "nullable", "deprecated"}
 
 
+@dataclass(eq=False)
 class Refused(Exception):
     """A request that is answered with an error.
 
-    Args:
+    Attributes:
         status: HTTP status.
         message: What is wrong, for the client's developer.
         code: OpenAI's name of the error.
@@ -39,20 +40,11 @@ class Refused(Exception):
         headers: Headers of the answer.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.headers = headers or {}
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> bytes:
         """The answer, in OpenAI's form."""
@@ -196,9 +188,9 @@ def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> 
         understood = model.model_validate(body)
     except ValidationError as error:
         raise _wrong_field(error) from None
-    for field in ("tools", "response_format", "text"):
-        if body.get(field):
-            _check_schema(body[field], field)
+    for name in ("tools", "response_format", "text"):
+        if body.get(name):
+            _check_schema(body[name], name)
     names = ("max_tokens", "max_completion_tokens") if endpoint == "chat" else ("max_output_tokens",)
     wanted = {name: body[name] for name in names if body.get(name) is not None}
     given = wanted or {names[0]: limits.max_output_tokens}

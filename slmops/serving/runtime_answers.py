@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -33,6 +34,7 @@ _MESSAGE_MOST = 500
 """Characters of the runtime's message that are passed on."""
 
 
+@dataclass(eq=False)
 class RuntimeRefused(Refused):
     """The runtime did not answer but said why.
 
@@ -105,14 +107,9 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
     said = _get(error, "message") or "it does not say why"
     if budget := _BUDGET.search(said):
         prompt, answer, context = map(int, budget.groups())
-        refused = RuntimeRefused(
-            400,
-            f"{prompt} tokens of conversation and up to {answer} of answer are more than the model's context of "
-            f"{context}.",
-            "context_length_exceeded",
-        )
-        refused.room = max(context - prompt, 0)
-        return refused
+        wanted = f"{prompt} tokens of conversation and up to {answer} of answer"
+        message = f"{wanted} are more than the model's context of {context}."
+        return RuntimeRefused(400, message, "context_length_exceeded", room=max(context - prompt, 0))
     message = _plain(said)[:_MESSAGE_MOST]
     if status < 500:
         return RuntimeRefused(status, message, _get(error, "code"), _get(error, "param"))

@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -92,16 +92,16 @@ async def serve(
     try:
         with _signals(server):
             answering = asyncio.create_task(server.serve(sockets=[listening]))
+            living = asyncio.create_task(_live(fleet, home, url))
             try:
-                if await _started(fleet, answering):
-                    with _written_down(home, url, fleet.name):
-                        state = fleet.state()
-                        log.info("serving %s version %s (%s) at %s", fleet.name, state.version, state.variant, url)
-                        async with _watching(fleet):
-                            await answering
+                await asyncio.wait((living, answering), return_when=asyncio.FIRST_COMPLETED)
+                if living.done():
+                    living.result()
             finally:
                 server.should_exit = True
                 await answering
+                living.cancel()
+                await asyncio.gather(living, return_exceptions=True)
                 await proxy.close()
     finally:
         await fleet.stop()
@@ -130,28 +130,13 @@ def config(proxy: Proxy, limits: Limits) -> uvicorn.Config:
     )
 
 
-async def _started(fleet: Fleet, answering: asyncio.Task[None]) -> bool:
-    """Load the champion; False if the service was stopped meanwhile."""
-    starting = asyncio.create_task(fleet.start())
-    try:
-        await asyncio.wait((starting, answering), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            return False
-        starting.result()
-        return True
-    finally:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-
-
-@asynccontextmanager
-async def _watching(fleet: Fleet) -> AsyncIterator[None]:
-    task = asyncio.create_task(fleet.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+async def _live(fleet: Fleet, home: Path, url: str) -> None:
+    """Load the champion, then follow the registry until cancelled."""
+    await fleet.start()
+    with _written_down(home, url, fleet.name):
+        state = fleet.state()
+        log.info("serving %s version %s (%s) at %s", fleet.name, state.version, state.variant, url)
+        await fleet.run()
 
 
 @contextmanager

@@ -10,11 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from slmops.checkpoints import chat_template
 from slmops.core.errors import ServingError, TrackingError
 from slmops.core.settings import Settings
+from slmops.core.values import Variant
+from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.fleet import Fleet
-from tests import values
+from tests import making, values
 
 CREATED = datetime(2026, 1, 2, tzinfo=UTC)
 DOWN = TrackingError("MLflow at http://x does not answer.", "Start it.")
@@ -192,3 +197,21 @@ async def asked(made: Fleet, model: str = "bot") -> int:
         assert backend.in_flight > 0
         assert backend.alive
         return backend.installed.version
+
+
+# --- real versions and processes
+
+
+def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installed:
+    """Lay a variant out as the next version, as a pull does; with other options of the job it is another version."""
+    template = chat_template.load(variant.path)
+    assert template is not None
+    derived = prompt_template.derive(template)
+    folder, number, _ = layout.place(variant, "bot", making.job(model, **job), derived, deployed)
+    foundry_id = f"{layout.model_name('bot', variant.name)}:{number}"
+    return Installed(name="bot", version=number, variant=variant.name, foundry_id=foundry_id, folder=folder)
+
+
+def workers(parent: int | None = None) -> list[psutil.Process]:
+    """The runtime processes that a process, or this one, has started."""
+    return [one for one in psutil.Process(parent).children() if "slmops.foundry.service_worker" in one.cmdline()]

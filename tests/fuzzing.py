@@ -35,54 +35,41 @@ numbers = st.sampled_from(NUMBERS) | st.integers(-5, 5) | st.floats(allow_nan=Fa
 leaves = st.none() | st.booleans() | numbers | texts
 
 
-def _grow(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
-    return st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4)
+def _words(text: str) -> SearchStrategy[str]:
+    return st.sampled_from(text.split())
 
 
-# fmt: off
-FIELDS = [
-    "model", "messages", "input", "stream", "stream_options", "include_usage", "max_tokens", "max_completion_tokens",
-    "max_output_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "presence_penalty",
-    "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "function", "functions",
-    "function_call", "response_format", "json_schema", "schema", "lark_grammar", "user", "metadata", "store",
-    "parallel_tool_calls", "reasoning_effort", "reasoning", "modalities", "audio", "prediction", "service_tier",
-    "instructions", "previous_response_id", "text", "format", "truncation", "include", "background", "conversation",
-    "prompt", "chat_template_kwargs", "enable_thinking", "guidance_type", "guidance_data", "random_seed", "role",
-    "content", "name", "type", "parameters", "strict", "tool_calls", "tool_call_id", "call_id", "arguments", "output",
-    "id", "reasoning_content", "image_url", "input_image", "url", "detail", "summary", "encrypted_content", "status",
-    "custom", "custom_tool_call", "grammar", "terminate_session", "completion_id", "tool_output_encoding",
-    "preserve_thinking", "system_prompt", "ep", "task", "max_length", "min_length",
-]
-# fmt: on
-names = st.sampled_from(FIELDS) | texts
-anything = st.recursive(leaves, _grow, max_leaves=8)
-roles = st.sampled_from(["user", "user", "user", "system", "assistant", "tool", "developer", "function"]) | texts
+FIELDS = """
+model messages input stream stream_options include_usage max_tokens max_completion_tokens max_output_tokens temperature
+top_p top_k n stop seed presence_penalty frequency_penalty logit_bias logprobs top_logprobs tools tool_choice function
+functions function_call response_format json_schema schema lark_grammar user metadata store parallel_tool_calls
+reasoning_effort reasoning modalities audio prediction service_tier instructions previous_response_id text format
+truncation include background conversation prompt chat_template_kwargs enable_thinking guidance_type guidance_data
+random_seed role content name type parameters strict tool_calls tool_call_id call_id arguments output id
+reasoning_content image_url input_image url detail summary encrypted_content status custom custom_tool_call grammar
+terminate_session completion_id tool_output_encoding preserve_thinking system_prompt ep task max_length min_length
+"""
+names = _words(FIELDS) | texts
+anything = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=8
+)
+wild_texts = texts | anything
+wild_numbers = numbers | anything
+wild_booleans = st.booleans() | anything
+roles = _words("user user user system assistant tool developer function") | texts
 calls = st.lists(
     st.fixed_dictionaries(
         {"id": texts, "type": st.just("function")},
-        optional={"function": st.fixed_dictionaries({"name": texts, "arguments": texts | anything}) | anything},
+        optional={"function": st.fixed_dictionaries({"name": texts, "arguments": wild_texts}) | anything},
     ),
     max_size=2,
 )
+part_types = _words("text input_text output_text refusal image_url input_image input_audio input_file") | texts
 parts = st.lists(
     st.fixed_dictionaries(
-        {
-            "type": st.sampled_from(
-                [
-                    "text",
-                    "input_text",
-                    "output_text",
-                    "refusal",
-                    "image_url",
-                    "input_image",
-                    "input_audio",
-                    "input_file",
-                ]
-            )
-            | texts
-        },
+        {"type": part_types},
         optional={
-            "text": texts | anything,
+            "text": wild_texts,
             "refusal": texts,
             "image_url": texts | st.fixed_dictionaries({"url": texts}),
             "input_audio": anything,
@@ -94,84 +81,48 @@ parts = st.lists(
 contents = texts | parts | anything
 messages = st.fixed_dictionaries(
     {"role": roles, "content": contents},
-    optional={
-        "name": texts | anything,
-        "tool_calls": calls | anything,
-        "tool_call_id": texts | anything,
-        "x": anything,
-    },
+    optional={"name": wild_texts, "tool_calls": calls | anything, "tool_call_id": wild_texts, "x": anything},
 )
+item_types = "message function_call function_call_output reasoning item_reference custom_tool_call"
 items = messages | st.fixed_dictionaries(
-    {
-        "type": st.sampled_from(
-            [
-                "message",
-                "function_call",
-                "function_call_output",
-                "reasoning",
-                "item_reference",
-                "custom_tool_call",
-                "custom_tool_call_output",
-            ]
-        )
-        | texts
-    },
+    {"type": _words(f"{item_types} custom_tool_call_output") | texts},
     optional={
         "role": roles,
         "content": contents,
-        "name": texts,
-        "arguments": texts | anything,
-        "call_id": texts | anything,
-        "id": texts,
+        **dict.fromkeys(("name", "id"), texts),
+        **dict.fromkeys(("arguments", "call_id", "input"), wild_texts),
         "output": contents,
-        "input": texts | anything,
         "summary": st.lists(st.fixed_dictionaries({"type": texts, "text": texts}), max_size=2) | anything,
     },
 )
+BOUNDS = "minItems maxItems minLength maxLength minimum maximum exclusiveMinimum multipleOf minProperties"
 
 
 def _schemas(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
     some = st.lists(inner, max_size=3)
-    named = st.dictionaries(st.sampled_from(["a", "b", "c"]) | texts, inner, max_size=3)
-    return st.fixed_dictionaries(
-        {},
-        optional={
-            "type": st.sampled_from(["object", "array", "string", "number", "integer", "boolean", "null"]) | anything,
-            "properties": named | anything,
-            "required": st.lists(st.sampled_from(["a", "b", "c"]) | texts, max_size=3),
-            "additionalProperties": st.booleans() | inner,
-            "items": inner,
-            "prefixItems": some,
-            "minItems": numbers,
-            "maxItems": numbers,
-            "minLength": numbers,
-            "maxLength": numbers,
-            "minimum": numbers,
-            "maximum": numbers,
-            "exclusiveMinimum": numbers,
-            "multipleOf": numbers,
-            "pattern": st.sampled_from(["a+", "(", "(a|b)*c{5,500}", "^.*$", "(?=x)y", "[\\p{L}]{200}"]) | texts,
-            "format": st.sampled_from(["date-time", "uuid", "email", "ipv4", "uri"]) | texts,
-            "enum": st.lists(leaves, max_size=4),
-            "const": anything,
-            "anyOf": some,
-            "oneOf": some,
-            "allOf": some,
-            "not": inner,
-            "$ref": st.sampled_from(["#", "#/$defs/a", "#/$defs/b", "#/x", "http://127.0.0.1:1/x"]) | texts,
-            "$defs": named,
-            "patternProperties": named,
-            "propertyNames": inner,
-            "minProperties": numbers,
-            "x-guidance": anything,
-        },
-    )
+    named = st.dictionaries(_words("a b c") | texts, inner, max_size=3)
+    fields: dict[str, SearchStrategy[Any]] = {
+        "type": _words("object array string number integer boolean null") | anything,
+        "properties": named | anything,
+        "required": st.lists(_words("a b c") | texts, max_size=3),
+        "additionalProperties": st.booleans() | inner,
+        "pattern": st.sampled_from(["a+", "(", "(a|b)*c{5,500}", "^.*$", "(?=x)y", "[\\p{L}]{200}"]) | texts,
+        "format": _words("date-time uuid email ipv4 uri") | texts,
+        "enum": st.lists(leaves, max_size=4),
+        "$ref": _words("# #/$defs/a #/$defs/b #/x http://127.0.0.1:1/x") | texts,
+        **dict.fromkeys(BOUNDS.split(), numbers),
+        **dict.fromkeys(("items", "not", "propertyNames"), inner),
+        **dict.fromkeys(("prefixItems", "anyOf", "oneOf", "allOf"), some),
+        **dict.fromkeys(("$defs", "patternProperties"), named),
+        **dict.fromkeys(("const", "x-guidance"), anything),
+    }
+    return st.fixed_dictionaries({}, optional=fields)
 
 
-schemas = st.recursive(st.booleans() | anything, _schemas, max_leaves=10)
+schemas = st.recursive(wild_booleans, _schemas, max_leaves=10)
 tools = st.lists(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["function", "function", "custom"]) | texts},
+        {"type": _words("function function custom") | texts},
         optional={
             "function": st.fixed_dictionaries({"name": texts}, optional={"parameters": schemas, "description": texts}),
             "name": texts,
@@ -181,7 +132,7 @@ tools = st.lists(
     max_size=3,
 )
 formats = st.fixed_dictionaries(
-    {"type": st.sampled_from(["json_schema", "json_schema", "json_object", "text", "lark_grammar"]) | texts},
+    {"type": _words("json_schema json_schema json_object text lark_grammar") | texts},
     optional={
         "json_schema": st.fixed_dictionaries({"name": texts, "schema": schemas}) | schemas,
         "schema": schemas,
@@ -190,33 +141,26 @@ formats = st.fixed_dictionaries(
     },
 )
 models = st.sampled_from(["bot"] * 8 + ["bot:1", "bot:9", "nobody"])
-_COMMON = {
-    "stream": st.booleans() | anything,
-    "temperature": numbers | anything,
-    "top_p": numbers | anything,
-    "seed": numbers | anything,
-    "presence_penalty": numbers,
-    "frequency_penalty": numbers,
+_COMMON: dict[str, SearchStrategy[Any]] = {
+    **dict.fromkeys(("stream", "parallel_tool_calls", "store"), wild_booleans),
+    **dict.fromkeys(("temperature", "top_p", "seed"), wild_numbers),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), numbers),
     "tools": tools | anything,
-    "tool_choice": st.sampled_from(["auto", "none", "required"]) | anything,
-    "parallel_tool_calls": st.booleans() | anything,
+    "tool_choice": _words("auto none required") | anything,
     "metadata": st.dictionaries(names, texts, max_size=3) | anything,
-    "store": st.booleans() | anything,
-    "user": texts | anything,
+    "user": wild_texts,
 }
 chats = st.fixed_dictionaries(
     {"model": models, "messages": st.lists(messages, min_size=1, max_size=3) | anything},
     optional={
         **_COMMON,
-        "max_tokens": numbers | anything,
-        "max_completion_tokens": numbers | anything,
-        "n": numbers | anything,
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "n"), wild_numbers),
         "stop": texts | st.lists(texts, max_size=5) | anything,
         "logit_bias": st.dictionaries(texts, numbers, max_size=3) | anything,
-        "logprobs": st.booleans() | anything,
+        "logprobs": wild_booleans,
         "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}) | anything,
         "response_format": formats | anything,
-        "reasoning_effort": st.sampled_from(["low", "none", "high"]) | anything,
+        "reasoning_effort": _words("low none high") | anything,
         "chat_template_kwargs": st.dictionaries(names, anything, max_size=3) | anything,
     },
 )
@@ -224,14 +168,12 @@ responses = st.fixed_dictionaries(
     {"model": models, "input": texts | st.lists(items, min_size=1, max_size=3) | anything},
     optional={
         **_COMMON,
-        "max_output_tokens": numbers | anything,
-        "instructions": texts | anything,
-        "previous_response_id": texts | anything,
+        **dict.fromkeys(("instructions", "previous_response_id", "truncation"), wild_texts),
+        "max_output_tokens": wild_numbers,
         "text": st.fixed_dictionaries({"format": formats | anything}) | anything,
-        "reasoning": st.fixed_dictionaries({"effort": texts | anything}) | anything,
-        "truncation": texts | anything,
+        "reasoning": st.fixed_dictionaries({"effort": wild_texts}) | anything,
         "include": st.lists(texts, max_size=2) | anything,
-        "background": st.booleans() | anything,
+        "background": wild_booleans,
     },
 )
 

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -20,11 +19,9 @@ import numpy as np
 import psutil
 import pytest
 
-from slmops.checkpoints import chat_template
 from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Variant
-from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import CHAT, Backend
 from slmops.serving.fleet import Fleet
@@ -52,47 +49,19 @@ asyncio.run(main())
 """
 
 
-@dataclass
-class Device:
+class Device(fleets.World):
     """What is installed on a device, and a registry that names one of it."""
 
-    settings: Settings
-    versions_here: dict[int, Installed]
-    wanted: int = 1
-    withdrawn: list[tuple[int, str]] = field(default_factory=list)
+    def __init__(self, settings: Settings, here: dict[int, Installed]) -> None:
+        super().__init__(count=len(here))
+        self.settings = settings
+        self.here = here
 
-    def champion(self) -> ModelVersion:
-        return self._version(self.wanted)
+    def install(self, wanted: ModelVersion) -> Installed:
+        return self.here[wanted.version]
 
-    def versions(self) -> list[ModelVersion]:
-        return [self._version(number) for number in sorted(self.versions_here, reverse=True)]
-
-    def install(self, version: ModelVersion) -> Installed:
-        return self.versions_here[version.version]
-
-    def make_current(self, installed: Installed) -> None:
-        pass
-
-    def current(self) -> Installed | None:
-        return self.versions_here[1]
-
-    def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion:
-        self.withdrawn.append((version.version, reason))
-        self.wanted = 1
-        return self.champion()
-
-    def _version(self, number: int) -> ModelVersion:
-        return fleets.version(number).model_copy(update={"variant": "fp32"})
-
-
-def place(variant: Variant, model: Path, settings: Settings, *, max_length: int) -> Installed:
-    """Lay a variant out as the next version, as a pull does."""
-    template = chat_template.load(variant.path)
-    assert template is not None
-    job = making.job(model, max_length=max_length)  # of another length it is another version
-    folder, number, _ = layout.place(variant, "bot", job, prompt_template.derive(template), settings.deployed)
-    foundry_id = f"{layout.model_name('bot', variant.name)}:{number}"
-    return Installed(name="bot", version=number, variant=variant.name, foundry_id=foundry_id, folder=folder)
+    def current(self) -> Installed:
+        return self.here[1]
 
 
 def own(path: Path) -> Path:
@@ -130,9 +99,9 @@ def variant(talkative: Path, stock: Settings) -> Variant:
 def device(variant: Variant, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
     """Two good versions, and a broken one beside them; nothing but the champion is altered."""
     settings = Settings(home=tmp_path_factory.mktemp("device"))
-    versions = [place(variant, talkative, settings, max_length=512 * number) for number in (1, 2, 3)]
+    versions = [fleets.place(variant, talkative, settings.deployed, max_length=512 * number) for number in (1, 2, 3)]
     change(versions[1].folder / "model.onnx.data")
-    # What an interrupted download leaves, and what other models may be like: the runtime reads all it finds.
+    # What an interrupted download leaves, and what other models may be like: the runtime reads everything it finds.
     models = versions[0].folder.parent
     unfinished = models / ".aaa.0.part"
     unfinished.mkdir()
@@ -164,7 +133,7 @@ async def ask(backend: Backend, client: httpx.AsyncClient, *, stream: bool = Fal
 @asynccontextmanager
 async def serving(device: Device) -> AsyncIterator[Fleet]:
     """A fleet that serves version 1 and watches."""
-    device.wanted = 1
+    device.now = fleets.version(1)
     device.withdrawn.clear()
     fleet = Fleet("bot", device.settings, device, poll_s=0.2, drain_s=30)
     await fleet.start()
@@ -175,13 +144,8 @@ async def serving(device: Device) -> AsyncIterator[Fleet]:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await fleet.stop()
-    assert workers() == []
+    assert fleets.workers() == []
     assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []
-
-
-def workers() -> list[psutil.Process]:
-    """Our runtime processes."""
-    return [one for one in psutil.Process().children() if "slmops.foundry.service_worker" in one.cmdline()]
 
 
 def served(fleet: Fleet, number: int) -> Callable[[], bool]:
@@ -219,7 +183,7 @@ def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
         loads = [asyncio.create_task(load(stream)) for stream in (True, False, True, False)]
         for number in (2, 1, 2, 1):
             count = len(answers)
-            device.wanted = number
+            device.now = fleets.version(number)
             await until(served(fleet, number), WAIT_S)
             await until(lambda count=count: len(answers) > count + 10, WAIT_S)  # type: ignore[misc]
         done.set()
@@ -229,7 +193,7 @@ def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
         state = fleet.state()
         assert (state.switches, state.restarts, state.last_failure) == (4, 0, None)
         await until(lambda: len(fleet.state().loaded) == 1, WAIT_S)
-        assert len(workers()) == 1
+        assert len(fleets.workers()) == 1
         assert 10 < fleet.state().loaded[0].memory_mb < 1000
 
     run(test, device)
@@ -238,7 +202,7 @@ def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
 def test_a_killed_process_comes_back(device: Device) -> None:
     async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
         before = await one_answer(fleet, client)
-        [worker] = workers()
+        [worker] = fleets.workers()
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises((httpx.HTTPError, ServingError)):
             await one_answer(fleet, client)
@@ -260,13 +224,13 @@ def test_a_killed_process_comes_back(device: Device) -> None:
 def test_a_broken_version_leaves_the_old_one(
     device: Device, damage: Callable[[Path], None], said: str, tmp_path: Path
 ) -> None:
-    folder = device.versions_here[3].folder
+    folder = device.here[3].folder
     shutil.copytree(folder, tmp_path / "kept")
 
     async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
         before = await one_answer(fleet, client)
         damage(folder)
-        device.wanted = 3
+        device.now = fleets.version(3)
         await until(lambda: bool(device.withdrawn), WAIT_S)
         assert await one_answer(fleet, client) == before
         assert fleet.state().version == 1
@@ -274,7 +238,7 @@ def test_a_broken_version_leaves_the_old_one(
         assert number == 3
         assert said in reason
         assert said in (fleet.state().last_failure or "")
-        assert len(workers()) == 1
+        assert len(fleets.workers()) == 1
 
     try:
         run(test, device)
@@ -284,7 +248,7 @@ def test_a_broken_version_leaves_the_old_one(
 
 
 def test_processes_end_with_the_service(device: Device) -> None:
-    argv = [sys.executable, "-c", SERVICE, device.versions_here[1].model_dump_json(), str(device.settings.home)]
+    argv = [sys.executable, "-c", SERVICE, device.here[1].model_dump_json(), str(device.settings.home)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as service:
         assert service.stdout is not None
         worker = psutil.Process(int(service.stdout.readline()))
@@ -299,7 +263,7 @@ def test_processes_end_with_the_service(device: Device) -> None:
     assert len(list(scratch.iterdir())) == 1
 
     async def next_one() -> None:
-        backend = await Backend.start(device.versions_here[1], device.settings)
+        backend = await Backend.start(device.here[1], device.settings)
         assert len(list(scratch.iterdir())) == 1
         await backend.smoke_test()
         await backend.stop()
@@ -315,12 +279,12 @@ def test_processes_end_with_the_service(device: Device) -> None:
 def test_a_start_that_is_cancelled_leaves_no_process(device: Device) -> None:
     async def test() -> None:
         for pause in (0.0, 0.05, 0.1):  # a start takes 0.3 s and more
-            start = asyncio.create_task(Backend.start(device.versions_here[1], device.settings))
+            start = asyncio.create_task(Backend.start(device.here[1], device.settings))
             await asyncio.sleep(pause)
             start.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await start
-            assert workers() == []
+            assert fleets.workers() == []
 
     asyncio.run(test())
     assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []

@@ -25,11 +25,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 
-from slmops.checkpoints import chat_template
 from slmops.core.settings import Settings
-from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed
-from tests import fuzzing, making
+from tests import fleets, fuzzing, making
 from tests.upstream import CHAT, RESPONSES
 
 pytestmark = pytest.mark.integration
@@ -82,11 +80,7 @@ class Service:
 
     def worker(self) -> psutil.Process:
         """The runtime."""
-        [one] = [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "slmops.foundry.service_worker" in child.cmdline()
-        ]
+        [one] = fleets.workers(self.process.pid)
         return one
 
     def answers(self) -> bool:
@@ -96,14 +90,8 @@ class Service:
 
 @pytest.fixture(scope="module")
 def installed(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    job = making.job(talkative)
-    variant = making.variant("fp32", job, stock)
-    template = chat_template.load(variant.path)
-    assert template is not None
-    home = tmp_path_factory.mktemp("installed")
-    folder, number, _ = layout.place(variant, "bot", job, prompt_template.derive(template), home)
-    foundry_id = f"{layout.model_name('bot', 'fp32')}:{number}"
-    return Installed(name="bot", version=number, variant="fp32", foundry_id=foundry_id, folder=folder)
+    variant = making.variant("fp32", making.job(talkative), stock)
+    return fleets.place(variant, talkative, tmp_path_factory.mktemp("installed"))
 
 
 def start(installed: Installed, home: Path, **options: Any) -> Service:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from slmops.processes import children as processes
 from slmops.serving import backend as module
 from slmops.serving.backend import Backend
 from tests import fleets
+from tests.answering import answering
 
 pytestmark = pytest.mark.anyio
 READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'
@@ -203,33 +202,18 @@ def stream(*pieces: str | None, end: str = "data: [DONE]\n\n") -> str:
 
 @contextmanager
 def service(whole: tuple[int, str], streamed: tuple[int, str], pause: float = 0) -> Iterator[tuple[str, list[Any]]]:
-    """A web service that gives always the same."""
+    """A web service that always gives the same."""
     asked: list[Any] = []
     leaving = threading.Event()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            leaving.wait(pause)
-            status, body = streamed if asked[-1].get("stream") else whole
-            self.send_response(status)
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError):  # the one that asked has given up
-                self.wfile.write(body.encode())
+    def respond(_: Any, body: Any) -> tuple[int, str]:
+        asked.append(body)
+        leaving.wait(pause)
+        return streamed if body.get("stream") else whole
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
+    with answering(respond) as url:
+        yield url, asked
         leaving.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 async def smoke(url: str, folder: Path) -> None:

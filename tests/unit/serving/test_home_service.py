@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
 from slmops.serving.home_service import SERVING, Running, status
-
-
-class Health(BaseHTTPRequestHandler):
-    code = 200
-
-    def do_GET(self) -> None:
-        self.send_response(self.code if self.path == "/health" else 404)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+from tests.answering import answering
 
 
 @pytest.fixture
-def url() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), Health) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def code() -> int:
+    """The status of /health."""
+    return 200
+
+
+@pytest.fixture
+def url(code: int) -> Iterator[str]:
+    with answering(lambda request, _: (code if request.path == "/health" else 404, "")) as address:
+        yield address
 
 
 def write(home: Path, url: str, pid: int = os.getpid(), later: float = 0) -> None:
@@ -40,8 +32,7 @@ def write(home: Path, url: str, pid: int = os.getpid(), later: float = 0) -> Non
 
 
 @pytest.mark.parametrize(("code", "ok"), [(200, True), (503, False)])
-def test_it_runs(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, code: int, ok: bool) -> None:
-    monkeypatch.setattr(Health, "code", code)
+def test_it_runs(tmp_path: Path, url: str, ok: bool) -> None:
     write(tmp_path, url)
     found = status(tmp_path)
     assert found is not None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,18 @@ from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
 from slmops.serving import new_champion
+from tests.answering import answering
 from tests.values import model_version
 
 VERSION = model_version(7)
 MEASURED = Measurement(value=1.0, unit="1", samples=20, low=0.8, high=1.0)
 
 
-class Service(ThreadingHTTPServer):
+class Service:
     """Answers "yes" as version 7, unless it is told otherwise."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = "http://127.0.0.1:9"
         self.asked: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
         self.version = "7"
@@ -38,46 +34,25 @@ class Service(ThreadingHTTPServer):
         self.health: list[int | None] = [7]
         self.errors_of_others = 0
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            health = self.server.health
-            version = health.pop(0) if len(health) > 1 else health[0]
-            self._send(200 if version else 503, json.dumps({"version": version}))
-        else:
-            broken = sum(status >= 500 for status in list(self.server.statuses.values())) if self.server.asked else 0
-            total = broken + (self.server.errors_of_others if self.server.asked else 0)
-            row = f'slmops_requests_total{{endpoint="x",status="500",version="7"}} {total}\n'
-            self._send(200, f"# TYPE slmops_requests counter\n{row}")
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        number = len(self.server.asked)
-        self.server.asked.append(body)
-        self.server.tokens.add(self.headers["authorization"])
-        status = self.server.statuses.get(number, 200)
-        self._send(status, json.dumps({"choices": [{"message": {"content": self.server.answer}}]}))
-
-    def _send(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("content-length", str(len(text.encode())))
-        self.send_header("x-slmops-version", self.server.version)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    def respond(self, request: Any, body: Any) -> tuple[int, str]:
+        if request.path == "/health":
+            version = self.health.pop(0) if len(self.health) > 1 else self.health[0]
+            return 200 if version else 503, json.dumps({"version": version})
+        if request.path == "/metrics":
+            broken = sum(status >= 500 for status in self.statuses.values()) + self.errors_of_others
+            row = f'slmops_requests_total{{endpoint="x",status="500",version="7"}} {broken if self.asked else 0}\n'
+            return 200, f"# TYPE slmops_requests counter\n{row}"
+        self.asked.append(body)
+        self.tokens.add(request.headers["authorization"])
+        content = json.dumps({"choices": [{"message": {"content": self.answer}}]})
+        return self.statuses.get(len(self.asked) - 1, 200), content
 
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    with Service() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
+    made = Service()
+    with answering(made.respond, lambda: {"x-slmops-version": made.version}) as made.url:
+        yield made
 
 
 @pytest.fixture
@@ -153,10 +128,8 @@ def test_what_other_clients_get_counts(service: Service, questions: Path) -> Non
     assert "3 requests of other clients failed" in result.detail
 
 
-def test_a_service_that_is_gone_fails(service: Service, questions: Path) -> None:
-    service.shutdown()
-    service.server_close()
-    result = watch(service, questions, seconds=6)
+def test_a_service_that_is_gone_fails(questions: Path) -> None:
+    result = watch(Service(), questions, seconds=6)
     assert not result.held
     assert result.accuracy is None
     assert "ConnectError" in result.detail

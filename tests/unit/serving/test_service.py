@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from slmops.core.settings import Settings
 from slmops.serving import service
 from slmops.serving.limits import Serve
 from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, chunk
+
+pytestmark = pytest.mark.anyio
 
 
 class Service:
@@ -56,6 +58,7 @@ async def serving(home: Path, script: Script = answer, starts: asyncio.Event | N
     port = listening.getsockname()[1]
     task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]
     one = Service(fleet, home, port, task, upstream)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         await one.answers(200 if starts is None else 503)
         yield one
@@ -65,48 +68,35 @@ async def serving(home: Path, script: Script = answer, starts: asyncio.Event | N
             signal.raise_signal(signal.SIGTERM)
         await asyncio.gather(task, return_exceptions=True)
         behind.close()
-
-
-def run(test: Callable[[Service], Awaitable[None]], home: Path, **options: Any) -> None:
-    async def within() -> None:
-        async with asyncio.timeout(20), serving(home, **options) as one:
-            await test(one)
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    asyncio.run(within())
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def test(one: Service) -> None:
-        assert json.loads(one.note.read_text(encoding="utf-8")) == {
-            "pid": os.getpid(),
-            "created": psutil.Process().create_time(),
-            "url": one.url,
-            "model": "bot",
-        }
-        assert f"serving bot version 3 (int8) at {one.url}" in caplog.messages
-        signal.raise_signal(signal.SIGTERM)
-        await one.task
-        assert not one.note.exists()
-        assert one.fleet.log == ["started", "stopped"]
-
+async def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        run(test, tmp_path)
+        async with serving(tmp_path) as one:
+            assert json.loads(one.note.read_text(encoding="utf-8")) == {
+                "pid": os.getpid(),
+                "created": psutil.Process().create_time(),
+                "url": one.url,
+                "model": "bot",
+            }
+            assert f"serving bot version 3 (int8) at {one.url}" in caplog.messages
+            signal.raise_signal(signal.SIGTERM)
+            await one.task
+            assert not one.note.exists()
+            assert one.fleet.log == ["started", "stopped"]
 
 
-def test_another_services_note_stays(tmp_path: Path) -> None:
-    async def test(one: Service) -> None:
+async def test_another_services_note_stays(tmp_path: Path) -> None:
+    async with serving(tmp_path) as one:
         one.note.write_text("{}", encoding="utf-8")
         signal.raise_signal(signal.SIGINT)
         await one.task
         assert one.note.read_text(encoding="utf-8") == "{}"
 
-    run(test, tmp_path)
 
-
-def test_while_it_loads_clients_are_told_so_and_it_can_be_stopped(tmp_path: Path) -> None:
-    async def test(one: Service) -> None:
+async def test_while_it_loads_clients_are_told_so_and_it_can_be_stopped(tmp_path: Path) -> None:
+    async with serving(tmp_path, starts=asyncio.Event()) as one:
         async with httpx.AsyncClient(trust_env=False) as client:
             health = await client.get(one.url + "/health")
             assert health.json() == {"status": "unavailable", "model": "bot", "version": None}
@@ -115,13 +105,11 @@ def test_while_it_loads_clients_are_told_so_and_it_can_be_stopped(tmp_path: Path
         assert one.fleet.log == ["stopped"]
         assert not one.note.exists()
 
-    run(test, tmp_path, starts=asyncio.Event())
 
-
-def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None:
+async def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None:
     starts = asyncio.Event()
 
-    async def test(one: Service) -> None:
+    async with serving(tmp_path, starts=starts) as one:
         one.fleet.refuses = ServingError("no", "fix")
         starts.set()
         with pytest.raises(ServingError, match="no"):
@@ -130,34 +118,29 @@ def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", one.port)) != 0
 
-    run(test, tmp_path, starts=starts)
 
-
-def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: Path) -> None:
+async def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: Path) -> None:
     async def script(connection: Any) -> None:
         await connection.let_go.wait()
         await answer(connection)
 
-    async def test(one: Service) -> None:
-        async with httpx.AsyncClient(trust_env=False) as client:
-            asked = asyncio.create_task(client.post(one.url + CHAT, json=GOOD))
-            while not one.upstream.received:
-                await asyncio.sleep(0.01)
-            signal.raise_signal(signal.SIGTERM)
-            await asyncio.sleep(0.3)
-            with pytest.raises(httpx.ConnectError):
-                await client.get(one.url + "/health")
-            assert not one.task.done()
-            one.upstream.let_go.set()
-            assert (await asked).status_code == 200
-            assert one.fleet.log == ["started"]
-            await one.task
-
-    run(test, tmp_path, script=script)
+    async with serving(tmp_path, script=script) as one, httpx.AsyncClient(trust_env=False) as client:
+        asked = asyncio.create_task(client.post(one.url + CHAT, json=GOOD))
+        while not one.upstream.received:
+            await asyncio.sleep(0.01)
+        signal.raise_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            await client.get(one.url + "/health")
+        assert not one.task.done()
+        one.upstream.let_go.set()
+        assert (await asked).status_code == 200
+        assert one.fleet.log == ["started"]
+        await one.task
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_a_request_that_does_not_end_does_not_keep_it(
+async def test_a_request_that_does_not_end_does_not_keep_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
 ) -> None:
     async def script(connection: Any) -> None:
@@ -166,30 +149,28 @@ def test_a_request_that_does_not_end_does_not_keep_it(
             await connection.event(chunk("a"))
             await asyncio.sleep(0.01)
 
-    async def test(one: Service) -> None:
-        async with (
-            httpx.AsyncClient(trust_env=False) as client,
-            client.stream("POST", one.url + CHAT, json={**GOOD, "stream": True}) as streaming,
-        ):
-            pieces = streaming.aiter_raw()  # who drops it leaves
-            await anext(pieces)
-            signal.raise_signal(signal.SIGINT)
-            if twice:
-                await asyncio.sleep(0.3)
-                assert not one.task.done()
-                signal.raise_signal(signal.SIGINT)
-            await asyncio.wait_for(one.task, 8)
-            assert one.fleet.log == ["started", "stopped"]
-
     if not twice:
         monkeypatch.setattr(service, "FINISH_S", 1)
-    run(test, tmp_path, script=script)
+    async with (
+        serving(tmp_path, script=script) as one,
+        httpx.AsyncClient(trust_env=False) as client,
+        client.stream("POST", one.url + CHAT, json={**GOOD, "stream": True}) as streaming,
+    ):
+        pieces = streaming.aiter_raw()  # who drops it leaves
+        await anext(pieces)
+        signal.raise_signal(signal.SIGINT)
+        if twice:
+            await asyncio.sleep(0.3)
+            assert not one.task.done()
+            signal.raise_signal(signal.SIGINT)
+        await asyncio.wait_for(one.task, 8)
+        assert one.fleet.log == ["started", "stopped"]
 
 
-def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
+async def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(one: Service) -> None:
+    async with serving(tmp_path) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\n"  # without a type it is refused at once
         writer.write(head.encode() + b"transfer-encoding: chunked\r\n\r\nzz\r\n")
@@ -197,22 +178,18 @@ def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
         assert answered.startswith(b"HTTP/1.1 400")
         assert answered.count(b"HTTP/1.1") == 1
         writer.close()
-
-    run(test, tmp_path)
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(one: Service) -> None:
+async def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "IDLE_CONNECTIONS", 4 - Serve().concurrency - Serve().queue)
+    async with serving(tmp_path) as one:
         opened = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(4)]
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(one.url + "/health")).status_code == 503
             for _, writer in opened:
                 writer.close()
             await one.answers(200)
-
-    monkeypatch.setattr(service, "IDLE_CONNECTIONS", 4 - Serve().concurrency - Serve().queue)
-    run(test, tmp_path)
 
 
 # --- the address

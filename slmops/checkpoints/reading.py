@@ -12,11 +12,7 @@ COPY_AGAIN = "Copy or download the checkpoint again."
 
 
 def read_text(path: Path, where: str) -> str:
-    """The content of a UTF-8 file.
-
-    Args:
-        path: The file.
-        where: What to call it in messages.
+    """The content of a UTF-8 file, which errors call ``where``.
 
     Raises:
         CheckpointError: It cannot be read or is not UTF-8.
@@ -29,11 +25,7 @@ def read_text(path: Path, where: str) -> str:
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Args:
-        path: The file.
-        where: What to call it in messages.
+    """The object in a JSON file, which errors call ``where``.
 
     Raises:
         CheckpointError: It cannot be read, or is not a JSON object.

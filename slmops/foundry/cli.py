@@ -1,7 +1,7 @@
-"""The ``foundry`` command, where there is one: does it see what we placed, and does the model answer?
+"""The ``foundry`` command, where there is one: does it see our models, and do they answer?
 
-Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, some have ``--prompt TEXT`` to answer once; later ones
-have ``foundry complete MODEL TEXT`` instead, and document ``foundry cache list`` for ``ls``.
+Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, in some with ``--prompt TEXT`` to answer once. Later
+ones have ``foundry complete MODEL TEXT`` instead, and ``foundry cache list`` for ``ls``.
 """
 
 from __future__ import annotations
@@ -22,25 +22,28 @@ from slmops.core.locks import exclusive
 COMMAND_TIMEOUT_S = 60
 ANSWER_TIMEOUT_S = 600
 """Seconds to load a model and answer."""
-# An absolute folder behind some words, as in "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
+# An absolute folder after some words, such as "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
 _FOLDER = re.compile(r"(?:^|\s)((?:[A-Za-z]:[\\/]|[\\/~]).*\S)", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PROMPT = re.compile(r"^>", re.MULTILINE)
 _PROGRESS = re.compile(
     r"^.*(?:Thinking\.\.\.|Loading model|loaded successfully|found in the local cache).*$", re.MULTILINE
 )
-_ROBOT = "\N{ROBOT FACE}"
-"""What stands before an answer in a chat."""
+_ROBOT = "\N{ROBOT FACE}"  # stands before an answer in a chat
 
 
 def confirm(called: str, models: Path) -> bool | None:
-    """Ask ``foundry cache ls`` for the model ``called``, with the cache folder ``models`` for the time of asking.
+    """Look for a model with ``foundry cache ls``.
+
+    Args:
+        called: The model's name in Foundry.
+        models: The cache folder that holds it, to which the command is pointed meanwhile.
 
     Returns:
         True if it is listed; None where there is no ``foundry`` command.
 
     Raises:
-        RegistrationError: The command exists and does not list the model.
+        RegistrationError: The command fails or does not list the model.
     """
     if shutil.which("foundry") is None:
         return None
@@ -48,7 +51,7 @@ def confirm(called: str, models: Path) -> bool | None:
         usage = _help("cache")
         command = "list" if re.search(r"\blist\b", usage) and not re.search(r"\bls\b", usage) else "ls"
         listed = _foundry("cache", command)
-    # Not as the end of a longer name: bot-int4 is no support-bot-int4.
+    # Not as the end of a longer name: support-bot-int4 is not bot-int4.
     if not re.search(rf"(?<![\w.-]){re.escape(called)}", listed):
         raise RegistrationError(
             f"`foundry cache {command}` does not list {called} in {models}. It says: {listed.strip()}"
@@ -57,13 +60,18 @@ def confirm(called: str, models: Path) -> bool | None:
 
 
 def ask(called: str, models: Path, prompt: str) -> str | None:
-    """Put one question to the model ``called``, with the cache folder ``models`` for the time of asking.
+    """Put one question to a model.
+
+    Args:
+        called: The model's name in Foundry.
+        models: The cache folder that holds it, to which the command is pointed meanwhile.
+        prompt: The question.
 
     Returns:
         The answer; None where there is no ``foundry`` command.
 
     Raises:
-        RegistrationError: The command exists, and the model answers nothing or does not run.
+        RegistrationError: The command fails, or the model answers nothing.
     """
     if shutil.which("foundry") is None:
         return None
@@ -85,7 +93,7 @@ def ask(called: str, models: Path, prompt: str) -> str | None:
 
 
 def _answer(said: str, *, chat: bool) -> str:
-    """The answer in what the command said, which may begin with progress and, in a chat, end with a prompt."""
+    """The answer in the command's output, which may begin with progress and, in a chat, end with a prompt."""
     said = _ESCAPES.sub("", said)
     if _ROBOT in said:
         said = said.partition(_ROBOT)[2]
@@ -132,7 +140,7 @@ def _left_behind(note: Path, location: str) -> str | None:
 
 
 def _help(*command: str) -> str:
-    """What the command says about a subcommand; nothing if it does not know it."""
+    """The help of a subcommand, or nothing if there is none."""
     try:
         return _foundry(*command, "--help")
     except RegistrationError:
@@ -142,8 +150,8 @@ def _help(*command: str) -> str:
 def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -> str:
     program = shutil.which("foundry") or "foundry"
     shown = f"`foundry {' '.join(arguments)}`"
-    timeout_s = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
-    # Files, not pipes: the service that the command may start inherits them and would keep a pipe open.
+    limit = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
+    # Files, not pipes: a service that the command starts inherits them and would keep a pipe open.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(
@@ -151,11 +159,11 @@ def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -
                 input=typed.encode(),
                 stdout=output,
                 stderr=errors,
-                timeout=timeout_s,
+                timeout=limit,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise RegistrationError(f"{shown} took longer than {timeout_s:g} s and was stopped.") from error
+            raise RegistrationError(f"{shown} took longer than {limit:g} s and was stopped.") from error
         except OSError as error:
             raise RegistrationError(f"{shown} does not run: {error}") from error
         output.seek(0)

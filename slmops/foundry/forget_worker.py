@@ -1,4 +1,4 @@
-"""Child process: take models out of Foundry Local's local catalog, which keeps them though their folders are gone."""
+"""Child process: take models out of Foundry Local's local catalog, which keeps them when their folders are removed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from slmops.processes import child
 
 
 class ForgetRequest(Frozen):
-    """Models of a Foundry home."""
+    """Models to unregister in a Foundry home."""
 
     home: Path
     foundry_ids: tuple[str, ...]
 
 
 class ForgetResult(Frozen):
-    """Those of them that the catalog has no more, or never had."""
+    """The models that the catalog no longer has, or never had."""
 
     forgotten: tuple[str, ...]
 
 
 def handle(request: ForgetRequest) -> ForgetResult:
-    """Unregister all that are asked for."""
+    """Unregister the models; a failure is only printed."""
     from slmops.foundry import runtime
 
     catalog = runtime.local_catalog(runtime.manager(request.home))

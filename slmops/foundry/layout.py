@@ -1,4 +1,4 @@
-"""The folder that Foundry Local reads: the variant's files, ``inference_model.json`` and its search settings."""
+"""The folder that Foundry Local reads: a variant's files, ``inference_model.json`` and the search settings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from slmops.foundry.prompt_template import Derived
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"
 GENAI_CONFIG = "genai_config.json"
-# Kept in the variant's folder as proof; no runtime reads them.
+# The first two are kept with the variant as proof, and no runtime reads them; the third is written anew.
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 
 
 def model_name(name: str, variant: str) -> str:
-    """Foundry's name of a variant; its suffix is how Foundry names what runs on any CPU.
+    """Foundry's name of a variant, with the suffix that Foundry gives to models for any CPU.
 
     >>> model_name("support-bot", "int4")
     'support-bot-int4-generic-cpu'
@@ -32,7 +32,14 @@ def model_name(name: str, variant: str) -> str:
 def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -> tuple[Path, int, bool]:
     """Lay a variant out below Foundry's model cache.
 
-    The same variant with the same settings keeps its folder and version; anything else counts one version up.
+    The same variant with the same settings keeps its folder and version; anything else is a new version.
+
+    Args:
+        variant: The variant.
+        name: The model's name.
+        job: Of it the search settings count here.
+        derived: The PromptTemplate.
+        home: Foundry Local's application data.
 
     Returns:
         The folder, its version, and whether it is new.
@@ -50,11 +57,8 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
             versions[int(number)] = folder
     for version, folder in versions.items():
         described = _describe(variant, called, version, derived, genai)
-        if (
-            _read(folder / INFERENCE_MODEL) == described
-            and _read(folder / GENAI_CONFIG) == genai
-            and _same(folder, variant)
-        ):
+        settings = _read(folder / INFERENCE_MODEL), _read(folder / GENAI_CONFIG)
+        if settings == (described, genai) and _same(folder, variant):
             return folder, version, False
     version = max(versions, default=0) + 1
     target = models / f"{called}-{version}"
@@ -72,7 +76,7 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
 def _same(folder: Path, variant: Variant) -> bool:
     manifest = _read(folder / MANIFEST)
     files = [file for file in variant.files if file.name not in _NOT_DEPLOYED]
-    # The manifest first: to read all files takes a while where the file system cannot link.
+    # The manifest first: reading all files takes a while where the file system cannot link.
     return (
         manifest is not None
         and manifest.get("key") == variant.key
@@ -81,14 +85,14 @@ def _same(folder: Path, variant: Variant) -> bool:
 
 
 def _is(deployed: Path, made: Path, file: VariantFile) -> bool:
-    """Whether the two are one file, or ``deployed`` has its contents; a variant made again is a file of its own."""
+    """Whether they are one file or have the same content; a variant that was made again has files of its own."""
     if not deployed.is_file() or deployed.stat().st_size != file.size:
         return False
     return (made.exists() and deployed.samefile(made)) or sha256(deployed) == file.sha256
 
 
 def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
-    """The exporter's config with the user's search settings where the runtime reads them."""
+    """The exporter's config with the user's search settings, where the runtime reads them."""
     config = _read(variant.path / GENAI_CONFIG)
     if config is None:
         raise RegistrationError(f"{variant.path / GENAI_CONFIG} cannot be read.", "Convert the variant again.")
@@ -97,22 +101,21 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
         asked["max_length"] = min(asked["max_length"], variant.checkpoint.context_length)
     search = {**config.get("search", {}), **asked}
     if "temperature" in asked:
-        search["do_sample"] = asked["temperature"] > 0  # a temperature without sampling would do nothing
+        search["do_sample"] = asked["temperature"] > 0  # without sampling a temperature has no effect
     if not search.get("do_sample"):
-        search["temperature"] = 0.0  # Foundry Local's service samples at any other, whatever do_sample says
+        search["temperature"] = 0.0  # at any other, Foundry Local's service samples in spite of do_sample
     config["search"] = search
     return config
 
 
 def _describe(variant: Variant, called: str, version: int, derived: Derived, genai: dict[str, Any]) -> dict[str, Any]:
-    described: dict[str, Any] = {
+    return {
         "Name": f"{called}:{version}",
         "Description": f"{variant.checkpoint.name} ({variant.name}), converted by slmops",
         "Version": str(version),
         "PromptTemplate": derived.prompt_template,
         "ModelConfig": {key: genai["search"][key] for key in _SEARCH if key in genai["search"]},
     }
-    return described
 
 
 def _read(path: Path) -> dict[str, Any] | None:

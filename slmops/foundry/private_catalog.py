@@ -1,10 +1,10 @@
 """The protocol in which Foundry Local asks a catalog for models, answered from a list of entries.
 
-It is documented nowhere: what is here was seen when the runtime of foundry-local-sdk 2.2.1 asked, and its library has
-no filters but these. A runtime given ``catalog_urls=[(url + PATH, None)]`` sends POST requests with filters, all of
-which an answered model satisfies: to list what a device can run, to look up models by name (those in its cache, and ids
-that it does not know yet), and for all versions behind an alias. What this module does not know is an error rather
-than ignored: an answer without a filter that was asked for would be a wrong one.
+It is not documented: this is what the runtime of foundry-local-sdk 2.2.1 was seen to send, and its library knows no
+other filters. With ``catalog_urls=[(url + PATH, None)]`` a runtime sends POST requests with filters, and a model in the
+answer must satisfy all of them. It asks so for what a device can run, for models by name (those in its cache, and ids
+that it does not know yet), and for all versions behind an alias. A filter that this module does not know is an error:
+an answer that ignores it would be wrong.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 PATH = "/asset-gallery/v1.0/models"
 BODY_BYTES = 64 * 1024
-"""Size of a request at most."""
+"""Largest size of a request."""
 BODY_TIMEOUT_S = 10.0
 """Seconds that a request may take to arrive."""
 RETRY_AFTER_S = 5
-"""Seconds after which an application shall ask again while the registry is down."""
+"""Seconds after which an application should ask again while the registry is down."""
 MESSAGE_LIMIT = 1000
-"""Characters of an error message at most; it quotes what was sent."""
+"""Characters of the longest error message; it may quote what was sent."""
 
 
 class Entry(Frozen):
     """One version of a model that the catalog offers."""
 
     alias: str = Field(description="What an application asks for.")
-    name: str = Field(description="Foundry's name, as support-bot-int4-generic-cpu.")
+    name: str = Field(description="Foundry's name, such as support-bot-int4-generic-cpu.")
     version: int
     publisher: str = PUBLISHER
     display_name: str
@@ -50,7 +50,7 @@ class Entry(Frozen):
     provider: str = "CPUExecutionProvider"
     size_bytes: int
     created: datetime
-    latest: bool = Field(True, description="The list has it; one that is not can still be looked up by name or alias.")
+    latest: bool = Field(True, description="It is listed; others can still be looked up by name or alias.")
 
 
 FIELDS: dict[str, Callable[[Entry], tuple[str, ...]]] = {
@@ -82,7 +82,7 @@ class Filter(Frozen):
 
 
 class Query(Frozen):
-    """The body of a request; a page after the first comes with the token that the page before gave."""
+    """The body of a request; each page gives the token with which the next one is asked for."""
 
     filters: tuple[Filter, ...] = Field(max_length=50)
     page_size: int = Field(50, alias="pageSize", ge=1, le=1000, strict=True)
@@ -90,18 +90,26 @@ class Query(Frozen):
 
 
 def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
-    """The answer to the request ``body``: a page of the entries that satisfy all its filters, as JSON.
+    """Answer a request with a page of the entries that satisfy all its filters.
+
+    Args:
+        body: The request, in JSON.
+        entries: What the catalog offers.
+
+    Returns:
+        The page, in JSON.
 
     Raises:
-        UsageError: The body is no such request, or names a field or operator that is not known here.
+        UsageError: The body is not such a request, or names an unknown field or operator.
     """
     try:
         query = Query.model_validate_json(body)
     except ValidationError as error:
         raise UsageError(f"Not a catalog request: {problems(error)[0]}.") from error
     for condition in query.filters:
-        _known("field", condition.field, FIELDS)
-        _known("operator", condition.operator, OPERATORS)
+        for kind, name, known in (("field", condition.field, FIELDS), ("operator", condition.operator, OPERATORS)):
+            if name not in known:
+                raise UsageError(f"This catalog has no filter {kind} {name[:100]!r}. It has {', '.join(known)}.")
     found = [entry for entry in entries if all(_satisfies(entry, condition) for condition in query.filters)]
     first_index = int(query.continuation_token or 0)
     last_index = first_index + query.page_size
@@ -109,11 +117,6 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
     if last_index < len(found):
         page["continuationToken"] = str(last_index)
     return json.dumps(page).encode()
-
-
-def _known(what: str, name: str, known: dict[str, Any]) -> None:
-    if name not in known:
-        raise UsageError(f"This catalog knows no filter {what} {name[:100]!r}. It knows {', '.join(known)}.")
 
 
 def _satisfies(entry: Entry, condition: Filter) -> bool:
@@ -155,7 +158,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
     """A web application that answers at :data:`PATH`, and at ``/health``.
 
     Args:
-        entries: Called for each request, in a thread; what it raises of our own errors becomes status 503.
+        entries: Called for each request, in a thread; if it raises an error of ours, the answer has status 503.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool

@@ -1,4 +1,4 @@
-"""Put a variant into Foundry Local: laid out, registered, listed, answering; or not at all."""
+"""Put a variant into Foundry Local: laid out, registered, listed and answering, or not at all."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ REGISTER_TIMEOUT_S = 600
 
 
 def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
-    """Register ``variant`` under ``<name>-<variant>-generic-cpu:<version>``; twice is harmless.
+    """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
 
     Raises:
-        RegistrationError: Foundry Local refuses it, does not list it, or it answers nothing; nothing is left behind.
+        RegistrationError: Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
         CheckpointError: The chat template is broken.
     """
     template = chat_template.load(variant.path)
@@ -37,9 +37,10 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
     with locks.exclusive(settings.locks / "foundry.lock", "Foundry Local's registry", wait=True):
         remove_scratch(models / layout.PUBLISHER)
         folder, version, new = layout.place(variant, name, job, derived, settings.foundry)
-        foundry_id = f"{layout.model_name(name, variant.name)}:{version}"
+        called = layout.model_name(name, variant.name)
+        foundry_id = f"{called}:{version}"
         try:
-            cli.confirm(layout.model_name(name, variant.name), models)
+            cli.confirm(called, models)
             result = register_folder(
                 RegisterRequest(
                     home=settings.foundry, folder=folder, foundry_id=foundry_id, display_name=f"{name} {variant.name}"

@@ -1,4 +1,4 @@
-"""Child process: put a folder into Foundry Local's local catalog, see it listed, and have it answer."""
+"""Child process: register a folder in Foundry Local's local catalog, and check that it is listed and answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_TOKENS = 24
 
 
 class RegisterRequest(Frozen):
-    """A folder in Foundry's layout and the id that it shall have."""
+    """A folder in Foundry's layout, and the id to give it."""
 
     home: Path
     folder: Path
@@ -32,7 +32,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
     """Register, list, load, ask. A model that fails is taken out of the catalog again.
 
     Raises:
-        RegistrationError: The runtime refuses it, does not list it, cannot load it, or it says nothing.
+        RegistrationError: The runtime refuses it, does not list it or cannot load it, or it answers nothing.
     """
     from foundry_local_sdk.exception import FoundryLocalException
 
@@ -60,13 +60,11 @@ def handle(request: RegisterRequest) -> RegisterResult:
 
 
 def _ids(catalog: Any) -> set[str]:
-    return {variant.id for model in catalog.list_models() for variant in model.variants} | {
-        model.id for model in catalog.list_models()
-    }
+    return {variant.id for model in catalog.list_models() for variant in (model, *model.variants)}
 
 
 def forget(catalog: Any, foundry_id: str) -> None:
-    """Take a model out of the catalog, if it is there; a failure is only printed."""
+    """Take a model out of the catalog if it is there; a failure is only printed."""
     from foundry_local_sdk.exception import FoundryLocalException
 
     try:

@@ -1,4 +1,4 @@
-"""Foundry Local's SDK, for child processes only: one manager per process, memory that never comes back."""
+"""Foundry Local's SDK. For child processes only: it has one manager per process, and never gives memory back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import foundry_local_sdk as sdk
 from slmops.core.errors import EvaluationError
 
 APP_NAME = "slmops"
-# The public catalog costs seconds of retries where there is no network, and nothing here comes from it. Nobody
-# listens on this port, and the runtime takes that for an empty catalog.
+# Nobody listens there, which the runtime takes for an empty catalog. The public one would cost seconds of retries
+# without a network, and nothing here comes from it.
 NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 
 
@@ -41,7 +41,7 @@ class TimedReply:
 
 
 def manager(home: Path) -> Any:
-    """Start the runtime with its data below ``home`` and nothing sent that can be switched off."""
+    """Start the runtime with its data below ``home``, and with all telemetry off that can be switched off."""
     return sdk.FoundryLocalManager(
         sdk.Configuration(
             app_name=APP_NAME,
@@ -60,7 +60,10 @@ def local_catalog(running: Any) -> Any:
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
-    """Register ``folder``, which stays where it is, and return the model; what is registered so already is kept.
+    """Register ``folder``, which stays where it is, unless it is registered already.
+
+    Returns:
+        The model.
 
     Raises:
         FoundryLocalException: The runtime refuses it.
@@ -81,7 +84,7 @@ def registered(home: Path, foundry_id: str) -> Any:
     """Start the runtime and return a model of its local catalog.
 
     Raises:
-        EvaluationError: It is not there.
+        EvaluationError: There is no such model.
     """
     model = local_catalog(manager(home)).get_model_variant(foundry_id)
     if model is None:
@@ -90,7 +93,7 @@ def registered(home: Path, foundry_id: str) -> Any:
 
 
 def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> TimedReply:
-    """Send one conversation in a session of its own, greedily, and take the times as the text streams in."""
+    """Send one conversation in a session of its own, decoded greedily, and time the text as it streams in."""
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
     for message in messages:

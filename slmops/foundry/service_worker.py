@@ -1,8 +1,8 @@
 """Child process: one version behind Foundry Local's own web service, until standard input closes.
 
-The web service offers what a catalog lists, so this process is its own catalog, of one entry. It also gets a model
-cache of its own: the runtime reads every folder in its cache, hidden ones too, and of two folders that claim one name
-it may load the unfinished one that an interrupted download left.
+The web service offers what a catalog lists, so this process is its own catalog, of one entry. It also has its own model
+cache: the runtime reads every folder in its cache, even hidden ones, and of two folders that claim one name it may load
+the unfinished one that an interrupted download left.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from slmops.processes.daemon import HOST
 
 log = logging.getLogger(__name__)
 
-
 START_MESSAGE_LIMIT = 4000
-"""Characters of an error's message at most, so that the line fits a pipe."""
+"""Characters of the longest error message, so that the line fits a pipe."""
 
 
 class ServiceRequest(Frozen):
@@ -42,7 +41,7 @@ class ServiceRequest(Frozen):
 
 
 class ServiceStart(Frozen):
-    """The one line on standard output: where the service listens, or the error that there was instead."""
+    """The one line on standard output: where the service listens, or the error that prevented it."""
 
     url: str = ""
     seconds: float = 0.0
@@ -52,8 +51,8 @@ class ServiceStart(Frozen):
 
 
 def main() -> None:
-    """Serve the request in the first argument, say so in one line, wait."""
-    # Native libraries write to standard output too: from here on all that goes where standard error goes.
+    """Serve the request in the first argument, print one line about it, and wait."""
+    # Native libraries write to standard output too: from here on that goes to standard error.
     line = os.dup(1)
     os.dup2(2, 1)
     threading.Thread(target=child.die_with_parent, daemon=True).start()
@@ -122,7 +121,7 @@ def _cache(request: ServiceRequest) -> Path:
     link.parent.mkdir(parents=True)
     try:
         link.symlink_to(request.folder, target_is_directory=True)
-    except OSError:  # a file system without links: then the cache that all share
+    except OSError:  # a file system without links: use the shared cache
         return request.folder.parent.parent
     return cache
 
@@ -142,7 +141,7 @@ def _offer(request: ServiceRequest) -> int:
         size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
         created=datetime.now(UTC),
     )
-    # It listens before the server runs: the runtime's first request waits in the queue.
+    # It listens before the server runs, so the runtime's first request waits in the queue.
     listening = socket.create_server((HOST, 0))
     server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
@@ -151,7 +150,7 @@ def _offer(request: ServiceRequest) -> int:
 
 
 def _leave(status: int) -> None:
-    """End without the native runtime's clean-up, which has crashed."""
+    """End without the native runtime's clean-up, which has been seen to crash."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

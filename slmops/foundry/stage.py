@@ -1,4 +1,4 @@
-"""A registered variant in a Foundry home of its own, with settings that only a measurement wants."""
+"""A registered variant in a Foundry home of its own, with settings for a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slmops.foundry.layout import GENAI_CONFIG, PUBLISHER
 
 
 class Staged(Frozen):
-    """Where a staged variant lies; nothing of it is in the user's Foundry Local."""
+    """Where a staged variant is; the user's Foundry Local has nothing of it."""
 
     home: Path
     folder: Path
@@ -27,11 +27,11 @@ def stage(
 
     Args:
         registration: The variant as it is deployed.
-        home: Foundry home to make, replaced if it is there.
-        fixed_length: Answers do not end before their token limit: the end-of-sequence token becomes the last id of the
-            vocabulary, which padded vocabularies never use and others hardly ever (the runtime takes no id beyond it,
-            and does not honour a minimal length).
-        context_length: A context to pretend, at most the model's own.
+        home: Foundry home to make, in place of an older one.
+        fixed_length: Answers do not end before their token limit. The runtime ignores a minimal length, so the
+            end-of-sequence token becomes the last id of the vocabulary (the largest that the runtime accepts), which is
+            never used in padded vocabularies and hardly ever in others.
+        context_length: A context length in tokens to pretend, at most the model's own.
     """
     shutil.rmtree(home, ignore_errors=True)
     folder = home / "models" / PUBLISHER / registration.path.name

@@ -1,4 +1,4 @@
-"""What passes between the registry, a device and the service: versions of a model, and where one is installed."""
+"""Versions of a model as the registry, a device and the service pass them to each other."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
 
 
 class VersionManifest(Frozen):
-    """The manifest beside the files of a version; its own SHA-256 is a tag of the version.
+    """The manifest of a version, whose own SHA-256 is a tag of the version in the registry.
 
-    ``inference_model.json`` is not among the files: it carries the version's number, which is known only afterwards.
+    ``inference_model.json`` is not among its files: it holds the version's number, which is known only afterwards.
     """
 
     model: str = Field(description="Name in the registry.")
@@ -40,28 +40,28 @@ class VersionManifest(Frozen):
 
     @property
     def size_mb(self) -> float:
-        """All files together, in MB."""
+        """Size of all files in MB (10^6 bytes)."""
         return sum(file.size for file in self.files) / 1e6
 
     @property
     def text(self) -> str:
-        """What stands in deployment.json."""
+        """The content of deployment.json."""
         return self.model_dump_json(indent=2) + "\n"
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of that: the identity of the content."""
+        """Hex SHA-256 of that text, which identifies the content of the version."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 class ModelVersion(Frozen):
-    """A version in MLflow's Model Registry that slmops put there."""
+    """A version that slmops put into MLflow's Model Registry."""
 
     name: str
     version: int
     variant: str = Field(description="Its precision, or the name of the user's Olive file.")
     aliases: tuple[str, ...] = ()
-    location: str = Field(description="Artifact URI of its files, as mlflow-artifacts:/1/models/m-.../artifacts.")
+    location: str = Field(description="Artifact URI of its files, such as mlflow-artifacts:/1/models/m-.../artifacts.")
     manifest_sha256: str = Field(description="SHA-256 of deployment.json.")
     size_mb: float
     memory_mb: float = Field(description="Highest memory of its process when it was measured, in MB.")
@@ -74,12 +74,12 @@ class ModelVersion(Frozen):
 
     @property
     def foundry_id(self) -> str:
-        """Its id in Foundry Local on every device: <name>-<variant>-generic-cpu:<version>."""
+        """Its id in Foundry Local on every device: ``<name>-<variant>-generic-cpu:<version>``."""
         return f"{model_name(self.name, self.variant)}:{self.version}"
 
     @property
     def label(self) -> str:
-        """How it is called in messages: ``support-bot version 3 (int8)``."""
+        """Its name in messages, such as ``support-bot version 3 (int8)``."""
         return f"{self.name} version {self.version} ({self.variant})"
 
 
@@ -137,7 +137,7 @@ class Promotion(BaseModel):
 
 
 def describe(name: str, variant: Variant, registration: Registration) -> VersionManifest:
-    """The manifest of a variant as it lies in Foundry Local, each file read for its SHA-256."""
+    """The manifest of a variant as it is in Foundry Local; reads every file for its SHA-256."""
     inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
     return VersionManifest(
         model=name,

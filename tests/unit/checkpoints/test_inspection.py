@@ -256,8 +256,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no header": (put("model.safetensors", b"\xff" * 64), "not a whole safetensors file", "again"),
     "short header": (put("model.safetensors", b"\x10\0\0"), "not a whole safetensors file", "again"),
     "cut header": (cut(4 * PARAMETERS + 9), "not a whole safetensors file", "again"),
-    "cut off": (cut(1), "is cut off", "again"),
-    "too long": (cut(-5), "longer than its header says", "again"),
+    "cut off": (cut(1), "not a whole safetensors file", "again"),
+    "too long": (cut(-5), "not a whole safetensors file", "again"),
     "stored quantized": (
         weights(TENSORS, "U8", 1),
         "quantized already: model.embed_tokens.weight is stored as U8",

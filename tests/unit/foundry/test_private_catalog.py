@@ -145,9 +145,9 @@ BAD = [
     (body(continuationToken="9" * 10), "continuationToken "),
     (body(skip=50), "skip is not a known key"),
     (body(*[condition("name", "bot")] * 51), "filters "),
-    (body(condition("size", "1")), "no filter field 'size'. It knows type, kind, name, labels, "),
+    (body(condition("size", "1")), "no filter field 'size'. It has type, kind, name, labels, "),
     (body(condition("Name", "bot")), "no filter field 'Name'"),
-    (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It knows eq, NotEquals."),
+    (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It has eq, NotEquals."),
     (body(condition("name", "bot", operator="contains")), "no filter operator 'contains'"),
     (body(condition("x" * 5000, "bot")), "no filter field 'xxx"),
 ]
@@ -179,7 +179,7 @@ def test_served(client: TestClient) -> None:
     ("method", "path", "sent", "status", "said"),
     [
         ("POST", PATH, b"nonsense", 400, "Not a catalog request: it is not valid JSON"),
-        ("POST", PATH, body(condition("size", "1")), 400, "knows no filter field 'size'"),
+        ("POST", PATH, body(condition("size", "1")), 400, "has no filter field 'size'"),
         ("POST", PATH, b"", 400, "EOF"),
         ("POST", PATH, b" " * 65_537, 413, "65536 bytes"),
         ("POST", PATH, b"[" * 10_000_000, 413, "65536 bytes"),

@@ -1,4 +1,4 @@
-"""Everything that slmops refuses or fails at, in one tree.
+"""All errors that a user sees, as one tree.
 
     SlmopsError
     ├── UsageError            exit 2   what was asked for makes no sense
@@ -17,7 +17,7 @@
         ├── PromotionError
         └── GateError         exit 3   the work is done, and what was measured is not good enough
 
-Each error carries a message that names what was wrong and where, and a ``fix`` that says what to do next.
+Each has a message that says what is wrong and where, and a ``fix`` that says what to do next.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class SlmopsError(Exception):
-    """Base of all errors that a user can cause or mend.
+    """Base of all errors that a user can cause or fix.
 
     Args:
         message: What was wrong, and where.
@@ -38,7 +38,7 @@ class SlmopsError(Exception):
 
     exit_code = 1
     comparison: Comparison | None = None
-    """What a job has to show nonetheless."""
+    """What a job that failed can still show."""
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message, fix)
@@ -116,23 +116,6 @@ class GateError(WorkError):
 
 
 BY_NAME: dict[str, type[SlmopsError]] = {
-    cls.__name__: cls
-    for cls in (
-        SlmopsError,
-        UsageError,
-        CheckpointError,
-        RecipeError,
-        DataError,
-        PrerequisiteError,
-        BusyError,
-        WorkError,
-        TrainingError,
-        ConversionError,
-        RegistrationError,
-        EvaluationError,
-        TrackingError,
-        ServingError,
-        PromotionError,
-        GateError,
-    )
+    name: kind for name, kind in globals().items() if isinstance(kind, type) and issubclass(kind, SlmopsError)
 }
+"""What a child process or another machine names an error by."""

@@ -1,0 +1,3 @@
+"""Processes of ours: children that never outlive us, what memory they take, and servers that go on when we end. It may
+import core only. Start reading in ``children.py``; ``child.py`` is the other end of its pipe.
+"""

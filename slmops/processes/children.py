@@ -1,9 +1,9 @@
 """Heavy work in child processes that never outlive us.
 
 Olive, torch, ONNX Runtime and Foundry Local's runtime are loaded in children only: two native GenAI libraries cannot
-live in one process, memory does not come back, and a crash must not take the job with it. Each child leads a session
-of its own, so that its whole group can be killed, and it watches its standard input: when this process dies, however
-it dies, the pipe closes and the child's group kills itself (see :mod:`slmops.processes.child`).
+live in one process, memory does not come back, and a crash must not end the job. Each child leads a session of its own,
+so that its whole group can be killed. It watches its standard input: when this process dies, for whatever reason, the
+pipe closes and the child kills its group (see :mod:`slmops.processes.child`).
 """
 
 from __future__ import annotations
@@ -22,25 +22,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TypeVar
 
-import psutil
 from pydantic import BaseModel
 
 from slmops.core import errors
 from slmops.core.files import write_atomic
+from slmops.processes.memory import Meter
 
 SAMPLE_EVERY_S = 0.1
-LOOKING = 0.02
-"""Share of the time that may go into the exact memory of a child."""
 GRACE_S = 3.0
 DISK_FULL = os.strerror(errno.ENOSPC)
 FREE_SPACE = "Free some space and run again."
 
 STEADY_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""For children whose memory or speed is measured, where the C library is glibc (others ignore it).
+"""Environment of children whose memory or speed is measured; only glibc knows these variables.
 
-By default glibc keeps freed memory in a pool per thread and gives it back to the system at its own discretion. Then the
-peak grows in steps of a whole key-value cache, and a request whose cache is paged in anew takes half as long again to
-its first token as the next one. One pool that keeps what it has is steady from the first requests on.
+By default glibc keeps freed memory in one pool per thread, and decides itself when the system gets it back. Then the
+peak grows in steps of a whole key-value cache, and a request whose cache has to be paged in again takes half as long
+again to its first token. One pool that keeps what it has is steady from the first requests on.
 """
 
 Result = TypeVar("Result", bound=BaseModel)
@@ -99,13 +97,13 @@ def run(
         on_line: Called with each line of output as it comes.
 
     Raises:
-        PrerequisiteError: The log cannot be written, as on a full disk; the child is stopped then.
+        PrerequisiteError: The log cannot be written, for example because the disk is full; the child is stopped.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     memory: list[tuple[float, float]] = []
     timed_out = False
-    meter = _Meter()
+    meter = Meter()
     child = subprocess.Popen(
         argv,
         stdin=subprocess.PIPE,
@@ -162,13 +160,12 @@ def call(
 ) -> tuple[Result, Finished]:
     """Run ``python -m module`` on ``request`` and return its result.
 
-    The module ends in ``child.main(...)``. Errors of our own tree come back as themselves; anything else becomes
-    ``error`` with the end of the log.
+    The module ends in ``child.main(...)``.
 
     Raises:
         SlmopsError: What the child raised.
         PrerequisiteError: The disk is full.
-        WorkError: The child crashed, was killed or took too long; of the class ``error``.
+        WorkError: The child crashed, was killed or took too long: ``error``, with the end of the log.
     """
     work.mkdir(parents=True, exist_ok=True)
     request_file, result_file = work / "request.json", work / "result.json"
@@ -224,45 +221,3 @@ def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | 
                     on_line(line)
     except OSError as error:
         failures.append(error)
-
-
-class _Meter:
-    """Memory of a process and its children, looked at often without being in their way.
-
-    For a proportional set size the kernel walks through all pages of a process, which meanwhile waits for memory that
-    it asks for: 40 ms for 1.5 GB, and ten such looks a second slowed a training on two cores by 40 %. So that is done
-    rarely, and in between the resident size is taken, which costs nothing, less what was shared at the last look.
-    """
-
-    def __init__(self) -> None:
-        self._members: list[psutil.Process] = []
-        self._shared = 0
-        self._next_look = 0.0
-
-    def mb(self, pid: int) -> float:
-        """Memory in MB (10^6 bytes) now; 0 if the process is gone."""
-        began = time.monotonic()
-        if began >= self._next_look:
-            self._shared = self._look(pid)
-            self._next_look = began + (time.monotonic() - began) / LOOKING
-        resident = sum(_size(member, exact=False)[0] for member in self._members)
-        return max(0, resident - self._shared) / 1e6
-
-    def _look(self, pid: int) -> int:
-        """Bytes of the resident size that count for other processes."""
-        try:
-            leader = psutil.Process(pid)
-            self._members = [leader, *leader.children(recursive=True)]
-        except psutil.Error:
-            self._members = []
-        sizes = [_size(member, exact=True) for member in self._members]
-        return sum(resident - proportional for resident, proportional in sizes)
-
-
-def _size(process: psutil.Process, *, exact: bool) -> tuple[int, int]:
-    """Resident and proportional set size in bytes; only if ``exact`` they differ. A process that is gone has none."""
-    try:
-        info = process.memory_full_info() if exact else process.memory_info()
-    except psutil.Error:
-        return 0, 0
-    return info.rss, getattr(info, "pss", info.rss)

@@ -20,6 +20,7 @@ import pytest
 from slmops.core.errors import CheckpointError, ConversionError, EvaluationError
 from slmops.core.values import Frozen
 from slmops.processes import children
+from slmops.processes.memory import Meter
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -387,7 +388,7 @@ def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [])
     monkeypatch.setattr(psutil.Process, "memory_full_info", exact)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _process: Info)
-    meter = children._Meter()
+    meter = Meter()
     while now[0] < 1010:
         assert meter.mb(os.getpid()) == 900
         now[0] += 0.1

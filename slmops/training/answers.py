@@ -12,7 +12,7 @@ from slmops.core.values import Answer, Measurement
 from slmops.evaluation import dataset, scoring, statistics
 from slmops.processes import children
 from slmops.training import answers_worker
-from slmops.training.finetune import ENVIRONMENT
+from slmops.training.finetune import OFFLINE_ENVIRONMENT
 
 
 def answer_with_checkpoint(
@@ -45,7 +45,7 @@ def answer_with_checkpoint(
             log=text,
             timeout_s=settings.evaluation_timeout_s,
             error=EvaluationError,
-            env=ENVIRONMENT,
+            env=OFFLINE_ENVIRONMENT,
         )
     shutil.rmtree(work)
     answers = scoring.ask_judge(questions.items, result.answers, settings)

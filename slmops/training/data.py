@@ -19,7 +19,7 @@ from slmops.evaluation.dataset import EvaluationSet
 from slmops.processes import children
 from slmops.training import checks, examples, tokens_worker
 from slmops.training.examples import Example, ExamplesRead, shown
-from slmops.training.finetune import ENVIRONMENT
+from slmops.training.finetune import OFFLINE_ENVIRONMENT
 from slmops.training.sources import Fetched
 from slmops.training.values import DataProblem, DataReport, Retrain, TrainingData
 
@@ -159,7 +159,7 @@ def _tokens(
             log=log,
             timeout_s=settings.training_timeout_s,
             error=TrainingError,
-            env=ENVIRONMENT,
+            env=OFFLINE_ENVIRONMENT,
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -35,7 +35,7 @@ TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 """The packages whose version changes the result."""
 BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Instruction sets that make products in bf16 faster. Without them bf16 is emulated, which is slower."""
-ENVIRONMENT = {
+OFFLINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -162,7 +162,7 @@ def _train(
             log=text,
             timeout_s=settings.training_timeout_s,
             error=TrainingError,
-            env=ENVIRONMENT,
+            env=OFFLINE_ENVIRONMENT,
             on_line=lambda line: _pass_on(line, on_loss),
         )
     except TrainingError as error:

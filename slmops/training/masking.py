@@ -8,22 +8,22 @@ from typing import Any
 IGNORED = -100
 """Label of a token that is not learned; torch's cross entropy ignores it."""
 
-Turn = dict[str, str]
-Render = Callable[[Sequence[Turn], bool], str]
+ChatMessage = dict[str, str]
+Render = Callable[[Sequence[ChatMessage], bool], str]
 """Turns messages into text; the flag adds the opening of an answer."""
 
 
 def renderer(tokenizer: Any) -> Render:
     """The chat template of a transformers tokenizer, as a function."""
 
-    def render(messages: Sequence[Turn], opened: bool) -> str:
+    def render(messages: Sequence[ChatMessage], opened: bool) -> str:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
         return text
 
     return render
 
 
-def answer_spans(messages: Sequence[Turn], render: Render) -> tuple[str, list[tuple[int, int]]]:
+def answer_spans(messages: Sequence[ChatMessage], render: Render) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation and find the answers in it.
 
     Returns:

@@ -10,7 +10,7 @@ from slmops.core.errors import DataError, PrerequisiteError
 from slmops.training.examples import shown
 
 SCHEMES = ("http://", "https://")
-STALLED_S, LONGEST_S = 30.0, 600.0
+READ_TIMEOUT_S, DOWNLOAD_TIMEOUT_S = 30.0, 600.0
 """Seconds without a byte, and in total, after which a download is given up."""
 _OFTEN = "Try again, or fetch the file yourself and give its path."
 
@@ -35,11 +35,11 @@ def download(url: str, file: Path, largest: int) -> None:
             f"The URL of {where} contains a name or a password.", "Leave them out: they would end up in logs."
         )
     # httpx's timeout covers a single read, so data that trickle in would never time out.
-    deadline = time.monotonic() + LONGEST_S
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
     part = file.with_suffix(".part")
     try:
         with (
-            httpx.Client(follow_redirects=True, max_redirects=5, timeout=STALLED_S) as client,
+            httpx.Client(follow_redirects=True, max_redirects=5, timeout=READ_TIMEOUT_S) as client,
             client.stream("GET", url) as response,
             part.open("wb") as out,
         ):
@@ -52,7 +52,7 @@ def download(url: str, file: Path, largest: int) -> None:
                 if out.tell() > largest:
                     raise DataError(f"{where} is too large: {largest / 1e6:.0f} MB are allowed.", "Give fewer items.")
                 if time.monotonic() > deadline:
-                    raise PrerequisiteError(f"{where} took longer than {LONGEST_S:.0f} s.", _OFTEN)
+                    raise PrerequisiteError(f"{where} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s.", _OFTEN)
     except httpx.TimeoutException:
         raise PrerequisiteError(f"{where} does not answer, or stopped halfway.", _OFTEN) from None
     except httpx.TransportError as error:

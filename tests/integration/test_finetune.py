@@ -20,7 +20,7 @@ from slmops.core.values import Checkpoint
 from slmops.training import finetune, finetune_worker
 from slmops.training.answers import answer_with_checkpoint
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
-from tests import making, retraining
+from tests import making, retraining, tiny
 from tests.training_data import checked, turns, write_lines
 
 pytestmark = pytest.mark.integration
@@ -269,21 +269,17 @@ def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings:
 @pytest.mark.parametrize(
     ("template", "longest", "message"),
     [
-        (None, 16, r"train.jsonl, line 1 .* 16 "),
+        (tiny.CHATML, 16, r"train.jsonl, line 1 .* 16 "),
+        ("{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}", 512, "line 1:"),
         (
-            "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}",
+            "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}",
             512,
-            "train.jsonl, line 1",
+            "line 1 ",
         ),
     ],
 )
-def test_items_that_cannot_be_trained_on(
-    template: str | None, longest: int, message: str, folder: Path, data: TrainingData, tmp_path: Path
-) -> None:
-    source = shutil.copytree(folder, tmp_path / "tiny")
-    if template is not None:
-        (source / "chat_template.jinja").write_text(template)
-    home = Settings(home=tmp_path / "home")
-    training = TRAINING.model_copy(update={"max_tokens": longest})
+def test_items_that_cannot_be_trained_on(template: str, longest: int, message: str, data: TrainingData) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
-        finetune.finetune(making.resolve(Job(model=str(source)), home), data, training, home, "x", lambda _: None)
+        finetune_worker._items(data.train, tokenizer, TRAINING.model_copy(update={"max_tokens": longest}))

@@ -22,9 +22,10 @@ CONFIDENCE = 0.95
 SEED = 20240229
 RESAMPLES = 2000
 RESAMPLED_AT_ONCE = 2_000_000  # numbers; more of a long series would fill the memory
-MIN_SAMPLES = 5  # fewer have no interval; the same of blocks, and of pairs that differ
-MIN_BEYOND = 10  # samples that a percentile in the tails must have beyond it: p90 needs 100 samples, p99 1000
+MIN_SAMPLES = 5  # fewer have no interval; nor have fewer blocks, or pairs that differ
+MIN_BEYOND = 10  # samples beyond a percentile in the tails, for an interval: p90 needs 100 samples, p99 1000
 BLOCK_TOKENS = 64  # tokens that are resampled together
+SLOPE_BLOCKS = 30
 MAX_MORE = 1_000_000
 
 
@@ -34,8 +35,8 @@ def of_percentile(samples: Sequence[float], percent: float, unit: str) -> Measur
     BCa is of no use here: its jackknife is inconsistent for quantiles (Efron, 1982, The Jackknife, the Bootstrap and
     Other Resampling Plans). For the median of 5 to 30 log-normal samples, plain percentile intervals cover 91 to 94 %,
     those with the level of ``_bootstrap_level`` 94 to 98 %. No resample reaches beyond the largest sample, so in the
-    tails they cover too little: p90 64 % with 10 samples, 90 % with 50, 93 % with 100. Hence, outside 25 to 75 %, a
-    percentile with fewer than ``MIN_BEYOND`` samples beyond it has no interval but the note "indicative".
+    tails they cover too little: p90 64 % with 10 samples, 90 % with 50, 93 % with 100. So a percentile outside 25 to
+    75 % with fewer than ``MIN_BEYOND`` samples beyond it has no interval but the note "indicative".
 
     Args:
         samples: Independent samples in ``unit``.
@@ -49,9 +50,9 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
     """A percentile of all samples, with an interval that resamples the rounds first and then the samples in them.
 
     Requests to one process share its luck, so they are not independent (Davison and Hinkley, 1997, Bootstrap Methods
-    and their Application, section 3.8). Resampling requests alone covers 42 % for three rounds of 30 if the rounds
-    differ as much as the requests within one, this 88 %; if rounds do not differ, it errs on the wide side. A single
-    round tells nothing of other rounds: its interval is that of its own samples.
+    and their Application, section 3.8). With three rounds of 30 that differ as much as the requests in one, resampling
+    requests alone covers 42 %, this 88 %; if rounds do not differ, the interval is too wide. A single round tells
+    nothing about others: its interval is that of its own samples.
 
     Args:
         rounds: Samples in ``unit`` of each round that has any.
@@ -104,9 +105,9 @@ def of_mean(samples: Sequence[float], unit: str) -> Measurement:
 
 
 def of_ratios(ratios: Sequence[float]) -> Measurement:
-    """The geometric mean of a few positive ratios with Student's interval on their logarithms; one has none.
+    """The geometric mean of a few positive ratios with Student's interval on their logarithms; one ratio has none.
 
-    For two to four samples, of which no bootstrap can tell anything: it assumes that they are log-normal.
+    It assumes log-normal ratios. A bootstrap of two to four samples would tell nothing.
     """
     from scipy.special import stdtrit
 
@@ -119,7 +120,7 @@ def of_ratios(ratios: Sequence[float]) -> Measurement:
 
 
 def of_proportion(successes: int, total: int) -> Measurement:
-    """A proportion with its score interval (Wilson, 1927), which has a width even where all or none succeeded.
+    """A proportion with its score interval (Wilson, 1927), which has a width even if all or none succeeded.
 
     Raises:
         ValueError: Successes outside 0 to ``total``.
@@ -134,11 +135,8 @@ def of_proportion(successes: int, total: int) -> Measurement:
 def standard_error(successes: int, total: int) -> float | None:
     """Standard error of a proportion; None for one sample, which shows no spread.
 
-    sqrt(p (1 - p) / (n - 1)): the standard error of the mean of scores, sqrt(sum((s - mean)^2) / (n - 1) / n), of
-    scores that are 0 or 1 (Miller, 2024, Adding Error Bars to Evals, arXiv:2411.00640).
-
-    Raises:
-        ValueError: Successes outside 0 to ``total``.
+    sqrt(p (1 - p) / (n - 1)), that of the mean of scores of 0 or 1 (Miller, 2024, Adding Error Bars to Evals,
+    arXiv:2411.00640).
     """
     _check_counts(successes, total)
     if total == 1:
@@ -172,9 +170,9 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
 def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Measurement:
     """Mean difference of scores from 0 to 1 over the same items, ours less theirs, with its paired bootstrap interval.
 
-    Most answers of two precisions are the same, and only the pairs that differ tell of the spread: their number sets
-    the levels. Fewer than ``MIN_SAMPLES`` of them are too few to resample; then the interval takes in the score
-    interval of ``paired_difference``, as if each pair that differs did so by a whole point.
+    Most answers of two precisions are the same, and only the pairs that differ show the spread: their number sets the
+    level. Fewer than ``MIN_SAMPLES`` of them are too few to resample; then the interval includes the score interval of
+    ``paired_difference``, as if each such pair differed by a whole point.
 
     Raises:
         ValueError: A score outside 0 to 1.
@@ -204,8 +202,8 @@ def perplexity(nll: Sequence[float]) -> Measurement:
 def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Measurement:
     """Perplexity divided by the baseline's on the same tokens, with the interval of ``blocked_mean`` over the pairs.
 
-    Pairing removes the spread of the text, which both see: the interval is many times narrower than those of the two
-    perplexities. Equal inputs give exactly 1.
+    Pairing removes the spread of the text, which is the same for both, so the interval is many times narrower than
+    those of the two perplexities. Equal inputs give exactly 1.
     """
     differences = _differences(nll, baseline_nll)
     if not differences.any():
@@ -224,17 +222,16 @@ def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
     return _measurement(float(tokens.mean()), unit, len(tokens), interval)
 
 
-def slope(values: Sequence[float], unit: str, blocks: int = 30) -> Measurement:
-    """Robust slope per step of an equally spaced series, as of the memory after each request.
+def slope(values: Sequence[float], unit: str) -> Measurement:
+    """Robust slope per step of an equally spaced series, such as the memory after each request.
 
-    Theil-Sen with Sen's interval (1968, JASA 63, 1379-1389) over the medians of consecutive blocks: neighbouring
-    samples are correlated, which the interval supposes they are not, and single ones spike. Blocks have ten samples or
-    more, unless fewer than ``MIN_SAMPLES`` blocks would be left. Samples that fill no block are left out at the start,
-    where a process is still warming up.
+    Theil-Sen with Sen's interval (1968, JASA 63, 1379-1389) over the medians of consecutive blocks, because samples
+    spike and neighbours are correlated. About ``SLOPE_BLOCKS`` blocks of ten samples or more, or ``MIN_SAMPLES`` of
+    fewer. Samples that fill no block are left out at the start, where a process is still warming up.
 
     Args:
-        unit: Unit of the values per step, as "MB/request".
-        blocks: About how many blocks a long series is cut into.
+        values: One for each step.
+        unit: Of the values per step, such as "MB/request".
 
     Raises:
         ValueError: Fewer than 10 values.
@@ -245,7 +242,7 @@ def slope(values: Sequence[float], unit: str, blocks: int = 30) -> Measurement:
     total = len(series)
     if total < 2 * MIN_SAMPLES:
         raise ValueError(f"a slope needs {2 * MIN_SAMPLES} samples or more, not {total}")
-    length = max(total // blocks, min(10, total // MIN_SAMPLES))
+    length = max(total // SLOPE_BLOCKS, min(10, total // MIN_SAMPLES))
     medians = np.median(series[total % length :].reshape(-1, length), axis=1)
     fit = theilslopes(medians, alpha=CONFIDENCE)
     interval = (float(fit.low_slope) / length, float(fit.high_slope) / length)
@@ -255,8 +252,8 @@ def slope(values: Sequence[float], unit: str, blocks: int = 30) -> Measurement:
 def more_samples(measurement: Measurement, limit: float) -> int | None:
     """About how many more samples would settle on which side of a limit the value lies.
 
-    If value and spread stay as they are, the half-width towards the limit shrinks with 1 / sqrt(n), so that
-    n (half-width / distance)^2 samples suffice.
+    If value and spread stay the same, the half-width towards the limit shrinks with 1 / sqrt(n), so
+    n (half-width / distance)^2 samples are enough.
 
     Returns:
         At least 1; None if the value is the limit, there is no interval, or it would take more than ``MAX_MORE``.
@@ -306,10 +303,8 @@ def _discordant(differences: Numbers) -> tuple[int, int]:
 
 
 def _check_counts(successes: int, total: int) -> None:
-    if total < 1:
-        raise ValueError("no samples")
-    if not 0 <= successes <= total:
-        raise ValueError(f"{successes} successes of {total}")
+    if not 0 <= successes <= total or not total:
+        raise ValueError(f"{successes} successes of {total}" if total else "no samples")
 
 
 def _measurement(value: float, unit: str, samples: int, interval: Interval | None = None) -> Measurement:
@@ -370,8 +365,8 @@ def _bootstrap(
 
 
 def _bootstrap_level(samples: int) -> float:
-    """Level to ask of a bootstrap so that it covers 95 %: it knows neither n - 1 nor Student's t (Hesterberg, 2015,
-    What Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
+    """The level at which a bootstrap covers 95 %, though it knows neither n - 1 nor Student's t (Hesterberg, 2015, What
+    Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
     from scipy.special import ndtr, stdtrit
 
     quantile = stdtrit(samples - 1, (1 + CONFIDENCE) / 2)

@@ -13,9 +13,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from slmops.tracking.client import now_ms
+from slmops.tracking.client import Client, now_ms
 
-from mlflow import MlflowClient
 from mlflow.entities import (
     AssessmentError,
     AssessmentSource,
@@ -54,7 +53,7 @@ def log(uri: str, experiment: str, run_id: str, model_id: str, answers: Sequence
         client.log_spans(experiment, spans[start : start + TRACES_AT_ONCE])
 
 
-def delete(client: MlflowClient, experiment: str, run_id: str) -> None:
+def delete(client: Client, experiment: str, run_id: str) -> None:
     """Delete the traces of a run; they would outlive it."""
     while page := client.search_traces(
         locations=[experiment], run_id=run_id, include_spans=False, max_results=TRACES_AT_ONCE

@@ -1,7 +1,7 @@
-"""What everything that talks to MLflow shares: the connection, its errors as ours, and how runs are found and filled.
+"""What everything that talks to MLflow shares: the client, and its errors as ours.
 
-Always a client with explicit run ids: MLflow's active run is thread-local, and a thread that logs "to the active run"
-silently makes a new one. What MLflow has acknowledged is not read back.
+Always with explicit run ids: MLflow's active run is thread-local, and a thread that logs "to the active run" silently
+makes a new one. What MLflow has acknowledged is not read back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 # Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -87,12 +87,87 @@ def found(ask: Callable[[], T]) -> T | None:
         raise
 
 
+class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
+    """MLflow's client of one server, and what we ask of it again and again; errors are MLflow's."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(tracking_uri=uri, registry_uri=uri)
+
+    def open_run(self, experiment: str, title: str, tags: Mapping[str, str]) -> str:
+        """Open a run; returns its id."""
+        return str(self.create_run(experiment, run_name=title, tags=dict(tags)).info.run_id)
+
+    @contextmanager
+    def only_run(self, experiment: str, title: str, tags: Mapping[str, str]) -> Iterator[str]:
+        """Open a run for the block and close it after that; an earlier attempt of the same flow run is deleted."""
+        if flow_run := tags.get(FLOW_RUN):
+            for stale in self.runs_of(experiment, tags[KIND], f"tags.`{FLOW_RUN}` = '{flow_run}'"):
+                self.delete_run(stale.info.run_id)
+        run_id = self.open_run(experiment, f"{title} {stamp()}", tags)
+        yield run_id
+        self.set_terminated(run_id, "FINISHED")
+
+    def runs_of(self, experiment: str, kind: str, *conditions: str) -> list[Run]:
+        """The runs of a kind that meet MLflow's search conditions, the newest first."""
+        return list(self.search_runs([experiment], " and ".join((f"tags.`{KIND}` = '{kind}'", *conditions))))
+
+    def log_params(self, run_id: str, values: Mapping[str, object]) -> None:
+        """Log parameters: text as it is, anything else as JSON."""
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+        self.log_batch(run_id, params=[Param(key, text[:TEXT_LIMIT]) for key, text in texts.items()])
+
+    def log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
+        """Log single figures as metrics of this moment."""
+        now = now_ms()
+        self.log_metrics(run_id, (Metric(key, value, now, 0) for key, value in figures.items()))
+
+    def log_metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
+        """Log any number of metrics."""
+        every = list(metrics)
+        for first in range(0, len(every), METRICS_AT_ONCE):
+            self.log_batch(run_id, metrics=every[first : first + METRICS_AT_ONCE])
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        self.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def text_of(self, run_id: str, path: str) -> str:
+        """The content of a text file among a run's artifacts."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(self.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
+
+    def files_in(self, run_id: str, folder: str | None = None) -> dict[str, int]:
+        """Path and size in bytes of the files directly in a folder of a run's artifacts."""
+        listed = self.list_artifacts(run_id, folder)
+        return {file.path: file.file_size or 0 for file in listed if not file.is_dir}
+
+    def artifacts_of(self, model: str) -> str:
+        """The artifact URI behind a ``models:/`` one.
+
+        MLflow itself looks such a name up in the registry that the environment names, whatever address it is given.
+        """
+        # Undocumented, hence the pin of mlflow in pyproject.toml.
+        from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
+        from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+        root, path = ModelsArtifactRepository.split_models_uri(model)
+        match get_model_name_and_version(self, root):
+            case name, version:
+                location = self.get_model_version_download_uri(name, version)
+            case (model_id,):
+                location = self.get_logged_model(model_id).artifact_location
+        return f"{location}/{path}" if path else location
+
+
 class Connection:
-    """One MLflow server, or a database without a server."""
+    """One MLflow server, or a database without a server.
+
+    All methods raise TrackingError if it cannot be reached, or refuses a request.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._client = Client(uri)
 
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
@@ -116,58 +191,9 @@ class Connection:
         return talking(self.uri)
 
 
-# --- runs; the caller handles MLflow's errors
-
-
-def create_run(client: MlflowClient, experiment: str, title: str, tags: Mapping[str, str]) -> str:
-    """Open a run; returns its id."""
-    return str(client.create_run(experiment, run_name=title, tags=dict(tags)).info.run_id)
-
-
-@contextmanager
-def only_run(client: MlflowClient, experiment: str, title: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """Open a run for the block and close it after that; an earlier attempt of the same flow run is deleted."""
-    if flow_run := tags.get(FLOW_RUN):
-        for stale in runs_of(client, experiment, tags[KIND], f"tags.`{FLOW_RUN}` = '{flow_run}'"):
-            client.delete_run(stale.info.run_id)
-    run_id = create_run(client, experiment, f"{title} {stamp()}", tags)
-    yield run_id
-    client.set_terminated(run_id, "FINISHED")
-
-
-def runs_of(client: MlflowClient, experiment: str, kind: str, *conditions: str) -> list[Run]:
-    """The runs of a kind that meet MLflow's search conditions, the newest first."""
-    query = " and ".join((f"tags.`{KIND}` = '{kind}'", *conditions))
-    return list(client.search_runs([experiment], query))
-
-
 def stamp() -> str:
     """Now, as the names of runs show it."""
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def log_params(client: MlflowClient, run_id: str, values: Mapping[str, object]) -> None:
-    """Log parameters: text as it is, anything else as JSON."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    client.log_batch(run_id, params=[Param(key, text[:TEXT_LIMIT]) for key, text in texts.items()])
-
-
-def log_figures(client: MlflowClient, run_id: str, figures: Mapping[str, float]) -> None:
-    """Log single figures as metrics of this moment."""
-    now = now_ms()
-    log_metrics(client, run_id, (Metric(key, value, now, 0) for key, value in figures.items()))
-
-
-def log_metrics(client: MlflowClient, run_id: str, metrics: Iterable[Metric]) -> None:
-    """Log any number of metrics."""
-    every = list(metrics)
-    for first in range(0, len(every), METRICS_AT_ONCE):
-        client.log_batch(run_id, metrics=every[first : first + METRICS_AT_ONCE])
-
-
-def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run."""
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 def now_ms() -> int:
@@ -184,42 +210,11 @@ def dataset_input(name: str, digest: str, source: str, context: str) -> DatasetI
         source: File or address that it came from.
         context: What it was used for.
     """
-    return DatasetInput(
-        Dataset(
-            name=name,
-            digest=digest[:DIGEST_LENGTH],
-            source_type="local",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps({"sha256": digest}),
-        ),
-        [InputTag("mlflow.data.context", context)],
+    dataset = Dataset(
+        name=name,
+        digest=digest[:DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": source}),
+        profile=json.dumps({"sha256": digest}),
     )
-
-
-def text_of(client: MlflowClient, run_id: str, path: str) -> str:
-    """The content of a text file among a run's artifacts."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8")
-
-
-def names_in(client: MlflowClient, run_id: str, folder: str | None = None) -> dict[str, int]:
-    """Path and size in bytes of the files directly in a folder of a run's artifacts."""
-    listed: list[Any] = client.list_artifacts(run_id, folder)
-    return {file.path: file.file_size or 0 for file in listed if not file.is_dir}
-
-
-def artifacts_of(client: MlflowClient, model: str) -> str:
-    """The artifact URI behind a ``models:/`` one.
-
-    MLflow itself looks such a name up in the registry that the environment names, whatever address it is given.
-    """
-    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
-
-    root, path = ModelsArtifactRepository.split_models_uri(model)
-    match get_model_name_and_version(client, root):
-        case name, version:
-            location = client.get_model_version_download_uri(name, version)
-        case (model_id,):
-            location = client.get_logged_model(model_id).artifact_location
-    return f"{location}/{path}" if path else location
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from slmops.tracking.client import talking, without_password
+from slmops.tracking.client import Client, talking, without_password
 
 import mlflow
-from mlflow import MlflowClient
 
 from slmops.core.errors import DataError
 
@@ -36,7 +35,7 @@ def records(uri: str, name: str) -> list[dict[str, Any]]:
         raise absent  # MLflow's filters cannot spell such a name
     before = os.environ.get("MLFLOW_TRACKING_URI")
     with talking(uri):
-        same = MlflowClient(tracking_uri=uri).search_datasets(filter_string=f"name = {quote}{name}{quote}")
+        same = Client(uri).search_datasets(filter_string=f"name = {quote}{name}{quote}")
         if not same:
             raise absent
         if len(same) > 1:

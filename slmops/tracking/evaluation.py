@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from slmops.tracking.client import CURVES, NOTE, dataset_input, log_metrics, now_ms, set_tags
+from slmops.tracking.client import CURVES, NOTE, Client, dataset_input, now_ms
 
-from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric
 
 from slmops.core.values import Comparison, Evaluation, Frozen, Measurement, Registration, Variant
@@ -60,9 +59,7 @@ def collect(folder: Path, variant: Variant, registration: Registration, evaluati
         shutil.copy(log, folder / "logs")
 
 
-def log_evaluation(
-    client: MlflowClient, run_id: str, model_id: str, evaluation: Evaluation, sources: dict[str, str]
-) -> None:
+def log_evaluation(client: Client, run_id: str, model_id: str, evaluation: Evaluation, sources: dict[str, str]) -> None:
     """Log an evaluation into a run and its logged model.
 
     Args:
@@ -74,8 +71,8 @@ def log_evaluation(
     """
     inputs = _inputs(evaluation, sources)
     client.log_inputs(run_id, datasets=list(inputs.values()))
-    log_metrics(client, run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
-    set_tags(client, run_id, {NOTE: description(evaluation)})
+    client.log_metrics(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
+    client.set_tags(run_id, {NOTE: description(evaluation)})
     log_tables(client, run_id, {ANSWERS: _rows(evaluation.answers), CASES: _rows(evaluation.cases)})
     experiment = client.get_run(run_id).info.experiment_id
     tracking_answers.log(client.tracking_uri, experiment, run_id, model_id, evaluation.answers)
@@ -98,7 +95,7 @@ def description(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def log_tables(client: MlflowClient, run_id: str, tables: dict[str, Rows]) -> None:
+def log_tables(client: Client, run_id: str, tables: dict[str, Rows]) -> None:
     """Log tables that MLflow's pages and ``mlflow.load_table`` read.
 
     ``MlflowClient.log_table`` would append to the table of an earlier attempt, and make floats of integers beside a
@@ -109,10 +106,10 @@ def log_tables(client: MlflowClient, run_id: str, tables: dict[str, Rows]) -> No
         split = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
         client.log_text(run_id, json.dumps(split), name)
     listed = [{"path": name, "type": "table"} for name in tables]
-    set_tags(client, run_id, {"mlflow.loggedArtifacts": json.dumps(listed)})
+    client.set_tags(run_id, {"mlflow.loggedArtifacts": json.dumps(listed)})
 
 
-def log_gates(client: MlflowClient, comparison: Comparison) -> None:
+def log_gates(client: Client, comparison: Comparison) -> None:
     """Log what the gates said: as tags of each variant's run, and as a table in the job's."""
     rows: Rows = []
     for result in comparison.variants:
@@ -124,7 +121,7 @@ def log_gates(client: MlflowClient, comparison: Comparison) -> None:
         if result.dominated_by is not None:
             tags["slmops.dominated_by"] = result.dominated_by
         if result.run_id is not None and tags:
-            set_tags(client, result.run_id, tags)
+            client.set_tags(result.run_id, tags)
     log_tables(client, comparison.run_id, {GATES: rows})
 
 

@@ -12,9 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from slmops.tracking.client import KIND, NOTE, REASON, log_figures, log_params, names_in, only_run, text_of
-
-from mlflow import MlflowClient
+from slmops.tracking.client import KIND, NOTE, REASON, Client
 
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Answer, Measurement, Variant
@@ -30,7 +28,7 @@ _OF_JOB = ("evaluation_set", "perplexity_text", "matcher")
 _OF_JOB_AS_JSON = ("quick", "prompt_lengths", "output_lengths")
 
 
-def log_inputs(client: MlflowClient, run_id: str, job: Job) -> None:
+def log_inputs(client: Client, run_id: str, job: Job) -> None:
     """Keep copies of the evaluation set and of the perplexity text with the job's run.
 
     Also of the packaged ones: they change with slmops and with Python.
@@ -50,7 +48,7 @@ def log_inputs(client: MlflowClient, run_id: str, job: Job) -> None:
         client.log_artifacts(run_id, scratch, INPUTS)
 
 
-def recorded(client: MlflowClient, run_id: str, hardware_kind: str, folder: Path) -> Recorded:
+def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> Recorded:
     """What the run of a variant and the run of its job hold.
 
     Args:
@@ -61,11 +59,11 @@ def recorded(client: MlflowClient, run_id: str, hardware_kind: str, folder: Path
     """
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
-    figures = json.loads(text_of(client, run_id, MEASUREMENTS))
-    manifest = json.loads(text_of(client, run_id, MANIFEST))
+    figures = json.loads(client.text_of(run_id, MEASUREMENTS))
+    manifest = json.loads(client.text_of(run_id, MANIFEST))
     kept = [
         Path(client.download_artifacts(parent.info.run_id, path, str(folder)))
-        for path in names_in(client, parent.info.run_id, INPUTS)
+        for path in client.files_in(parent.info.run_id, INPUTS)
     ]
     return Recorded(
         run_id=run_id,
@@ -81,7 +79,7 @@ def recorded(client: MlflowClient, run_id: str, hardware_kind: str, folder: Path
     )
 
 
-def log(client: MlflowClient, experiment: str, result: Remeasured, params: dict[str, Any], tags: dict[str, str]) -> str:
+def log(client: Client, experiment: str, result: Remeasured, params: dict[str, Any], tags: dict[str, str]) -> str:
     """Log a remeasurement as a run of its own, and mark the version with it; returns the run's id."""
     tags = {
         KIND: "remeasurement",
@@ -94,9 +92,9 @@ def log(client: MlflowClient, experiment: str, result: Remeasured, params: dict[
         NOTE: markdown(result),
         **tags,
     }
-    with only_run(client, experiment, f"remeasurement of version {result.version}", tags) as run_id:
-        log_figures(client, run_id, result.metrics)
-        log_params(client, run_id, params)
+    with client.only_run(experiment, f"remeasurement of version {result.version}", tags) as run_id:
+        client.log_figures(run_id, result.metrics)
+        client.log_params(run_id, params)
         client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
         for key, value in {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}.items():
             client.set_model_version_tag(result.model, str(result.version), key, value)
@@ -109,8 +107,8 @@ def _job(params: dict[str, str]) -> Job:
     return Job(model=params["job.model"], **asked)
 
 
-def _answers(client: MlflowClient, run_id: str) -> tuple[Answer, ...]:
-    if ANSWERS not in names_in(client, run_id):  # a table without rows is left out
+def _answers(client: Client, run_id: str) -> tuple[Answer, ...]:
+    if ANSWERS not in client.files_in(run_id):  # a table without rows is left out
         return ()
-    table = json.loads(text_of(client, run_id, ANSWERS))
+    table = json.loads(client.text_of(run_id, ANSWERS))
     return tuple(Answer.model_validate(dict(zip(table["columns"], row, strict=True))) for row in table["data"])

@@ -19,19 +19,9 @@ from slmops.tracking.client import (
     REASON,
     TEXT_LIMIT,
     Connection,
-    artifacts_of,
-    create_run,
     found,
-    log_figures,
-    log_metrics,
-    log_params,
-    names_in,
     now_ms,
-    only_run,
-    runs_of,
-    set_tags,
     stamp,
-    text_of,
 )
 
 from mlflow.artifacts import download_artifacts
@@ -74,7 +64,7 @@ class Tracker(Connection):
         """
         with self._talking():
             experiment = self._experiment(name)
-            for stale in runs_of(self._client, experiment, "job", "attributes.status = 'RUNNING'"):
+            for stale in self._client.runs_of(experiment, "job", "attributes.status = 'RUNNING'"):
                 self._client.set_terminated(stale.info.run_id, "KILLED")
             tags = {
                 KIND: "job",
@@ -83,9 +73,9 @@ class Tracker(Connection):
                 "slmops.checkpoint_digest": checkpoint.digest,
                 **({FLOW_RUN: flow_run} if flow_run else {}),
             }
-            run_id = create_run(self._client, experiment, f"{name} {stamp()}", tags)
+            run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
             asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
-            log_params(self._client, run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            self._client.log_params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
             tracking_remeasure.log_inputs(self._client, run_id, job)
             return run_id
 
@@ -103,7 +93,7 @@ class Tracker(Connection):
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
             deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
-            log_params(self._client, run_id, {**_of_variant(variant), **digests, **deployed})
+            self._client.log_params(run_id, {**_of_variant(variant), **digests, **deployed})
             logged = self._client.create_logged_model(
                 experiment_id=self._client.get_run(run_id).info.experiment_id,
                 name=f"{name}-{variant.name}",
@@ -131,7 +121,7 @@ class Tracker(Connection):
         """Log a variant that failed, with the reason and what logs there are."""
         with self._talking():
             run_id = self._child(parent, recipe)
-            set_tags(self._client, run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
+            self._client.set_tags(run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
             for log in sorted(logs.glob(f"{recipe}.*.log")):
                 self._client.log_artifact(run_id, str(log), "logs")
             self._client.set_terminated(run_id, "FAILED")
@@ -147,7 +137,7 @@ class Tracker(Connection):
             self._client.log_text(run_id, report, "report.html")
             choice = comparison.choice
             tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
-            set_tags(self._client, run_id, tags)
+            self._client.set_tags(run_id, tags)
             self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def abort_job(self, run_id: str) -> None:
@@ -166,13 +156,13 @@ class Tracker(Connection):
         with self._talking():
             tags = {KIND: "soak", "slmops.model": name, **tags}
             title = f"soak {tags.get('slmops.variant', '')}".rstrip()
-            with only_run(self._client, self._experiment(name), title, tags) as run_id:
-                log_figures(self._client, run_id, metrics)
+            with self._client.only_run(self._experiment(name), title, tags) as run_id:
+                self._client.log_figures(run_id, metrics)
                 every, now = -(-len(memory_mb) // SOAK_POINTS), now_ms()
                 points = [
                     Metric(SOAK_MEMORY, mb, now, step) for step, mb in enumerate(memory_mb, 1) if step % every == 0
                 ]
-                log_metrics(self._client, run_id, points)
+                self._client.log_metrics(run_id, points)
                 said = {"metrics": metrics, "memory_mb": list(memory_mb)}
                 self._client.log_text(run_id, json.dumps(said), "soak.json")
             return run_id
@@ -216,13 +206,13 @@ class Tracker(Connection):
                     f"There is no finished comparison{of}.",
                     f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first.",
                 )
-            return Comparison.model_validate_json(text_of(self._client, runs[0].info.run_id, COMPARISON_FILE))
+            return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
         """A job's comparison, and the policy of its choice."""
         with self._talking():
-            comparison = Comparison.model_validate_json(text_of(self._client, job_id, COMPARISON_FILE))
-            return comparison, Policy.model_validate_json(text_of(self._client, job_id, POLICY_FILE))
+            comparison = Comparison.model_validate_json(self._client.text_of(job_id, COMPARISON_FILE))
+            return comparison, Policy.model_validate_json(self._client.text_of(job_id, POLICY_FILE))
 
     def conditions(self, run_id: str) -> dict[str, str]:
         """What the quality of a variant was measured with; figures of it compare only if that is the same."""
@@ -263,9 +253,9 @@ class Tracker(Connection):
                 return None
             # Its latest evaluation; the run that MLflow names is that in which it was made.
             run_id = version.tags.get("slmops.evaluation_run", version.run_id)
-            if not run_id or MEASUREMENTS not in names_in(self._client, run_id):
+            if not run_id or MEASUREMENTS not in self._client.files_in(run_id):
                 return {}
-            measured = json.loads(text_of(self._client, run_id, MEASUREMENTS))
+            measured = json.loads(self._client.text_of(run_id, MEASUREMENTS))
             left_out = self._incomparable(run_id, like) if like else ()
             return {
                 metric: Measurement.model_validate(figure)
@@ -280,7 +270,7 @@ class Tracker(Connection):
     def download(self, uri: str, target: Path) -> Path:
         """Fetch an MLflow model or artifact URI into ``target``."""
         with self._talking():
-            source = artifacts_of(self._client, uri) if uri.startswith("models:/") else uri
+            source = self._client.artifacts_of(uri) if uri.startswith("models:/") else uri
             return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
 
     def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
@@ -300,14 +290,14 @@ class Tracker(Connection):
         """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
         experiment = self._client.get_run(parent).info.experiment_id
         of_parent = (f"tags.`{PARENT}` = '{parent}'", f"tags.`slmops.variant` = '{recipe}'")
-        for run in runs_of(self._client, experiment, "variant", *of_parent):
+        for run in self._client.runs_of(experiment, "variant", *of_parent):
             of_run = f"source_run_id = '{run.info.run_id}'"
             for model in self._client.search_logged_models([experiment], of_run):
                 self._client.delete_logged_model(model.model_id)
             tracking_answers.delete(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
         tags = {PARENT: parent, KIND: "variant", "slmops.variant": recipe}
-        return create_run(self._client, experiment, recipe, tags)
+        return self._client.open_run(experiment, recipe, tags)
 
 
 def _threads(registration: Registration) -> str:

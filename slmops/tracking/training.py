@@ -16,15 +16,8 @@ from slmops.tracking.client import (
     NOTE,
     PARENT,
     Connection,
-    create_run,
     dataset_input,
-    log_figures,
-    log_metrics,
-    log_params,
-    runs_of,
-    set_tags,
     stamp,
-    text_of,
 )
 
 from mlflow.entities import Metric, Run
@@ -53,7 +46,7 @@ class TrainingTracker(Connection):
             ended = self._ended(name)
             if not ended or ended[0].data.tags.get(INPUT_DIGEST) != input_digest:
                 return None
-            return Retrained.model_validate_json(text_of(self._client, ended[0].info.run_id, RESULT_FILE))
+            return Retrained.model_validate_json(self._client.text_of(ended[0].info.run_id, RESULT_FILE))
 
     def last_data(self, name: str) -> str | None:
         """Digest of the training items of the model's last retraining that came to an end."""
@@ -83,19 +76,19 @@ class TrainingTracker(Connection):
                     INPUT_DIGEST: input_digest,
                     NUMBER: str(1 + max((_number(run) for run in runs), default=0)),
                 }
-                run_id = create_run(self._client, experiment, f"retrain {stamp()}", tags)
+                run_id = self._client.open_run(experiment, f"retrain {stamp()}", tags)
                 asked = request.model_dump(mode="json", exclude_none=True) | {"data": public(request.data)}
                 params = {**asked, **{f"training.{key}": value for key, value in asked.pop("training").items()}}
                 params |= {"base_digest": checkpoint.digest, "parameters": checkpoint.parameters}
-                log_params(self._client, run_id, params)
-            set_tags(self._client, run_id, {FLOW_RUN: flow_run})
+                self._client.log_params(run_id, params)
+            self._client.set_tags(run_id, {FLOW_RUN: flow_run})
             return run_id
 
     def log_data(self, run_id: str, data: TrainingData, report: str) -> None:
         """Log what is trained on and measured with: the items, their digests, and what the checks found."""
         with self._talking():
-            log_params(self._client, run_id, {"data_digest": data.digest, "evaluation_digest": data.evaluation_digest})
-            set_tags(self._client, run_id, {DATA_DIGEST: data.digest})
+            self._client.log_params(run_id, {"data_digest": data.digest, "evaluation_digest": data.evaluation_digest})
+            self._client.set_tags(run_id, {DATA_DIGEST: data.digest})
             for path in (data.train, data.validation, data.evaluation):
                 self._client.log_artifact(run_id, str(path), "data")
             self._client.log_text(run_id, report, "data/report.md")
@@ -106,7 +99,7 @@ class TrainingTracker(Connection):
             known = {one.dataset.digest for one in self._client.get_run(run_id).inputs.dataset_inputs}
             self._client.log_inputs(run_id, datasets=[one for one in inputs if one.dataset.digest not in known])
             counts = {"training_items": data.report.items, "evaluation_items": data.report.evaluation_items}
-            log_figures(self._client, run_id, counts)
+            self._client.log_figures(run_id, counts)
 
     def log_losses(self, run_id: str, points: Sequence[LossPoint]) -> None:
         """Log points of the loss curves; those that are there already stay single.
@@ -122,7 +115,7 @@ class TrainingTracker(Connection):
                 for name in SERIES
                 if (value := getattr(point, name)) is not None
             ]
-            log_metrics(self._client, run_id, metrics)
+            self._client.log_metrics(run_id, metrics)
 
     def log_training(self, run_id: str, finetuned: Finetuned, log: Path) -> None:
         """Log a finished fine-tuning: all points of its curves, its figures, the adapter, and the worker's log."""
@@ -137,9 +130,9 @@ class TrainingTracker(Connection):
                 "training_memory_peak_mb": finetuned.memory_peak_mb,
                 "trained_parameters": finetuned.trained_parameters,
             }
-            log_figures(self._client, run_id, figures)
+            self._client.log_figures(run_id, figures)
             tags = {"slmops.stopped": str(finetuned.stopped), "slmops.precision": str(finetuned.precision)}
-            set_tags(self._client, run_id, tags)
+            self._client.set_tags(run_id, tags)
             self._client.log_artifacts(run_id, str(finetuned.adapter), "adapter")
             self._client.log_text(run_id, finetuned.model_dump_json(indent=2), "training.json")
             if log.exists():
@@ -148,13 +141,13 @@ class TrainingTracker(Connection):
     def log_figures(self, run_id: str, figures: dict[str, float]) -> None:
         """Log single figures."""
         with self._talking():
-            log_figures(self._client, run_id, figures)
+            self._client.log_figures(run_id, figures)
 
     def link(self, run_id: str, comparison: Comparison) -> None:
         """Put the job's run below that of the retraining, and name the latter in all versions that were made."""
         with self._talking():
             origin = {RETRAIN_RUN: run_id, DATA_DIGEST: self._client.get_run(run_id).data.tags.get(DATA_DIGEST, "")}
-            set_tags(self._client, comparison.run_id, {PARENT: run_id, RETRAIN_RUN: run_id})
+            self._client.set_tags(comparison.run_id, {PARENT: run_id, RETRAIN_RUN: run_id})
             for result in comparison.variants:
                 if result.version is not None:
                     for key, value in origin.items():
@@ -166,15 +159,15 @@ class TrainingTracker(Connection):
             run_id = result.run_id
             figures = {f"accuracy_{key}": one.value for key, one in result.accuracy.items()}
             figures |= {f"seconds/{key.replace(' ', '_')}": one for key, one in result.seconds.items()}
-            log_figures(self._client, run_id, figures)
+            self._client.log_figures(run_id, figures)
             self._client.log_text(run_id, result.model_dump_json(indent=2), RESULT_FILE)
-            set_tags(self._client, run_id, {NOTE: result.detail, OUTCOME: result.outcome})
+            self._client.set_tags(run_id, {NOTE: result.detail, OUTCOME: result.outcome})
             self._client.set_terminated(run_id, "FINISHED")
 
     def abort(self, run_id: str, reason: str) -> None:
         """Close the run of a retraining that failed, with the reason."""
         with self._talking():
-            set_tags(self._client, run_id, {NOTE: f"Failed: {reason}"[:5000]})
+            self._client.set_tags(run_id, {NOTE: f"Failed: {reason}"[:5000]})
             self._client.set_terminated(run_id, "FAILED")
 
     def _ended(self, name: str) -> list[Run]:
@@ -185,7 +178,7 @@ class TrainingTracker(Connection):
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return []
-        return sorted(runs_of(self._client, experiment.experiment_id, OF_RETRAINING), key=_number, reverse=True)
+        return sorted(self._client.runs_of(experiment.experiment_id, OF_RETRAINING), key=_number, reverse=True)
 
 
 def _number(run: Run) -> int:

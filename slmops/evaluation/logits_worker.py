@@ -1,9 +1,9 @@
-"""Child process: how far the next-token distributions of a model lie from those of its references, on one text.
+"""Child process: how far the next-token distributions of a model are from those of its references, on one text.
 
 All models see the same teacher-forced tokens, in windows that start without context; the first token of a window is not
-scored. A reference is a file of log-probabilities, float32, shape (scored tokens, vocabulary), which an earlier call
-wrote; it is mapped, not read whole. Logits of a variant come from ONNX Runtime on the deployed files, since the serving
-runtime gives none.
+scored. A reference is a file of log-probabilities, float32, shape (scored tokens, vocabulary), written by an earlier
+call; it is mapped, not read whole. Logits of a variant come from ONNX Runtime on the registered files, because the
+serving runtime gives none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_NLL = 700.0  # exp() of more overflows
 
 
 class LogitsRequest(Frozen):
-    """A model, a text, what to compare with, and where to leave the log-probabilities for others."""
+    """A model, a text, the references, and where to leave the log-probabilities for others."""
 
     folder: Path
     hugging_face: bool = False
@@ -56,7 +56,7 @@ class LogitsResult(Frozen):
 
 
 def handle(request: LogitsRequest) -> LogitsResult:
-    """Score the text, window by window; never more than a window's logits are in memory.
+    """Score the text window by window, with the logits of one window in memory.
 
     Raises:
         EvaluationError: The text has fewer than two tokens, the vocabularies differ, or the model's logits are broken.
@@ -90,9 +90,9 @@ def handle(request: LogitsRequest) -> LogitsResult:
 
 @contextmanager
 def _kept(path: Path | None, rows: int) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """A function that appends log-probabilities to ``path``, a file that appears once all are in it.
+    """A function that appends log-probabilities to ``path``, a file that appears when it is complete.
 
-    They are written, not mapped: that ends in an error and not in SIGBUS when the disk is full.
+    They are written, not mapped: a full disk is an error then, not a SIGBUS.
     """
     from numpy.lib import format as npy
 
@@ -153,7 +153,7 @@ def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDA
 def _compare(
     logits: NDArray[Any], targets: NDArray[Any], at: int, *, references: dict[str, NDArray[Any]]
 ) -> tuple[NDArray[Any], LogitsResult]:
-    """Score some rows, of which ``at`` is the first's number. Returns the log-probabilities and the figures.
+    """Score some rows, the first of which has the number ``at``. Returns the log-probabilities and the figures.
 
     KL divergence of the reference p to the model q: sum of p (log p - log q). Elements are float32, sums float64.
     """

@@ -1,4 +1,4 @@
-"""Prompts of a wanted length in tokens: the same text for every variant of a checkpoint."""
+"""Prompts with a given number of tokens: the same text for every variant of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REPORT = (
 
 
 def counter(folder: Path) -> Callable[[str], int]:
-    """A function that counts the tokens of a user's message as the model gets it, template included.
+    """A function that counts the tokens of a user's message, including the template.
 
     Raises:
         EvaluationError: The folder has no chat template.
@@ -37,9 +37,9 @@ def counter(folder: Path) -> Callable[[str], int]:
 
 
 def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
-    """A message that comes to ``tokens`` tokens, or as few less as whole words allow.
+    """A message of ``tokens`` tokens, or as close below as whole words allow.
 
-    None if the template alone is longer, or if the nearest is off by more than a tenth.
+    None if the template alone is longer, or the closest is more than a tenth below.
     """
     words = (_REPORT * (tokens // 30 + 1)).split()
     fits = bisect_right(range(1, len(words) + 1), tokens, key=lambda number: count(" ".join(words[:number])))
@@ -48,10 +48,10 @@ def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
 
 
 def of_lengths(wanted: list[int], context: int, folder: Path) -> dict[int, str]:
-    """Length to message, for the lengths that the template and a context of ``context`` tokens leave room for.
+    """Length to message, for the lengths between that of the template and a context of ``context`` tokens.
 
     Raises:
-        EvaluationError: None of them can be made.
+        EvaluationError: There is none.
     """
     count = counter(folder)
     made = {tokens: of_length(tokens, count) for tokens in sorted(set(wanted)) if tokens <= context}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +138,14 @@ def score_text(name: str, label: str, settings: Settings, **request: Any) -> log
     return result
 
 
-def ask_variant(
-    name: str,
-    label: str,
-    settings: Settings,
-    *,
-    home: Path,
-    foundry_id: str,
-    items: Sequence[dataset.Item],
-    matcher: str | None,
-) -> tuple[Answer, ...]:
+def ask_variant(name: str, label: str, settings: Settings, **request: Any) -> tuple[Answer, ...]:
     """Have a registered variant answer, in a child process. The caller holds the machine lock.
+
+    Args:
+        name: The model's name; its work folder and logs go by it.
+        label: The variant's name.
+        settings: Where things are.
+        request: Fields of :class:`slmops.evaluation.answers_worker.VariantQuestions`.
 
     Returns:
         Scored answers, except those to items with match ``judge``: give them to
@@ -161,7 +157,7 @@ def ask_variant(
     """
     result, _ = children.call(
         "slmops.evaluation.answers_worker",
-        answers_worker.VariantQuestions(home=home, foundry_id=foundry_id, items=tuple(items), matcher=matcher),
+        answers_worker.VariantQuestions(**request),
         scoring.ScoredAnswers,
         work=settings.work(name) / f"{label}-answers",
         log=settings.logs / name / f"{label}.answers.log",

@@ -1,4 +1,4 @@
-"""Soak: whether the runtime's memory grows with the number of requests that a variant answers."""
+"""Soak: does the runtime's memory grow with the number of requests that a variant answers?"""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ log = logging.getLogger(__name__)
 UNIT = "KB/request"
 WARM_UP_LEAST = 20
 ENDS = 10
-"""Requests over which the memory at the start and at the end is taken, as their median."""
+"""The memory at the start, and at the end, is the median over so many requests."""
 
 
 class Soak(BaseModel):
-    """Ask a variant many times, and see whether its memory grows."""
+    """Ask a variant many times and see whether its memory grows."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(None, title="Name", description="The model; that of the latest comparison by default.")
     variant: str | None = Field(None, title="Variant", description="The variant; the chosen one by default.")
     champion: bool = Field(
-        False, title="Champion", description="Soak what is deployed, as a device gets it from the registry."
+        False, title="Champion", description="Soak what is deployed, the way a device gets it from the registry."
     )
     requests: int = Field(
-        300, ge=30, title="Requests", description="Requests to send after a warm-up of a tenth of them, or 20."
+        300, ge=30, title="Requests", description="Requests to send after a warm-up of a tenth of them, at least 20."
     )
     max_kb_per_request: float = Field(
         10,
         gt=0,
         allow_inf_nan=False,
         title="Limit",
-        description="KB (10^3 bytes) that the memory may grow by with each request, on average.",
+        description="KB (10^3 bytes) by which the memory may grow with each request, on average.",
     )
 
     @property
     def warm_up(self) -> int:
-        """Requests to send first: allocations that happen once happen there."""
+        """Requests to send first, because of allocations that happen once."""
         return max(WARM_UP_LEAST, self.requests // 10)
 
 
@@ -60,17 +60,13 @@ class Target(Frozen):
     version: int | None = Field(None, description="Its number in the registry; None: it is a variant of this home.")
 
 
-class SoakResult(Frozen):
+class SoakResult(Target):
     """The result of a soak; the JSON form is a promise to scripts."""
 
-    model: str
-    variant: str
-    foundry_id: str
-    version: int | None = Field(None, description="Its number in the registry; None: it is a variant of this home.")
     outcome: Outcome
     slope: Measurement = Field(description="Growth of the memory in KB per request.")
-    limit: float = Field(description="What it may be at most, in the same unit.")
-    more_requests: int | None = Field(None, description="How many more would settle an inconclusive soak, about.")
+    limit: float = Field(description="The most that is allowed, in the same unit.")
+    more_requests: int | None = Field(None, description="About how many more would settle an inconclusive soak.")
     memory_start_mb: float = Field(description="Median of the first ten requests after the warm-up.")
     memory_end_mb: float = Field(description="Median of the last ten.")
     detail: str = Field(description="A sentence for people.")
@@ -78,7 +74,7 @@ class SoakResult(Frozen):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name to value, as MLflow gets them. The interval is left out where there is none."""
+        """Name to value, for MLflow, without the ends of a missing interval."""
         ends = {"low": self.slope.low, "high": self.slope.high}
         return {
             "soak_slope_kb_per_request": self.slope.value,
@@ -90,13 +86,13 @@ class SoakResult(Frozen):
 
 
 class SoakError(GateError):
-    """The memory grows, or it is not proven that it does not."""
+    """The memory grows, or nothing shows that it does not."""
 
     def __init__(self, result: SoakResult) -> None:
         if result.outcome == "fail":
             fix = "The series is in MLflow, as soak_memory_mb."
         elif result.more_requests is None:
-            fix = "More requests would hardly settle it: the growth is about the limit itself."
+            fix = "More requests would hardly settle it: the growth is close to the limit."
         else:
             fix = f"Repeat it with about --requests {result.slope.samples + result.more_requests}."
         super().__init__(result.detail, fix)
@@ -104,17 +100,17 @@ class SoakError(GateError):
 
 
 def check(request: Soak) -> None:
-    """See whether the request says what to soak.
+    """Check that the request says what to soak.
 
     Raises:
-        UsageError: It asks for a champion and does not say of which model, or for a variant too.
+        UsageError: It asks for a champion without a model's name, or together with a variant.
     """
     if not request.champion:
         return
     if request.name is None:
         raise UsageError("--champion needs the name of a model.", "`slmops soak NAME --champion`")
     if request.variant is not None:
-        raise UsageError("--champion and --variant name a variant each.", "Give one of them.")
+        raise UsageError("--champion and --variant exclude each other.", "Give one of them.")
 
 
 def find(comparison: Comparison, wanted: str | None) -> Target:
@@ -142,9 +138,9 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
     """Soak a registered variant. The caller holds the machine lock.
 
     Args:
-        target: What is soaked.
-        request: How much is asked of it.
-        home: The Foundry home that it is registered in.
+        target: What to soak.
+        request: How many requests, and the limit.
+        home: The Foundry home with the variant.
         settings: Where things are.
 
     Returns:
@@ -166,7 +162,7 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
             log=settings.logs / target.model / f"{target.variant}.soak.log",
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
-            env=children.STEADY_MALLOC,  # else the allocator's own steps hide a leak, or look like one
+            env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
             on_line=_tell,
         )
     finally:

@@ -13,7 +13,7 @@ from slmops.core.values import Frozen
 from slmops.processes import child
 
 LENGTHS = [32, 64, 128, 256]
-"""Tokens of the prompts that take turns; each turn ends with a conversation of three questions."""
+"""Tokens of the prompts, in turn; a conversation of three questions ends each turn."""
 SOAK_TOKENS = 16
 REQUEST_LIMIT_S = 300.0
 PROGRESS = "soak: "
@@ -21,7 +21,7 @@ EVERY = 50
 
 
 class SoakRequest(Frozen):
-    """A registered variant and how much to ask of it."""
+    """A registered variant and how many requests to send."""
 
     home: Path
     foundry_id: str
@@ -30,7 +30,7 @@ class SoakRequest(Frozen):
 
 
 class SoakSeries(Frozen):
-    """Private memory of the process in KB (10^3 bytes) after each request, those of the warm-up left out."""
+    """Private memory of the process in KB (10^3 bytes) after each request, without the warm-up."""
 
     memory_kb: tuple[float, ...]
 
@@ -49,7 +49,7 @@ def handle(request: SoakRequest) -> SoakSeries:
     process = psutil.Process()
     memory = []
     for number in range(-request.warm_up, request.requests):
-        # Renewed by each request; ends the process from a thread that needs no Python, should native code hang.
+        # Renewed by each request. If native code hangs, a thread that needs no Python ends the process.
         faulthandler.dump_traceback_later(REQUEST_LIMIT_S, exit=True)
         runtime.ask(model, talks[number % len(talks)], max_tokens=SOAK_TOKENS)
         if number < 0:
@@ -62,16 +62,16 @@ def handle(request: SoakRequest) -> SoakSeries:
 
 
 def conversations(folder: Path) -> list[list[dict[str, str]]]:
-    """What is asked in turns: a message of each length that the context has room for, and all in one conversation.
+    """What to ask, in turn: a message of each length that fits the context, then all in one conversation.
 
     Raises:
-        EvaluationError: There is room for none.
+        EvaluationError: No length fits.
     """
     from slmops.evaluation import prompts
     from slmops.foundry.layout import GENAI_CONFIG
 
     context = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
-    # A third of the context each, so that the conversation fits too.
+    # At most a third of the context each, because the conversation must fit too.
     texts = list(prompts.of_lengths(LENGTHS, context // 3 - SOAK_TOKENS, folder).values())
     talks = [[{"role": "user", "content": text}] for text in texts]
     answer = {"role": "assistant", "content": "I see."}
@@ -80,10 +80,10 @@ def conversations(folder: Path) -> list[list[dict[str, str]]]:
 
 
 def private_kb(process: psutil.Process) -> float:
-    """Memory that is this process's own, in KB: what a leak leaves behind.
+    """Memory of this process alone, in KB: what a leak leaves behind.
 
-    On Linux, anonymous pages, in memory (resident less shared) or swapped out. Proportional and unique set sizes would
-    not do for a series: both move by tens of MB when another process that maps the same libraries comes or goes.
+    On Linux, anonymous pages, in memory (resident less shared) or swapped out. Proportional and unique set sizes jump
+    by tens of MB when another process that maps the same libraries starts or ends.
     """
     memory: Any = process.memory_full_info()
     if hasattr(memory, "shared"):

@@ -12,16 +12,15 @@ from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.processes import child
 
-# Long enough for the sampler in the parent to see the process at rest.
-REST_S = 0.2
+REST_S = 0.2  # long enough for the sampler in the parent to see the process at rest
 WARM_UP_MOST = 6
 SESSION_TOKENS = 8
 STABLE = 0.1
-"""Warm is who takes within so much of the time of the request before."""
+"""A model is warm if a request takes as long as the one before, to within this share."""
 
 
 class Cell(Frozen):
-    """A point of the grid, and how long to stay there: at least so many repetitions and so many seconds."""
+    """A point of the grid, to be timed for so many repetitions and so many seconds at least."""
 
     prompt_tokens: int
     output_tokens: int
@@ -31,7 +30,7 @@ class Cell(Frozen):
 
 
 class SpeedRequest(Frozen):
-    """What to time. The folder is staged with a fixed length of answers."""
+    """What to time. The folder is staged to give answers of a fixed length."""
 
     home: Path
     folder: Path
@@ -42,7 +41,7 @@ class SpeedRequest(Frozen):
 
 
 class Timed(Frozen):
-    """One request; seconds from its start. Tokens as the runtime counts them."""
+    """One request: seconds from its start, and tokens by the runtime's count."""
 
     cell: int
     prompt_tokens: int
@@ -74,7 +73,7 @@ class SpeedResult(Frozen):
     before: Window
     loaded: Window
     unloaded: Window | None
-    """None after several sessions, which leave more behind than a single user does."""
+    """None after several sessions, which leave more behind than a single user."""
     measured: Window
     cpu_s: float
     wall_s: float
@@ -85,7 +84,7 @@ class SpeedResult(Frozen):
 
 
 def handle(request: SpeedRequest) -> SpeedResult:
-    """Load, warm up, time each cell, then several sessions at once, unload.
+    """Load, warm up, time each cell, time several sessions at once, unload.
 
     Raises:
         EvaluationError: The model generates nothing that can be timed.
@@ -160,7 +159,7 @@ def _ask(model: Any, cell: Cell) -> Any:
 
 
 def _warm_up(model: Any, cell: Cell) -> None:
-    """Ask until two requests in a row take about as long; the first ones touch memory for the first time."""
+    """Ask until two requests in a row take about as long; the first ones touch fresh memory."""
     last = float("inf")
     for _ in range(WARM_UP_MOST):
         now = _ask(model, cell).total_s
@@ -170,9 +169,9 @@ def _warm_up(model: Any, cell: Cell) -> None:
 
 
 def _throughputs(model: Any, request: SpeedRequest) -> dict[int, float]:
-    """Generated tokens/s of so many sessions together, each with one request of the shortest prompt, prefill included.
+    """Generated tokens/s of several sessions together, each with one request of the shortest prompt, with prefill.
 
-    Last of all: several sessions take memory that a single user never sees.
+    This comes last: several sessions take memory that a single user never sees.
     """
     shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
     cell = shortest.model_copy(update={"output_tokens": SESSION_TOKENS})
@@ -192,7 +191,7 @@ def _rest() -> Window:
 
 
 def _drop_cache(folder: Path) -> bool:
-    """Ask the system to forget the files' pages, so that the next load comes from the disk; False: it cannot."""
+    """Have the system forget the files' pages, to load them from the disk next; False: it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in folder.iterdir():

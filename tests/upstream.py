@@ -87,6 +87,38 @@ async def answer(connection: Connection) -> None:
     await connection.end()
 
 
+def streams(*pieces: bytes) -> Script:
+    """A script that streams these pieces, whatever is asked."""
+
+    async def script(connection: Connection) -> None:
+        await connection.head()
+        for piece in pieces:
+            await connection.piece(piece)
+            await asyncio.sleep(0)
+        await connection.end()
+
+    return script
+
+
+def replies(data: Any, status: int = 200) -> Script:
+    """A script that answers as a whole, whatever is asked."""
+    return lambda connection: connection.whole(data, status)
+
+
+async def endless(connection: Connection, text: str = "a") -> None:
+    """Stream for as long as somebody listens."""
+    await connection.head()
+    while True:
+        await connection.event(chunk(text))
+        await asyncio.sleep(0.01)
+
+
+async def held(connection: Connection) -> None:
+    """Answer when it is let go."""
+    await connection.let_go.wait()
+    await answer(connection)
+
+
 @dataclass
 class Upstream:
     """A web service that follows a script, and notes what came and who left."""
@@ -199,6 +231,20 @@ class Stand:
             if line.startswith(name + " "):
                 return float(line.split()[-1])
         return 0.0
+
+    async def counted(self, status: int) -> float:
+        """Chat requests that ended with this status and were sent to the runtime."""
+        return await self.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="{status}",version="3"}}')
+
+    async def in_flight(self) -> tuple[float, float]:
+        """Requests that run, and that wait."""
+        return await self.metric("slmops_in_flight"), await self.metric("slmops_queued")
+
+    async def reaches(self, running: int, waiting: int) -> None:
+        """Wait until so many requests run and wait."""
+        async with asyncio.timeout(5):
+            while await self.in_flight() != (running, waiting):
+                await asyncio.sleep(0.01)
 
 
 class _Quick(uvicorn.Server):

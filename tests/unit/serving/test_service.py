@@ -23,7 +23,7 @@ from slmops.core.errors import PrerequisiteError, ServingError, UsageError
 from slmops.core.settings import Settings
 from slmops.serving import service
 from slmops.serving.limits import Serve
-from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, chunk
+from tests.upstream import CHAT, GOOD, OneFleet, Script, Upstream, answer, endless, held
 
 pytestmark = pytest.mark.anyio
 
@@ -120,11 +120,7 @@ async def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None
 
 
 async def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: Path) -> None:
-    async def script(connection: Any) -> None:
-        await connection.let_go.wait()
-        await answer(connection)
-
-    async with serving(tmp_path, script=script) as one, httpx.AsyncClient(trust_env=False) as client:
+    async with serving(tmp_path, script=held) as one, httpx.AsyncClient(trust_env=False) as client:
         asked = asyncio.create_task(client.post(one.url + CHAT, json=GOOD))
         while not one.upstream.received:
             await asyncio.sleep(0.01)
@@ -143,16 +139,10 @@ async def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: P
 async def test_a_request_that_does_not_end_does_not_keep_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, twice: bool
 ) -> None:
-    async def script(connection: Any) -> None:
-        await connection.head()
-        while True:
-            await connection.event(chunk("a"))
-            await asyncio.sleep(0.01)
-
     if not twice:
         monkeypatch.setattr(service, "FINISH_S", 1)
     async with (
-        serving(tmp_path, script=script) as one,
+        serving(tmp_path, script=endless) as one,
         httpx.AsyncClient(trust_env=False) as client,
         client.stream("POST", one.url + CHAT, json={**GOOD, "stream": True}) as streaming,
     ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -12,82 +11,56 @@ import pytest
 
 from slmops.serving import relay
 from slmops.serving.limits import Limits
-from tests.upstream import CHAT, Connection, Stand, answer, chat, chunk, stand, told
+from tests.upstream import CHAT, Stand, chat, endless, held, stand, told
 
 pytestmark = pytest.mark.anyio
 
 
-async def held(connection: Connection) -> None:
-    """Stream for as long as somebody listens."""
-    await connection.head()
-    while True:
-        await connection.event(chunk("a"))
-        await asyncio.sleep(0.01)
-
-
-async def held_whole(connection: Connection) -> None:
-    """Answer as a whole, when it is let go."""
-    await connection.let_go.wait()
-    await answer(connection)
-
-
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(5):
-        while not await true():
-            await asyncio.sleep(0.01)
-
-
-async def in_flight(one: Stand) -> tuple[float, float]:
-    return await one.metric("slmops_in_flight"), await one.metric("slmops_queued")
-
-
-async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
-    async with stand(Limits(concurrency=1), script=held) as one:
-        async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
-            pieces = streaming.aiter_raw()  # who drops it leaves
-            await anext(pieces)
-            assert await in_flight(one) == (1, 0)
-        await asyncio.wait_for(one.upstream.left.wait(), 2)
-        await until(lambda: equals(one, (0, 0)))
-        assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="499",version="3"}}') == 1
-
-
-async def equals(one: Stand, expected: tuple[float, float]) -> bool:
-    return await in_flight(one) == expected
-
-
 async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
     """A request that somebody has sent; cancel it, and its client is gone."""
-    before = len(one.upstream.received) + (await in_flight(one))[1]
+
+    async def there() -> float:
+        return len(one.upstream.received) + (await one.in_flight())[1]
+
+    before = await there()
     task = asyncio.create_task(one.ask(chat(**fields)))
-
-    async def there() -> bool:
-        return len(one.upstream.received) + (await in_flight(one))[1] > before
-
-    await until(there)
+    async with asyncio.timeout(5):
+        while await there() <= before:
+            await asyncio.sleep(0.01)
     return task
 
 
+async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
+    async with stand(Limits(concurrency=1), script=endless) as one:
+        async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
+            pieces = streaming.aiter_raw()  # who drops it leaves
+            await anext(pieces)
+            assert await one.in_flight() == (1, 0)
+        await asyncio.wait_for(one.upstream.left.wait(), 2)
+        await one.reaches(0, 0)
+        assert await one.counted(499) == 1
+
+
 async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
-    async with stand(Limits(concurrency=1), script=held_whole) as one:
+    async with stand(Limits(concurrency=1), script=held) as one:
         gone = await leave(one)
         gone.cancel()
         waits = await leave(one)
         await asyncio.sleep(0.1)
-        assert await in_flight(one) == (1, 1)
+        assert await one.in_flight() == (1, 1)
         assert one.fleet.leases == 2
         one.upstream.let_go.set()
         assert (await waits).status_code == 200
-        assert await in_flight(one) == (0, 0)
+        assert await one.in_flight() == (0, 0)
         assert await one.metric("slmops_completion_tokens_total") == 6
 
 
 async def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
-    async with stand(Limits(concurrency=1, queue=1), script=held_whole) as one:
+    async with stand(Limits(concurrency=1, queue=1), script=held) as one:
         first, second = await leave(one), await leave(one)
         assert told(await one.ask()) == (503, "overloaded")
         second.cancel()
-        await until(lambda: equals(one, (1, 0)))
+        await one.reaches(1, 0)
         third = await leave(one)
         one.upstream.let_go.set()
         assert [(await task).status_code for task in (first, third)] == [200, 200]
@@ -95,19 +68,19 @@ async def test_a_client_that_leaves_the_queue_leaves_its_place() -> None:
 
 
 async def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> None:
-    async with stand(Limits(concurrency=2, queue=2), script=held_whole) as one:
+    async with stand(Limits(concurrency=2, queue=2), script=held) as one:
         tasks = [await leave(one, user=str(number)) for number in range(4)]
         refused = await one.ask()
         assert told(refused) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) > 0
-        assert await in_flight(one) == (2, 2)
+        assert await one.in_flight() == (2, 2)
         one.upstream.let_go.set()
         assert {(await task).status_code for task in tasks} == {200}
         assert [received["user"] for received in one.upstream.received] == ["0", "1", "2", "3"]
 
 
 async def test_too_long_in_the_queue_is_a_503() -> None:
-    async with stand(Limits(concurrency=1, queue_timeout_s=0.1), script=held_whole) as one:
+    async with stand(Limits(concurrency=1, queue_timeout_s=0.1), script=held) as one:
         first = await leave(one)
         for stream in (False, True):
             assert told(await one.ask(chat(stream=stream))) == (503, "overloaded")
@@ -119,7 +92,7 @@ async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
     async with stand(Limits(concurrency=1, queue_timeout_s=0.3)) as one:
         one.fleet.loads_s = 1
         loads = asyncio.create_task(one.ask())
-        await until(lambda: equals(one, (0, 1)))
+        await one.reaches(0, 1)
         one.fleet.loads_s = 0
         assert (await one.ask()).status_code == 200
         refused = await loads
@@ -128,61 +101,54 @@ async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
 
 
 async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held_whole) as one:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held) as one:
         refused = await one.ask()
         assert told(refused) == (504, "timeout")
         assert refused.headers["x-should-retry"] == "false"
-        assert await in_flight(one) == (1, 0)
+        assert await one.in_flight() == (1, 0)
         one.upstream.let_go.set()
-        await until(lambda: equals(one, (0, 0)))
+        await one.reaches(0, 0)
         assert (await one.ask()).status_code == 200
 
 
 async def test_a_runtime_that_hangs_does_not_keep_its_slot_for_ever() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.2), script=held_whole) as one:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.2), script=held) as one:
         assert told(await one.ask()) == (504, "timeout")
-        await until(lambda: equals(one, (0, 0)))
+        await one.reaches(0, 0)
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held) as one:
+    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=endless) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         events = answered.text.rstrip("\n").split("\n\n")
         assert len(events) > 3
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
         await asyncio.wait_for(one.upstream.left.wait(), 2)
-        assert await in_flight(one) == (0, 0)
-        assert await one.metric(f'slmops_requests_total{{endpoint="{CHAT}",status="504",version="3"}}') == 1
+        assert await one.in_flight() == (0, 0)
+        assert await one.counted(504) == 1
 
 
 async def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
-    async def script(_: Connection) -> None:
-        await asyncio.Event().wait()
-
-    async with stand(script=script) as one:
+    async with stand(script=lambda _: asyncio.Event().wait()) as one:
         gone = await leave(one)
         gone.cancel()
         await asyncio.sleep(0.1)
-        assert await in_flight(one) == (1, 0)  # and none when it has ended
+        assert await one.in_flight() == (1, 0)  # and none when it has ended
 
 
 async def test_a_client_that_does_not_read_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def script(connection: Connection) -> None:
-        await connection.head()
-        while True:
-            await connection.event(chunk("a" * 100_000))
-
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
-    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=script) as one:
+    limits = Limits(concurrency=1, request_timeout_s=0.3)
+    async with stand(limits, script=lambda to: endless(to, "a" * 100_000)) as one:
         reader, writer = await asyncio.open_connection("127.0.0.1", one.port, limit=1000)
         body = json.dumps(chat(stream=True)).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         await asyncio.wait_for(one.upstream.left.wait(), 5)
-        await until(lambda: equals(one, (0, 0)))
+        await one.reaches(0, 0)
         await asyncio.sleep(0.2)
         await reader.readuntil(b"\r\n")
         writer.close()

@@ -174,13 +174,7 @@ async def test_a_registry_that_is_away_at_the_start(world: World) -> None:
 def test_the_watch_and_the_fleet_agree_on_faults() -> None:
     assert [
         registry_watch.at_fault(error) for error in (BAD, RegistrationError("x"), DOWN, OSError(), UsageError("x"))
-    ] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    ] == [True, True, False, False, False]
 
 
 # --- the registry and this device, in threads

@@ -1,4 +1,4 @@
-"""A fleet of processes that are none, with a registry and a device that are none."""
+"""A fleet of fake processes, with a fake registry and device; and real versions for the tests that need them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A runtime's web service that is none, the proxy before it, and clients on real sockets."""
+"""A fake of the runtime's web service, the proxy before it, and clients on real sockets."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ GOOD = {"model": "bot", "messages": [{"role": "user", "content": "Hi"}]}
 GOOD_RESPONSE = {"model": "bot", "input": "Hi"}
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 Script = Callable[["Connection"], Awaitable[None]]
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 
 @dataclass
@@ -224,6 +225,13 @@ class Stand:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"content-type": "application/json", **more.pop("headers", {})}
         return await self.client.post(path, content=content, headers=headers, **more)
+
+    async def post(self, *headers: str, body: bytes = b"", **options: Any) -> tuple[Reader, Writer]:
+        """Begin a request on a socket of its own, with these headers beside the usual ones."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **options)
+        head = (f"POST {CHAT} HTTP/1.1", "host: 127.0.0.1", "content-type: application/json", *headers, "", "")
+        writer.write("\r\n".join(head).encode() + body)
+        return reader, writer
 
     async def metric(self, name: str) -> float:
         """One sample, its labels in the name."""

@@ -1,4 +1,4 @@
-"""Who serves what: the champion, its successors, and their processes that die. The processes are none."""
+"""Who serves what: the champion, its successors, and their processes that die. The processes are fakes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,6 @@ async def test_nothing_to_serve(
     world.last = installed(last) if last else None
     for name, value in faults.items():
         setattr(world, name, value)
-    world = world
     made = fleet(world)
     with pytest.raises(raised, match=said):
         await made.start()

@@ -25,19 +25,13 @@ async def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
             yield b" " * 1000
 
     async with stand(Limits(max_body_kb=10)) as one:
-        large = says("a" * 1_000_000)
-        refused = await one.ask(large)
+        refused = await one.ask(says("a" * 1_000_000))
         assert told(refused) == (413, "request_too_large")
         assert refused.headers["connection"] == "close"
-        headers = {"content-type": "application/json"}
-        refused = await one.client.post(CHAT, content=pieces(1000), headers=headers)
+        refused = await one.client.post(CHAT, content=pieces(1000), headers={"content-type": "application/json"})
         assert told(refused) == (413, "request_too_large")
         # With Expect the client waits for leave, and hears the answer before it has sent anything.
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
-        writer.write(
-            f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-            "expect: 100-continue\r\ncontent-length: 1000000000\r\n\r\n".encode()
-        )
+        reader, writer = await one.post("expect: 100-continue", "content-length: 1000000")
         assert (await asyncio.wait_for(reader.readline(), 1)).startswith(b"HTTP/1.1 413")
         writer.close()
         assert one.upstream.received == []
@@ -48,11 +42,7 @@ async def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
 async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
     async with stand(Limits(max_body_kb=1)) as one:
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
-        writer.write(
-            f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-            "transfer-encoding: chunked\r\n\r\n".encode()
-        )
+        reader, writer = await one.post("transfer-encoding: chunked")
 
         async def send() -> None:
             while True:
@@ -68,11 +58,7 @@ async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.Monkey
 async def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "BODY_S", 0.2)
     async with stand(Limits(concurrency=1, queue=0)) as one:
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
-        writer.write(
-            f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-            "content-length: 100\r\n\r\n{".encode()
-        )
+        reader, writer = await one.post("content-length: 100", body=b"{")
         assert (await one.ask()).status_code == 200
         assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
         assert await asyncio.wait_for(reader.read(), 5)  # to its end: the connection is closed

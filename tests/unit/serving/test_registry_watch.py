@@ -1,4 +1,4 @@
-"""New champions that fail, and a registry that is away. The processes are none."""
+"""New champions that fail, and a registry that is away. The processes are fakes."""
 
 from __future__ import annotations
 

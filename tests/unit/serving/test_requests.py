@@ -95,7 +95,8 @@ WRONG: dict[str, list[dict[str, Any]]] = {
 }
 # Schemas that take the runtime all memory, or minutes.
 COSTLY: list[dict[str, Any]] = [
-    {"type": "array", "minItems": 10**9},
+    {"type": "array", "minItems": 10**9, "items": {"type": "string"}},
+    {"type": "array", "maxItems": 10**9},
     {"properties": {f"p{i}": {"type": "array", "maxItems": 999} for i in range(20)}},
     {"items": [{"multipleOf": 1_000_003}]},
     {"multipleOf": 1e-9},

@@ -1,4 +1,4 @@
-"""Versions beside the champion. The processes are none."""
+"""Versions beside the champion. The processes are fakes."""
 
 from __future__ import annotations
 

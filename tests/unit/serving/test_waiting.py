@@ -143,10 +143,8 @@ async def test_a_client_that_does_not_read_is_left(
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
     limits = Limits(concurrency=1, request_timeout_s=0.3)
     async with stand(limits, script=lambda to: endless(to, "a" * 100_000)) as one:
-        reader, writer = await asyncio.open_connection("127.0.0.1", one.port, limit=1000)
         body = json.dumps(chat(stream=True)).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        reader, writer = await one.post(f"content-length: {len(body)}", body=body, limit=1000)
         await asyncio.wait_for(one.upstream.left.wait(), 5)
         await one.reaches(0, 0)
         await asyncio.sleep(0.2)

@@ -1,8 +1,8 @@
 """The processes behind one model name: the champion's, and those of other versions on demand.
 
-A new champion takes over in steps, the old one answering all the while: install, start, smoke test, switch, drain,
-stop. The switch is one assignment. A request holds the process that it got until it ends, and the drain waits for it.
-What is served is known to the registry and written down on this device, so a restarted service finds it again.
+A new champion takes over in steps: install, start, smoke test, switch, drain, stop. The old one answers until the
+switch, which is one assignment. A request holds the process that it got until it ends, and the drain waits for it. What
+is served is known to the registry and written down on this device, so a restarted service finds it again.
 """
 
 from __future__ import annotations

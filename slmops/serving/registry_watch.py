@@ -19,11 +19,14 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
+from slmops.delivery import installed, pull
 from slmops.foundry.versions import Installed, ModelVersion
 
 if TYPE_CHECKING:
@@ -38,30 +41,34 @@ VERSIONS_S = 30.0
 """How old the list of versions may become."""
 
 
+@dataclass
 class VersionSource:
-    """The versions of the model ``name``: in MLflow's Model Registry, and installed in the Foundry home of this device.
+    """The versions of one model: in MLflow's Model Registry, and installed in the Foundry home of this device.
 
     All methods block, and are called in threads. Those that ask the registry raise TrackingError when it cannot be
     reached. MLflow takes seconds to import, so that is done in the threads too.
+
+    Attributes:
+        name: The model's name in the registry.
+        settings: Where things are on this device.
+        uri: MLflow tracking server.
     """
 
-    def __init__(self, name: str, settings: Settings, uri: str) -> None:
-        self.name = name
-        self.settings = settings
-        self.uri = uri
-        self._connection: Registry | None = None
+    name: str
+    settings: Settings
+    uri: str
 
     def champion(self) -> ModelVersion | None:
         """The version that is to be served; None: none is promoted."""
-        return self._registry().champion(self.name)
+        return self._registry.champion(self.name)
 
     def versions(self) -> list[ModelVersion]:
         """All versions in the registry, the newest first."""
-        return self._registry().versions(self.name)
+        return self._registry.versions(self.name)
 
     def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion | None:
         """Undo the promotion of a version that cannot be served, and return the champion now, if there is one."""
-        return self._registry().withdraw(version, reason)
+        return self._registry.withdraw(version, reason)
 
     def install(self, version: ModelVersion) -> Installed:
         """Put a version on this device, verified; twice is harmless.
@@ -70,28 +77,21 @@ class VersionSource:
             RegistrationError: The runtime on this device refuses it.
             SlmopsError: It did not get here, which says nothing about the version.
         """
-        from slmops.delivery import pull
-
         return pull.install(version, self.settings, self.uri)
 
     def make_current(self, version: Installed) -> None:
         """Remember what is served."""
-        from slmops.delivery import installed
-
         installed.make_current(version, self.settings)
 
     def current(self) -> Installed | None:
         """What was served last, if it is still here."""
-        from slmops.delivery import installed
-
         return installed.current(self.name, self.settings)
 
+    @cached_property
     def _registry(self) -> Registry:
         from slmops.tracking.registry import Registry
 
-        if self._connection is None:
-            self._connection = Registry(self.uri)
-        return self._connection
+        return Registry(self.uri)
 
 
 class RegistryWatch:

@@ -251,31 +251,7 @@ def test_what_clients_do_wrong_is_told_and_the_next_good_request_is_answered(ser
     assert service.answers()
 
 
-def test_what_kills_the_runtime_does_not_reach_it(service: Service) -> None:
-    """Nested JSON overflows its stack, and these schemas take it all memory: each was seen to."""
-    worker = service.worker()
-    headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
-    deep = b"[" * 100_000 + b"]" * 100_000
-    killers = [json.dumps({"model": "bot", "messages": HI}).encode()[:-1] + b', "x": ' + deep + b"}"]
-    for schema in (
-        {"type": "array", "minItems": 10**9, "items": {"type": "string"}},
-        {"type": "array", "maxItems": 10**9},
-        {"type": "string", "allOf": [{"pattern": f"a{i}"} for i in range(50)]},
-        {"type": "integer", "multipleOf": 1_000_003},
-    ):
-        form = {"type": "json_schema", "name": "x", "schema": schema}
-        killers.append(json.dumps({"model": "bot", "input": "Hi", "text": {"format": form}}).encode())
-    for body in killers:
-        path = CHAT if b"messages" in body else RESPONSES
-        started = time.monotonic()
-        answer = httpx.post(service.url + path, content=body, headers=headers, trust_env=False)
-        assert answer.status_code == 400, answer.text
-        assert time.monotonic() - started < 2
-    assert service.worker() == worker
-    assert service.answers()
-
-
-def test_bytes_that_are_no_http_are_no_harm(service: Service) -> None:
+def test_bytes_that_are_not_http_do_no_harm(service: Service) -> None:
     worker = service.worker()
     host = b"host: 127.0.0.1\r\n"
     for sent in (

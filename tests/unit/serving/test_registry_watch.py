@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,13 @@ import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
 from slmops.core.settings import Settings
+from slmops.delivery import installed as delivered
+from slmops.delivery import pull
 from slmops.foundry.versions import ModelVersion
 from slmops.serving import registry_watch
 from slmops.serving.fleet import Fleet, UnknownModel
 from slmops.serving.registry_watch import VersionSource, in_thread
+from slmops.tracking import registry
 from tests.fleets import BAD, DOWN, World, asked, fleet, installed, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
@@ -211,6 +213,12 @@ def test_a_result_that_comes_too_late() -> None:
     assert wrong == []
 
 
+def test_the_service_starts_without_mlflow() -> None:
+    """It takes seconds to import, and the registry may be away."""
+    loaded = "import sys, slmops.serving.service; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+
+
 def test_in_thread_gives_and_raises() -> None:
     assert asyncio.run(in_thread(divmod, 7, 2)) == (3, 1)
     with pytest.raises(ZeroDivisionError):
@@ -234,21 +242,15 @@ def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         def withdraw(self, failed: ModelVersion, reason: str) -> None:
             calls.append(("withdraw", failed.version, reason))
 
-    def replace(name: str, **functions: Any) -> None:
-        fake = types.SimpleNamespace(**functions)
-        package, _, module = f"slmops.{name}".rpartition(".")
-        monkeypatch.setitem(sys.modules, f"{package}.{module}", fake)  # type: ignore[arg-type]
-        monkeypatch.setattr(importlib.import_module(package), module, fake, raising=False)
+    def note(name: str) -> Any:
+        return lambda *arguments: calls.append((name, *arguments))
 
-    replace("tracking.registry", Registry=Registry)
-    replace("delivery.pull", install=lambda *args: calls.append(("install", *args)))
-    replace(
-        "delivery.installed",
-        make_current=lambda *args: calls.append(("make_current", *args)),
-        current=lambda *args: calls.append(("current", *args)),
-    )
+    monkeypatch.setattr(registry, "Registry", Registry)
+    monkeypatch.setattr(pull, "install", note("install"))
+    for name in ("make_current", "current"):
+        monkeypatch.setattr(delivered, name, note(name))
     source = VersionSource("bot", settings, "http://registry")
-    assert calls == []  # nothing is imported or asked before it is needed
+    assert calls == []  # nothing is asked before it is needed
     assert source.champion() == version(2)
     assert source.versions() == [version(2)]
     source.withdraw(version(2), "why")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
@@ -140,19 +139,17 @@ def test_all_that_is_wrong_is_told_at_once(checkpoint: Checkpoint, home: Setting
     )
     with pytest.raises(DataError) as caught:
         prepare(source, checkpoint, home)
-    said = caught.value.message.splitlines()
-    assert said[0] == f"{source} cannot be trained on:"
-    assert said[1:4] == [
-        "  - a.jsonl:2: needs either 'messages', or 'prompt' and 'completion'",
-        "  - a.jsonl:3: asks the same as evaluation item 1",
-        said[3],
+    first, *listed, more = caught.value.message.splitlines()
+    assert str(source) in first
+    assert [line.split(": ")[0] for line in listed] == [
+        *(f"  - a.jsonl:{line}" for line in (2, 3, 4, 5, 6)),
+        *(f"  - b.jsonl:{line}" for line in (1, 2, 3, 4, 5)),
     ]
-    assert said[3].startswith("  - a.jsonl:4: ")
-    assert said[3].endswith(" tokens, and 128 are allowed (--training.max-tokens)")
-    assert said[6] == "  - b.jsonl:1: message 2, from the assistant, is empty"
-    assert said[11:] == ["  - and 4 more"]
+    assert "evaluation item 1" in listed[1]
+    assert "128 are allowed (--training.max-tokens)" in listed[2]
+    assert "4 more" in more
     file = home.logs / "tiny" / "data-problems.txt"
-    assert caught.value.fix == f"Fix or remove these lines. The whole list: {file}"
+    assert str(file) in (caught.value.fix or "")
     assert len(file.read_text().splitlines()) == 14
     assert not list((home.trainings / "data").glob(".*"))
 
@@ -183,30 +180,19 @@ def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) 
         "{% if message.content != 'left out' %}{{ message.content }}{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    source = put(
-        tmp_path / "data", train=[pair("refuse"), pair("unstable"), pair("c", "left out"), pair("d"), pair("e")]
-    )
-    with pytest.raises(DataError) as caught:
-        prepare(source, tokenizer(tmp_path / "odd", template), home)
-    assert caught.value.message.splitlines()[1:] == [
-        "  - train.jsonl:1: the chat template cannot be trained with: no\\x1b such thing",
-        "  - train.jsonl:2: the chat template cannot be trained with: "
-        "the chat template renders a turn differently once others follow",
-        "  - train.jsonl:3: the chat template leaves out an answer, or changes it",
-    ]
+    items = [pair("refuse"), pair("unstable"), pair("c", "left out"), pair("d"), pair("e")]
+    with pytest.raises(DataError, match=r"no\\x1b such thing") as caught:
+        prepare(put(tmp_path / "data", train=items), tokenizer(tmp_path / "odd", template), home)
+    places = [line.split(": ")[0] for line in caught.value.message.splitlines()[1:]]
+    assert places == [f"  - train.jsonl:{line}" for line in (1, 2, 3)]
 
 
 # MLflow
 
 
-def run_with(client: MlflowClient, folder: Path) -> str:
-    run_id: str = client.create_run(client.create_experiment(f"data {time.time_ns()}")).info.run_id
-    client.log_artifacts(run_id, str(folder), "data")
-    return run_id
-
-
 def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings, tmp_path: Path) -> None:
-    run_id = run_with(client, put(tmp_path / "data", train=[pair("a")], validation=[pair("b")]))
+    run_id = client.create_run(client.create_experiment("data")).info.run_id
+    client.log_artifacts(run_id, str(put(tmp_path / "data", train=[pair("a")], validation=[pair("b")])), "data")
     fetched = fetch(asked(f"runs:/{run_id}/data"), home, download=tracker.download)
     assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
     one = fetch(asked(f"runs:/{run_id}/data/train.jsonl"), home, download=tracker.download)
@@ -216,8 +202,11 @@ def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings
         fetch(asked(f"runs:/{run_id}/absent"), home, download=tracker.download)
 
 
+Make = Callable[[str, list[dict[str, Any]]], None]
+
+
 @pytest.fixture
-def made(client: MlflowClient, database: str) -> Iterator[Callable[[str, list[dict[str, Any]]], None]]:
+def made(client: MlflowClient, database: str) -> Iterator[Make]:
     import mlflow
 
     def make(name: str, records: list[dict[str, Any]]) -> None:
@@ -230,12 +219,7 @@ def made(client: MlflowClient, database: str) -> Iterator[Callable[[str, list[di
         mlflow.set_tracking_uri(None)
 
 
-def test_mlflow_datasets(
-    made: Callable[[str, list[dict[str, Any]]], None],
-    database: str,
-    home: Settings,
-    held_out: Path,
-) -> None:
+def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Path) -> None:
     import mlflow
 
     question = [{"role": "user", "content": "U"}]
@@ -250,9 +234,7 @@ def test_mlflow_datasets(
     given = {"dataset": lambda name: tracking_datasets.records(database, name)}
     read = examples.read(fetch(asked('mlflow-dataset:say "hi"', evaluation_set=held_out), home, **given).files)
     assert len(read.examples) == 1201
-    assert ({"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}) in [
-        example.messages for example in read.examples
-    ]
+    assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
     assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
     one = fetch(asked("mlflow-dataset:it's mine", evaluation_set=held_out), home, **given)
     assert len(examples.read(one.files).examples) == 1
@@ -264,7 +246,7 @@ def test_an_mlflow_dataset_that_is_not_there(database: str, name: str) -> None:
         tracking_datasets.records(database, name)
 
 
-def test_two_mlflow_datasets_of_one_name(made: Callable[[str, list[dict[str, Any]]], None], database: str) -> None:
+def test_two_mlflow_datasets_of_one_name(made: Make, database: str) -> None:
     for _ in range(2):
         made("twice", [{"inputs": {"prompt": "P"}}])
     with pytest.raises(DataError, match="twice"):

@@ -68,9 +68,12 @@ def test_a_folder(folder: Path, settings: Settings) -> None:
         (folder / name).write_text("not read")
     (folder / "sub.jsonl").mkdir()
     fetched = fetch(folder, settings)
+    for name in ("train.jsonl", "evaluation.jsonl"):
+        (folder / name).write_text("changed later")
     assert fetched.source == str(folder)
     assert texts(fetched) == {"a.JSONL": line(3), "train.jsonl": line(1) + line(2)}
     assert fetched.evaluation.read_text() == HELD_OUT
+    assert all(settings.trainings in file.parents for file in (*fetched.files, fetched.evaluation))
 
 
 def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings) -> None:
@@ -78,15 +81,6 @@ def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings) -> None:
     fetched = fetch(folder / "train.jsonl", settings)
     assert list(texts(fetched)) == ["train.jsonl"]
     assert fetched.evaluation.name == "evaluation.csv"
-
-
-def test_copies_stay_what_they_were(folder: Path, settings: Settings) -> None:
-    fetched = fetch(folder, settings)
-    for file in folder.iterdir():
-        file.write_text("changed")
-    assert texts(fetched) == {"train.jsonl": line(1) + line(2)}
-    assert fetched.evaluation.read_text() == HELD_OUT
-    assert all(settings.trainings in file.parents for file in (*fetched.files, fetched.evaluation))
 
 
 def test_an_evaluation_set_of_the_users_is_not_trained_on(folder: Path, settings: Settings) -> None:

@@ -1,0 +1,36 @@
+"""A checkpoint, a home, and a way to resolve the one in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.checkpoints import source
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
+from tests.checkpoint_folders import write_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "My.Model-v2")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def resolve(settings: Settings) -> Callable[..., Checkpoint]:
+    def no_download(_uri: str, _target: Path) -> Path:
+        raise AssertionError("nothing should be downloaded")
+
+    def call(model: object, download: source.Download = no_download, **job: Any) -> Checkpoint:
+        return source.resolve(Job(model=str(model), **job), settings, download=download)
+
+    return call

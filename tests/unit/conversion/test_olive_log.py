@@ -29,19 +29,11 @@ Traceback (most recent call last):
 """
 
 
-def test_int8_of_model_builder_is_explained() -> None:
-    log = START + BAR + "\n" + TRACEBACK.format(exception="KeyError: 'int8'") + END
-    assert cause(log).startswith("ModelBuilder has no int8 for the CPU")
-    assert cause(log).endswith("(KeyError: 'int8')")
-
-
-def test_int8_as_an_enum_is_explained_too() -> None:
-    found = cause(TRACEBACK.format(exception="KeyError: <Precision.INT8: 'int8'>"))
+@pytest.mark.parametrize("exception", ["KeyError: 'int8'", "KeyError: <Precision.INT8: 'int8'>"])
+def test_int8_of_model_builder_is_explained(exception: str) -> None:
+    found = cause(START + BAR + "\n" + TRACEBACK.format(exception=exception) + END)
     assert found.startswith("ModelBuilder has no int8 for the CPU")
-
-
-def test_other_key_errors_are_told_as_they_are() -> None:
-    assert cause(TRACEBACK.format(exception="KeyError: 'int80'")) == "KeyError: 'int80'"
+    assert found.endswith(f"({exception})")
 
 
 @pytest.mark.parametrize(
@@ -49,32 +41,21 @@ def test_other_key_errors_are_told_as_they_are() -> None:
     [
         "AssertionError: group_size 128 does not divide in_features 576",
         "AssertionError",
+        "KeyError: 'int80'",
         "olive.common.utils.OlivePassError: something",
         "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the file",
         "RuntimeError: [ONNXRuntimeError] : 1 : FAIL",
     ],
 )
-def test_exception(exception: str) -> None:
-    assert cause(START + TRACEBACK.format(exception=exception) + END) == exception
-
-
-def test_first_exception_is_the_cause_and_the_later_ones_repeat_it() -> None:
-    log = (
-        TRACEBACK.format(exception="ValueError: the first")
-        + "\nDuring handling of the above exception, another exception occurred:\n\n"
-        + TRACEBACK.format(exception="olive.OlivePassError: the second")
+def test_the_first_exception_is_the_cause(exception: str) -> None:
+    first, second = (TRACEBACK.format(exception=each) for each in (exception, "olive.OlivePassError: another"))
+    assert cause(START + first + END) == exception
+    assert (
+        cause(f"{first}\nDuring handling of the above exception, another exception occurred:\n\n{second}") == exception
     )
-    assert cause(log) == "ValueError: the first"
-
-
-def test_exception_behind_a_progress_bar() -> None:
-    assert cause(f"{START}{BAR}\rValueError: too small\n{END}") == "ValueError: too small"
-    assert cause(f"{START}ValueError: too small\r\n{END}") == "ValueError: too small"
-
-
-def test_words_about_errors_are_no_exceptions() -> None:
-    said = "Checking for Error: none\nNo ValueError: was seen\nSystemExit: 0\nErrors\n"
-    assert cause(START + said + END) == NO_CAUSE
+    assert cause(START + PRUNED + f"{exception}\n") == exception
+    assert cause(f"{START}{BAR}\r{exception}\n{END}") == exception
+    assert cause(f"{START}{exception}\r\n{END}") == exception
 
 
 @pytest.mark.parametrize("reason", ["FP16 is not supported on CPU.", "BF16 is only supported on CUDA."])
@@ -92,11 +73,13 @@ def test_refused_config_without_a_reason() -> None:
     assert cause(START + PRUNED + END) == ("export:modelbuilder does not accept its config, and Olive does not say why")
 
 
-def test_exception_tells_more_than_a_refused_config() -> None:
-    assert cause(START + PRUNED + "TypeError: no\n") == "TypeError: no"
-
-
-@pytest.mark.parametrize("log", ["", START + END, PRUNED + END, "\n\n", "Reading layer 3\n" + BAR])
+@pytest.mark.parametrize(
+    "log",
+    [
+        *("", START + END, PRUNED + END, "\n\n", "Reading layer 3\n" + BAR),
+        "Checking for Error: none\nNo ValueError: was seen\nSystemExit: 0\nErrors\n",
+    ],
+)
 def test_nothing_telling(log: str) -> None:
     # PRUNED alone: the reason was at level INFO, and the log level hid it.
     assert cause(log) == NO_CAUSE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,32 +29,34 @@ def test_key_is_the_name_and_a_digest() -> None:
     assert int(digest, 16) >= 0
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        store.key(RECIPE.model_copy(update={"config": dict(reversed(RECIPE.config.items()))}), checkpoint(), VERSIONS),
-        store.key(RECIPE.model_copy(update={"bits": 8, "baseline": True}), checkpoint(), VERSIONS),
-        store.key(RECIPE, checkpoint(name="other", source="elsewhere", path=Path("/moved")), VERSIONS),
-        store.key(RECIPE, checkpoint(), {**VERSIONS, "mlflow": "9", "psutil": "9", "onnxruntime": "9"}),
-    ],
-    ids=["order of the config", "what the recipe promises", "where the checkpoint lies", "other packages"],
-)
-def test_same_key(key: str) -> None:
-    assert key == KEY
+def key(recipe: dict[str, Any] | None = None, versions: dict[str, str] = VERSIONS, **changed: Any) -> str:
+    return store.key(RECIPE.model_copy(update=recipe or {}), checkpoint(**changed), versions)
 
 
 @pytest.mark.parametrize(
-    "key",
+    "same",
     [
-        store.key(RECIPE.model_copy(update={"config": {"passes": {"a": {"type": "Gptq"}}}}), checkpoint(), VERSIONS),
-        store.key(RECIPE, checkpoint(digest="d" * 64), VERSIONS),
-        *(store.key(RECIPE, checkpoint(), {**VERSIONS, name: "2.0"}) for name in store.DECISIVE),
-        store.key(RECIPE, checkpoint(), {name: "1.0" for name in VERSIONS if name != "onnx"}),
+        pytest.param(key({"config": dict(reversed(RECIPE.config.items()))}), id="order of the config"),
+        pytest.param(key({"bits": 8, "baseline": True}), id="what the recipe promises"),
+        pytest.param(key(name="other", source="elsewhere", path=Path("/moved")), id="where the checkpoint lies"),
+        pytest.param(key(versions={**VERSIONS, "mlflow": "9", "onnxruntime": "9"}), id="other packages"),
     ],
-    ids=["config", "checkpoint", *store.DECISIVE, "package gone"],
 )
-def test_other_key(key: str) -> None:
-    assert key != KEY
+def test_same_key(same: str) -> None:
+    assert same == KEY
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(key({"config": {"passes": {"a": {"type": "Gptq"}}}}), id="config"),
+        pytest.param(key(digest="d" * 64), id="checkpoint"),
+        *(pytest.param(key(versions={**VERSIONS, name: "2.0"}), id=name) for name in store.DECISIVE),
+        pytest.param(key(versions={name: "1.0" for name in VERSIONS if name != "onnx"}), id="package gone"),
+    ],
+)
+def test_other_key(other: str) -> None:
+    assert other != KEY
 
 
 def test_other_name_is_another_folder_of_the_same_digest() -> None:
@@ -80,50 +84,42 @@ def test_files_are_all_but_the_manifest(variant: Variant) -> None:
     assert files["sub/x.bin"].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_missing_folder_or_manifest(variant: Variant, tmp_path: Path) -> None:
+def alter(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"!")
+    assert len(content) == path.stat().st_size
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def add_a_key(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "unheard_of": 1}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param("model.onnx.data", Path.unlink, id="missing"),
+        pytest.param("tokenizer.json", Path.unlink, id="missing tokenizer"),
+        pytest.param("model.onnx.data", lambda path: path.write_bytes(path.read_bytes()[:-1]), id="truncated"),
+        pytest.param("model.onnx.data", alter, id="altered, of the same size"),
+        pytest.param("model.onnx", become_a_folder, id="became a folder"),
+        pytest.param(MANIFEST, Path.unlink, id="no manifest"),
+        pytest.param(MANIFEST, add_a_key, id="manifest of a newer program"),
+        pytest.param(MANIFEST, lambda path: path.write_bytes(b"\xff\xfe{}"), id="manifest not in UTF-8"),
+        *(
+            pytest.param(MANIFEST, lambda path, text=text: path.write_text(text), id=f"manifest {text!r}")
+            for text in ("", "{", "null", "[]", '"text"', "{}", '{"key": "x"}')
+        ),
+    ],
+)
+def test_damaged(variant: Variant, file: str, damage: Callable[[Path], object]) -> None:
+    damage(variant.path / file)
+    assert store.load(variant.path) is None
+
+
+def test_missing_folder(tmp_path: Path) -> None:
     assert store.load(tmp_path / "nothing") is None
-    (variant.path / MANIFEST).unlink()
-    assert store.load(variant.path) is None
-
-
-@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json"])
-def test_missing_file(variant: Variant, name: str) -> None:
-    (variant.path / name).unlink()
-    assert store.load(variant.path) is None
-
-
-def test_truncated_file(variant: Variant) -> None:
-    data = variant.path / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1])
-    assert store.load(variant.path) is None
-
-
-def test_altered_file_of_the_same_size(variant: Variant) -> None:
-    data = variant.path / "model.onnx.data"
-    data.write_bytes(data.read_bytes()[:-1] + b"!")
-    assert data.stat().st_size == next(file.size for file in variant.files if file.name == data.name)
-    assert store.load(variant.path) is None
-
-
-def test_file_that_became_a_folder(variant: Variant) -> None:
-    (variant.path / "model.onnx").unlink()
-    (variant.path / "model.onnx").mkdir()
-    assert store.load(variant.path) is None
-
-
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"text"', "{}", '{"key": "x"}'])
-def test_manifest_that_is_none(variant: Variant, text: str) -> None:
-    (variant.path / MANIFEST).write_text(text, encoding="utf-8")
-    assert store.load(variant.path) is None
-
-
-def test_manifest_of_a_newer_program(variant: Variant) -> None:
-    manifest = variant.path / MANIFEST
-    data = json.loads(manifest.read_text(encoding="utf-8"))
-    manifest.write_text(json.dumps({**data, "unheard_of": 1}), encoding="utf-8")
-    assert store.load(variant.path) is None
-
-
-def test_manifest_that_is_not_utf8(variant: Variant) -> None:
-    (variant.path / MANIFEST).write_bytes(b"\xff\xfe{}")
-    assert store.load(variant.path) is None

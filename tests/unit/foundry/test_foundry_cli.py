@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,20 +101,27 @@ PLAYS = {
 }
 
 
+BEFORE = "/home/jo/.foundry/cache/models"
+
+
 @pytest.fixture
-def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the command, the user's cache folder and what the command was asked."""
+def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder with the command, the user's cache folder and what the command was asked.
+
+    Whatever happens in a test, the command works on the user's own cache folder afterwards.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "foundry"
     program.write_text(SCRIPT.replace("{python}", sys.executable), encoding="utf-8")
     program.chmod(0o755)
-    (folder / "location.txt").write_text("/home/jo/.foundry/cache/models", encoding="utf-8")
+    set_location(folder, BEFORE)
     (folder / "said.txt").write_text("Cache directory path: ", encoding="utf-8")
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))  # where the user's own location is noted
     play(folder)
-    return folder
+    yield folder
+    assert location(folder) in (BEFORE, "")
 
 
 @pytest.fixture
@@ -134,6 +143,10 @@ def calls(foundry: Path) -> list[str]:
     return (foundry / "calls.txt").read_text(encoding="utf-8").splitlines()
 
 
+def set_location(foundry: Path, folder: str) -> None:
+    (foundry / "location.txt").write_text(folder, encoding="utf-8")
+
+
 def location(foundry: Path) -> str:
     return (foundry / "location.txt").read_text(encoding="utf-8")
 
@@ -141,13 +154,12 @@ def location(foundry: Path) -> str:
 def test_listed(foundry: Path, models: Path) -> None:
     hold(models, f"{CALLED}-1", "other-generic-cpu-1")
     assert cli.confirm(CALLED, models) is True
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
     assert calls(foundry) == [
         "cache location",
         f"cache cd {models}",
         "cache --help",
         "cache ls",
-        "cache cd /home/jo/.foundry/cache/models",
+        f"cache cd {BEFORE}",
     ]
 
 
@@ -163,21 +175,19 @@ def test_listed_whatever_the_command_is_called(
     assert f"cache {used}" in calls(foundry)
 
 
-def test_not_listed(foundry: Path, models: Path) -> None:
+@pytest.mark.usefixtures("foundry")
+def test_not_listed(models: Path) -> None:
     hold(models, "other-generic-cpu-1")
-    with pytest.raises(RegistrationError) as raised:
+    with pytest.raises(RegistrationError, match="other-generic-cpu:1"):
         cli.confirm(CALLED, models)
-    assert f"does not list {CALLED} in {models}" in raised.value.message
-    assert "other-generic-cpu:1" in raised.value.message
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 @pytest.mark.parametrize("other", [f"support-{CALLED}-1", f"v2.{CALLED}-1", f"my_{CALLED}-1"])
-def test_end_of_a_longer_name_is_not_the_model(foundry: Path, models: Path, other: str) -> None:
+@pytest.mark.usefixtures("foundry")
+def test_end_of_a_longer_name_is_not_the_model(models: Path, other: str) -> None:
     hold(models, other)
     with pytest.raises(RegistrationError, match="does not list"):
         cli.confirm(CALLED, models)
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 @pytest.mark.parametrize(
@@ -193,9 +203,10 @@ def test_end_of_a_longer_name_is_not_the_model(foundry: Path, models: Path, othe
 def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, said: str, before: str) -> None:
     hold(models, f"{CALLED}-1")
     (foundry / "said.txt").write_text(said, encoding="utf-8")
-    (foundry / "location.txt").write_text(before, encoding="utf-8")
+    set_location(foundry, before)
     assert cli.confirm(CALLED, models) is True
     assert location(foundry) == before
+    set_location(foundry, BEFORE)
 
 
 ASK = "import sys, pathlib; from slmops.foundry import cli; cli.ask(sys.argv[1], pathlib.Path(sys.argv[2]), 'Hello?')"
@@ -218,16 +229,15 @@ def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path,
     assert location(foundry) == str(models)
     play(foundry)
     assert cli.confirm(CALLED, models) is True
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
-def test_a_location_that_the_user_chose_after_a_kill_stays(foundry: Path, models: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("foundry")
+def test_a_location_that_the_user_chose_after_a_kill_stays(models: Path, tmp_path: Path) -> None:
     hold(models, f"{CALLED}-1")
     note = tmp_path / ".foundry" / "slmops-original-location.json"
     note.parent.mkdir()
     note.write_text(json.dumps({"own": "/long/ago", "ours": str(models)}), encoding="utf-8")
     assert cli.confirm(CALLED, models) is True
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
     assert not note.exists()
 
 
@@ -241,41 +251,38 @@ def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, model
         assert cli.ask(CALLED, tmp_path / "other", "Hello?")
         first.wait()
     assert first.returncode == 0
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Path) -> None:
     (foundry / "said.txt").write_text("No cache.", encoding="utf-8")
-    (foundry / "location.txt").write_text("", encoding="utf-8")
-    with pytest.raises(RegistrationError, match=r"names no folder to go back to\. It says: No cache\."):
-        cli.confirm(CALLED, models)
-    assert calls(foundry) == ["cache location"]
-    with pytest.raises(RegistrationError, match="names no folder to go back to"):
-        cli.ask(CALLED, models, "Hello?")
+    set_location(foundry, "")
+    for attempt in (lambda: cli.confirm(CALLED, models), lambda: cli.ask(CALLED, models, "Hello?")):
+        with pytest.raises(RegistrationError, match=r"No cache\."):
+            attempt()
     assert calls(foundry) == ["cache location"] * 2
 
 
-@pytest.mark.parametrize("command", ["location", "cd", "ls"])
-def test_failing_command(foundry: Path, models: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("action", "command"),
+    [*itertools.product(["confirm"], ["location", "cd", "ls"]), *itertools.product(["ask"], ["location", "cd", "run"])],
+)
+def test_a_failing_command(foundry: Path, models: Path, action: str, command: str) -> None:
     hold(models, f"{CALLED}-1")
     (foundry / "broken.txt").write_text(command, encoding="utf-8")
-    with pytest.raises(RegistrationError) as raised:
-        cli.confirm(CALLED, models)
-    assert raised.value.message.startswith(f"`foundry cache {command}")
-    assert raised.value.message.endswith("ended with status 3: Exception: Request to local service failed.")
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
+    with pytest.raises(RegistrationError, match=rf"{command}.*status 3: .*Request to local service failed"):
+        cli.confirm(CALLED, models) if action == "confirm" else cli.ask(CALLED, models, "Hello?")
 
 
 def test_command_that_hangs(foundry: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (foundry / "foundry").write_text(f"#!{sys.executable} -S\nimport time\ntime.sleep(60)\n", encoding="utf-8")
     monkeypatch.setattr(cli, "COMMAND_TIMEOUT_S", 0.2)
-    with pytest.raises(RegistrationError, match=r"`foundry cache location` took longer than 0\.2 s"):
+    with pytest.raises(RegistrationError, match=r"0\.2 s"):
         cli.confirm(CALLED, models)
 
 
 def test_command_that_cannot_be_started(foundry: Path, models: Path) -> None:
     (foundry / "foundry").write_text("#!/no/such/interpreter\n", encoding="utf-8")
-    with pytest.raises(RegistrationError, match="`foundry cache location` does not run"):
+    with pytest.raises(RegistrationError, match="does not run"):
         cli.confirm(CALLED, models)
 
 
@@ -286,31 +293,22 @@ def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cli.ask(CALLED, tmp_path, "Hello?") is None
 
 
-WAYS = {
-    "chat": {"run": "chat"},
-    "prompt": {"run": "prompt"},
-    "complete": {"run": "", "complete": True},
-    "chat without help": {"run": "chat", "help": False},
-    "chat and complete": {"run": "chat", "complete": True},
-}
-USED = {
-    "chat": f"model run {CALLED}",
-    "prompt": f"model run {CALLED} --prompt What is 1 > 0?",
-    "complete": f"complete {CALLED} What is 1 > 0?",
-    "chat without help": f"model run {CALLED}",
-    "chat and complete": f"model run {CALLED}",
+WAYS: dict[str, tuple[dict[str, object], str]] = {
+    "chat": ({"run": "chat"}, f"model run {CALLED}"),
+    "prompt": ({"run": "prompt"}, f"model run {CALLED} --prompt What is 1 > 0?"),
+    "complete": ({"run": "", "complete": True}, f"complete {CALLED} What is 1 > 0?"),
+    "chat without help": ({"run": "chat", "help": False}, f"model run {CALLED}"),
+    "chat and complete": ({"run": "chat", "complete": True}, f"model run {CALLED}"),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_asked(foundry: Path, models: Path, way: str) -> None:
-    play(foundry, **WAYS[way])
+    play(foundry, **WAYS[way][0])
     hold(models, f"{CALLED}-1")
     assert cli.ask(CALLED, models, "What is 1 > 0?") == "You ask: What is 1 > 0?"
     made = [call for call in calls(foundry) if not call.endswith("--help")]
-    before = "/home/jo/.foundry/cache/models"
-    assert made == ["cache location", f"cache cd {models}", USED[way], f"cache cd {before}"]
-    assert location(foundry) == before
+    assert made == ["cache location", f"cache cd {models}", WAYS[way][1], f"cache cd {BEFORE}"]
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt"])
@@ -327,7 +325,7 @@ def test_asked(foundry: Path, models: Path, way: str) -> None:
 def test_an_answer_is_found_in_what_surrounds_it(
     foundry: Path, models: Path, way: str, changed: dict[str, str], answer: str
 ) -> None:
-    play(foundry, **WAYS[way], **changed)
+    play(foundry, **WAYS[way][0], **changed)
     hold(models, f"{CALLED}-1")
     assert (cli.ask(CALLED, models, "Hello?") or "").removeprefix("?").strip() == answer
 
@@ -341,47 +339,32 @@ def test_a_question_of_several_lines_is_one_question_in_a_chat(models: Path) -> 
 @pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
 @pytest.mark.parametrize("answer", ["  ", "\U0001f916 \n\n"])
 def test_no_answer(foundry: Path, models: Path, way: str, answer: str) -> None:
-    play(foundry, **WAYS[way], answer=answer)
+    play(foundry, **WAYS[way][0], answer=answer)
     hold(models, f"{CALLED}-1")
-    with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing to 'Hello\\?' in `foundry`"):
+    with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing"):
         cli.ask(CALLED, models, "Hello?")
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
 def test_an_unknown_model(foundry: Path, models: Path, way: str) -> None:
-    play(foundry, **WAYS[way])
-    with pytest.raises(RegistrationError, match=f"does not run the model: .*Model {CALLED} was not found"):
+    play(foundry, **WAYS[way][0])
+    with pytest.raises(RegistrationError, match=f"Model {CALLED} was not found"):
         cli.ask(CALLED, models, "Hello?")
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 def test_a_preview_that_can_do_neither(foundry: Path, models: Path) -> None:
     play(foundry, run="")
-    with pytest.raises(RegistrationError) as raised:
+    with pytest.raises(RegistrationError, match="status 64"):
         cli.ask(CALLED, models, "Hello?")
-    assert (
-        raised.value.message == f"`foundry model run {CALLED}` ended with status 64: Unrecognized command or argument."
-    )
-
-
-@pytest.mark.parametrize("command", ["location", "cd", "run"])
-def test_a_command_that_fails_when_asked(foundry: Path, models: Path, command: str) -> None:
-    hold(models, f"{CALLED}-1")
-    (foundry / "broken.txt").write_text(command, encoding="utf-8")
-    with pytest.raises(RegistrationError, match="ended with status 3: Exception: Request to local service failed"):
-        cli.ask(CALLED, models, "Hello?")
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt"])
 def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(foundry, **WAYS[way], delay=60)
+    play(foundry, **WAYS[way][0], delay=60)
     hold(models, f"{CALLED}-1")
     monkeypatch.setattr(cli, "ANSWER_TIMEOUT_S", 0.5)
-    with pytest.raises(RegistrationError, match=f"`foundry model run {CALLED}.*` took longer than 0.5 s"):
+    with pytest.raises(RegistrationError, match=r"0\.5 s"):
         cli.ask(CALLED, models, "Hello?")
-    assert location(foundry) == "/home/jo/.foundry/cache/models"
 
 
 def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from slmops.core.values import Answer, CaseOutcome
+from slmops.core.job import Job
+from slmops.core.values import Answer, CaseOutcome, Measurement
+from slmops.evaluation import dataset
+from slmops.evaluation.drift import Recorded
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed, Window
+from tests import values
 
 QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
 """Seconds of the calibration loops before and after a turn."""
@@ -92,3 +97,25 @@ def quality(
         text_digest="t" * 64,
         evaluation_set_digest="e" * 64,
     )
+
+
+HERE = "this machine"
+
+
+def recorded(**changes: Any) -> Recorded:
+    """What a job with the packaged evaluation set and text recorded of a variant, on this kind of machine."""
+    digests = (dataset.load(None).digest, dataset.perplexity_text(None)[1])
+    fields: dict[str, Any] = {
+        "run_id": "run-3",
+        "job": Job(model="demo"),
+        "hardware_kind": HERE,
+        "variant": values.variant(Path("/nowhere")),
+        "measurements": {"decode_tok_s": Measurement.exact(50, "tokens/s")},
+        "answers": answers(True, True, True),
+        "evaluation_set": None,
+        "evaluation_set_digest": digests[0],
+        "text": None,
+        "text_digest": digests[1],
+        **changes,
+    }
+    return Recorded(**fields)

@@ -63,9 +63,7 @@ def made(job: Job, settings: Settings, stock: Settings) -> dict[str, Made]:
 
 @pytest.fixture(scope="module")
 def checkpoint_nll(checkpoint: Checkpoint, job: Job, settings: Settings) -> tuple[float, ...]:
-    found = quality.score_checkpoint(checkpoint, NAME, job, settings)
-    assert found is not None
-    return found
+    return quality.score_checkpoint(checkpoint, NAME, job, settings)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +77,6 @@ def scored(
 def token_ids(made: Made, job: Job) -> Any:
     from tokenizers import Tokenizer
 
-    assert job.perplexity_text is not None
     tokenizer = Tokenizer.from_file(str(made[1].path / "tokenizer.json"))
     ids = tokenizer.encode(job.perplexity_text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     assert len(ids) > TOKENS
@@ -184,8 +181,6 @@ def test_answers_are_judged(scored: dict[str, Quality], job: Job) -> None:
         assert all((a.finish_reason, a.completion_tokens, a.format_valid) == ("length", 8, None) for a in one.answers)
         assert all(a.answer.strip() and a.seconds > 0 for a in one.answers)
         assert len(one.cases) == len(edge_cases.CASES)
-        assert job.evaluation_set is not None
-        assert job.perplexity_text is not None
         assert one.evaluation_set_digest == sha256(job.evaluation_set)
         assert one.text_digest == sha256(job.perplexity_text)
 

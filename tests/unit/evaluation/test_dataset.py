@@ -81,8 +81,8 @@ def test_messages(tmp_path: Path) -> None:
 
 def test_items_survive_the_way_to_a_worker() -> None:
     items = [
-        Item(prompt="?", match="json_schema", schema={"type": "object"}, expected={"a": [1, True]}),  # type: ignore
-        Item(prompt="?", expected="1", match="numeric", tolerance=0.5, format={"regex": r"\d"}),  # type: ignore
+        Item(prompt="?", match="json_schema", schema={"type": "object"}, expected={"a": [1, True]}),
+        Item(prompt="?", expected="1", match="numeric", tolerance=0.5, format={"regex": r"\d"}),
         Item(prompt="?", expected="1", match="rouge_l", threshold=0.9, format="one_line"),
     ]
     for item in items:

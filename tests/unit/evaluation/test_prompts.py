@@ -35,7 +35,6 @@ def words(template: int = 0, each: int = 1) -> Count:
 )
 def test_as_many_words_as_fit(tokens: int, count: Count, expected: int) -> None:
     text = prompts.of_length(tokens, count)
-    assert text is not None
     assert len(text.split()) == expected
     assert 0.9 * tokens <= count(text) <= tokens
     assert count(f"{text} word") > tokens

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.values import Comparison, Measurement
-from slmops.evaluation import soak, soak_worker, statistics
+from slmops.evaluation import prompts, soak, soak_worker, statistics
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
 from tests import values
 
@@ -61,8 +58,6 @@ def test_the_whole_interval_decides(memory_kb: list[float], outcome: str) -> Non
     result = judged(memory_kb)
     slope = result.slope
     assert result.outcome == outcome, slope
-    assert slope.low is not None
-    assert slope.high is not None
     assert slope.low <= slope.value <= slope.high
     assert {"pass": slope.high <= LIMIT, "fail": slope.low > LIMIT}.get(outcome, slope.low <= LIMIT < slope.high)
     assert (slope.unit, slope.samples) == ("KB/request", len(memory_kb))
@@ -216,9 +211,9 @@ def test_memory_that_is_kept_is_seen() -> None:
 
 def test_platforms_that_count_otherwise() -> None:
     unique = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, uss=5_000_000))
-    assert soak_worker.private_kb(unique) == 5000  # type: ignore[arg-type]
+    assert soak_worker.private_kb(unique) == 5000
     swapped = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, shared=2_000_000, swap=500_000))
-    assert soak_worker.private_kb(swapped) == 7500  # type: ignore[arg-type]
+    assert soak_worker.private_kb(swapped) == 7500
 
 
 @pytest.mark.parametrize(("context", "lengths"), [(8192, [32, 64, 128, 256]), (512, [32, 64, 128]), (200, [32])])
@@ -226,8 +221,6 @@ def test_conversations_fit_the_context(
     context: int, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": context}}))
-    from slmops.evaluation import prompts
-
     monkeypatch.setattr(prompts, "counter", lambda _: lambda text: len(text.split()))
     talks = soak_worker.conversations(tmp_path)
     assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
@@ -237,31 +230,6 @@ def test_conversations_fit_the_context(
 
 def test_no_room_for_any_conversation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": 100}}))
-    from slmops.evaluation import prompts
-
     monkeypatch.setattr(prompts, "counter", lambda _: lambda text: len(text.split()))
     with pytest.raises(EvaluationError, match="No prompt length"):
         soak_worker.conversations(tmp_path)
-
-
-# --- the command
-
-
-@pytest.fixture(autouse=True)
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    logger = logging.getLogger("slmops")
-    before = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:], level = before
-    logger.setLevel(level)
-
-
-def test_the_deployment_asks_for_what_the_flow_takes() -> None:
-    file = Path(__file__).parents[3] / "deployments" / "prefect.yaml"
-    deployments = {one["name"]: one for one in yaml.safe_load(file.read_text(encoding="utf-8"))["deployments"]}
-    assert deployments["soak"]["entrypoint"] == "flows.soak.soak"
-    asked = Soak(**deployments["soak"]["parameters"]["request"])
-    assert asked.champion
-    soak.check(asked)

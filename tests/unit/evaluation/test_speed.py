@@ -20,10 +20,11 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
 from slmops.evaluation import speed, speed_worker
-from slmops.evaluation.speed import Speed, Turn
+from slmops.evaluation.speed import Speed
 from slmops.evaluation.speed_worker import Window
 from slmops.foundry.stage import Staged
 from slmops.processes.children import Finished
+from tests.measured import turn
 from tests.values import variant
 
 NAME = "bot"
@@ -37,21 +38,7 @@ Clock = Callable[[list[float]], None]
 
 def result(number: int) -> speed_worker.SpeedResult:
     """What the ``number``-th process returns."""
-    window = Window(start=0, end=1)
-    return speed_worker.SpeedResult(
-        load_s=float(number),
-        cold=False,
-        before=window,
-        loaded=window,
-        unloaded=window,
-        measured=window,
-        cpu_s=1,
-        wall_s=1,
-        energy_j=None,
-        energy_tokens=1,
-        timed=(),
-        throughput={},
-    )
+    return turn(load_s=float(number)).measured
 
 
 @pytest.fixture
@@ -132,6 +119,10 @@ def measure(made: list[Made], settings: Settings, **asked: Any) -> dict[str, Spe
     return speed.measure(made, NAME, Job(model="m", **asked), settings)
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def turns(found: Speed | SlmopsError) -> list[tuple[float, bool]]:
     """Number of the process and whether it was disturbed, of each turn."""
     assert isinstance(found, Speed), found
@@ -150,7 +141,7 @@ def test_rounds_interleave(make: Make, settings: Settings, processes: Processes)
 
 def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(make: Make, settings: Settings, processes: Processes) -> None:
     a, b = make("a"), make("b")
-    before = {path: path.read_bytes() for path in settings.foundry.rglob("*") if path.is_file()}
+    before = files(settings.foundry)
     found = measure([a, b], settings, prompt_lengths=[32, 128])
     # Several sessions take memory and time, and a cold load needs its cache dropped: once is enough.
     assert [(request.sessions, request.drop_cache) for request in processes.requests] == [
@@ -171,8 +162,8 @@ def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(make: Make, settings: S
         assert [list(turn.memory) for turn in one.turns] == [MEMORY] * 3
         assert [turn.calibration_s for turn in one.turns] == [(1, 1)] * 3
     # Nothing is left of the staged variants, and what is deployed is as it was.
-    assert [path for path in settings.work(NAME).rglob("*") if path.is_file()] == []
-    assert {path: path.read_bytes() for path in settings.foundry.rglob("*") if path.is_file()} == before
+    assert not files(settings.work(NAME))
+    assert files(settings.foundry) == before
 
 
 def test_staged_so_that_answers_do_not_end_early(
@@ -270,7 +261,7 @@ def test_one_that_fails_drops_out(
     assert processes.order == order
     assert [found[name] for name in failed] == list(errors.values())
     assert all(len(turns(one)) == 3 for name, one in found.items() if name not in failed)
-    assert [path for path in settings.work(NAME).rglob("*") if path.is_file()] == []
+    assert not files(settings.work(NAME))
 
 
 def test_a_failure_in_the_repetition_counts(make: Make, settings: Settings, processes: Processes, clock: Clock) -> None:
@@ -291,7 +282,7 @@ def test_one_that_cannot_be_staged(make: Make, settings: Settings, processes: Pr
     assert "has no chat template" in str(found["a"])
     assert "the chat template fails" in str(found["c"])
     assert turns(found["b"]) == [(0, False)]
-    assert [path for path in settings.work(NAME).rglob("*") if path.is_file()] == []
+    assert not files(settings.work(NAME))
 
 
 def test_nothing_to_measure(settings: Settings, processes: Processes) -> None:
@@ -341,10 +332,9 @@ def test_no_grid(make: Make, asked: dict[str, Any]) -> None:
 
 
 def test_memory_in_a_window() -> None:
-    samples = ((0.9, 1.0), (1.0, 2.0), (1.5, 3.0), (2.0, 4.0), (2.1, 5.0))
-    turn = Turn(measured=result(0), memory=samples, calibration_s=(1, 1))
-    assert speed.memory_in(turn, Window(start=1, end=2)) == [2, 3, 4]
-    assert speed.memory_in(turn, Window(start=3, end=4)) == []
+    sampled = turn(memory=((0.9, 1.0), (1.0, 2.0), (1.5, 3.0), (2.0, 4.0), (2.1, 5.0)))
+    assert speed.memory_in(sampled, Window(start=1, end=2)) == [2, 3, 4]
+    assert speed.memory_in(sampled, Window(start=3, end=4)) == []
 
 
 def test_the_calibration_loop_takes_time() -> None:

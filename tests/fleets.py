@@ -19,6 +19,7 @@ from slmops.core.values import Variant
 from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.fleet import Fleet
+from slmops.serving.limits import Serve
 from tests import making, values
 
 CREATED = datetime(2026, 1, 2, tzinfo=UTC)
@@ -154,13 +155,8 @@ def _open() -> asyncio.Event:
 
 
 def fleet(world: World, **options: Any) -> Fleet:
-    return Fleet(
-        "bot",
-        Settings(home=Path("/nowhere")),
-        world,
-        start_process=world.start,  # type: ignore[arg-type]
-        **{"poll_s": 0.01, "drain_s": 5.0, **options},
-    )
+    limits = Serve(**{"poll_s": 0.01, "request_timeout_s": 5, **options})
+    return Fleet("bot", Settings(home=Path("/nowhere")), world, limits, world.start)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Frozen
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
+from slmops.serving.limits import Serve
 from slmops.serving.registry_watch import RegistryWatch, VersionSource, at_fault, in_thread, said
 from slmops.serving.spares import Spares, Unavailable
 
@@ -69,9 +70,7 @@ class Fleet:
         name: The model's name in the registry.
         settings: Where things are.
         source: The registry and this device.
-        spare: How many versions may be loaded beside the champion.
-        poll_s: Seconds between looks at the registry.
-        drain_s: Seconds that requests to a replaced version may still take.
+        options: Spare versions, pauses, and the time of a request, which a replaced version may still take.
         start_process: Starts one version.
     """
 
@@ -80,21 +79,16 @@ class Fleet:
         name: str,
         settings: Settings,
         source: VersionSource,
-        *,
-        spare: int = 1,
-        poll_s: float = 2.0,
-        drain_s: float = 300.0,
+        options: Serve,
         start_process: Callable[[Installed, Settings], Awaitable[Backend]] = Backend.start,
     ) -> None:
         self.name = name
         self._settings = settings
         self._source = source
-        self._spare = spare
-        self._poll_s = poll_s
-        self._drain_s = drain_s
+        self._options = options
         self._start_process = start_process
-        self._watch = RegistryWatch(source, self._deploy, self._note, poll_s)
-        self._spares = Spares(spare, self._install, self._launch)
+        self._watch = RegistryWatch(source, self._deploy, self._note, options.poll_s)
+        self._spares = Spares(options.spare, self._install, self._launch)
         self._champion: Backend | None = None
         self._draining: list[Backend] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -143,7 +137,7 @@ class Fleet:
             except Exception as error:
                 log.exception("a look at the registry failed")
                 self._note(f"A look at the registry failed: {said(error)}")
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(self._options.poll_s)
 
     async def stop(self) -> None:
         """End :meth:`run` and all processes; requests in flight break off."""
@@ -232,7 +226,7 @@ class Fleet:
 
     def _offered(self) -> list[ModelVersion]:
         served = self._champion.installed.version if self._champion else None
-        return [one for one in self._watch.versions if self._spare > 0 or one.version == served]
+        return [one for one in self._watch.versions if self._options.spare > 0 or one.version == served]
 
     # --- processes come and go
 
@@ -265,7 +259,7 @@ class Fleet:
 
     async def _drain(self, old: Backend) -> None:
         """Stop a replaced process as soon as it has answered all its requests."""
-        until = time.monotonic() + self._drain_s
+        until = time.monotonic() + self._options.request_timeout_s
         try:
             while old.alive and old.in_flight and time.monotonic() < until:
                 await asyncio.sleep(0.05)

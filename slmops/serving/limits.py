@@ -18,22 +18,14 @@ Leased = TypeVar("Leased")
 class Limits(Frozen):
     """Limits of one service."""
 
-    max_body_kb: int = Field(
-        256, ge=1, le=65536, title="Body limit", description="Largest request body in kB (1000 bytes)."
-    )
+    max_body_kb: int = Field(256, ge=1, le=65536, description="Largest request body in kB (1000 bytes).")
     max_output_tokens: int = Field(
-        1024, ge=1, title="Output limit", description="Most tokens of one answer; requests for more are cut to it."
+        1024, ge=1, description="Most tokens of one answer; requests for more are cut to it."
     )
-    concurrency: int = Field(
-        2, ge=1, title="Concurrency", description="Requests that the runtime answers at once; others wait."
-    )
-    queue: int = Field(32, ge=0, title="Queue", description="Requests that may wait; further ones get 503 at once.")
-    queue_timeout_s: float = Field(
-        30, gt=0, title="Queue timeout", description="Seconds that a request may wait before it gets 503."
-    )
-    request_timeout_s: float = Field(
-        300, gt=0, title="Request timeout", description="Seconds that one answer may take before it is broken off."
-    )
+    concurrency: int = Field(2, ge=1, description="Requests that the runtime answers at once; others wait.")
+    queue: int = Field(32, ge=0, description="Requests that may wait; further ones get 503 at once.")
+    queue_timeout_s: float = Field(30, gt=0, description="Seconds that a request may wait before it gets 503.")
+    request_timeout_s: float = Field(300, gt=0, description="Seconds that one answer may take before it is broken off.")
 
 
 class Serve(Limits):
@@ -42,16 +34,11 @@ class Serve(Limits):
     host: str = Field(
         "127.0.0.1",
         min_length=1,
-        title="Host",
         description="Address to listen at; any except this machine's own loopback needs SLMOPS_SERVE_TOKEN.",
     )
-    port: int = Field(8080, ge=1, le=65535, title="Port", description="Port to listen at.")
-    poll_s: float = Field(
-        2, gt=0, title="Poll", description="Seconds between two looks at the registry for a new champion."
-    )
-    spare: int = Field(
-        1, ge=0, title="Spare", description="Other versions that may be loaded beside the champion, each on demand."
-    )
+    port: int = Field(8080, ge=1, le=65535, description="Port to listen at.")
+    poll_s: float = Field(2, gt=0, description="Seconds between two looks at the registry for a new champion.")
+    spare: int = Field(1, ge=0, description="Other versions that may be loaded beside the champion, each on demand.")
 
 
 class Overloaded(ServingError):

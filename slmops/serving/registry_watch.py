@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -94,39 +94,31 @@ class VersionSource:
         return Registry(self.uri)
 
 
+@dataclass(eq=False)
 class RegistryWatch:
     """Follows the champion of the registry.
 
-    Args:
+    Attributes:
         source: The registry.
         deploy: Serves a version instead of the one before; raises if that does not work.
         note: Called with each failure, in a sentence.
         poll_s: Seconds between looks.
-
-    Attributes:
         versions: All versions that the registry had when it was last asked for them, the newest first.
         unreachable_since: Since when the registry has not answered; None if it did.
     """
 
-    def __init__(
-        self,
-        source: VersionSource,
-        deploy: Callable[[ModelVersion], Awaitable[None]],
-        note: Callable[[str], None],
-        poll_s: float,
-    ) -> None:
-        self._source = source
-        self._deploy = deploy
-        self._note = note
-        self._poll_s = poll_s
-        self.versions: list[ModelVersion] = []
-        self.unreachable_since: datetime | None = None
-        self._renew_at = 0.0
-        self._refused: tuple[int, str] | None = None
-        self._to_withdraw: tuple[ModelVersion, str] | None = None
-        self._undelivered: tuple[int, str] | None = None
-        self._attempts = 0
-        self._retry_at = 0.0
+    source: VersionSource
+    deploy: Callable[[ModelVersion], Awaitable[None]]
+    note: Callable[[str], None]
+    poll_s: float
+    versions: list[ModelVersion] = field(default_factory=list)
+    unreachable_since: datetime | None = None
+    _renew_at: float = 0.0
+    _refused: tuple[int, str] | None = None
+    _to_withdraw: tuple[ModelVersion, str] | None = None
+    _undelivered: tuple[int, str] | None = None
+    _attempts: int = 0
+    _retry_at: float = 0.0
 
     def renew(self) -> None:
         """Read the list of versions again at the next look: somebody wants one that is not in it."""
@@ -139,10 +131,10 @@ class RegistryWatch:
             TrackingError: The registry cannot be reached.
         """
         try:
-            champion = await in_thread(self._source.champion)
+            champion = await in_thread(self.source.champion)
             known = {version.version for version in self.versions}
             if time.monotonic() >= self._renew_at or (champion is not None and champion.version not in known):
-                self.versions = await in_thread(self._source.versions)
+                self.versions = await in_thread(self.source.versions)
                 self._renew_at = time.monotonic() + VERSIONS_S
         except TrackingError as error:
             self._lost(error)
@@ -160,7 +152,7 @@ class RegistryWatch:
         except TrackingError:
             return
         if wanted is None:
-            self._note(f"Nothing is promoted any more; version {served} is still served.")
+            self.note(f"Nothing is promoted any more; version {served} is still served.")
             return
         if wanted.version == served:
             self._refused = self._undelivered = None
@@ -171,7 +163,7 @@ class RegistryWatch:
             return
         log.info("%s is promoted", wanted.label)
         try:
-            await self._deploy(wanted)
+            await self.deploy(wanted)
         except Exception as error:
             await self.failed(wanted, error)
 
@@ -181,7 +173,7 @@ class RegistryWatch:
         if at_fault(error):
             self._refused = promotion
             self._to_withdraw = (version, said(error))
-            self._note(f"{version.label} cannot be served, and its promotion is withdrawn: {said(error)}")
+            self.note(f"{version.label} cannot be served, and its promotion is withdrawn: {said(error)}")
             try:
                 await self._withdraw()
             except TrackingError:
@@ -189,9 +181,9 @@ class RegistryWatch:
         else:
             self._attempts = self._attempts + 1 if promotion == self._undelivered else 1
             self._undelivered = promotion
-            pause = min(self._poll_s * 2 ** min(self._attempts, 20), DEPLOY_PAUSE_MOST_S)  # 2.0**1024 overflows
+            pause = min(self.poll_s * 2 ** min(self._attempts, 20), DEPLOY_PAUSE_MOST_S)  # 2.0**1024 overflows
             self._retry_at = time.monotonic() + pause
-            self._note(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
+            self.note(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
 
     async def _withdraw(self) -> None:
         """Withdraw the version that failed, if that has not been done yet."""
@@ -199,12 +191,12 @@ class RegistryWatch:
             return
         version, reason = self._to_withdraw
         try:
-            champion = await in_thread(self._source.withdraw, version, reason)
+            champion = await in_thread(self.source.withdraw, version, reason)
         except TrackingError as error:
             self._lost(error)
             raise
         except Exception as error:
-            self._note(f"The promotion of {version.label} could not be withdrawn: {said(error)}")
+            self.note(f"The promotion of {version.label} could not be withdrawn: {said(error)}")
         else:
             log.warning(
                 "%s is withdrawn; the champion is %s", version.label, champion.label if champion else "as before"

@@ -67,14 +67,7 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     if not local:
         log.warning("listening at %s: the token and all conversations travel unencrypted", options.host)
     with web.listen(options.host, options.port) as listening:
-        fleet = Fleet(
-            name,
-            settings,
-            VersionSource(name, settings, uri),
-            spare=options.spare,
-            poll_s=options.poll_s,
-            drain_s=options.request_timeout_s,
-        )
+        fleet = Fleet(name, settings, VersionSource(name, settings, uri), options)
         asyncio.run(serve(fleet, options, settings.home, listening, token, local=local))
 
 

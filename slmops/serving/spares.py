@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from slmops.core.errors import ServingError
 from slmops.foundry.versions import Installed, ModelVersion
@@ -33,29 +34,24 @@ class Unavailable(ServingError):
         self.retry_after_s = retry_after_s
 
 
+@dataclass(eq=False)
 class Spares:
     """At most ``most`` running versions.
 
-    Args:
+    Attributes:
         most: How many.
         install: Puts a version on this device.
         launch: Starts and tests its process.
     """
 
-    def __init__(
-        self,
-        most: int,
-        install: Callable[[ModelVersion], Awaitable[Installed]],
-        launch: Callable[[Installed], Awaitable[Backend]],
-    ) -> None:
-        self._most = most
-        self._install = install
-        self._launch = launch
-        self._room = asyncio.Lock()
-        self._loaded: dict[int, Backend] = {}
-        self._starting: dict[int, asyncio.Task[Backend]] = {}
-        self._waiting: Counter[int] = Counter()
-        self._broken: dict[int, tuple[float, str]] = {}
+    most: int
+    install: Callable[[ModelVersion], Awaitable[Installed]]
+    launch: Callable[[Installed], Awaitable[Backend]]
+    _room: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _loaded: dict[int, Backend] = field(default_factory=dict)
+    _starting: dict[int, asyncio.Task[Backend]] = field(default_factory=dict)
+    _waiting: Counter[int] = field(default_factory=Counter)
+    _broken: dict[int, tuple[float, str]] = field(default_factory=dict)
 
     @property
     def loaded(self) -> list[Backend]:
@@ -108,10 +104,10 @@ class Spares:
 
     async def _start(self, version: ModelVersion) -> Backend:
         try:
-            installed = await self._install(version)
+            installed = await self.install(version)
             async with self._room:
                 await self._make_room()
-                backend = await self._launch(installed)
+                backend = await self.launch(installed)
                 self._loaded[version.version] = backend
                 return backend
         except Unavailable:
@@ -126,11 +122,11 @@ class Spares:
         for number, backend in list(self._loaded.items()):
             if not backend.alive:
                 await self._loaded.pop(number).stop()
-        while len(self._loaded) >= self._most:
+        while len(self._loaded) >= self.most:
             idle = [number for number, one in self._loaded.items() if not one.in_flight and not self._waiting[number]]
             if not idle:
                 raise Unavailable(
-                    f"No more than {self._most} versions beside the champion can be loaded, and all are in use.",
+                    f"No more than {self.most} versions beside the champion can be loaded, and all are in use.",
                     retry_after_s=IN_USE_RETRY_S,
                 )
             oldest = min(idle, key=lambda number: self._loaded[number].used)

@@ -25,6 +25,7 @@ from slmops.core.values import Variant
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import CHAT, Backend
 from slmops.serving.fleet import Fleet
+from slmops.serving.limits import Serve
 from tests import fleets, making
 from tests.fleets import until
 
@@ -135,7 +136,7 @@ async def serving(device: Device) -> AsyncIterator[Fleet]:
     """A fleet that serves version 1 and watches."""
     device.now = fleets.version(1)
     device.withdrawn.clear()
-    fleet = Fleet("bot", device.settings, device, poll_s=0.2, drain_s=30)
+    fleet = Fleet("bot", device.settings, device, Serve(poll_s=0.2, request_timeout_s=30))
     await fleet.start()
     watching = asyncio.create_task(fleet.run())
     try:

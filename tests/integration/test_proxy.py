@@ -55,7 +55,7 @@ installed = Installed.model_validate_json(sys.argv[1])
 settings = Settings(home=sys.argv[2])
 options = Serve.model_validate_json(sys.argv[3])
 listening = web.listen("127.0.0.1", 0)
-fleet = Fleet("bot", settings, Source(count=1))
+fleet = Fleet("bot", settings, Source(count=1), options)
 asyncio.run(service.serve(fleet, options, settings.home, listening, settings.serve_token.get_secret_value()))
 """
 

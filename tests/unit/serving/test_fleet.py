@@ -19,6 +19,7 @@ from slmops.core.settings import Settings
 from slmops.foundry.versions import Installed
 from slmops.serving import fleet as module
 from slmops.serving.fleet import Fleet
+from slmops.serving.limits import Serve
 from slmops.serving.spares import Unavailable
 from tests.fleets import (
     BAD,
@@ -86,7 +87,7 @@ async def test_the_old_one_answers_until_the_new_one_is_ready(world: World) -> N
 
 
 async def test_a_drain_does_not_wait_for_ever(world: World) -> None:
-    async with serving(world, drain_s=0.1) as made, made.lease("bot"):
+    async with serving(world, request_timeout_s=0.1) as made, made.lease("bot"):
         world.now = version(2)
         await until(lambda: world.backends[0].stopped)
         assert made.state().version == 2
@@ -271,7 +272,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(world: World) -> None:
         world.backends.append(Slow(of, world))
         return world.backends[-1]
 
-    made = Fleet("bot", Settings(), world, poll_s=0.01, start_process=start)  # type: ignore[arg-type]
+    made = Fleet("bot", Settings(), world, Serve(), start)  # type: ignore[arg-type]
     starting = asyncio.create_task(made.start())
     await until(lambda: bool(world.backends))
     starting.cancel()

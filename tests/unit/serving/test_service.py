@@ -223,23 +223,20 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
 def test_the_token_and_the_options_reach_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
 
-    class Noted:
-        def __init__(self, name: str, *_: Any, **options: Any) -> None:
-            told.update(name=name, **options)
+    def fleet(name: str, _settings: Any, _source: Any, limits: Serve) -> None:
+        told.update(name=name, limits=limits)
 
     async def serve(_fleet: Any, options: Serve, home: Path, _socket: Any, token: str | None, *, local: bool) -> None:
         told.update(options=options, home=home, token=token, local=local)
 
-    monkeypatch.setattr(service, "Fleet", Noted)
+    monkeypatch.setattr(service, "Fleet", fleet)
     monkeypatch.setattr(service, "serve", serve)
     with web.listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     options = Serve(port=port, host="0.0.0.0", spare=2, poll_s=7, request_timeout_s=11)  # noqa: S104
     service.run("bot", options, Settings(home=tmp_path, serve_token=SecretStr("t")), "sqlite://")
-    assert told == {
-        **{"name": "bot", "spare": 2, "poll_s": 7, "drain_s": 11},
-        **{"options": options, "home": tmp_path, "token": "t", "local": False},
-    }
+    expected = {"name": "bot", "limits": options, "options": options, "home": tmp_path, "token": "t", "local": False}
+    assert told == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,14 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
     # What is kept as proof only stays in the variant's own folder.
     proof = {"olive.log", "olive_config.json"}
     assert {path.name for path in folder.iterdir()} == {*CONTENTS, MANIFEST, "inference_model.json"} - proof
+    for file in ("model.onnx", "model.onnx.data", "tokenizer.json", MANIFEST):
+        assert (folder / file).samefile(variant.path / file)  # linked
+    assert not (folder / "genai_config.json").samefile(variant.path / "genai_config.json")
 
 
-def test_inference_model_in_the_form_of_the_tutorial(variant: Variant, home: Path) -> None:
-    folder, _, _ = place(variant, home, max_length=1024, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+def test_settings_are_where_the_tutorial_and_where_the_runtime_have_them(variant: Variant, home: Path) -> None:
+    asked = {"max_length": 1024, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    folder, _, _ = place(variant, home, **asked)
     assert read(folder / "inference_model.json") == {
         "Name": f"{CALLED}:1",
         "Description": "tiny (int4), converted by slmops",
@@ -62,72 +67,52 @@ def test_inference_model_in_the_form_of_the_tutorial(variant: Variant, home: Pat
             "assistant": "<|im_start|>assistant\n{Content}<|im_end|>\n",
             "prompt": "<|im_start|>user\n{Content}<|im_end|>\n<|im_start|>assistant\n",
         },
-        "ModelConfig": {"max_length": 1024, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
+        "ModelConfig": asked,
     }
-
-
-def test_template_in_other_scripts_stays_readable(variant: Variant, home: Path) -> None:
-    folder, _, _ = place(variant, home, Derived(prompt_template={"prompt": "問 {Content} 答"}, exact=False, reason="r"))
-    assert "問 {Content} 答" in (folder / "inference_model.json").read_text(encoding="utf-8")
-
-
-def test_no_trusted_strings_are_said_as_null(variant: Variant, home: Path) -> None:
-    folder, _, _ = place(variant, home, Derived(prompt_template=None, exact=False, reason="r"))
-    assert read(folder / "inference_model.json")["PromptTemplate"] is None
-
-
-def test_search_settings_reach_the_config_that_the_runtime_reads(variant: Variant, home: Path) -> None:
-    folder, _, _ = place(variant, home, max_length=1024, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
-    assert read(folder / "genai_config.json") == {
-        "model": {"type": "llama"},
-        "search": {
-            "max_length": 1024,
-            "do_sample": True,  # a temperature without sampling would do nothing
-            "temperature": 0.7,
-            "top_p": 0.9,
-            "repetition_penalty": 1.1,
-        },
-    }
+    # A temperature without sampling would do nothing.
+    assert read(folder / "genai_config.json") == {"model": {"type": "llama"}, "search": {**asked, "do_sample": True}}
     exported = json.loads(CONTENTS["genai_config.json"])
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
 
 
+@pytest.mark.parametrize(("strings", "said"), [({"prompt": "問 {Content} 答"}, "問 {Content} 答"), (None, "null")])
+def test_prompt_template_in_other_scripts_and_none(
+    variant: Variant, home: Path, strings: dict[str, str] | None, said: str
+) -> None:
+    folder, _, _ = place(variant, home, Derived(prompt_template=strings, exact=False, reason="r"))
+    assert said in (folder / "inference_model.json").read_text(encoding="utf-8")
+    assert read(folder / "inference_model.json")["PromptTemplate"] == strings
+
+
+GREEDY = {"max_length": 2048, "do_sample": False}
+SAMPLED = {"do_sample": True, "temperature": 0.6}
+
+
 @pytest.mark.parametrize(
-    ("asked", "search"),
+    ("exported", "asked", "search"),
     [
-        ({}, {"max_length": 2048}),
-        ({"temperature": 0}, {"max_length": 2048}),
-        ({"top_p": 0.5}, {"max_length": 2048, "top_p": 0.5}),
-        ({"max_length": 100_000}, {"max_length": 1500}),
-        ({"max_length": 1500}, {"max_length": 1500}),
-        ({"max_length": 16}, {"max_length": 16}),
+        (GREEDY, {}, {**GREEDY, "temperature": 0}),
+        (GREEDY, {"temperature": 0}, {**GREEDY, "temperature": 0}),
+        (GREEDY, {"top_p": 0.5}, {**GREEDY, "temperature": 0, "top_p": 0.5}),
+        (GREEDY, {"max_length": 100_000}, {**GREEDY, "temperature": 0, "max_length": 1500}),
+        (GREEDY, {"max_length": 1500}, {**GREEDY, "temperature": 0, "max_length": 1500}),
+        (GREEDY, {"max_length": 16}, {**GREEDY, "temperature": 0, "max_length": 16}),
+        (SAMPLED, {}, SAMPLED),
+        (SAMPLED, {"temperature": 0}, {"do_sample": False, "temperature": 0}),
+        (SAMPLED, {"temperature": 2}, {"do_sample": True, "temperature": 2}),
+        (None, {}, {"temperature": 0}),
     ],
 )
-def test_search_settings(tmp_path: Path, home: Path, asked: dict[str, Any], search: dict[str, Any]) -> None:
-    made = write_variant(tmp_path / "v").model_copy(update={"checkpoint": checkpoint(context_length=1500)})
-    folder, _, _ = place(made, home, **asked)
-    described = {**search, "temperature": 0}
-    assert read(folder / "genai_config.json")["search"] == {**described, "do_sample": False}
-    assert read(folder / "inference_model.json")["ModelConfig"] == described
-
-
-@pytest.mark.parametrize(
-    ("asked", "sampled", "temperature"),
-    [({}, True, 0.6), ({"temperature": 0}, False, 0), ({"temperature": 2}, True, 2)],
-)
-def test_a_checkpoint_that_wants_to_be_sampled(
-    tmp_path: Path, home: Path, asked: dict[str, Any], sampled: bool, temperature: float
+def test_search_settings(
+    tmp_path: Path, home: Path, exported: dict[str, Any] | None, asked: dict[str, Any], search: dict[str, Any]
 ) -> None:
-    exported = json.dumps({"model": {}, "search": {"do_sample": True, "temperature": 0.6}})
-    folder, _, _ = place(write_variant(tmp_path / "v", contents={"genai_config.json": exported}), home, **asked)
-    assert read(folder / "genai_config.json")["search"] == {"do_sample": sampled, "temperature": temperature}
-
-
-def test_exporter_without_search_settings(tmp_path: Path, home: Path) -> None:
-    made = write_variant(tmp_path / "v", contents={"genai_config.json": '{"model": {}}'})
-    folder, _, _ = place(made, home)
-    assert read(folder / "genai_config.json") == {"model": {}, "search": {"temperature": 0}}
-    assert read(folder / "inference_model.json")["ModelConfig"] == {"temperature": 0}
+    config = json.dumps({"model": {}} if exported is None else {"model": {}, "search": exported})
+    made = write_variant(tmp_path / "v", contents={"genai_config.json": config})
+    made = made.model_copy(update={"checkpoint": checkpoint(context_length=1500)})
+    folder, _, _ = place(made, home, **asked)
+    assert read(folder / "genai_config.json") == {"model": {}, "search": search}
+    described = {key: value for key, value in search.items() if key != "do_sample"}
+    assert read(folder / "inference_model.json")["ModelConfig"] == described
 
 
 def test_same_again_keeps_folder_and_version(variant: Variant, home: Path) -> None:
@@ -157,27 +142,28 @@ def test_changed_prompt_template_or_model_is_a_new_version(variant: Variant, tmp
     assert place(other, home)[1:] == (3, True)
 
 
+def replace(file: Path, content: str) -> None:
+    file.unlink()  # the name here, not the bytes that the variant's folder shares
+    file.write_text(content, encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    "damage", ["shorter", "altered", "missing", "no manifest", "no description", "broken description", "config"]
+    ("file", "damage"),
+    [
+        ("model.onnx.data", Path.unlink),
+        ("model.onnx.data", lambda path: replace(path, "short")),
+        ("model.onnx.data", lambda path: replace(path, "x" * path.stat().st_size)),
+        ("genai_config.json", lambda path: replace(path, '{"search": {"max_length": 2048}}')),
+        (MANIFEST, Path.unlink),
+        ("inference_model.json", Path.unlink),
+        ("inference_model.json", lambda path: replace(path, "{")),
+    ],
 )
-def test_damaged_folder_is_not_used_again(variant: Variant, home: Path, damage: str) -> None:
+def test_damaged_folder_is_not_used_again(
+    variant: Variant, home: Path, file: str, damage: Callable[[Path], None]
+) -> None:
     folder, _, _ = place(variant, home)
-    data = folder / "model.onnx.data"
-    size = data.stat().st_size
-    if damage in {"shorter", "altered", "missing"}:
-        data.unlink()  # the name here, not the bytes that the variant's folder shares
-    if damage == "shorter":
-        data.write_text("short", encoding="utf-8")
-    if damage == "altered":
-        data.write_text("x" * size, encoding="utf-8")
-    if damage == "config":
-        (folder / "genai_config.json").write_text('{"search": {"max_length": 2048}}', encoding="utf-8")
-    if damage == "no manifest":
-        (folder / MANIFEST).unlink()
-    if "description" in damage:
-        (folder / "inference_model.json").unlink()
-    if damage == "broken description":
-        (folder / "inference_model.json").write_text("{", encoding="utf-8")
+    damage(folder / file)
     assert place(variant, home)[1:] == (2, True)
 
 
@@ -212,14 +198,3 @@ def test_failure_half_way_leaves_no_folder(variant: Variant, home: Path) -> None
     with pytest.raises(FileNotFoundError):
         place(variant, home)
     assert list((home / "models" / "slmops").iterdir()) == []
-
-
-def test_weights_are_linked_and_not_copied(variant: Variant, home: Path) -> None:
-    folder, _, _ = place(variant, home)
-    for file in ("model.onnx", "model.onnx.data", "tokenizer.json", MANIFEST):
-        assert (folder / file).samefile(variant.path / file)
-    assert not (folder / "genai_config.json").samefile(variant.path / "genai_config.json")
-
-
-def test_name_says_that_any_cpu_runs_it() -> None:
-    assert layout.model_name("support-bot", "int4") == CALLED

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
 from datetime import timedelta, timezone
 from typing import Any
 
@@ -161,13 +160,6 @@ def test_what_is_no_request(sent: bytes, said: str) -> None:
     assert len(caught.value.message) < 600
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    """Raises what the application does not catch."""
-    with TestClient(app(lambda: ENTRIES)) as opened:
-        yield opened
-
-
 def test_served(client: TestClient) -> None:
     answered = client.post(PATH, content=body(*LIST))
     assert (answered.status_code, answered.headers["content-type"]) == (200, "application/json")
@@ -206,49 +198,41 @@ def test_the_largest_body(client: TestClient) -> None:
     assert client.post(PATH, content=padded).status_code == 200
 
 
-def ask(pieces: Sequence[dict[str, Any]], headers: Sequence[tuple[bytes, bytes]] = ()) -> Exchange:
-    exchange = Exchange(pieces, headers)
+def piece(content: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": content, "more_body": more}
+
+
+MEGABYTE, BLANK, LAST = piece(b" " * 1_000_000), piece(b" "), piece(b" ", more=False)
+BYTES = [piece(bytes([byte])) for byte in body(*LIST)]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "length", "status", "left"),
+    [
+        pytest.param([*BYTES, LAST], None, 200, 0, id="in many pieces"),
+        pytest.param([MEGABYTE] * 100, None, 413, 83, id="large without a length: read to a limit"),
+        pytest.param([BLANK], b"100000000", 413, 1, id="huge with a length: not read at all"),
+        pytest.param([BLANK], b"9" * 5000, 413, 1, id="a length of many digits"),
+        *(
+            pytest.param([LAST], length, 400, 0, id=f"length {length!r}")
+            for length in (b"-1", b"x", b"", b"1e9", b"\xb2")
+        ),
+        pytest.param([BLANK], None, 408, 0, id="never ends"),
+        pytest.param([BLANK, {"type": "http.disconnect"}], None, 400, 0, id="the client goes away"),
+    ],
+)
+def test_bodies(
+    monkeypatch: pytest.MonkeyPatch, pieces: list[dict[str, Any]], length: bytes | None, status: int, left: int
+) -> None:
+    monkeypatch.setattr(private_catalog, "BODY_TIMEOUT_S", 0.5)
+    exchange = Exchange(pieces, [] if length is None else [(b"content-length", length)])
     asyncio.run(exchange.run(app(lambda: ENTRIES)))
-    return exchange
-
-
-def piece(size: int, more: bool = True) -> dict[str, Any]:
-    return {"type": "http.request", "body": b" " * size, "more_body": more}
-
-
-def test_a_body_in_pieces() -> None:
-    pieces = [{"type": "http.request", "body": bytes([byte]), "more_body": True} for byte in body(*LIST)]
-    exchange = ask([*pieces, piece(0, more=False)])
-    assert exchange.status == 200
-    assert len(exchange.answered["value"]) == 2
-
-
-def test_a_large_body_without_a_length_is_read_to_a_limit() -> None:
-    exchange = ask([piece(1_000_000)] * 100)
-    assert (exchange.status, exchange.answered["error"]["type"]) == (413, "invalid_request_error")
-    assert len(exchange.left) == 83
-    assert (b"connection", b"close") in exchange.sent[0]["headers"]
-
-
-@pytest.mark.parametrize("announced", [b"100000000", b"9" * 5000])
-def test_a_huge_body_with_a_length_is_not_read_at_all(announced: bytes) -> None:
-    exchange = ask([piece(1)], [(b"content-length", announced)])
-    assert (exchange.status, len(exchange.left)) == (413, 1)
-
-
-@pytest.mark.parametrize("announced", [b"-1", b"x", b"", b"1e9", b"\xb2"])
-def test_a_length_that_is_none(announced: bytes) -> None:
-    assert ask([piece(1, more=False)], [(b"content-length", announced)]).status == 400
-
-
-def test_a_body_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private_catalog, "BODY_TIMEOUT_S", 0.05)
-    exchange = ask([piece(1)])
-    assert exchange.status == 408
-
-
-def test_a_client_that_goes_away() -> None:
-    assert ask([piece(1), {"type": "http.disconnect"}]).status == 400
+    assert (exchange.status, len(exchange.left)) == (status, left)
+    if status == 200:
+        assert len(exchange.answered["value"]) == 2
+    else:
+        assert exchange.answered["error"]["type"] == "invalid_request_error"
+    assert ((b"connection", b"close") in exchange.sent[0]["headers"]) == (status in (408, 413))
 
 
 def test_a_registry_that_is_down() -> None:

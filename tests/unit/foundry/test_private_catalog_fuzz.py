@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, app
+from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH
 from tests.catalogs import BOT2, BOT3, ENTRIES, FAQ1, LIST, Exchange, body, found, ids
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[TestClient]:
-    """Raises what the application does not catch."""
-    with TestClient(app(lambda: ENTRIES)) as opened:
-        yield opened
 
 
 def spoil(text: bytes, cuts: list[tuple[float, bytes]]) -> bytes:

@@ -36,138 +36,80 @@ TURNS = {
     "prompt": "<start_of_turn>user\n{Content}<end_of_turn>\n<start_of_turn>model\n",
 }
 INST = {"user": " [INST] {Content} [/INST]", "assistant": " {Content}</s>", "prompt": " [INST] {Content} [/INST]"}
-BLANKS = "The chat template changes contents with outer blanks, PromptTemplate keeps them."
-THINK = "The chat template changes contents with <think> blocks, PromptTemplate keeps them."
+BLANKS = "contents with outer blanks"
+THINK = "contents with <think> blocks"
+ON_ITS_OWN = "does not write each of their messages on its own"
+SEVERAL_TURNS = "Conversations of several turns without a system message differ"
 
 
 @pytest.mark.parametrize(
-    ("style", "strings", "reason"),
+    ("style", "strings", "exact", "named", "right"),
     [
-        ("chatml", IM, None),
-        ("phi3", PHI, None),
-        ("llama3", HEADERS, BLANKS),
-        ("qwen3", IM, THINK),
-        ("smollm3-answers", IM, None),
+        ("chatml", IM, True, None, CHATS),
+        ("phi3", PHI, True, None, CHATS),
+        ("smollm3-answers", IM, True, None, CHATS),
+        ("llama3", HEADERS, True, [BLANKS], CHATS),
+        ("llama3-first", None, True, [], CHATS),  # always writes the header of an answer
+        ("qwen3", IM, True, [THINK], CHATS),
+        ("smollm2", IM, False, ["Conversations without a system message", "named SmolLM"], WITH_SYSTEM),
+        ("gemma2", TURNS, True, ["refuses conversations with a system message", BLANKS], WITHOUT_SYSTEM),
+        ("gemma3", TURNS, False, ["Conversations with a system message", ON_ITS_OWN], WITHOUT_SYSTEM),
+        ("mistral", INST, False, ["Conversations with a system message", ON_ITS_OWN], WITHOUT_SYSTEM),
+        ("llama2", None, True, [], WITHOUT_SYSTEM),
+        ("alpaca", None, False, [SEVERAL_TURNS], WITHOUT_SYSTEM[:1]),
+        ("numbered", None, False, [SEVERAL_TURNS, "### 3 user"], WITHOUT_SYSTEM[:1]),
+        # The date stands in the default system message only.
+        ("granite", None, False, ["starts them with", str(datetime.now().year)], WITH_SYSTEM),
     ],
 )
-def test_exact_templates(style, strings, reason):
+def test_published_templates(
+    style: str,
+    strings: dict[str, str] | None,
+    exact: bool,
+    named: list[str] | None,
+    right: list[list[dict[str, str]]],
+) -> None:
     derived = derive(template(style))
-    assert (derived.prompt_template, derived.exact, derived.reason) == (strings, True, reason)
-    assert proves(style, derived.prompt_template, CHATS)
+    assert derived.exact == exact
+    assert strings is None or derived.prompt_template == strings
+    assert named is not None or derived.reason is None
+    assert all(words in (derived.reason or "") for words in named or ())
+    assert proves(style, derived.prompt_template, right)
 
 
-def test_answer_header_that_is_always_written_is_exact_too():
-    derived = derive(template("llama3-first"))
-    assert derived.exact
-    assert proves("llama3-first", derived.prompt_template, CHATS)
-
-
-@pytest.mark.parametrize("style", ["smollm2", "qwen2.5"])
-def test_default_system_message_is_named_and_the_rest_is_exact(style):
-    derived = derive(template(style))
-    assert derived.prompt_template == IM
-    assert not derived.exact
-    default = {
-        "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-        "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    }[style]
-    start = f"<|im_start|>system\n{default}<|im_end|>\n"
-    assert derived.reason == (
-        "Conversations without a system message differ, because the chat template starts them with "
-        f"{json.dumps(start)}."
-    )
-    assert proves(style, derived.prompt_template, WITH_SYSTEM)
+def test_default_system_message_is_what_is_missing() -> None:
+    start = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    assert json.dumps(start) in (derive(template("smollm2")).reason or "")
     for messages in WITHOUT_SYSTEM:
-        assert body(style, messages) == start + fill(IM, messages)
+        assert body("smollm2", messages) == start + (fill(IM, messages) or "")
 
 
-def test_refused_system_message_is_exact_and_said():
-    derived = derive(template("gemma2"))
-    assert derived.prompt_template == TURNS
-    assert derived.exact
-    assert derived.reason == (
-        "The chat template refuses conversations with a system message (System role not supported); "
-        "the chat template changes contents with outer blanks, PromptTemplate keeps them."
-    )
-    assert proves("gemma2", derived.prompt_template, WITHOUT_SYSTEM)
+def test_a_role_without_a_string() -> None:
+    assert fill(INST, WITH_SYSTEM[0]) is None
 
 
-@pytest.mark.parametrize(("style", "strings"), [("gemma3", TURNS), ("mistral", INST)])
-def test_folded_system_message_is_not_exact_and_the_rest_is(style, strings):
-    derived = derive(template(style))
-    assert derived.prompt_template == strings
-    assert not derived.exact
-    assert derived.reason is not None
-    assert derived.reason.startswith(
-        "Conversations with a system message cannot be said, because the chat template does not write each of their "
-        "messages on its own"
-    )
-    assert proves(style, derived.prompt_template, WITHOUT_SYSTEM)
-    assert fill(strings, WITH_SYSTEM[0]) is None
+def test_bos_before_each_question_belongs_to_the_strings() -> None:
+    assert (derive(template("llama2")).prompt_template or {})["prompt"] == "<s>[INST] {Content} [/INST]"
 
 
-def test_bos_before_each_question_belongs_to_the_strings():
-    derived = derive(template("llama2"))
-    assert derived.exact
-    assert derived.prompt_template is not None
-    assert derived.prompt_template["prompt"] == "<s>[INST] {Content} [/INST]"
-    assert proves("llama2", derived.prompt_template, WITHOUT_SYSTEM)
+def test_only_the_last_question_is_written() -> None:
+    derived = derive(broken("### {{ messages[-1].content }}\n>"))
+    assert (derived.prompt_template, derived.exact) == ({"prompt": "### {Content}\n>"}, False)
+    assert "with a system message or several turns" in (derived.reason or "")
 
 
-def test_text_before_everything_leaves_single_questions_exact():
-    derived = derive(template("alpaca"))
-    assert not derived.exact
-    assert derived.reason is not None
-    assert derived.reason.startswith("Conversations of several turns without a system message differ: the chat")
-    assert proves("alpaca", derived.prompt_template, WITHOUT_SYSTEM[:1])
-
-
-def test_turn_numbers_leave_single_questions_exact():
-    derived = derive(template("numbered"))
-    assert not derived.exact
-    assert derived.reason is not None
-    assert derived.reason.startswith("Conversations of several turns without a system message differ: the chat")
-    assert "### 3 user" in derived.reason
-    assert proves("numbered", derived.prompt_template, WITHOUT_SYSTEM[:1])
-
-
-@pytest.mark.parametrize("text", [DATED, LLAMA32])
-def test_date_in_a_string_leaves_none(text):
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (DATED, "current date"),
+        (LLAMA32, "current date"),
+        ("Hello", "user's message"),
+        ("{{ messages[0].content | upper }}", "user's message"),
+        ("{{ messages[-1].content * 2 }}", "user's message"),
+        ("{% for m in messages %}{{ m.content | replace('?', '!') | e }}\n{% endfor %}", "All conversations differ"),
+    ],
+)
+def test_no_strings_can_be_trusted(text: str, named: str) -> None:
     derived = derive(ChatTemplate(path=Path("t"), text=text, special_tokens=TOKENS["llama3"]))
     assert (derived.prompt_template, derived.exact) == (None, False)
-    assert derived.reason == "The chat template writes the current date, which fixed strings cannot."
-
-
-def test_date_in_the_default_system_message_only_keeps_the_strings():
-    derived = derive(template("granite"))
-    assert not derived.exact
-    assert derived.reason is not None
-    assert "starts them with" in derived.reason
-    assert str(datetime.now().year) in derived.reason
-    assert proves("granite", derived.prompt_template, WITH_SYSTEM)
-
-
-def test_only_the_last_question_is_written():
-    derived = derive(broken("### {{ messages[-1].content }}\n>"))
-    assert derived.prompt_template == {"prompt": "### {Content}\n>"}
-    assert not derived.exact
-    assert derived.reason == (
-        "Conversations with a system message or several turns cannot be said, because the chat template does not "
-        "write each of their messages on its own."
-    )
-
-
-@pytest.mark.parametrize("text", ["Hello", "{{ messages[0].content | upper }}", "{{ messages[-1].content * 2 }}"])
-def test_nothing_to_cut_out_gives_no_strings(text):
-    derived = derive(broken(text))
-    assert (derived.prompt_template, derived.exact) == (None, False)
-    assert derived.reason == "The chat template does not write the user's message once and unchanged."
-
-
-def test_contents_that_are_always_changed_give_no_strings():
-    derived = derive(
-        broken("{% for m in messages %}{{ m.role }}: {{ m.content | replace('?', '!') | e }}\n{% endfor %}")
-    )
-    assert (derived.prompt_template, derived.exact) == (None, False)
-    assert derived.reason is not None
-    assert "All conversations differ: the chat template writes" in derived.reason
+    assert named in (derived.reason or "")

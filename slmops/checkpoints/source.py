@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from slmops.checkpoints import demo_package, hub, inspection, weight_files
-from slmops.checkpoints.store import scratch_folder, stage, unpacked
+from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
-from slmops.core.files import link_or_copy, sha256
+from slmops.core.files import link_or_copy, remove_scratch, sha256
 from slmops.core.job import BASELINE, Job
-from slmops.core.locks import exclusive
 from slmops.core.pools import conversion_memory
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, to_name
@@ -185,13 +186,14 @@ def _check_gguf(path: Path) -> None:
 @contextmanager
 def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_Found]:
     """Download a model and put its weights and its tokenizer, which MLflow may keep apart, into one folder."""
-    with (
-        exclusive(settings.locks / "mlflow-download.lock", "the download of a model from MLflow", wait=True),
-        scratch_folder("mlflow", settings) as scratch,
-    ):
-        (scratch / "download").mkdir()
+    settings.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_scratch(settings.checkpoints)
+    with TemporaryDirectory(prefix=".mlflow.", suffix=f".{os.getpid()}.part", dir=settings.checkpoints) as scratch:
+        downloaded, folder = Path(scratch, "download"), Path(scratch, "checkpoint")
+        downloaded.mkdir()
+        folder.mkdir()
         try:
-            root = download(uri, scratch / "download")
+            root = download(uri, downloaded)
         except SlmopsError:
             raise
         except Exception as error:
@@ -202,8 +204,6 @@ def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_
             ) from error
         if not root.is_dir():
             raise CheckpointError(f"{uri} is a file.", "Give the URI of the folder that holds the model.")
-        folder = scratch / "checkpoint"
-        folder.mkdir()
         complete = _first_with(root, lambda names: "config.json" in names and _has_weights(names))
         model = complete or _first_with(root, _has_weights) or root
         tokenizer = model if _has_tokenizer(inspection.names(model)) else _first_with(root, _has_tokenizer) or model

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,20 +96,6 @@ def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings
                 for name, text in texts.items():
                     (scratch / name).write_bytes(text.encode())
     return target, staged
-
-
-@contextmanager
-def scratch_folder(name: str, settings: Settings) -> Iterator[Path]:
-    """A folder on the store's disk that is removed after the block, or by the next run if this process is killed."""
-    settings.checkpoints.mkdir(parents=True, exist_ok=True)
-    remove_scratch(settings.checkpoints)
-    scratch = settings.checkpoints / f".{name}.{os.getpid()}.part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

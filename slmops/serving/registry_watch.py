@@ -229,8 +229,8 @@ async def in_thread(
 ) -> Returned:
     """Call a blocking function in a thread of its own.
 
-    Unlike the loop's executor nobody waits for the thread at the end: a registry that does not answer, or a download of
-    gigabytes, must not keep the service from stopping.
+    Unlike with the loop's executor, nothing waits for the thread at the end: a registry that does not answer, or a
+    download of gigabytes, must not keep the service from stopping.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Returned] = loop.create_future()
@@ -244,7 +244,7 @@ async def in_thread(
             tell(future.set_result, result)
 
     def tell(settle: Callable[..., None], value: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is interested any more
+        with suppress(RuntimeError):  # the loop is closed, so the result is not needed any more
             loop.call_soon_threadsafe(lambda: None if future.done() else settle(value))
 
     threading.Thread(target=work, daemon=True).start()

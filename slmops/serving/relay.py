@@ -35,7 +35,7 @@ OVERLOADED_RETRY_S = 2
 LAST_WORDS_S = 1.0
 """Seconds for telling a client that its answer broke off; a client that does not read is left."""
 ABANDONED = 2
-"""An answer that nobody waits for any more keeps its slot for at most so many times the request timeout."""
+"""An answer whose client has left keeps its slot for at most this many times the request timeout."""
 _NO_RETRY = {"x-should-retry": "false"}
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 
@@ -115,7 +115,7 @@ class RelayedResponse:
                 kind, body = await _unless_gone(receive, self._whole())
                 await send(self._start(kind, [(b"content-length", str(len(body)).encode())]))
                 last = {"type": "http.response.body", "body": body}
-            # After the end of an answer the server reports "disconnected", so the end comes when nobody listens.
+            # After the end of an answer the server reports "disconnected", so it is sent when nothing waits for that.
             await send(last)
         finally:
             scope["slmops.version"] = self._version
@@ -154,7 +154,7 @@ class RelayedResponse:
     async def _whole(self) -> tuple[str, bytes]:
         async with AsyncExitStack() as stack:
             backend = await self._enter(stack)
-            # The runtime does not stop when nobody listens any more, so its slot is taken until it has answered.
+            # The runtime does not stop when its client leaves, so its slot is taken until it has answered.
             task = asyncio.create_task(self._computed(backend, stack.pop_all()))
         self.relay.keep(task)
         try:

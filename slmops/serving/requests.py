@@ -215,7 +215,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
         body = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
+    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         raise Refused(400, f"The body is not JSON: {error}.", "invalid_json") from None
     if not isinstance(body, dict):
         raise Refused(400, "The body is not a JSON object.", "invalid_json")

@@ -46,7 +46,7 @@ class RuntimeRefused(Refused):
 
 
 async def whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Whole events, as many at a time as have come."""
+    """Whole events, as many at a time as have arrived."""
     rest = b""
     async for chunk in content.iter_any():
         events, end, rest = (rest + chunk).rpartition(END)
@@ -62,7 +62,7 @@ def first_telling(piece: bytes) -> bytes | None:
 
 
 def without_usage(piece: bytes) -> bytes:
-    """The events without the one that holds nothing else than token counts."""
+    """The events without the one that holds only token counts."""
     return b"".join(event + END for event in piece.split(END) if event and b'"choices":[]' not in event)
 
 

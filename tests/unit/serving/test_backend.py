@@ -67,8 +67,8 @@ def scratches(settings: Settings) -> list[Path]:
 @pytest.mark.parametrize(
     ("code", "raised", "said"),
     [
-        ("print('garbage', flush=True)\n" + WAIT, ServingError, "did not start. The process announces nothing"),
-        ("print('[]', flush=True)\n" + WAIT, ServingError, "The process announces nothing"),
+        ("print('garbage', flush=True)\n" + WAIT, ServingError, "announces nothing"),
+        ("print('[]', flush=True)\n" + WAIT, ServingError, "announces nothing"),
         ("sys.exit('no such library')", ServingError, "The process ended with status 1: no such library"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", ServingError, "The process was killed by SIGSEGV: it said nothing"),
         ("sys.exit('OSError: No space left on device')", PrerequisiteError, "The disk is full"),
@@ -161,7 +161,7 @@ async def test_a_process_that_does_not_want_to_end(
     backend = await Backend.start(installed, settings)
     await backend.stop()
     assert "killed by SIGKILL" in await backend.ended()
-    # Also if whoever stops it has no time for it.
+    # Also if the one that stops it is cancelled.
     backend = await Backend.start(installed, settings)
     monkeypatch.setattr(processes, "GRACE_S", 60)
     stopping = asyncio.create_task(backend.stop())
@@ -173,7 +173,7 @@ async def test_a_process_that_does_not_want_to_end(
 
 async def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
     settings.logs.write_text("a file")
-    with pytest.raises(PrerequisiteError, match="cannot be started"):
+    with pytest.raises(PrerequisiteError, match="bot-int8-generic-cpu:1"):
         await Backend.start(installed, settings)
 
 
@@ -236,19 +236,19 @@ async def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("whole", "streamed", "said"),
     [
-        ((200, answer(0)), OK_STREAM, "answers nothing to 'What is the capital of France?' nor 'Say hello.' nor"),
-        ((500, "oh"), OK_STREAM, "asked 'What is the capital of France?', it gave status 500: oh."),
+        ((200, answer(0)), OK_STREAM, "'Say hello.'"),
+        ((500, "oh"), OK_STREAM, "status 500: oh"),
         ((400, answer()), OK_STREAM, "status 400, finish reason 'stop'"),
         ((200, answer(3, None)), OK_STREAM, "status 200, finish reason None"),
         ((200, "[]"), OK_STREAM, "status 200: []"),
         ((200, '{"usage": null, "choices": []}'), OK_STREAM, "status 200: {"),
         ((200, answer().replace("3", '"x"')), OK_STREAM, "status 200: {"),
-        (OK, (500, "oh"), "as a stream status 500"),
-        (OK, (200, stream("Hello", end="")), "as a stream status 200, at its end ['data: {"),
-        (OK, (200, stream(None, "")), "a stream without text"),
-        (OK, (200, "data: x\n\ndata: [DONE]\n\n"), "as a stream ['data: x'"),
-        (OK, (200, 'data: {"choices": [{"delta": null}]}\n\ndata: [DONE]\n\n'), "as a stream ['data: {"),
-        (OK, (200, ""), "at its end []"),
+        (OK, (500, "oh"), "status 500"),
+        (OK, (200, stream("Hello", end="")), "['data: {"),
+        (OK, (200, stream(None, "")), "without text"),
+        (OK, (200, "data: x\n\ndata: [DONE]\n\n"), "['data: x'"),
+        (OK, (200, 'data: {"choices": [{"delta": null}]}\n\ndata: [DONE]\n\n'), "['data: {"),
+        (OK, (200, ""), "[]"),
     ],
 )
 async def test_a_smoke_test_that_fails(
@@ -262,12 +262,12 @@ async def test_a_smoke_test_that_fails(
 
 async def test_a_smoke_test_takes_no_more_than_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMOKE_S", 0.3)
-    with service(OK, OK_STREAM, 30) as (url, _), pytest.raises(ServingError, match="took longer than 0 s"):
+    with service(OK, OK_STREAM, 30) as (url, _), pytest.raises(ServingError, match="longer than 0 s"):
         await smoke(url, tmp_path)
 
 
-async def test_a_smoke_test_of_nobody(tmp_path: Path) -> None:
-    with pytest.raises(ServingError, match="failed its smoke test: ConnectError"):
+async def test_a_smoke_test_where_nothing_listens(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="ConnectError"):
         await smoke("http://127.0.0.1:9", tmp_path)
 
 

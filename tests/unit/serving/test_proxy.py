@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 # --- bodies
 
 
-async def test_a_body_that_is_too_large_is_a_413_whoever_sends_it_how() -> None:
+async def test_a_body_that_is_too_large_is_a_413_however_it_is_sent() -> None:
     async def pieces(count: int) -> AsyncIterator[bytes]:
         for _ in range(count):
             yield b" " * 1000

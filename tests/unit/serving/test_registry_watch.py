@@ -45,7 +45,7 @@ async def test_a_version_at_fault_is_withdrawn_once(world: World, made: Fleet, w
         state.last_failure or ""
     )
     assert world.last == installed(1)
-    # Promoted again it is tried again, though nobody wrote down when, and mended it is served.
+    # Promoted again, it is tried again, even without a date of its promotion; once it works, it is served.
     world.now = version(2)
     await until(lambda: len(world.withdrawn) == 2)
     getattr(world, where).clear()

@@ -28,7 +28,7 @@ async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> No
 
 async def test_a_version_in_use_is_not_stopped(world: World, made: Fleet) -> None:
     async with made.lease("bot:2"):
-        with pytest.raises(Unavailable, match="No more than 1 versions") as caught:
+        with pytest.raises(Unavailable, match="1 versions") as caught:
             await asked(made, "bot:3")
         assert caught.value.retry_after_s > 0
         assert world.running == [1, 2]
@@ -68,7 +68,7 @@ async def test_a_version_that_fails_is_not_started_by_each_request(
     world.bad[2] = BAD
     async with serving(world) as made:
         for _ in range(3):
-            with pytest.raises(Unavailable, match=r"bot version 2 \(int8\) cannot be served: .*smoke test") as caught:
+            with pytest.raises(Unavailable, match="version 2") as caught:
                 await asked(made, "bot:2")
             assert 0 < caught.value.retry_after_s <= 0.2
         assert world.installs == [1, 2]

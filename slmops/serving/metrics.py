@@ -18,7 +18,7 @@ from slmops.serving.limits import Admission
 if TYPE_CHECKING:
     from slmops.serving.fleet import FleetState
 
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics(Collector):
@@ -40,13 +40,13 @@ class Metrics(Collector):
             "slmops_request_seconds",
             "From the request's headers to the end of the answer.",
             ["endpoint"],
-            buckets=SECONDS,
+            buckets=BUCKETS_S,
             registry=registry,
         )
         self._first = Histogram(
             "slmops_first_token_seconds",
             "From the request's headers to the first token of a streamed answer.",
-            buckets=SECONDS,
+            buckets=BUCKETS_S,
             registry=registry,
         )
         self._prompt = Counter(

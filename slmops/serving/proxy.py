@@ -38,7 +38,7 @@ LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 RESPONSES = "/v1/responses"
 _ENDPOINTS = (CHAT, RESPONSES, "/v1/models", "/health", "/metrics")
 _BODY_CODES = {408: "request_timeout", 413: "request_too_large"}
-LEFT = 499
+CLIENT_LEFT = 499
 
 
 class Proxy:
@@ -78,7 +78,7 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and count it."""
         started = time.perf_counter()
-        status = LEFT
+        status = CLIENT_LEFT
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -94,7 +94,7 @@ class Proxy:
             else:
                 await self._inner(scope, receive, noting)
         except Gone:
-            status = LEFT
+            status = CLIENT_LEFT
         finally:
             path = scope["path"]
             self._relay.metrics.request(

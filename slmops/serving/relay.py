@@ -34,7 +34,7 @@ CONNECT_S = 5.0
 OVERLOADED_RETRY_S = 2
 LAST_WORDS_S = 1.0
 """Seconds for telling a client that its answer broke off; a client that does not read is left."""
-ABANDONED = 2
+ABANDONED_TIMES = 2
 """An answer whose client has left keeps its slot for at most this many times the request timeout."""
 _NO_RETRY = {"x-should-retry": "false"}
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
@@ -164,7 +164,7 @@ class RelayedResponse:
             raise self._failed(error) from None
 
     async def _computed(self, backend: Backend, stack: AsyncExitStack) -> tuple[str, bytes]:
-        async with stack, asyncio.timeout(self.relay.limits.request_timeout_s * ABANDONED):
+        async with stack, asyncio.timeout(self.relay.limits.request_timeout_s * ABANDONED_TIMES):
             try:
                 kind, body = await self._post(backend, None)
             except RuntimeRefused as refused:

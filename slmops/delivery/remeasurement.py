@@ -19,8 +19,10 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
 from slmops.delivery import installed
 from slmops.evaluation import dataset, quality, scoring, speed, statistics, summary
+from slmops.evaluation.answers_worker import VariantQuestions
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
+from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
 from slmops.foundry.register import register_folder
 from slmops.foundry.register_worker import RegisterRequest
@@ -145,14 +147,9 @@ def measure_perplexity(
     write_atomic(file, text)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: scoring the text", recorded.variant.name)
-        scored = quality.score_text(
-            name,
-            recorded.variant.name,
-            settings,
-            folder=place.registration.path,
-            text=file,
-            tokens=QUICK_TOKENS if recorded.job.quick else TOKENS,
-        )
+        tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
+        request = LogitsRequest(folder=place.registration.path, text=file, tokens=tokens)
+        scored = quality.score_text(request, name, recorded.variant.name, settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
 
@@ -168,15 +165,9 @@ def ask_questions(
     items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: answering the evaluation set", recorded.variant.name)
-        answers = quality.ask_variant(
-            name,
-            recorded.variant.name,
-            settings,
-            home=place.home,
-            foundry_id=place.registration.foundry_id,
-            items=items,
-            matcher=recorded.job.matcher,
-        )
+        foundry_id, matcher = place.registration.foundry_id, recorded.job.matcher
+        request = VariantQuestions(home=place.home, foundry_id=foundry_id, items=items, matcher=matcher)
+        answers = quality.ask_variant(request, name, recorded.variant.name, settings)
     return scoring.ask_judge(items, answers, settings)
 
 

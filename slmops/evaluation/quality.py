@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -12,10 +12,13 @@ from slmops.core.files import write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
-from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker, scoring
-from slmops.evaluation.logits_worker import Distance
+from slmops.evaluation import dataset, edge_cases, scoring
+from slmops.evaluation.answers_worker import VariantQuestions
+from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
+from slmops.evaluation.scoring import ScoredAnswers
 from slmops.processes import children
 
+_Result = TypeVar("_Result", bound=Frozen)
 log = logging.getLogger(__name__)
 
 TOKENS, QUICK_TOKENS = 2048, 512
@@ -48,17 +51,15 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     try:
         with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
             log.info("scoring the text with the checkpoint itself")
-            return score_text(
-                name,
-                "checkpoint",
-                settings,
+            request = LogitsRequest(
                 folder=checkpoint.path,
                 hugging_face=True,
                 trust_remote_code=job.trust_remote_code,
                 text=_text(name, job, settings)[0],
                 tokens=TOKENS,
                 write=reference,
-            ).nll
+            )
+            return score_text(request, name, "checkpoint", settings).nll
     except EvaluationError as error:
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
@@ -84,25 +85,18 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         references[BASELINE] = baseline
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: measuring quality", variant.name)
-        scored = score_text(
-            name,
-            variant.name,
-            settings,
+        text_request = LogitsRequest(
             folder=registration.path,
             text=text,
             tokens=QUICK_TOKENS if job.quick else TOKENS,
             references={which: file for which, file in references.items() if file.exists()},
             write=baseline if variant.recipe.baseline else None,
         )
-        answers = ask_variant(
-            name,
-            variant.name,
-            settings,
-            home=settings.foundry,
-            foundry_id=registration.foundry_id,
-            items=items,
-            matcher=job.matcher,
+        scored = score_text(text_request, name, variant.name, settings)
+        asked = VariantQuestions(
+            home=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
         )
+        answers = ask_variant(asked, name, variant.name, settings)
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return Quality(
         nll=scored.nll,
@@ -114,38 +108,29 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     )
 
 
-def score_text(name: str, label: str, settings: Settings, **request: Any) -> logits_worker.LogitsResult:
+def score_text(request: LogitsRequest, name: str, label: str, settings: Settings) -> LogitsResult:
     """Score a text in a child process. The caller holds the machine lock.
 
     Args:
+        request: The model and the text.
         name: The model's name; its work folder and logs go by it.
         label: The variant's name, or "checkpoint".
         settings: Where things are.
-        request: Fields of :class:`slmops.evaluation.logits_worker.LogitsRequest`.
 
     Raises:
         EvaluationError: The model could not be scored.
     """
-    result, _ = children.call(
-        "slmops.evaluation.logits_worker",
-        logits_worker.LogitsRequest(**request),
-        logits_worker.LogitsResult,
-        work=settings.work(name) / f"{label}-logits",
-        log=settings.logs / name / f"{label}.logits.log",
-        timeout_s=settings.evaluation_timeout_s,
-        error=EvaluationError,
-    )
-    return result
+    return _in_child("logits_worker", request, LogitsResult, name, f"{label}.logits", settings)
 
 
-def ask_variant(name: str, label: str, settings: Settings, **request: Any) -> tuple[Answer, ...]:
+def ask_variant(request: VariantQuestions, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
     """Have a registered variant answer, in a child process. The caller holds the machine lock.
 
     Args:
+        request: The variant and the items.
         name: The model's name; its work folder and logs go by it.
         label: The variant's name.
         settings: Where things are.
-        request: Fields of :class:`slmops.evaluation.answers_worker.VariantQuestions`.
 
     Returns:
         Scored answers, except those to items with match ``judge``: give them to
@@ -155,16 +140,22 @@ def ask_variant(name: str, label: str, settings: Settings, **request: Any) -> tu
         EvaluationError: The variant does not answer.
         UsageError: The matcher cannot be loaded.
     """
-    result, _ = children.call(
-        "slmops.evaluation.answers_worker",
-        answers_worker.VariantQuestions(**request),
-        scoring.ScoredAnswers,
-        work=settings.work(name) / f"{label}-answers",
-        log=settings.logs / name / f"{label}.answers.log",
+    return _in_child("answers_worker", request, ScoredAnswers, name, f"{label}.answers", settings).answers
+
+
+def _in_child(
+    module: str, request: Frozen, result: type[_Result], name: str, label: str, settings: Settings
+) -> _Result:
+    found, _ = children.call(
+        f"slmops.evaluation.{module}",
+        request,
+        result,
+        work=settings.work(name) / label,
+        log=settings.logs / name / f"{label}.log",
         timeout_s=settings.evaluation_timeout_s,
         error=EvaluationError,
     )
-    return result.answers
+    return found
 
 
 def load_questions(job: Job, settings: Settings) -> dataset.EvaluationSet:

@@ -24,41 +24,31 @@ def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
 
 
 @pytest.mark.parametrize(
-    ("match", "expected", "answer", "right"),
+    ("match", "expected", "right", "wrong"),
     [
-        ("contains", "Paris", "The capital is PARIS.", True),
-        ("contains", "straße", "Die STRASSE", True),
-        ("contains", "Paris", "Pari s", False),
-        ("contains", "Paris", "", False),
-        ("exact", "Paris", " Paris\n", True),
-        ("exact", "Paris", "paris", False),
-        ("exact", "Paris", "Paris.", False),
-        ("regex", r"\b[Pp]aris\b", "in Paris, France", True),
-        ("regex", r"\bParis\b", "Parisian", False),
-        ("regex", r"^Paris$", "Paris, France", False),
-        ("regex", ".*", "", True),
-        pytest.param("regex", "b", "a" * 19_999 + "b", True, id="in the last character that counts"),
-        pytest.param("regex", "b", "a" * 20_000 + "b", False, id="behind it"),
-        ("numeric", "4", "2 + 2 = 4", True),
-        ("numeric", "4", "4.0", True),
-        ("numeric", "4", "4 is 2 + 2", False),  # the last number counts
-        ("numeric", "4", "four", False),
-        ("numeric", "4", "", False),
-        ("numeric", "1234567.5", "That makes 1,234,567.5 in all.", True),
-        ("numeric", "3", "1, 2, 3", True),
-        ("numeric", "-5", "It is -5 degrees.", True),
-        ("numeric", "5", "It is -5 degrees.", False),
-        ("numeric", "5", "Between 3-5.", True),
-        ("numeric", "4", "GPT-4", True),
-        ("numeric", "-4", "=-4", True),
-        ("numeric", "10", "It is 10.", True),
-        ("numeric", "1,000", "1000", True),
-        ("numeric", "9007199254740993", "9007199254740992", False),  # equal in binary floating point
-        pytest.param("numeric", "4", "1" * 10_000, False, id="many digits"),
+        ("contains", "Paris", ["The capital is PARIS."], ["Pari s", ""]),
+        ("contains", "straße", ["Die STRASSE"], ["Die Strase"]),
+        ("exact", "Paris", [" Paris\n"], ["paris", "Paris."]),
+        ("regex", r"\b[Pp]aris\b", ["in Paris, France"], ["Parisian"]),
+        ("regex", r"^Paris$", ["Paris"], ["Paris, France"]),
+        ("regex", ".*", [""], []),
+        ("regex", "b", ["a" * 19_999 + "b"], ["a" * 20_000 + "b"]),  # in the last character that counts, and behind it
+        ("numeric", "4", ["2 + 2 = 4", "4.0", "GPT-4"], ["4 is 2 + 2", "four", "", "1" * 10_000]),  # the last counts
+        ("numeric", "1234567.5", ["That makes 1,234,567.5 in all."], ["1,234,567"]),
+        ("numeric", "3", ["1, 2, 3"], ["3, 2, 1"]),
+        ("numeric", "-5", ["It is -5 degrees."], ["Between 3-5."]),
+        ("numeric", "5", ["Between 3-5."], ["It is -5 degrees."]),
+        ("numeric", "-4", ["=-4"], ["GPT-4"]),
+        ("numeric", "10", ["It is 10."], ["It is 1.0"]),
+        ("numeric", "1,000", ["1000"], ["1"]),
+        ("numeric", "9007199254740993", ["9007199254740993"], ["9007199254740992"]),  # equal in binary floating point
     ],
 )
-def test_right_or_wrong(match: str, expected: str, answer: str, right: bool) -> None:
-    assert judged(match, expected, answer) == Judgement(score=float(right), correct=right)
+def test_right_or_wrong(match: str, expected: str, right: list[str], wrong: list[str]) -> None:
+    for answer in right:
+        assert judged(match, expected, answer) == Judgement(score=1, correct=True), answer[:30]
+    for answer in wrong:
+        assert judged(match, expected, answer) == Judgement(score=0, correct=False), answer[:30]
 
 
 @pytest.mark.parametrize(
@@ -86,37 +76,37 @@ PERSON = {
 }
 
 
+VALID = [
+    '{"name": "Ada", "age": 36}',
+    ' \n{"name": "Ada"}\n',
+    *(f'```{language}{{"name": "Ada"}}\n```' for language in ("json\n", "JSON\n", "\n", "")),
+    'Here you are:\n```json\n{"name": "Ada"}\n```\nAnything else?',
+    '```json\n{"name": "Ada"}',
+    '```python\nprint()\n```\n```json\n{"name": "Ada"}\n```',
+    '{"name": "``` Ada ```"}',
+]
+INVALID = [
+    *('{"name": 3}', '{"age": 3}', '{"name": "Ada", "x": 1}', '{"name": "Ada"', "{'name': 'Ada'}"),
+    *('The answer is {"name": "Ada"}', "", "```json\n```", '{"name": "Ada", "age": NaN}', "[" * 100_000),
+]
+
+
 @pytest.mark.parametrize(
-    ("answer", "expected", "right"),
+    ("expected", "right", "wrong"),
     [
-        ('{"name": "Ada", "age": 36}', "", True),
-        (' \n{"name": "Ada"}\n', "", True),
-        ('```json\n{"name": "Ada"}\n```', "", True),
-        ('```JSON\n{"name": "Ada"}\n```', "", True),
-        ('```\n{"name": "Ada"}\n```', "", True),
-        ('```{"name": "Ada"}```', "", True),
-        ('Here you are:\n```json\n{"name": "Ada"}\n```\nAnything else?', "", True),
-        ('```json\n{"name": "Ada"}', "", True),
-        ('```python\nprint()\n```\n```json\n{"name": "Ada"}\n```', "", True),
-        ('{"name": "``` Ada ```"}', "", True),
-        ('{"name": 3}', "", False),
-        ('{"age": 3}', "", False),
-        ('{"name": "Ada", "x": 1}', "", False),
-        ('{"name": "Ada"', "", False),
-        ("{'name': 'Ada'}", "", False),
-        ('The answer is {"name": "Ada"}', "", False),
-        ("", "", False),
-        ("```json\n```", "", False),
-        ('{"name": "Ada", "age": NaN}', "", False),
-        pytest.param("[" * 100_000, "", False, id="deep"),
-        ('{"age": 36, "name": "Ada"}', '{"name": "Ada", "age": 36}', True),
-        ('{"name": "Ada", "age": 36.0}', '{"name": "Ada", "age": 36}', True),
-        ('{"name": "Eve", "age": 36}', '{"name": "Ada", "age": 36}', False),
-        ('{"name": "Ada"}', '{"name": "Ada", "age": 36}', False),
+        ("", VALID, INVALID),
+        (
+            '{"name": "Ada", "age": 36}',
+            ['{"age": 36, "name": "Ada"}', '{"name": "Ada", "age": 36.0}'],
+            ['{"name": "Eve", "age": 36}', '{"name": "Ada"}'],
+        ),
     ],
 )
-def test_json_schema(answer: str, expected: str, right: bool) -> None:
-    assert judged("json_schema", expected, answer, schema=PERSON) == Judgement(score=float(right), correct=right)
+def test_json_schema(expected: str, right: list[str], wrong: list[str]) -> None:
+    for answer in right:
+        assert judged("json_schema", expected, answer, schema=PERSON) == Judgement.of(True), answer
+    for answer in wrong:
+        assert judged("json_schema", expected, answer, schema=PERSON) == Judgement.of(False), answer[:50]
 
 
 def test_json_true_is_not_one() -> None:

@@ -10,23 +10,12 @@ import pytest
 
 import slmops.evaluation.statistics as st
 
+TOO_FEW = [(1, 50), (4, 50), (99, 90), (999, 99), (99, 10), (12, 99), (50, 100)]
+ENOUGH = [(5, 50), (100, 90), (1000, 99), (100, 10), (10000, 99.9)]
+
 
 @pytest.mark.parametrize(
-    ("count", "percent", "has"),
-    [
-        (1, 50, False),
-        (4, 50, False),
-        (5, 50, True),
-        (99, 90, False),
-        (100, 90, True),
-        (999, 99, False),
-        (1000, 99, True),
-        (99, 10, False),
-        (100, 10, True),
-        (12, 99, False),
-        (10000, 99.9, True),
-        (50, 100, False),
-    ],
+    ("count", "percent", "has"), [*((*one, False) for one in TOO_FEW), *((*one, True) for one in ENOUGH)]
 )
 def test_percentile_has_an_interval_from_enough_samples(count: int, percent: float, has: bool) -> None:
     samples = np.random.default_rng(8).lognormal(0, 0.5, count)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run, Trace
 
 from slmops.core.job import Job
 from slmops.core.values import Measurement, Registration, Variant
@@ -39,14 +41,62 @@ class Made:
         return tracker.log_variant(parent, name, self.variant, self.registration, self.evaluation, self.logs)
 
 
+class Book:
+    """One model in an MLflow database: its jobs, and looks at what they left there."""
+
+    def __init__(self, uri: str, name: str, folder: Path) -> None:
+        self.tracker, self.client = Tracker(uri), MlflowClient(uri)
+        self.name, self.folder = name, folder
+
+    def start(self, **changes: Any) -> str:
+        """Open a job; returns its run."""
+        job = JOB.model_copy(update=changes)
+        return self.tracker.start_job(self.name, job, values.checkpoint(), HARDWARE, "flow-run-1")
+
+    def log(self, made: Made | None = None, parent: str | None = None) -> str:
+        """Log a variant, of a job of its own by default; returns its run."""
+        return (made or Made(self.folder)).log(self.tracker, parent or self.start(), self.name)
+
+    def run(self, run_id: str) -> Run:
+        return self.client.get_run(run_id)
+
+    def status(self, *runs: str) -> list[str]:
+        return [self.run(run).info.status for run in runs]
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        return dict(self.run(run_id).data.tags)
+
+    def experiment(self) -> str:
+        return str(self.client.get_experiment_by_name(self.name).experiment_id)
+
+    def children(self, parent: str) -> list[Run]:
+        return list(self.client.search_runs([self.experiment()], f"tags.`mlflow.parentRunId` = '{parent}'"))
+
+    def models(self) -> list[Any]:
+        return list(self.client.search_logged_models([self.experiment()]))
+
+    def traces(self, run_id: str | None = None) -> list[Trace]:
+        """Those of a run, as MLflow lists them; None: all."""
+        return list(
+            self.client.search_traces(
+                locations=[self.experiment()], run_id=run_id, order_by=["timestamp_ms DESC"], max_results=500
+            )
+        )
+
+    def artifacts(self, run_id: str) -> set[str]:
+        return artifacts(self.client, run_id)
+
+    def json(self, run_id: str, path: str) -> Any:
+        return json.loads(read(self.client, run_id, path, self.folder))
+
+    def table(self, run_id: str, path: str) -> list[dict[str, Any]]:
+        """The rows of a table."""
+        table = self.json(run_id, path)
+        return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
 def start(tracker: Tracker, name: str) -> str:
     return tracker.start_job(name, JOB, values.checkpoint(), HARDWARE, "flow-run-1")
-
-
-def children(client: MlflowClient, parent: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
-    experiment = client.get_run(parent).info.experiment_id
-    found: list[Run] = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", view)
-    return found
 
 
 def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> set[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from slmops.tracking.tracker import Tracker
+    from tests.tracked import Book
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +90,14 @@ def client(database: str) -> MlflowClient:
 def name(request: pytest.FixtureRequest) -> str:
     """A model of each test's own."""
     return str(request.node.name).replace("_", "-").partition("[")[0]
+
+
+@pytest.fixture
+def book(database: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Book:
+    from tests.tracked import Book
+
+    monkeypatch.chdir(tmp_path)
+    return Book(database, name, tmp_path)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from slmops.tracking.download import BLOCK_BYTES
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
 from tests import making, tracked, values
+from tests.application import application
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -39,33 +39,6 @@ NAME = "tiny"
 BIG = "model.onnx.data"
 HEADERS = 1000  # more bytes than the headers of an answer
 ENDLESS = 1 << 40
-
-# What an application does on the device.
-APPLICATION = """
-import json, sys
-import foundry_local_sdk as sdk
-
-home, wanted = sys.argv[1:]
-manager = sdk.FoundryLocalManager(
-    sdk.Configuration(
-        app_name="application",
-        app_data_dir=home,
-        model_cache_dir=f"{home}/models",
-        catalog_urls=[("http://127.0.0.1:9/models", None)],
-        disable_nonessential_telemetry=True,
-    )
-)
-model = manager.get_catalog(sdk.CatalogType.LOCAL).get_model_variant(wanted)
-model.load()
-request = sdk.Request()
-request.add_item(sdk.MessageItem.user("Say hello."))
-with sdk.ChatSession(model) as session:
-    session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=8)))
-    with session.process_request(request) as response:
-        said = response.get_usage().completion_tokens
-model.unload()
-print("ANSWER " + json.dumps([str(model.get_path()), said]), flush=True)
-"""
 
 
 class Server:
@@ -208,11 +181,8 @@ def catalog(settings: Settings) -> dict[str, str]:
 
 
 def answers(done: Installed, settings: Settings) -> bool:
-    argv = [sys.executable, "-c", APPLICATION, str(settings.deployed), done.foundry_id]
-    ran = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-    [answer] = [line for line in ran.stdout.splitlines() if line.startswith("ANSWER ")] or [ran.stdout + ran.stderr]
-    folder, tokens = json.loads(answer.removeprefix("ANSWER "))
-    return bool(folder == str(done.folder) and tokens > 0)
+    said = application(settings.deployed, done.foundry_id)["answers"][done.foundry_id]
+    return bool(said["path"] == str(done.folder) and said["tokens"] > 0)
 
 
 def size(server: Server, version: ModelVersion) -> int:

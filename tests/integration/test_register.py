@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,44 +19,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Variant
 from slmops.foundry.register import register
 from tests import making
+from tests.application import application
 
 pytestmark = pytest.mark.integration
-
-# What an application does. The port is one that nobody listens on: no public catalog.
-APPLICATION = """
-import json, sys
-import foundry_local_sdk as sdk
-
-home, *wanted = sys.argv[1:]
-manager = sdk.FoundryLocalManager(
-    sdk.Configuration(
-        app_name="application",
-        app_data_dir=home,
-        model_cache_dir=f"{home}/models",
-        catalog_urls=[("http://127.0.0.1:9/models", None)],
-        disable_nonessential_telemetry=True,
-    )
-)
-catalog = manager.get_catalog(sdk.CatalogType.LOCAL)
-listed = {variant.id for model in catalog.list_models() for variant in (model, *model.variants)}
-answers = {}
-for foundry_id in wanted:
-    model = catalog.get_model_variant(foundry_id)
-    model.load()
-    request = sdk.Request()
-    request.add_item(sdk.MessageItem.user("What is the capital of France?"))
-    with sdk.ChatSession(model) as session:
-        search = sdk.SearchOptions(max_output_tokens=24, temperature=0.0, do_sample=False)
-        session.set_options(sdk.RequestOptions(search=search))
-        with session.process_request(request) as response:
-            answers[foundry_id] = {
-                "text": response.get_item(0).get_simple_text(),
-                "tokens": response.get_usage().completion_tokens,
-                "path": str(model.get_path()),
-            }
-    model.unload()
-print("ANSWER " + json.dumps({"listed": sorted(listed), "answers": answers}), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +54,6 @@ def variants(converted: dict[str, Variant], settings: Settings) -> dict[str, Var
     return found
 
 
-def application(settings: Settings, *wanted: str) -> dict[str, Any]:
-    """What an application finds in Foundry Local."""
-    argv = [sys.executable, "-c", APPLICATION, str(settings.foundry), *wanted]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-    answer = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert answer, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(answer[0].removeprefix("ANSWER "))
-    return found
-
-
 def folders(settings: Settings) -> list[str]:
     return sorted(path.name for path in (settings.foundry / "models" / "slmops").iterdir())
 
@@ -119,7 +72,7 @@ def test_a_registered_variant_answers_to_an_application(
     assert registration.prompt_template_exact
     assert registration.answer.strip()
 
-    found = application(settings, registration.foundry_id)
+    found = application(settings.foundry, registration.foundry_id)
     assert found["listed"] == [registration.foundry_id]
     answer = found["answers"][registration.foundry_id]
     assert answer["tokens"] == 24
@@ -151,7 +104,7 @@ def test_twice_is_harmless_and_changed_settings_are_a_new_version(
     before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
     assert register(variants["fp32"], "tiny", job, settings) == first
     assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
-    assert application(settings)["listed"] == [first.foundry_id]
+    assert application(settings.foundry)["listed"] == [first.foundry_id]
 
     changed = job.model_copy(update={"max_length": 128, "temperature": 0.5})
     second = register(variants["fp32"], "tiny", changed, settings)
@@ -160,7 +113,7 @@ def test_twice_is_harmless_and_changed_settings_are_a_new_version(
     search = read(second.path / "genai_config.json")["search"]
     assert (search["max_length"], search["temperature"], search["do_sample"]) == (128, 0.5, True)
     assert read(first.path / "genai_config.json")["search"]["max_length"] == 2048
-    found = application(settings, first.foundry_id, second.foundry_id)
+    found = application(settings.foundry, first.foundry_id, second.foundry_id)
     assert found["listed"] == [first.foundry_id, second.foundry_id]
     assert [found["answers"][known.foundry_id]["tokens"] for known in (first, second)] == [24, 24]
     # Back to the first settings is back to the first version.
@@ -172,7 +125,7 @@ def test_two_at_once(variants: dict[str, Variant], job: Job, settings: Settings)
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda variant: register(variant, "tiny", job, settings), variants.values()))
     assert [done.foundry_id for done in both] == ["tiny-fp32-generic-cpu:1", "tiny-int8-generic-cpu:1"]
-    assert application(settings)["listed"] == [done.foundry_id for done in both]
+    assert application(settings.foundry)["listed"] == [done.foundry_id for done in both]
 
 
 def truncate(variant: Variant) -> None:
@@ -213,7 +166,7 @@ def test_a_broken_model_leaves_nothing(
         register(variants["int8"], "tiny", job, settings)
     assert said in caught.value.message
     assert folders(settings) == ["tiny-fp32-generic-cpu-1"]
-    assert application(settings, good.foundry_id)["listed"] == [good.foundry_id]
+    assert application(settings.foundry, good.foundry_id)["listed"] == [good.foundry_id]
     registry = (settings.foundry / "models" / "foundry.local.modelinfo.json").read_text()
     assert "tiny-fp32-generic-cpu" in registry
     assert "int8" not in registry

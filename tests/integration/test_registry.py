@@ -11,43 +11,46 @@ from slmops.core.errors import PromotionError, TrackingError, UsageError
 from slmops.core.values import VariantResult
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker, as_result
-from tests.tracked import Made, start
+from slmops.tracking.tracker import as_result
+from tests.tracked import Book, Made
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def registry(tracker: Tracker) -> Registry:
-    return Registry(tracker.uri)
 
 
 class Job:
     """A job whose variants can be made versions."""
 
-    def __init__(self, folder: Path, tracker: Tracker, registry: Registry, name: str) -> None:
-        self.folder, self.tracker, self.registry, self.name = folder, tracker, registry, name
-        self.parent = start(tracker, name)
+    def __init__(self, book: Book) -> None:
+        self.book, self.name, self.registry = book, book.name, Registry(book.tracker.uri)
+        self.parent = book.start()
 
-    def add(self, variant: str, weights: str = "weights", **metrics: float) -> ModelVersion:
-        made = Made(self.folder / f"{variant}-{weights}", variant, memory_peak_mb=900.4, **metrics)
+    def add(self, variant: str, weights: str = "weights") -> ModelVersion:
+        made = Made(self.book.folder / f"{variant}-{weights}-{self.parent}", variant, memory_peak_mb=900.4)
         (made.registration.path / "model.onnx").write_text(weights)
         (made.registration.path / "deeper").mkdir()
         (made.registration.path / "deeper" / "vocab.txt").write_text("words")
-        run_id = made.log(self.tracker, self.parent, self.name)
+        run_id = self.book.log(made, self.parent)
         result = as_result(made.variant, made.registration, made.evaluation, run_id)
         return self.registry.add(self.name, made.variant, made.registration, result, self.parent)
 
+    def find(self, which: str) -> ModelVersion:
+        return self.registry.find(self.name, which)
+
+    def promote(self, *versions: ModelVersion) -> None:
+        """One after the other."""
+        for version in versions:
+            self.registry.promote(version, self.registry.champion(self.name), {"slmops.promoted_by": "me"})
+
+    @property
+    def aliases(self) -> tuple[int | None, int | None]:
+        """Champion and previous."""
+        champion, previous = self.registry.champion(self.name), self.registry.previous(self.name)
+        return champion and champion.version, previous and previous.version
+
 
 @pytest.fixture
-def job(tmp_path: Path, tracker: Tracker, registry: Registry, name: str) -> Job:
-    return Job(tmp_path, tracker, registry, name)
-
-
-def numbers(registry: Registry, name: str) -> tuple[int | None, int | None]:
-    """Champion and previous."""
-    champion, previous = registry.champion(name), registry.previous(name)
-    return champion and champion.version, previous and previous.version
+def job(book: Book) -> Job:
+    return Job(book)
 
 
 def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: MlflowClient) -> None:
@@ -69,27 +72,26 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: 
 
 def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Job, client: MlflowClient) -> None:
     first = job.add("int8")
-    again = Job(job.folder / "again", job.tracker, job.registry, job.name)
+    again = Job(job.book)
     second = again.add("int8")
     assert (second.version, second.job_id) == (1, again.parent)
     assert second.run_id != first.run_id
     assert len(job.registry.versions(job.name)) == 1
     (Path(client.get_model_version_download_uri(job.name, "1")) / VERSION_MANIFEST).unlink()
-    third = Job(job.folder / "third", job.tracker, job.registry, job.name).add("int8")
-    assert third.version == 2  # the files of the first are gone
+    assert Job(job.book).add("int8").version == 2  # the files of the first are gone
 
 
 def test_other_files_are_a_new_version_and_take_the_alias_of_the_precision(job: Job) -> None:
     job.add("int8")
     job.add("int8", "better")
-    assert job.registry.find(job.name, "int8").version == job.registry.newest(job.name, "int8").version == 2
-    assert job.registry.find(job.name, "1").aliases == ()
+    assert job.find("int8").version == job.registry.newest(job.name, "int8").version == 2
+    assert job.find("1").aliases == ()
 
 
 @pytest.mark.parametrize("variant", ["champion", "Previous", "latest", "v2", "2"])
 def test_a_variant_whose_name_means_something_else_gets_no_alias(job: Job, variant: str) -> None:
     assert job.add(variant).aliases == ()
-    assert numbers(job.registry, job.name) == (None, None)
+    assert job.aliases == (None, None)
 
 
 def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job, client: MlflowClient) -> None:
@@ -99,33 +101,27 @@ def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job, clie
     assert job.registry.newest(job.name, "1") == called
     for number in ("1", "3"):  # as before there was this rule
         client.set_registered_model_alias(job.name, number, "2")
-    assert job.registry.find(job.name, "1").variant == "int8"
+    assert job.find("1").variant == "int8"
     with pytest.raises(UsageError, match="'3'"):
-        job.registry.find(job.name, "3")
+        job.find("3")
     with pytest.raises(UsageError, match="'7'"):
         job.registry.newest(job.name, "7")
 
 
 def test_promotion_keeps_what_was_before(job: Job) -> None:
     first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
-    job.registry.promote(first, None, {"slmops.promoted_by": "me"})
-    assert numbers(job.registry, job.name) == (1, None)
-    assert job.registry.find(job.name, "champion").tags["slmops.promoted_by"] == "me"
-    job.registry.promote(second, first, {})
-    assert numbers(job.registry, job.name) == (2, 1)
-    job.registry.promote(third, second, {})
-    assert numbers(job.registry, job.name) == (3, 2)
-    job.registry.promote(second, third, {})  # a rollback
-    assert numbers(job.registry, job.name) == (2, 3)
+    for version, aliases in ((first, (1, None)), (second, (2, 1)), (third, (3, 2)), (second, (2, 3))):
+        job.promote(version)  # in the end a rollback
+        assert job.aliases == aliases
+    assert job.find("champion").tags["slmops.promoted_by"] == "me"
 
 
 def test_of_two_promotions_one_wins_and_the_other_is_told(job: Job) -> None:
     first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
-    job.registry.promote(first, None, {})
-    job.registry.promote(second, first, {})
+    job.promote(first, second)
     with pytest.raises(PromotionError, match=r"version 2 \(int4\)"):
         job.registry.promote(third, first, {})  # judged against what is no longer the champion
-    assert numbers(job.registry, job.name) == (2, 1)
+    assert job.aliases == (2, 1)
 
 
 def test_an_overwritten_promotion_is_told_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +134,7 @@ def test_an_overwritten_promotion_is_told_too(job: Job, monkeypatch: pytest.Monk
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overwritten)
     with pytest.raises(PromotionError, match=r"version 2 \(int4\)"):
         job.registry.promote(first, None, {})
-    assert numbers(job.registry, job.name) == (second.version, None)
+    assert job.aliases == (second.version, None)
 
 
 @pytest.mark.parametrize("stops_before", [0, 1, 2])
@@ -147,7 +143,7 @@ def test_a_crash_in_a_promotion_leaves_aliases_that_point_at_something(
 ) -> None:
     job.name += str(stops_before)
     first, second = job.add("int8"), job.add("int4")
-    job.registry.promote(first, None, {})
+    job.promote(first)
     left = stops_before
     set_alias = MlflowClient.set_registered_model_alias
 
@@ -164,29 +160,28 @@ def test_a_crash_in_a_promotion_leaves_aliases_that_point_at_something(
             job.registry.promote(second, first, {})
     else:
         job.registry.promote(second, first, {})
-    assert numbers(job.registry, job.name) == {0: (1, None), 1: (1, 1), 2: (2, 1)}[stops_before]
+    assert job.aliases == {0: (1, None), 1: (1, 1), 2: (2, 1)}[stops_before]
 
 
 def test_a_withdrawn_promotion_goes_back_one_step_and_remembers_the_one_before(job: Job) -> None:
     first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
     assert job.registry.withdraw(first, "never was") is None
-    for version, against in ((first, None), (second, first), (third, second)):
-        job.registry.promote(version, against, {})
+    job.promote(first, second, third)
     now = job.registry.withdraw(third, "it answers nothing")
     assert now is not None
     assert now.version == 2
-    assert numbers(job.registry, job.name) == (2, 1)  # and not back to the one that failed
-    assert job.registry.find(job.name, "3").tags["slmops.withdrawn"] == "it answers nothing"
+    assert job.aliases == (2, 1)  # and not back to the one that failed
+    assert job.find("3").tags["slmops.withdrawn"] == "it answers nothing"
     again = job.registry.withdraw(third, "another device says so")  # it is not the champion any more
     assert again is not None
-    assert numbers(job.registry, job.name) == (2, 1)
+    assert job.aliases == (2, 1)
 
 
 def test_the_only_version_cannot_be_withdrawn(job: Job) -> None:
     first = job.add("int8")
-    job.registry.promote(first, None, {})
+    job.promote(first)
     assert job.registry.withdraw(first, "broken") is None
-    assert numbers(job.registry, job.name) == (1, None)
+    assert job.aliases == (1, None)
 
 
 def test_what_is_not_there_is_named(job: Job) -> None:
@@ -196,7 +191,7 @@ def test_what_is_not_there_is_named(job: Job) -> None:
     assert job.name in str(caught.value.fix)
     for which in ("champion", "7", "int2", "v1", "'; drop", ""):
         with pytest.raises(UsageError, match=job.name) as caught:
-            job.registry.find(job.name, which)
+            job.find(which)
         assert "1 (int8)" in str(caught.value.fix)
     assert job.registry.champion("nothing") is None
     assert job.registry.versions("it's") == []
@@ -220,16 +215,15 @@ def test_an_altered_version_is_named(job: Job, client: MlflowClient) -> None:
     job.add("int8")
     client.delete_model_version_tag(job.name, "1", "slmops.size_mb")
     with pytest.raises(UsageError, match=r"slmops\.size_mb"):
-        job.registry.find(job.name, "int8")
+        job.find("int8")
     assert job.registry.versions(job.name) == []
 
 
 def test_a_deleted_version_takes_its_aliases_with_it(job: Job, client: MlflowClient) -> None:
     first, second = job.add("int8"), job.add("int4")
-    job.registry.promote(first, None, {})
-    job.registry.promote(second, first, {})
+    job.promote(first, second)
     client.delete_model_version(job.name, "1")
-    assert numbers(job.registry, job.name) == (2, None)
+    assert job.aliases == (2, None)
 
 
 def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

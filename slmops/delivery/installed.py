@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -44,6 +44,13 @@ def downloads_of(settings: Settings) -> Path:
     return settings.deployed / "downloads"
 
 
+def place(name: str, variant: str, number: int, settings: Settings) -> Installed:
+    """A version as it is called on this device, whether it is there or not."""
+    called = layout.model_name(name, variant)
+    folder = folder_of(settings) / f"{called}-{number}"
+    return Installed(name=name, version=number, variant=variant, foundry_id=f"{called}:{number}", folder=folder)
+
+
 def read_manifest(path: Path) -> VersionManifest | None:
     """The manifest in a file, if it is complete."""
     try:
@@ -54,7 +61,7 @@ def read_manifest(path: Path) -> VersionManifest | None:
 
 def versions(name: str, settings: Settings) -> list[Installed]:
     """The versions of a model that are here, newest first. A folder that is not whole does not count."""
-    found = [_installed(name, folder) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
+    found = [_whole(name, folder, settings) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.version, reverse=True)
 
 
@@ -95,18 +102,14 @@ def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
         _keep(name, {*foundry_ids, *((state.current, state.previous) if state else ())}, settings)
 
 
-@contextmanager
-def locked(name: str, settings: Settings) -> Iterator[None]:
+def locked(name: str, settings: Settings) -> AbstractContextManager[None]:
     """Hold the lock under which versions of a model are installed and removed."""
-    with locks.exclusive(settings.locks / f"pull-{_checked(name)}.lock", f"the installation of {name!r}", wait=True):
-        yield
+    return locks.exclusive(settings.locks / f"pull-{_checked(name)}.lock", f"the installation of {name!r}", wait=True)
 
 
-@contextmanager
-def catalog_locked(settings: Settings) -> Iterator[None]:
+def catalog_locked(settings: Settings) -> AbstractContextManager[None]:
     """Hold the lock of Foundry Local's catalog in ``settings.deployed``."""
-    with locks.exclusive(settings.locks / "deployed.lock", "the catalog of installed versions", wait=True):
-        yield
+    return locks.exclusive(settings.locks / "deployed.lock", "the catalog of installed versions", wait=True)
 
 
 def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
@@ -150,29 +153,20 @@ def work_of(name: str, settings: Settings) -> Path:
     return settings.deployed / "work" / name
 
 
-def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) -> None:
-    _remove([one for one in versions(name, settings) if one.foundry_id not in foundry_ids], settings)
-
-
-def _installed(name: str, folder: Path) -> Installed | None:
+def _whole(name: str, folder: Path, settings: Settings) -> Installed | None:
+    """The version of a model in a folder; None: it is not one, or not all of it is there."""
     manifest = read_manifest(folder / VERSION_MANIFEST)
     number = folder.name.rpartition("-")[2]
     if manifest is None or not re.fullmatch(r"[1-9][0-9]*", number):
         return None
-    called = layout.model_name(name, manifest.variant)
-    whole = all(_size(folder / file.name) == file.size for file in manifest.files)
-    if folder.name != f"{called}-{number}" or not whole or not (folder / layout.INFERENCE_MODEL).is_file():
-        return None
-    return Installed(
-        name=name,
-        version=int(number),
-        variant=manifest.variant,
-        foundry_id=f"{called}:{number}",
-        folder=folder,
-    )
+    found = place(name, manifest.variant, int(number), settings)
+    there = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    whole = all(there.get(folder / file.name) == file.size for file in manifest.files)
+    return found if found.folder == folder and whole and folder / layout.INFERENCE_MODEL in there else None
 
 
-def _remove(superseded: Sequence[Installed], settings: Settings) -> None:
+def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) -> None:
+    superseded = [one for one in versions(name, settings) if one.foundry_id not in foundry_ids]
     if not superseded:
         return
     with catalog_locked(settings):
@@ -206,7 +200,3 @@ def _read(name: str, settings: Settings) -> _State | None:
         return _State.model_validate_json(_file(name, settings).read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

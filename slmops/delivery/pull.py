@@ -154,15 +154,8 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     _check_fits(version, "Use a larger device, or promote a smaller variant.")
     if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch("[0-9a-f]{64}", version.manifest_sha256):
         raise TrackingError(f"{version.label} was not made by slmops: its tags make no sense.")
-    called = layout.model_name(version.name, version.variant)
-    folder = installed.folder_of(settings) / f"{called}-{version.version}"
-    done = Installed(
-        name=version.name,
-        version=version.version,
-        variant=version.variant,
-        foundry_id=version.foundry_id,
-        folder=folder,
-    )
+    done = installed.place(version.name, version.variant, version.version, settings)
+    folder = done.folder
     with _writing(settings):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_scratch(folder.parent)

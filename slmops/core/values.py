@@ -1,4 +1,4 @@
-"""What passes between the modules: small frozen values, each with one JSON form."""
+"""What passes between the packages: small frozen values, each with one JSON form."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OF_MACHINE = (
     "energy_",
     "noise_",
 )
-"""How the names of the metrics begin that depend on the machine; they compare between machines of one kind only."""
+"""Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 
 
 class Frozen(BaseModel):
-    """Base of all values: unchangeable, and unknown keys are errors."""
+    """Base of all values: they cannot be changed, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,12 +54,14 @@ class Checkpoint(Frozen):
     source: str = Field(description="What the user asked for.")
     path: Path = Field(description="Folder with config, weights, tokenizer and chat template.")
     digest: str = Field(description="SHA-256 over the names and contents of all its files.")
-    architecture: str = Field(description="First of config.json's architectures, as LlamaForCausalLM.")
+    architecture: str = Field(description="First of config.json's architectures, such as LlamaForCausalLM.")
     parameters: int = Field(description="Number of weights; tied embeddings count once.")
     size_mb: float = Field(description="Size of the weight files in MB.")
     context_length: int = Field(description="Longest sequence in tokens.")
     tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
-    linear_sizes: tuple[int, ...] = Field(description="Input sizes of the linear layers, which a group must divide.")
+    linear_sizes: tuple[int, ...] = Field(
+        description="Input sizes of the linear layers; groups must divide them."
+    )
 
 
 class Recipe(Frozen):
@@ -72,7 +74,7 @@ class Recipe(Frozen):
 
     @property
     def users_own(self) -> bool:
-        """It is a user's Olive file, of which nothing is promised."""
+        """It is a user's Olive file, which may do anything."""
         return self.bits is None
 
 
@@ -84,13 +86,13 @@ class Hardware(Frozen):
     processor: str
     cores: int
     memory_gb: float
-    isa: tuple[str, ...] = Field(description="Instruction sets that matter to the kernels, as avx2.")
+    isa: tuple[str, ...] = Field(description="Instruction sets that matter to the kernels, such as avx2.")
 
     @property
     def kind(self) -> str:
-        """What machines must have in common for their speeds to compare: ``Some CPU (Linux x86_64), 2 cores, avx2``.
+        """What machines must share before their speeds can be compared: ``Some CPU (Linux x86_64), 2 cores, avx2``.
 
-        Neither the release of the system nor the amount of memory: both change and the machine is the same.
+        The release of the system and the amount of memory are not in it: they can change on the same machine.
         """
         system, processor = self.system.partition(" ")[0], " ".join(self.processor.split())
         return f"{processor} ({system} {self.machine}), {self.cores} cores, {' '.join(self.isa) or 'no extensions'}"
@@ -107,17 +109,15 @@ class VariantFile(Frozen):
 class Weights(Frozen):
     """What the weights of an ONNX model are made of."""
 
-    bits_per_weight: float = Field(
-        description="Bytes of all weights and their scales x 8 / parameters of the checkpoint."
-    )
-    by_bits: dict[str, int] = Field(description="Number of weights stored with so many bits: {'4': ..., '32': ...}.")
-    quantized_ops: dict[str, int] = Field(description="Number of operators, as {'MatMulNBits 4 bit': 105}.")
+    bits_per_weight: float = Field(description="Bytes of all weights and scales x 8 / parameters of the checkpoint.")
+    by_bits: dict[str, int] = Field(description="Number of weights by the bits that store each: {'4': ..., '32': ...}.")
+    quantized_ops: dict[str, int] = Field(description="Number of operators, such as {'MatMulNBits 4 bit': 105}.")
 
 
 class Variant(Frozen):
-    """A converted model in a folder of its own. The folder's ``variant.json`` is this, less ``path``."""
+    """A converted checkpoint in a folder of its own. The folder's ``variant.json`` is this without ``path``."""
 
-    key: str = Field(description="Name of the folder: recipe name and digest of all that went in.")
+    key: str = Field(description="Name of the folder: recipe and digest of all inputs.")
     recipe: Recipe
     checkpoint: Checkpoint
     files: tuple[VariantFile, ...]
@@ -137,7 +137,7 @@ class Variant(Frozen):
 
     @property
     def model_mb(self) -> float:
-        """Size of the ONNX graph and its data in MB; tokenizer and configs not counted."""
+        """Size of the ONNX graph and its data in MB, without tokenizer and configs."""
         return sum(file.size for file in self.files if ".onnx" in file.name) / 1e6
 
 
@@ -151,18 +151,18 @@ class Registration(Frozen):
 
 
 class Measurement(Frozen):
-    """One figure and how sure it is."""
+    """One figure and its uncertainty."""
 
     value: float
     unit: str
     samples: int = 1
-    low: float | None = Field(None, description="Lower end of the 95 % interval; None: too few samples to say.")
-    high: float | None = Field(None, description="Upper end of the 95 % interval; of an exact figure, its value.")
-    note: str | None = Field(None, description="What to mind, as 'indicative: 12 samples'.")
+    low: float | None = Field(None, description="Lower end of the 95 % interval; None: too few samples.")
+    high: float | None = Field(None, description="Upper end of the 95 % interval; an exact figure's own value.")
+    note: str | None = Field(None, description="A caveat, such as 'indicative: 12 samples'.")
 
     @classmethod
     def exact(cls, value: float, unit: str, samples: int = 1) -> Measurement:
-        """A figure without uncertainty, as a size or a count."""
+        """A figure without uncertainty, such as a size or a count."""
         return cls(value=value, unit=unit, samples=samples, low=value, high=value)
 
 
@@ -175,10 +175,8 @@ class Answer(Frozen):
     expected: str
     answer: str
     correct: bool | None = Field(description="None: it could not be judged.")
-    score: float | None = Field(None, description="From 0 to 1; of matchers that know no degrees 0 or 1.")
-    format_valid: bool | None = Field(
-        None, description="It has the structure that its item asks for; None: none asked."
-    )
+    score: float | None = Field(None, description="From 0 to 1; exactly 0 or 1 from a matcher that knows no degrees.")
+    format_valid: bool | None = Field(None, description="It has the structure that its item asks for, if it asks.")
     reason: str | None = Field(None, description="Why it could not be judged.")
     finish_reason: str
     seconds: float
@@ -194,7 +192,7 @@ class CurvePoint(Frozen):
 
 
 class CaseOutcome(Frozen):
-    """One edge case and how the runtime took it."""
+    """One edge case and what the runtime did."""
 
     id: str
     expected: str
@@ -204,13 +202,13 @@ class CaseOutcome(Frozen):
 
 
 class Evaluation(Frozen):
-    """What was measured of one variant."""
+    """All that was measured of one variant."""
 
     measurements: dict[str, Measurement]
     answers: tuple[Answer, ...]
     cases: tuple[CaseOutcome, ...] = ()
     curves: tuple[CurvePoint, ...] = ()
-    samples: tuple[dict[str, float], ...] = Field(description="One row a timed request: the raw figures.")
+    samples: tuple[dict[str, float], ...] = Field(description="Raw figures, one row per timed request.")
     evaluation_set_digest: str
     text_digest: str
 
@@ -226,21 +224,21 @@ Outcome = Literal["pass", "fail", "inconclusive", "skipped"]
 class GateResult(Frozen):
     """One gate of the policy, applied to one variant."""
 
-    gate: str = Field(description="The gate as text, as 'perplexity_ratio at most 1.1'.")
+    gate: str = Field(description="The gate as text, such as 'perplexity_ratio at most 1.1'.")
     metric: str
-    outcome: Outcome = Field(description="skipped: there is nothing to compare with, as no champion yet.")
-    advisory: bool = Field(description="It is reported, and refuses nothing.")
+    outcome: Outcome = Field(description="skipped: there is nothing to compare with, for example no champion yet.")
+    advisory: bool = Field(description="It is only reported.")
     refuses: bool = Field(description="Because of this gate the variant cannot be chosen.")
     value: float | None = None
     low: float | None = None
     high: float | None = None
     limit: float
-    more_samples: int | None = Field(None, description="How many more would settle an inconclusive gate, about.")
+    more_samples: int | None = Field(None, description="About how many more would settle an inconclusive gate.")
     detail: str = Field(description="A sentence for people.")
 
 
 class VariantResult(Frozen):
-    """A variant as the comparison shows it; the JSON form is a promise to scripts."""
+    """A variant as the comparison shows it. Scripts rely on the JSON form."""
 
     name: str
     status: Literal["ok", "failed", "skipped"]
@@ -248,7 +246,7 @@ class VariantResult(Frozen):
     path: Path | None = None
     foundry_id: str | None = None
     run_id: str | None = None
-    version: int | None = Field(None, description="Its version in the Model Registry; None: a gate refused it.")
+    version: int | None = Field(None, description="Its number in the Model Registry; None: a gate refused it.")
     metrics: dict[str, float] = {}
     measurements: dict[str, Measurement] = Field({}, description="The same with units and intervals.")
     gates: tuple[GateResult, ...] = ()
@@ -256,7 +254,7 @@ class VariantResult(Frozen):
 
 
 class Choice(Frozen):
-    """Which variant is taken, and why."""
+    """Which variant is chosen, and why."""
 
     variant: str | None
     reason: str

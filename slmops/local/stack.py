@@ -1,7 +1,7 @@
 """The local Prefect and MLflow servers: started when they are needed, left running, stopped by ``slmops down``.
 
-Everything that they keep lies below ``settings.home``, and ``stack.json`` there says which processes they are. Prefect
-and MLflow are started as processes only, never imported.
+Everything that they keep is below ``settings.home``, and ``stack.json`` there says which processes they are. Both are
+only started as processes, never imported.
 """
 
 from __future__ import annotations
@@ -24,26 +24,30 @@ from slmops.processes import children, daemon
 from slmops.processes.daemon import HOST, Daemon
 from slmops.serving.home_service import ServingStatus
 
-Name = Literal["prefect", "mlflow", "worker"]
+Server = Literal["prefect", "mlflow", "worker"]
 
 ROOT = Path(__file__).parents[2]
+"""The source tree, if slmops was installed from one."""
 REGISTER = ROOT / "deployments" / "register.py"
 POOL = "slmops"
 START_S = 120.0
-STUCK_S = 20.0
+RECOVER_S = 20.0
 DEPLOY_S = 300.0
 
 QUIET = {
     "DO_NOT_TRACK": "true",  # Prefect also takes "1", MLflow only this word
-    # The server's heartbeat; its UI, too, asks this flag whether to track.
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # the server's heartbeat, and what its UI sends
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Variables with which neither Prefect nor MLflow sends anything to its makers."""
 
-_TITLES: dict[Name, str] = {"prefect": "Prefect server", "mlflow": "MLflow server", "worker": "Prefect worker"}
-_HEALTH: dict[Name, tuple[str, str]] = {
+_TITLES: dict[Server, str] = {"prefect": "Prefect server", "mlflow": "MLflow server", "worker": "Prefect worker"}
+_VARIABLES: dict[Server, str] = {
+    "prefect": "SLMOPS_PREFECT_API_URL and PREFECT_API_URL",
+    "mlflow": "SLMOPS_TRACKING_URI and MLFLOW_TRACKING_URI",
+}
+_HEALTH: dict[Server, tuple[str, str]] = {
     "prefect": ("/api/health", "true"),
     "mlflow": ("/health", "OK"),
     "worker": ("/health", '{"message":"OK"}'),
@@ -51,16 +55,16 @@ _HEALTH: dict[Name, tuple[str, str]] = {
 
 
 class Stack(Frozen):
-    """The servers to talk to, and which of them this call started."""
+    """Where the servers are, and which of them this call started."""
 
     prefect_url: str
     prefect_api_url: str
     tracking_uri: str
-    started: tuple[Name, ...] = ()
+    started: tuple[Server, ...] = ()
 
 
 class ServerStatus(Frozen):
-    """One server: the root that a client would use, and whether it answers."""
+    """One server: the root URL for clients, and whether it answers."""
 
     url: str | None
     ok: bool
@@ -79,12 +83,12 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
     """Start what is not running, and wait until it answers.
 
     Args:
-        settings: A server named in it is used instead of one of our own, and only asked for its health.
+        settings: A server that it names is used instead of one of ours, and only asked whether it is healthy.
         worker: Also register the deployments, and start a worker that runs them.
 
     Raises:
-        PrerequisiteError: A server that the settings name does not answer, or one of ours does not start. Whatever
-            this call had started is stopped again.
+        PrerequisiteError: A server that the settings name does not answer, or one of ours does not start. What this
+            call has started is stopped again.
         WorkError: The deployments could not be registered.
     """
     if worker and not _prefect_file().is_file():
@@ -95,10 +99,10 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
     _check_given(settings)
     with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
         servers = _read(settings)
-        started: list[Name] = []
+        started: list[Server] = []
         try:
-            for name in _ours(settings):
-                if not _runs_well(name, servers):
+            for name, url in _given(settings).items():
+                if url is None and not _runs_well(name, servers):
                     _start(settings, servers, name)
                     started.append(name)
             for name in list(started):
@@ -115,12 +119,12 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
     return stack.model_copy(update={"started": tuple(started)})
 
 
-def down(settings: Settings) -> list[Name]:
-    """Stop what we started, the worker first. Returns the names of what was running."""
+def down(settings: Settings) -> list[Server]:
+    """Stop what we started, the worker first; returns what was running."""
     if not _state(settings).exists():
         return []
-    stopped: list[Name] = []
-    order: tuple[Name, ...] = ("worker", "prefect", "mlflow")
+    order: tuple[Server, ...] = ("worker", "prefect", "mlflow")
+    stopped: list[Server] = []
     with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
         servers = _read(settings)
         for name in order:
@@ -133,15 +137,12 @@ def down(settings: Settings) -> list[Name]:
 def status(settings: Settings) -> StackStatus:
     """Ask each server, ours or given, for its health. Never starts anything and never raises."""
     servers = _read(settings)
-    return StackStatus(
-        home=settings.home,
-        prefect=_status("prefect", settings.prefect_api_url, servers),
-        mlflow=_status("mlflow", settings.tracking_uri, servers),
-    )
+    found = {name: _status(name, url, servers) for name, url in _given(settings).items()}
+    return StackStatus(home=settings.home, prefect=found["prefect"], mlflow=found["mlflow"])
 
 
 def tracking_uri(settings: Settings) -> str:
-    """The MLflow tracking URI: the one that the settings name, else that of the local server.
+    """The address of MLflow: the settings' own, or that of the local server.
 
     Raises:
         PrerequisiteError: There is neither.
@@ -157,16 +158,16 @@ def tracking_uri(settings: Settings) -> str:
 def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     """Variables to set before Prefect is imported, here or in a child.
 
-    Prefect's console handler is silenced altogether, because our own logger talks on the terminal: at ERROR it would
-    still print the traceback of each failed task. Records reach the server all the same, and so do those of the logger
-    ``slmops``. That logger's level is for the caller to set: it inherits WARNING.
+    Prefect's console handler is silenced, because our own logger prints on the terminal: at ERROR it would still print
+    the traceback of each failed task. Its records and those of the logger ``slmops`` reach the server nevertheless. The
+    caller must set that logger's level, which is WARNING by default.
     """
     return {
         **_client_environment(settings, stack),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
-        # A server that restarts is back within these 14 s; with the default a dead one keeps a run waiting for minutes.
-        # With machines that work for us it is worth waiting for longer.
+        # A server that restarts is back within these 14 s, and a run waits minutes for a dead one by default. It is
+        # worth waiting longer if other machines work for us.
         "PREFECT_CLIENT_MAX_RETRIES": "6" if settings.pools else "3",
     }
 
@@ -185,13 +186,12 @@ def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:
 # --- starting
 
 
-def _ours(settings: Settings) -> list[Name]:
-    """The servers that the settings leave to us."""
-    given: dict[Name, str | None] = {"prefect": settings.prefect_api_url, "mlflow": settings.tracking_uri}
-    return [name for name, url in given.items() if url is None]
+def _given(settings: Settings) -> dict[Server, str | None]:
+    """The servers that a job needs, and where the settings say that they are; None: it is for us to start it."""
+    return {"prefect": settings.prefect_api_url, "mlflow": settings.tracking_uri}
 
 
-def _start(settings: Settings, servers: dict[Name, Daemon], name: Name, above: int = 0) -> None:
+def _start(settings: Settings, servers: dict[Server, Daemon], name: Server, above: int = 0) -> None:
     """Start a server, in place of one that died or hangs, on the first free port higher than ``above``."""
     if name in servers:
         daemon.stop(servers.pop(name))
@@ -206,7 +206,7 @@ def _start(settings: Settings, servers: dict[Name, Daemon], name: Name, above: i
     _write(settings, servers)
 
 
-def _prefect_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+def _prefect_command(settings: Settings, _: dict[Server, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
     folder = settings.home / "prefect"
     env = {
         **_clean_environment(),
@@ -218,12 +218,12 @@ def _prefect_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tu
     return ["prefect", "server", "start", "--host", HOST, "--port", str(port)], env
 
 
-def _mlflow_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+def _mlflow_command(settings: Settings, _: dict[Server, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
     folder = settings.home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     env = {
         **_clean_environment(),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a job queue with worker processes of its own, for LLM judges
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a queue with worker processes, for LLM judges
         "MLFLOW_ENABLE_AI_GATEWAY": "false",
     }
     storage = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
@@ -234,13 +234,13 @@ def _mlflow_command(settings: Settings, _: dict[Name, Daemon], port: int) -> tup
 
 
 def _clean_environment() -> dict[str, str]:
-    """Ours without what is meant for other servers, as a database or a static prefix: all we keep is below home."""
+    """Ours without what is meant for other servers, such as a database: everything that we keep is below home."""
     ours = {key: value for key, value in os.environ.items() if not key.lstrip("_").startswith(("PREFECT_", "MLFLOW_"))}
     return {**ours, **QUIET}
 
 
-def _wait_until_healthy(settings: Settings, servers: dict[Name, Daemon], name: Name) -> None:
-    """Wait for a server that was just started; one that lost its port to somebody else is started on the next.
+def _wait_until_healthy(settings: Settings, servers: dict[Server, Daemon], name: Server) -> None:
+    """Wait for a server that was just started. If another program took its port, start it on the next one.
 
     Raises:
         PrerequisiteError: It died or does not answer.
@@ -259,9 +259,9 @@ def _wait_until_healthy(settings: Settings, servers: dict[Name, Daemon], name: N
         _start(settings, servers, name, above=servers[name].port)
 
 
-def _runs_well(name: Name, servers: dict[Name, Daemon]) -> bool:
-    """Whether it is alive and answers; one whose starter was killed a moment ago is given time."""
-    deadline = time.monotonic() + STUCK_S
+def _runs_well(name: Server, servers: dict[Server, Daemon]) -> bool:
+    """Whether it is alive and answers. It is given time, because its starter may have been killed a moment ago."""
+    deadline = time.monotonic() + RECOVER_S
     while name in servers and daemon.leader(servers[name]) is not None and time.monotonic() < deadline:
         if daemon.healthy(servers[name], *_HEALTH[name]):
             return True
@@ -276,8 +276,8 @@ def _prefect_file() -> Path:
     return ROOT / "deployments" / "prefect.yaml"
 
 
-def _work(settings: Settings, stack: Stack, servers: dict[Name, Daemon], started: list[Name]) -> None:
-    """Renew the deployments, and have a worker running."""
+def _work(settings: Settings, stack: Stack, servers: dict[Server, Daemon], started: list[Server]) -> None:
+    """Register the deployments, and start a worker unless one runs."""
     log = settings.logs / "deploy.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, str(REGISTER), str(_prefect_file())]
@@ -290,7 +290,7 @@ def _work(settings: Settings, stack: Stack, servers: dict[Name, Daemon], started
         _wait_until_healthy(settings, servers, "worker")
 
 
-def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
+def _worker_command(settings: Settings, servers: dict[Server, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
     env = {
         **os.environ,
         **_worker_environment(settings, _stack(settings, servers)),
@@ -302,7 +302,7 @@ def _worker_command(settings: Settings, servers: dict[Name, Daemon], port: int) 
 
 
 def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
-    """A flow run has to see the settings of this process, whose ``.env`` and folder it does not share."""
+    """The settings of this process, for flow runs that share neither its ``.env`` nor its folder."""
     values = settings.model_dump(exclude_none=True)
     ours = {f"SLMOPS_{key.upper()}": _as_variable(value) for key, value in values.items()}
     return {**ours, **_client_environment(settings, stack)}
@@ -319,28 +319,23 @@ def _as_variable(value: Any) -> str:
 
 def _check_given(settings: Settings) -> None:
     """Servers that the user named must answer: there is nothing that we could start in their place."""
-    given: tuple[tuple[Name, str | None, str], ...] = (
-        ("prefect", settings.prefect_api_url, "SLMOPS_PREFECT_API_URL and PREFECT_API_URL"),
-        ("mlflow", settings.tracking_uri, "SLMOPS_TRACKING_URI and MLFLOW_TRACKING_URI"),
-    )
-    for name, url, variables in given:
-        problem = _problem(name, url) if url else None
-        if problem:
+    for name, url in _given(settings).items():
+        if url and (problem := _problem(name, url)):
             raise PrerequisiteError(
                 f"The {_TITLES[name]} at {url} does not answer: {problem}.",
-                f"Start it, correct the URL, or unset {variables} so that slmops starts a server of its own.",
+                f"Start it or correct the URL; or unset {_VARIABLES[name]}, and slmops starts a server of its own.",
             )
 
 
-def _problem(name: Name, url: str) -> str | None:
+def _problem(name: Server, url: str) -> str | None:
     """Why a server that the user named cannot be used; None if it can."""
     if not url.startswith(("http://", "https://")):
-        return None  # a database, or a service with a protocol of its own: MLflow will tell
+        return None  # a database, or a service with its own protocol: MLflow will say what is wrong with it
     path, body = _HEALTH[name]
     return daemon.problem(url.rstrip("/") + path.removeprefix("/api"), body, given=True)
 
 
-def _status(name: Name, given: str | None, servers: dict[Name, Daemon]) -> ServerStatus:
+def _status(name: Server, given: str | None, servers: dict[Server, Daemon]) -> ServerStatus:
     if given is not None:
         return ServerStatus(url=_root(given) if name == "prefect" else given, ok=_problem(name, given) is None)
     if name not in servers:
@@ -351,7 +346,7 @@ def _status(name: Name, given: str | None, servers: dict[Name, Daemon]) -> Serve
 # --- state
 
 
-def _stack(settings: Settings, servers: dict[Name, Daemon]) -> Stack:
+def _stack(settings: Settings, servers: dict[Server, Daemon]) -> Stack:
     api_url = settings.prefect_api_url or f"{servers['prefect'].url}/api"
     tracking = settings.tracking_uri or servers["mlflow"].url
     return Stack(prefect_url=_root(api_url), prefect_api_url=api_url, tracking_uri=tracking)
@@ -365,7 +360,7 @@ def _state(settings: Settings) -> Path:
     return settings.home / "stack.json"
 
 
-def _read(settings: Settings) -> dict[Name, Daemon]:
+def _read(settings: Settings) -> dict[Server, Daemon]:
     try:
         state = json.loads(_state(settings).read_text(encoding="utf-8"))
         return {name: Daemon.model_validate(state[name]) for name in _TITLES if name in state}
@@ -373,7 +368,7 @@ def _read(settings: Settings) -> dict[Name, Daemon]:
         return {}
 
 
-def _write(settings: Settings, servers: dict[Name, Daemon]) -> None:
+def _write(settings: Settings, servers: dict[Server, Daemon]) -> None:
     if servers:
         content = {name: server.model_dump() for name, server in servers.items()}
         write_atomic(_state(settings), json.dumps(content, indent=2) + "\n")
@@ -381,5 +376,5 @@ def _write(settings: Settings, servers: dict[Name, Daemon]) -> None:
         _state(settings).unlink(missing_ok=True)
 
 
-def _log(settings: Settings, name: Name) -> Path:
+def _log(settings: Settings, name: Server) -> Path:
     return settings.logs / f"{name}.log"

@@ -60,7 +60,7 @@ pull:
   - prefect.deployments.steps.set_working_directory:
       directory: {folder}
 deployments:
-  - name: local
+  - name: tiny
     entrypoint: tiny.py:tiny
     work_pool:
       name: slmops

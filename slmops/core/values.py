@@ -59,9 +59,7 @@ class Checkpoint(Frozen):
     size_mb: float = Field(description="Size of the weight files in MB.")
     context_length: int = Field(description="Longest sequence in tokens.")
     tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
-    linear_sizes: tuple[int, ...] = Field(
-        description="Input sizes of the linear layers; groups must divide them."
-    )
+    linear_sizes: tuple[int, ...] = Field(description="Input sizes of the linear layers; groups must divide them.")
 
 
 class Recipe(Frozen):

@@ -291,7 +291,7 @@ def test_what_cannot_be_measured(made: dict[str, Made], job: Job, settings: Sett
 
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Q", "expected": "A"}\n{"prompt": "Q"}\n')
     bad = quick.model_copy(update={"evaluation_set": tmp_path / "bad.jsonl"})
-    with pytest.raises(UsageError, match=r"bad\.jsonl has bad lines:\n  - line 2: expected is missing"):
+    with pytest.raises(UsageError, match="line 2"):
         quality.measure(variant, registration, "bad", bad, settings)
     (tmp_path / "short.txt").write_text("e")
     short = quick.model_copy(update={"perplexity_text": tmp_path / "short.txt"})

@@ -145,32 +145,39 @@ def test_verdicts(server: Server, content: str, judgement: Judgement) -> None:
     assert judge.score(ITEM, "x", configured(server.url)) == judgement
 
 
+NO_COMPLETION = "the judge's reply is not a chat completion"
+
+
 @pytest.mark.parametrize(
-    ("body", "reason"),
+    ("status", "body", "reason", "asked"),
     [
-        (b"", "the judge's reply is not a chat completion"),
-        (b"<html>", "the judge's reply is not a chat completion"),
-        (b"\xff", "the judge's reply is not a chat completion"),
-        (b"[]", "the judge's reply is not a chat completion"),
-        (b'{"choices": []}', "the judge's reply is not a chat completion"),
-        (completion(None), "the judge's reply is not a chat completion"),
-        (completion(""), "the judge gave no grade: what it said is not JSON"),
-        (completion("It is right."), "the judge gave no grade: what it said is not JSON"),
-        (completion("true"), "the judge gave no grade: it must be a table of keys and values"),
-        (completion('{"correct": true}'), "the judge gave no grade: score is missing"),
-        (completion('{"correct": "true", "score": 1}'), "the judge gave no grade: correct must be true or false"),
-        (completion('{"correct": 1, "score": 1}'), "the judge gave no grade: correct must be true or false"),
-        (completion('{"correct": true, "score": "1"}'), "the judge gave no grade: score must be a number"),
-        (completion('{"correct": true, "score": true}'), "the judge gave no grade: score must be a number"),
-        (completion('{"correct": true, "score": 10}'), "the judge gave no grade: score must be at most"),
-        (completion('{"correct": true, "score": NaN}'), "the judge gave no grade: what it said is not JSON"),
-        pytest.param(b" " * 1_000_001 + GOOD, "the judge's reply is not a chat completion: too long", id="too long"),
+        *(
+            (200, body, NO_COMPLETION, 1)
+            for body in (b"", b"<html>", b"\xff", b"[]", b'{"choices": []}', completion(None), b" " * 1_000_001 + GOOD)
+        ),
+        *(
+            (200, completion(said), "is not JSON", 1)
+            for said in ("", "It is right.", '{"correct": true, "score": NaN}')
+        ),
+        (200, completion("true"), "the judge gave no grade", 1),
+        (200, completion('{"correct": true}'), "score is missing", 1),
+        *((200, completion(f'{{"correct": {wrong}, "score": 1}}'), "correct must be", 1) for wrong in ('"true"', "1")),
+        *(
+            (200, completion(f'{{"correct": true, "score": {wrong}}}'), "score must be", 1)
+            for wrong in ('"1"', "true", "10")
+        ),
+        (400, b"", "the judge answered 400", 1),
+        (301, b"", "the judge answered 301", 1),
+        (401, b"", "the judge answered 401: check SLMOPS_JUDGE_API_KEY", 1),
+        (404, b"", "the judge answered 404: check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL", 1),
+        (500, b"", "the judge answered 500", 4),
     ],
+    ids=lambda value: str(value)[:40],
 )
-def test_nonsense_is_unscored_and_not_asked_again(server: Server, body: bytes, reason: str) -> None:
-    server.replies = [(200, body)]
-    assert unscored(judge.score(ITEM, "x", configured(server.url))).startswith(reason)
-    assert len(server.requests) == 1
+def test_no_grade_is_unscored(server: Server, status: int, body: bytes, reason: str, asked: int) -> None:
+    server.replies = [(status, body)]
+    assert reason in unscored(judge.score(ITEM, "x", configured(server.url)))
+    assert len(server.requests) == asked
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -180,29 +187,13 @@ def test_busy_and_broken_servers_are_asked_again(server: Server, status: int) ->
     assert len(server.requests) == 4
 
 
-def test_at_last_it_gives_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_longer_each_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.replies = [(500, b"")]
     pauses: list[float] = []
     monkeypatch.setattr(judge, "BACKOFF_S", (0.5, 1.0, 2.0))
     monkeypatch.setattr("time.sleep", pauses.append)
-    assert unscored(judge.score(ITEM, "x", configured(server.url))) == "the judge answered 500"
-    assert len(server.requests) == 4
+    judge.score(ITEM, "x", configured(server.url))
     assert pauses == [0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    ("status", "reason"),
-    [
-        (400, "the judge answered 400"),
-        (301, "the judge answered 301"),
-        (401, "the judge answered 401: check SLMOPS_JUDGE_API_KEY"),
-        (404, "the judge answered 404: check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"),
-    ],
-)
-def test_refusals_are_not_asked_again(server: Server, status: int, reason: str) -> None:
-    server.replies = [(status, b"")]
-    assert unscored(judge.score(ITEM, "x", configured(server.url))) == reason
-    assert len(server.requests) == 1
 
 
 def test_bearer_token(server: Server) -> None:
@@ -263,8 +254,7 @@ def test_connection_that_breaks(server: Server) -> None:
 
 def test_no_server(server: Server) -> None:
     server.stop()
-    reason = unscored(judge.score(ITEM, "x", configured(server.url)))
-    assert reason == "the judge could not be reached (ConnectError)"
+    assert "could not be reached" in unscored(judge.score(ITEM, "x", configured(server.url)))
 
 
 @pytest.mark.parametrize("url", ["http://[", "http://127.0.0.1:port/v1", "http:///v1"])

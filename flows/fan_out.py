@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,29 +12,16 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
+from flows.progress import Progress
+from flows.workers import Seen, Workers, cancel_parts, crash, look, submit
 from slmops.cluster.exchange import Exchange
-from slmops.cluster.parts import Files, Measured, Part, Result, Stage
+from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, Stage
 from slmops.conversion import convert, store
-from slmops.core import machine, pools
+from slmops.core import machine
+from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
-from slmops.core.job import Job
-from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Recipe
-from tasks.fan_out import (
-    Seen,
-    cancel_parts,
-    close_exchange,
-    crash,
-    deploy,
-    fetch_result,
-    fetch_variant,
-    look,
-    open_exchange,
-    send_inputs,
-    send_variant,
-    submit,
-)
-from tasks.show import Progress
+from slmops.core.values import Recipe
+from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_inputs, send_variant
 from tasks.variant import convert_variant, register_variant
 
 log = logging.getLogger("slmops.fan_out")
@@ -45,22 +32,6 @@ POLL_S = 2.0
 LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PENDING: 900.0}
 """Seconds of silence after which a part is lost: pending is one that is being started on its machine. One that waits
 for a machine is not."""
-
-Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
-"""Recipe name, and what came of it."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Who does the parts.
-
-    Attributes:
-        pool: The work pool's name.
-        deployment: The deployment of the parts in it.
-    """
-
-    pool: str
-    deployment: UUID
 
 
 @dataclass
@@ -88,57 +59,38 @@ class _Child:
         return limit is not None and self.silent_s > limit
 
 
-def find_workers(checkpoint: Checkpoint, job: Job, settings: Settings) -> Workers:
-    """The smallest pool that is large enough.
-
-    Raises:
-        PrerequisiteError: None is, there is no such pool, or the Prefect server is away.
-    """
-    pool = pools.choose(settings.pools, checkpoint, job.device)
-    return Workers(pool.name, deploy(pool))
-
-
-def fan_out(
-    workers: Workers,
-    recipes: list[Recipe],
-    checkpoint: Checkpoint,
-    job: Job,
-    name: str,
-    settings: Settings,
-    uri: str,
-    parent: str,
-    progress: Progress,
-) -> Outcomes:
+def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: Progress) -> Outcomes:
     """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it.
 
     Raises:
         PrerequisiteError: The Prefect server is away.
         TrackingError: MLflow is away.
     """
-    with _exchange(uri, parent) as run_id:
-        exchange = Exchange(uri, run_id, settings)
-        weights, inputs = send_inputs(job, checkpoint, exchange)
+    with _exchange(context) as exchange:
+        weights, inputs = send_inputs(context, exchange)
         common = {
-            "exchange": run_id,
-            "name": name,
-            "job": job,
-            "checkpoint": checkpoint,
+            "exchange": exchange.run_id,
+            "name": context.name,
+            "job": context.job,
+            "checkpoint": context.checkpoint,
             "weights": weights,
             "inputs": inputs,
         }
-        yield from _FanOut(workers, recipes, common, exchange, settings, progress).run()
+        yield from _FanOut(workers, recipes, common, exchange, context, progress).run()
 
 
 @contextmanager
-def _exchange(uri: str, parent: str) -> Iterator[str]:
+def _exchange(context: JobContext) -> Iterator[Exchange]:
     """The files of the job, and its parts, are there as long as the job is."""
-    run_id = open_exchange(uri, parent)
+    exchange, stale = open_exchange(context)
+    for killed in stale:
+        cancel_parts(killed)
     try:
-        yield run_id
+        yield exchange
     finally:
         try:
-            cancel_parts(run_id)
-            close_exchange(uri, run_id)
+            cancel_parts(exchange.run_id)
+            close_exchange(exchange)
         except (PrerequisiteError, TrackingError) as error:
             log.warning("the next run of this job removes what is left of this one: %s", error.message)
 
@@ -152,17 +104,14 @@ class _FanOut:
         recipes: list[Recipe],
         common: dict[str, Any],
         exchange: Exchange,
-        settings: Settings,
+        context: JobContext,
         progress: Progress,
     ) -> None:
         self._workers = workers
         self._recipes = recipes
         self._common = common
-        self._job: Job = common["job"]
-        self._checkpoint: Checkpoint = common["checkpoint"]
-        self._name: str = common["name"]
         self._exchange = exchange
-        self._settings = settings
+        self._context = context
         self._progress = progress
         self._children: dict[UUID, _Child] = {}
         self._converted: dict[str, tuple[str, Files]] = {}
@@ -188,12 +137,13 @@ class _FanOut:
 
     def _begin(self, recipe: Recipe) -> Outcomes:
         """Convert, unless an earlier run has: what is deployed here and what is measured are to be the same files."""
-        found = store.load(self._settings.variants / store.key(recipe, self._checkpoint, machine.versions()))
+        context = self._context
+        found = store.load(context.settings.variants / store.key(recipe, context.checkpoint, machine.versions()))
         if found is None:
             self._submit(recipe, "convert")
             return
         try:
-            variant = convert_variant(recipe, self._checkpoint, self._job, self._name, self._settings)
+            variant = convert_variant(recipe, context)
         except SlmopsError as error:
             yield from self._fail(recipe, error)
         else:
@@ -205,7 +155,7 @@ class _FanOut:
             key, files = self._converted[recipe.name]
             of_stage = {"key": key, "variant": files, "references": self._references or ()}
         part = Part(id=f"{recipe.name}-{stage}-{attempt}", stage=stage, recipe=recipe, **self._common, **of_stage)
-        self._children[submit(part, self._workers.deployment)] = _Child(part, attempt)
+        self._children[submit(part, self._workers)] = _Child(part, attempt)
 
     def _measure(self, recipe: Recipe, key: str, files: Files) -> None:
         """Measure what is converted, as soon as the baseline has been."""
@@ -228,7 +178,7 @@ class _FanOut:
         what = f"{part.stage} {part.recipe.name}"
         said = state.message or state.name
         try:
-            result = fetch_result(part, self._exchange, self._settings.logs / self._name)
+            result = fetch_result(part, self._exchange, self._context.logs)
         except TrackingError:
             raise
         except SlmopsError as error:
@@ -247,16 +197,16 @@ class _FanOut:
         else:
             yield from self._finish(part, result)
 
-    def _finish(self, part: Part, result: Result) -> Outcomes:
+    def _finish(self, part: Part, result: PartResult) -> Outcomes:
         """Have a measured variant here, as if it had been made here."""
         if part.recipe.baseline:
             self._scored = result.scored
             self._go_on(result.references)
         try:
-            variant = fetch_variant(part.key or "", part.variant, self._exchange, self._settings)
-            if self._job.output_path is not None:
-                convert.export(variant, self._job.output_path)
-            registration = register_variant(variant, self._name, self._job, self._settings)
+            variant = fetch_variant(part.key or "", part.variant, self._exchange, self._context.settings)
+            if self._context.job.output_path is not None:
+                convert.export(variant, self._context.job.output_path)
+            registration = register_variant(variant, self._context)
             if result.speed is None or result.quality is None:
                 raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
         except TrackingError:

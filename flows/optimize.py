@@ -6,25 +6,29 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from pathlib import Path
 
 from prefect import flow, runtime
 
-from flows.fan_out import Outcomes, Workers, fan_out, find_workers
-from slmops.cluster.parts import Measured, comparable
-from slmops.core import locks, machine
+from flows.fan_out import fan_out
+from flows.one_machine import make_here
+from flows.progress import Progress
+from flows.running import named, plainly, turn
+from flows.workers import find_workers
+from slmops import preflight
+from slmops.cluster.parts import Measured, figures
+from slmops.core.context import JobContext
 from slmops.core.errors import GateError, SlmopsError, TrackingError, WorkError
 from slmops.core.files import remove_scratch
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Comparison, Recipe, Registration, Variant, VariantResult
-from slmops.evaluation.summary import evaluation
+from slmops.core.values import Comparison, Recipe, VariantResult
 from slmops.local import stack
+from slmops.selection import policy as policies
 from slmops.tracking.tracker import Tracker
-from tasks.checkpoint import get_checkpoint, plan_job
+from tasks.checkpoint import get_checkpoint, plan_recipes
 from tasks.choose import choose_variant
 from tasks.environment import check_environment
-from tasks.show import Progress, show_comparison
+from tasks.show import show_comparison
 from tasks.track import (
     finish_tracking,
     get_champion,
@@ -33,164 +37,113 @@ from tasks.track import (
     track_failure,
     track_variant,
 )
-from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 log = logging.getLogger("slmops.optimize")
 
-Made = tuple[Variant, Registration]
 
-
-@flow(name="optimize", flow_run_name="optimize {job.label}", persist_result=False)
+@flow(name="optimize", flow_run_name=named("optimize {job.label}"), persist_result=False)
+@plainly
 def optimize(job: Job) -> Comparison:
     """Convert, register, measure and compare one checkpoint; choose the variant to deploy.
 
     Raises:
-        SlmopsError: What went wrong. Of single variants that failed, and of gates that none passes, the error comes
-            last and carries the comparison.
+        SlmopsError: What went wrong. If single variants failed, or no variant passes the gates, the error comes last
+            and carries the comparison.
     """
     settings = Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
+    preflight.check(job, settings)
     check_environment(settings)
-    uri = stack.tracking_uri(settings)
-    checkpoint = get_checkpoint(job, settings, uri)
-    name = job.name or checkpoint.name
-    with locks.exclusive(settings.locks / f"run-{name}.lock", f"the job of {name!r}", wait=False):
-        _clean_up(name, settings)
-        recipes, policy = plan_job(job, checkpoint, name, settings)
-        workers = find_workers(checkpoint, job, settings) if settings.pools else None
-        parent = start_tracking(uri, name, job, checkpoint, runtime.flow_run.id or "")
-        with _closed_if_aborted(uri, parent):
-            made, tracked = _variants(workers, recipes, checkpoint, job, name, settings, uri, parent)
-            measured = next((result.run_id for result in tracked if result.status == "ok"), None)
-            choice, judged = choose_variant(tracked, policy, get_champion(uri, name, measured))
-            results = [  # without a choice there was nothing to judge by, or nothing that passed
-                register_version(uri, name, *made[result.name], result, parent)
-                if choice.variant is not None and _accepted(result)
-                else result
-                for result in judged
-            ]
-            comparison = Comparison(model=name, run_id=parent, choice=choice, variants=tuple(results))
-            failed = [result.name for result in results if result.status == "failed"]
-            url = finish_tracking(uri, comparison, policy, failed=bool(failed))
+
+    tracking_uri = stack.tracking_uri(settings)
+    checkpoint = get_checkpoint(job, settings, tracking_uri)
+    context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
+    with turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"):
+        _remove_unfinished_work(context)
+        recipes = plan_recipes(context)
+        context = start_tracking(context, runtime.flow_run.id or "")
+        with _closed_if_aborted(context):
+            comparison, url = _compare(recipes, context)
         show_comparison(comparison, url)
-        shutil.rmtree(settings.work(name), ignore_errors=True)
-    error: SlmopsError | None = None
-    if failed:
-        error = WorkError(f"{len(failed)} of {len(results)} variants failed: {', '.join(failed)}.")
-    elif choice.variant is None:
-        error = GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
-    if error is not None:
+        _remove_unfinished_work(context)
+
+    if error := _unsuccessful(comparison):
         error.comparison = comparison
         raise error
     return comparison
 
 
-def _variants(
-    workers: Workers | None,
-    recipes: list[Recipe],
-    checkpoint: Checkpoint,
-    job: Job,
-    name: str,
-    settings: Settings,
-    uri: str,
-    parent: str,
-) -> tuple[dict[str, Made], list[VariantResult]]:
-    """Make and measure all variants; one that fails is tracked with its reason and the others go on.
+def _compare(recipes: list[Recipe], context: JobContext) -> tuple[Comparison, str]:
+    """Make and measure all variants, choose one, and log all of it; returns the address of its page in MLflow, too."""
+    made, results = _make(recipes, context)
+    policy = policies.load(context.job.policy)
+    measured = next((result.run_id for result in results if result.status == "ok"), None)
+    choice, judged = choose_variant(results, policy, get_champion(context, measured))
+    if choice.variant is not None:  # else there was nothing to judge by, or nothing that passed
+        judged = [
+            register_version(context, made[one.name].variant, made[one.name].registration, one) if one.accepted else one
+            for one in judged
+        ]
+    comparison = Comparison(model=context.name, run_id=context.run_id, choice=choice, variants=tuple(judged))
+    return comparison, finish_tracking(context, comparison, policy)
+
+
+def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measured], list[VariantResult]]:
+    """Make and measure all variants here or on other machines; if one fails, the others go on.
 
     Returns:
-        What was made, by its name, and all results.
+        What was made and measured, by the name of its recipe, and a result for each recipe.
     """
-    progress = Progress(name, steps=2 * len(recipes))
-    logs = settings.logs / name
-    made: dict[str, Made] = {}
+    progress = Progress(context.name, steps=2 * len(recipes))
+    workers = find_workers(context) if context.settings.pools else None
+    outcomes = fan_out(workers, recipes, context, progress) if workers else make_here(recipes, context, progress)
+    made: dict[str, Measured] = {}
     results: dict[str, VariantResult] = {}
     baseline: Measured | None = None
-    outcomes = (
-        fan_out(workers, recipes, checkpoint, job, name, settings, uri, parent, progress)
-        if workers is not None
-        else _here(recipes, checkpoint, job, name, settings, progress)
-    )
     with closing(outcomes):
-        for variant, outcome in outcomes:
+        for name, outcome in outcomes:
             if isinstance(outcome, SlmopsError):
-                results[variant] = track_failure(uri, parent, variant, str(outcome), logs)
+                results[name] = track_failure(context, name, str(outcome))
                 continue
             if outcome.variant.recipe.baseline:
                 baseline = outcome
-            made[variant] = (outcome.variant, outcome.registration)
-            results[variant] = _tracked(outcome, baseline, name, uri, parent, logs)
+            made[name] = outcome
+            results[name] = _track(outcome, baseline, context)
     return made, [results[recipe.name] for recipe in recipes]
 
 
-def _tracked(one: Measured, baseline: Measured | None, name: str, uri: str, parent: str, logs: Path) -> VariantResult:
+def _track(one: Measured, baseline: Measured | None, context: JobContext) -> VariantResult:
     """Make metrics of what was measured, and log them."""
-    against = (baseline.variant, baseline.quality) if baseline else None
-    figures = evaluation(one.variant, one.speed, one.quality, against, one.scored)
-    figures, left_out = comparable(figures, one.hardware, (baseline or one).hardware)
+    evaluation, left_out = figures(one, baseline)
     if left_out is not None:
         log.warning("%s: %s", one.variant.name, left_out)
     # A run's hardware says what its figures compare with: the machine that measured, whichever converted.
     variant = one.variant.model_copy(update={"hardware": one.hardware})
-    result = track_variant(uri, parent, name, variant, one.registration, figures, logs)
+    result = track_variant(context, variant, one.registration, evaluation)
     return result.model_copy(update={"reason": left_out})
 
 
-def _here(
-    recipes: list[Recipe], checkpoint: Checkpoint, job: Job, name: str, settings: Settings, progress: Progress
-) -> Outcomes:
-    """Convert all in this process, then measure them side by side; yield each recipe's outcome as it comes."""
-    made: dict[str, Made] = {}
-    for recipe in recipes:
-        try:
-            variant = convert_variant(recipe, checkpoint, job, name, settings)
-            made[recipe.name] = (variant, register_variant(variant, name, job, settings))
-        except SlmopsError as error:
-            progress.step(2)  # one that is not made is not measured
-            yield recipe.name, error
-        else:
-            progress.step()
-    if not made:
-        return
-    speeds = measure_speed(list(made.values()), name, job, settings)
-    scored = score_checkpoint(checkpoint, name, job, settings)
-    hardware = machine.hardware()
-    for variant, registration in made.values():
-        outcome: Measured | SlmopsError
-        try:
-            speed = speeds[variant.name]
-            if isinstance(speed, SlmopsError):
-                raise speed
-            outcome = Measured(
-                variant=variant,
-                registration=registration,
-                speed=speed,
-                quality=measure_quality(variant, registration, name, job, settings),
-                scored=scored,
-                hardware=hardware,
-            )
-        except SlmopsError as error:
-            outcome = error
-        progress.step()
-        yield variant.name, outcome
+def _unsuccessful(comparison: Comparison) -> SlmopsError | None:
+    """Why the job has not done all that was asked of it."""
+    if failed := comparison.failed:
+        return WorkError(f"{len(failed)} of {len(comparison.variants)} variants failed: {', '.join(failed)}.")
+    if comparison.choice.variant is None:
+        return GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
+    return None
 
 
-def _accepted(result: VariantResult) -> bool:
-    """No gate has anything against it."""
-    return result.status == "ok" and not any(gate.refuses for gate in result.gates)
-
-
-def _clean_up(name: str, settings: Settings) -> None:
-    """Remove what a killed run of this model left behind; the job lock says that it is dead."""
-    shutil.rmtree(settings.work(name), ignore_errors=True)
-    remove_scratch(settings.variants)
+def _remove_unfinished_work(context: JobContext) -> None:
+    """Remove this run's, or what a killed run of this model left behind; the job's lock says that it is dead."""
+    shutil.rmtree(context.work, ignore_errors=True)
+    remove_scratch(context.settings.variants)
 
 
 @contextmanager
-def _closed_if_aborted(uri: str, parent: str) -> Iterator[None]:
-    """A job that is interrupted or breaks leaves no run open in MLflow, if MLflow still listens."""
+def _closed_if_aborted(context: JobContext) -> Iterator[None]:
+    """A job that is interrupted or breaks leaves no run open in MLflow, if MLflow still answers."""
     try:
         yield
     except BaseException:
         with suppress(TrackingError):
-            Tracker(uri).abort_job(parent)
+            Tracker(context.tracking_uri).abort_job(context.run_id)
         raise

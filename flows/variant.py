@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prefect import flow
 from pydantic import Json
 
+from flows.workers import beating
 from slmops.checkpoints import source
 from slmops.cluster import parts
 from slmops.cluster.exchange import Exchange, prune
-from slmops.cluster.parts import Failure, Part, Result, Workplace
+from slmops.cluster.parts import Failure, Part, PartResult
 from slmops.core import machine
+from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.settings import Settings
+from slmops.core.values import Recipe
 from slmops.local import stack
-from tasks.fan_out import beating, fetch_variant, leave_result, prepare_part, send_references, send_variant
+from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 
@@ -26,7 +30,7 @@ def variant(part: Json[Part]) -> None:
     The part comes as text: on PostgreSQL, Prefect keeps parameters in a form that forgets the order of keys, and the
     passes of a recipe have one.
 
-    A part that fails at its work leaves that as its result; one that ends without a result is done again elsewhere.
+    A part whose work fails leaves the error as its result; one that ends without a result is done again elsewhere.
 
     Raises:
         SlmopsError: What the work failed at, or why there is no result.
@@ -42,34 +46,34 @@ def variant(part: Json[Part]) -> None:
 
 def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
     prune(settings)
-    place = prepare_part(part, exchange, settings)
+    context, recipe = prepare_part(part, exchange, settings)
     failed: SlmopsError | None = None
     made: dict[str, Any]
     try:
-        made = (_convert if part.stage == "convert" else _measure)(part, place, exchange, settings)
+        made = _convert(recipe, context, exchange) if part.stage == "convert" else _measure(part, context, exchange)
     except TrackingError:
-        raise  # no fault of the work's
+        raise  # the work is not at fault
     except SlmopsError as error:
         failed, made = error, {"failure": Failure.of(error)}
-    leave_result(Result(hardware=machine.hardware(), **made), part, place, exchange, settings)
+    leave_result(PartResult(hardware=machine.hardware(), **made), part, context, exchange)
     if failed is not None:
         raise failed
 
 
-def _convert(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> dict[str, Any]:
-    source.check_room(place.checkpoint, [part.recipe.name], settings)
-    made = convert_variant(place.recipe, place.checkpoint, place.job, place.name, settings)
+def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> dict[str, Any]:
+    source.check_room(context.checkpoint, [recipe.name], context.settings)
+    made = convert_variant(recipe, context)
     return {"key": made.key, "variant": send_variant(made, exchange)}
 
 
-def _measure(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> dict[str, Any]:
-    made = fetch_variant(part.key or "", part.variant, exchange, settings)
-    registration = register_variant(made, part.name, place.job, settings)
-    speed = measure_speed([(made, registration)], place.name, place.job, settings)[made.name]
+def _measure(part: Part, context: JobContext, exchange: Exchange) -> dict[str, Any]:
+    made = fetch_variant(part.key or "", part.variant, exchange, context.settings)
+    registration = register_variant(made, replace(context, name=part.name))
+    speed = measure_speed([(made, registration)], context)[made.name]
     if isinstance(speed, SlmopsError):
         raise speed
     baseline = part.recipe.baseline
-    scored = score_checkpoint(place.checkpoint, place.name, place.job, settings) if baseline else None
-    quality = measure_quality(made, registration, place.name, place.job, settings)
-    references = send_references(place, exchange, settings) if baseline else ()
+    scored = score_checkpoint(context) if baseline else None
+    quality = measure_quality(made, registration, context)
+    references = send_references(context, exchange) if baseline else ()
     return {"speed": speed, "quality": quality, "scored": scored, "references": references}

@@ -1,6 +1,3 @@
-"""Prefect tasks: when a step is retried, cached, timed out. What is done lives in ``slmops``."""
-
-import logging
-
-# The library's records go to the Prefect page too (PREFECT_LOGGING_EXTRA_LOGGERS); Prefect sets no level for them.
-logging.getLogger("slmops").setLevel(logging.INFO)
+"""Prefect tasks: the stages of the flows, thin wrappers over what ``slmops`` does; they may import all of it but the
+command line and the API. Start reading with ``stage.py``, which says how a stage is named and when it is retried.
+"""

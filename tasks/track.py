@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 from prefect import Task
 
 from slmops.core import machine
-from slmops.core.job import Job
-from slmops.core.values import Checkpoint, Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
+from slmops.core.context import JobContext
+from slmops.core.values import Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
 from slmops.report import render as report
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
@@ -27,53 +27,54 @@ def tracking_task(*, name: str, task_run_name: str) -> Callable[[Callable[P, R]]
 
 
 @stage(tracking=True)
-def start_tracking(uri: str, name: str, job: Job, checkpoint: Checkpoint, flow_run: str) -> str:
-    """Open the MLflow parent run; returns its id."""
-    return Tracker(uri).start_job(name, job, checkpoint, machine.hardware(), flow_run)
+def start_tracking(context: JobContext, flow_run: str) -> JobContext:
+    """Open the job's run in MLflow; returns the context with its id."""
+    run_id = Tracker(context.tracking_uri).start_job(
+        context.name, context.job, context.checkpoint, machine.hardware(), flow_run
+    )
+    return replace(context, run_id=run_id)
 
 
 @stage("track {variant.recipe.name}", tracking=True)
 def track_variant(
-    uri: str,
-    parent: str,
-    name: str,
-    variant: Variant,
-    registration: Registration,
-    evaluation: Evaluation,
-    logs: Path,
+    context: JobContext, variant: Variant, registration: Registration, evaluation: Evaluation
 ) -> VariantResult:
     """Log a measured variant as a child run."""
-    run_id = Tracker(uri).log_variant(parent, name, variant, registration, evaluation, logs)
+    run_id = Tracker(context.tracking_uri).log_variant(
+        context.run_id, context.name, variant, registration, evaluation, context.logs
+    )
     return as_result(variant, registration, evaluation, run_id)
 
 
 @stage("track failure of {recipe}", tracking=True)
-def track_failure(uri: str, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
+def track_failure(context: JobContext, recipe: str, reason: str) -> VariantResult:
     """Log a failed variant as a child run with the reason."""
-    run_id = Tracker(uri).log_failure(parent, recipe, reason, logs)
+    run_id = Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
     return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
 
 @stage(tracking=True)
-def get_champion(uri: str, name: str, like: str | None) -> dict[str, Measurement] | None:
-    """What was measured of the version that is deployed now, as far as it compares with the run ``like``."""
-    return Tracker(uri).champion(name, like)
+def get_champion(context: JobContext, like: str | None) -> dict[str, Measurement] | None:
+    """What was measured of the version that is deployed now, if it compares with the run ``like``."""
+    return Tracker(context.tracking_uri).champion(context.name, like)
 
 
 @stage("register version of {variant.name}", tracking=True)
 def register_version(
-    uri: str, name: str, variant: Variant, registration: Registration, result: VariantResult, parent: str
+    context: JobContext, variant: Variant, registration: Registration, result: VariantResult
 ) -> VariantResult:
     """Make an accepted variant a version of the registered model; returns the result with its number."""
-    version = Registry(uri).add(name, variant, registration, result, parent)
-    log.info("%s: version %d of %s in the registry", variant.name, version.version, name)
+    version = Registry(context.tracking_uri).add(context.name, variant, registration, result, context.run_id)
+    log.info("%s: version %d of %s in the registry", variant.name, version.version, context.name)
     return result.model_copy(update={"version": version.version})
 
 
 @stage(tracking=True)
-def finish_tracking(uri: str, comparison: Comparison, policy: Policy, *, failed: bool) -> str:
-    """Put comparison, report and choice into the parent run; returns the address of its page."""
-    tracker = Tracker(uri)
+def finish_tracking(context: JobContext, comparison: Comparison, policy: Policy) -> str:
+    """Put comparison, report and choice into the job's run; returns the address of its page."""
+    tracker = Tracker(context.tracking_uri)
     url = tracker.run_url(comparison.run_id)
-    tracker.finish_job(comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=failed)
+    tracker.finish_job(
+        comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=bool(comparison.failed)
+    )
     return url

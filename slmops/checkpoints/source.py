@@ -96,6 +96,25 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
     )
 
 
+def check(job: Job) -> None:
+    """Look at the model that a job names as far as nothing has to be fetched, unpacked or hashed for it.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
+    """
+    text = job.model.strip()
+    if text == DEMO or text.startswith(MLFLOW_SCHEMES):
+        return
+    path = Path(text).expanduser()
+    if path.is_file():
+        _check_gguf(path)
+    elif path.exists():
+        inspection.read_texts(path, job, text)
+        weight_files.choose(inspection.names(path), text, allow_pickle=job.allow_pickle)
+    elif hub.parse(text) is None:
+        raise _no_such(text)
+
+
 def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
     """Refuse a job that the disk or the memory cannot hold, before it has worked for an hour.
 
@@ -154,11 +173,15 @@ def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
         repo, revision = match
         yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
     else:
-        raise CheckpointError(
-            f"There is no such folder: {text}",
-            "Give a folder in Hugging Face format, a hub id (org/name), a .gguf file, an MLflow URI "
-            "(models:/name/version) or 'demo'.",
-        )
+        raise _no_such(text)
+
+
+def _no_such(text: str) -> CheckpointError:
+    return CheckpointError(
+        f"There is no such folder: {text}",
+        "Give a folder in Hugging Face format, a hub id (org/name), a .gguf file, an MLflow URI "
+        "(models:/name/version) or 'demo'.",
+    )
 
 
 def _gguf_name(path: Path) -> str:

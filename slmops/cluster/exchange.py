@@ -39,8 +39,8 @@ class Exchange:
     """
 
     def __init__(self, uri: str, run_id: str, settings: Settings) -> None:
-        self._uri = uri
-        self._run_id = run_id
+        self.uri = uri
+        self.run_id = run_id
         self._settings = settings
         self._cache = settings.home / "exchange"
         self._location: str | None = None
@@ -57,11 +57,11 @@ class Exchange:
         files = tuple(
             VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in paths.items()
         )
-        there = tracking_exchange.sizes(self._uri, self._run_id, FILES)
+        there = tracking_exchange.sizes(self.uri, self.run_id, FILES)
         for file in files:
             # Of an upload that broke off a server may have kept the beginning.
             if there.get(file.sha256) != file.size:
-                tracking_exchange.upload(self._uri, self._run_id, paths[file.name], FILES, file.sha256)
+                tracking_exchange.upload(self.uri, self.run_id, paths[file.name], FILES, file.sha256)
                 there[file.sha256] = file.size
         return files
 
@@ -102,7 +102,7 @@ class Exchange:
             TrackingError: MLflow cannot be reached, or does not take it.
         """
         text = json.dumps(result.model_dump(mode="json"))  # pydantic's own JSON has null for what is not finite
-        tracking_exchange.write(self._uri, self._run_id, f"{RESULTS}/{name}.json", text)
+        tracking_exchange.write(self.uri, self.run_id, f"{RESULTS}/{name}.json", text)
 
     def result(self, name: str) -> str | None:
         """What :meth:`leave` wrote under this name; None: nothing yet.
@@ -110,14 +110,14 @@ class Exchange:
         Raises:
             TrackingError: MLflow cannot be reached.
         """
-        return tracking_exchange.read(self._uri, self._run_id, f"{RESULTS}/{name}.json")
+        return tracking_exchange.read(self.uri, self.run_id, f"{RESULTS}/{name}.json")
 
     def _fetch(self, file: VariantFile) -> Path:
         downloads = self._cache / "downloads"
         try:
             if self._location is None:
-                self._location = tracking_exchange.location(self._uri, self._run_id)
-            origin = download.Origin(self._uri, self._location, "this job's files")
+                self._location = tracking_exchange.location(self.uri, self.run_id)
+            origin = download.Origin(self.uri, self._location, "this job's files")
             return download.fetch(origin, f"{FILES}/{file.sha256}", file.size, file.sha256, downloads)
         except NotGivenError as error:
             raise WorkError(f"{file.name} is not among this job's files: {error.message}", _ENDED) from error

@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from slmops.checkpoints import inspection, weight_files
 from slmops.checkpoints.store import RECORD, stage
 from slmops.cluster.exchange import Exchange
 from slmops.conversion import store
 from slmops.core import errors
+from slmops.core.context import JobContext
 from slmops.core.errors import CheckpointError, SlmopsError, WorkError
 from slmops.core.files import folder_appears_whole, remove_scratch
 from slmops.core.job import Job
 from slmops.core.settings import Settings
+from slmops.core.validation import problems
 from slmops.core.values import (
     MANIFEST,
     OF_MACHINE,
@@ -38,6 +40,7 @@ from slmops.core.values import (
 )
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed
+from slmops.evaluation.summary import evaluation
 
 Stage = Literal["convert", "measure"]
 Files = tuple[VariantFile, ...]
@@ -79,7 +82,7 @@ class Failure(Frozen):
         return errors.BY_NAME.get(self.kind, WorkError)(self.message, self.fix)
 
 
-class Result(Frozen):
+class PartResult(Frozen):
     """What a machine made of a part."""
 
     hardware: Hardware
@@ -148,6 +151,41 @@ class Measured(Frozen):
     hardware: Hardware = Field(description="The machine that measured it.")
 
 
+Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
+"""Recipe name, and what became of it."""
+
+
+def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | None:
+    """What a part has left, with its logs in the folder ``logs``; None: it was lost before it left anything.
+
+    Raises:
+        WorkError: It cannot be read.
+        TrackingError: MLflow cannot be reached.
+    """
+    text = exchange.result(part.id)
+    if text is None:
+        return None
+    try:
+        result = PartResult.model_validate_json(text)
+    except ValidationError as error:
+        raise WorkError(
+            f"What {part.id} left cannot be read: {'; '.join(problems(error))}.",
+            "Do all workers have the same version of slmops?",
+        ) from None
+    exchange.bring(result.logs, logs)
+    return result
+
+
+def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str | None]:
+    """Make metrics of what was measured; returns those that compare with the baseline, and why the others are left out.
+
+    The reason is None if none are.
+    """
+    against = (baseline.variant, baseline.quality) if baseline else None
+    measured = evaluation(one.variant, one.speed, one.quality, against, one.scored)
+    return comparable(measured, one.hardware, (baseline or one).hardware)
+
+
 def comparable(figures: Evaluation, here: Hardware, baseline: Hardware) -> tuple[Evaluation, str | None]:
     """Leave out what cannot be compared with the baseline, because another kind of machine measured it.
 
@@ -155,9 +193,6 @@ def comparable(figures: Evaluation, here: Hardware, baseline: Hardware) -> tuple
         figures: What was measured.
         here: The machine that measured it.
         baseline: The machine that measured the baseline.
-
-    Returns:
-        The figures that compare, and why the others are left out; None: none are.
     """
     if here.kind == baseline.kind:
         return figures, None
@@ -172,25 +207,12 @@ def comparable(figures: Evaluation, here: Hardware, baseline: Hardware) -> tuple
 # --- on any machine
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """What a part finds on the machine that does it.
-
-    Attributes:
-        name: For work folders and logs; no other part's.
-        job: With the paths of this machine.
-        recipe: With the paths of this machine.
-        checkpoint: With the path of this machine.
-    """
-
-    name: str
-    job: Job
-    recipe: Recipe
-    checkpoint: Checkpoint
-
-
-def prepare(part: Part, exchange: Exchange, settings: Settings) -> Workplace:
+def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobContext, Recipe]:
     """Fetch and check all that a part needs. What it leaves behind is gone after :func:`clear`.
+
+    Returns:
+        Context and recipe with the paths of this machine. Work and logs of the context go by a name that no other part
+        has.
 
     Raises:
         WorkError: Something is not what it should be.
@@ -213,12 +235,9 @@ def prepare(part: Part, exchange: Exchange, settings: Settings) -> Workplace:
     if part.job.matcher is not None:
         changes["matcher"] = f"{changes['matcher']}:{part.job.matcher.rpartition(':')[2]}"
     exchange.bring(part.references, work / "logits")
-    return Workplace(
-        name=name,
-        job=part.job.model_copy(update=changes),
-        recipe=_relocated(part.recipe, part.checkpoint.path, path),
-        checkpoint=part.checkpoint.model_copy(update={"path": path}),
-    )
+    job, checkpoint = part.job.model_copy(update=changes), part.checkpoint.model_copy(update={"path": path})
+    context = JobContext(job, name, checkpoint, settings, exchange.uri)
+    return context, _relocated(part.recipe, part.checkpoint.path, path)
 
 
 def clear(part: Part, settings: Settings) -> None:
@@ -227,24 +246,23 @@ def clear(part: Part, settings: Settings) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send_references(place: Workplace, exchange: Exchange, settings: Settings) -> Files:
+def send_references(context: JobContext, exchange: Exchange) -> Files:
     """Put the logits that the baseline left into the exchange.
 
     Raises:
         TrackingError: MLflow does not take them.
     """
-    folder = settings.work(place.name) / "logits"
-    return exchange.put({path.name: path for path in sorted(folder.glob("*.npy"))})
+    return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.npy"))})
 
 
-def send_logs(part: Part, place: Workplace, exchange: Exchange, settings: Settings) -> Files:
+def send_logs(part: Part, context: JobContext, exchange: Exchange) -> Files:
     """Put the logs of a part into the exchange.
 
     Raises:
         TrackingError: MLflow does not take them.
     """
-    own = (settings.logs / place.name).glob("*.log")
-    registered = (settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
+    own = context.logs.glob("*.log")
+    registered = (context.settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
     return exchange.put({path.name: path for path in (*own, *registered)})
 
 
@@ -263,11 +281,11 @@ def send_variant(variant: Variant, exchange: Exchange) -> Files:
     return exchange.put({name: variant.path / name for name in names})
 
 
-def bring_variant(key: str, files: Files, exchange: Exchange, settings: Settings) -> Variant:
-    """Have a variant that was converted elsewhere among those of this machine.
+def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings) -> Variant:
+    """Fetch a variant that was converted elsewhere into this machine's store.
 
-    One that is there under the same name and was converted here goes: what is measured and what is deployed have to be
-    the same files.
+    It replaces one of the same name that was converted here: what is measured and what is deployed have to be the same
+    files.
 
     Raises:
         WorkError: It is not what its manifest says, or the exchange does not have it.

@@ -32,10 +32,8 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     Raises:
         RecipeError: There is no such file, or it has broken JSON, unknown keys or unfilled placeholders.
     """
-    config = _fill(_read(path), checkpoint, path)
-    steps = config.get("passes")
-    if not isinstance(steps, dict) or not steps:
-        raise RecipeError(f"{path}: it has no 'passes'.", 'An Olive workflow names its passes: {"passes": {...}}.')
+    config = _fill(read(path), checkpoint, path)
+    steps = config["passes"]
     config["passes"] = {step: _flat(given, f"{path.name}: passes.{step}") for step, given in steps.items()}
     model = config.get("input_model", {})
     if not isinstance(model, dict) or str(model.get("type", "HfModel")).lower() != "hfmodel":
@@ -54,7 +52,12 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     return Recipe(name=f"{own}-olive" if own in _RESERVED else own, config=config)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """The workflow as it stands in the file.
+
+    Raises:
+        RecipeError: No such file, broken JSON, or it has no passes.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -68,6 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(config, dict):
         raise RecipeError(f"{path} holds a {type(config).__name__}, not a workflow.", "See Olive's workflow config.")
+    if not isinstance(config.get("passes"), dict) or not config["passes"]:
+        raise RecipeError(f"{path}: it has no 'passes'.", 'An Olive workflow names its passes: {"passes": {...}}.')
     return config
 
 

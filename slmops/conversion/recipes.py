@@ -17,11 +17,11 @@ _INT8_GROUP = 32
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
-def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
-    """The recipes of a job's precisions, always with the baseline, which comes first.
+def check(job: Job) -> None:
+    """See whether the precisions and the device can work at all, whatever the checkpoint.
 
     Raises:
-        RecipeError: A precision, device or block size cannot work.
+        RecipeError: They cannot.
     """
     if job.device != "cpu" or job.provider != "CPUExecutionProvider":
         raise RecipeError(
@@ -34,6 +34,15 @@ def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
             "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises.",
             "Use fp16 (half the size of fp32) or int8.",
         )
+
+
+def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
+    """The recipes of a job's precisions, always with the baseline, which comes first.
+
+    Raises:
+        RecipeError: A precision, device or block size cannot work.
+    """
+    check(job)
     makers = {
         "fp32": lambda: _export("fp32", checkpoint),
         "fp16": lambda: {**_export("fp32", checkpoint), "to_fp16": _saved("OnnxFloatToFloat16", keep_io_types=True)},

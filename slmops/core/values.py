@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MANIFEST = "variant.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
@@ -29,6 +33,18 @@ OF_MACHINE = (
 )
 """Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 
+HEADLINES = (
+    "size_mb",
+    "size_ratio",
+    "ttft_ms_p50",
+    "decode_tok_s",
+    "memory_peak_mb",
+    "perplexity_ratio",
+    "kl_mean",
+    "accuracy",
+)
+"""The metrics that a comparison shows where there is no room for all."""
+
 
 class Frozen(BaseModel):
     """Base of all values: they cannot be changed, and unknown keys are errors."""
@@ -45,6 +61,11 @@ def to_name(text: str) -> str:
     """
     base = text.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9_]+", "-", base).strip("-_")[:63].rstrip("-_") or "model"
+
+
+def artifact_key(kind: str, name: str) -> str:
+    """The key of one of Prefect's artifacts, which takes lower case, digits and dashes only."""
+    return f"{kind}-{to_name(name).replace('_', '-')}"
 
 
 class Checkpoint(Frozen):
@@ -250,6 +271,11 @@ class VariantResult(Frozen):
     gates: tuple[GateResult, ...] = ()
     dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
 
+    @property
+    def accepted(self) -> bool:
+        """It is measured, and no gate refuses it."""
+        return self.status == "ok" and not any(gate.refuses for gate in self.gates)
+
 
 class Choice(Frozen):
     """Which variant is chosen, and why."""
@@ -265,3 +291,23 @@ class Comparison(Frozen):
     run_id: str = Field(description="The MLflow parent run.")
     choice: Choice
     variants: tuple[VariantResult, ...]
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the variants that failed."""
+        return [result.name for result in self.variants if result.status == "failed"]
+
+    def to_frame(self) -> DataFrame:
+        """A pandas frame, one row a variant: its status, whether it was chosen, and a column for each metric."""
+        from pandas import DataFrame
+
+        rows = [
+            {"status": one.status, "chosen": one.name == self.choice.variant, **one.metrics} for one in self.variants
+        ]
+        return DataFrame(rows, index=[one.name for one in self.variants])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the headline figures of each variant, and the choice with its reason."""
+        frame = self.to_frame()
+        shown = frame[["status", "chosen", *(metric for metric in HEADLINES if metric in frame)]]
+        return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}<p>{escape(self.choice.reason)}</p>"

@@ -6,6 +6,7 @@ import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -16,12 +17,15 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows import fan_out
+from flows import fan_out, workers
+from flows.progress import Progress
 from flows.variant import variant
+from flows.workers import Seen
 from slmops.cluster import parts
 from slmops.cluster.exchange import Exchange
-from slmops.cluster.parts import Part, Result
+from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
+from slmops.core.context import JobContext
 from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError, TrackingError, WorkError
 from slmops.core.files import sha256
 from slmops.core.job import Job
@@ -30,8 +34,6 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
 from slmops.tracking import exchange as tracking_exchange
 from slmops.tracking.tracker import Tracker
-from tasks.fan_out import Seen
-from tasks.show import Progress
 from tests import making, tracked
 from tests.shown import flow_runs
 
@@ -149,6 +151,7 @@ class Asked:
         self.run_id, _ = tracking_exchange.open_run(settings.tracking_uri or "", self.parent)
         self.exchange = Exchange(settings.tracking_uri or "", self.run_id, settings)
         weights, inputs = parts.send_inputs(job, self.checkpoint, self.exchange)
+        self.context = JobContext(job, model, self.checkpoint, settings, settings.tracking_uri or "", self.parent)
         self.common = {
             "exchange": self.run_id,
             "name": model,
@@ -178,8 +181,8 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
     own = Recipe(name="own", config={"passes": {}, "reads": str(asked.checkpoint.path)})
     part = Part.model_validate_json(asked.part(own).model_dump_json())  # as Prefect passes it on
     there = Settings(home=tmp_path / "there")
-    place = parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
-    work = there.work(place.name)
+    place, recipe = parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
+    work = place.work
     assert place.job.evaluation_set == work / "inputs" / "evaluation_set" / "three.jsonl"
     assert place.job.evaluation_set.read_text(encoding="utf-8") == making.EVALUATION_SET
     assert place.job.perplexity_text is not None
@@ -189,7 +192,7 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
     assert place.checkpoint.path == there.checkpoints / asked.checkpoint.digest
     assert place.checkpoint.path != asked.checkpoint.path
     assert "m.content" in (place.checkpoint.path / "chat_template.jinja").read_text()  # it has gone in before
-    assert place.recipe.config["reads"] == str(place.checkpoint.path)
+    assert recipe.config["reads"] == str(place.checkpoint.path)
     (place.checkpoint.path / "config.json").unlink()
     (place.checkpoint.path / "config.json").write_text("{}")
     parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
@@ -217,7 +220,7 @@ def test_a_part_that_fails_says_why_and_leaves_its_log(
     monkeypatch.setenv("SLMOPS_HOME", str(there))
     with pytest.raises(ConversionError, match="Olive produced no model"):
         variant(part.model_dump_json())
-    result = Result.model_validate_json(asked.exchange.result(part.id) or "")
+    result = PartResult.model_validate_json(asked.exchange.result(part.id) or "")
     assert result.failure is not None
     assert isinstance(result.failure.error, ConversionError)
     assert [log.name for log in result.logs] == ["half.olive.log"]
@@ -234,7 +237,7 @@ def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
     sent = parts.send_variant(made, asked.exchange)
     there = Settings(home=tmp_path / "there")
     exchange = Exchange(settings.tracking_uri or "", asked.run_id, there)
-    assert parts.bring_variant(made.key, sent, exchange, there).files == made.files
+    assert parts.fetch_variant(made.key, sent, exchange, there).files == made.files
     # Another conversion of the same: other times in its log, and so another file.
     folder = there.variants / made.key
     (folder / "olive.log").unlink()
@@ -243,9 +246,9 @@ def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
     (folder / "variant.json").unlink()
     (folder / "variant.json").write_text(manifest.model_dump_json())
     assert store.load(folder) is not None
-    assert parts.bring_variant(made.key, sent, exchange, there).files == made.files
+    assert parts.fetch_variant(made.key, sent, exchange, there).files == made.files
     with pytest.raises(WorkError, match="not what its manifest says"):
-        parts.bring_variant("fp32-other", sent, exchange, there)
+        parts.fetch_variant("fp32-other", sent, exchange, there)
 
 
 # --- the job
@@ -264,14 +267,9 @@ def outcomes(asked: Asked, settings: Settings, recipes: list[Recipe]) -> dict[st
 
     @flow(name="parent")
     def parent() -> dict[str, object]:
-        workers = fan_out.find_workers(asked.checkpoint, asked.job, settings)
-        uri = settings.tracking_uri or ""
+        context = replace(asked.context, settings=settings, name="lost")
         progress = Progress("lost", steps=2 * len(recipes))
-        return dict(
-            fan_out.fan_out(
-                workers, recipes, asked.checkpoint, asked.job, "lost", settings, uri, asked.parent, progress
-            )
-        )
+        return dict(fan_out.fan_out(workers.find_workers(context), recipes, context, progress))
 
     return parent()
 
@@ -343,6 +341,7 @@ def test_silence_counts_from_the_last_sign_of_life(settings: Settings, talkative
 def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) -> None:
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
-    with pytest.raises(PrerequisiteError, match="Prefect has no work pool 'nowhere'") as caught:
-        fan_out.find_workers(making.resolve(asked, settings), asked, unknown)
+    context = JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, "")
+    with pytest.raises(PrerequisiteError, match="nowhere") as caught:
+        workers.find_workers(context)
     assert "prefect worker start --pool nowhere" in (caught.value.fix or "")

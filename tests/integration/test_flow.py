@@ -8,23 +8,26 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.flow_engine import run_flow
 
 from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
 from slmops.conversion import store
 from slmops.core import machine
-from slmops.core.errors import BusyError, GateError, PrerequisiteError, RecipeError, WorkError
+from slmops.core.errors import GateError, PrerequisiteError, RecipeError, UsageError, WorkError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
@@ -64,26 +67,31 @@ def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @dataclass
 class First:
-    """The first run of the job, and the one that was started while it worked."""
+    """The first run of the job, and the one that was started while it worked and had to wait for it."""
 
     comparison: Comparison
-    busy: BusyError
-    busy_s: float
+    second: Comparison
+    waiting: State[Any]
 
 
 @pytest.fixture(scope="module")
 def first(settings: Settings, job: Job) -> First:
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         # Prefect keeps its settings in context variables.
         running = pool.submit(contextvars.copy_context().run, optimize, job)
         log = settings.logs / NAME / "fp32.olive.log"
         while not (running.done() or log.exists()):
             time.sleep(0.05)
-        started = time.monotonic()
-        with pytest.raises(BusyError) as caught:
-            optimize(job)
-        busy_s = time.monotonic() - started
-        return First(running.result(), caught.value, busy_s)
+        asked = job.model_copy(update={"precision": ["fp32"]})
+        second = pool.submit(contextvars.copy_context().run, optimize, asked)
+        waiting = None
+        while waiting is None and not second.done():
+            time.sleep(0.2)
+            states = [run.state for run in flow_runs("optimize") if run.state is not None]
+            waiting = next((state for state in states if state.name == "Waiting"), None)
+        assert waiting is not None
+        assert not running.done()
+        return First(running.result(), second.result(), waiting)
 
 
 def task_runs(run: FlowRun) -> dict[str, str]:
@@ -178,17 +186,60 @@ def test_what_mlflow_has(first: First, settings: Settings, tmp_path: Path) -> No
     assert Comparison.model_validate_json(kept) == first.comparison
 
 
-def test_a_second_run_of_the_same_model_is_refused_and_harms_nothing(first: First, settings: Settings) -> None:
-    assert first.busy.exit_code == 2
-    assert f"Another run holds the job of '{NAME}' (process " in first.busy.message
-    assert first.busy_s < 20
-    done, refused = flow_runs("optimize")[:2]
-    assert [done.state_name, refused.state_name] == ["Completed", "Failed"]
-    assert artifacts(refused) == {}
-    assert not {name for name in task_runs(refused) if name.startswith(("convert", "start tracking"))}
+def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_goes_on(first: First, settings: Settings) -> None:
+    assert first.waiting.type == StateType.RUNNING
+    assert f"Another run holds the job of '{NAME}' (process {os.getpid()}" in (first.waiting.message or "")
+    done, waited = flow_runs("optimize")[:2]
+    assert [done.state_name, waited.state_name] == ["Completed", "Completed"]
+    assert [variant.status for variant in first.second.variants] == ["ok"]
+    with get_client(sync_client=True) as client:
+        states = [state.name for state in client.read_flow_run_states(waited.id)]
+    assert states[-4:] == ["Running", "Waiting", "Running", "Completed"]
     parents, _ = mlflow(settings, NAME)
-    assert [run.info.status for run in parents if run.info.start_time <= parents[0].info.end_time] == ["FINISHED"]
+    assert [run.info.status for run in parents[:2]] == ["FINISHED", "FINISHED"]
+    assert parents[0].info.end_time <= parents[1].info.start_time
     assert not settings.work(NAME).exists()
+
+
+@pytest.fixture
+def told() -> Iterator[list[logging.LogRecord]]:
+    """What the log of a flow run gets."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs", "slmops")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def deployment_run(parameters: dict[str, Any], name: str | None = None) -> FlowRun:
+    """A flow run as the form on the Prefect page makes it."""
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(flow_id=client.create_flow(optimize), name="form")
+        return client.create_flow_run_from_deployment(deployment, parameters=parameters, name=name)
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(("given", "kept"), [("Before the Friday meeting", True), (None, False), ("happy-owl", False)])
+def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
+    told: list[logging.LogRecord], tmp_path: Path, given: str | None, kept: bool
+) -> None:
+    bad = {"model": str(tmp_path / "nowhere"), "policy": str(tmp_path / "none.toml"), "matcher": "none.py:f"}
+    run = deployment_run({"job": bad}, given)
+    with pytest.raises(UsageError):
+        run_flow(optimize, flow_run=run)
+    with get_client(sync_client=True) as client:
+        ended = client.read_flow_run(run.id)
+    assert ended.state is not None
+    assert ended.state.is_failed()
+    assert all(one in (ended.state.message or "") for one in ("nowhere", "none.toml", "none.py"))
+    assert ended.name == (given if kept else f"optimize {bad['model']}")
+    assert task_runs(ended) == {}
+    assert not [record for record in told if record.exc_info]
+    assert len([record for record in told if "none.toml" in record.getMessage()]) == 1
 
 
 def test_one_failing_precision_leaves_the_others(

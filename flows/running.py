@@ -1,0 +1,112 @@
+"""How a run of a flow appears in Prefect: what it is called, what it waits for, and how it ends."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
+from importlib.resources import files
+from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.context import refresh_global_settings_context
+from prefect.logging.configuration import setup_logging
+from prefect.states import Failed
+
+from slmops.core import locks
+from slmops.core.errors import BusyError, SlmopsError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_FRUIT = """
+apple apricot banana blackberry blueberry cherry cranberry currant fig grape grapefruit grapes kiwi kumquat lemon lime
+melon nectarine orange peach pear persimmon pineapple plum pomegranate prune raspberry strawberry tangerine watermelon
+goldfish hamster hippopotamus kitten puppy
+"""
+"""What the form on the Prefect page names runs after, besides the animals that the server names them after."""
+
+
+def named(template: str) -> Callable[[], str]:
+    """The name of a run, for ``flow_run_name``; a name that a person gave it stays.
+
+    Args:
+        template: With the flow's parameters in braces, such as ``"optimize {job.label}"``.
+    """
+
+    def name() -> str:
+        given = str(runtime.flow_run.name or "")
+        return template.format(**runtime.flow_run.parameters) if is_made_up(given) else given
+
+    return name
+
+
+def is_made_up(name: str) -> bool:
+    """Whether it looks like a name that Prefect made up, such as ``amber-fox``: adjectives and an animal or a fruit."""
+    *adjectives, noun = name.split("-")
+    return not name or (bool(adjectives) and noun in _nouns())
+
+
+@cache
+def _nouns() -> frozenset[str]:
+    lists = (files("coolname") / "data" / f"{kind}.txt" for kind in ("animal", "animal_breed", "animal_legendary"))
+    return frozenset(word for words in lists for word in words.read_text(encoding="utf-8").split()) | {*_FRUIT.split()}
+
+
+def plainly(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a run that ends with an error of ours say so in one message, without a traceback in its log.
+
+    Whoever calls the flow gets the error itself.
+    """
+
+    @wraps(function)
+    def ended(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except SlmopsError as error:
+            return cast(R, Failed(message=str(error), data=error))  # Prefect raises its data at the caller
+
+    # Prefect makes the form of the signature, and would look up its names in this module.
+    ended.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    return ended
+
+
+@contextmanager
+def turn(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file at ``path``; a run that has to wait for it shows that on its page as its state, "Waiting".
+
+    Args:
+        path: The lock file.
+        what: What it stands for: "the job of 'bot'".
+
+    Raises:
+        PrerequisiteError: The folder of the lock belongs to somebody else.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(locks.exclusive(path, what, wait=False))
+        except BusyError as busy:
+            _show_state("Waiting", busy.message)
+            held.enter_context(locks.exclusive(path, what, wait=True))
+            _show_state("Running", None)
+        yield
+
+
+def _show_state(name: str, message: str | None) -> None:
+    flow_run = UUID(runtime.flow_run.id)
+    with get_client(sync_client=True) as client:
+        now = client.read_flow_run(flow_run).state
+        if now is not None and now.type == StateType.RUNNING:  # and not being cancelled
+            state: State[None] = State(type=now.type, name=name, message=message, state_details=now.state_details)
+            client.set_flow_run_state(flow_run, state, force=True)
+
+
+def reread_environment() -> None:
+    """Let Prefect, imported before its variables were set, take them into account."""
+    refresh_global_settings_context()
+    setup_logging()

@@ -1,0 +1,41 @@
+"""What all stages of one job share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """One job on one machine.
+
+    Attributes:
+        job: What was asked for.
+        name: The model's name in MLflow and Foundry Local.
+        checkpoint: What is converted.
+        settings: Where things are.
+        tracking_uri: Where MLflow is.
+        run_id: The job's run in MLflow; empty until there is one.
+    """
+
+    job: Job
+    name: str
+    checkpoint: Checkpoint
+    settings: Settings
+    tracking_uri: str
+    run_id: str = ""
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the job's logs."""
+        return self.settings.logs / self.name
+
+    @property
+    def work(self) -> Path:
+        """The folder of its unfinished work."""
+        return self.settings.work(self.name)

@@ -1,0 +1,66 @@
+"""Is what a job was given usable? Looked at before anything starts: in about a second, and all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import indent
+
+from slmops.checkpoints import inspection, source
+from slmops.checkpoints.chat_template import ChatTemplate
+from slmops.conversion import olive_config, recipes
+from slmops.core.errors import SlmopsError, UsageError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.evaluation import dataset, matchers, quality
+from slmops.foundry import prompt_template
+from slmops.selection import policy
+
+
+def check(job: Job, settings: Settings) -> None:
+    """Look at the files and options of a job. Nothing is fetched, and no heavy library is imported.
+
+    The matcher's file is run, as it will be run for the answers.
+
+    Raises:
+        SlmopsError: What cannot be used; of several problems a UsageError that names them all.
+    """
+    problems = _problems(job, settings)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        said = "\n".join(indent(str(problem), "  ") for problem in problems)
+        raise UsageError(f"{len(problems)} things are wrong with what this job was given:\n{said}")
+
+
+def _problems(job: Job, settings: Settings) -> list[SlmopsError]:
+    checks: list[Callable[[], object]] = [
+        lambda: source.check(job),
+        lambda: _check_template(job),
+        lambda: recipes.check(job),
+        lambda: olive_config.read(job.olive_config) if job.olive_config else None,
+        lambda: policy.load(job.policy),
+        lambda: quality.load_questions(job, settings),
+        lambda: matchers.load_function(job.matcher) if job.matcher else None,
+        lambda: dataset.perplexity_text(job.perplexity_text),
+        lambda: _check_folder(job.output_path) if job.output_path else None,
+    ]
+    problems: dict[str, SlmopsError] = {}  # a broken chat template is a problem of the checkpoint, too
+    for one in checks:
+        try:
+            one()
+        except SlmopsError as error:
+            problems.setdefault(str(error), error)
+    return list(problems.values())
+
+
+def _check_template(job: Job) -> None:
+    if (text := inspection.read_template(job)) is not None and job.chat_template is not None:
+        prompt_template.derive(ChatTemplate(path=job.chat_template, text=text))
+
+
+def _check_folder(path: Path) -> None:
+    path = path.expanduser()
+    existing = next((one for one in (path, *path.absolute().parents) if one.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise UsageError(f"The output path {path} cannot be a folder: {existing} is a file.", "Give another path.")

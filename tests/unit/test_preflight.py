@@ -1,0 +1,126 @@
+"""What a job was given, looked at before anything starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops import preflight
+from slmops.cli.command import run
+from slmops.core.errors import CheckpointError, RecipeError, SlmopsError, UsageError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+
+FILES = {
+    "policy.toml": 'objective = "cheapest"',
+    "set.jsonl": "{}",
+    "text.txt": "",
+    "olive.json": '{"passes": {}}',
+    "broken.json": "{",
+    "matcher.py": "def f(): pass",
+    "raises.py": "1 / 0",
+    "empty.jinja": " ",
+    "broken.jinja": "{% if %}",
+    "model.gguf": "not one",
+    "file": "",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path
+
+
+def check(folder: Path, model: str = "demo", **options: Any) -> None:
+    preflight.check(Job(model=model, **options), Settings(home=folder / "home"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "named"),
+    [
+        ({"model": "{}/nowhere"}, CheckpointError, "nowhere"),
+        ({"model": "{}/model"}, CheckpointError, "config.json"),
+        ({"model": "{}/model.gguf"}, CheckpointError, "model.gguf"),
+        ({"policy": "{}/none.toml"}, UsageError, "none.toml"),
+        ({"policy": "{}/policy.toml"}, UsageError, "cheapest"),
+        ({"evaluation_set": "{}/none.jsonl"}, UsageError, "none.jsonl"),
+        ({"evaluation_set": "{}/set.jsonl"}, UsageError, "set.jsonl"),
+        ({"perplexity_text": "{}/text.txt"}, UsageError, "text.txt"),
+        ({"olive_config": "{}/none.json"}, RecipeError, "none.json"),
+        ({"olive_config": "{}/olive.json"}, RecipeError, "passes"),
+        ({"olive_config": "{}/broken.json"}, RecipeError, "broken.json"),
+        ({"matcher": "{}/none.py:f"}, UsageError, "none.py"),
+        ({"matcher": "{}/matcher.py:g"}, UsageError, "function g"),
+        ({"matcher": "{}/matcher.py:f"}, UsageError, "matcher.py"),
+        ({"matcher": "{}/raises.py:f"}, UsageError, "ZeroDivisionError"),
+        ({"chat_template": "{}/none.jinja"}, CheckpointError, "none.jinja"),
+        ({"chat_template": "{}/empty.jinja"}, CheckpointError, "empty.jinja"),
+        ({"chat_template": "{}/broken.jinja"}, CheckpointError, "broken.jinja"),
+        ({"output_path": "{}/file"}, UsageError, "file"),
+        ({"output_path": "{}/file/below"}, UsageError, "file"),
+        ({"precision": ["bf16"]}, RecipeError, "bf16"),
+        ({"device": "gpu"}, RecipeError, "gpu"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_used_is_named(
+    folder: Path, options: dict[str, Any], kind: type[SlmopsError], named: str
+) -> None:
+    given = {key: value.format(folder) if isinstance(value, str) else value for key, value in options.items()}
+    with pytest.raises(kind) as caught:
+        check(folder, **given)
+    assert named in str(caught.value)
+
+
+def test_all_that_is_wrong_is_named_at_once_and_nothing_twice(folder: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        check(
+            folder,
+            str(folder / "model"),
+            policy=folder / "policy.toml",
+            evaluation_set=folder / "none.jsonl",
+            olive_config=folder / "broken.json",
+            matcher=f"{folder / 'none.py'}:f",
+            chat_template=folder / "none.jinja",
+        )
+    said = str(caught.value)
+    assert caught.value.exit_code == 2
+    for name in ("config.json", "cheapest", "none.jsonl", "broken.json", "none.py", "none.jinja"):
+        assert said.count(name) >= 1, name
+    assert said.startswith("6 ")
+
+
+@pytest.mark.parametrize("model", ["demo", "org/name@v1", "models:/bot@champion"])
+def test_what_has_to_be_fetched_is_not_looked_at(folder: Path, model: str) -> None:
+    check(folder, model, output_path=folder / "new" / "below", chat_template=None)
+    assert not (folder / "home").exists()
+
+
+def test_the_command_says_it_before_anything_is_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLMOPS_HOME", str(folder / "home"))
+    policy = str(folder / "none.toml")
+    assert run(["run", "--model", str(folder / "nowhere"), "--policy", policy, "--matcher", "none.py:f"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(name in err for name in ("nowhere", policy, "none.py"))
+    assert not (folder / "home").exists()
+
+
+def test_it_imports_nothing_heavy(folder: Path) -> None:
+    program = (
+        "import sys; from slmops import preflight; from slmops.core.job import Job; "
+        "from slmops.core.settings import Settings; preflight.check(Job(model='demo'), Settings()); "
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    assert not {"torch", "transformers", "prefect", "mlflow", "olive", "onnxruntime"} & set(done.stdout.split())

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from slmops import preflight
 from slmops.cli.prefect import prefect_running
 from slmops.cli.terminal import say, show
 from slmops.core.errors import SlmopsError
@@ -167,6 +168,7 @@ def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bo
 
 
 def _run(job: Job, *, json: bool) -> int:
+    preflight.check(job, Settings())
     with prefect_running() as servers:
         from flows.optimize import optimize
 

@@ -59,6 +59,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     for commands in (jobs, deploy):
         monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(SimpleNamespace(tracking_uri="")))
     monkeypatch.setattr(jobs, "_page", lambda *_: PAGE)
+    monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
     return made
 
 

@@ -1,0 +1,71 @@
+"""The public names, and what a comparison is in a notebook."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slmops
+from slmops import Job, SlmopsError, UsageError, optimize
+from slmops.core.values import HEADLINES
+from slmops.report.render import COLUMNS
+from tests.values import comparison, failed, result
+
+PUBLIC = {
+    *("optimize", "Job", "Comparison"),
+    *("SlmopsError", "UsageError", "CheckpointError", "RecipeError", "PrerequisiteError", "BusyError", "WorkError"),
+    *("ConversionError", "RegistrationError", "EvaluationError", "TrackingError", "GateError"),
+}
+HEAVY = {"prefect", "mlflow", "torch", "olive", "onnxruntime", "transformers", "numpy", "pandas", "matplotlib"}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(slmops.__all__) == PUBLIC
+    assert all(hasattr(slmops, name) for name in PUBLIC)
+    assert all(name in (slmops.__doc__ or "") for name in ("optimize", "Job", "Comparison"))
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    program = "import slmops, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(done.stdout.split())
+
+
+def test_what_cannot_be_used_is_refused_before_a_server_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
+    with pytest.raises(UsageError) as caught:
+        optimize(Job(model=str(tmp_path / "nowhere"), policy=tmp_path / "none.toml"))
+    assert all(name in str(caught.value) for name in ("nowhere", "none.toml"))
+    assert isinstance(caught.value, SlmopsError)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_comparison_is_a_frame_and_a_table() -> None:
+    shown = comparison(
+        result("fp32", 600), failed("int8", "No."), result("int4", 110.04, 1.083, 0.45), chosen="int4", reason="<b>"
+    )
+    frame = shown.to_frame()
+    assert list(frame.index) == ["fp32", "int8", "int4"]
+    assert list(frame["status"]) == ["ok", "failed", "ok"]
+    assert list(frame.index[frame["chosen"]]) == ["int4"]
+    assert frame.loc["int4", "size_mb"] == 110.04
+    table = shown._repr_html_()
+    assert table.startswith("<table")
+    assert all(f"<th>{cell}</th>" in table for cell in ("fp32", "int8", "int4", "size_mb"))
+    assert "<td>1.083</td>" in table
+    assert table.endswith("<p>&lt;b&gt;</p>")
+
+
+def test_a_comparison_of_nothing_is_a_table_too() -> None:
+    shown = comparison(failed("fp32", "No."))
+    assert list(shown.to_frame().columns) == ["status", "chosen"]
+    assert "<th>fp32</th>" in shown._repr_html_()
+
+
+def test_the_table_has_the_figures_of_the_report() -> None:
+    assert [metric for _, metric, *_ in COLUMNS] == list(HEADLINES)

@@ -40,7 +40,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
     Args:
         repo: Its id, ``org/name``.
         revision: Branch, tag or commit; None: the main branch.
-        job: Of it ``allow_pickle``, ``trust_remote_code`` and ``chat_template`` count here.
+        job: Only its ``allow_pickle``, ``trust_remote_code`` and ``chat_template`` matter.
 
     Returns:
         Its folder in the cache.

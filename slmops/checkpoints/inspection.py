@@ -64,7 +64,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
 
     Args:
         folder: The checkpoint.
-        job: Of it ``chat_template`` and ``trust_remote_code`` count here.
+        job: Only its ``chat_template`` and ``trust_remote_code`` matter.
         where: What to call the checkpoint in messages.
 
     Raises:

@@ -64,7 +64,7 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
     job brings a chat template, a copy is staged below ``settings.checkpoints``.
 
     Args:
-        job: Of it model, chat_template, allow_pickle and trust_remote_code count here.
+        job: Only its model, chat_template, allow_pickle and trust_remote_code matter.
         settings: Where things are.
         download: Fetches an MLflow URI into a folder.
 

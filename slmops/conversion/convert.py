@@ -32,7 +32,7 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
     Args:
         recipe: How to convert it.
         checkpoint: What to convert.
-        job: Of it export_tolerance, output_path, log_level and trust_remote_code count here.
+        job: Only its export_tolerance, output_path, log_level and trust_remote_code matter.
         name: The model's name, by which its work folder and logs are called.
         settings: Where things are.
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from difflib import get_close_matches
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from slmops.core.validation import dotted, predicate
 from slmops.core.values import Frozen
 from slmops.processes import child
 
+# Olive only warns of such keys, and this warning is the one place where it names them.
 _IGNORED = re.compile(r"Keys \{(.*)\} are not part of (\w+)")
-# ModelBuilder hands extra_options on to the builder of ONNX Runtime GenAI, which reads what it knows.
+# ModelBuilder hands extra_options on to the builder of ONNX Runtime GenAI, which has no list of the ones that it knows:
+# they are collected from its source.
 _READ_BY_BUILDER = re.compile(
     r"""extra_options(?:\.get\(|\[)\s*["'](\w+)|["'](\w+)["'] (?:not )?in (?:self\.)?extra_options"""
 )
-
 _OF_EVERY_PASS = {"type", "host", "evaluator"}
 
 
@@ -34,17 +36,8 @@ class SchemaResult(Frozen):
     problems: list[str]
 
 
-class _Catch(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
-
-
 def handle(request: SchemaRequest) -> SchemaResult:
-    """Validate as Olive does, and count what Olive only warns of as a problem."""
+    """Validate as Olive does, and also report what Olive only warns of."""
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.package_config import OlivePackageConfig
     from olive.workflows.run.config import RunConfig
@@ -52,9 +45,10 @@ def handle(request: SchemaRequest) -> SchemaResult:
 
     package = OlivePackageConfig.load_default_config()
     problems: list[str] = []
+    kinds: dict[str, Any] = {}
     for name, step in request.config["passes"].items():
         try:
-            kind = package.import_pass_module(step["type"])
+            kind = kinds[name] = package.import_pass_module(step["type"])
         except Exception:
             near = get_close_matches(step["type"].lower(), package.passes, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(package.passes))}"
@@ -65,11 +59,12 @@ def handle(request: SchemaRequest) -> SchemaResult:
         if kind.__name__ == "ModelBuilder":
             options = step.get("extra_options") or {}
             problems += _unknown(f"passes.{name}.extra_options", options, _builder_options())
-    catch = _Catch()
-    logging.getLogger("olive").addHandler(catch)
+    warnings = BufferingHandler(100_000)
+    logging.getLogger("olive").addHandler(warnings)
     try:
         checked = RunConfig.model_validate(copy.deepcopy(request.config))
-        problems += [] if problems else _bad_values(checked.passes)
+        for name, (step,) in {} if problems else checked.passes.items():
+            problems += _bad_values(name, step.config, kinds[name])
     except ValidationError as error:
         problems += [
             f"{dotted(e['loc']).removeprefix('engine.')} {predicate(e)}"
@@ -78,7 +73,7 @@ def handle(request: SchemaRequest) -> SchemaResult:
         ]
     except Exception as error:
         problems.append(f"{type(error).__name__}: {error}")
-    ignored = [m for m in map(_IGNORED.search, catch.said) if m]
+    ignored = [found for record in warnings.buffer if (found := _IGNORED.search(record.getMessage()))]
     problems += [f"{m[2]}: Olive would ignore {m[1]}" for m in ignored if not any(m[1] in p for p in problems)]
     return SchemaResult(problems=problems)
 
@@ -95,22 +90,18 @@ def _unknown(where: str, given: dict[str, Any], accepted: set[str]) -> list[str]
     return found
 
 
-def _bad_values(passes: dict[str, list[Any]]) -> list[str]:
-    """Values of the wrong type, which Olive looks at only when their pass's turn has come."""
+def _bad_values(name: str, config: dict[str, Any], kind: Any) -> list[str]:
+    """Values of the wrong type, which Olive itself finds only when the pass begins."""
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
-    from olive.package_config import OlivePackageConfig
     from pydantic import ValidationError
 
-    package = OlivePackageConfig.load_default_config()
-    found = []
-    for name, (step,) in passes.items():
-        try:
-            package.import_pass_module(step.type).generate_config(DEFAULT_CPU_ACCELERATOR, step.config, {}, True)
-        except ValidationError as error:
-            # The first of a key's errors is of its own type; the others are of Olive's placeholders for a search.
-            first = {str(e["loc"][0]): predicate(e) for e in reversed(error.errors()) if e["loc"]}
-            found += [f"passes.{name}.{key} {said}" for key, said in sorted(first.items())] or [str(error)]
-    return found
+    try:
+        kind.generate_config(DEFAULT_CPU_ACCELERATOR, config, {}, True)
+    except ValidationError as error:
+        # The first of a key's errors is about its own type; the others are about Olive's placeholders for a search.
+        first = {str(e["loc"][0]): predicate(e) for e in reversed(error.errors()) if e["loc"]}
+        return [f"passes.{name}.{key} {said}" for key, said in sorted(first.items())] or [str(error)]
+    return []
 
 
 def _builder_options() -> set[str]:

@@ -37,7 +37,7 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
     Args:
         variant: The variant.
         name: The model's name.
-        job: Of it the search settings count here.
+        job: Only its search settings matter.
         derived: The PromptTemplate.
         home: Foundry Local's application data.
 

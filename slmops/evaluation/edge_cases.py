@@ -25,7 +25,7 @@ CASE_LIMIT_S = 120.0
 REFUSAL_LIMIT_S = 5.0
 """What does not fit must be refused at once, not after the work."""
 
-CASES = (
+EDGE_CASES = (
     EdgeCase(id="empty", expected="answered or refused"),
     EdgeCase(id="whitespace", expected="answered or refused"),
     EdgeCase(id="longer_than_context", expected="refused"),
@@ -52,7 +52,7 @@ def run(
     name: str,
     settings: Settings,
     *,
-    cases: Sequence[EdgeCase] = CASES,
+    cases: Sequence[EdgeCase] = EDGE_CASES,
     limit_s: float = CASE_LIMIT_S,
 ) -> tuple[CaseOutcome, ...]:
     """Put the cases to a variant. The caller holds the machine lock.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 TOKENS, QUICK_TOKENS = 2048, 512
 QUICK_ITEMS = 8
-BASELINE, HUGGING_FACE = "baseline", "hugging_face"
+BASELINE_REFERENCE, CHECKPOINT_REFERENCE = "baseline", "hugging_face"
 """The references: the fp32 variant, and the checkpoint itself in transformers."""
 
 
@@ -47,7 +47,7 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     """
     if job.quick:
         return None
-    reference = _reference(HUGGING_FACE, name, settings)
+    reference = _reference(CHECKPOINT_REFERENCE, name, settings)
     try:
         with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
             log.info("scoring the text with the checkpoint itself")
@@ -79,10 +79,10 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     questions = load_questions(job, settings)
     items = dataset.subset(questions.items, QUICK_ITEMS) if job.quick else questions.items
     text, text_digest = _text(name, job, settings)
-    baseline = _reference(BASELINE, name, settings)
-    references = {HUGGING_FACE: _reference(HUGGING_FACE, name, settings)}
+    baseline = _reference(BASELINE_REFERENCE, name, settings)
+    references = {CHECKPOINT_REFERENCE: _reference(CHECKPOINT_REFERENCE, name, settings)}
     if not variant.recipe.baseline:
-        references[BASELINE] = baseline
+        references[BASELINE_REFERENCE] = baseline
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: measuring quality", variant.name)
         text_request = LogitsRequest(

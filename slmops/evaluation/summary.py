@@ -17,7 +17,7 @@ from statistics import median
 
 from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
 from slmops.evaluation import edge_cases, statistics
-from slmops.evaluation.quality import BASELINE, HUGGING_FACE, Quality
+from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, Quality
 from slmops.evaluation.speed import Speed, Turn, memory_in
 from slmops.evaluation.speed_worker import Timed, Window
 
@@ -252,7 +252,7 @@ def _distributions(
             zero = Measurement.exact(0, "nats", len(quality.nll))
             measured |= {f"kl_{name}": zero for name in ("mean", "median", "p99", "max")}
             measured |= {"top1_agreement": Measurement.exact(1, "1", len(quality.nll))}
-        elif distance := quality.distances.get(BASELINE):
+        elif distance := quality.distances.get(BASELINE_REFERENCE):
             measured |= {
                 "kl_mean": statistics.blocked_mean(distance.kl, "nats"),
                 "kl_median": statistics.blocked_percentile(distance.kl, 50, "nats"),
@@ -260,7 +260,7 @@ def _distributions(
                 "kl_max": Measurement.exact(max(distance.kl), "nats", len(distance.kl)),
                 "top1_agreement": statistics.blocked_mean(distance.same_top, "1"),
             }
-    if checkpoint_nll is not None and (distance := quality.distances.get(HUGGING_FACE)):
+    if checkpoint_nll is not None and (distance := quality.distances.get(CHECKPOINT_REFERENCE)):
         measured |= {
             "hf_perplexity_ratio": statistics.perplexity_ratio(quality.nll, checkpoint_nll),
             "hf_kl_mean": statistics.blocked_mean(distance.kl, "nats"),

@@ -21,7 +21,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Registration, Variant
 from slmops.evaluation import edge_cases, quality, speed, summary
 from slmops.evaluation.logits_worker import WINDOW
-from slmops.evaluation.quality import BASELINE, HUGGING_FACE, TOKENS, Quality
+from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, TOKENS, Quality
 from slmops.evaluation.speed import Speed
 from slmops.foundry.register import register
 from slmops.processes import children
@@ -123,8 +123,8 @@ def timings() -> Speed:
 
 
 def test_export_computes_what_the_checkpoint_computes(scored: dict[str, Quality]) -> None:
-    assert scored["fp32"].distances.keys() == {HUGGING_FACE}  # the baseline is not compared with itself
-    found = scored["fp32"].distances[HUGGING_FACE]
+    assert scored["fp32"].distances.keys() == {CHECKPOINT_REFERENCE}  # the baseline is not compared with itself
+    found = scored["fp32"].distances[CHECKPOINT_REFERENCE]
     assert len(found.kl) == len(found.same_top) == len(scored["fp32"].nll)
     assert all(0 <= kl < 1e-5 for kl in found.kl)
     assert np.mean(found.kl) < 1e-6
@@ -136,8 +136,8 @@ def test_distance_of_a_quantized_variant_to_the_baseline(
 ) -> None:
     from slmops.conversion.logits import OnnxModel
 
-    assert scored["int8"].distances.keys() == {BASELINE, HUGGING_FACE}
-    found = scored["int8"].distances[BASELINE]
+    assert scored["int8"].distances.keys() == {BASELINE_REFERENCE, CHECKPOINT_REFERENCE}
+    found = scored["int8"].distances[BASELINE_REFERENCE]
     ids = token_ids(made["int8"], job)
     baseline, int8 = (OnnxModel(made[name][1].path) for name in ("fp32", "int8"))
     for number in (0, 2):  # the first, and one whose rows are not at the beginning of the reference
@@ -150,7 +150,7 @@ def test_distance_of_a_quantized_variant_to_the_baseline(
     assert np.mean(found.kl) > 1e-5  # far more than rounding
     assert 0.5 < np.mean(found.same_top) < 1
     # The export is exact, so that the distance to the checkpoint is the same.
-    assert scored["int8"].distances[HUGGING_FACE].kl == pytest.approx(found.kl, rel=0.01, abs=1e-5)
+    assert scored["int8"].distances[CHECKPOINT_REFERENCE].kl == pytest.approx(found.kl, rel=0.01, abs=1e-5)
 
 
 def test_figures_against_the_baseline(
@@ -180,7 +180,7 @@ def test_answers_are_judged(scored: dict[str, Quality], job: Job) -> None:
         assert [a.prompt for a in one.answers] == ["Say anything.", "What is the capital of France?", "Count"]
         assert all((a.finish_reason, a.completion_tokens, a.format_valid) == ("length", 8, None) for a in one.answers)
         assert all(a.answer.strip() and a.seconds > 0 for a in one.answers)
-        assert len(one.cases) == len(edge_cases.CASES)
+        assert len(one.cases) == len(edge_cases.EDGE_CASES)
         assert one.evaluation_set_digest == sha256(job.evaluation_set)
         assert one.text_digest == sha256(job.perplexity_text)
 
@@ -201,7 +201,7 @@ def untimed(one: Quality) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("no_cases")
 def test_the_same_again(scored: dict[str, Quality], made: dict[str, Made], job: Job, settings: Settings) -> None:
-    reference = settings.work(NAME) / "logits" / f"{BASELINE}.npy"
+    reference = settings.work(NAME) / "logits" / f"{BASELINE_REFERENCE}.npy"
     before = sha256(reference)
     for name in ("int8", "fp32", "int8"):
         again = quality.measure(*made[name], NAME, job, settings)
@@ -220,7 +220,7 @@ def test_a_quick_job(
     found = {name: quality.measure(*one, "quick", asked, settings) for name, one in made.items()}
     windows = math.ceil(quality.QUICK_TOKENS / WINDOW)
     assert {len(one.nll) for one in found.values()} == {quality.QUICK_TOKENS - windows}
-    assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE}}
+    assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE_REFERENCE}}
     assert {len(one.answers) for one in found.values()} == {quality.QUICK_ITEMS}
 
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_measured(made: dict[str, Made], job: Job, settings: Sett
     variant, registration = made["int8"]
     quick = job.model_copy(update={"quick": True})
     unknown = registration.model_copy(update={"foundry_id": "tiny-int8-generic-cpu:7"})
-    with pytest.raises(EvaluationError, match="tiny-int8-generic-cpu:7 is not registered in Foundry Local"):
+    with pytest.raises(EvaluationError, match="tiny-int8-generic-cpu:7"):
         quality.measure(variant, unknown, "bad", quick, settings)
 
     impatient = settings.model_copy(update={"evaluation_timeout_s": 0.02})

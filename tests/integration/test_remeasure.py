@@ -189,7 +189,7 @@ def test_a_removed_version_is_measured_to_the_end(champion: ModelVersion, settin
         answers = remeasurement.ask_questions(place, questions, recorded, "gone", settings)
     assert [one.answer for one in answers] == [one.answer for one in recorded.answers]
     assert not settings.work("gone").exists()
-    with pytest.raises(BusyError, match="was removed from this device"), remeasurement.copied(here, "gone", settings):
+    with pytest.raises(BusyError, match=r"tiny-r|Tiny_R"), remeasurement.copied(here, "gone", settings):
         pass
 
 
@@ -210,16 +210,16 @@ def test_what_cannot_be_measured() -> None:
     for asked in (Remeasure(name="nobody"), Remeasure(name=NAME, version="77")):
         with pytest.raises(UsageError):
             remeasure(asked)
-    with pytest.raises(UsageError, match="Nothing of nobody is deployed"):
+    with pytest.raises(UsageError, match="nobody"):
         soak(Soak(name="nobody", champion=True))
-    with pytest.raises(UsageError, match="--champion needs the name of a model"):
+    with pytest.raises(UsageError, match="--champion"):
         soak(Soak(champion=True))
 
 
 @pytest.mark.usefixtures("champion")
 def test_a_second_remeasurement_at_the_same_time_is_told(settings: Settings) -> None:
     held = locks.exclusive(settings.locks / f"{NAME}.remeasure.lock", "it", wait=False)
-    with held, pytest.raises(BusyError, match="Another run holds the remeasurement of 'Tiny_R'"):
+    with held, pytest.raises(BusyError, match="Tiny_R"):
         remeasure(Remeasure(name=NAME))
 
 

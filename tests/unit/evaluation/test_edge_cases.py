@@ -86,7 +86,7 @@ def probe(folder: Path) -> Callable[[Model], Probe]:
 
 
 def case(name: str) -> EdgeCase:
-    [found] = [case for case in edge_cases.CASES if case.id == name]
+    [found] = [case for case in edge_cases.EDGE_CASES if case.id == name]
     return found
 
 
@@ -96,12 +96,12 @@ def test_every_case_is_known_to_the_worker() -> None:
         for name, function in vars(edge_worker).items()
         if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["probe"]
     }
-    assert sorted([*functions, *edge_worker.TEXTS]) == sorted(case.id for case in edge_cases.CASES)
-    assert edge_cases.CASES[-1].id == "ordinary_question"  # whether it still answers, after all the others
+    assert sorted([*functions, *edge_worker.TEXTS]) == sorted(case.id for case in edge_cases.EDGE_CASES)
+    assert edge_cases.EDGE_CASES[-1].id == "ordinary_question"  # whether it still answers, after all the others
 
 
 SOUND = {  # a model that does all as it should
-    **{case.id: "answered" for case in edge_cases.CASES},
+    **{case.id: "answered" for case in edge_cases.EDGE_CASES},
     **dict.fromkeys(("longer_than_context", "one_beyond_the_context", "repeated_tokens", "lone_surrogate"), "refused"),
 }
 
@@ -133,7 +133,7 @@ def test_a_template_that_fills_the_context(probe: Callable[[Model], Probe]) -> N
 
 def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None:
     sent: dict[str, str] = {}
-    for one in edge_cases.CASES:
+    for one in edge_cases.EDGE_CASES:
         model = Model()
         edge_worker.see(one, probe(model))
         sent[one.id] = model.asked[-1][0][0]["content"]

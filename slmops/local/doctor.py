@@ -1,4 +1,4 @@
-"""Every prerequisite of the job as a check that says what is wrong and what to do about it."""
+"""The prerequisites of a job: each is a check that says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Hardware
-from slmops.local import doctor_probe, stack
+from slmops.local import stack
+from slmops.local.doctor_probe import FOUNDRY, TRYING, ProbeRequest, ProbeResult
 from slmops.processes import children
 
-ROOT = Path(__file__).parents[2]
-PYTHON = (3, 11)
-MEMORY_GB, MEMORY_LEAST_GB = 8, 4
-DISK_GB, DISK_LEAST_GB = 20, 5
+MEMORY_GB = (4, 8)
+DISK_GB = (5, 20)
+"""What is necessary and what is recommended, in 10^9 bytes."""
 CMAKE = Version("3.31")  # what ONNX Runtime GenAI's CMakeLists.txt asks for
 PROBE_S = 300.0
 PIP_S = 3600.0
@@ -38,7 +38,7 @@ FIX_PACKAGES = "Run `slmops doctor --fix`, or `pip install -c constraints.txt -e
 
 _CRASH = "crash: "
 
-# What has to be imported to know that a package works: the part that breaks when its neighbours do not fit.
+# What must be imported to know that a package works: what breaks first if other packages do not fit.
 _MODULES: dict[str, tuple[str, ...]] = {
     **{package: (package,) for package in machine.PACKAGES},
     "olive-ai": ("olive", "olive.workflows", "olive.passes.onnx.model_builder"),
@@ -57,24 +57,30 @@ class Check(Frozen):
     fix: str | None = None
 
 
+def _ok(name: str, detail: str) -> Check:
+    return Check(name=name, status="ok", detail=detail)
+
+
+def _warning(name: str, detail: str, fix: str) -> Check:
+    return Check(name=name, status="warning", detail=detail, fix=fix)
+
+
+def _failure(name: str, detail: str, fix: str) -> Check:
+    return Check(name=name, status="failure", detail=detail, fix=fix)
+
+
 def check(settings: Settings, *, imports: bool = True) -> list[Check]:
     """Check every prerequisite; nothing is changed and nothing is raised.
 
     Args:
         settings: Whose disk and servers.
-        imports: Also import every package and start Foundry Local's runtime, which takes some 15 s. Without, this
-            takes well under a second.
+        imports: Also import every package and start Foundry Local's runtime, which takes about 15 s. The other checks
+            take well under a second.
     """
     here = machine.hardware()
-    checks = [_python(), _memory(here), _disk(settings.home), _cpu(here)]
-    packages = _packages()
-    if imports:
-        packages, more = _imports(packages)
-        checks += [*packages, *more]
-    else:
-        checks += packages
-    checks.append(_foundry_command(ask=imports))
-    return [*checks, *_servers(settings)]
+    packages, runtimes = _imports(_packages()) if imports else (_packages(), [])
+    own = [_ok("Python", platform.python_version()), _memory(here), _disk(settings.home), _cpu(here)]
+    return [*own, *packages, *runtimes, _foundry_command(ask=imports), *_servers(settings)]
 
 
 def require(checks: Sequence[Check]) -> None:
@@ -97,31 +103,33 @@ def fix(settings: Settings) -> None:
     Raises:
         PrerequisiteError: There is no source tree, or pip failed.
     """
-    if not (ROOT / "constraints.txt").is_file():
+    if not (stack.ROOT / "constraints.txt").is_file():
         raise PrerequisiteError(
-            f"{ROOT} holds no constraints.txt: slmops was not installed from its source tree.",
+            f"{stack.ROOT} has no constraints.txt: slmops was not installed from its source tree.",
             "Get the source tree and run `pip install -c constraints.txt -e .` there.",
         )
     _pip(["-c", "constraints.txt", "-e", "."], settings, "install the pinned packages")
 
 
 def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -> Path:
-    """Build ONNX Runtime GenAI from a source checkout, and install the wheel.
+    """Build ONNX Runtime GenAI from a source checkout, and install the wheel in place of the one that is there.
+
+    Nothing that it depends on is installed: the pinned set stays as it is.
 
     Args:
         path: The checkout.
         settings: Where the logs go.
-        target: Install into this folder rather than into this environment.
+        target: Install into this folder instead of into this environment.
 
     Returns:
         The wheel.
 
     Raises:
-        PrerequisiteError: It is no checkout, CMake is missing or too old, or the build or pip failed.
+        PrerequisiteError: It is not a checkout, CMake is missing or too old, or the build or pip failed.
     """
     if not (path / "build.py").is_file():
         raise PrerequisiteError(
-            f"{path} is no checkout of ONNX Runtime GenAI: it holds no build.py.",
+            f"{path} is not a checkout of ONNX Runtime GenAI: it has no build.py.",
             "Clone https://github.com/microsoft/onnxruntime-genai and name that folder.",
         )
     _require_cmake()
@@ -130,38 +138,29 @@ def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -
     log.unlink(missing_ok=True)
     command = [sys.executable, "build.py", "--config", "Release"]
     built = children.run(command, log=log, timeout_s=BUILD_S, cwd=path)
-    # An unchanged tree builds the same wheel again: any is right then, the newest is this one.
+    # An unchanged tree builds the same wheel again; then the newest is the right one.
     wheels = sorted(path.glob("build/**/*.whl"), key=lambda wheel: (wheel not in before, wheel.stat().st_mtime))
     if built.returncode != 0 or not wheels:
         what = "made no wheel" if built.returncode == 0 else "failed"
         raise PrerequisiteError(
             f"The build of ONNX Runtime GenAI {what}: {children.last_words(log)}", f"Its log: {log}"
         )
-    install_wheel(wheels[-1], settings, target=target)
-    return wheels[-1]
-
-
-def install_wheel(wheel: Path, settings: Settings, *, target: Path | None = None) -> None:
-    """Install a wheel in place of what is there, and nothing that it depends on: the pinned set stays as it is.
-
-    Raises:
-        PrerequisiteError: pip failed.
-    """
     where = [] if target is None else ["--target", str(target)]
-    _pip(["--no-deps", "--force-reinstall", *where, str(wheel)], settings, f"install {wheel.name}")
+    _pip(["--no-deps", "--force-reinstall", *where, str(wheels[-1])], settings, f"install {wheels[-1].name}")
+    return wheels[-1]
 
 
 def _pip(arguments: list[str], settings: Settings, what: str) -> None:
     log = settings.logs / "pip.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    done = children.run(command, log=log, timeout_s=PIP_S, cwd=ROOT)
+    done = children.run(command, log=log, timeout_s=PIP_S, cwd=stack.ROOT)
     if done.returncode != 0:
         raise PrerequisiteError(f"pip could not {what}: {children.last_words(log)}", f"Its log: {log}")
 
 
 def _require_cmake() -> None:
-    """Refuse before anything is started: the build would fail only after minutes of downloads."""
+    """Refuse before the build starts: it would fail only after minutes of downloads."""
     at_least = f"Install CMake {CMAKE} or newer (`pip install cmake` will do) and put it on PATH."
     program = shutil.which("cmake")
     if program is None:
@@ -170,7 +169,7 @@ def _require_cmake() -> None:
     try:
         found = Version(said.split()[2])
     except (IndexError, InvalidVersion):
-        raise PrerequisiteError(f"{program} does not tell its version. It says: {said!r}", at_least) from None
+        raise PrerequisiteError(f"{program} does not say its version, but {said!r}.", at_least) from None
     if found < CMAKE:
         raise PrerequisiteError(f"{program} is CMake {found}; ONNX Runtime GenAI needs {CMAKE}.", at_least)
 
@@ -178,52 +177,33 @@ def _require_cmake() -> None:
 # --- machine
 
 
-def _python() -> Check:
-    found = platform.python_version()
-    if sys.version_info[:2] < PYTHON:
-        wanted = ".".join(map(str, PYTHON))
-        return Check(
-            name="Python",
-            status="failure",
-            detail=f"{found}; Foundry Local's SDK needs {wanted}",
-            fix=f"Make the environment with Python {wanted} or newer.",
-        )
-    return Check(name="Python", status="ok", detail=found)
-
-
 def _memory(here: Hardware) -> Check:
-    return _amount(
-        "memory", here.memory_gb, MEMORY_GB, MEMORY_LEAST_GB, "GB", "Use a machine or a container with more memory."
-    )
+    return _amount("memory", here.memory_gb, MEMORY_GB, "GB", "Use a machine or a container with more memory.")
 
 
 def _disk(home: Path) -> Check:
     folder = next(parent for parent in (home, *home.parents) if parent.exists())
     if not os.access(folder, os.W_OK):
-        detail = f"{folder} cannot be written to"
-        return Check(name="disk", status="failure", detail=detail, fix="Set SLMOPS_HOME to a folder of yours.")
-    free = machine.disk_free(home) / 1e9
+        return _failure("disk", f"{folder} cannot be written to", "Set SLMOPS_HOME to a folder of yours.")
     advice = "Free some space, or set SLMOPS_HOME to a folder on a larger disk."
-    return _amount("disk", free, DISK_GB, DISK_LEAST_GB, f"GB free for {home}", advice)
+    return _amount("disk", machine.disk_free(home) / 1e9, DISK_GB, f"GB free for {home}", advice)
 
 
-def _amount(name: str, found: float, wanted: float, least: float, unit: str, advice: str) -> Check:
+def _amount(name: str, found: float, levels: tuple[float, float], unit: str, fix: str) -> Check:
+    least, wanted = levels
+    detail = f"{found:.1f} {unit}"
     if found >= wanted:
-        return Check(name=name, status="ok", detail=f"{found:.1f} {unit}")
-    return Check(
-        name=name,
-        status="warning" if found >= least else "failure",
-        detail=f"{found:.1f} {unit}; {wanted} are wanted, {least} at least",
-        fix=advice,
-    )
+        return _ok(name, detail)
+    make = _warning if found >= least else _failure
+    return make(name, f"{detail}; {wanted} are recommended, {least} are necessary", fix)
 
 
 def _cpu(here: Hardware) -> Check:
     detail = f"{here.processor}, {here.cores} cores: {' '.join(here.isa) or 'instruction sets unknown'}"
     if here.isa and not {"avx2", "neon"} & set(here.isa):
-        slow = "Use a processor with AVX2 or NEON; everything works without, but slowly."
-        return Check(name="CPU", status="warning", detail=f"{detail}; no avx2", fix=slow)
-    return Check(name="CPU", status="ok", detail=detail)
+        slow = "Use a processor with AVX2 or NEON. Everything works without, but slowly."
+        return _warning("CPU", f"{detail}; no avx2", slow)
+    return _ok("CPU", detail)
 
 
 # --- packages
@@ -236,12 +216,11 @@ def _packages() -> list[Check]:
     for package in machine.PACKAGES:
         version, pin = found.get(package), pins.get(package, SpecifierSet())
         if version is None:
-            checks.append(Check(name=package, status="failure", detail="not installed", fix=FIX_PACKAGES))
+            checks.append(_failure(package, "not installed", FIX_PACKAGES))
         elif not pin.contains(version, prereleases=True):
-            detail = f"{version}, but {pin} was tested"
-            checks.append(Check(name=package, status="warning", detail=detail, fix=FIX_PACKAGES))
+            checks.append(_warning(package, f"{version}, but {pin} was tested", FIX_PACKAGES))
         else:
-            checks.append(Check(name=package, status="ok", detail=version))
+            checks.append(_ok(package, version))
     return checks
 
 
@@ -249,7 +228,7 @@ def _pins() -> dict[str, SpecifierSet]:
     """What constraints.txt pins; without the source tree, what slmops' own metadata asks for."""
     lines: Iterable[str] = []
     with contextlib.suppress(OSError, metadata.PackageNotFoundError):
-        file = ROOT / "constraints.txt"
+        file = stack.ROOT / "constraints.txt"
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else metadata.requires("slmops") or []
     pins: dict[str, SpecifierSet] = {}
     for line in lines:
@@ -260,71 +239,64 @@ def _pins() -> dict[str, SpecifierSet]:
 
 
 def _imports(packages: list[Check]) -> tuple[list[Check], list[Check]]:
-    """Import what is installed. Returns the packages' checks, and those of what was seen on the way."""
+    """Import what is installed. Returns the packages' checks, and those of the two runtimes."""
     installed = [one.name for one in packages if one.status != "failure"]
     with tempfile.TemporaryDirectory(prefix="slmops-doctor-") as folder:
         work = Path(folder)
-        # Two native GenAI libraries cannot live in one process: Foundry Local's gets one of its own.
-        most, providers = _probe_all([name for name in installed if name != "foundry-local-sdk"], work)
-        foundry = doctor_probe.Result(problems={})
+        # Two native GenAI libraries cannot live in one process: Foundry Local's gets a process of its own.
+        found, providers = _probe_all([name for name in installed if name != "foundry-local-sdk"], work)
+        foundry = ProbeResult(problems={})
         if "foundry-local-sdk" in installed:
             modules = {"foundry-local-sdk": _MODULES["foundry-local-sdk"]}
-            foundry = _probe(doctor_probe.Request(modules=modules, foundry=work / "foundry"), work)
-    problems = {**most, **foundry.problems}
-    checked = [
-        one
-        if one.name not in problems
-        else Check(
-            name=one.name,
-            status="failure",
-            detail=f"{one.detail} cannot be imported: {problems[one.name]}",
-            fix=FIX_PACKAGES,
-        )
+            foundry = _probe(ProbeRequest(modules=modules, foundry=work / "foundry"), work)
+    problems = {**found, **foundry.problems}
+    checks = [
+        _failure(one.name, f"{one.detail} cannot be imported: {problems[one.name]}", FIX_PACKAGES)
+        if one.name in problems
+        else one
         for one in packages
     ]
-    more = []
+    runtimes = []
     if providers:
-        more.append(Check(name="ONNX Runtime", status="ok", detail=", ".join(providers)))
-    if doctor_probe.FOUNDRY in problems:
-        detail = f"its runtime does not start: {problems[doctor_probe.FOUNDRY]}"
-        more.append(Check(name="Foundry Local", status="failure", detail=detail, fix=FIX_PACKAGES))
+        runtimes.append(_ok("ONNX Runtime", ", ".join(providers)))
+    if FOUNDRY in problems:
+        runtimes.append(_failure(FOUNDRY, f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
     elif foundry.foundry_version:
-        found = ", ".join(foundry.foundry_providers) or "none beyond the CPU"
-        detail = f"{foundry.foundry_version}; execution providers to download: {found}"
-        more.append(Check(name="Foundry Local", status="ok", detail=detail))
-    return checked, more
+        more = ", ".join(foundry.foundry_providers) or "none beyond the CPU"
+        runtimes.append(_ok(FOUNDRY, f"{foundry.foundry_version}; execution providers to download: {more}"))
+    return checks, runtimes
 
 
 def _probe_all(packages: list[str], work: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Import packages in one child; where one crashes it, what the others said is lost with it, so again without."""
+    """Import packages in one child. A crash loses what the others said, so they are imported again without it."""
     crashes: dict[str, str] = {}
     while True:
         modules = {name: _MODULES[name] for name in packages if name not in crashes}
         if not modules:
             return crashes, ()
-        result = _probe(doctor_probe.Request(modules=modules), work)
+        result = _probe(ProbeRequest(modules=modules), work)
         crashed = {name: text for name, text in result.problems.items() if text.startswith(_CRASH)}
         if not crashed:
             return {**result.problems, **crashes}, result.onnxruntime_providers
         crashes |= crashed
 
 
-def _probe(request: doctor_probe.Request, work: Path) -> doctor_probe.Result:
+def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
     trying = next(iter(request.modules))
 
     def follow(line: str) -> None:
         nonlocal trying
-        name = line.removeprefix(doctor_probe.TRYING)
-        if name != line and name in (*request.modules, doctor_probe.FOUNDRY):
+        name = line.removeprefix(TRYING)
+        if name != line and name in (*request.modules, FOUNDRY):
             trying = name
 
-    # Nothing is to be sent or fetched, and no file to appear in the user's home.
+    # Nothing may be sent or fetched, and no file may appear in the user's home.
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
         result, _ = children.call(
             "slmops.local.doctor_probe",
             request,
-            doctor_probe.Result,
+            ProbeResult,
             work=work,
             log=work / "probe.log",
             timeout_s=PROBE_S,
@@ -333,7 +305,7 @@ def _probe(request: doctor_probe.Request, work: Path) -> doctor_probe.Result:
             on_line=follow,
         )
     except WorkError as error:
-        return doctor_probe.Result(problems={trying: f"{_CRASH}{error.message}"})
+        return ProbeResult(problems={trying: f"{_CRASH}{error.message}"})
     return result
 
 
@@ -341,17 +313,15 @@ def _probe(request: doctor_probe.Request, work: Path) -> doctor_probe.Result:
 
 
 def _foundry_command(*, ask: bool) -> Check:
-    program = shutil.which("foundry")
+    name, program = "foundry command", shutil.which("foundry")
     if program is None:
         note = "it does not exist on Linux" if sys.platform == "linux" else "optional: models are used through the SDK"
-        return Check(name="foundry command", status="ok", detail=f"none; {note}")
+        return _ok(name, f"none; {note}")
     if not ask:
-        return Check(name="foundry command", status="ok", detail=program)
-    said = _say([program, "--version"])
-    if not said:
-        advice = "Reinstall Foundry Local, or remove this command from PATH."
-        return Check(name="foundry command", status="warning", detail=f"{program} does not answer", fix=advice)
-    return Check(name="foundry command", status="ok", detail=f"{said.splitlines()[0]} ({program})")
+        return _ok(name, program)
+    if said := _say([program, "--version"]):
+        return _ok(name, f"{said.splitlines()[0]} ({program})")
+    return _warning(name, f"{program} does not answer", "Reinstall Foundry Local, or remove this command from PATH.")
 
 
 def _say(command: list[str]) -> str:
@@ -373,8 +343,8 @@ def _servers(settings: Settings) -> list[Check]:
 
 def _server(name: str, server: stack.ServerStatus, given: str | None) -> Check:
     if server.ok:
-        return Check(name=name, status="ok", detail=str(server.url))
+        return _ok(name, str(server.url))
     if given is None:
-        return Check(name=name, status="warning", detail="not running", fix="Run `slmops up`.")
+        return _warning(name, "not running", "Run `slmops up`.")
     advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
-    return Check(name=name, status="failure", detail=f"{given} does not answer", fix=advice)
+    return _failure(name, f"{given} does not answer", advice)

@@ -1,4 +1,4 @@
-"""Child process: import packages, and start Foundry Local's runtime, so that a crash of theirs is not the doctor's."""
+"""Child process: import packages and start Foundry Local's runtime, so that a crash does not end the doctor."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ TRYING = "trying "
 FOUNDRY = "Foundry Local"
 
 
-class Request(Frozen):
-    """What to import, as package -> modules, and a folder for Foundry Local's runtime if that is to be started."""
+class ProbeRequest(Frozen):
+    """The modules of each package to import, and a folder for Foundry Local's runtime if it has to start."""
 
     modules: dict[str, tuple[str, ...]]
     foundry: Path | None = None
 
 
-class Result(Frozen):
-    """What came of it."""
+class ProbeResult(Frozen):
+    """What is wrong with each package, and what the two runtimes say of themselves."""
 
     problems: dict[str, str]
     onnxruntime_providers: tuple[str, ...] = ()
@@ -28,8 +28,8 @@ class Result(Frozen):
     foundry_providers: tuple[str, ...] = ()
 
 
-def handle(request: Request) -> Result:
-    """Import one package after the other; say which, so that the parent knows where a crash was."""
+def handle(request: ProbeRequest) -> ProbeResult:
+    """Import one package after the other, and print which, so that the parent knows where a crash was."""
     problems: dict[str, str] = {}
     for package, modules in request.modules.items():
         print(f"{TRYING}{package}", flush=True)
@@ -38,7 +38,7 @@ def handle(request: Request) -> Result:
                 importlib.import_module(module)
         except (Exception, SystemExit) as error:
             problems[package] = _one_line(error)
-    result = Result(problems=problems)
+    result = ProbeResult(problems=problems)
     if "onnxruntime" in request.modules and "onnxruntime" not in problems:
         providers = importlib.import_module("onnxruntime").get_available_providers()
         result = result.model_copy(update={"onnxruntime_providers": tuple(providers)})
@@ -47,7 +47,7 @@ def handle(request: Request) -> Result:
     return result
 
 
-def _start_foundry(folder: Path) -> Result:
+def _start_foundry(folder: Path) -> ProbeResult:
     print(f"{TRYING}{FOUNDRY}", flush=True)
     try:
         # Here, not above: it loads a native GenAI library that cannot live with the one that Olive uses.
@@ -56,9 +56,9 @@ def _start_foundry(folder: Path) -> Result:
         running = runtime.manager(folder)
         providers = tuple(str(provider.name) for provider in running.discover_eps())
         version = importlib.import_module("foundry_local_sdk").__version__
-        return Result(problems={}, foundry_version=version, foundry_providers=providers)
+        return ProbeResult(problems={}, foundry_version=version, foundry_providers=providers)
     except (Exception, SystemExit) as error:
-        return Result(problems={FOUNDRY: _one_line(error)})
+        return ProbeResult(problems={FOUNDRY: _one_line(error)})
 
 
 def _one_line(error: BaseException) -> str:
@@ -66,4 +66,4 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    child.main(Request, handle)
+    child.main(ProbeRequest, handle)

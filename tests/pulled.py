@@ -126,7 +126,7 @@ class Device:
         self._patch = patch
         hardware = Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=())
         patch.setattr(machine, "hardware", lambda: hardware)
-        patch.setattr(download, "RETRY_AFTER_S", (0.0,) * 4)
+        patch.setattr(download, "RESUME_AFTER_S", (0.0,) * 4)
         patch.setattr(cli, "confirm", lambda *_: None)
         patch.setattr(cli, "ask", lambda *_: None)
         patch.setattr(children, "call", self._call)

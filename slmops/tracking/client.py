@@ -36,7 +36,7 @@ KIND = "slmops.kind"
 """Tag that says what slmops made: "model" (an experiment, a registered model), or what a run is of, such as "job"."""
 PARENT, NOTE, FLOW_RUN = "mlflow.parentRunId", "mlflow.note.content", "slmops.prefect_flow_run"
 REASON = "slmops.reason"
-CURVES = "curves/"
+OF_CURVES = "curves/"
 """How the names of curves begin; MLflow's charts have a section for each such prefix."""
 TEXT_LIMIT = 6000  # characters that MLflow takes for a parameter
 METRICS_AT_ONCE = 1000

@@ -24,7 +24,7 @@ BLOCK_BYTES = 64 * 1024
 """Bytes read at a time, which is what a broken connection can lose."""
 STALLED_S = 30.0
 """Seconds without a byte after which a connection counts as broken."""
-RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0)
+RESUME_AFTER_S = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts that bring nothing; one that brings something starts again with the first."""
 SAY_EVERY_S = 10.0
 UNKNOWN_LIMIT = 16_000_000
@@ -111,13 +111,13 @@ def _complete(origin: Origin, name: str, limit: int, part: Path) -> None:
             raise NotGivenError(f"{origin.label} cannot be fetched: {error.message}", error.fix) from error
         except TrackingError as error:
             failures = 1 if size_of(part) > before else failures + 1
-            if failures > len(RETRY_AFTER_S):
+            if failures > len(RESUME_AFTER_S):
                 raise TrackingError(
                     f"{name} of {origin.label} broke off at {size_of(part) / 1e6:.1f} MB, "
-                    f"and {len(RETRY_AFTER_S)} more attempts brought nothing. {error.message}",
+                    f"and {len(RESUME_AFTER_S)} more attempts brought nothing. {error.message}",
                     "The next pull goes on where this one stopped.",
                 ) from error
-            pause = RETRY_AFTER_S[failures - 1]
+            pause = RESUME_AFTER_S[failures - 1]
             log.warning("%s broke off at %.1f MB, again in %g s: %s", name, size_of(part) / 1e6, pause, error.message)
             time.sleep(pause)
             continue

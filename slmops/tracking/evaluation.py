@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from slmops.tracking.client import CURVES, NOTE, Client, dataset_input, now_ms
+from slmops.tracking.client import NOTE, OF_CURVES, Client, dataset_input, now_ms
 
 from mlflow.entities import Dataset, DatasetInput, Metric
 
 from slmops.core.values import Comparison, Evaluation, Frozen, Measurement, Registration, Variant
 from slmops.tracking import answers as tracking_answers
 
-INTERVALS = "intervals/"
-"""How the names of the ends of intervals begin; see :data:`CURVES`."""
+OF_INTERVALS = "intervals/"
+"""How the names of the ends of intervals begin; see :data:`OF_CURVES`."""
 HEADLINES = ("ttft_ms_p50", "decode_tok_s", "perplexity_ratio", "kl_mean", "accuracy")
 """Figures whose 95 % intervals are metrics too; the others' are in the run's description and measurements.json."""
-ANSWERS, CASES, GATES = "answers.json", "edge_cases.json", "gates.json"
-MEASUREMENTS = "measurements.json"
+ANSWERS_FILE, CASES_FILE, GATES_FILE = "answers.json", "edge_cases.json", "gates.json"
+MEASUREMENTS_FILE = "measurements.json"
 EVALUATION_SET, TEXT, QUICK = "evaluation set", "perplexity text", "number of questions (--quick)"
 """What figures of quality compare by."""
 OF_ANSWERS = (
@@ -53,7 +53,7 @@ def collect(folder: Path, variant: Variant, registration: Registration, evaluati
     (folder / "file_sizes.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
     (folder / "samples.json").write_text(json.dumps(evaluation.samples, indent=1), encoding="utf-8")
     measured = {name: m.model_dump() for name, m in evaluation.measurements.items()}
-    (folder / MEASUREMENTS).write_text(json.dumps(measured, indent=2), encoding="utf-8")
+    (folder / MEASUREMENTS_FILE).write_text(json.dumps(measured, indent=2), encoding="utf-8")
     (folder / "logs").mkdir()
     for log in logs.glob(f"{variant.name}.*.log"):
         shutil.copy(log, folder / "logs")
@@ -73,7 +73,7 @@ def log_evaluation(client: Client, run_id: str, model_id: str, evaluation: Evalu
     client.log_inputs(run_id, datasets=list(inputs.values()))
     client.log_metrics(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
     client.set_tags(run_id, {NOTE: description(evaluation)})
-    log_tables(client, run_id, {ANSWERS: _rows(evaluation.answers), CASES: _rows(evaluation.cases)})
+    log_tables(client, run_id, {ANSWERS_FILE: _rows(evaluation.answers), CASES_FILE: _rows(evaluation.cases)})
     experiment = client.get_run(run_id).info.experiment_id
     tracking_answers.log(client.tracking_uri, experiment, run_id, model_id, evaluation.answers)
 
@@ -122,7 +122,7 @@ def log_gates(client: Client, comparison: Comparison) -> None:
             tags["slmops.dominated_by"] = result.dominated_by
         if result.run_id is not None and tags:
             client.set_tags(result.run_id, tags)
-    log_tables(client, comparison.run_id, {GATES: rows})
+    log_tables(client, comparison.run_id, {GATES_FILE: rows})
 
 
 def _rows(values: Sequence[Frozen]) -> Rows:
@@ -148,10 +148,10 @@ def _metrics(evaluation: Evaluation, model_id: str, datasets: dict[str, Dataset]
     for name in HEADLINES:
         ends = _interval(evaluation.measurements[name]) if name in evaluation.measurements else None
         for end, value in zip(("low", "high"), ends or (), strict=False):
-            metrics.append(metric(f"{INTERVALS}{name}.{end}", value, name))
+            metrics.append(metric(f"{OF_INTERVALS}{name}.{end}", value, name))
     # Not of the model, of which MLflow shows one figure for each metric.
     return metrics + [
-        Metric(f"{CURVES}{point.name}", point.measurement.value, now, point.prompt_tokens)
+        Metric(f"{OF_CURVES}{point.name}", point.measurement.value, now, point.prompt_tokens)
         for point in evaluation.curves
     ]
 

@@ -18,7 +18,7 @@ from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Answer, Measurement, Variant
 from slmops.evaluation import dataset
 from slmops.evaluation.drift import Recorded, Remeasured, markdown
-from slmops.tracking.evaluation import ANSWERS, MEASUREMENTS
+from slmops.tracking.evaluation import ANSWERS_FILE, MEASUREMENTS_FILE
 
 INPUTS = "inputs"
 """Folder of a job's run with what it measured with."""
@@ -59,7 +59,7 @@ def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> R
     """
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
-    figures = json.loads(client.text_of(run_id, MEASUREMENTS))
+    figures = json.loads(client.text_of(run_id, MEASUREMENTS_FILE))
     manifest = json.loads(client.text_of(run_id, MANIFEST))
     kept = [
         Path(client.download_artifacts(parent.info.run_id, path, str(folder)))
@@ -108,7 +108,7 @@ def _job(params: dict[str, str]) -> Job:
 
 
 def _answers(client: Client, run_id: str) -> tuple[Answer, ...]:
-    if ANSWERS not in client.files_in(run_id):  # a table without rows is left out
+    if ANSWERS_FILE not in client.files_in(run_id):  # a table without rows is left out
         return ()
-    table = json.loads(client.text_of(run_id, ANSWERS))
+    table = json.loads(client.text_of(run_id, ANSWERS_FILE))
     return tuple(Answer.model_validate(dict(zip(table["columns"], row, strict=True))) for row in table["data"])

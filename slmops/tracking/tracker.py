@@ -46,7 +46,7 @@ from slmops.selection.policy import Policy
 from slmops.tracking import answers as tracking_answers
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking import remeasure as tracking_remeasure
-from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS, QUICK, TEXT
+from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK, TEXT
 
 COMPARISON_FILE, POLICY_FILE = "comparison.json", "policy.json"
 CHOICE = "slmops.choice"
@@ -253,9 +253,9 @@ class Tracker(Connection):
                 return None
             # Its latest evaluation; the run that MLflow names is that in which it was made.
             run_id = version.tags.get("slmops.evaluation_run", version.run_id)
-            if not run_id or MEASUREMENTS not in self._client.files_in(run_id):
+            if not run_id or MEASUREMENTS_FILE not in self._client.files_in(run_id):
                 return {}
-            measured = json.loads(self._client.text_of(run_id, MEASUREMENTS))
+            measured = json.loads(self._client.text_of(run_id, MEASUREMENTS_FILE))
             left_out = self._incomparable(run_id, like) if like else ()
             return {
                 metric: Measurement.model_validate(figure)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slmops.tracking.client import (
-    CURVES,
     FLOW_RUN,
     KIND,
     NOTE,
+    OF_CURVES,
     PARENT,
     Connection,
     dataset_input,
@@ -31,7 +31,7 @@ RETRAIN_RUN, DATA_DIGEST, INPUT_DIGEST = "slmops.retrain_run", "slmops.data_dige
 NUMBER, OUTCOME = "slmops.retraining", "slmops.outcome"
 RESULT_FILE = "retrained.json"
 SERIES = ("train_loss", "validation_loss", "learning_rate")
-"""In MLflow with :data:`CURVES` before them: the first section of the run's charts."""
+"""In MLflow with :data:`OF_CURVES` before them: the first section of the run's charts."""
 
 
 class TrainingTracker(Connection):
@@ -110,7 +110,7 @@ class TrainingTracker(Connection):
         with self._talking():
             start = self._client.get_run(run_id).info.start_time
             metrics = [
-                Metric(f"{CURVES}{name}", value, start + round(point.seconds * 1000), point.step)
+                Metric(f"{OF_CURVES}{name}", value, start + round(point.seconds * 1000), point.step)
                 for point in points
                 for name in SERIES
                 if (value := getattr(point, name)) is not None

@@ -158,7 +158,7 @@ def version(server: Server, talkative: Path, stock: Settings, tmp_path_factory: 
 
 @pytest.fixture
 def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    monkeypatch.setattr(download, "RETRY_AFTER_S", (0.05,) * 4)
+    monkeypatch.setattr(download, "RESUME_AFTER_S", (0.05,) * 4)
     made = Line(server.port)
     yield made
     made.close()

@@ -41,6 +41,7 @@ OF_CURVES = "curves/"
 TEXT_LIMIT = 6000  # characters that MLflow takes for a parameter
 METRICS_AT_ONCE = 1000
 DIGEST_LENGTH = 12  # MLflow's pages allow 36 characters; the whole digest is in the data set's profile
+_SIGN_IN = re.compile(r"//[^/\s]*@")
 # The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
 _EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development"}
 
@@ -73,7 +74,7 @@ def without_password(text: str) -> str:
     >>> without_password("https://me:secret@mlflow.example:5000")
     'https://***@mlflow.example:5000'
     """
-    return re.sub(r"//[^/\s]*@", "//***@", text)
+    return _SIGN_IN.sub("//***@", text)
 
 
 def found(ask: Callable[[], T]) -> T | None:
@@ -176,7 +177,11 @@ class Connection:
     def _page(self, run_id: str, page: str) -> str:
         with self._talking():
             experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/{page}workflowType=machine_learning"
+        return self._address(f"experiments/{experiment}/{page}workflowType=machine_learning")
+
+    def _address(self, page: str) -> str:
+        """A page of MLflow's UI, without the user name and password of the tracking URI: addresses get into logs."""
+        return f"{_SIGN_IN.sub('//', self.uri).rstrip('/')}/#/{page}"
 
     def _experiment(self, name: str) -> str:
         """The id of a model's experiment, which is made or restored if need be."""

@@ -199,7 +199,7 @@ class Registry(Connection):
 
     def page(self, version: ModelVersion) -> str:
         """The version's page in MLflow's UI."""
-        return f"{self.uri.rstrip('/')}/#/models/{version.name}/versions/{version.version}"
+        return self._address(f"models/{version.name}/versions/{version.version}")
 
     def _model(self, name: str) -> RegisteredModel | None:
         return found(lambda: self._client.get_registered_model(name))

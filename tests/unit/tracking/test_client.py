@@ -9,6 +9,8 @@ from mlflow.exceptions import MlflowException
 from requests.exceptions import ConnectionError as NoConnection
 
 from slmops.core.errors import TrackingError
+from slmops.tracking.registry import Registry
+from tests import values
 
 URI = "https://me:secret@mlflow.example:5000"
 
@@ -31,3 +33,8 @@ def test_the_first_line_without_passwords(error: Exception, said: str) -> None:
     with pytest.raises(TrackingError) as caught, talking(URI):
         raise error
     assert caught.value.message == f"MLflow at https://***@mlflow.example:5000 failed: {said}"
+
+
+def test_the_address_of_a_page_has_no_password() -> None:
+    page = Registry(f"{URI}/").page(values.model_version(3))
+    assert page == "https://mlflow.example:5000/#/models/bot/versions/3"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from slmops.core.job import Job
 from slmops.core.values import Answer, CaseOutcome, Measurement
 from slmops.evaluation import dataset
@@ -119,3 +121,12 @@ def recorded(**changes: Any) -> Recorded:
         **changes,
     }
     return Recorded(**fields)
+
+
+def word_tokenizer(folder: Path) -> None:
+    """A tokenizer with a token for each word, and a chat template of two tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("<s> {{ messages[0]['content'] }} <a>")

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from slmops import foundry
 from slmops.evaluation import speed_worker
 from slmops.evaluation.speed_worker import Cell
+from tests.measured import word_tokenizer
 
 
 class Runtime:
@@ -55,10 +55,7 @@ CELLS = (
 
 
 def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> speed_worker.SpeedResult:
-    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text("<s> {{ messages[0]['content'] }} <a>")
+    word_tokenizer(folder)
     (folder / "genai_config.json").write_text(json.dumps({"model": {}}))
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
     monkeypatch.setattr(speed_worker, "time", runtime.time)

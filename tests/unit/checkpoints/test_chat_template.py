@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from slmops.checkpoints.chat_template import ChatTemplate, load, render
 from slmops.core.errors import CheckpointError
 from slmops.foundry.prompt_template import derive
-from tests.chat_templates import CHATML, CHATS, STYLES, WITHOUT_SYSTEM, broken, chat, template
+from tests.chat_templates import CHATS, STYLES, WITHOUT_SYSTEM, broken, chat, template, text_of
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -78,7 +78,7 @@ def test_broken_or_hostile_template_is_a_checkpoint_error(text, message):
 
 
 def test_template_may_be_hostile_to_some_conversations_only():
-    text = CHATML + "{% if messages[0].role == 'system' %}{{ ''.__class__ }}{{ x.y.z }}{% endif %}"
+    text = text_of("chatml") + "{% if messages[0].role == 'system' %}{{ ''.__class__ }}{{ x.y.z }}{% endif %}"
     derived = derive(broken(text))
     assert derived.exact
     assert derived.reason is not None

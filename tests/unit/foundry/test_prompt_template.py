@@ -10,8 +10,6 @@ from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.foundry.prompt_template import derive, fill
 from tests.chat_templates import (
     CHATS,
-    DATED,
-    LLAMA32,
     TOKENS,
     WITH_SYSTEM,
     WITHOUT_SYSTEM,
@@ -19,6 +17,7 @@ from tests.chat_templates import (
     broken,
     proves,
     template,
+    text_of,
 )
 
 IM = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
@@ -52,6 +51,7 @@ SEVERAL_TURNS = "Conversations of several turns without a system message differ"
         ("llama3-first", None, True, [], CHATS),  # always writes the header of an answer
         ("qwen3", IM, True, [THINK], CHATS),
         ("smollm2", IM, False, ["Conversations without a system message", "named SmolLM"], WITH_SYSTEM),
+        ("qwen2.5", IM, False, ["Conversations without a system message", "You are Qwen"], WITH_SYSTEM),
         ("gemma2", TURNS, True, ["refuses conversations with a system message", BLANKS], WITHOUT_SYSTEM),
         ("gemma3", TURNS, False, ["Conversations with a system message", ON_ITS_OWN], WITHOUT_SYSTEM),
         ("mistral", INST, False, ["Conversations with a system message", ON_ITS_OWN], WITHOUT_SYSTEM),
@@ -101,8 +101,8 @@ def test_only_the_last_question_is_written() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (DATED, "current date"),
-        (LLAMA32, "current date"),
+        (text_of("dated"), "current date"),
+        (text_of("llama3.2"), "current date"),
         ("Hello", "user's message"),
         ("{{ messages[0].content | upper }}", "user's message"),
         ("{{ messages[-1].content * 2 }}", "user's message"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from slmops.core.values import Comparison, artifact_key
-from slmops.report import render as report
+from slmops.report import tables
 from tasks.stage import stage
 
 key = artifact_key
@@ -16,7 +16,7 @@ def show_comparison(comparison: Comparison, run_url: str) -> None:
     """Publish report, table and link as artifacts of the flow run."""
     name = comparison.model
     create_markdown_artifact(
-        report.markdown(comparison, run_url),
+        tables.markdown(comparison, run_url),
         key=artifact_key("report", name),
         description=f"{name}: comparison and choice",
     )

@@ -11,7 +11,7 @@ from prefect import Task
 from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.values import Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
-from slmops.report import render as report
+from slmops.report import page, tables
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
@@ -75,6 +75,6 @@ def finish_tracking(context: JobContext, comparison: Comparison, policy: Policy)
     tracker = Tracker(context.tracking_uri)
     url = tracker.run_url(comparison.run_id)
     tracker.finish_job(
-        comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=bool(comparison.failed)
+        comparison, policy, page.html(comparison), tables.markdown(comparison, url), failed=bool(comparison.failed)
     )
     return url

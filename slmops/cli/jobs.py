@@ -187,9 +187,9 @@ def _run(job: Job, *, json: bool) -> int:
 
 
 def _show(comparison: Comparison, *, json: bool, page: str | None = None) -> None:
-    from slmops.report import render
+    from slmops.report import tables
 
-    show(comparison, render.text, json=json, page=page)
+    show(comparison, tables.text, json=json, page=page)
 
 
 def _page(servers: Stack, run_id: str | None) -> str | None:

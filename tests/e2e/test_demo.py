@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops.report.render import COLUMNS
+from slmops.report.tables import COLUMNS
 from tests import prefect_api
 
 pytestmark = pytest.mark.e2e

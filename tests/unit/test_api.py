@@ -11,7 +11,7 @@ import pytest
 import slmops
 from slmops import Job, SlmopsError, UsageError, optimize
 from slmops.core.values import HEADLINES
-from slmops.report.render import COLUMNS
+from slmops.report.tables import COLUMNS
 from tests.values import comparison, failed, result
 
 PUBLIC = {

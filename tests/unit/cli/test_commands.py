@@ -17,7 +17,7 @@ from slmops.evaluation.drift import DriftError, Remeasured
 from slmops.evaluation.soak import SoakError, Target
 from slmops.foundry.versions import Installed, Promoted
 from slmops.local import stack
-from slmops.report import render
+from slmops.report import tables
 from slmops.serving import service
 from slmops.tracking.registry import Registry
 from slmops.training import outcome
@@ -108,7 +108,7 @@ def test_flags_are_the_request(flows: Flows, arguments: str, flow: str, options:
 @pytest.mark.parametrize(
     ("command", "result", "text"),
     [
-        ("run --model m", COMPARISON, render.text(COMPARISON)),
+        ("run --model m", COMPARISON, tables.text(COMPARISON)),
         ("promote bot", PROMOTED, PROMOTED.text),
         ("rollback bot", PROMOTED, PROMOTED.text),
         ("retrain --model m --data d", RETRAINED, outcome.text(RETRAINED)),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
-from slmops.report import render as report
+from slmops.report import tables
+from slmops.report.page import CHARTS, INTERVALS, html
 from slmops.selection import policy
 from slmops.selection.choice import choose
 from tests.values import comparison, failed, result
@@ -53,7 +54,7 @@ MIXED = comparison(
     reason=REASON,
 )
 WIDE = comparison(result("fp32", 600), result("int4", 110, 1.083, 0.45, spread=0.02), reason=REASON)
-TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in report.COLUMNS), "gates", ""]
+TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in tables.COLUMNS), "gates", ""]
 
 
 def cells(line: str) -> list[str]:
@@ -66,11 +67,11 @@ def pipes(line: str) -> list[str]:
 
 def row(made: Comparison, name: str) -> list[str]:
     """The cells of a variant's line."""
-    return next(cells(line) for line in report.table(made).splitlines() if cells(line)[0] == name)
+    return next(cells(line) for line in tables.table(made).splitlines() if cells(line)[0] == name)
 
 
 def test_text() -> None:
-    table, gates, reason, failure = report.text(MIXED).split("\n\n")
+    table, gates, reason, failure = tables.text(MIXED).split("\n\n")
     assert [cells(line) for line in table.splitlines()[-3:]] == [
         ["fp32", "600.0", "1.00", "123", "45.7", "1200", "1.000", "0", "0.50", "2/2"],
         ["int8", *["-"] * 9, "failed"],
@@ -85,10 +86,10 @@ def test_text() -> None:
 
 
 def test_titles_stand_in_two_lines_in_text_only() -> None:
-    words = report.table(MIXED).split("---")[0].split()
+    words = tables.table(MIXED).split("---")[0].split()
     assert sorted(words) == sorted(" ".join(TITLES).split())
-    assert len(report.table(MIXED).split("---")[0].splitlines()) == 2
-    assert pipes(report.table(MIXED, "github").splitlines()[0]) == TITLES
+    assert len(tables.table(MIXED).split("---")[0].splitlines()) == 2
+    assert pipes(tables.table(MIXED, "github").splitlines()[0]) == TITLES
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_intervals(changes: dict[str, tuple[float, float, float]], shown: list[s
 def test_a_terminal_has_room_for_it() -> None:
     results = [result(name, 110, 1.083, 0.45, spread=0.02) for name in ("fp32", "fp16", "int8", "int4")]
     made, with_gates = choose(results, policy.load())
-    shown = report.text(comparison(*with_gates, chosen=made.variant, reason=""))
+    shown = tables.text(comparison(*with_gates, chosen=made.variant, reason=""))
     assert 100 < max(len(line) for line in shown.splitlines()) <= 140
 
 
@@ -160,7 +161,7 @@ def test_verdicts() -> None:
         judged("c", gate("one", "fail")),
         failed("d", "r"),
     )
-    assert [cells(line) for line in report.gates(made).splitlines() if not line.startswith("-")] == [
+    assert [cells(line) for line in tables.gates(made).splitlines() if not line.startswith("-")] == [
         ["gate", "a", "b", "c"],
         ["one", "pass 0.05", "inconclusive", "FAIL 0.05"],
         ["two", "FAIL 123.5", "inconclusive 0.05", "-"],
@@ -168,13 +169,13 @@ def test_verdicts() -> None:
 
 
 def test_without_gates_there_is_no_second_table() -> None:
-    assert report.gates(WIDE) == ""
-    assert report.text(WIDE).count("\n\n") == 1
-    assert report.html(WIDE).count("<table") == 1
+    assert tables.gates(WIDE) == ""
+    assert tables.text(WIDE).count("\n\n") == 1
+    assert html(WIDE).count("<table") == 1
 
 
 def test_markdown() -> None:
-    table, gates, reason, failure, link = report.markdown(MIXED, "http://host/run").split("\n\n")
+    table, gates, reason, failure, link = tables.markdown(MIXED, "http://host/run").split("\n\n")
     heading, rule, *rows = table.splitlines()
     assert pipes(heading) == TITLES
     assert set(rule) <= set("|:- ")
@@ -204,7 +205,7 @@ def nasty() -> Comparison:
 
 
 def test_markdown_escapes_what_others_wrote() -> None:
-    shown = report.markdown(nasty(), "u")
+    shown = tables.markdown(nasty(), "u")
     assert "<" not in shown
     # In the cells: name, mark, gate. In the text: reason, name and reason of the failure.
     assert shown.count("&lt;script&gt;alert('x')&lt;/script&gt; &amp; \\| \"more\"") == 3
@@ -234,24 +235,20 @@ class Page(HTMLParser):
             self.cells[-1] += data
 
 
-def test_html_holds_the_tables_and_the_charts() -> None:
-    page = Page(report.html(MIXED))
+def test_html_holds_the_tables_and_the_charts_and_stands_alone() -> None:
+    page = Page(html(MIXED))
+    assert html(MIXED).startswith("<!doctype html>")
     assert [cell.strip() for cell in page.cells[: len(TITLES)]] == TITLES
     assert page.tags.count("tr") == 4 + 3
     assert {"110.0", "inconclusive 0.45"} <= {cell.strip() for cell in page.cells}
     assert page.tags.count("svg") == 1
+    assert not {"script", "link", "img", "iframe"} & {*page.tags, *Page(html(WIDE)).tags}
     assert REASON in page.text
     assert "int8 failed: Olive produced no model." in page.text
 
 
-def test_html_stands_alone() -> None:
-    page = report.html(WIDE)
-    assert page.startswith("<!doctype html>")
-    assert not {"script", "link", "img", "iframe"} & set(Page(page).tags)
-
-
 def test_html_escapes_what_others_wrote() -> None:
-    page = Page(report.html(nasty()))
+    page = Page(html(nasty()))
     assert "script" not in page.tags
     # Title, heading, cells (name, mark, gate), reason, name and reason of the failure.
     assert page.text.count(NASTY) == 8
@@ -259,12 +256,12 @@ def test_html_escapes_what_others_wrote() -> None:
 
 def drawn(made: Comparison) -> list[str]:
     """Matplotlib notes each text that it draws as shapes in a comment."""
-    return re.findall(r"<!-- (.*?) -->", report.html(made))
+    return re.findall(r"<!-- (.*?) -->", html(made))
 
 
 def test_charts_show_each_measured_variant() -> None:
     shown = drawn(MIXED)
-    assert {title for title, _ in report.CHARTS} <= set(shown)
+    assert {title for title, _ in CHARTS} <= set(shown)
     assert [shown.count(name) for name in ("fp32", "int4", "int8")] == [4, 4, 0]
     assert {"600", "110", "10.83", "45.67", "1200"} <= set(shown)
 
@@ -272,9 +269,9 @@ def test_charts_show_each_measured_variant() -> None:
 def test_chart_of_intervals() -> None:
     shown = drawn(WIDE)
     assert "95 % intervals" in shown
-    assert {title for title, _ in report.INTERVALS} <= set(shown)
+    assert {title for title, _ in INTERVALS} <= set(shown)
     assert [shown.count(name) for name in ("fp32", "int4")] == [8, 8]
-    assert Page(report.html(WIDE)).tags.count("svg") == 2
+    assert Page(html(WIDE)).tags.count("svg") == 2
     assert "95 % intervals" not in drawn(MIXED)  # all exact
 
 
@@ -301,7 +298,7 @@ def test_chart_of_one_interval(low: float | None, high: float | None, panels: in
 @pytest.mark.parametrize("results", [[], [failed("fp32", "It broke.")]])
 def test_nothing_was_measured(results: list[VariantResult]) -> None:
     made = comparison(*results, reason="No variant is chosen.")
-    for text in (report.text(made), report.markdown(made, "u"), report.html(made)):
+    for text in (tables.text(made), tables.markdown(made, "u"), html(made)):
         assert "No variant is chosen." in text
         assert ("It broke." in text) is bool(results)
         assert "<svg" not in text
@@ -321,10 +318,10 @@ def test_comparison_that_was_stored_without_measurements() -> None:
             del one[key]
     made = Comparison.model_validate(stored)
     assert row(made, "int4") == ["int4", "110.0", "0.18", "123", "45.7", "220", "1.083", "0.041", "0.45", "-", "chosen"]
-    assert "<svg" in report.html(made)
+    assert "<svg" in html(made)
 
 
 def test_judged_comparison_survives_being_stored() -> None:
     choice, results = choose(list(MIXED.variants), policy.load())
     made = Comparison(model="tiny", run_id="r", choice=choice, variants=tuple(results))
-    assert report.text(Comparison.model_validate_json(made.model_dump_json())) == report.text(made)
+    assert tables.text(Comparison.model_validate_json(made.model_dump_json())) == tables.text(made)

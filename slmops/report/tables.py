@@ -1,19 +1,14 @@
-"""The comparison for people: tables, and an HTML page with charts."""
+"""The comparison as text, for the terminal and for pages in Markdown."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from html import escape
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def _rate(value: float) -> str:
@@ -35,22 +30,10 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("KL\nmean", "kl_mean", "{:.2g}".format, False),
     ("accuracy", "accuracy", "{:.2f}".format, True),
 )
-CHARTS = (
-    ("Size (MB)", "size_mb"),
-    ("Perplexity (lower is better)", "perplexity"),
-    ("Tokens per second", "decode_tok_s"),
-    ("Peak memory (MB)", "memory_peak_mb"),
-)
-INTERVALS = (
-    ("Perplexity ratio to fp32", "perplexity_ratio"),
-    ("Mean KL divergence from fp32", "kl_mean"),
-    ("Accuracy", "accuracy"),
-    ("Tokens per second", "decode_tok_s"),
-)
 
 
 def table(comparison: Comparison, style: str = "simple") -> str:
-    """The variants as rows of text; ``style`` is one of tabulate's, as ``simple``, ``github`` or ``html``."""
+    """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``."""
     rows = [_row(result, comparison.choice.variant) for result in comparison.variants]
     headers = ["variant", *(title for title, *_ in COLUMNS), "gates", ""]
     return _tabulate(rows, headers, style, ["left", *["right"] * len(COLUMNS), "left", "left"])
@@ -73,28 +56,17 @@ def gates(comparison: Comparison, style: str = "simple") -> str:
 
 def text(comparison: Comparison) -> str:
     """What ``slmops run`` and ``slmops compare`` print."""
-    return "\n\n".join([*_tables(comparison, "simple"), comparison.choice.reason, *_failures(comparison)])
+    return "\n\n".join([*tables(comparison, "simple"), comparison.choice.reason, *remarks(comparison)])
 
 
 def markdown(comparison: Comparison, run_url: str) -> str:
     """The same for Prefect's and MLflow's pages."""
-    said = [escape(part, quote=False) for part in (comparison.choice.reason, *_failures(comparison))]
-    return "\n\n".join([*_tables(comparison, "github"), *said, f"[MLflow run]({run_url})"])
+    said = [escape(part, quote=False) for part in (comparison.choice.reason, *remarks(comparison))]
+    return "\n\n".join([*tables(comparison, "github"), *said, f"[MLflow run]({run_url})"])
 
 
-def html(comparison: Comparison) -> str:
-    """A page that stands alone: tables, choice, charts."""
-    said = "".join(f"<p>{escape(part)}</p>" for part in (comparison.choice.reason, *_failures(comparison)))
-    return (
-        "<!doctype html><meta charset='utf-8'>"
-        f"<title>{escape(comparison.model)}</title>"
-        "<style>body{font:14px system-ui;margin:1em}table{margin-bottom:1em}td,th{padding:.2em .5em}"
-        "svg{max-width:100%}</style>"
-        f"<h1>{escape(comparison.model)}</h1>{''.join(_tables(comparison, 'html'))}{said}{_charts(comparison)}"
-    )
-
-
-def _tables(comparison: Comparison, style: str) -> list[str]:
+def tables(comparison: Comparison, style: str) -> list[str]:
+    """Both tables, or the one that there is."""
     return [part for part in (table(comparison, style), gates(comparison, style)) if part]
 
 
@@ -114,12 +86,12 @@ def _row(result: VariantResult, chosen: str | None) -> list[str]:
 def _cell(result: VariantResult, metric: str, write: Callable[[float], str], interval: bool) -> str:
     if metric not in result.metrics:
         return "-"
-    ends = _interval(result.measurements.get(metric)) if interval else None
+    ends = interval_of(result.measurements.get(metric)) if interval else None
     value = write(result.metrics[metric])
     return f"{value} [{write(ends[0])}, {write(ends[1])}]" if ends else value
 
 
-def _interval(measurement: Measurement | None) -> tuple[float, float] | None:
+def interval_of(measurement: Measurement | None) -> tuple[float, float] | None:
     """The ends of the interval, where there is more to it than the value."""
     if measurement is None or measurement.low is None or measurement.high is None:
         return None
@@ -151,55 +123,10 @@ def _verdict(gate: GateResult | None) -> str:
     return outcome if gate.value is None else f"{outcome} {gate.value:.4g}"
 
 
-def _failures(comparison: Comparison) -> list[str]:
+def remarks(comparison: Comparison) -> list[str]:
+    """What is to be said of single variants: why one failed, or what to bear in mind with its figures."""
     return [
-        f"{result.name} failed: {result.reason}" if result.status == "failed" else f"{result.name}: {result.reason}"
+        f"{result.name}{' failed' if result.status == 'failed' else ''}: {result.reason}"
         for result in comparison.variants
         if result.reason
     ]
-
-
-def _charts(comparison: Comparison) -> str:
-    measured = [result for result in comparison.variants if result.status == "ok"]
-    if not measured:
-        return ""
-    from matplotlib.figure import Figure
-
-    bars = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, metric) in zip(bars.subplots(2, 2).flat, CHARTS, strict=True):
-        known = {r.name: r.metrics[metric] for r in measured if math.isfinite(r.metrics.get(metric, math.nan))}
-        axes.bar_label(axes.bar(list(known), list(known.values()), color="#4477aa"), fmt="%.4g")
-        axes.set_title(title)
-        axes.margins(y=0.15)
-    return _svg(bars) + _interval_chart(measured)
-
-
-def _interval_chart(measured: list[VariantResult]) -> str:
-    """What is uncertain, with 95 % intervals; a variant without one is a point."""
-    shown = [
-        (title, metric) for title, metric in INTERVALS if any(_interval(r.measurements.get(metric)) for r in measured)
-    ]
-    if not shown:
-        return ""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.3 * len(shown), 3.5), layout="constrained")
-    figure.suptitle("95 % intervals")
-    for axes, (title, metric) in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        known = {r.name: r.measurements[metric] for r in measured if metric in r.measurements}
-        known = {name: one for name, one in known.items() if math.isfinite(one.value)}
-        values = [one.value for one in known.values()]
-        ends = [_interval(one) or (one.value, one.value) for one in known.values()]
-        # A bootstrap's interval need not hold the value itself.
-        below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
-        above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
-        axes.errorbar(list(known), values, yerr=[below, above], fmt="o", capsize=4, color="#4477aa")
-        axes.set_title(title)
-        axes.margins(x=0.2)
-    return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg")
-    return picture.getvalue()[picture.getvalue().index("<svg") :]

@@ -55,7 +55,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
         patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         for name, value in stack.QUIET.items():
             patch.setenv(name, value)
-        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness():
+        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness(server_startup_timeout=180):
             yield Settings()
 
 

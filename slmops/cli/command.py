@@ -25,36 +25,21 @@ from slmops.core.errors import PrerequisiteError, SlmopsError
 INTERRUPTED = 130
 
 COMMANDS = {
-    "run": ("jobs", "Convert, register, measure and compare a checkpoint; start the local servers if needed."),
+    "run": ("jobs", "Convert, register, measure and compare a checkpoint."),
     "demo": ("jobs", "Run the whole job on a real small model that comes as a package."),
-    "retrain": (
-        "jobs",
-        "Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better than what is deployed.",
-    ),
+    "retrain": ("jobs", "Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better."),
     "compare": ("jobs", "Print the latest comparison."),
-    "soak": (
-        "jobs",
-        "Send a deployed variant many requests and see whether its memory grows; start the local servers if needed.",
-    ),
-    "remeasure": (
-        "jobs",
-        "Measure what is deployed once more, as a device gets it; start the local servers if needed.",
-    ),
+    "soak": ("jobs", "Send a deployed variant many requests and see whether its memory grows."),
+    "remeasure": ("jobs", "Measure what is deployed once more, as a device gets it."),
     "promote": ("deploy", "Make a version of a model the champion, if it is not worse than the one that is."),
     "rollback": ("deploy", "Make the previous champion the champion again; a second rollback takes it back."),
-    "serve": (
-        "deploy",
-        "Serve the champion of a model over an OpenAI-compatible API, and each newer champion as soon as there is one.",
-    ),
-    "pull": (
-        "deploy",
-        "Fetch a deployed version onto this device, verify it, register it in Foundry Local and ask it something.",
-    ),
+    "serve": ("deploy", "Serve the champion of a model, and each newer one, over an OpenAI-compatible API."),
+    "pull": ("deploy", "Fetch a deployed version onto this device, verify it and register it in Foundry Local."),
     "catalog": ("deploy", "Offer the promoted models to Foundry Local applications as a private catalog."),
     "doctor": ("local", "Check every prerequisite and say how to get what is missing."),
     "up": ("local", "Start the local Prefect and MLflow servers."),
     "down": ("local", "Stop the local servers, the worker, and the service that a retraining started."),
-    "status": ("local", "Say what is running; or of a model, which versions there are and which of them is deployed."),
+    "status": ("local", "Say what is running, or which versions of a model there are and which is deployed."),
 }
 """Each command's module and what the help says about it; only the module of the command that is called is imported."""
 
@@ -98,7 +83,8 @@ def _app(argv: Sequence[str]) -> App:
     called = argv[0] if argv else ""
     app = App(
         name="slmops",
-        help="Convert a fine-tuned small language model at several precisions, measure each, choose one.",
+        help="Convert a fine-tuned small language model at several precisions, measure each, choose one. "
+        "Commands that need the local servers start them.",
         help_format="plaintext",
         default_parameter=Parameter(negative=()),
         suppress_keyboard_interrupt=False,  # run() tells the user and returns the code

@@ -59,7 +59,7 @@ def rollback(name: str, /, *, json: bool = False) -> int:
 
 
 def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SERVE) -> int:
-    """Serve the champion of a model over an OpenAI-compatible API, and each newer champion as soon as there is one.
+    """Serve the champion of a model, and each newer one, over an OpenAI-compatible API.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SER
 
 
 def pull(reference: str, /, *, source: Source = None, json: bool = False) -> int:
-    """Fetch a deployed version onto this device, verify it, register it in Foundry Local and ask it something.
+    """Fetch a deployed version onto this device, verify it and register it in Foundry Local.
 
     Parameters
     ----------

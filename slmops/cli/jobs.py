@@ -29,7 +29,7 @@ _SOAK = Soak()
 
 
 def run(*, job: Annotated[Job, Parameter(name="*")], job_file: JobFile = None, json: bool = False) -> int:
-    """Convert, register, measure and compare a checkpoint; start the local servers if needed.
+    """Convert, register, measure and compare a checkpoint.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def retrain(
     demo: bool = False,
     json: bool = False,
 ) -> int:
-    """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better than what is deployed.
+    """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better.
 
     Does nothing if the data and the checkpoint are those of the last time.
 
@@ -118,7 +118,7 @@ def compare(name: str | None = None, /, *, json: bool = False) -> int:
 def soak(
     name: str | None = None, /, *, request: Annotated[Soak, Parameter(name="*")] = _SOAK, json: bool = False
 ) -> int:
-    """Send a deployed variant many requests and see whether its memory grows; start the local servers if needed.
+    """Send a deployed variant many requests and see whether its memory grows.
 
     Ends with 3 unless it is proven that the memory does not grow faster than the limit.
 
@@ -144,7 +144,7 @@ def soak(
 
 
 def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bool = False) -> int:
-    """Measure what is deployed once more, as a device gets it; start the local servers if needed.
+    """Measure what is deployed once more, as a device gets it.
 
     Ends with 3 if it is slower, needs more memory or answers worse than when it was evaluated.
 

@@ -73,7 +73,7 @@ def down() -> int:
 
 
 def status(name: str | None = None, /, *, json: bool = False) -> int:
-    """Say what is running; or of a model, which versions there are and which of them is deployed.
+    """Say what is running, or which versions of a model there are and which is deployed.
 
     Parameters
     ----------

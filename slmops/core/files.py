@@ -1,4 +1,4 @@
-"""Writing so that a reader, or the next run, never sees half of anything."""
+"""Files: written so that nobody ever sees half of one, and the tables that a user writes."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_appears_whole(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder beside ``target`` that becomes ``target`` if the block succeeds.
+    """Yield a scratch folder beside ``target``, which becomes ``target`` if the block succeeds.
 
-    A ``target`` that another process completed meanwhile is kept.
+    If another process completes ``target`` meanwhile, that one is kept.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -24,7 +24,7 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
     Args:
         path: The lock file; its folder is made, readable by this user alone.
         what: What the lock stands for, for messages: "the measurement of this machine".
-        wait: Wait for the holder (and say so) rather than refuse.
+        wait: Wait for the holder, and say so, instead of refusing.
 
     Raises:
         BusyError: Somebody holds it and ``wait`` is false.

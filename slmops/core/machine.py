@@ -1,4 +1,4 @@
-"""The machine and the packages on it, as manifests and reports stamp them. Light: nothing heavy is imported."""
+"""This machine and the packages on it. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = (
     "gguf",
     "tabulate",
 )
-"""The packages that the job stands on, by the names that pip knows."""
+"""The packages that a job depends on most, by their names in pip."""
 
 CPUINFO = Path("/proc/cpuinfo")
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -49,11 +49,11 @@ _LIMITS = (
 # Energy counters of the processor's packages; readable by root only on most systems.
 POWERCAP = Path("/sys/class/powercap")
 
-# What the kernels of ONNX Runtime are chosen by.
+# What ONNX Runtime chooses its kernels by.
 _X86 = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16")
 _X86_MATRIX = ("amx_tile", "amx_int8", "amx_bf16")
 _ARM = ("neon", "dotprod", "i8mm", "bf16", "sve", "sve2")
-# What Linux on ARM and macOS call the same.
+# What Linux on ARM and macOS call them.
 _ALIASES = {
     "asimd": "neon",
     "asimddp": "dotprod",
@@ -111,12 +111,12 @@ def versions() -> dict[str, str]:
 
 
 def energy_j() -> float | None:
-    """Energy that the processor's packages have used since some time ago, in joules; None if they do not tell.
+    """Energy that the processor has used since some time ago, in joules; None if it does not say.
 
-    From Linux's powercap interface (RAPL), which counts all that the machine does. A counter that wraps round between
-    two calls makes their difference negative.
+    From Linux's powercap interface (RAPL), which counts everything that runs on the machine. If a counter wraps round
+    between two calls, their difference is negative.
     """
-    # Beside each other lie the packages, their parts (core, dram) and on some the platform (psys), which holds them.
+    # The list has packages, their parts (core, dram) and on some machines the platform (psys), which contains them.
     try:
         packages = [zone for zone in POWERCAP.glob("intel-rapl:*") if (zone / "name").read_text().startswith("package")]
         counters = [int((zone / "energy_uj").read_text()) for zone in packages]

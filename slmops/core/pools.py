@@ -1,4 +1,4 @@
-"""Prefect work pools that a job's conversions and measurements fan out to, and which of them is large enough."""
+"""Prefect work pools to which a job's conversions and measurements fan out, and which of them is large enough."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pool(Frozen):
 
 
 def conversion_memory(checkpoint: Checkpoint) -> float:
-    """Bytes that one conversion needs, an estimate on the safe side: ``parameters x 4 x 2.2``."""
+    """Bytes of memory that one conversion needs, estimated high: ``parameters x 4 x 2.2``."""
     return checkpoint.parameters * 4 * CONVERSION_COPIES
 
 
@@ -33,9 +33,9 @@ def choose(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:
     """The smallest pool whose machines can hold a conversion of the checkpoint.
 
     Args:
-        pools: At least one; of two of one size the first is taken.
-        checkpoint: What is to be converted.
-        device: What the variants are made for, as :attr:`slmops.core.job.Job.device`.
+        pools: At least one; the first of several of one size is taken.
+        checkpoint: What will be converted.
+        device: What the variants are made for: :attr:`slmops.core.job.Job.device`.
 
     Raises:
         PrerequisiteError: None is large enough, or none is for the device.

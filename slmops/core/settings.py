@@ -47,10 +47,10 @@ class Settings(BaseSettings):
     judge_url: str | None = Field(
         None,
         pattern=ADDRESS_PATTERN,
-        description="OpenAI-compatible endpoint, as http://127.0.0.1:11434/v1, for items with match 'judge'.",
+        description="OpenAI-compatible endpoint for items with match 'judge', such as http://127.0.0.1:11434/v1.",
     )
     judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")
-    judge_api_key: SecretStr | None = Field(None, description="Its key, where it needs one.")
+    judge_api_key: SecretStr | None = Field(None, description="Its key, if it needs one.")
     judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
     serve_token: SecretStr | None = Field(None, description="Token that clients of `slmops serve` must send.")
     pools: Annotated[tuple[Pool, ...], NoDecode] = Field(
@@ -79,7 +79,7 @@ class Settings(BaseSettings):
         try:
             return json.loads(value) if value.strip() else ()
         except ValueError as error:
-            raise ValueError(f"is no JSON: {error}") from None
+            raise ValueError(f"is not JSON: {error}") from None
 
     @field_validator("pools")
     @classmethod
@@ -91,22 +91,22 @@ class Settings(BaseSettings):
 
     @property
     def judge_configured(self) -> bool:
-        """There is a judging model."""
+        """Whether there is a judging model."""
         return bool(self.judge_url and self.judge_model)
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints that slmops unpacked or staged, one folder each."""
+        """Checkpoints that slmops unpacked or copied, one folder each."""
         return self.home / "checkpoints"
 
     @property
     def variants(self) -> Path:
-        """Converted variants, one folder each, named by content."""
+        """Converted variants, one folder each, named by a digest of all inputs."""
         return self.home / "variants"
 
     @property
     def trainings(self) -> Path:
-        """Fine-tunings, finished or not, one folder each, named by all that goes into them."""
+        """Fine-tunings, finished or not, one folder each, named by a digest of all inputs."""
         return self.home / "trainings"
 
     @property
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
 
     @property
     def deployed(self) -> Path:
-        """Foundry Local's application data for what came from the registry; its model cache is ``models/`` below it."""
+        """The same for what was pulled from the registry."""
         return self.home / "deployed"
 
     @property
@@ -135,6 +135,6 @@ class Settings(BaseSettings):
 
     @property
     def machine_lock(self) -> Path:
-        """The lock behind which this machine converts and measures, shared by all homes of one user."""
+        """The lock of this machine, held while it converts or measures; all homes of one user share it."""
         user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
         return Path(tempfile.gettempdir()) / f"slmops-{user}" / "machine.lock"

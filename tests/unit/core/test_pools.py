@@ -51,7 +51,7 @@ def test_pools_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("small", "is no JSON"),
+        ("small", "is not JSON"),
         ('{"name": "small"}', "valid tuple"),
         ('[{"name": "small"}]', "Field required"),
         ('[{"name": "small", "memory_gb": 0}]', "greater than 0"),

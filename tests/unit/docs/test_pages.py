@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,10 @@ def test_modules_that_are_named_exist(name: str) -> None:
 def test_the_table_has_all_commands() -> None:
     firsts = [row.split("|")[1] for row in ROWS if row.startswith("| `slmops ")]
     assert {name for first in firsts for name in re.findall(r"`(?:slmops )?([a-z]+)", first)} == set(COMMANDS)
+
+
+def test_the_floors_are_those_of_the_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    [layers] = [one["layers"] for one in contracts if one["type"] == "layers"]
+    table = PAGES[0].read_text("utf-8").partition("| floor | holds |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert [re.findall(r"`([\w.]+)`", row.split("|")[1]) for row in table] == [one.split(" | ") for one in layers]

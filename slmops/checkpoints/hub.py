@@ -37,11 +37,6 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
 
     The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used.
 
-    Args:
-        repo: Its id, ``org/name``.
-        revision: Branch, tag or commit; None: the main branch.
-        job: Only its ``allow_pickle``, ``trust_remote_code`` and ``chat_template`` matter.
-
     Returns:
         Its folder in the cache.
 

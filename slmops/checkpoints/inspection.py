@@ -60,12 +60,7 @@ class Texts:
 
 
 def read_texts(folder: Path, job: Job, where: str) -> Texts:
-    """Check everything but the weights.
-
-    Args:
-        folder: The checkpoint.
-        job: Only its ``chat_template`` and ``trust_remote_code`` matter.
-        where: What to call the checkpoint in messages.
+    """Check everything but the weights; messages call the checkpoint ``where``.
 
     Raises:
         CheckpointError: Something is missing, broken or cannot be converted.
@@ -136,13 +131,7 @@ def names(folder: Path) -> set[str]:
 
 
 def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, str]:
-    """SHA-256 of each file that matters, by name.
-
-    Args:
-        folder: The checkpoint.
-        weights: Names of the weight files.
-        job: With ``trust_remote_code``, Python files matter too.
-    """
+    """SHA-256 by name of each file that matters: weights, texts, and with ``trust_remote_code`` Python files."""
     patterns = (*TEXT_PATTERNS, *(("*.py",) if job.trust_remote_code else ()))
     texts = {name for name in names(folder) if any(fnmatchcase(name, pattern) for pattern in patterns)}
     try:

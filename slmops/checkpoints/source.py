@@ -39,21 +39,11 @@ UNTIED = 1.35
 
 @dataclass(frozen=True)
 class _Found:
-    """A folder in Hugging Face format.
-
-    Attributes:
-        folder: Where it is.
-        name: The checkpoint's own name.
-        where: What to call it in messages.
-        hashes: Digests of its files, if they have just been computed.
-        temporary: It is removed after the check, so it must be staged.
-    """
-
     folder: Path
-    name: str
-    where: str
-    hashes: Mapping[str, str] | None = None
-    temporary: bool = False
+    name: str  # the checkpoint's own
+    where: str  # what to call it in messages
+    hashes: Mapping[str, str] | None = None  # digests of its files, if they have just been computed
+    temporary: bool = False  # it is removed after the check, so it must be staged
 
 
 def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:

@@ -94,13 +94,7 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
 
 
 def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> Facts:
-    """Check the weight files and count their weights.
-
-    Args:
-        folder: The checkpoint.
-        root: What :func:`choose` chose.
-        config: Content of config.json.
-        where: What to call the checkpoint in messages.
+    """Check the weight files, of which ``root`` is what :func:`choose` chose, and count their weights.
 
     Raises:
         CheckpointError: A file is missing, cut off, not what its name says, or does not fit config.json.

@@ -29,12 +29,7 @@ _OLIVE_ONLY = "model_config.json"
 def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
     """Convert a checkpoint, or return the variant that was made earlier from the same input.
 
-    Args:
-        recipe: How to convert it.
-        checkpoint: What to convert.
-        job: Only its export_tolerance, output_path, log_level and trust_remote_code matter.
-        name: The model's name, by which its work folder and logs are called.
-        settings: Where things are.
+    Its work folder and logs are called by the model's ``name``.
 
     Raises:
         ConversionError: Olive made nothing (with the cause from its log), or something that does not work.
@@ -142,20 +137,19 @@ def _make(
                 created=datetime.now(UTC),
                 path=target,
             )
-            write_atomic(scratch / MANIFEST, variant.model_dump_json(indent=2))
+            manifest = variant.model_dump_json(indent=2)
+            write_atomic(scratch / MANIFEST, manifest)
+        if (target / MANIFEST).read_text(encoding="utf-8") != manifest:
+            # Another machine with the same home was faster: its files are in place, and ours are gone.
+            variant = store.load(target) or variant
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PrerequisiteError(f"The disk of {settings.home} is full.", children.FREE_SPACE) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    log.info(
-        "%s: converted in %.0f s, %.0f MB, %.1f bits per weight",
-        recipe.name,
-        variant.convert_s,
-        variant.model_mb,
-        variant.weights.bits_per_weight,
-    )
+    made_as = f"{variant.model_mb:.0f} MB, {variant.weights.bits_per_weight:.1f} bits per weight"
+    log.info("%s: converted in %.0f s, %s", recipe.name, variant.convert_s, made_as)
     return variant
 
 

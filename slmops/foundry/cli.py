@@ -33,11 +33,7 @@ _ROBOT = "\N{ROBOT FACE}"  # stands before an answer in a chat
 
 
 def confirm(called: str, models: Path) -> bool | None:
-    """Look for a model with ``foundry cache ls``.
-
-    Args:
-        called: The model's name in Foundry.
-        models: The cache folder that holds it, to which the command is pointed meanwhile.
+    """Look for the model ``called`` with ``foundry cache ls``, pointed at the cache folder ``models`` meanwhile.
 
     Returns:
         True if it is listed; None where there is no ``foundry`` command.
@@ -60,12 +56,7 @@ def confirm(called: str, models: Path) -> bool | None:
 
 
 def ask(called: str, models: Path, prompt: str) -> str | None:
-    """Put one question to a model.
-
-    Args:
-        called: The model's name in Foundry.
-        models: The cache folder that holds it, to which the command is pointed meanwhile.
-        prompt: The question.
+    """Put one question to the model ``called``, with the command pointed at the cache folder ``models`` meanwhile.
 
     Returns:
         The answer; None where there is no ``foundry`` command.

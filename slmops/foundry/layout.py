@@ -34,13 +34,6 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
 
     The same variant with the same settings keeps its folder and version; anything else is a new version.
 
-    Args:
-        variant: The variant.
-        name: The model's name.
-        job: Only its search settings matter.
-        derived: The PromptTemplate.
-        home: Foundry Local's application data.
-
     Returns:
         The folder, its version, and whether it is new.
 
@@ -50,11 +43,8 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
     models = home / "models" / PUBLISHER
     called = model_name(name, variant.name)
     genai = _genai_config(variant, job)
-    versions: dict[int, Path] = {}
-    for folder in models.glob(f"{called}-*"):
-        number = folder.name.removeprefix(f"{called}-")
-        if number.isdigit():
-            versions[int(number)] = folder
+    numbered = ((folder.name.removeprefix(f"{called}-"), folder) for folder in models.glob(f"{called}-*"))
+    versions = {int(number): folder for number, folder in numbered if number.isdigit()}
     for version, folder in versions.items():
         described = _describe(variant, called, version, derived, genai)
         settings = _read(folder / INFERENCE_MODEL), _read(folder / GENAI_CONFIG)

@@ -90,14 +90,7 @@ class Query(Frozen):
 
 
 def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
-    """Answer a request with a page of the entries that satisfy all its filters.
-
-    Args:
-        body: The request, in JSON.
-        entries: What the catalog offers.
-
-    Returns:
-        The page, in JSON.
+    """Answer a request with a page of the entries that satisfy all its filters, both in JSON.
 
     Raises:
         UsageError: The body is not such a request, or names an unknown field or operator.

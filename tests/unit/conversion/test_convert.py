@@ -14,12 +14,13 @@ import pytest
 from slmops.conversion import convert as conversion
 from slmops.conversion import store
 from slmops.conversion.convert import convert
+from slmops.core import machine
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Weights
 from slmops.processes import children
 from slmops.processes.children import Finished
-from tests.values import CONTENTS, checkpoint
+from tests.values import CONTENTS, checkpoint, write_variant
 
 RECIPE = Recipe(name="int4", config={"passes": {"a": {"type": "Rtn"}}}, bits=4)
 FOUND = Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={})
@@ -73,3 +74,23 @@ def test_two_names_over_one_checkpoint_at_once_convert_once(
         one, other = pool.map(lambda name: convert(RECIPE, checkpoint(), job, name, settings), ("one", "other"))
     assert len(conversions) == 1
     assert one == other == store.load(one.path)
+
+
+def test_files_of_a_faster_machine_with_the_same_home_are_what_is_described(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
+    play_olive(monkeypatch, before=lambda: write_variant(target))
+    made = convert(RECIPE, checkpoint(), Job(model="m"), "bot", settings)
+    assert made == store.load(target)
+
+
+def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
+    target.mkdir(parents=True)
+    conversions = play_olive(monkeypatch)
+    made = [convert(RECIPE, checkpoint(), Job(model="m"), name, settings) for name in ("one", "other")]
+    assert made[0] == made[1] == store.load(target)
+    assert len(conversions) == 1

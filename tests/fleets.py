@@ -181,6 +181,12 @@ async def until(true: Callable[[], bool], seconds: float = 3.0) -> None:
             await asyncio.sleep(0.005)
 
 
+async def promote(world: World, made: Fleet, number: int, promoted: str = "first") -> None:
+    """Promote a version, and wait until it is served."""
+    world.now = version(number, promoted)
+    await until(lambda: made.state().version == number)
+
+
 async def rounds(world: World, count: int = 4) -> None:
     """Wait while the watch looks so many times more."""
     wanted = world.asked["champion"] + count

@@ -30,6 +30,7 @@ from tests.fleets import (
     asked,
     fleet,
     installed,
+    promote,
     rounds,
     serving,
     until,
@@ -61,8 +62,7 @@ async def test_the_champion_is_served_and_written_down(world: World, made: Fleet
 async def test_a_switch_waits_for_what_the_old_one_answers(world: World, made: Fleet) -> None:
     old = world.backends[0]
     async with made.lease("bot") as held:
-        world.now = version(2)
-        await until(lambda: made.state().version == 2)
+        await promote(world, made, 2)
         assert await asked(made) == 2
         await asyncio.sleep(0.2)
         assert held is old
@@ -97,8 +97,7 @@ async def test_a_drain_does_not_wait_for_ever(world: World) -> None:
 async def test_switches_in_a_row(world: World) -> None:
     async with serving(world) as made, made.lease("bot"):
         for number in (2, 3, 1):
-            world.now = version(number)
-            await until(lambda number=number: made.state().version == number)  # type: ignore[misc]
+            await promote(world, made, number)
         assert made.state().switches == 3
         # The first one drains still, and a second process of the same version has taken over.
         assert world.running == [1, 1]
@@ -107,8 +106,7 @@ async def test_switches_in_a_row(world: World) -> None:
 
 async def test_a_champion_that_cannot_be_written_down_is_served(world: World, made: Fleet) -> None:
     world.unwritable = PrerequisiteError("The disk is full.")
-    world.now = version(2)
-    await until(lambda: made.state().version == 2)
+    await promote(world, made, 2)
     await until(lambda: "could not be written down: The disk is full." in (made.state().last_failure or ""))
     assert await asked(made) == 2
 
@@ -165,8 +163,7 @@ async def test_the_last_version_is_served_where_the_champion_cannot(
         await rounds(world, 2)
         assert len(world.withdrawn) == withdrawn
         getattr(world, fault).clear()
-        world.now = version(2, "second")
-        await until(lambda: made.state().version == 2)
+        await promote(world, made, 2, "second")
 
 
 async def test_a_champion_that_is_here_is_served_though_its_files_cannot_be_checked() -> None:
@@ -233,8 +230,7 @@ async def test_another_champion_replaces_one_that_cannot_be_restarted(world: Wor
 async def test_a_restart_that_is_overtaken_leaves_no_process(world: World, made: Fleet) -> None:
     world.held[1] = asyncio.Event()
     world.backends[0].die()
-    world.now = version(2)
-    await until(lambda: made.state().version == 2)
+    await promote(world, made, 2)
     world.held[1].set()
     await asyncio.sleep(0.1)
     assert world.running == [2]
@@ -285,8 +281,7 @@ async def test_a_stop_in_the_middle_of_everything(world: World) -> None:
     watching = asyncio.create_task(made.run())
     world.held = {3: asyncio.Event(), 4: asyncio.Event()}
     async with made.lease("bot"):
-        world.now = version(2)
-        await until(lambda: made.state().version == 2)
+        await promote(world, made, 2)
         world.now = version(3)
         beside = asyncio.create_task(asked(made, "bot:4"))
         await until(lambda: world.installs[-2:] in ([3, 4], [4, 3]))

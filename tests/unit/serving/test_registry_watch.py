@@ -21,7 +21,7 @@ from slmops.serving import registry_watch
 from slmops.serving.fleet import Fleet, UnknownModel
 from slmops.serving.registry_watch import VersionSource, in_thread
 from slmops.tracking import registry
-from tests.fleets import BAD, DOWN, World, asked, fleet, installed, rounds, serving, until, version
+from tests.fleets import BAD, DOWN, World, asked, fleet, installed, promote, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
 
@@ -49,8 +49,7 @@ async def test_a_version_at_fault_is_withdrawn_once(world: World, made: Fleet, w
     world.now = version(2)
     await until(lambda: len(world.withdrawn) == 2)
     getattr(world, where).clear()
-    world.now = version(2, "second")
-    await until(lambda: made.state().version == 2)
+    await promote(world, made, 2, "second")
 
 
 async def test_a_version_that_stays_champion_is_not_tried_again(world: World) -> None:
@@ -85,7 +84,7 @@ async def test_a_withdrawal_that_does_not_get_through(world: World, made: Fleet,
     assert await asked(made) == 1
 
 
-@pytest.mark.parametrize("error", [DOWN, PrerequisiteError("The disk is full."), OSError("broken pipe")])
+@pytest.mark.parametrize("error", [DOWN, PrerequisiteError("full"), OSError("broken pipe"), UsageError("x")])
 @pytest.mark.parametrize("where", ["undeliverable", "unstartable"])
 async def test_what_does_not_get_here_is_tried_again(world: World, made: Fleet, error: Exception, where: str) -> None:
     getattr(world, where)[2] = error
@@ -107,8 +106,7 @@ async def test_pauses_grow_and_another_champion_does_not_wait(world: World, made
     # 0, 20, 60, 140, 300 ms: with pauses of the first length there would be 20 of them.
     assert 2 <= world.installs.count(2) <= 6
     made._watch._retry_at += 60
-    world.now = version(3)
-    await until(lambda: made.state().version == 3)
+    await promote(world, made, 3)
 
 
 async def test_pauses_do_not_grow_for_ever(world: World) -> None:
@@ -133,8 +131,8 @@ async def test_a_registry_that_goes_away_and_comes_back(
     assert (made.state().registry, made.state().ready) == (since, True)
     assert await asked(made) == 1
     assert made.state().last_failure is None
-    world.down, world.now = None, version(2)
-    await until(lambda: made.state().version == 2)
+    world.down = None
+    await promote(world, made, 2)
     assert made.state().registry == "ok"
     lost = [one for one in caplog.messages if one.startswith("the registry")]
     assert lost == [
@@ -148,8 +146,8 @@ async def test_an_answer_without_sense_does_not_end_the_watch(world: World, made
     world.down = error
     await until(lambda: str(error.args[0]) in (made.state().last_failure or ""))
     assert await asked(made) == 1
-    world.down, world.now = None, version(2)
-    await until(lambda: made.state().version == 2)
+    world.down = None
+    await promote(world, made, 2)
 
 
 async def test_nothing_promoted_any_more(world: World, made: Fleet) -> None:
@@ -171,12 +169,6 @@ async def test_a_registry_that_is_away_at_the_start(world: World) -> None:
         assert made.state().switches == 0
         assert await asked(made, "bot:2") == 2
     assert world.installs == [2]
-
-
-def test_the_watch_and_the_fleet_agree_on_faults() -> None:
-    assert [
-        registry_watch.at_fault(error) for error in (BAD, RegistrationError("x"), DOWN, OSError(), UsageError("x"))
-    ] == [True, True, False, False, False]
 
 
 # --- the registry and this device, in threads

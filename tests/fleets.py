@@ -160,18 +160,24 @@ def fleet(world: World, **options: Any) -> Fleet:
 
 
 @asynccontextmanager
-async def serving(world: World, **options: Any) -> AsyncIterator[Fleet]:
-    """A fleet that watches; nothing may run when it has stopped."""
-    made = fleet(world, **options)
+async def watching(made: Fleet) -> AsyncIterator[Fleet]:
+    """Start a fleet, and let it watch."""
     await made.start()
-    watching = asyncio.create_task(made.run())
+    task = asyncio.create_task(made.run())
     try:
         yield made
-        assert not watching.done()  # no failure ends the watch
+        assert not task.done()  # no failure ends the watch
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         await made.stop()
+
+
+@asynccontextmanager
+async def serving(world: World, **options: Any) -> AsyncIterator[Fleet]:
+    """A fleet that watches; nothing may run when it has stopped."""
+    async with watching(fleet(world, **options)) as made:
+        yield made
     assert world.running == []
 
 
@@ -181,10 +187,10 @@ async def until(true: Callable[[], bool], seconds: float = 3.0) -> None:
             await asyncio.sleep(0.005)
 
 
-async def promote(world: World, made: Fleet, number: int, promoted: str = "first") -> None:
+async def promote(world: World, made: Fleet, number: int, promoted: str = "first", seconds: float = 3) -> None:
     """Promote a version, and wait until it is served."""
     world.now = version(number, promoted)
-    await until(lambda: made.state().version == number)
+    await until(lambda: made.state().version == number, seconds)
 
 
 async def rounds(world: World, count: int = 4) -> None:

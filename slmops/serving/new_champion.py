@@ -95,9 +95,9 @@ def watch(
     right: list[bool] = []
     failures: list[str] = []
     in_a_row = 0
-    begun = time.monotonic()
     with httpx.Client(base_url=url, headers=headers, timeout=REQUEST_S, trust_env=False) as client:
         before = _broken(client, version)
+        begun = time.monotonic()
         for number, item in enumerate(items):
             wait = begun + number * seconds / len(items) - time.monotonic()
             time.sleep(max(0.0, wait))

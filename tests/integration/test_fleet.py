@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from slmops.serving.limits import Serve
 from tests import fleets, making
 from tests.fleets import until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 24
@@ -91,6 +91,11 @@ def gone(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
 @pytest.fixture(scope="module")
 def variant(talkative: Path, stock: Settings) -> Variant:
     return making.variant("fp32", making.job(talkative), stock)
@@ -132,25 +137,15 @@ async def ask(backend: Backend, client: httpx.AsyncClient, *, stream: bool = Fal
 
 
 @asynccontextmanager
-async def serving(device: Device) -> AsyncIterator[Fleet]:
-    """A fleet that serves version 1 and watches."""
+async def serving(device: Device) -> AsyncIterator[tuple[Fleet, httpx.AsyncClient]]:
+    """A fleet that serves version 1 and watches, and a client."""
     device.now = fleets.version(1)
     device.withdrawn.clear()
-    fleet = Fleet("bot", device.settings, device, Serve(poll_s=0.2, request_timeout_s=30))
-    await fleet.start()
-    watching = asyncio.create_task(fleet.run())
-    try:
-        yield fleet
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        await fleet.stop()
+    made = Fleet("bot", device.settings, device, Serve(poll_s=0.2, request_timeout_s=30))  # type: ignore[arg-type]
+    async with fleets.watching(made) as fleet, httpx.AsyncClient(timeout=60, trust_env=False) as client:
+        yield fleet, client
     assert fleets.workers() == []
     assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []
-
-
-def served(fleet: Fleet, number: int) -> Callable[[], bool]:
-    return lambda: fleet.state().ready and fleet.state().version == number
 
 
 async def one_answer(fleet: Fleet, client: httpx.AsyncClient, model: str = "bot", *, stream: bool = False) -> str:
@@ -158,16 +153,8 @@ async def one_answer(fleet: Fleet, client: httpx.AsyncClient, model: str = "bot"
         return await ask(backend, client, stream=stream)
 
 
-def run(test: Callable[[Fleet, httpx.AsyncClient], Awaitable[None]], device: Device) -> None:
-    async def whole() -> None:
-        async with serving(device) as fleet, httpx.AsyncClient(timeout=60, trust_env=False) as client:
-            await test(fleet, client)
-
-    asyncio.run(whole())
-
-
-def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
-    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
+async def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
+    async with serving(device) as (fleet, client):
         expected = {number: await one_answer(fleet, client, f"bot:{number}") for number in (1, 2)}
         assert expected[1] != expected[2]
         assert all(expected.values())
@@ -184,8 +171,7 @@ def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
         loads = [asyncio.create_task(load(stream)) for stream in (True, False, True, False)]
         for number in (2, 1, 2, 1):
             count = len(answers)
-            device.now = fleets.version(number)
-            await until(served(fleet, number), WAIT_S)
+            await fleets.promote(device, fleet, number, seconds=WAIT_S)
             await until(lambda count=count: len(answers) > count + 10, WAIT_S)  # type: ignore[misc]
         done.set()
         await asyncio.gather(*loads)  # raises what any of them raised
@@ -197,11 +183,9 @@ def test_no_request_fails_while_the_champion_switches(device: Device) -> None:
         assert len(fleets.workers()) == 1
         assert 10 < fleet.state().loaded[0].memory_mb < 1000
 
-    run(test, device)
 
-
-def test_a_killed_process_comes_back(device: Device) -> None:
-    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
+async def test_a_killed_process_comes_back(device: Device) -> None:
+    async with serving(device) as (fleet, client):
         before = await one_answer(fleet, client)
         [worker] = fleets.workers()
         os.kill(worker.pid, signal.SIGKILL)
@@ -210,8 +194,6 @@ def test_a_killed_process_comes_back(device: Device) -> None:
         await until(lambda: fleet.state().restarts == 1, WAIT_S)
         assert await one_answer(fleet, client) == before
         assert "was killed by SIGKILL" in (fleet.state().last_failure or "")
-
-    run(test, device)
 
 
 @pytest.mark.parametrize(
@@ -222,33 +204,31 @@ def test_a_killed_process_comes_back(device: Device) -> None:
         (gone, "Foundry Local does not find bot-fp32-generic-cpu:3"),
     ],
 )
-def test_a_broken_version_leaves_the_old_one(
+async def test_a_broken_version_leaves_the_old_one(
     device: Device, damage: Callable[[Path], None], said: str, tmp_path: Path
 ) -> None:
     folder = device.here[3].folder
     shutil.copytree(folder, tmp_path / "kept")
 
-    async def test(fleet: Fleet, client: httpx.AsyncClient) -> None:
-        before = await one_answer(fleet, client)
-        damage(folder)
-        device.now = fleets.version(3)
-        await until(lambda: bool(device.withdrawn), WAIT_S)
-        assert await one_answer(fleet, client) == before
-        assert fleet.state().version == 1
-        [(number, reason)] = device.withdrawn
-        assert number == 3
-        assert said in reason
-        assert said in (fleet.state().last_failure or "")
-        assert len(fleets.workers()) == 1
-
     try:
-        run(test, device)
+        async with serving(device) as (fleet, client):
+            before = await one_answer(fleet, client)
+            damage(folder)
+            device.now = fleets.version(3)
+            await until(lambda: bool(device.withdrawn), WAIT_S)
+            assert await one_answer(fleet, client) == before
+            assert fleet.state().version == 1
+            [(number, reason)] = device.withdrawn
+            assert number == 3
+            assert said in reason
+            assert said in (fleet.state().last_failure or "")
+            assert len(fleets.workers()) == 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(tmp_path / "kept", folder)
 
 
-def test_processes_end_with_the_service(device: Device) -> None:
+async def test_processes_end_with_the_service(device: Device) -> None:
     argv = [sys.executable, "-c", SERVICE, device.here[1].model_dump_json(), str(device.settings.home)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as service:
         assert service.stdout is not None
@@ -263,29 +243,23 @@ def test_processes_end_with_the_service(device: Device) -> None:
     scratch = device.settings.deployed / "serving" / "bot"
     assert len(list(scratch.iterdir())) == 1
 
-    async def next_one() -> None:
-        backend = await Backend.start(device.here[1], device.settings)
-        assert len(list(scratch.iterdir())) == 1
+    backend = await Backend.start(device.here[1], device.settings)
+    assert len(list(scratch.iterdir())) == 1
+    await backend.smoke_test()
+    await backend.stop()
+    await backend.stop()
+    assert not backend.alive
+    with pytest.raises(ServingError, match="SIGTERM"):
         await backend.smoke_test()
-        await backend.stop()
-        await backend.stop()
-        assert not backend.alive
-        with pytest.raises(ServingError, match="SIGTERM"):
-            await backend.smoke_test()
-
-    asyncio.run(next_one())
     assert list(scratch.iterdir()) == []
 
 
-def test_a_start_that_is_cancelled_leaves_no_process(device: Device) -> None:
-    async def test() -> None:
-        for pause in (0.0, 0.05, 0.1):  # a start takes 0.3 s and more
-            start = asyncio.create_task(Backend.start(device.here[1], device.settings))
-            await asyncio.sleep(pause)
-            start.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await start
-            assert fleets.workers() == []
-
-    asyncio.run(test())
+async def test_a_start_that_is_cancelled_leaves_no_process(device: Device) -> None:
+    for pause in (0.0, 0.05, 0.1):  # a start takes 0.3 s and more
+        start = asyncio.create_task(Backend.start(device.here[1], device.settings))
+        await asyncio.sleep(pause)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        assert fleets.workers() == []
     assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []

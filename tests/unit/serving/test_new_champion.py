@@ -62,13 +62,13 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def watch(service: Service, questions: Path, seconds: float = 0.5, **settings: Any) -> new_champion.Probation:
+def watch(service: Service, questions: Path, seconds: float = 1, **settings: Any) -> new_champion.Probation:
     made = Settings(home=questions.parent, **settings)
     return new_champion.watch(service.url, VERSION, questions, None, MEASURED, seconds, made)
 
 
 def test_a_version_that_answers_as_measured_holds(service: Service, questions: Path) -> None:
-    result = watch(service, questions, serve_token=SecretStr("geheim"))
+    result = watch(service, questions, 2, serve_token=SecretStr("geheim"))
     assert result.held
     assert result.accuracy is not None
     assert (result.requests, result.failed, result.accuracy.value) == (20, 0, 1.0)

@@ -1,4 +1,4 @@
-"""The variants of a job made and measured by many machines: each recipe a conversion and then a measurement."""
+"""The variants of a job made and measured by several machines: each recipe is converted, then measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from flows.progress import Progress
-from flows.workers import Seen, Workers, cancel_parts, crash, look, submit
+from flows.progress import ProgressBar
+from flows.workers import PartState, Workers, cancel_parts, crash, look, submit
 from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, Stage
 from slmops.conversion import convert, store
@@ -27,11 +27,11 @@ from tasks.variant import convert_variant, register_variant
 log = logging.getLogger("slmops.fan_out")
 
 ATTEMPTS = 3
-"""Times that a part is begun whose machine is lost."""
+"""How often a part is started in all if its machine is lost."""
 POLL_S = 2.0
 LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PENDING: 900.0}
-"""Seconds of silence after which a part is lost: pending is one that is being started on its machine. One that waits
-for a machine is not."""
+"""Seconds of silence after which a part counts as lost. Pending means that it is being started on its machine; a part
+that waits for a machine is scheduled, and may wait."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class _Child:
         part: What it does.
         attempt: From 1 on.
         sign: State and beat, as they were at the last look.
-        silent_s: Seconds since one of them changed; those without a look at it not counted.
+        silent_s: Seconds since one of them changed, without the time in which nobody looked.
     """
 
     part: Part
@@ -50,7 +50,7 @@ class _Child:
     sign: tuple[str, object] = ("", None)
     silent_s: float = 0.0
 
-    def is_lost(self, seen: Seen, seconds: float) -> bool:
+    def is_lost(self, seen: PartState, seconds: float) -> bool:
         """Whether it has been silent for too long, ``seconds`` after the last look."""
         sign = (seen.state.name or "", seen.beat)
         self.silent_s = self.silent_s + seconds if sign == self.sign else 0.0
@@ -59,7 +59,7 @@ class _Child:
         return limit is not None and self.silent_s > limit
 
 
-def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: Progress) -> Outcomes:
+def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
     """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it.
 
     Raises:
@@ -105,7 +105,7 @@ class _FanOut:
         common: dict[str, Any],
         exchange: Exchange,
         context: JobContext,
-        progress: Progress,
+        progress: ProgressBar,
     ) -> None:
         self._workers = workers
         self._recipes = recipes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.progress import Progress
+from flows.progress import ProgressBar
 from slmops.cluster.parts import Measured, Outcomes
 from slmops.core import machine
 from slmops.core.context import JobContext
@@ -11,7 +11,7 @@ from slmops.core.values import Recipe, Registration, Variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
 
-def make_here(recipes: list[Recipe], context: JobContext, progress: Progress) -> Outcomes:
+def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
     """Convert all, then measure them side by side; yield each recipe's outcome as it comes."""
     made: dict[str, tuple[Variant, Registration]] = {}
     for recipe in recipes:

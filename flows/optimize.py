@@ -11,7 +11,7 @@ from prefect import flow, runtime
 
 from flows.fan_out import fan_out
 from flows.one_machine import make_here
-from flows.progress import Progress
+from flows.progress import ProgressBar
 from flows.running import named, plainly, turn
 from flows.workers import find_workers
 from slmops import preflight
@@ -94,7 +94,7 @@ def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measure
     Returns:
         What was made and measured, by the name of its recipe, and a result for each recipe.
     """
-    progress = Progress(context.name, steps=2 * len(recipes))
+    progress = ProgressBar(context.name, steps=2 * len(recipes))
     workers = find_workers(context) if context.settings.pools else None
     outcomes = fan_out(workers, recipes, context, progress) if workers else make_here(recipes, context, progress)
     made: dict[str, Measured] = {}

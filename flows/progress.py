@@ -9,7 +9,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from slmops.core.values import artifact_key
 
 
-class Progress:
+class ProgressBar:
     """A progress bar in the flow run's artifacts."""
 
     def __init__(self, name: str, steps: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 from pydantic import Json
 
+from flows.running import plainly
 from flows.workers import beating
 from slmops.checkpoints import source
 from slmops.cluster import parts
@@ -24,6 +25,7 @@ from tasks.variant import convert_variant, measure_quality, measure_speed, regis
 
 
 @flow(name="variant", persist_result=False)
+@plainly
 def variant(part: Json[Part]) -> None:
     """Do one part of a job, and leave the result where the job fetches it.
 

@@ -73,7 +73,7 @@ class Workers:
 
 
 @dataclass(frozen=True)
-class Seen:
+class PartState:
     """A flow run as it was at a look.
 
     Attributes:
@@ -146,7 +146,7 @@ def submit(part: Part, workers: Workers) -> UUID:
     return _asked(started).id
 
 
-def look(flow_runs: Collection[UUID]) -> dict[UUID, Seen]:
+def look(flow_runs: Collection[UUID]) -> dict[UUID, PartState]:
     """The flow runs as they are now.
 
     Raises:
@@ -154,8 +154,8 @@ def look(flow_runs: Collection[UUID]) -> dict[UUID, Seen]:
     """
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs)))
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
-    seen = {run.id: Seen(run.state or Pending(), run.labels.get(LABEL)) for run in found}
-    return {one: seen.get(one) or Seen(Crashed(message="The flow run was deleted."), None) for one in flow_runs}
+    seen = {run.id: PartState(run.state or Pending(), run.labels.get(LABEL)) for run in found}
+    return {one: seen.get(one) or PartState(Crashed(message="The flow run was deleted."), None) for one in flow_runs}
 
 
 def crash(flow_run: UUID, message: str) -> State[Any]:

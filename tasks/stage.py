@@ -18,7 +18,7 @@ logging.getLogger("slmops").setLevel(logging.INFO)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
+_PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
 """A server may be away for a minute or two: restarted, or moved to another machine."""
 
 
@@ -42,8 +42,8 @@ def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[C
             task_run_name=run_name or name,
             cache_policy=NO_CACHE,
             persist_result=False,
-            retries=len(PAUSES_S) if tracking else 0,
-            retry_delay_seconds=PAUSES_S if tracking else None,
+            retries=len(_PAUSES_S) if tracking else 0,
+            retry_delay_seconds=_PAUSES_S if tracking else None,
             retry_condition_fn=_may_pass if tracking else None,
         )(function)
 

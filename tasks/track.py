@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-
-from prefect import Task
 
 from slmops.core import machine
 from slmops.core.context import JobContext
@@ -15,15 +12,9 @@ from slmops.report import page, tables
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
-from tasks.stage import P, R, stage
+from tasks.stage import stage
 
 log = logging.getLogger("slmops.track")
-
-
-def tracking_task(*, name: str, task_run_name: str) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """The old name of ``stage(tracking=True)``; goes when nothing uses it."""
-    del name
-    return stage(task_run_name, tracking=True)
 
 
 @stage(tracking=True)

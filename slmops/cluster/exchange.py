@@ -1,6 +1,6 @@
-"""Files on their way between the machines of a job: through MLflow's artifact store, by their SHA-256.
+"""Files that travel between the machines of a job: through MLflow's artifact store, by their SHA-256.
 
-What is there is not sent again, and what lies in this machine's cache is not fetched again. A file counts only with the
+What is there is not sent again, and what is in this machine's cache is not fetched again. A file counts only with the
 SHA-256 that it was announced with, whoever had it in between.
 """
 
@@ -24,7 +24,7 @@ from slmops.tracking import download
 from slmops.tracking import exchange as tracking_exchange
 from slmops.tracking.download import NotGivenError
 
-FILES, RESULTS = "files", "results"
+_FILES, _RESULTS = "files", "results"
 KEPT_S = 24 * 3600.0
 """Seconds that the cache keeps a file that nothing else of this home uses."""
 
@@ -46,10 +46,10 @@ class Exchange:
         self._location: str | None = None
 
     def put(self, paths: Mapping[str, Path]) -> tuple[VariantFile, ...]:
-        """Have files there, sending those that are not.
+        """Send the files that are not there yet.
 
         Args:
-            paths: Each by the name that it is to have where it is fetched, with forward slashes.
+            paths: Each by the name that it will have where it is fetched, with forward slashes.
 
         Raises:
             TrackingError: MLflow cannot be reached, or does not take them; what was sent stays.
@@ -57,11 +57,11 @@ class Exchange:
         files = tuple(
             VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in paths.items()
         )
-        there = tracking_exchange.sizes(self.uri, self.run_id, FILES)
+        there = tracking_exchange.sizes(self.uri, self.run_id, _FILES)
         for file in files:
-            # Of an upload that broke off a server may have kept the beginning.
+            # A server may have kept the beginning of an upload that broke off.
             if there.get(file.sha256) != file.size:
-                tracking_exchange.upload(self.uri, self.run_id, paths[file.name], FILES, file.sha256)
+                tracking_exchange.upload(self.uri, self.run_id, paths[file.name], _FILES, file.sha256)
                 there[file.sha256] = file.size
         return files
 
@@ -69,11 +69,11 @@ class Exchange:
         """The file in this machine's cache, fetched if need be; only to be read.
 
         Raises:
-            WorkError: The exchange does not have it, as when the job has ended meanwhile.
+            WorkError: The exchange does not have it, for example because the job has ended meanwhile.
             TrackingError: MLflow cannot be reached, or gives something else.
         """
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise WorkError(f"{file.name!r} was announced with something that is no SHA-256.")
+            raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
         cached = self._cache / file.sha256
         with exclusive(self._settings.locks / "exchange.lock", "the files from other machines", wait=True):
             if not download.intact(cached, file.size, file.sha256):
@@ -102,7 +102,7 @@ class Exchange:
             TrackingError: MLflow cannot be reached, or does not take it.
         """
         text = json.dumps(result.model_dump(mode="json"))  # pydantic's own JSON has null for what is not finite
-        tracking_exchange.write(self.uri, self.run_id, f"{RESULTS}/{name}.json", text)
+        tracking_exchange.write(self.uri, self.run_id, f"{_RESULTS}/{name}.json", text)
 
     def result(self, name: str) -> str | None:
         """What :meth:`leave` wrote under this name; None: nothing yet.
@@ -110,7 +110,7 @@ class Exchange:
         Raises:
             TrackingError: MLflow cannot be reached.
         """
-        return tracking_exchange.read(self.uri, self.run_id, f"{RESULTS}/{name}.json")
+        return tracking_exchange.read(self.uri, self.run_id, f"{_RESULTS}/{name}.json")
 
     def _fetch(self, file: VariantFile) -> Path:
         downloads = self._cache / "downloads"
@@ -118,7 +118,7 @@ class Exchange:
             if self._location is None:
                 self._location = tracking_exchange.location(self.uri, self.run_id)
             origin = download.Origin(self.uri, self._location, "this job's files")
-            return download.fetch(origin, f"{FILES}/{file.sha256}", file.size, file.sha256, downloads)
+            return download.fetch(origin, f"{_FILES}/{file.sha256}", file.size, file.sha256, downloads)
         except NotGivenError as error:
             raise WorkError(f"{file.name} is not among this job's files: {error.message}", _ENDED) from error
         except TrackingError as error:
@@ -146,5 +146,5 @@ def _checked(name: str) -> str:
     """A relative path that stays where it is put, on any system."""
     parts = name.split("/")
     if re.search(r"[\\:\x00-\x1f]", name) or not all(part and part == part.rstrip(" .") for part in parts):
-        raise WorkError(f"A file of this job is called {name!r}, which is no name below a folder.")
+        raise WorkError(f"A file of this job is called {name!r}, which is not a name below a folder.")
     return name

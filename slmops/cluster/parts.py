@@ -1,7 +1,7 @@
-"""The parts that a job falls into when it fans out: what goes to a machine, what it does there, what comes back.
+"""The parts of a job that runs on several machines: what goes to a machine, what it does there, what comes back.
 
-Each recipe is two parts, which need not run on the same machine: its conversion, and its measurement. The baseline is
-measured before the others begin, because they are compared with the logits that it leaves.
+Each recipe has two parts, its conversion and its measurement, which may run on different machines. The baseline is
+measured before the others begin, because they are compared with its logits.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Part(Frozen):
     stage: Stage
     exchange: str = Field(description="The MLflow run with the job's files.")
     name: str = Field(description="The model's.")
-    job: Job = Field(description="As it was asked for; its files are those of `inputs`.")
+    job: Job = Field(description="What was asked for; its files are in `inputs`.")
     recipe: Recipe
-    checkpoint: Checkpoint = Field(description="Its path is that on the machine of the job.")
+    checkpoint: Checkpoint = Field(description="Its path is the one on the machine of the job.")
     weights: Files = Field(description="The files of the checkpoint.")
     inputs: dict[str, VariantFile] = Field({}, description="Field of the job to the user's file.")
     key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant to measure.")
@@ -65,7 +65,7 @@ class Part(Frozen):
 
 
 class Failure(Frozen):
-    """An error of our own tree on its way from another machine."""
+    """One of our own errors that comes from another machine."""
 
     kind: str
     message: str
@@ -91,7 +91,7 @@ class PartResult(Frozen):
     variant: Files = Field((), description="Its files, manifest included.")
     speed: Speed | None = None
     quality: Quality | None = None
-    scored: tuple[float, ...] | None = Field(None, description="What the checkpoint's own scores are; baseline only.")
+    scored: tuple[float, ...] | None = Field(None, description="The checkpoint's own scores; baseline only.")
     references: Files = Field((), description="Logits for the others to compare with; baseline only.")
     logs: Files = ()
 

@@ -33,7 +33,7 @@ OF_MACHINE = (
 )
 """Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 
-HEADLINES = (
+HEADLINE_METRICS = (
     "size_mb",
     "size_ratio",
     "ttft_ms_p50",
@@ -309,5 +309,5 @@ class Comparison(Frozen):
     def _repr_html_(self) -> str:
         """What a notebook shows: the headline figures of each variant, and the choice with its reason."""
         frame = self.to_frame()
-        shown = frame[["status", "chosen", *(metric for metric in HEADLINES if metric in frame)]]
+        shown = frame[["status", "chosen", *(metric for metric in HEADLINE_METRICS if metric in frame)]]
         return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}<p>{escape(self.choice.reason)}</p>"

@@ -100,7 +100,7 @@ def interval_of(measurement: Measurement | None) -> tuple[float, float] | None:
 
 
 def _gates_of(result: VariantResult) -> str:
-    """The first gate that refuses the variant and how many more do, or else how many of those that apply it passes."""
+    """The first gate that refuses the variant and how many more do; or how many it passes of those that apply."""
     refusing = [gate.metric for gate in result.gates if gate.refuses]
     if refusing:
         return refusing[0] + (f" +{len(refusing) - 1}" if len(refusing) > 1 else "")

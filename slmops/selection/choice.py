@@ -1,8 +1,9 @@
 """Which variant to take: the policy's gates, then its objective among the variants that no gate refuses.
 
-A gate is a test of non-inferiority with a margin: it asks not whether a variant differs from the baseline, which every
-quantized variant does, but whether the whole 95 % interval of the difference stays within the limit. An interval that
-straddles the limit proves neither, so that few samples make no bad variant good unless a gate accepts that.
+A gate is a test of non-inferiority with a margin. It does not ask whether a variant differs from the baseline, because
+every quantized variant does. It asks whether the whole 95 % interval of the difference stays within the limit. An
+interval that straddles the limit proves neither, so a bad variant does not pass because there were few samples, unless
+the gate accepts that.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from slmops.core.job import BASELINE
 from slmops.core.values import Choice, GateResult, Measurement, Outcome, VariantResult
 from slmops.selection.policy import Gate, Policy
 
-# Comparisons with the baseline that were measured pair by pair (the same tokens, the same questions), which is far
-# tighter than two intervals taken for independent; and the sign that a drop (baseline - variant) needs.
+# Comparisons with the baseline that were measured pair by pair (the same tokens, the same questions); their intervals
+# are far narrower than those of two independent figures. The sign is for a drop, which is baseline - variant.
 PAIRED = {
     ("perplexity", "ratio"): ("perplexity_ratio", 1),
     ("accuracy", "difference"): ("accuracy_drop", -1),
     ("score", "difference"): ("score_drop", -1),
 }
-# What the figures relative to the baseline are of the baseline itself, measured or not.
+# The figures relative to the baseline, of the baseline itself, whether they were measured or not.
 OF_ITSELF = {
     "size_ratio": 1.0,
     "perplexity_ratio": 1.0,
@@ -84,8 +85,8 @@ def apply(
 
 
 def pareto(results: list[VariantResult]) -> dict[str, str]:
-    """The variants that are not worth having, each with one that is better: no worse in size, decoding speed, peak
-    memory and quality, and better in one of them.
+    """The variants that are not worth having, each with a variant that is no worse in size, decoding speed, peak memory
+    and quality, and better in one of them.
 
     Quality is ``kl_mean``, or ``perplexity`` if a variant lacks that. Values are compared, not intervals. A variant
     that lacks one of the figures takes no part.
@@ -99,7 +100,7 @@ def pareto(results: list[VariantResult]) -> dict[str, str]:
     def dominates(one: str, other: str) -> bool:
         return costs[one] != costs[other] and all(a <= b for a, b in zip(costs[one], costs[other], strict=True))
 
-    # Whatever is dominated is dominated by one of these, too, as "no worse" is transitive.
+    # "No worse" is transitive, so each dominated variant is dominated by one of these.
     best = [name for name in costs if not any(dominates(other, name) for other in costs)]
     return {name: next(one for one in best if dominates(one, name)) for name in costs if name not in best}
 
@@ -196,7 +197,7 @@ def _compare(
 
 
 def _difference(one: Measurement, other: Measurement) -> Measurement:
-    """``one`` - ``other``, taken for independent: the sides of the intervals add up as squares.
+    """``one`` - ``other`` if they are independent: the sides of the intervals add up as squares.
 
     MOVER, which keeps the asymmetry of both intervals: Zou and Donner, Construction of confidence limits about effect
     measures: a general approach, Statistics in Medicine 27 (2008), 1693-1702.
@@ -223,7 +224,7 @@ def _negated(one: Measurement) -> Measurement:
 
 
 def _cost(result: VariantResult, metric: str) -> float:
-    """A metric so that less is better; infinite where there is no figure."""
+    """A metric turned so that less is better; infinite where there is no figure."""
     value = result.metrics.get(metric, OF_ITSELF.get(metric, math.nan) if result.name == BASELINE else math.nan)
     if metric == "decode_tok_s":
         value = -value
@@ -231,7 +232,7 @@ def _cost(result: VariantResult, metric: str) -> float:
 
 
 def _in_order(candidates: list[VariantResult], policy: Policy) -> list[VariantResult]:
-    """The order in which the objective takes them. Of equals the smaller comes first, then the baseline."""
+    """The order in which the objective takes them. If two are equal, the smaller comes first, then the baseline."""
 
     def by(*metrics: str) -> list[VariantResult]:
         return sorted(candidates, key=lambda r: (*(_cost(r, metric) for metric in metrics), r.name != BASELINE))
@@ -270,7 +271,7 @@ def _because(chosen: VariantResult, policy: Policy, *, alone: bool) -> str:
 
 
 def _quality(chosen: VariantResult, baseline: VariantResult) -> str:
-    """What the chosen one is worth, as far as it was measured."""
+    """What was measured of the quality of the chosen one."""
     own, others = chosen.measurements, baseline.measurements
     said = []
     if chosen.name == BASELINE:
@@ -292,7 +293,7 @@ def _said(gate: Gate, figure: Measurement) -> str:
 
 
 def _figure(one: Measurement) -> str:
-    """``1.105 [1.082, 1.129]``; of an exact figure, or without an interval, only the value."""
+    """``1.105 [1.082, 1.129]``; only the value if it is exact or has no interval."""
     if one.low is None or one.high is None or not one.low < one.high:
         return _number(one.value)
     return f"{_number(one.value)} [{_number(one.low)}, {_number(one.high)}]"

@@ -18,9 +18,9 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows import fan_out, workers
-from flows.progress import Progress
+from flows.progress import ProgressBar
 from flows.variant import variant
-from flows.workers import Seen
+from flows.workers import PartState
 from slmops.cluster import parts
 from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Part, PartResult
@@ -268,7 +268,7 @@ def outcomes(asked: Asked, settings: Settings, recipes: list[Recipe]) -> dict[st
     @flow(name="parent")
     def parent() -> dict[str, object]:
         context = replace(asked.context, settings=settings, name="lost")
-        progress = Progress("lost", steps=2 * len(recipes))
+        progress = ProgressBar("lost", steps=2 * len(recipes))
         return dict(fan_out.fan_out(workers.find_workers(context), recipes, context, progress))
 
     return parent()
@@ -330,7 +330,7 @@ def test_silence_counts_from_the_last_sign_of_life(settings: Settings, talkative
     child = fan_out._Child(asked.part(BROKEN), 1)
 
     def lost(state: StateType, beat: int | None, seconds: float) -> bool:
-        return child.is_lost(Seen(State(type=state), beat), seconds)
+        return child.is_lost(PartState(State(type=state), beat), seconds)
 
     assert not any(lost(StateType.SCHEDULED, None, 1e6) for _ in range(3))  # no machine has it yet
     assert [lost(StateType.PENDING, None, 800) for _ in range(3)] == [False, False, True]

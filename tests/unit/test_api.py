@@ -10,7 +10,7 @@ import pytest
 
 import slmops
 from slmops import Job, SlmopsError, UsageError, optimize
-from slmops.core.values import HEADLINES
+from slmops.core.values import HEADLINE_METRICS
 from slmops.report.tables import COLUMNS
 from tests.values import comparison, failed, result
 
@@ -68,4 +68,4 @@ def test_a_comparison_of_nothing_is_a_table_too() -> None:
 
 
 def test_the_table_has_the_figures_of_the_report() -> None:
-    assert [metric for _, metric, *_ in COLUMNS] == list(HEADLINES)
+    assert [metric for _, metric, *_ in COLUMNS] == list(HEADLINE_METRICS)

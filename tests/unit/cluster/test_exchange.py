@@ -50,7 +50,7 @@ def test_what_was_altered_in_the_cache_is_not_used(settings: Settings, monkeypat
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     file = cached(settings, b"right")
     (settings.home / "exchange" / file.sha256).write_bytes(b"wrong")
-    with pytest.raises(TrackingError, match="weights could not be fetched"):
+    with pytest.raises(TrackingError, match="weights"):
         Exchange(NOWHERE, "run", settings).get(file)
     assert not (settings.home / "exchange" / file.sha256).exists()
 
@@ -59,13 +59,13 @@ def test_what_was_altered_in_the_cache_is_not_used(settings: Settings, monkeypat
     "name", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a\\b", "c:d", "dot.", "...", "a\n"]
 )
 def test_no_name_leads_out_of_its_folder(settings: Settings, tmp_path: Path, name: str) -> None:
-    with pytest.raises(WorkError, match="no name below a folder"):
+    with pytest.raises(WorkError, match="is called"):
         Exchange(NOWHERE, "run", settings).bring([cached(settings, b"x", name)], tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
 def test_what_is_no_digest_never_becomes_a_path(settings: Settings) -> None:
-    with pytest.raises(WorkError, match="no SHA-256"):
+    with pytest.raises(WorkError, match="SHA-256"):
         Exchange(NOWHERE, "run", settings).get(VariantFile(name="x", size=1, sha256="../../x"))
 
 

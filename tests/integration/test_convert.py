@@ -182,20 +182,6 @@ def test_a_second_call_runs_nothing(
     assert {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")} == before
 
 
-def test_what_goes_in_names_the_variant(job: Job, checkpoint: Checkpoint) -> None:
-    versions = machine.versions()
-    recipe = making.recipe("int4", job, checkpoint)
-    other = making.recipe("int4", job.model_copy(update={"int4_block_size": 64}), checkpoint)
-    keys = {
-        store.key(recipe, checkpoint, versions),
-        store.key(other, checkpoint, versions),
-        store.key(recipe, checkpoint.model_copy(update={"digest": "0" * 64}), versions),
-        store.key(recipe, checkpoint, {**versions, "olive-ai": "0.14"}),
-    }
-    assert len(keys) == 4
-    assert store.key(recipe, checkpoint, {**versions, "mlflow": "4"}) in keys
-
-
 def test_an_altered_file_is_made_again(
     made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

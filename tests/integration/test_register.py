@@ -181,7 +181,7 @@ def test_a_home_that_moved(variants: dict[str, Variant], job: Job, settings: Set
     after = register(variant, "tiny", job, moved)
     assert after.foundry_id == before.foundry_id
     assert after.path == moved.foundry / before.path.relative_to(settings.foundry)
-    found = application(moved, after.foundry_id)
+    found = application(moved.foundry, after.foundry_id)
     assert found["listed"] == [after.foundry_id]
     assert Path(found["answers"][after.foundry_id]["path"]) == after.path
     assert found["answers"][after.foundry_id]["text"] == before.answer

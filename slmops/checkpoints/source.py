@@ -17,7 +17,7 @@ from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, remove_scratch, sha256
 from slmops.core.job import BASELINE, Job
-from slmops.core.pools import conversion_memory
+from slmops.core.pools import GB, conversion_memory
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, to_name
 
@@ -30,7 +30,6 @@ DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
-GB = 1e9
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35

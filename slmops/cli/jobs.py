@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +17,13 @@ from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.evaluation import drift
 from slmops.evaluation import soak as soaking
-from slmops.evaluation.drift import DriftError, Remeasure, Remeasured
-from slmops.evaluation.soak import Soak, SoakError, SoakResult
+from slmops.evaluation.drift import Remeasure, Remeasured
+from slmops.evaluation.soak import Soak, SoakResult
 from slmops.local import stack
-from slmops.local.stack import Stack
 from slmops.training import outcome
-from slmops.training.outcome import RetrainError
 from slmops.training.values import Retrain, Retrained
 
+FlowResult = Comparison | Retrained | SoakResult | Remeasured
 JobFile = Annotated[Path | None, Parameter(name="--job")]
 _SOAK = Soak()
 
@@ -80,23 +80,7 @@ def retrain(
         Print the result as JSON.
     """
     del job_file, demo  # read before the flags are parsed
-
-    def show_result(result: Retrained) -> None:
-        show(result, outcome.text, json=json, page=result.url)
-
-    with prefect_running():
-        from flows.retrain import retrain
-
-        try:
-            show_result(retrain(request))
-        except RetrainError as error:
-            show_result(error.result)
-            raise
-        except SlmopsError as error:
-            if error.comparison is not None:
-                _show(error.comparison, json=json)
-            raise
-    return 0
+    return _run_flow("retrain", request, json=json)
 
 
 def compare(name: str | None = None, /, *, json: bool = False) -> int:
@@ -111,7 +95,7 @@ def compare(name: str | None = None, /, *, json: bool = False) -> int:
     """
     from slmops.tracking.tracker import Tracker
 
-    _show(Tracker(stack.tracking_uri(Settings())).latest(name), json=json)
+    _show(Tracker(stack.tracking_uri(Settings())).latest(name), None, json=json)
     return 0
 
 
@@ -129,18 +113,7 @@ def soak(
     json
         Print the result as JSON.
     """
-    with prefect_running() as servers:
-        from flows.soak import soak
-
-        def show_result(result: SoakResult) -> None:
-            show(result, soaking.text, json=json, page=_page(servers, result.run_id))
-
-        try:
-            show_result(soak(request.model_copy(update={"name": name or request.name})))
-        except SoakError as error:
-            show_result(error.result)
-            raise
-    return 0
+    return _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
 
 
 def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bool = False) -> int:
@@ -153,48 +126,50 @@ def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bo
     json
         Print the result as JSON.
     """
-    with prefect_running() as servers:
-        from flows.remeasure import remeasure
-
-        def show_result(result: Remeasured) -> None:
-            show(result, drift.text, json=json, page=_page(servers, result.run_id))
-
-        try:
-            show_result(remeasure(request))
-        except DriftError as error:
-            show_result(error.result)
-            raise
-    return 0
+    return _run_flow("remeasure", request, json=json)
 
 
 def _run(job: Job, *, json: bool) -> int:
     preflight.check(job, Settings())
+    return _run_flow("optimize", job, json=json)
+
+
+def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: bool) -> int:
+    """Run a flow and show its result. An error can carry one too: what was measured before a gate said no."""
     with prefect_running() as servers:
-        from flows.optimize import optimize
-
-        def show_result(comparison: Comparison) -> None:
-            _show(comparison, json=json, page=_page(servers, comparison.run_id))
-            if comparison.choice.variant is not None:
-                say(f"deploy {comparison.choice.variant}: slmops promote {comparison.model}")
-
+        flow = getattr(import_module(f"flows.{name}"), name)
         try:
-            show_result(optimize(job))
+            _show(flow(request), servers.tracking_uri, json=json)
         except SlmopsError as error:
-            if error.comparison is not None:
-                show_result(error.comparison)
+            result = getattr(error, "result", error.comparison)
+            if result is not None:
+                _show(result, servers.tracking_uri, json=json)
             raise
     return 0
 
 
-def _show(comparison: Comparison, *, json: bool, page: str | None = None) -> None:
-    from slmops.report import tables
+def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
+    page = _page(tracking_uri, result.run_id) if tracking_uri and result.run_id else None
+    show(result, _text, json=json, page=page)
+    if page and isinstance(result, Comparison) and result.choice.variant is not None:
+        say(f"deploy {result.choice.variant}: slmops promote {result.model}")
 
-    show(comparison, tables.text, json=json, page=page)
+
+def _text(result: FlowResult) -> str:
+    match result:
+        case Comparison():
+            from slmops.report import tables
+
+            return tables.text(result)
+        case Retrained():
+            return outcome.text(result)
+        case SoakResult():
+            return soaking.text(result)
+        case Remeasured():
+            return drift.text(result)
 
 
-def _page(servers: Stack, run_id: str | None) -> str | None:
-    if run_id is None:
-        return None
+def _page(tracking_uri: str, run_id: str) -> str:
     from slmops.tracking.tracker import Tracker
 
-    return Tracker(servers.tracking_uri).run_url(run_id)
+    return Tracker(tracking_uri).run_url(run_id)

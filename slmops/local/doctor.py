@@ -39,7 +39,7 @@ FIX_PACKAGES = "Run `slmops doctor --fix`, or `pip install -c constraints.txt -e
 _CRASH = "crash: "
 
 # What must be imported to know that a package works: what breaks first if other packages do not fit.
-_MODULES: dict[str, tuple[str, ...]] = {
+_IMPORTED: dict[str, tuple[str, ...]] = {
     **{package: (package,) for package in machine.PACKAGES},
     "olive-ai": ("olive", "olive.workflows", "olive.passes.onnx.model_builder"),
     "onnxruntime-genai": ("onnxruntime_genai", "onnxruntime_genai.models.builder"),
@@ -247,7 +247,7 @@ def _imports(packages: list[Check]) -> tuple[list[Check], list[Check]]:
         found, providers = _probe_all([name for name in installed if name != "foundry-local-sdk"], work)
         foundry = ProbeResult(problems={})
         if "foundry-local-sdk" in installed:
-            modules = {"foundry-local-sdk": _MODULES["foundry-local-sdk"]}
+            modules = {"foundry-local-sdk": _IMPORTED["foundry-local-sdk"]}
             foundry = _probe(ProbeRequest(modules=modules, foundry=work / "foundry"), work)
     problems = {**found, **foundry.problems}
     checks = [
@@ -271,7 +271,7 @@ def _probe_all(packages: list[str], work: Path) -> tuple[dict[str, str], tuple[s
     """Import packages in one child. A crash loses what the others said, so they are imported again without it."""
     crashes: dict[str, str] = {}
     while True:
-        modules = {name: _MODULES[name] for name in packages if name not in crashes}
+        modules = {name: _IMPORTED[name] for name in packages if name not in crashes}
         if not modules:
             return crashes, ()
         result = _probe(ProbeRequest(modules=modules), work)

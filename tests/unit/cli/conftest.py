@@ -57,7 +57,9 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
         functions = {name: made.stand_in(name) for name in names.get(module, [module])}
         monkeypatch.setitem(sys.modules, f"flows.{module}", SimpleNamespace(**functions))  # type: ignore[arg-type]
     for commands in (jobs, deploy):
-        monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(SimpleNamespace(tracking_uri="")))
+        monkeypatch.setattr(
+            commands, "prefect_running", lambda: nullcontext(SimpleNamespace(tracking_uri="http://mlflow"))
+        )
     monkeypatch.setattr(jobs, "_page", lambda *_: PAGE)
     monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
     return made

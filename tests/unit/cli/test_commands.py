@@ -32,6 +32,7 @@ PAGE = "http://mlflow/run"
 COMPARISON = values.comparison(values.result("int4", 114.0), chosen="int4")
 PROMOTED = Promoted(model="bot", version=4, variant="int8", replaced=3, changed=True, url=PAGE)
 SOAKED = soak.judge(Target(model="tiny", variant="int8", foundry_id="x"), [500_000.0] * 30, 10)
+SOAKED = SOAKED.model_copy(update={"run_id": "r"})
 REMEASURED = Remeasured(
     model="bot",
     version=3,
@@ -40,6 +41,7 @@ REMEASURED = Remeasured(
     figures=(),
     hardware_kind="P",
     recorded_run="r",
+    run_id="s",
     detail="It is slower.",
 )
 RETRAINED = Retrained(

@@ -11,7 +11,9 @@ from mlflow.entities import Run, Trace
 
 from slmops.core.job import Job
 from slmops.core.values import Measurement, Registration, Variant
-from slmops.tracking.tracker import Tracker
+from slmops.foundry.versions import ModelVersion
+from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker, as_result
 from tests import values
 
 HARDWARE = values.variant(Path("/nowhere")).hardware
@@ -45,7 +47,7 @@ class Book:
     """One model in an MLflow database: its jobs, and looks at what they left there."""
 
     def __init__(self, uri: str, name: str, folder: Path) -> None:
-        self.tracker, self.client = Tracker(uri), MlflowClient(uri)
+        self.tracker, self.registry, self.client = Tracker(uri), Registry(uri), MlflowClient(uri)
         self.name, self.folder = name, folder
 
     def start(self, **changes: Any) -> str:
@@ -56,6 +58,15 @@ class Book:
     def log(self, made: Made | None = None, parent: str | None = None) -> str:
         """Log a variant, of a job of its own by default; returns its run."""
         return (made or Made(self.folder)).log(self.tracker, parent or self.start(), self.name)
+
+    def add(self, made: Made, parent: str | None = None, *, promote: bool = False) -> ModelVersion:
+        """Log a variant and make it a version."""
+        parent = parent or self.start()
+        result = as_result(made.variant, made.registration, made.evaluation, self.log(made, parent))
+        version = self.registry.add(self.name, made.variant, made.registration, result, parent)
+        if promote:
+            self.registry.promote(version, self.registry.champion(self.name), {})
+        return version
 
     def run(self, run_id: str) -> Run:
         return self.client.get_run(run_id)

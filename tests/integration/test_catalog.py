@@ -163,22 +163,13 @@ def serving(uri: str, host: str = "127.0.0.1", port: int = 0) -> Iterator[tuple[
 @pytest.fixture(scope="module")
 def promoted(database: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database in which the model ``bot`` has a champion, and ``other`` has none."""
-    from slmops.tracking.registry import Registry
-    from slmops.tracking.tracker import Tracker, as_result
-    from tests.tracked import Made, start
+    from tests.tracked import Book, Made
 
     folder = tmp_path_factory.mktemp("promoted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tracker, registry = Tracker(database), Registry(database)
         for name in ("bot", "other"):
-            parent = start(tracker, name)
-            made = Made(folder / name, "int8")
-            run_id = made.log(tracker, parent, name)
-            result = as_result(made.variant, made.registration, made.evaluation, run_id)
-            version = registry.add(name, made.variant, made.registration, result, parent)
-            if name == "bot":
-                registry.promote(version, None, {})
+            Book(database, name, folder).add(Made(folder / name, "int8"), promote=name == "bot")
     return database
 
 

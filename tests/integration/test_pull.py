@@ -28,10 +28,9 @@ from slmops.processes import daemon
 from slmops.processes.daemon import HOST, Daemon
 from slmops.tracking import download
 from slmops.tracking.download import BLOCK_BYTES
-from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker, as_result
-from tests import making, tracked, values
+from tests import making
 from tests.application import application
+from tests.tracked import Book, Made
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -143,17 +142,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def version(server: Server, talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     """A promoted version with the files of a real variant, made on another machine."""
     job = making.job(talkative)
-    variant = making.variant("fp32", job, stock)
     folder = tmp_path_factory.mktemp("maker")
-    registration = register(variant, NAME, job, Settings(home=folder))
-    tracker, registry = Tracker(server.url), Registry(server.url)
-    parent = tracked.start(tracker, NAME)
-    evaluation = values.evaluation()
-    (folder / "logs").mkdir(exist_ok=True)
-    run = tracker.log_variant(parent, NAME, variant, registration, evaluation, folder / "logs")
-    made = registry.add(NAME, variant, registration, as_result(variant, registration, evaluation, run), parent)
-    registry.promote(made, None, {})
-    return made
+    made = Made(folder / "made")
+    made.variant = making.variant("fp32", job, stock)
+    made.registration = register(made.variant, NAME, job, Settings(home=folder))
+    return Book(server.url, NAME, folder).add(made, promote=True)
 
 
 @pytest.fixture

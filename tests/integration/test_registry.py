@@ -11,7 +11,6 @@ from slmops.core.errors import PromotionError, TrackingError, UsageError
 from slmops.core.values import VariantResult
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import as_result
 from tests.tracked import Book, Made
 
 pytestmark = pytest.mark.integration
@@ -21,7 +20,7 @@ class Job:
     """A job whose variants can be made versions."""
 
     def __init__(self, book: Book) -> None:
-        self.book, self.name, self.registry = book, book.name, Registry(book.tracker.uri)
+        self.book, self.registry = book, book.registry
         self.parent = book.start()
 
     def add(self, variant: str, weights: str = "weights") -> ModelVersion:
@@ -29,22 +28,20 @@ class Job:
         (made.registration.path / "model.onnx").write_text(weights)
         (made.registration.path / "deeper").mkdir()
         (made.registration.path / "deeper" / "vocab.txt").write_text("words")
-        run_id = self.book.log(made, self.parent)
-        result = as_result(made.variant, made.registration, made.evaluation, run_id)
-        return self.registry.add(self.name, made.variant, made.registration, result, self.parent)
+        return self.book.add(made, self.parent)
 
     def find(self, which: str) -> ModelVersion:
-        return self.registry.find(self.name, which)
+        return self.registry.find(self.book.name, which)
 
     def promote(self, *versions: ModelVersion) -> None:
         """One after the other."""
         for version in versions:
-            self.registry.promote(version, self.registry.champion(self.name), {"slmops.promoted_by": "me"})
+            self.registry.promote(version, self.registry.champion(self.book.name), {"slmops.promoted_by": "me"})
 
     @property
     def aliases(self) -> tuple[int | None, int | None]:
         """Champion and previous."""
-        champion, previous = self.registry.champion(self.name), self.registry.previous(self.name)
+        champion, previous = self.registry.champion(self.book.name), self.registry.previous(self.book.name)
         return champion and champion.version, previous and previous.version
 
 
@@ -55,14 +52,14 @@ def job(book: Book) -> Job:
 
 def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: MlflowClient) -> None:
     made = job.add("int8")
-    assert (made.name, made.version, made.variant, made.aliases) == (job.name, 1, "int8", ("int8",))
+    assert (made.name, made.version, made.variant, made.aliases) == (job.book.name, 1, "int8", ("int8",))
     assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
-    stored = client.get_model_version(job.name, "1")
+    stored = client.get_model_version(job.book.name, "1")
     assert stored.run_id == made.run_id
     assert stored.description == "int8, 0.0 MB, passed 0 of 0 gates"
     assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
 
-    folder = Path(client.get_model_version_download_uri(job.name, "1").removeprefix("file://"))
+    folder = Path(client.get_model_version_download_uri(job.book.name, "1").removeprefix("file://"))
     manifest = VersionManifest.model_validate_json((folder / VERSION_MANIFEST).read_text())
     assert manifest.sha256 == made.manifest_sha256
     assert [file.name for file in manifest.files] == ["deeper/vocab.txt", "genai_config.json", "model.onnx"]
@@ -76,15 +73,15 @@ def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Jo
     second = again.add("int8")
     assert (second.version, second.job_id) == (1, again.parent)
     assert second.run_id != first.run_id
-    assert len(job.registry.versions(job.name)) == 1
-    (Path(client.get_model_version_download_uri(job.name, "1")) / VERSION_MANIFEST).unlink()
+    assert len(job.registry.versions(job.book.name)) == 1
+    (Path(client.get_model_version_download_uri(job.book.name, "1")) / VERSION_MANIFEST).unlink()
     assert Job(job.book).add("int8").version == 2  # the files of the first are gone
 
 
 def test_other_files_are_a_new_version_and_take_the_alias_of_the_precision(job: Job) -> None:
     job.add("int8")
     job.add("int8", "better")
-    assert job.find("int8").version == job.registry.newest(job.name, "int8").version == 2
+    assert job.find("int8").version == job.registry.newest(job.book.name, "int8").version == 2
     assert job.find("1").aliases == ()
 
 
@@ -98,14 +95,14 @@ def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job, clie
     job.add("int8")
     called = job.add("1")  # of an Olive file 1.json
     assert (called.version, called.aliases) == (2, ())
-    assert job.registry.newest(job.name, "1") == called
+    assert job.registry.newest(job.book.name, "1") == called
     for number in ("1", "3"):  # as before there was this rule
-        client.set_registered_model_alias(job.name, number, "2")
+        client.set_registered_model_alias(job.book.name, number, "2")
     assert job.find("1").variant == "int8"
     with pytest.raises(UsageError, match="'3'"):
         job.find("3")
     with pytest.raises(UsageError, match="'7'"):
-        job.registry.newest(job.name, "7")
+        job.registry.newest(job.book.name, "7")
 
 
 def test_promotion_keeps_what_was_before(job: Job) -> None:
@@ -141,7 +138,7 @@ def test_an_overwritten_promotion_is_told_too(job: Job, monkeypatch: pytest.Monk
 def test_a_crash_in_a_promotion_leaves_aliases_that_point_at_something(
     job: Job, monkeypatch: pytest.MonkeyPatch, stops_before: int
 ) -> None:
-    job.name += str(stops_before)
+    job.book.name += str(stops_before)
     first, second = job.add("int8"), job.add("int4")
     job.promote(first)
     left = stops_before
@@ -188,41 +185,41 @@ def test_what_is_not_there_is_named(job: Job) -> None:
     job.add("int8")
     with pytest.raises(UsageError, match="'nothing'") as caught:
         job.registry.find("nothing", "champion")
-    assert job.name in str(caught.value.fix)
+    assert job.book.name in str(caught.value.fix)
     for which in ("champion", "7", "int2", "v1", "'; drop", ""):
-        with pytest.raises(UsageError, match=job.name) as caught:
+        with pytest.raises(UsageError, match=job.book.name) as caught:
             job.find(which)
         assert "1 (int8)" in str(caught.value.fix)
     assert job.registry.champion("nothing") is None
     assert job.registry.versions("it's") == []
-    assert job.name in job.registry.models()
+    assert job.book.name in job.registry.models()
 
 
 def test_what_others_registered_is_left_alone(job: Job, client: MlflowClient, tmp_path: Path) -> None:
-    client.create_registered_model(f"{job.name}-foreign")
-    theirs = client.create_model_version(f"{job.name}-foreign", str(tmp_path), await_creation_for=0)
+    client.create_registered_model(f"{job.book.name}-foreign")
+    theirs = client.create_model_version(f"{job.book.name}-foreign", str(tmp_path), await_creation_for=0)
     client.set_registered_model_alias(theirs.name, "champion", theirs.version)
     with pytest.raises(UsageError, match=theirs.name):
         job.registry.champion(theirs.name)
     assert job.registry.versions(theirs.name) == []
     assert theirs.name not in job.registry.models()
-    job.name = theirs.name
+    job.book.name = theirs.name
     with pytest.raises(UsageError, match=theirs.name):
         job.add("int8")
 
 
 def test_an_altered_version_is_named(job: Job, client: MlflowClient) -> None:
     job.add("int8")
-    client.delete_model_version_tag(job.name, "1", "slmops.size_mb")
+    client.delete_model_version_tag(job.book.name, "1", "slmops.size_mb")
     with pytest.raises(UsageError, match=r"slmops\.size_mb"):
         job.find("int8")
-    assert job.registry.versions(job.name) == []
+    assert job.registry.versions(job.book.name) == []
 
 
 def test_a_deleted_version_takes_its_aliases_with_it(job: Job, client: MlflowClient) -> None:
     first, second = job.add("int8"), job.add("int4")
     job.promote(first, second)
-    client.delete_model_version(job.name, "1")
+    client.delete_model_version(job.book.name, "1")
     assert job.aliases == (2, None)
 
 

@@ -77,7 +77,7 @@ def without_password(text: str) -> str:
     return _SIGN_IN.sub("//***@", text)
 
 
-def found(ask: Callable[[], T]) -> T | None:
+def or_none(ask: Callable[[], T]) -> T | None:
     """What the registry is asked for; None if it has nothing of that name."""
     try:
         return ask()

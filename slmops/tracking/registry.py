@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
-from slmops.tracking.client import KIND, Connection, found
+from slmops.tracking.client import KIND, Connection, or_none
 
 from mlflow.entities.model_registry import ModelVersion as Entry
 from mlflow.entities.model_registry import RegisteredModel
@@ -202,10 +202,10 @@ class Registry(Connection):
         return self._address(f"models/{version.name}/versions/{version.version}")
 
     def _model(self, name: str) -> RegisteredModel | None:
-        return found(lambda: self._client.get_registered_model(name))
+        return or_none(lambda: self._client.get_registered_model(name))
 
     def _entry(self, name: str, number: str) -> Entry | None:
-        return found(lambda: self._client.get_model_version(name, number))
+        return or_none(lambda: self._client.get_model_version(name, number))
 
     def _tag(self, name: str, number: str, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
@@ -249,7 +249,7 @@ class Registry(Connection):
         if version.manifest_sha256 != manifest.sha256:
             return False
         # None: its logged model was deleted.
-        files = found(lambda: self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, "")))
+        files = or_none(lambda: self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, "")))
         return VERSION_MANIFEST in {file.path for file in files or ()}
 
     def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:

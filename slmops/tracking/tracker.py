@@ -19,8 +19,8 @@ from slmops.tracking.client import (
     REASON,
     TEXT_LIMIT,
     Connection,
-    found,
     now_ms,
+    or_none,
     stamp,
 )
 
@@ -190,11 +190,11 @@ class Tracker(Connection):
         """
         with self._talking():
             everything = list(self._client.search_experiments())
-            asked = [one.experiment_id for one in everything if name in (None, one.name)]
+            asked = everything if name is None else filter(None, [self._client.get_experiment_by_name(name)])
             runs: list[Run] = []
-            if asked:
+            if numbers := [one.experiment_id for one in asked]:
                 runs = self._client.search_runs(
-                    asked,
+                    numbers,
                     f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''",
                     order_by=["attributes.start_time DESC"],
                     max_results=1,
@@ -248,7 +248,7 @@ class Tracker(Connection):
             find no figure rather than being skipped.
         """
         with self._talking():
-            version = found(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
+            version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
             if version is None:
                 return None
             # Its latest evaluation; the run that MLflow names is that in which it was made.

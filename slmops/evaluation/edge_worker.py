@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -91,31 +92,30 @@ class EdgeCaseResult(Frozen):
     """All cases are done; the rest is in the progress file."""
 
 
+@dataclass
 class Probe:
     """The model under test.
 
-    Args:
-        ask: Sends messages with a token limit.
+    Attributes:
+        send: Sends messages with a token limit.
         count: Tokens of a user's message, including the template.
         context_length: In tokens.
         folder: The variant's.
+        seconds: How long the last request took.
     """
 
-    def __init__(
-        self, ask: Callable[[Messages, int], TimedReply], count: Callable[[str], int], context_length: int, folder: Path
-    ) -> None:
-        self._ask = ask
-        self.count = count
-        self.context_length = context_length
-        self.folder = folder
-        self.seconds = 0.0
+    send: Callable[[Messages, int], TimedReply]
+    count: Callable[[str], int]
+    context_length: int
+    folder: Path
+    seconds: float = 0.0
 
     def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> TimedReply:
         """Send a user's message or a conversation."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         started = time.perf_counter()
         try:
-            return self._ask(messages, max_tokens)
+            return self.send(messages, max_tokens)
         finally:
             self.seconds = time.perf_counter() - started
 
@@ -150,7 +150,7 @@ def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
     )
     model.load()
     probe = Probe(
-        ask=lambda messages, max_tokens: runtime.ask(model, messages, max_tokens=max_tokens),
+        send=lambda messages, max_tokens: runtime.ask(model, messages, max_tokens=max_tokens),
         count=prompts.counter(request.folder),
         context_length=request.context_length,
         folder=request.folder,

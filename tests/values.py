@@ -132,7 +132,7 @@ def result(
 
 
 def model_version(number: int, **changes: Any) -> ModelVersion:
-    """A version in the registry, of which nothing is there."""
+    """A version in the registry; nothing of it exists."""
     values: dict[str, Any] = {
         "name": "bot",
         "version": number,

@@ -21,11 +21,11 @@ def leaves(_: Probe) -> Observation:
 
 
 def hangs(_: Probe) -> Observation:
-    """For ever."""
+    """It never ends."""
     while True:
         time.sleep(60)
 
 
 def breaks(_: Probe) -> Observation:
-    """An error that is no refusal."""
+    """An error that is not a refusal."""
     raise RuntimeError("the kernel found no memory")

@@ -91,6 +91,8 @@ def test_items_survive_the_way_to_a_worker() -> None:
 
 
 USER = {"role": "user", "content": "x"}
+X = {"prompt": "x", "expected": "x"}
+SCHEMA = {"prompt": "x", "match": "json_schema"}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +117,9 @@ USER = {"role": "user", "content": "x"}
         ({"messages": [{"role": "user"}], "expected": "x"}, "messages.0.content is missing"),
         ({"prompt": 3, "expected": "x"}, "prompt must be text"),
         ({"prompt": "x", "expected": True}, "expected must be text"),
-        ({"prompt": "x", "expected": "x", "match": "fuzzy"}, "match must be 'contains', 'exact', 'regex', "),
-        ({"prompt": "x", "expected": "x", "answer": "y"}, "answer is not a known key"),
-        ({"prompt": "x", "expected": "x", "max_tokens": 0}, "max_tokens must be at least 1"),
+        ({**X, "match": "fuzzy"}, "match must be 'contains', 'exact', 'regex', "),
+        ({**X, "answer": "y"}, "answer is not a known key"),
+        ({**X, "max_tokens": 0}, "max_tokens must be at least 1"),
         (
             {"prompt": "x", "expected": "(", "match": "regex"},
             "'expected' is not a regular expression: missing ), unterm",
@@ -128,49 +130,28 @@ USER = {"role": "user", "content": "x"}
         ({"prompt": "x", "expected": "The a!", "match": "f1"}, "'expected' has only articles"),
         ({"prompt": "x", "expected": "1", "match": "numeric", "tolerance": -1}, "tolerance must be at least"),
         ('{"prompt": "x", "expected": "1", "match": "numeric", "tolerance": NaN}', "is not JSON: NaN is not JSON"),
-        ({"prompt": "x", "expected": "1", "tolerance": 1}, "'tolerance' is only for match numeric"),
-        ({"prompt": "x", "expected": "1", "threshold": 1}, "'threshold' is only for match rouge_l or"),
-        ({"prompt": "x", "expected": "1", "schema": {}}, "'schema' is only for match json_schema"),
+        ({**X, "tolerance": 1}, "'tolerance' is only for match numeric"),
+        ({**X, "threshold": 1}, "'threshold' is only for match rouge_l or"),
+        ({**X, "schema": {}}, "'schema' is only for match json_schema"),
         ({"prompt": "x", "expected": "1", "match": "f1", "threshold": 1.5}, "threshold must be at most"),
-        ({"prompt": "x", "match": "json_schema"}, "match 'json_schema' needs a 'schema'"),
-        ({"prompt": "x", "match": "json_schema", "schema": [1]}, "schema must be a table of keys and values"),
-        (
-            {"prompt": "x", "match": "json_schema", "schema": {"properties": 3}},
-            "'schema' is not a JSON Schema: 3 is not of type 'object' at $.properties",
-        ),
-        (
-            {"prompt": "x", "match": "json_schema", "schema": {"pattern": "("}},
-            "'schema' is not a JSON Schema: '(' is not",
-        ),
-        (
-            {"prompt": "x", "match": "json_schema", "schema": {"$ref": "http://127.0.0.1:9/s.json"}},
-            "the schema cannot be applied: Unresolvable: http://127.0.0.1:9/s.json",
-        ),
-        (
-            {"prompt": "x", "match": "json_schema", "schema": {}, "expected": "red"},
-            "'expected' is not JSON",
-        ),
-        (
-            {"prompt": "x", "match": "json_schema", "schema": {"type": "array"}, "expected": {"a": 1}},
-            "'schema' does not allow 'expected'",
-        ),
+        (SCHEMA, "match 'json_schema' needs a 'schema'"),
+        ({**SCHEMA, "schema": [1]}, "schema must be a table of keys and values"),
+        ({**SCHEMA, "schema": {"properties": 3}}, "JSON Schema: 3 is not of type 'object' at $.properties"),
+        ({**SCHEMA, "schema": {"pattern": "("}}, "'schema' is not a JSON Schema: '(' is not"),
+        ({**SCHEMA, "schema": {"$ref": "http://127.0.0.1:9/s.json"}}, "the schema cannot be applied: Unresolv"),
+        ({**SCHEMA, "schema": {}, "expected": "red"}, "'expected' is not JSON"),
+        ({**SCHEMA, "schema": {"type": "array"}, "expected": {"a": 1}}, "'schema' does not allow 'expected'"),
         *(
-            ({"prompt": "x", "expected": "y", "format": wrong}, 'format must be "json", "number", "one_line" or {"reg')
+            ({**X, "format": wrong}, 'format must be "json", "number", "one_line" or {"reg')
             for wrong in ("xml", 3, ["json"], {}, {"regex": 3}, {"regex": "x", "flags": "i"})
         ),
-        (
-            {"prompt": "x", "expected": "y", "format": {"regex": "("}},
-            "format 'regex' is not a regular expression",
-        ),
+        ({**X, "format": {"regex": "("}}, "format 'regex' is not a regular expression"),
         *(
-            ({"prompt": "x", "expected": "y", "category": wrong}, "category must be 1 to 50 letters, digits, blanks")
+            ({**X, "category": wrong}, "category must be 1 to 50 letters, digits, blanks")
             for wrong in ("", " ", "a/b", "a.b", "a\nb", "x" * 51)
         ),
         ({"prompt": "x", "match": "python"}, "match 'python' needs --matcher FILE.py:FUNCTION"),
-        (
-            {"prompt": "x", "match": "judge"},
-            "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL",
-        ),
+        ({"prompt": "x", "match": "judge"}, "SLMOPS_JUDGE_URL"),
         pytest.param("[" * 100_000, "is not JSON: nested too deeply", id="deep"),
         pytest.param('{"prompt": ' + "1" * 5000 + "}", "is not JSON: Exceeds the limit", id="digits"),
         ('{"prompt": "\\ud800", "expected": "x"}', r"is not text: '\ud800' is half a character"),

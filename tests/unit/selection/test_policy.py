@@ -128,88 +128,57 @@ def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
     assert made.limit == gate.get("max", gate.get("min"))
 
 
-@pytest.mark.parametrize(
-    ("gate", "said"),
-    [
-        ("{max: 1}", "gate 1 (no metric): metric is missing"),
-        ("{metric: 7, max: 1}", "gate 1 (7): metric must be text, not 7"),
-        (
-            "{metric: perplexty, max: 1}",
-            "gate 1 (perplexty): there is no metric 'perplexty'; did you mean perplexity or perplexity_ratio or "
-            "hf_perplexity_ratio?",
-        ),
-        ("{metric: accuracy., max: 1}", "gate 1 (accuracy.): there is no metric 'accuracy.'; did you mean accuracy"),
-        ("{metric: xyz, max: 1}", "gate 1 (xyz): there is no metric 'xyz'; there are accuracy, accuracy.CATEGORY, "),
-        ("{metric: accuracy}", "gate 1 (accuracy): give exactly one of max and min"),
-        ("{metric: accuracy, max: 1, min: 0}", "gate 1 (accuracy): give exactly one of max and min"),
-        (
-            "{metric: accuracy, max: high}",
-            "gate 1 (accuracy): max must be a number, not 'high'",
-        ),
-        ("{metric: accuracy, min: .nan}", "gate 1 (accuracy): min must be a finite number, not nan"),
-        ("{metric: accuracy, max: .inf}", "gate 1 (accuracy): max must be a finite number, not inf"),
-        ("{metric: accuracy, max: yes}", "gate 1 (accuracy): max must be a number, not True"),
-        (
-            "{metric: accuracy, max: 1, of: quotient, to: baseline}",
-            "gate 1 (accuracy): of must be 'value', 'difference' or 'ratio', not 'quotient'",
-        ),
-        (
-            "{metric: accuracy, max: 1, of: ratio, to: fp16}",
-            "gate 1 (accuracy): to must be 'baseline' or 'champion', not 'fp16'",
-        ),
-        (
-            "{metric: accuracy, max: 1, of: ratio}",
-            "gate 1 (accuracy): 'of' = 'ratio' needs 'to' = 'baseline' or 'champion'",
-        ),
-        (
-            "{metric: accuracy, max: 1, to: baseline}",
-            "gate 1 (accuracy): 'to' = 'baseline' needs 'of' = 'difference' or 'ratio'",
-        ),
-        (
-            "{metric: accuracy, max: 0, of: ratio, to: baseline}",
-            "gate 1 (accuracy): the limit of a ratio must be above 0, not 0",
-        ),
-        (
-            "{metric: accuracy, max: 1, inconclusive: pass}",
-            "gate 1 (accuracy): inconclusive must be 'refuse' or 'accept', not 'pass'",
-        ),
-        (
-            "{metric: accuracy, max: 1, advisory: maybe}",
-            "gate 1 (accuracy): advisory must be true or false, not 'maybe'",
-        ),
-        ("{metric: accuracy, maxx: 1}", "gate 1 (accuracy): there is no key 'maxx'; did you mean max?"),
-        (
-            "{metric: accuracy, max: 1, zzz: 1}",
-            "gate 1 (accuracy): there is no key 'zzz'; there are advisory, inconclusive, max, metric, min, of, to",
-        ),
-        ("perplexity", "gate 1 (no metric): it must be a table of keys and values, not 'perplexity'"),
-    ],
-)
-def test_what_is_wrong_with_a_gate(tmp_path: Path, gate: str, said: str) -> None:
+# A gate, its metric as the message has it, and what else has to appear there.
+WRONG_GATES = """
+{max: 1}                                                 | no metric | metric is missing
+{metric: 7, max: 1}                                      | 7         | metric 7
+{metric: perplexty, max: 1}                              | perplexty | 'perplexty' perplexity perplexity_ratio
+{metric: accuracy., max: 1}                              | accuracy. | 'accuracy.' accuracy
+{metric: xyz, max: 1}                                    | xyz       | 'xyz' accuracy, accuracy.CATEGORY,
+{metric: accuracy}                                       | accuracy  | one max min
+{metric: accuracy, max: 1, min: 0}                       | accuracy  | one max min
+{metric: accuracy, max: high}                            | accuracy  | max 'high'
+{metric: accuracy, min: .nan}                            | accuracy  | min finite nan
+{metric: accuracy, max: .inf}                            | accuracy  | max finite inf
+{metric: accuracy, max: yes}                             | accuracy  | max True
+{metric: accuracy, max: 1, of: quotient, to: baseline}   | accuracy  | of 'value', 'difference' 'ratio', 'quotient'
+{metric: accuracy, max: 1, of: ratio, to: fp16}          | accuracy  | to 'baseline' 'champion', 'fp16'
+{metric: accuracy, max: 1, of: ratio}                    | accuracy  | 'of' 'ratio' 'to' 'baseline' 'champion'
+{metric: accuracy, max: 1, to: baseline}                 | accuracy  | 'to' 'baseline' 'of' 'difference' 'ratio'
+{metric: accuracy, max: 0, of: ratio, to: baseline}      | accuracy  | ratio above 0
+{metric: accuracy, max: 1, inconclusive: pass}           | accuracy  | inconclusive 'refuse' 'accept', 'pass'
+{metric: accuracy, max: 1, advisory: maybe}              | accuracy  | advisory 'maybe'
+{metric: accuracy, maxx: 1}                              | accuracy  | 'maxx'; max?
+{metric: accuracy, max: 1, zzz: 1}                       | accuracy  | 'zzz'; advisory, inconclusive, max, metric,
+perplexity                                               | no metric | table 'perplexity'
+"""
+
+
+@pytest.mark.parametrize("line", WRONG_GATES.strip().splitlines())
+def test_what_is_wrong_with_a_gate(tmp_path: Path, line: str) -> None:
+    gate, metric, words = (part.strip() for part in line.split("|"))
     heading, *problems = refusal(write(tmp_path, f"gates: [{gate}]"))
-    assert heading.endswith("p.yaml cannot be used:")
-    assert [problem for problem in problems if problem.startswith(f"  {said}")] != [], problems
+    assert "p.yaml" in heading
+    told = [problem for problem in problems if problem.startswith(f"  gate 1 ({metric}): ")]
+    assert any(all(word in problem for word in words.split()) for problem in told), problems
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
-        (
-            "objective: best",
-            "objective must be 'preference', 'smallest', 'fastest' or 'best_quality', not 'best'",
-        ),
-        ("prefrence: [int4]", "there is no key 'prefrence'; did you mean preference?"),
-        ("7: int4", "there is no key '7'; there are gates, objective, preference"),
-        ("preference: int4", "preference must be a list, not 'int4'"),
-        ("preference: [int4, int8, int4]", "preference names int4 more than once"),
-        ("preference: [my model]", "preference.1 may only have letters"),
-        ("gates: 7", "gates must be a list, not 7: write [[gates]]"),
-        ("gates: {metric: kl_mean, max: 1}", "gates must be a list, not {'metric': 'kl_mean', 'max': 1}: write"),
+        ("objective: best", "objective 'preference', 'smallest', 'fastest' 'best_quality', 'best'"),
+        ("prefrence: [int4]", "'prefrence'; preference?"),
+        ("7: int4", "'7'; gates, objective, preference"),
+        ("preference: int4", "preference list, 'int4'"),
+        ("preference: [int4, int8, int4]", "preference int4 once"),
+        ("preference: [my model]", "preference.1"),
+        ("gates: 7", "gates list, 7: [[gates]]"),
+        ("gates: {metric: kl_mean, max: 1}", "gates list, [[gates]]"),
     ],
 )
-def test_what_is_wrong_beside_the_gates(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_wrong_beside_the_gates(tmp_path: Path, text: str, words: str) -> None:
     _, problem = refusal(write(tmp_path, text))
-    assert problem.startswith(f"  {said}")
+    assert all(word in problem for word in words.split()), problem
 
 
 def test_everything_is_named_at_once(tmp_path: Path) -> None:

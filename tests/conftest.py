@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests import surroundings
+
 TOGETHER = {
     "e2e/test_broken": "the demo model",  # one home, in which it has been converted
     "e2e/test_demo": "the demo model",
@@ -40,6 +42,12 @@ def pytest_configure() -> None:
         folder = Path(tempfile.gettempdir()) / f"slmops-tests-{os.getppid()}-{worker}"
         folder.mkdir(exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variables and no .env."""
+    surroundings.clear(monkeypatch, tmp_path)
 
 
 def _group(nodeid: str) -> str:

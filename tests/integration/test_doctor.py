@@ -37,11 +37,7 @@ with zipfile.ZipFile(folder / "tinygenai-1.0-py3-none-any.whl", "w") as wheel:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.chdir(tmp_path)
-    for name in list(os.environ):
-        if name.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_")):
-            monkeypatch.delenv(name)
+def settings(tmp_path: Path, no_settings: None) -> Settings:  # noqa: ARG001
     return Settings(home=tmp_path / "home")
 
 

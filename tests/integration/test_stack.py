@@ -23,7 +23,7 @@ from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import Stack
 from slmops.processes import daemon
-from tests import prefect_api
+from tests import prefect_api, surroundings
 
 pytestmark = pytest.mark.integration
 
@@ -119,10 +119,9 @@ def proxy() -> Iterator[Taken]:
 
 
 def clean_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    patch.chdir(folder)
-    for name in list(os.environ):
-        if name.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_")) or name in ("CI", "DO_NOT_TRACK", "PYTEST_CURRENT_TEST"):
-            patch.delenv(name)
+    surroundings.clear(patch, folder)
+    for name in ("CI", "DO_NOT_TRACK", "PYTEST_CURRENT_TEST"):
+        patch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

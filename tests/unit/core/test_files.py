@@ -59,13 +59,8 @@ def test_folder_appears_with_all_that_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def interrupted() -> None:
-        with folder_appears_whole(tmp_path / "model") as scratch:
-            (scratch / "a").write_text("1", encoding="utf-8")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
+    with pytest.raises(error), folder_appears_whole(tmp_path / "model") as scratch:
+        raise error((scratch / "a").write_text("1", encoding="utf-8"))
     assert names(tmp_path) == []
 
 
@@ -83,12 +78,8 @@ def test_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     target = tmp_path / "model"
     target.write_text("a file", encoding="utf-8")
 
-    def fill() -> None:
-        with folder_appears_whole(target) as scratch:
-            (scratch / "a").write_text("1", encoding="utf-8")
-
-    with pytest.raises(NotADirectoryError):
-        fill()
+    with pytest.raises(NotADirectoryError), folder_appears_whole(target) as scratch:
+        (scratch / "a").write_text("1", encoding="utf-8")
     assert target.read_text(encoding="utf-8") == "a file"
     assert names(tmp_path) == ["model"]
 
@@ -121,9 +112,6 @@ def test_scratch_folders_of_dead_processes_only_are_removed(tmp_path: Path) -> N
         sleeper.communicate(b"\n")
     remove_scratch(tmp_path)
     assert f".int4-x.{sleeper.pid}.part" not in names(tmp_path)
-
-
-def test_no_folder_has_no_scratch(tmp_path: Path) -> None:
     remove_scratch(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -134,30 +122,20 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_links_where_it_can(tmp_path: Path) -> None:
-    source, target = tmp_path / "a", tmp_path / "b"
-    source.write_text("x", encoding="utf-8")
-    link_or_copy(source, target)
-    assert target.samefile(source)
-
-
-def test_links_the_file_behind_a_symbolic_link(tmp_path: Path) -> None:
-    # As in the hub's cache, whose snapshots point at blobs that may be removed.
-    blob, source, target = tmp_path / "blob", tmp_path / "a", tmp_path / "b"
-    blob.write_text("x", encoding="utf-8")
-    source.symlink_to(blob)
-    link_or_copy(source, target)
-    assert not target.is_symlink()
-    assert target.samefile(blob)
-
-
-def test_copies_where_it_cannot_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["links", "links what a symbolic link points to", "copies"])
+def test_links_where_it_can_and_else_copies(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(Path, "hardlink_to", refuse)
-    source, target = tmp_path / "a", tmp_path / "b"
-    source.write_text("x", encoding="utf-8")
+    blob, source, target = tmp_path / "blob", tmp_path / "a", tmp_path / "b"
+    blob.write_text("x", encoding="utf-8")
+    if how == "links what a symbolic link points to":  # as in the hub's cache, whose blobs may be removed
+        source.symlink_to(blob)
+    else:
+        blob.rename(source)
+    if how == "copies":
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
     link_or_copy(source, target)
-    assert not target.samefile(source)
+    assert not target.is_symlink()
+    assert target.samefile(source) == (how != "copies")
     assert target.read_text(encoding="utf-8") == "x"

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,29 +59,26 @@ def hold(lock: Path) -> Iterator[Callable[[], Holder]]:
         holder.communicate()
 
 
+def who(lock: Path) -> Any:
+    """The note about the holder."""
+    return json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))
+
+
 def test_free(lock: Path) -> None:
     with exclusive(lock, "the thing", wait=False):
-        note = json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))
-        assert note["pid"] == os.getpid()
-        assert abs((datetime.now().astimezone() - datetime.fromisoformat(note["since"])).total_seconds()) < 60
+        assert who(lock)["pid"] == os.getpid()
+        assert abs((datetime.now().astimezone() - datetime.fromisoformat(who(lock)["since"])).total_seconds()) < 60
+        assert lock.parent.stat().st_mode & 0o777 == 0o700
     assert not lock.with_suffix(".json").exists()
     with exclusive(lock, "the thing", wait=False):
         pass
-
-
-def test_folder_is_the_users_alone(lock: Path) -> None:
-    with exclusive(lock, "the thing", wait=False):
-        assert lock.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_busy_names_the_holder(lock: Path, hold: Callable[[], Holder]) -> None:
     holder = hold()
     with pytest.raises(BusyError) as raised, exclusive(lock, "the job of 'bot'", wait=False):
         pytest.fail("two hold it")
-    said = rf"Another run holds the job of 'bot' \(process {holder.pid}, since {SECOND}\)\."
-    assert re.fullmatch(said, raised.value.message)
-    assert raised.value.fix == "Wait until it has ended, or stop it, then try again."
-    assert raised.value.exit_code == 2
+    assert re.search(rf"the job of 'bot' \(process {holder.pid}, since {SECOND}\)", raised.value.message)
     holder.communicate("\n")
     assert holder.returncode == 0
     with exclusive(lock, "the thing", wait=False):
@@ -123,8 +121,7 @@ def test_waits_for_the_holder_and_says_so(
     with caplog.at_level(logging.INFO, "slmops.core.locks"), exclusive(lock, "the thing", wait=True):
         assert released
         assert time.monotonic() >= released[0]
-        note = json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))
-        assert note["pid"] == os.getpid()
+        assert who(lock)["pid"] == os.getpid()
     timer.join()
     [record] = caplog.records
     assert record.getMessage().startswith(f"waiting for the thing, held by another run (process {holder.pid}, since ")
@@ -136,17 +133,13 @@ def test_free_again_when_the_holder_is_killed(lock: Path, hold: Callable[[], Hol
     holder.wait()
     assert lock.with_suffix(".json").exists(), "it had no time to tidy up"
     with exclusive(lock, "the thing", wait=False):
-        assert json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))["pid"] == os.getpid()
+        assert who(lock)["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_free_again_after_an_exception(lock: Path, error: type[BaseException]) -> None:
-    def work() -> None:
-        with exclusive(lock, "the thing", wait=False):
-            raise error
-
-    with pytest.raises(error):
-        work()
+    with pytest.raises(error), exclusive(lock, "the thing", wait=False):
+        raise error
     with exclusive(lock, "the thing", wait=False):
         assert lock.with_suffix(".json").exists()
 

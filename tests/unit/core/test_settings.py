@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from slmops.core.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("no_settings")
+
 NAMES = {"tracking_uri": "MLFLOW_TRACKING_URI", "prefect_api_url": "PREFECT_API_URL"}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in list(os.environ):
-        if name.startswith(("SLMOPS_", *NAMES.values())):
-            monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("empty", ["", " "])

@@ -24,12 +24,7 @@ Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.chdir(tmp_path)
-    for name in ("TRACKING_URI", "PREFECT_API_URL"):
-        monkeypatch.delenv(f"SLMOPS_{name}", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+def settings(tmp_path: Path, no_settings: None) -> Settings:  # noqa: ARG001
     return Settings(home=tmp_path / "not" / "yet")
 
 
@@ -102,13 +97,8 @@ def test_packages_against_constraints(settings: Settings, monkeypatch: pytest.Mo
     installed = {"torch": "2.13.0+cpu", "onnx": "2.0", "olive-ai": "0.13.0", "gguf": "3"}
     monkeypatch.setattr(machine, "versions", lambda: installed)
     status = {one.name: one.status for one in doctor.check(settings, imports=False)}
-    assert [status[name] for name in ("torch", "onnx", "olive-ai", "gguf", "mlflow")] == [
-        "ok",
-        "warning",
-        "ok",
-        "ok",
-        "failure",
-    ]
+    expected = {"torch": "ok", "onnx": "warning", "olive-ai": "ok", "gguf": "ok", "mlflow": "failure"}
+    assert expected.items() <= status.items()
     assert find(settings, "onnx").detail == "2.0, but ==1.0 was tested"
     assert find(settings, "mlflow").fix == doctor.FIX_PACKAGES
 

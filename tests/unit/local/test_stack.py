@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,11 @@ from slmops.local.stack import Stack
 STACK = Stack(prefect_url="http://p", prefect_api_url="http://p/api", tracking_uri="http://m")
 
 
+@pytest.mark.usefixtures("no_settings")
 @pytest.mark.parametrize("name", ["plain", "B\u00fccher \u4e66", 'with "quotes" and \\'])
 def test_a_worker_reads_the_settings_that_started_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for variable in list(os.environ):
-        if variable.startswith(("SLMOPS_", "MLFLOW_", "PREFECT_")):
-            monkeypatch.delenv(variable)
     settings = Settings(
         home=tmp_path / name,
         mlflow_port=5001,

@@ -1,0 +1,16 @@
+"""The environment of a test: nothing of what a developer has set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def clear(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Unset all variables that slmops, Prefect and MLflow read, and go where there is no .env."""
+    patch.chdir(folder)
+    for name in list(os.environ):
+        if name.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_")):
+            patch.delenv(name)

@@ -40,7 +40,7 @@ def _problems(job: Job, settings: Settings) -> list[SlmopsError]:
         lambda: recipes.check(job),
         lambda: olive_config.read(job.olive_config) if job.olive_config else None,
         lambda: policy.load(job.policy),
-        lambda: quality.load_questions(job, settings),
+        lambda: quality.load_evaluation_set(job, settings),
         lambda: matchers.load_function(job.matcher) if job.matcher else None,
         lambda: dataset.perplexity_text(job.perplexity_text),
         lambda: _check_folder(job.output_path) if job.output_path else None,

@@ -19,7 +19,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
 from slmops.delivery import installed
 from slmops.evaluation import dataset, quality, scoring, speed, statistics, summary
-from slmops.evaluation.answers_worker import VariantQuestions
+from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.logits_worker import LogitsRequest
@@ -166,7 +166,7 @@ def ask_questions(
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: answering the evaluation set", recorded.variant.name)
         foundry_id, matcher = place.registration.foundry_id, recorded.job.matcher
-        request = VariantQuestions(home=place.home, foundry_id=foundry_id, items=items, matcher=matcher)
+        request = AnswersRequest(home=place.home, foundry_id=foundry_id, items=items, matcher=matcher)
         answers = quality.ask_variant(request, name, recorded.variant.name, settings)
     return scoring.ask_judge(items, answers, settings)
 

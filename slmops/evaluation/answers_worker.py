@@ -14,7 +14,7 @@ from slmops.processes import child
 MOST_SESSIONS = 4
 
 
-class VariantQuestions(Frozen):
+class AnswersRequest(Frozen):
     """A registered variant and what it is asked."""
 
     home: Path
@@ -23,7 +23,7 @@ class VariantQuestions(Frozen):
     matcher: str | None = None
 
 
-def handle(request: VariantQuestions) -> ScoredAnswers:
+def handle(request: AnswersRequest) -> ScoredAnswers:
     """Answer, and score what needs no judging model.
 
     Raises:
@@ -33,7 +33,7 @@ def handle(request: VariantQuestions) -> ScoredAnswers:
     return answer_items(request.items, request.matcher, lambda: _generate(request))
 
 
-def _generate(request: VariantQuestions) -> list[Generated]:
+def _generate(request: AnswersRequest) -> list[Generated]:
     from slmops.foundry import runtime
 
     model = runtime.registered(request.home, request.foundry_id)
@@ -56,4 +56,4 @@ def _generate(request: VariantQuestions) -> list[Generated]:
 
 
 if __name__ == "__main__":
-    child.main(VariantQuestions, handle)
+    child.main(AnswersRequest, handle)

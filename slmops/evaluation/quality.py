@@ -13,7 +13,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
 from slmops.evaluation import dataset, edge_cases, scoring
-from slmops.evaluation.answers_worker import VariantQuestions
+from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
 from slmops.processes import children
@@ -76,8 +76,8 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         EvaluationError: It could not be measured; nothing of it is reported then.
         UsageError: The evaluation set, the text or the matcher is bad.
     """
-    questions = load_questions(job, settings)
-    items = dataset.subset(questions.items, QUICK_ITEMS) if job.quick else questions.items
+    evaluation_set = load_evaluation_set(job, settings)
+    items = dataset.subset(evaluation_set.items, QUICK_ITEMS) if job.quick else evaluation_set.items
     text, text_digest = _text(name, job, settings)
     baseline = _reference(BASELINE_REFERENCE, name, settings)
     references = {CHECKPOINT_REFERENCE: _reference(CHECKPOINT_REFERENCE, name, settings)}
@@ -93,7 +93,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
             write=baseline if variant.recipe.baseline else None,
         )
         scored = score_text(text_request, name, variant.name, settings)
-        asked = VariantQuestions(
+        asked = AnswersRequest(
             home=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
         )
         answers = ask_variant(asked, name, variant.name, settings)
@@ -104,7 +104,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         answers=scoring.ask_judge(items, answers, settings),
         cases=cases,
         text_digest=text_digest,
-        evaluation_set_digest=questions.digest,
+        evaluation_set_digest=evaluation_set.digest,
     )
 
 
@@ -123,7 +123,7 @@ def score_text(request: LogitsRequest, name: str, label: str, settings: Settings
     return _in_child("logits_worker", request, LogitsResult, name, f"{label}.logits", settings)
 
 
-def ask_variant(request: VariantQuestions, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
+def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
     """Have a registered variant answer, in a child process. The caller holds the machine lock.
 
     Args:
@@ -158,7 +158,7 @@ def _in_child(
     return found
 
 
-def load_questions(job: Job, settings: Settings) -> dataset.EvaluationSet:
+def load_evaluation_set(job: Job, settings: Settings) -> dataset.EvaluationSet:
     """The job's evaluation set.
 
     Raises:

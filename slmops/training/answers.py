@@ -21,9 +21,12 @@ def answer_with_checkpoint(
     """Have the checkpoint in ``folder`` answer, greedily and in fp32.
 
     Args:
+        folder: The checkpoint.
+        evaluation_set: Its JSONL or CSV file.
         matcher: The user's FILE.py:FUNCTION for items with match ``python``.
         name: The model's name; its work folder and logs go by it.
         label: Which of its checkpoints this is, for the name of the log.
+        settings: Where things are.
 
     Returns:
         Accuracy over the items that could be judged, with its interval, and the judged answers.
@@ -32,23 +35,23 @@ def answer_with_checkpoint(
         EvaluationError: The checkpoint does not answer, or no answer could be judged.
         UsageError: The evaluation set or the matcher is bad.
     """
-    questions = dataset.load(evaluation_set, matcher=matcher, judge=settings.judge_configured)
+    items = dataset.load(evaluation_set, matcher=matcher, judge=settings.judge_configured).items
     work = settings.work(name) / f"{label}-answers"
-    text = settings.logs / name / f"{label}.answers.log"
-    text.unlink(missing_ok=True)
+    log = settings.logs / name / f"{label}.answers.log"
+    log.unlink(missing_ok=True)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         result, _ = children.call(
             "slmops.training.answers_worker",
-            answers_worker.CheckpointQuestions(folder=folder, items=questions.items, matcher=matcher),
+            answers_worker.CheckpointAnswersRequest(folder=folder, items=items, matcher=matcher),
             scoring.ScoredAnswers,
             work=work,
-            log=text,
+            log=log,
             timeout_s=settings.evaluation_timeout_s,
             error=EvaluationError,
             env=OFFLINE_ENVIRONMENT,
         )
     shutil.rmtree(work)
-    answers = scoring.ask_judge(questions.items, result.answers, settings)
+    answers = scoring.ask_judge(items, result.answers, settings)
     judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:
         raise EvaluationError(

@@ -14,7 +14,7 @@ from slmops.processes import child
 PROMPTS_AT_ONCE = 8
 
 
-class CheckpointQuestions(Frozen):
+class CheckpointAnswersRequest(Frozen):
     """A checkpoint and what it is asked."""
 
     folder: Path
@@ -22,7 +22,7 @@ class CheckpointQuestions(Frozen):
     matcher: str | None = None
 
 
-def handle(request: CheckpointQuestions) -> ScoredAnswers:
+def handle(request: CheckpointAnswersRequest) -> ScoredAnswers:
     """Answer, and score what needs no judging model.
 
     Raises:
@@ -31,7 +31,7 @@ def handle(request: CheckpointQuestions) -> ScoredAnswers:
     return answer_items(request.items, request.matcher, lambda: _generate(request))
 
 
-def _generate(request: CheckpointQuestions) -> list[Generated]:
+def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
     """Greedy answers, in batches of prompts of about the same length."""
     import torch
     import transformers
@@ -83,4 +83,4 @@ def _cut(row: list[int], ends: list[int], most: int) -> tuple[list[int], bool]:
 
 
 if __name__ == "__main__":
-    child.main(CheckpointQuestions, handle)
+    child.main(CheckpointAnswersRequest, handle)

@@ -121,7 +121,7 @@ def test_defect_5_the_judge_is_asked_when_the_machine_is_free(
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
 
     def call(_module: str, request: Any, *_: Any, **__: Any) -> tuple[Any, None]:
-        if isinstance(request, answers_worker.VariantQuestions):
+        if isinstance(request, answers_worker.AnswersRequest):
             return answers_worker.handle(request), None
         return LogitsResult(nll=(1.0,), distances={}), None
 

@@ -30,6 +30,11 @@ def test_percentile_has_an_interval_from_enough_samples(count: int, percent: flo
         assert measured.note == ("indicative: 1 sample" if count == 1 else f"indicative: {count} samples")
 
 
+def test_two_rounds_have_an_interval_that_spans_both() -> None:
+    measured = st.percentile_of_rounds([[1, 2, 3], [11, 12, 13]], 50, "ms")
+    assert (measured.value, measured.low < 3, measured.high > 11) == (7, True, True)
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_few_samples_have_a_mean_and_no_interval(count: int) -> None:
     measured = st.of_mean([3.0] * count, "ms")

@@ -1,4 +1,4 @@
-"""Is an answer right? One function for each matcher; :mod:`slmops.evaluation.scoring` picks the item's.
+"""Is an answer right? A function for each matcher but the simplest; :mod:`slmops.evaluation.scoring` picks one.
 
 A matcher says right or wrong, or a degree between them. What cannot be judged is unscored, with the reason, and never
 counts as wrong.
@@ -58,16 +58,6 @@ class Judgement(Frozen):
     def unscored(cls, reason: str) -> Judgement:
         """It could not be judged."""
         return cls(reason=reason)
-
-
-def contains(expected: str, answer: str) -> bool:
-    """The answer holds the expected text; case does not count."""
-    return expected.casefold() in answer.casefold()
-
-
-def exact(expected: str, answer: str) -> bool:
-    """The answer is the expected text, apart from outer blanks."""
-    return expected.strip() == answer.strip()
 
 
 def regex(expected: str, answer: str) -> bool:

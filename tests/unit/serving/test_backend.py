@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,21 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home")
 
 
+Start = Callable[[str], Awaitable[Backend]]
+
+
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have processes run this code."""
+def start(installed: Installed, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Start a process that runs this code."""
     monkeypatch.setattr(module, "SERVICE_WORKER", "scripted_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
-    def write(code: str) -> None:
+    def with_code(code: str) -> Awaitable[Backend]:
         (tmp_path / "scripted_worker.py").write_text(f"import json, os, signal, sys, time\n{code}")
+        return Backend.start(installed, settings)
 
-    return write
+    return with_code
 
 
 def children() -> list[psutil.Process]:
@@ -78,19 +82,11 @@ def scratches(settings: Settings) -> list[Path]:
     ],
 )
 async def test_a_process_that_does_not_start(
-    code: str,
-    raised: type[SlmopsError],
-    said: str,
-    installed: Installed,
-    settings: Settings,
-    worker: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
+    code: str, raised: type[SlmopsError], said: str, start: Start, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LISTEN_S", 0.6)
-    worker(code)
-
     with pytest.raises(raised) as caught:
-        await Backend.start(installed, settings)
+        await start(code)
     assert said in caught.value.message
     assert caught.value.fix
     assert children() == []
@@ -98,19 +94,18 @@ async def test_a_process_that_does_not_start(
 
 
 async def test_a_process_from_start_to_stop(
-    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    installed: Installed, settings: Settings, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
-    worker(
+    code = (
         "request = json.loads(sys.argv[1])\n"
         "os.makedirs(request['scratch'])\n"
         "print(json.dumps({**request, **dict(os.environ)}), file=sys.stderr)\n" + LISTENS
     )
     before = os.environ.copy()
     log = settings.logs / "bot" / "serve-1.log"
-
-    backend = await Backend.start(installed, settings)
+    backend = await start(code)
     assert (backend.url, backend.installed, backend.in_flight) == ("http://127.0.0.1:9", installed, 0)
     assert backend.alive
     [child] = children()
@@ -130,21 +125,20 @@ async def test_a_process_from_start_to_stop(
     assert scratches(settings) == []
     await backend.stop()
     # The log of the run before is kept.
-    again = await Backend.start(installed, settings)
+    again = await start(code)
     assert json.loads(log.with_name("serve-1.log.1").read_text())["scratch"] == told["scratch"]
     await again.stop()
 
 
 async def test_memory_is_measured_without_a_walk_through_all_pages(
-    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is measured in the event loop, for /health and /metrics, and the runtime waits during such a walk."""
-    worker(LISTENS)
 
     def walk(*_: Any, **__: Any) -> None:
         raise AssertionError("the kernel walks through all pages, or psutil through all processes")
 
-    backend = await Backend.start(installed, settings)
+    backend = await start(LISTENS)
     with monkeypatch.context() as patched:
         for method in ("memory_full_info", "children"):
             patched.setattr(psutil.Process, method, walk)
@@ -152,17 +146,14 @@ async def test_memory_is_measured_without_a_walk_through_all_pages(
     await backend.stop()
 
 
-async def test_a_process_that_does_not_want_to_end(
-    installed: Installed, settings: Settings, worker: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_process_that_does_not_want_to_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "GRACE_S", 0.2)
-    worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS)
-
-    backend = await Backend.start(installed, settings)
+    ignores = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LISTENS
+    backend = await start(ignores)
     await backend.stop()
     assert "killed by SIGKILL" in await backend.ended()
     # Also if the one that stops it is cancelled.
-    backend = await Backend.start(installed, settings)
+    backend = await start(ignores)
     monkeypatch.setattr(processes, "GRACE_S", 60)
     stopping = asyncio.create_task(backend.stop())
     await asyncio.sleep(0.1)

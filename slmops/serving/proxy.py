@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
@@ -25,12 +25,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from slmops.core.web import BodyRefused, read_body
 from slmops.serving.backend import CHAT
+from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Limits
 from slmops.serving.relay import Gone, Relay, RelayedResponse
 from slmops.serving.requests import Refused, read
-
-if TYPE_CHECKING:
-    from slmops.serving.fleet import Fleet
 
 BODY_S = 30.0
 """Seconds that a client may take to send its request."""

@@ -10,22 +10,19 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 from starlette.types import Message, Receive, Scope, Send
 
 from slmops.serving import runtime_answers
-from slmops.serving.fleet import RESTART_S, UnknownModel
+from slmops.serving.backend import Backend
+from slmops.serving.fleet import RESTART_S, Fleet, UnknownModel
 from slmops.serving.limits import Admission, Limits, Overloaded
 from slmops.serving.metrics import Metrics
 from slmops.serving.requests import Asked, Refused
 from slmops.serving.runtime_answers import RuntimeRefused
 from slmops.serving.spares import Unavailable
-
-if TYPE_CHECKING:
-    from slmops.serving.backend import Backend
-    from slmops.serving.fleet import Fleet
 
 Done = TypeVar("Done")
 log = logging.getLogger(__name__)

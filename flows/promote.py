@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from prefect import flow, runtime
 
+from flows.approval import ask_person, check_can_wait
 from slmops.core import locks
 from slmops.core.settings import Settings
 from slmops.core.values import Name
@@ -15,21 +16,51 @@ from slmops.delivery import promotion
 from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
-from tasks.promote import ask_person, check_files, find_previous, judge_challenger, move_aliases, show_decision
+from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision
 
 log = logging.getLogger("slmops.promote")
 
 
 @flow(name="promote", flow_run_name="promote {request.name}", persist_result=False)
 def promote(request: Promotion) -> Promoted:
-    """Make a version the champion, if it holds its ground against the one that is.
+    """Make a version the champion, if it is not worse than the present one.
 
     Raises:
-        GateError: It is worse than the champion beyond the policy's margin.
-        SlmopsError: There is no such version, its files are gone or altered, or somebody said no.
+        GateError: It is worse than the champion beyond the policy's margin, or somebody said no.
+        SlmopsError: There is no such version, or its files are gone or altered.
+    """
+    settings = Settings()
+    return make_champion(request, settings, stack.tracking_uri(settings))
+
+
+@flow(name="rollback", flow_run_name="roll back {name}", persist_result=False)
+def rollback(name: Name) -> Promoted:
+    """Make the version that was deployed before the champion again; a second rollback returns.
+
+    Args:
+        name: The model's name in the registry.
+
+    Raises:
+        SlmopsError: There is nothing to go back to, or its files are gone or altered.
     """
     settings = Settings()
     uri = stack.tracking_uri(settings)
+    with _alone(name, settings):
+        champion, previous = find_previous(uri, name)
+        check_files(uri, previous, settings)
+        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
+        rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
+        log.info("%s is the champion of %s again", previous.label, name)
+        return rolled_back
+
+
+def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
+    """What ``promote`` does, and ``retrain`` at its end.
+
+    A run that waits for approval is suspended in the middle and begins again when somebody has decided: everything
+    before that is quick the second time, and the gates are judged against the champion of that moment.
+    """
+    check_can_wait(approval=request.approval)
     with _alone(request.name, settings):
         decision = judge_challenger(uri, request)
         challenger, champion = decision.challenger, decision.champion
@@ -60,29 +91,8 @@ def promote(request: Promotion) -> Promoted:
         return promoted
 
 
-@flow(name="rollback", flow_run_name="roll back {name}", persist_result=False)
-def rollback(name: Name) -> Promoted:
-    """Make the version that was deployed before the champion again; a second rollback returns.
-
-    Args:
-        name: The model's name in the registry.
-
-    Raises:
-        SlmopsError: There is nothing to go back to, or its files are gone or altered.
-    """
-    settings = Settings()
-    uri = stack.tracking_uri(settings)
-    with _alone(name, settings):
-        champion, previous = find_previous(uri, name)
-        check_files(uri, previous, settings)
-        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
-        rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
-        log.info("%s is the champion of %s again", previous.label, name)
-        return rolled_back
-
-
 @contextmanager
 def _alone(name: str, settings: Settings) -> Iterator[None]:
-    """Of two promotions at once one goes on, the other is told."""
+    """Of two promotions at once one goes on, and the other is refused."""
     with locks.exclusive(settings.locks / f"promote-{name}.lock", f"the promotion of {name!r}", wait=False):
         yield

@@ -1,36 +1,24 @@
-"""Find, check, decide, and move the aliases."""
+"""Find a version, check it, and move the aliases."""
 
 from __future__ import annotations
 
-from prefect import pause_flow_run
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import FlowPauseTimeout
-from prefect.input import RunInput
 
-from slmops.core.errors import PromotionError, UsageError
+from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import to_name
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
+from tasks.show import key
 from tasks.stage import stage
-
-
-class Approval(RunInput):
-    """The form on the Prefect page."""
-
-    promote: bool = True
-    comment: str = ""
 
 
 @stage("judge the challenger", tracking=True)
 def judge_challenger(uri: str, request: Promotion) -> Decision:
     """The version that was asked for, and the job's gates against the champion of now."""
-    registry, tracker = Registry(uri), Tracker(uri)
-    challenger = promotion.pick(registry, tracker, request)
-    return promotion.judge(tracker, challenger, registry.champion(request.name))
+    return promotion.decide(Registry(uri), Tracker(uri), request)
 
 
 @stage("check the files of version {version.version}")
@@ -82,29 +70,11 @@ def move_aliases(
     )
 
 
+@stage()
 def show_decision(decision: Decision, request: Promotion) -> None:
     """Publish what speaks for and against it as an artifact of the flow run."""
     create_markdown_artifact(
         promotion.text(decision, request),
-        key=f"promotion-{to_name(request.name).replace('_', '-')}",
+        key=key("promotion", request.name),
         description=f"{request.name}: version {decision.challenger.version} as champion",
     )
-
-
-def ask_person(decision: Decision, request: Promotion) -> str:
-    """Pause the flow until somebody decides on the Prefect page; returns the comment.
-
-    Raises:
-        PromotionError: The answer is no, or nobody answered in time.
-    """
-    form = Approval.with_initial_data(description=promotion.text(decision, request), promote=not decision.against)
-    label = decision.challenger.label
-    try:
-        answer = pause_flow_run(wait_for_input=form, timeout=request.approval_timeout_s, poll_interval=2)
-    except FlowPauseTimeout:
-        raise PromotionError(
-            f"Nobody decided about {label} within {request.approval_timeout_s} s.", "Promote it again."
-        ) from None
-    if not answer.promote:
-        raise PromotionError(f"{label} was turned down on the Prefect page: {answer.comment or 'no comment'}")
-    return answer.comment or "no comment"

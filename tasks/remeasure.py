@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from slmops.core import machine
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import Answer, Measurement, to_name
+from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
 from slmops.delivery.remeasurement import Place
 from slmops.evaluation import drift
@@ -18,6 +18,7 @@ from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
+from tasks.show import key
 from tasks.stage import stage
 
 
@@ -74,10 +75,11 @@ def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_r
     return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
 
 
+@stage()
 def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
     """Publish the comparison as an artifact of the flow run."""
     create_markdown_artifact(
         f"{drift.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
-        key=f"remeasure-{to_name(result.model).replace('_', '-')}",
+        key=key("remeasure", result.model),
         description=f"{result.model}: version {result.version} measured again",
     )

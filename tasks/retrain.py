@@ -1,9 +1,10 @@
-"""What surrounds a training: is there anything new, what is tracked, does the service hold."""
+"""What surrounds a training: whether there is anything new, what is tracked, and how the service does."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +15,7 @@ from slmops.core.job import Precision
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Comparison, Measurement
 from slmops.evaluation import dataset
-from slmops.foundry.versions import ModelVersion
+from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.serving import home_service, new_champion
 from slmops.serving.new_champion import Probation
 from slmops.tracking.evaluation import EVALUATION_SET, QUICK, TEXT
@@ -38,17 +39,30 @@ def find_last(uri: str, name: str, input_digest: str) -> Retrained | None:
 @stage(tracking=True)
 def start_tracking(
     uri: str, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str
-) -> str:
-    """Open the MLflow run, or that of an attempt that was killed; returns its id."""
-    return TrainingTracker(uri).start(name, request, checkpoint, input_digest, flow_run)
+) -> Retrained:
+    """Open the MLflow run, or that of an attempt that was killed; returns the result as far as it is known."""
+    tracker = TrainingTracker(uri)
+    run_id = tracker.start(name, request, checkpoint, input_digest, flow_run)
+    return Retrained(
+        model=name,
+        outcome="refused",
+        detail="",
+        input_digest=input_digest,
+        run_id=run_id,
+        accuracy={},
+        seconds={},
+        url=tracker.run_url(run_id),
+    )
 
 
 @stage("look at the champion", tracking=True)
 def find_outdated_champion(
     uri: str, name: str, data: TrainingData, request: Retrain, settings: Settings
 ) -> ModelVersion | None:
-    """The champion if it was measured with something else than its challenger will be, and can be measured again: it
-    came of a retraining in this home, whose checkpoint is still here.
+    """The champion, if it has to be measured again and can be.
+
+    It has to if it was measured with something else than its challenger will be. It can if it came of a retraining in
+    this home, and the checkpoint is still here.
     """
     champion = Registry(uri).champion(name)
     if champion is None or champion.variant not in get_args(Precision):
@@ -88,6 +102,25 @@ def link(uri: str, run_id: str, comparison: Comparison) -> None:
     TrainingTracker(uri).link(run_id, comparison)
 
 
+@stage("look whether it waited for approval", tracking=True)
+def find_waiting(uri: str, name: str, flow_run: str) -> Retrained | None:
+    """What this flow run had done when it was suspended; None if it was not."""
+    return TrainingTracker(uri).waiting(name, flow_run)
+
+
+@stage(tracking=True)
+def track_waiting(uri: str, so_far: Retrained) -> None:
+    """Keep what was done so far: the run is about to wait for approval."""
+    TrainingTracker(uri).wait(so_far, time.time() + Promotion(name=so_far.model).approval_timeout_s)
+
+
+@stage(tracking=True)
+def fetch_evaluation_set(uri: str, run_id: str, folder: Path) -> Path:
+    """The evaluation set of the retraining, which may have been prepared on another machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return TrainingTracker(uri).evaluation_set(run_id, folder)
+
+
 @stage(tracking=True)
 def finish_tracking(uri: str, result: Retrained) -> None:
     """Close the run with its outcome."""
@@ -119,13 +152,13 @@ def watch_service(
     url: str,
     version: ModelVersion,
     request: Retrain,
-    data: TrainingData,
+    evaluation: Path,
     measured: Measurement | None,
     settings: Settings,
 ) -> Probation:
     """Ask the new version while it serves."""
     log.info("watching %s for %d s", version.label, request.watch_s)
-    watched = new_champion.watch(url, version, data.evaluation, request.matcher, measured, request.watch_s, settings)
+    watched = new_champion.watch(url, version, evaluation, request.matcher, measured, request.watch_s, settings)
     log.log(logging.INFO if watched.held else logging.WARNING, "%s", watched.detail)
     return watched
 
@@ -138,7 +171,7 @@ def roll_back(uri: str, version: ModelVersion, reason: str) -> ModelVersion | No
 
 @stage("switch back to version {version.version}")
 def switch_back(url: str, version: ModelVersion, uri: str) -> None:
-    """Wait until the service serves what it served before; if it does not, say so, for there is no more to be done."""
+    """Wait until the service serves what it served before. If it does not, all that is left is to say so."""
     registry = Registry(uri)
     try:
         new_champion.await_switch(url, version, lambda: registry.champion(version.name))
@@ -146,6 +179,7 @@ def switch_back(url: str, version: ModelVersion, uri: str) -> None:
         log.error("%s", error)
 
 
+@stage()
 def show_result(result: Retrained) -> None:
     """Publish the outcome as an artifact of the flow run."""
     create_markdown_artifact(

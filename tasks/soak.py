@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
+from tabulate import tabulate
 
 from slmops.core.settings import Settings
-from slmops.core.values import to_name
 from slmops.evaluation import soak
 from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.tracking.tracker import Tracker
+from tasks.show import key
 from tasks.stage import stage
 
 
@@ -47,6 +48,7 @@ def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_
     return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
 
 
+@stage()
 def show_soak(result: SoakResult, run_url: str) -> None:
     """Publish the outcome as an artifact of the flow run."""
     rows = [
@@ -59,9 +61,9 @@ def show_soak(result: SoakResult, run_url: str) -> None:
         ("memory at the start", f"{result.memory_start_mb:.1f} MB"),
         ("memory at the end", f"{result.memory_end_mb:.1f} MB"),
     ]
-    table = "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+    table = tabulate(rows, headers=["", ""], tablefmt="pipe", disable_numparse=True)
     create_markdown_artifact(
         f"{result.detail}\n\n{table}\n\n[MLflow run]({run_url})",
-        key=f"soak-{to_name(result.model).replace('_', '-')}",
+        key=key("soak", result.model),
         description=f"{result.model}: soak of {result.variant}",
     )

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from slmops.core.errors import TrackingError
@@ -29,7 +29,7 @@ from tasks.stage import stage
 log = logging.getLogger("slmops.train")
 
 LAST_S = 30.0
-"""How long the end of a training waits for its last points to be told."""
+"""How long the end of a training waits for its last points to be sent."""
 
 
 @stage()
@@ -57,8 +57,8 @@ def finetune_model(
 ) -> Finetuned:
     """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
     bar = UUID(str(create_progress_artifact(0.0, key=key("training", name), description=f"{name}: fine-tuning")))
-    with Progress(TrainingTracker(uri), run, bar, request) as progress:
-        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, progress.add)
+    with LossSender(TrainingTracker(uri), run, bar, request) as sender:
+        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, sender.add)
     log.info(
         "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
         finetuned.steps,
@@ -68,12 +68,6 @@ def finetune_model(
         finetuned.stopped,
     )
     return finetuned
-
-
-def done(point: LossPoint, request: Retrain) -> float:
-    """The share of a training that a point of its loss curve stands at."""
-    minutes = request.training.minutes
-    return min(1.0, point.seconds / (60 * minutes) if minutes else point.epoch / request.training.epochs)
 
 
 @stage("answers of the {label} model")
@@ -87,22 +81,23 @@ def answer(
     return accuracy
 
 
-class Progress:
-    """Sends points of the loss curve to MLflow and moves the bar on the Prefect page, in a thread of its own: the
-    training waits for nobody.
+class LossSender:
+    """Sends points of the loss curve to MLflow and moves the bar on the Prefect page, in a thread of its own, so that
+    the training waits for neither.
 
-    What MLflow does not take is sent again, and what is still missing at the end by the task that logs the training.
+    What MLflow does not take is sent again with the next point. The task that logs the training sends what is missing
+    at the end.
     """
 
     def __init__(self, tracker: TrainingTracker, run_id: str, bar: UUID, request: Retrain) -> None:
         self._tracker = tracker
         self._run_id = run_id
         self._bar = bar
-        self._request = request
+        self._training = request.training
         self._points: Queue[LossPoint | None] = Queue()
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._tell,), daemon=True)
+        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._send,), daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> LossSender:
         self._thread.start()
         return self
 
@@ -111,25 +106,31 @@ class Progress:
         self._thread.join(LAST_S)
 
     def add(self, point: LossPoint) -> None:
-        """Have it told."""
+        """Send a point soon."""
         if point.validation_loss is not None:
             log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
         self._points.put(point)
 
-    def _tell(self) -> None:
+    def _send(self) -> None:
         waiting: list[LossPoint] = []
         with get_client(sync_client=True) as client:
             while (point := self._points.get()) is not None:
                 waiting.append(point)
                 if not self._points.empty():
                     continue  # the rest first: one request for all
-                share = 100 * done(point, self._request)
-                with suppress(httpx.HTTPError):  # the next one moves it
-                    client.update_artifact(self._bar, ArtifactUpdate(data=share))
+                self._move(client, self._share(point))
                 try:
                     self._tracker.log_losses(self._run_id, waiting)
                     waiting.clear()
                 except TrackingError as error:
                     log.warning("the loss curve is sent later: %s", error.message)
-            with suppress(httpx.HTTPError):
-                client.update_artifact(self._bar, ArtifactUpdate(data=100.0))
+            self._move(client, 1.0)
+
+    def _share(self, point: LossPoint) -> float:
+        """The part of the training that is done at a point."""
+        minutes = self._training.minutes
+        return min(1.0, point.seconds / (60 * minutes) if minutes else point.epoch / self._training.epochs)
+
+    def _move(self, client: SyncPrefectClient, share: float) -> None:
+        with suppress(httpx.HTTPError):  # the next one moves it
+            client.update_artifact(self._bar, ArtifactUpdate(data=100 * share))

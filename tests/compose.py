@@ -1,8 +1,8 @@
 """docker-compose.yml without containers: each service's own command, environment and health check, as processes here.
 
-What a container would have of its own is mapped: host names to 127.0.0.1, ports to free ones, volumes and temporary
-folders to folders below one root, ``/app`` to a copy of this checkout. PostgreSQL comes from a package; what its image
-does before the server starts is done here. Users, networks, capabilities and read-only roots are not imitated.
+Host names become 127.0.0.1, ports free ones, volumes and temporary folders folders below one root, and ``/app`` a copy
+of this checkout. PostgreSQL comes from a package; what its image does before the server starts is done here. Users,
+networks, capabilities and read-only roots are not imitated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -53,9 +52,8 @@ MARK = "SLMOPS_COMPOSE"
 START_S = 120.0
 STOP_S = 15.0
 
-_VARIABLE = re.compile(
-    r"\$(?:(?P<escaped>\$)|(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?:(?P<op>:?[-?+])(?P<rest>[^{}]*))?\}|)"
-)
+_VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|\{(?P<name>\w+)(?::(?P<operator>[-?])(?P<rest>[^{}]*))?\}|)")
+"""The forms that the file uses: ``$$``, ``${NAME}``, ``${NAME:-default}`` and ``${NAME:?message}``."""
 
 
 class MissingVariable(Exception):
@@ -71,7 +69,7 @@ def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
 
     Raises:
         MissingVariable: ``${NAME:?...}`` without a value.
-        ValueError: A lone ``$``.
+        ValueError: A form of variable that is not known here.
     """
     if isinstance(value, dict):
         return {key: interpolate(one, variables) for key, one in value.items()}
@@ -83,18 +81,12 @@ def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
 def _value(match: re.Match[str], variables: Mapping[str, str]) -> str:
     if match["escaped"]:
         return "$"
-    name = match["plain"] or match["name"]
-    if name is None:
+    if match["name"] is None:
         raise ValueError(f"a lone $ in {match.string!r}; write $$")
-    operator, rest = match["op"] or "", match["rest"] or ""
-    given = variables.get(name)
-    if operator.startswith(":"):
-        given = given or None
-    if operator.endswith("?") and given is None:
-        raise MissingVariable(f"{name}: {rest}")
-    if operator.endswith("+"):
-        return "" if given is None else rest
-    return (rest if operator.endswith("-") else "") if given is None else given
+    given = variables.get(match["name"], "")
+    if match["operator"] == "?" and not given:
+        raise MissingVariable(f"{match['name']}: {match['rest']}")
+    return given or match["rest"] or ""
 
 
 def load(variables: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
@@ -115,15 +107,9 @@ def container_port(service: Mapping[str, Any]) -> int | None:
 
 
 class Compose:
-    """The services of the file as processes. Use it as a context manager: at its end none of them is left.
+    """The services of the file as processes. At the end of its ``with`` none of them is left, nor what they kept.
 
-    Args:
-        variables: What ``.env`` would hold.
-
-    Attributes:
-        root: The folder with all that the services keep; it goes at the end, too.
-        services: The file's services, interpolated.
-        ports: Service to the port where it listens at 127.0.0.1.
+    ``variables`` are what ``.env`` would hold; ``ports`` says where each service listens at 127.0.0.1.
     """
 
     def __init__(self, variables: Mapping[str, str]) -> None:
@@ -143,9 +129,7 @@ class Compose:
     def __enter__(self) -> Compose:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             for service in reversed(list(self._running)):
                 self.stop(service)
@@ -154,16 +138,13 @@ class Compose:
 
     @property
     def prefect_api_url(self) -> str:
-        """Where Prefect's clients find it."""
         return f"http://{HOST}:{self.ports['prefect']}/api"
 
     @property
     def tracking_uri(self) -> str:
-        """Where MLflow's clients find it."""
         return f"http://{HOST}:{self.ports['mlflow']}"
 
     def env_of_client(self) -> dict[str, str]:
-        """What a client on this machine has to set; no password is among it."""
         return {
             "PREFECT_API_URL": self.prefect_api_url,
             "MLFLOW_TRACKING_URI": self.tracking_uri,
@@ -182,12 +163,7 @@ class Compose:
             self._wait(service, "service_healthy" if "healthcheck" in self.services[service] else "completed")
 
     def start(self, service: str, **environment: str) -> None:
-        """Start a service's command, and return at once.
-
-        Args:
-            service: Its name in the file.
-            environment: Variables in place of the file's.
-        """
+        """Start a service's command, with variables in place of the file's, and return at once."""
         env = {**self.environment(service), **environment}
         user: dict[str, Any] = {}
         if service == "postgres":
@@ -220,7 +196,6 @@ class Compose:
             self.kill(service)
 
     def kill(self, service: str) -> None:
-        """End a service and all its processes with SIGKILL."""
         members = self.processes(service)
         child = self._running.pop(service)
         for member in members:
@@ -230,12 +205,10 @@ class Compose:
         psutil.wait_procs(members, STOP_S)
 
     def restart(self, service: str) -> None:
-        """Stop a service and start it again."""
         self.stop(service)
         self.start(service)
 
     def healthy(self, service: str) -> bool:
-        """Whether the service's own health check passes now."""
         check = self.services[service]["healthcheck"]
         kind, *command = [self._local(service, word) for word in check["test"]]
         if kind != "CMD":
@@ -262,11 +235,9 @@ class Compose:
             time.sleep(0.2)
 
     def said(self, service: str, lines: int = 30) -> str:
-        """The end of a service's log."""
         return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
     def log(self, service: str) -> Path:
-        """The log of a service."""
         return self.root / f"{service}.log"
 
     def processes(self, service: str) -> list[psutil.Process]:
@@ -286,16 +257,13 @@ class Compose:
         return sorted(found, key=lambda member: member.pid)
 
     def folder(self, service: str, path: str) -> Path:
-        """Where a service's container path is on this machine."""
         return Path(self._local(service, path))
 
     def command(self, service: str) -> list[str]:
-        """A service's command, for this machine."""
         first, *arguments = self.services[service]["command"]
         return [program(first), *(self._local(service, word) for word in arguments)]
 
     def environment(self, service: str) -> dict[str, str]:
-        """A service's environment, for this machine; nothing of our own gets into it."""
         given = self.services[service]["environment"]
         return {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), str(_postgres_bin()), "/usr/bin", "/bin"]),
@@ -365,7 +333,6 @@ class Compose:
         return user
 
     def _trigrams(self) -> Path:
-        """A folder in which PostgreSQL finds the extension."""
         folder = self.root / "share" / "extension"
         folder.mkdir(parents=True)
         (folder / "pg_trgm.control").write_text("default_version = '1.6'\n", encoding="utf-8")
@@ -418,7 +385,6 @@ def _postgres_bin() -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at, all different."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import TypeAdapter, ValidationError
 
-from slmops.cli.prefect import prefect_running
+from slmops.cli.prefect import hand_over, prefect_running
 from slmops.cli.terminal import output, say, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
@@ -31,13 +31,24 @@ def promote(promotion: Annotated[Promotion, Parameter(name="*")], /, *, json: bo
     json
         Print the result as JSON.
     """
-    with prefect_running():
+    with prefect_running() as servers:
         from flows.promote import promote
 
         if promotion.approval:
-            say("waiting for a decision on the Prefect page of this run")
+            _check_gates(promotion, servers.tracking_uri)  # what a gate refuses needs no person
+            return hand_over("promote", promotion, json=json)
         _show(promote(promotion), json=json)
     return 0
+
+
+def _check_gates(request: Promotion, uri: str) -> None:
+    from slmops.delivery import promotion
+    from slmops.tracking.registry import Registry
+    from slmops.tracking.tracker import Tracker
+
+    refused = promotion.refuse(promotion.decide(Registry(uri), Tracker(uri), request))
+    if refused is not None and request.force is None:
+        raise refused
 
 
 def rollback(name: str, /, *, json: bool = False) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from slmops import preflight
-from slmops.cli.prefect import prefect_running
+from slmops.cli.prefect import hand_over, prefect_running
 from slmops.cli.terminal import say, show
 from slmops.core.errors import SlmopsError
 from slmops.core.job import Job
@@ -80,6 +80,9 @@ def retrain(
         Print the result as JSON.
     """
     del job_file, demo  # read before the flags are parsed
+    if request.approval:
+        with prefect_running():
+            return hand_over("retrain", request.absolute(), json=json)
     return _run_flow("retrain", request, json=json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import logging
 import os
 import signal
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from slmops.cli.terminal import say
+from slmops.cli.terminal import output, say
 from slmops.core.settings import Settings
+from slmops.foundry.versions import Promotion
 from slmops.local.session import ServerLostError, session
 from slmops.local.stack import Stack
+from slmops.training.values import Retrain
 
 
 @contextmanager
@@ -26,6 +29,16 @@ def prefect_running() -> Iterator[Stack]:
     except ServerLostError as error:
         say(f"error: {error}")
         os._exit(error.exit_code)  # a normal exit waits a long time, because Prefect tries to send its last events
+
+
+def hand_over(flow: str, request: Retrain | Promotion, *, json: bool) -> int:
+    """Leave a run that waits for a person to a worker; returns the exit code."""
+    from flows.approval import hand_over
+
+    url = hand_over(flow, request)
+    output(jsonlib.dumps({"url": url}) if json else url)
+    say("A worker does this. It stops before the promotion, until somebody decides on that page.")
+    return 0
 
 
 def _interrupt(*_: Any) -> None:

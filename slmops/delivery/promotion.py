@@ -33,6 +33,15 @@ class Decision(Frozen):
         return said
 
 
+def decide(registry: Registry, tracker: Tracker, request: Promotion) -> Decision:
+    """Judge the version that was asked for against the champion of now.
+
+    Raises:
+        UsageError: There is no such version.
+    """
+    return judge(tracker, pick(registry, tracker, request), registry.champion(request.name))
+
+
 def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersion:
     """The version that was asked for: by number, by precision, or the choice of the latest comparison.
 

@@ -6,6 +6,7 @@ names this run, and the run holds the training items, the validation items and t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from mlflow.entities import Metric, Run
 
 from slmops.core.values import Checkpoint, Comparison
 from slmops.training.sources import public
-from slmops.training.values import Finetuned, LossPoint, Retrain, Retrained, TrainingData
+from slmops.training.values import WAITING, Finetuned, LossPoint, Retrain, Retrained, TrainingData
 
 OF_RETRAINING = "retrain"
 RETRAIN_RUN, DATA_DIGEST, INPUT_DIGEST = "slmops.retrain_run", "slmops.data_digest", "slmops.input_digest"
-NUMBER, OUTCOME = "slmops.retraining", "slmops.outcome"
+NUMBER, OUTCOME, UNTIL = "slmops.retraining", "slmops.outcome", "slmops.approval_until"
 RESULT_FILE = "retrained.json"
 SERIES = ("train_loss", "validation_loss", "learning_rate")
 """In MLflow with :data:`OF_CURVES` before them: the first section of the run's charts."""
@@ -46,13 +47,30 @@ class TrainingTracker(Connection):
             ended = self._ended(name)
             if not ended or ended[0].data.tags.get(INPUT_DIGEST) != input_digest:
                 return None
-            return Retrained.model_validate_json(self._client.text_of(ended[0].info.run_id, RESULT_FILE))
+            result = self._result(ended[0])
+            if result.outcome == WAITING and time.time() > float(ended[0].data.tags[UNTIL]):
+                late = "Nobody decided about it in time. The champion stays."
+                result = result.model_copy(update={"outcome": "refused", "detail": late})
+                self.finish(result)
+            return result
 
     def last_data(self, name: str) -> str | None:
         """Digest of the training items of the model's last retraining that came to an end."""
         with self._talking():
             ended = self._ended(name)
             return ended[0].data.tags.get(DATA_DIGEST) if ended else None
+
+    def waiting(self, name: str, flow_run: str) -> Retrained | None:
+        """What a flow run had done when it was suspended to wait for approval; None if it was not."""
+        with self._talking():
+            found = [run for run in self._ended(name) if run.data.tags.get(FLOW_RUN) == flow_run]
+            return next((self._result(run) for run in found if run.data.tags[OUTCOME] == WAITING), None)
+
+    def evaluation_set(self, run_id: str, folder: Path) -> Path:
+        """Fetch the evaluation set of a retraining into a folder."""
+        with self._talking():
+            [name] = [name for name in self._client.files_in(run_id, "data") if Path(name).stem == "evaluation"]
+            return Path(self._client.download_artifacts(run_id, name, str(folder)))
 
     def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> str:
         """Open the run of a retraining, or again that of an attempt with the same input that was killed.
@@ -156,19 +174,37 @@ class TrainingTracker(Connection):
     def finish(self, result: Retrained) -> None:
         """Put the outcome into the run and close it; from now on the same input has been dealt with."""
         with self._talking():
-            run_id = result.run_id
-            figures = {f"accuracy_{key}": one.value for key, one in result.accuracy.items()}
-            figures |= {f"seconds/{key.replace(' ', '_')}": one for key, one in result.seconds.items()}
-            self._client.log_figures(run_id, figures)
-            self._client.log_text(run_id, result.model_dump_json(indent=2), RESULT_FILE)
-            self._client.set_tags(run_id, {NOTE: result.detail, OUTCOME: result.outcome})
-            self._client.set_terminated(run_id, "FINISHED")
+            self._record(result)
+            self._client.set_terminated(result.run_id, "FINISHED")
+
+    def wait(self, result: Retrained, until: float) -> None:
+        """Keep what was done so far in a run that waits for approval.
+
+        Args:
+            result: With the outcome :data:`WAITING`.
+            until: When it is too late, in seconds since 1970.
+        """
+        with self._talking():
+            self._record(result)
+            self._client.set_tags(result.run_id, {UNTIL: str(until)})
+            # Not an open run, which would be taken for that of a flow that was killed.
+            self._client.update_run(result.run_id, "SCHEDULED")
 
     def abort(self, run_id: str, reason: str) -> None:
         """Close the run of a retraining that failed, with the reason."""
         with self._talking():
-            self._client.set_tags(run_id, {NOTE: f"Failed: {reason}"[:5000]})
+            self._client.set_tags(run_id, {NOTE: f"Failed: {reason}"[:5000], OUTCOME: ""})
             self._client.set_terminated(run_id, "FAILED")
+
+    def _record(self, result: Retrained) -> None:
+        figures = {f"accuracy_{key}": one.value for key, one in result.accuracy.items()}
+        figures |= {f"seconds/{key.replace(' ', '_')}": one for key, one in result.seconds.items()}
+        self._client.log_figures(result.run_id, figures)
+        self._client.log_text(result.run_id, result.model_dump_json(indent=2), RESULT_FILE)
+        self._client.set_tags(result.run_id, {NOTE: result.detail, OUTCOME: result.outcome})
+
+    def _result(self, run: Run) -> Retrained:
+        return Retrained.model_validate_json(self._client.text_of(run.info.run_id, RESULT_FILE))
 
     def _ended(self, name: str) -> list[Run]:
         return [run for run in self._runs(name) if run.data.tags.get(OUTCOME)]

@@ -12,6 +12,9 @@ from slmops.core.job import Precision
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement, Name
 
+WAITING = "waiting for approval"
+"""The outcome of a retraining in MLflow until a person has decided."""
+
 
 class LoraSettings(BaseModel):
     """How the adapter is trained."""
@@ -134,6 +137,21 @@ class Retrain(BaseModel):
         """The name of its runs."""
         return self.name or self.model
 
+    def absolute(self) -> Retrain:
+        """The same with absolute paths, for a worker that runs in another folder."""
+
+        def absolute(text: str) -> str:
+            path = Path(text).expanduser()
+            return str(path.absolute()) if path.exists() else text
+
+        texts = {"model": self.model, "data": self.data}
+        texts |= {name: str(path) for name in ("evaluation_set", "policy") if (path := getattr(self, name)) is not None}
+        changed = {name: absolute(text) for name, text in texts.items()}
+        if self.matcher is not None:
+            file, _, function = self.matcher.rpartition(":")
+            changed["matcher"] = f"{absolute(file)}:{function}"
+        return Retrain.model_validate({**self.model_dump(exclude_unset=True), **changed})
+
 
 class News(BaseModel):
     """Look for new training data of a model, or for new versions of it."""
@@ -238,7 +256,7 @@ class Retrained(Frozen):
     """The result of a retraining. Scripts rely on its JSON form."""
 
     model: str
-    outcome: Literal["promoted", "nothing to do", "refused", "rolled back"]
+    outcome: Literal["promoted", "nothing to do", "refused", "rolled back", "waiting for approval"]
     detail: str = Field(description="A sentence for people.")
     input_digest: str = Field(description="SHA-256 over data, base model and settings.")
     run_id: str = Field(description="The MLflow run of the retraining.")

@@ -14,15 +14,22 @@ import pytest
 import yaml
 
 from tests.compose import ROOT, Compose, NotHealthy
-from tests.compose_fixtures import PASSWORD, servers
 
 pytestmark = pytest.mark.integration
 
-__all__ = ["servers"]
-
+PASSWORD = "p@ss:/w#rd %41'$x"
+"""With all that breaks a URL, a shell or a variable."""
 DEFINED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
 PATIENCE_S = 120.0
 REFUSED = "password authentication failed"
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Compose]:
+    """PostgreSQL, Prefect and MLflow, healthy. A test that stops one starts it again."""
+    with Compose({"POSTGRES_PASSWORD": PASSWORD}) as compose:
+        compose.up("prefect", "mlflow")
+        yield compose
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextvars
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,20 @@ import pytest
 from mlflow import MlflowClient
 from prefect import resume_flow_run
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import FlowPauseTimeout
 
+from flows.approval import hand_over
 from flows.promote import promote, rollback
 from slmops.core import locks
-from slmops.core.errors import BusyError, GateError, PromotionError, TrackingError, UsageError
+from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Evaluation, Measurement, Registration, Variant
 from slmops.foundry.register import register
-from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promoted, Promotion
+from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promotion
 from slmops.selection.policy import Gate, Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker, as_result
-from tests import making, values
+from tests import deployed, making, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import start
 
@@ -77,11 +77,6 @@ def bot(made: tuple[Variant, Registration], settings: Settings, name: str) -> Bo
 
 def last(flow: str) -> FlowRun:
     return flow_runs(flow)[-1]
-
-
-def in_background(pool: ThreadPoolExecutor, request: Promotion) -> Future[Promoted]:
-    # Prefect keeps its settings in context variables.
-    return pool.submit(contextvars.copy_context().run, promote, request)
 
 
 def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
@@ -167,31 +162,61 @@ def test_a_second_promotion_at_the_same_time_is_told(bot: Bot) -> None:
     assert bot.champion is None
 
 
-@pytest.mark.parametrize(("answer", "champion"), [(True, 1), (False, None)], ids=["yes", "no"])
-def test_a_person_decides(bot: Bot, answer: bool, champion: int | None) -> None:
-    bot.name += str(answer).lower()
+def test_a_person_decides(bot: Bot) -> None:
     bot.add(0.8)
-    with ThreadPoolExecutor(1) as pool:
-        running = in_background(pool, Promotion(name=bot.name, approval=True))
-        deadline = time.monotonic() + 60
-        while not (flow_runs("promote") and last("promote").state_name == "Paused"):
-            assert time.monotonic() < deadline, last("promote").state_name
-            assert not running.done()
-            time.sleep(0.2)
-        assert bot.champion is None
-        assert f"promotion-{bot.name}" in artifacts(last("promote"))  # the comparison is there to look at
-        resume_flow_run(last("promote").id, run_input={"promote": answer, "comment": "I have looked"})
-        if answer:
-            assert running.result(60).version == 1
-            assert bot.registry.find(bot.name, "1").tags["slmops.approved"] == "I have looked"
-        else:
-            with pytest.raises(PromotionError, match="turned down on the Prefect page: I have looked"):
-                running.result(60)
-    assert bot.champion == champion
+    run = deployed.start(promote, Promotion(name=bot.name, approval=True))
+    assert deployed.work(promote, run) is None
+    assert deployed.state(run).name == "Suspended"  # no process waits
+    assert bot.champion is None
+    assert f"promotion-{bot.name}" in artifacts(last("promote"))  # the comparison is there to look at
+    with locks.exclusive(bot.settings.locks / f"promote-{bot.name}.lock", "it", wait=False):
+        pass  # nor does a lock
+    resume_flow_run(run, run_input={"promote": True, "comment": "I have looked"})
+    assert deployed.state(run).name == "Resuming"
+    assert deployed.work(promote, run).version == 1
+    assert bot.registry.find(bot.name, "1").tags["slmops.approved"] == "I have looked"
+    assert bot.champion == 1
+
+
+def test_a_person_says_no(bot: Bot) -> None:
+    bot.add(0.8)
+    run = deployed.start(promote, Promotion(name=bot.name, approval=True))
+    deployed.work(promote, run)
+    resume_flow_run(run, run_input={"promote": False, "comment": "too slow"})
+    with pytest.raises(GateError, match="too slow"):
+        deployed.work(promote, run)
+    assert deployed.state(run).is_failed()
+    assert bot.champion is None
 
 
 def test_nobody_decides(bot: Bot) -> None:
     bot.add(0.8)
-    with pytest.raises(PromotionError, match=r"Nobody decided about .* within 3 s"):
-        promote(Promotion(name=bot.name, approval=True, approval_timeout_s=3))
+    run = deployed.start(promote, Promotion(name=bot.name, approval=True, approval_timeout_s=1))
+    deployed.work(promote, run)
+    time.sleep(1.5)
+    with pytest.raises(FlowPauseTimeout):
+        resume_flow_run(run, run_input={"promote": True})
+    assert deployed.state(run).is_failed()
     assert bot.champion is None
+
+
+def test_gates_are_judged_anew_after_the_approval(bot: Bot) -> None:
+    bot.add(0.7)
+    bot.add(0.9)
+    run = deployed.start(promote, Promotion(name=bot.name, version=1, approval=True))
+    deployed.work(promote, run)
+    promote(Promotion(name=bot.name, version=2))
+    resume_flow_run(run, run_input={"promote": True})
+    with pytest.raises(GateError, match="version 1"):
+        deployed.work(promote, run)
+    assert bot.champion == 2
+
+
+def test_only_a_run_of_a_deployment_can_wait(bot: Bot) -> None:
+    bot.add(0.8)
+    with pytest.raises(PrerequisiteError) as caught:
+        promote(Promotion(name=bot.name, approval=True))
+    assert "slmops up --worker" in str(caught.value.fix)
+    with pytest.raises(PrerequisiteError) as caught:  # as the command does, without a worker
+        hand_over("promote", Promotion(name=bot.name, approval=True))
+    assert "slmops up --worker" in str(caught.value.fix)

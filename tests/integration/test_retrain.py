@@ -11,16 +11,17 @@ from pathlib import Path
 import httpx
 import pytest
 from mlflow import MlflowClient
+from prefect import resume_flow_run
 
 from flows.retrain import retrain
-from slmops.core.errors import DataError, TrainingError
+from slmops.core.errors import DataError, PrerequisiteError, TrainingError
 from slmops.core.settings import Settings
 from slmops.serving import home_service
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
 from slmops.training.outcome import RetrainError
-from slmops.training.values import Retrained
-from tests import retraining
+from slmops.training.values import WAITING, Finetuned, Retrained
+from tests import deployed, retraining, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read
 
@@ -147,8 +148,7 @@ def test_a_model_that_learnt_nonsense_is_refused(
 
 
 def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first: Retrained, folder: Path) -> None:
-    from slmops.training.values import Finetuned  # the base is the fine-tuned one, which knows the answer
-
+    # The base is the fine-tuned one, which knows the answer.
     manifest = next(path for path in settings.trainings.glob("*/training.json"))
     base = Finetuned.model_validate({**json.loads(manifest.read_text()), "folder": manifest.parent}).merged
     data = retraining.write_data(folder / "unlearn", answer="never")
@@ -225,11 +225,54 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     assert "worse than measured" in tags["slmops.withdrawn"]
 
 
+def test_a_person_decides_about_the_promotion(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
+    data = retraining.write_data(folder / "approved")
+    with (data / "train.jsonl").open("a") as file:
+        for word in retraining.WORDS:
+            file.write(json.dumps({"prompt": f"The {word} burnt.", "completion": "ok"}) + "\n")
+    asked = retraining.request(model, data, NAME, approval=True, watch_s=1)
+    run = deployed.start(retrain, asked)
+    assert deployed.work(retrain, run) is None
+    assert deployed.state(run).name == "Suspended"
+    assert champion(settings) == first.version
+    # The data have been used, whether by somebody who waits for a decision or not.
+    again = retrain(asked.model_copy(update={"approval": False}))
+    assert (again.outcome, again.detail[-21:]) == ("nothing to do", "waiting for approval.")
+    resume_flow_run(run, run_input={"promote": True, "comment": "I have looked"})
+    result = deployed.work(retrain, run)
+    assert (result.outcome, result.version, result.run_id) == ("promoted", champion(settings), again.run_id)
+    assert result.version != first.version
+    assert result.seconds.keys() > {"fine-tune", "convert and measure", "promote", "watch"}
+    assert result.accuracy.keys() == first.accuracy.keys()
+    client = MlflowClient(settings.tracking_uri)
+    assert client.get_model_version(NAME, str(result.version)).tags["slmops.approved"] == "I have looked"
+    assert client.get_run(result.run_id).info.status == "FINISHED"
+    trained = [one for one in flow_runs("retrain") if one.id == run]
+    assert [one.run_count for one in trained] == [2]
+
+
+def test_only_a_run_of_a_deployment_can_wait_for_approval(model: Path, folder: Path) -> None:
+    with pytest.raises(PrerequisiteError):
+        retrain(retraining.request(model, folder / "data", NAME, approval=True))
+
+
+def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settings) -> None:
+    tracker = TrainingTracker(settings.tracking_uri or "")
+    run = tracker.start("late", retraining.request(Path("x"), Path("x"), "late"), values.checkpoint(), "a", "flow")
+    waiting = first.model_copy(update={"model": "late", "run_id": run, "input_digest": "a", "outcome": WAITING})
+    tracker.wait(waiting, time.time() + 60)
+    assert tracker.last("late", "a") == waiting == tracker.waiting("late", "flow")
+    assert tracker.waiting("late", "another flow") is None
+    tracker.wait(waiting, time.time() - 1)
+    late = tracker.last("late", "a")
+    assert late is not None
+    assert late.outcome == "refused"
+    assert tracker.waiting("late", "flow") is None
+
+
 def test_the_last_retraining_is_the_last_whatever_the_clock_says(
     first: Retrained, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests import values
-
     tracker = TrainingTracker(settings.tracking_uri or "")
     request = retraining.request(Path("x"), Path(settings.home) / "x", "clock")
     now = time.time

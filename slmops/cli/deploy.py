@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from pydantic import TypeAdapter, ValidationError
 
 from slmops.cli.prefect import hand_over, prefect_running
-from slmops.cli.terminal import output, say, show
+from slmops.cli.terminal import output, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import problems

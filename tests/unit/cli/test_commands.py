@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +13,7 @@ from pydantic import BaseModel
 
 from slmops.cli.command import run
 from slmops.core import errors
-from slmops.delivery import pull
+from slmops.delivery import promotion, pull
 from slmops.evaluation import drift, soak
 from slmops.evaluation.drift import DriftError, Remeasured
 from slmops.evaluation.soak import SoakError, Target
@@ -92,11 +94,6 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
         ("promote bot", "promote", {"name": "bot"}),
         ("promote bot --precision int8", "promote", {"name": "bot", "precision": "int8"}),
         ("promote bot --version 3 --force unfair", "promote", {"name": "bot", "version": 3, "force": "unfair"}),
-        (
-            "promote bot --approval --approval-timeout-s 60",
-            "promote",
-            {"name": "bot", "approval": True, "approval_timeout_s": 60},
-        ),
     ],
 )
 def test_flags_are_the_request(flows: Flows, arguments: str, flow: str, options: dict[str, Any]) -> None:
@@ -149,10 +146,50 @@ def test_what_was_measured_is_printed_though_a_gate_refuses_it(
     assert f"error: {error.message}\n" in err
 
 
-def test_who_asks_for_approval_is_told_where_it_is_given(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
-    flows.answer = PROMOTED
-    assert run(["promote", "bot", "--approval"]) == 0
-    assert capsys.readouterr().err.startswith("waiting for a decision on the Prefect page")
+@pytest.fixture
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What a worker was given to do."""
+    given: list[tuple[str, Any]] = []
+
+    def hand_over(flow: str, request: BaseModel) -> str:
+        given.append((flow, request))
+        return PAGE
+
+    monkeypatch.setitem(sys.modules, "flows.approval", SimpleNamespace(hand_over=hand_over))  # type: ignore[arg-type]
+    monkeypatch.setattr(promotion, "decide", lambda *_: None)
+    monkeypatch.setattr(promotion, "refuse", lambda _: None)
+    return given
+
+
+def test_a_worker_does_what_waits_for_a_person(
+    flows: Flows,
+    handed_over: list[tuple[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # which is not the worker's folder
+    (tmp_path / "d.jsonl").touch()
+    assert run(["promote", "bot", "--approval", "--approval-timeout-s", "60"]) == 0
+    assert capsys.readouterr().out == f"{PAGE}\n"
+    asked = ["--model", "org/m", "--data", "d.jsonl", "--matcher", "m.py:f", "--approval"]
+    assert run(["retrain", *asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"url": PAGE}
+    assert flows.asked == []
+    [(one, promote), (two, retrain)] = handed_over
+    assert (one, promote.name, promote.approval_timeout_s) == ("promote", "bot", 60)
+    assert (two, retrain.model, retrain.matcher) == ("retrain", "org/m", "m.py:f")
+    assert retrain.data == str(tmp_path / "d.jsonl")
+
+
+@pytest.mark.usefixtures("flows")
+def test_what_a_gate_refuses_needs_no_person(
+    handed_over: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promotion, "refuse", lambda _: errors.GateError("It is worse."))
+    assert run(["promote", "bot", "--approval"]) == 3
+    assert run(["promote", "bot", "--approval", "--force", "for a test"]) == 0
+    assert len(handed_over) == 1
 
 
 @pytest.mark.parametrize("registry", [True, False])

@@ -13,80 +13,54 @@ from typing import Any
 import httpx
 import pytest
 from mlflow import MlflowClient
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.variables import Variable
 
+from flows.news import look_for_news
 from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import Stack
 from slmops.tracking.training import TrainingTracker
 from slmops.training.data import digest
 from slmops.training.sources import Fetched
-from slmops.training.values import Retrained
+from slmops.training.values import News, Retrained
 from tests import prefect_api, retraining, values
 
 pytestmark = pytest.mark.integration
 
-LOOK = """
-import sys
-from flows.news import look_for_news
-from slmops.training.values import News
-print(look_for_news(News(name="ticket-router", data=sys.argv[1])))
-"""
-# As if half an hour had passed since the last event.
-LATER = """
-from prefect.variables import Variable
-name = "slmops_seen_ticket_45_router"
-Variable.set(name, {**Variable.get(name), "again": 0}, overwrite=True)
-"""
-# What Prefect's page does when a switch is flipped.
-SWITCH = """
-import asyncio, sys
-from prefect.client.orchestration import get_client
-
-async def main():
-    async with get_client() as client:
-        for automation in await client.read_automations():
-            if automation.name == sys.argv[1]:
-                await client.resume_automation(automation.id)
-        print([automation.name for automation in await client.read_automations() if automation.enabled])
-
-asyncio.run(main())
-"""
+SEEN = "slmops_seen_ticket_45_router"
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("deployments"), prefect_port=4800, mlflow_port=5800)
-
-
-@pytest.fixture(scope="module")
-def running(settings: Settings) -> Iterator[Stack]:
-    yield stack.up(settings)
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The local servers, which are also those of this process."""
+    home = tmp_path_factory.mktemp("deployments")
+    settings = Settings(home=home, prefect_port=4800, mlflow_port=5800)
+    running = stack.up(settings)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        temporary_settings({PREFECT_API_URL: running.prefect_api_url, PREFECT_HOME: home / "prefect"}),
+    ):
+        patch.setenv("SLMOPS_HOME", str(home))
+        patch.setenv("SLMOPS_TRACKING_URI", running.tracking_uri)
+        yield running
     stack.down(settings)
 
 
 @pytest.fixture(scope="module")
-def env(settings: Settings, running: Stack) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
-    return {**kept, **stack._worker_environment(settings, running), "SLMOPS_TRACKING_URI": running.tracking_uri}
+def api(servers: Stack) -> Iterator[httpx.Client]:
+    register(servers)
+    with prefect_api.client(servers.prefect_api_url) as client:
+        yield client
 
 
-def python(env: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], env=env, capture_output=True, text=True, check=False, cwd=stack.ROOT
-    )
+def register(servers: Stack) -> str:
+    """Returns what the script says."""
+    env = {**os.environ, **stack.QUIET, "PREFECT_API_URL": servers.prefect_api_url}
+    command = [sys.executable, str(stack.REGISTER)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=stack.ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
-
-
-def register(env: dict[str, str]) -> str:
-    return python(env, str(stack.REGISTER))
-
-
-@pytest.fixture(scope="module")
-def api(env: dict[str, str], running: Stack) -> Iterator[httpx.Client]:
-    register(env)
-    with prefect_api.client(running.prefect_api_url) as client:
-        yield client
 
 
 def deployments(api: httpx.Client) -> dict[str, Any]:
@@ -111,83 +85,96 @@ def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
         assert not any(schedule["active"] for schedule in one["schedules"])
 
 
-def test_what_a_user_has_set_stays(api: httpx.Client, env: dict[str, str]) -> None:
+def test_what_a_user_has_set_stays(api: httpx.Client, servers: Stack) -> None:
     before = deployments(api)["retrain"]
     [schedule] = before["schedules"]
     mine = {"request": {**before["parameters"]["request"], "data": "/my/data"}}
     path = f"deployments/{before['id']}"
     assert api.patch(path, json={"parameters": mine}).status_code == 204
     assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
-    assert python(env, "-c", SWITCH, "retrain on new data") == "['retrain on new data']\n"
+    switch_on(api, "retrain on new data")
     make_older(api)
-    register(env)
+    register(servers)
     after = deployments(api)["retrain"]
     assert after["version"] != "older"
     assert after["parameters"] == mine
     assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
-    assert python(env, "-c", SWITCH, "nothing") == "['retrain on new data']\n"
+    assert {one["name"] for one in api.post("automations/filter", json={}).json() if one["enabled"]} == {
+        "retrain on new data"
+    }
 
 
-def test_a_limit_of_an_older_version_goes(api: httpx.Client, env: dict[str, str]) -> None:
+def test_a_limit_of_an_older_version_goes(api: httpx.Client, servers: Stack) -> None:
     soak = f"deployments/{deployments(api)['soak']['id']}"
     assert api.patch(soak, json={"concurrency_limit": 1}).status_code == 204
     make_older(api)
-    register(env)
+    register(servers)
     limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in deployments(api).items()}
     assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
 
 
-def test_a_deployment_of_the_same_name_stays_somebody_elses(api: httpx.Client, env: dict[str, str]) -> None:
+def test_a_deployment_of_the_same_name_stays_somebody_elses(api: httpx.Client, servers: Stack) -> None:
     theirs = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
     mine = deployments(api)["retrain"]["parameters"]
     made = api.post("deployments/", json={**theirs, "version": "1", "parameters": {"request": "theirs"}}).json()
     make_older(api)
-    register(env)
+    register(servers)
     assert deployments(api)["retrain"]["parameters"] == mine
     path = f"deployments/{made['id']}"
     assert api.get(path).json()["updated"] == made["updated"]
-    assert register(env) == ""  # with theirs there, too, nothing has changed
+    assert register(servers) == ""  # with theirs there, too, nothing has changed
     assert api.delete(path).status_code == 204
 
 
-def test_unchanged_ones_are_not_touched(api: httpx.Client, env: dict[str, str]) -> None:
+def test_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> None:
     before = deployments(api)
-    assert register(env) == ""
+    assert register(servers) == ""
     assert {name: one["updated"] for name, one in deployments(api).items()} == {
         name: one["updated"] for name, one in before.items()
     }
 
 
-def test_new_data_start_a_retraining(api: httpx.Client, env: dict[str, str], tmp_path: Path) -> None:
-    python(env, "-c", SWITCH, "retrain on new data")
+def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path: Path) -> None:
+    switch_on(api, "retrain on new data")
     data = retraining.write_data(tmp_path / "data")
-    assert python(env, "-c", LOOK, str(data)) == "[]\n"  # at the first look nothing is new
-    assert python(env, "-c", LOOK, str(data)) == "[]\n"
+    news, told = News(name="ticket-router", data=str(data)), ["slmops.data.ticket-router"]
+    assert look_for_news(news) == []  # at the first look nothing is new
+    assert look_for_news(news) == []
     retraining.write_data(tmp_path / "data", answer="yes")
-    assert python(env, "-c", LOOK, str(data)) == "['slmops.data.ticket-router']\n"
-    deployment = deployments(api)["retrain"]["id"]
+    assert look_for_news(news) == told
+    of_it = {"deployments": {"id": {"any_": [deployments(api)["retrain"]["id"]]}}}
     deadline = time.monotonic() + 60
     by_event: list[Any] = []
     while not by_event and time.monotonic() < deadline:
-        of_it = {"deployments": {"id": {"any_": [deployment]}}}
-        runs = api.post("flow_runs/filter", json=of_it).json()
-        by_event = [run for run in runs if not run["auto_scheduled"]]
+        by_event = [run for run in api.post("flow_runs/filter", json=of_it).json() if not run["auto_scheduled"]]
         time.sleep(0.5)
     [run] = by_event  # which waits for a worker
     assert run["parameters"] == {
         "request": {"model": "demo", "data": "demo", "name": "ticket-router", "training": {"epochs": 2}}
     }
     # It is not told every five minutes, but again and again until a retraining has used them.
-    assert python(env, "-c", LOOK, str(data)) == "[]\n"
-    python(env, "-c", LATER)
-    assert python(env, "-c", LOOK, str(data)) == "['slmops.data.ticket-router']\n"
-    python(env, "-c", LATER)
-    used(env["SLMOPS_TRACKING_URI"], data)
-    assert python(env, "-c", LOOK, str(data)) == "[]\n"
+    assert look_for_news(news) == []
+    half_an_hour_later()
+    assert look_for_news(news) == told
+    half_an_hour_later()
+    use(data, servers.tracking_uri)
+    assert look_for_news(news) == []
 
 
-def used(uri: str, data: Path) -> None:
-    """What a retraining on these data leaves in MLflow."""
+def switch_on(api: httpx.Client, trigger: str) -> None:
+    """What Prefect's page does when a switch is flipped."""
+    [found] = [one for one in api.post("automations/filter", json={}).json() if one["name"] == trigger]
+    assert api.patch(f"automations/{found['id']}", json={"enabled": True}).status_code == 204
+
+
+def half_an_hour_later() -> None:
+    seen = Variable.get(SEEN)
+    assert isinstance(seen, dict)
+    Variable.set(SEEN, {**seen, "again": 0}, overwrite=True)
+
+
+def use(data: Path, uri: str) -> None:
+    """Leave in MLflow what a retraining on these data does."""
     tracker = TrainingTracker(uri)
     request = retraining.request(Path("x"), data, "ticket-router")
     run = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")

@@ -29,27 +29,10 @@ from slmops.training.fingerprint import input_digest
 from slmops.training.outcome import RetrainError
 from slmops.training.sources import Fetched
 from slmops.training.values import WAITING, Finetuned, Retrain, Retrained, TrainingData
+from tasks import retrain as steps
 from tasks.checkpoint import get_checkpoint
 from tasks.environment import check_environment
 from tasks.remeasure import find_version
-from tasks.retrain import (
-    fetch_evaluation_set,
-    find_last,
-    find_outdated_champion,
-    find_waiting,
-    finish_tracking,
-    link,
-    roll_back,
-    show_result,
-    start_tracking,
-    switch_back,
-    switch_service,
-    track_accuracy,
-    track_data,
-    track_training,
-    track_waiting,
-    watch_service,
-)
 from tasks.train import answer, check_data, fetch_data, finetune_model
 
 log = logging.getLogger("slmops.retrain")
@@ -76,19 +59,19 @@ def retrain(request: Retrain) -> Retrained:
     name = request.name or checkpoint.name
     flow_run = runtime.flow_run.id or ""
     with locks.exclusive(settings.locks / f"retrain-{name}.lock", f"the retraining of {name!r}", wait=True):
-        waited = find_waiting(uri, name, flow_run) if request.approval else None
+        waited = steps.find_waiting(uri, name, flow_run) if request.approval else None
         if waited is None:
             fetched = fetch_data(request, settings, uri)
             digest = input_digest(request, checkpoint, data.digest(fetched), fetched.evaluation)
-            last = find_last(uri, name, digest)
+            last = steps.find_last(uri, name, digest)
             if last is not None:
                 return _nothing_new(last)
-            begun = start_tracking(uri, name, request, checkpoint, digest, flow_run)
-        attempt = _Attempt(request, settings, uri, waited or begun)
+            begun = steps.start_tracking(uri, name, request, checkpoint, digest, flow_run)
+        attempt = _Attempt(request, settings, uri, name, waited or begun)
         with _closed_if_failed(attempt):
             result = _go_on(attempt) if waited else _make(attempt, checkpoint, fetched)
-            finish_tracking(uri, result)
-        show_result(result)
+            steps.finish_tracking(uri, result)
+        steps.show_result(result)
     if result.outcome != "promoted":
         raise RetrainError(result, attempt.fix)
     return result
@@ -102,6 +85,7 @@ class _Attempt:
         request: What was asked for.
         settings: Where things are.
         uri: MLflow's tracking URI.
+        name: The model's.
         so_far: What is known of it; each stage adds to its accuracy and seconds.
         fix: What to do if a gate refuses it.
     """
@@ -109,13 +93,9 @@ class _Attempt:
     request: Retrain
     settings: Settings
     uri: str
+    name: str
     so_far: Retrained
     fix: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.so_far.model
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -153,7 +133,9 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
         return attempt.refused(error)
     attempt.so_far = attempt.so_far.model_copy(update={"version": version.version, "variant": version.variant})
     if attempt.request.approval:
-        track_waiting(attempt.uri, attempt.ended(WAITING, f"{version.label} is the champion if somebody approves."))
+        steps.track_waiting(
+            attempt.uri, attempt.ended(WAITING, f"{version.label} is the champion if somebody approves.")
+        )
     return _deploy(attempt, version, prepared.evaluation)
 
 
@@ -162,7 +144,7 @@ def _go_on(attempt: _Attempt) -> Retrained:
     version = find_version(attempt.uri, attempt.name, str(attempt.so_far.version))
     folder = attempt.settings.work(f"{attempt.name}.approval")
     try:
-        return _deploy(attempt, version, fetch_evaluation_set(attempt.uri, attempt.so_far.run_id, folder))
+        return _deploy(attempt, version, steps.fetch_evaluation_set(attempt.uri, attempt.so_far.run_id, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -172,15 +154,15 @@ def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple
     name, run_id, accuracy = attempt.name, attempt.so_far.run_id, attempt.so_far.accuracy
     with attempt.stage("data"):
         prepared = check_data(fetched, request, checkpoint, name, settings)
-        track_data(uri, run_id, prepared)
+        steps.track_data(uri, run_id, prepared)
     with attempt.stage("base model"):
         accuracy["base"] = answer(checkpoint, prepared, request, "base", name, settings)
     with attempt.stage("fine-tune"):
         finetuned = finetune_model(checkpoint, prepared, request, name, settings, uri, run_id)
-        track_training(uri, run_id, finetuned, settings.logs / name / "finetune.log")
+        steps.track_training(uri, run_id, finetuned, settings.logs / name / "finetune.log")
     with attempt.stage("fine-tuned model"):
         accuracy["finetuned"] = answer(finetuned, prepared, request, "finetuned", name, settings)
-        track_accuracy(uri, run_id, accuracy)
+        steps.track_accuracy(uri, run_id, accuracy)
     return prepared, finetuned
 
 
@@ -189,7 +171,7 @@ def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
 
     If that does not work they cannot be compared, and the promotion will say so.
     """
-    champion = find_outdated_champion(attempt.uri, attempt.name, prepared, attempt.request, attempt.settings)
+    champion = steps.find_outdated_champion(attempt.uri, attempt.name, prepared, attempt.request, attempt.settings)
     if champion is None:
         return
     log.info("%s was measured with something else: measuring it again", champion.label)
@@ -217,7 +199,7 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
             refused, comparison = error, error.comparison
         accuracy = attempt.so_far.accuracy
         accuracy |= outcome.accuracies(accuracy["base"], accuracy["finetuned"], comparison)
-        link(attempt.uri, attempt.so_far.run_id, comparison)
+        steps.link(attempt.uri, attempt.so_far.run_id, comparison)
     if refused is not None:
         raise refused
     chosen = next(one for one in comparison.variants if one.name == comparison.choice.variant)
@@ -237,7 +219,7 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
             return attempt.refused(error)
     with attempt.stage("switch"):
         try:
-            url = switch_service(version, request, settings, uri)
+            url = steps.switch_service(version, request, settings, uri)
         except ServingError as error:
             against = error.message
     if url is None and against is None:
@@ -246,16 +228,16 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
     if url is not None and request.watch_s:
         with attempt.stage("watch"):
             measured = attempt.so_far.accuracy.get(version.variant)
-            watched = watch_service(url, version, request, evaluation, measured, settings)
+            watched = steps.watch_service(url, version, request, evaluation, measured, settings)
         if watched.held:
             return attempt.ended("promoted", f"It is the champion now, served at {url}. {watched.detail}")
         against = watched.detail
     if against is None:
         return attempt.ended("promoted", f"{version.label} is the champion now, served at {url}.")
     with attempt.stage("roll back"):
-        now = roll_back(uri, version, against)
+        now = steps.roll_back(uri, version, against)
         if now is not None and url is not None:
-            switch_back(url, now, uri)
+            steps.switch_back(url, now, uri)
     back = f"{now.label} is the champion again" if now else "nothing was deployed before, so it stays the champion"
     return attempt.ended("rolled back", f"{against} So {back}.")
 
@@ -264,7 +246,7 @@ def _nothing_new(last: Retrained) -> Retrained:
     said = f"Data, base model and settings are those of the last retraining, which ended as: {last.outcome}."
     result = last.model_copy(update={"outcome": "nothing to do", "detail": said, "seconds": {}})
     log.info("nothing to do: %s", said)
-    show_result(result)
+    steps.show_result(result)
     return result
 
 

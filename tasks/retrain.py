@@ -43,16 +43,8 @@ def start_tracking(
     """Open the MLflow run, or that of an attempt that was killed; returns the result as far as it is known."""
     tracker = TrainingTracker(uri)
     run_id = tracker.start(name, request, checkpoint, input_digest, flow_run)
-    return Retrained(
-        model=name,
-        outcome="refused",
-        detail="",
-        input_digest=input_digest,
-        run_id=run_id,
-        accuracy={},
-        seconds={},
-        url=tracker.run_url(run_id),
-    )
+    url = tracker.run_url(run_id)
+    return Retrained(model=name, outcome="refused", detail="", input_digest=input_digest, run_id=run_id, url=url)
 
 
 @stage("look at the champion", tracking=True)

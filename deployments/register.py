@@ -47,7 +47,7 @@ async def create_pool(client: PrefectClient, name: str) -> None:
 async def registered(client: PrefectClient, names: list[str]) -> dict[str, DeploymentResponse]:
     """Those of our deployments that are there.
 
-    Our flows are called as their deployments are. A deployment of the same name for another flow is somebody else's.
+    Each of our flows has the name of its deployment. A deployment of the same name for another flow is somebody else's.
     """
     found = {}
     for name in names:

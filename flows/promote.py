@@ -35,7 +35,7 @@ def promote(request: Promotion) -> Promoted:
 
 @flow(name="rollback", flow_run_name="roll back {name}", persist_result=False)
 def rollback(name: Name) -> Promoted:
-    """Make the version that was deployed before the champion again; a second rollback returns.
+    """Make the previous champion the champion again; a second rollback takes it back.
 
     Args:
         name: The model's name in the registry.

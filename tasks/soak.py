@@ -1,4 +1,4 @@
-"""Find a deployed variant, ask it many times, log and show how its memory went."""
+"""Find a variant, ask it many times, log and show what its memory did."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import logging
 
 from prefect import flow
 
+from flows.running import named, plainly
 from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.training.values import News, Retrain
@@ -15,7 +16,8 @@ from tasks.train import fetch_data
 log = logging.getLogger("slmops.news")
 
 
-@flow(name="look-for-news", flow_run_name="look for news of {request.name}", persist_result=False)
+@flow(name="look-for-news", flow_run_name=named("look for news of {request.name}"), persist_result=False)
+@plainly
 def look_for_news(request: News) -> list[str]:
     """Emit an event for new training data and for each new version; what is there at the first look is not new.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from prefect import flow, runtime
 
 from flows.approval import ask_person, check_can_wait
+from flows.running import named, plainly
 from slmops.core import locks
 from slmops.core.settings import Settings
 from slmops.core.values import Name
@@ -21,7 +22,8 @@ from tasks.promote import check_files, find_previous, judge_challenger, move_ali
 log = logging.getLogger("slmops.promote")
 
 
-@flow(name="promote", flow_run_name="promote {request.name}", persist_result=False)
+@flow(name="promote", flow_run_name=named("promote {request.name}"), persist_result=False)
+@plainly
 def promote(request: Promotion) -> Promoted:
     """Make a version the champion, if it is not worse than the present one.
 
@@ -33,7 +35,8 @@ def promote(request: Promotion) -> Promoted:
     return make_champion(request, settings, stack.tracking_uri(settings))
 
 
-@flow(name="rollback", flow_run_name="roll back {name}", persist_result=False)
+@flow(name="rollback", flow_run_name=named("roll back {name}"), persist_result=False)
+@plainly
 def rollback(name: Name) -> Promoted:
     """Make the previous champion the champion again; a second rollback takes it back.
 

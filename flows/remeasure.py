@@ -7,7 +7,8 @@ import shutil
 
 from prefect import flow, runtime
 
-from slmops.core import locks, machine
+from flows.running import named, plainly, turn
+from slmops.core import machine
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
@@ -29,7 +30,8 @@ from tasks.remeasure import (
 log = logging.getLogger("slmops.remeasure")
 
 
-@flow(name="remeasure", flow_run_name="remeasure {request.name}", persist_result=False)
+@flow(name="remeasure", flow_run_name=named("remeasure {request.name}"), persist_result=False)
+@plainly
 def remeasure(request: Remeasure) -> Remeasured:
     """Measure a version once more, as a device gets it, and compare with what its evaluation recorded.
 
@@ -43,7 +45,7 @@ def remeasure(request: Remeasure) -> Remeasured:
     uri = stack.tracking_uri(settings)
     # The model's own work folder is emptied when a job of it begins.
     work = f"{request.name}.remeasure"
-    with locks.exclusive(settings.locks / f"{work}.lock", f"the remeasurement of {request.name!r}", wait=False):
+    with turn(settings.locks / f"{work}.lock", f"the remeasurement of {request.name!r}"):
         shutil.rmtree(settings.work(work), ignore_errors=True)
         version = find_version(uri, request.name, request.version)
         here = machine.hardware().kind

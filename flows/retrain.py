@@ -16,7 +16,7 @@ from prefect.exceptions import Pause
 from flows.approval import check_can_wait
 from flows.optimize import optimize
 from flows.promote import make_champion
-from slmops.core import locks
+from flows.running import named, plainly, turn
 from slmops.core.errors import GateError, ServingError, SlmopsError, TrackingError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -38,7 +38,8 @@ from tasks.train import answer, check_data, fetch_data, finetune_model
 log = logging.getLogger("slmops.retrain")
 
 
-@flow(name="retrain", flow_run_name="retrain {request.label}", persist_result=False)
+@flow(name="retrain", flow_run_name=named("retrain {request.label}"), persist_result=False)
+@plainly
 def retrain(request: Retrain) -> Retrained:
     """Fine-tune on what is new, convert and measure it, and put it into production if it is better.
 
@@ -58,7 +59,7 @@ def retrain(request: Retrain) -> Retrained:
     checkpoint = get_checkpoint(_job(request, request.model), settings, uri)
     name = request.name or checkpoint.name
     flow_run = runtime.flow_run.id or ""
-    with locks.exclusive(settings.locks / f"retrain-{name}.lock", f"the retraining of {name!r}", wait=True):
+    with turn(settings.locks / f"retrain-{name}.lock", f"the retraining of {name!r}"):
         waited = steps.find_waiting(uri, name, flow_run) if request.approval else None
         if waited is None:
             fetched = fetch_data(request, settings, uri)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefect import flow, runtime
 
-from slmops.core import locks
+from flows.running import named, plainly, turn
 from slmops.core.settings import Settings
 from slmops.delivery.remeasurement import copied
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
@@ -23,7 +23,8 @@ from tasks.soak import find_variant, show_soak, soak_variant, track_soak
 log = logging.getLogger("slmops.soak")
 
 
-@flow(name="soak", flow_run_name="soak", persist_result=False)
+@flow(name="soak", flow_run_name=named("soak"), persist_result=False)
+@plainly
 def soak(request: Soak) -> SoakResult:
     """Send a variant many requests, and see whether the memory of its process grows.
 
@@ -45,8 +46,7 @@ def soak(request: Soak) -> SoakResult:
         )
     else:
         target = find_variant(uri, request)
-    machine = locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True)
-    with machine, _home(installed, settings) as home:
+    with turn(settings.machine_lock, "this machine's conversions and measurements"), _home(installed, settings) as home:
         measured, memory_kb = soak_variant(target, request, home, settings)
     result, url = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     show_soak(result, url)

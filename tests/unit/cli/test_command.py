@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from slmops.cli.command import COMMANDS, run
 from slmops.core import errors
@@ -98,23 +99,6 @@ def test_wrong_usage(flows: Flows, capsys: pytest.CaptureFixture[str], arguments
     assert flows.asked == []
 
 
-JOB_YAML = """\
-model: demo
-name: bot
-precision: [int8, int4]
-int4_block_size: 64
-quick: true
-perplexity-text: text.txt
-top_p: null
-"""
-JOB_TOML = """\
-model = "demo"
-name = "bot"
-precision = ["int8", "int4"]
-int4-block-size = 64
-quick = true
-perplexity_text = "text.txt"
-"""
 IN_FILE = {
     "model": "demo",
     "name": "bot",
@@ -123,6 +107,8 @@ IN_FILE = {
     "quick": True,
     "perplexity_text": "text.txt",
 }
+JOB_YAML = yaml.safe_dump({**IN_FILE, "top_p": None})
+JOB_TOML = "\n".join(f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in IN_FILE.items())
 FILES = [("job.yaml", JOB_YAML), ("job.yml", JOB_YAML), ("job.toml", JOB_TOML), ("job.json", json.dumps(IN_FILE))]
 
 
@@ -141,14 +127,9 @@ def test_flags_win_over_the_job_file(flows: Flows, tmp_path: Path, name: str, te
     file = ["--job", name]
     flags = ["--precision", "fp16", "--int4-block-size", "16", "--top-p", "0.5", "--quick=false", "--model", "other"]
     assert run(["run", *(file + flags if file_first else flags + file)]) == 0
-    assert flows.options == {
-        "model": "other",
-        "name": "bot",
-        "precision": ["fp16"],
-        "int4_block_size": 16,
-        "top_p": 0.5,
-        "perplexity_text": "text.txt",
-    }
+    changed = {"model": "other", "precision": ["fp16"], "int4_block_size": 16, "top_p": 0.5}
+    assert {"quick": True, **flows.options} == {**IN_FILE, **changed}
+    assert "quick" not in flows.options
 
 
 def test_job_file_may_ask_for_json(flows: Flows, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,34 +148,21 @@ def test_job_file_may_ask_for_json(flows: Flows, tmp_path: Path, capsys: pytest.
         ("job.yaml", "model: demo\nname: a/b\n", "--name may only have"),
         ("job.toml", "model = 'demo'\nint4_block_size = 'many'\n", "--int4-block-size must be a whole number"),
         ("job.yaml", "quick: true\n", "error: --model is missing\n"),
-        ("job.yaml", "a: [\n", r"job\.yaml cannot be read: while parsing"),
-        ("job.toml", "model =\n", r"job\.toml cannot be read: Invalid value \(at line 1"),
         ("job.toml", JOB_YAML, r"job\.toml cannot be read"),
-        ("job.yaml", "- model\n", r"job\.yaml has no keys and values"),
         ("job.yaml", "", r"job\.yaml has no keys and values"),
         ("job.yaml", b"model: \xff\xfe\n", r"job\.yaml cannot be read: .*utf-8"),
         ("job.yaml", None, r"job\.yaml cannot be read: .*Is a directory"),
     ],
 )
 def test_bad_job_file(
-    flows: Flows,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    text: str | bytes | None,
-    said: str,
+    flows: Flows, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | bytes | None, said: str
 ) -> None:
     path = tmp_path / name
     if text is None:
         path.mkdir()
     else:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert run(["run", "--job", name]) == 2
-    out, err = capsys.readouterr()
-    assert (out, flows.asked) == ("", [])
-    assert err.startswith("error: ")
-    assert re.search(said, err)
-    assert "Traceback" not in err
+    test_wrong_usage(flows, capsys, f"run --job {name}", said)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
@@ -228,16 +196,19 @@ def test_exit_codes(flows: Flows, capsys: pytest.CaptureFixture[str], kind: type
     assert capsys.readouterr() == ("", "error: It went wrong there.\n  Do this.\n")
 
 
-def test_error_without_a_fix_is_one_line(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
-    flows.answer = errors.WorkError("It went wrong.")
-    assert run(["demo"]) == 1
-    assert capsys.readouterr() == ("", "error: It went wrong.\n")
-
-
-def test_interrupted(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
-    flows.answer = KeyboardInterrupt()
-    assert run(["run", "--model", "demo"]) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (errors.WorkError("It went wrong."), 1, "error: It went wrong.\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_an_end_is_told_in_a_line(
+    flows: Flows, capsys: pytest.CaptureFixture[str], answer: BaseException, code: int, said: str
+) -> None:
+    flows.answer = answer
+    assert run(["demo"]) == code
+    assert capsys.readouterr() == ("", said)
 
 
 @pytest.mark.parametrize("home_is_usable", [True, False])

@@ -152,14 +152,14 @@ def _refuse_custom_code(folder: Path, config: Mapping[str, Any], job: Job, where
     """The model builder trusts remote code by default, so code that nobody allowed must not get that far."""
     if job.trust_remote_code:
         return
-    found = "auto_map in config.json" if config.get("auto_map") else None
-    tokenizer = folder / "tokenizer_config.json"
-    if found is None and tokenizer.is_file():
-        settings = read_json(tokenizer, f"{where}/{tokenizer.name}")
-        found = "auto_map in tokenizer_config.json" if settings.get("auto_map") else None
-    if found is None and (folder / "custom_generate").is_dir():
-        found = "the folder custom_generate"
-    if found is not None:
+    path = folder / "tokenizer_config.json"
+    tokenizer = read_json(path, f"{where}/{path.name}") if path.is_file() else {}
+    places = {
+        "auto_map in config.json": config.get("auto_map"),
+        "auto_map in tokenizer_config.json": tokenizer.get("auto_map"),
+        "the folder custom_generate": (folder / "custom_generate").is_dir(),
+    }
+    if found := next((place for place, code in places.items() if code), None):
         raise CheckpointError(
             f"{where} brings Python code of its own ({found}), which would run on this machine.",
             "Read that code, then pass --trust-remote-code. Or use an architecture that transformers knows.",

@@ -59,19 +59,17 @@ def handle(request: VerifyRequest) -> VerifyResult:
 
 
 def _files(folder: Path) -> Path:
-    config_file = folder / "genai_config.json"
-    if not config_file.exists():
-        raise ConversionError("Olive made no genai_config.json, without which ONNX Runtime GenAI cannot load a model.")
+    """The model file, if all is there that ONNX Runtime GenAI needs."""
     try:
-        name = json.loads(config_file.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"genai_config.json does not name its model: {error!r}") from None
-    if not (folder / name).exists():
-        raise ConversionError(f"genai_config.json names {name}, which does not exist.")
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        model: Path = folder / config["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"Olive made no genai_config.json that names a model: {error!r}") from None
+    if not model.exists():
+        raise ConversionError(f"genai_config.json names {model.name}, which does not exist.")
     if not any((folder / file).exists() for file in _TOKENIZER_FILES):
         raise ConversionError("The converted folder has no tokenizer.")
-    path: Path = folder / name
-    return path
+    return model
 
 
 def _one_token(folder: Path) -> None:

@@ -101,7 +101,7 @@ class Remote:
         for start in range(offset, end, BLOCK):
             yield data[start : min(start + BLOCK, end)]
         if cut is not None:
-            raise TrackingError("The connection is broken.", "Mend it.")
+            raise TrackingError("The connection is broken.", "Repair it.")
 
     @property
     def paths(self) -> set[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from slmops.core.errors import TrackingError, WorkError
-from slmops.core.files import link_or_copy, sha256
+from slmops.core.files import link_or_copy, sha256, stays_below
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import VariantFile
@@ -143,8 +143,6 @@ def prune(settings: Settings) -> None:
 
 
 def _checked(name: str) -> str:
-    """A relative path that stays where it is put, on any system."""
-    parts = name.split("/")
-    if re.search(r"[\\:\x00-\x1f]", name) or not all(part and part == part.rstrip(" .") for part in parts):
+    if not stays_below(name):
         raise WorkError(f"A file of this job is called {name!r}, which is not a name below a folder.")
     return name

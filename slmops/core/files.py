@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tomllib
 import uuid
@@ -96,3 +97,12 @@ def read_table(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(table, dict) or not table:
         raise UsageError(f"The {what} {path} has no keys and values.", "Write them as key: value, or as TOML.")
     return table
+
+
+def stays_below(name: str) -> bool:
+    """Whether a path with forward slashes stays where it is put, on any system.
+
+    Backslashes and colons are for Windows, which also leaves out dots and blanks at the end: "..." is "..".
+    """
+    parts = name.split("/")
+    return not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)

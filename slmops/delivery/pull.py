@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from slmops.core import machine
 from slmops.core import values as models
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
-from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, write_atomic
+from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, stays_below, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, VariantFile
@@ -232,10 +232,7 @@ def _check(manifest: VersionManifest, version: ModelVersion) -> None:
     folders: set[str] = set()
     for file in manifest.files:
         name = file.name.casefold()  # some file systems ignore case
-        # Backslashes and colons are for Windows, which also leaves out dots and blanks at the end: "..." is "..".
-        parts = name.split("/")
-        plain = not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)
-        if not plain or name in taken:
+        if not stays_below(name) or name in taken:
             raise TrackingError(
                 f"{said} names a file {file.name!r}, which is not a possible name.",
                 "Nothing of it was installed. Whoever put it into the registry has to promote it again.",

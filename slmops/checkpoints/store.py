@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import inspection
-from slmops.checkpoints.unpack import UnpackRequest, UnpackResult
+from slmops.checkpoints.unpack_worker import UnpackRequest, UnpackResult
 from slmops.core.errors import ConversionError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
 from slmops.core.locks import exclusive
@@ -55,7 +55,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
             unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
             unpack_log.unlink(missing_ok=True)
             result, _ = children.call(
-                "slmops.checkpoints.unpack",
+                "slmops.checkpoints.unpack_worker",
                 UnpackRequest(gguf=gguf, folder=scratch),
                 UnpackResult,
                 work=work,

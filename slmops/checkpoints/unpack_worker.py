@@ -24,7 +24,7 @@ class UnpackResult(Frozen):
     transformers: str
 
 
-def unpack(request: UnpackRequest) -> UnpackResult:
+def handle(request: UnpackRequest) -> UnpackResult:
     """Write the weights of a GGUF file (as fp32 safetensors), config, tokenizer and chat template into a folder.
 
     Raises:
@@ -68,4 +68,4 @@ def unpack(request: UnpackRequest) -> UnpackResult:
 
 
 if __name__ == "__main__":
-    child.main(UnpackRequest, unpack)
+    child.main(UnpackRequest, handle)

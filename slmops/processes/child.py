@@ -24,32 +24,31 @@ Request = TypeVar("Request", bound=BaseModel)
 def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) -> None:
     """Read the request file, handle it, write the result file, exit.
 
-    The process leaves by ``os._exit``: native runtimes have crashed in their own clean-up after the work was done.
+    The process ends with ``os._exit``, because native runtimes have crashed in their clean-up after the work was done.
     """
     threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
-    status = 0
+    status = 1
     try:
-        request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
-        answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
-    except SlmopsError as error:
-        traceback.print_exc()
-        answer = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
-        status = 1
+        try:
+            request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
+            answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
+        except SlmopsError as error:
+            traceback.print_exc()
+            answer = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
+        write_atomic(result_file, json.dumps(answer))
+        status = int("error" in answer)
     except BaseException:
         traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    write_atomic(result_file, json.dumps(answer))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        os._exit(status)
 
 
 def die_with_parent() -> None:
-    """Wait for standard input to close, which happens when the parent is gone, and kill the whole group."""
+    """Wait until standard input closes, which happens when the parent is gone, and kill the whole group."""
     while os.read(0, 4096):
         pass
     if os.getpgrp() == os.getpid():

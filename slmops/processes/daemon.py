@@ -1,7 +1,7 @@
-"""A server process of ours that goes on when we end, and that any later process can find, ask and stop.
+"""A server process of ours that goes on when we end. Any later process can find it, ask it and stop it.
 
-It leads a session of its own. What identifies it is the process id together with the moment the process was created,
-so that a process id that the system has given to somebody else is never touched.
+It leads a session of its own. Its process id and the time of its creation identify it, so that another process that got
+the same id later is never touched.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
     Args:
         argv: Program and arguments.
         port: Where it will listen, on 127.0.0.1.
-        mark: Text in its environment that tells it and its offspring from all other processes.
+        mark: Text in its environment by which it and its offspring are known.
         env: Its whole environment.
-        log: File for its output; the log of the run before is kept beside it, with ``.1`` added to the name.
+        log: File for its output. The previous one is kept with ``.1`` added to its name.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
@@ -73,7 +73,7 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
 
 
 def leader(daemon: Daemon) -> psutil.Process | None:
-    """Its first process, if that lives."""
+    """Its first process, if it is alive."""
     with contextlib.suppress(psutil.Error):
         first = psutil.Process(daemon.pid)
         # Seconds, not equality: the creation time moves with the system clock when that is set.
@@ -83,7 +83,7 @@ def leader(daemon: Daemon) -> psutil.Process | None:
 
 
 def healthy(daemon: Daemon, path: str, body: str) -> bool:
-    """Whether this very server answers ``body`` at ``path``; whoever else has its port may answer the same."""
+    """Whether this server itself answers ``body`` at ``path``, and not another one at its port."""
     first = leader(daemon)
     return first is not None and _listens(first, daemon.port) and problem(daemon.url + path, body) is None
 
@@ -94,8 +94,8 @@ def problem(url: str, body: str, *, given: bool = False) -> str | None:
     Args:
         url: Address of its health check.
         body: What a healthy server answers.
-        given: The user named this server. The proxy settings of the environment apply to it, and one that asks who we
-            are counts as healthy: the client that comes later has the key.
+        given: The user named this server. The proxy settings of the environment apply to it, and if it wants to know
+            who we are, it is healthy: the client that comes later has the key.
     """
     import httpx
 
@@ -106,15 +106,15 @@ def problem(url: str, body: str, *, given: bool = False) -> str | None:
     if given and response.status_code in (401, 403):
         return None
     if response.status_code != 200 or response.text.strip() != body:
-        return f"{url} answers {response.status_code}, but not as such a server does"
+        return f"{url} answers with status {response.status_code}, but not like such a server"
     return None
 
 
 def stop(daemon: Daemon) -> bool:
-    """End it and all that belongs to it, with force after a while. Returns whether anything was there.
+    """End it and all that belongs to it, with force after a while; returns whether there was anything.
 
-    The offspring goes first: a worker that is stopped kills its flow runs, which then stay "running" for ever, while a
-    flow run that is asked to end says so to the server.
+    The offspring goes first. A worker that is stopped kills its flow runs, which then stay "running" for ever; a flow
+    run that is asked to end tells the server.
     """
     members = _members(daemon)
     offspring = [member for member in members if member.pid != daemon.pid]
@@ -131,7 +131,7 @@ def stop(daemon: Daemon) -> bool:
 
 
 def free_port(first: int, taken: Collection[int]) -> int:
-    """The first port from ``first`` on that nobody listens at and that is not in ``taken``.
+    """The first free port from ``first`` on that is not in ``taken``.
 
     Raises:
         PrerequisiteError: None of a hundred is free.
@@ -140,7 +140,7 @@ def free_port(first: int, taken: Collection[int]) -> int:
         if port in taken:
             continue
         with socket.socket() as probe, contextlib.suppress(OSError):
-            # As the servers do it: a port is free though connections to its last owner have not timed out yet.
+            # As the servers do: a port is free even if connections to its last owner have not timed out yet.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
             return port
@@ -159,10 +159,10 @@ def _listens(first: psutil.Process, port: int) -> bool:
 
 
 def _members(daemon: Daemon) -> list[psutil.Process]:
-    """Its first process and the offspring (a worker's flow runs have sessions of their own), and its session.
+    """Its first process with all offspring (a worker's flow runs have sessions of their own), and its session.
 
-    The session outlives a leader that was killed: such orphans still hold the port and the database. Its number alone
-    does not prove that they are ours, but the mark in their environment does.
+    The session outlives a leader that was killed, and such orphans still hold the port and the database. The number of
+    the session does not prove that they are ours; the mark in their environment does.
     """
     members: list[psutil.Process] = []
     if first := leader(daemon):

@@ -6,12 +6,12 @@ from prefect.artifacts import create_markdown_artifact
 
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
+from slmops.core.values import artifact_key
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
-from tasks.show import key
 from tasks.stage import stage
 
 
@@ -75,6 +75,6 @@ def show_decision(decision: Decision, request: Promotion) -> None:
     """Publish what speaks for and against it as an artifact of the flow run."""
     create_markdown_artifact(
         promotion.text(decision, request),
-        key=key("promotion", request.name),
+        key=artifact_key("promotion", request.name),
         description=f"{request.name}: version {decision.challenger.version} as champion",
     )

@@ -8,17 +8,13 @@ from prefect.artifacts import create_markdown_artifact
 
 from slmops.core import machine
 from slmops.core.errors import UsageError
-from slmops.core.settings import Settings
-from slmops.core.values import Answer, Measurement
+from slmops.core.values import artifact_key
 from slmops.delivery import remeasurement
-from slmops.delivery.remeasurement import Place
 from slmops.evaluation import drift
-from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
-from tasks.show import key
 from tasks.stage import stage
 
 
@@ -45,26 +41,9 @@ def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
     return Tracker(uri).recorded(version.run_id, folder)
 
 
-@stage("measure speed again")
-def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
-    """Speed and memory, each round in a fresh process."""
-    return remeasurement.measure_speed(place, recorded, name, settings)
-
-
-@stage("measure perplexity again")
-def measure_perplexity(
-    place: Place, text: str, recorded: Recorded, name: str, settings: Settings
-) -> dict[str, Measurement]:
-    """Perplexity on the same text."""
-    return remeasurement.measure_perplexity(place, text, recorded, name, settings)
-
-
-@stage("ask again")
-def ask_questions(
-    place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
-) -> tuple[Answer, ...]:
-    """Answers to the same questions."""
-    return remeasurement.ask_questions(place, questions, recorded, name, settings)
+measure_speed = stage("measure speed again")(remeasurement.measure_speed)
+measure_perplexity = stage("measure perplexity again")(remeasurement.measure_perplexity)
+ask_questions = stage("ask again")(remeasurement.ask_questions)
 
 
 @stage(tracking=True)
@@ -80,6 +59,6 @@ def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> N
     """Publish the comparison as an artifact of the flow run."""
     create_markdown_artifact(
         f"{drift.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
-        key=key("remeasure", result.model),
+        key=artifact_key("remeasure", result.model),
         description=f"{result.model}: version {result.version} measured again",
     )

@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 from slmops.core.errors import ServingError
 from slmops.core.job import Precision
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Comparison, Measurement
+from slmops.core.values import Checkpoint, Comparison, Measurement, artifact_key
 from slmops.evaluation import dataset
 from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.serving import home_service, new_champion
@@ -24,7 +24,6 @@ from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
 from slmops.training import outcome, report
 from slmops.training.values import Finetuned, Retrain, Retrained, TrainingData
-from tasks.show import key
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.retrain")
@@ -176,6 +175,6 @@ def show_result(result: Retrained) -> None:
     """Publish the outcome as an artifact of the flow run."""
     create_markdown_artifact(
         f"{result.outcome}\n\n```\n{outcome.text(result)}\n```\n\n[MLflow run]({result.url})",
-        key=key("retraining", result.model),
+        key=artifact_key("retraining", result.model),
         description=f"{result.model}: retraining",
     )

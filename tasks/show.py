@@ -8,8 +8,6 @@ from slmops.core.values import Comparison, artifact_key
 from slmops.report import tables
 from tasks.stage import stage
 
-key = artifact_key
-
 
 @stage()
 def show_comparison(comparison: Comparison, run_url: str) -> None:

@@ -8,10 +8,10 @@ from prefect.artifacts import create_markdown_artifact
 from tabulate import tabulate
 
 from slmops.core.settings import Settings
+from slmops.core.values import artifact_key
 from slmops.evaluation import soak
 from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.tracking.tracker import Tracker
-from tasks.show import key
 from tasks.stage import stage
 
 
@@ -64,6 +64,6 @@ def show_soak(result: SoakResult, run_url: str) -> None:
     table = tabulate(rows, headers=["", ""], tablefmt="pipe", disable_numparse=True)
     create_markdown_artifact(
         f"{result.detail}\n\n{table}\n\n[MLflow run]({run_url})",
-        key=key("soak", result.model),
+        key=artifact_key("soak", result.model),
         description=f"{result.model}: soak of {result.variant}",
     )

@@ -16,14 +16,13 @@ from prefect.client.schemas.actions import ArtifactUpdate
 
 from slmops.core.errors import TrackingError
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Measurement
+from slmops.core.values import Checkpoint, Measurement, artifact_key
 from slmops.tracking.datasets import records
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
 from slmops.training import answers, data, finetune, report, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
-from tasks.show import key
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.train")
@@ -46,7 +45,9 @@ def check_data(
 ) -> TrainingData:
     """Every check, and the split into training and validation."""
     prepared = data.prepare(fetched, request, checkpoint, settings, name)
-    create_markdown_artifact(report.markdown(prepared), key=key("data", name), description=f"{name}: training data")
+    create_markdown_artifact(
+        report.markdown(prepared), key=artifact_key("data", name), description=f"{name}: training data"
+    )
     log.info("%s", report.summary(prepared))
     return prepared
 
@@ -56,8 +57,10 @@ def finetune_model(
     checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
 ) -> Finetuned:
     """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
-    bar = UUID(str(create_progress_artifact(0.0, key=key("training", name), description=f"{name}: fine-tuning")))
-    with LossSender(TrainingTracker(uri), run, bar, request) as sender:
+    bar = UUID(
+        str(create_progress_artifact(0.0, key=artifact_key("training", name), description=f"{name}: fine-tuning"))
+    )
+    with _LossSender(TrainingTracker(uri), run, bar, request) as sender:
         finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, sender.add)
     log.info(
         "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
@@ -81,7 +84,7 @@ def answer(
     return accuracy
 
 
-class LossSender:
+class _LossSender:
     """Sends points of the loss curve to MLflow and moves the bar on the Prefect page, in a thread of its own, so that
     the training waits for neither.
 
@@ -97,7 +100,7 @@ class LossSender:
         self._points: Queue[LossPoint | None] = Queue()
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._send,), daemon=True)
 
-    def __enter__(self) -> LossSender:
+    def __enter__(self) -> _LossSender:
         self._thread.start()
         return self
 

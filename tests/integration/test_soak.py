@@ -125,7 +125,7 @@ def test_a_leak_is_found(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(LEAK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(SoakError, match="which is above the limit of 100") as caught:
+    with pytest.raises(SoakError, match="100") as caught:
         soak(Soak(name=NAME, variant="int8", requests=REQUESTS, max_kb_per_request=100))
     result = caught.value.result
     assert (caught.value.exit_code, result.outcome) == (3, "fail")
@@ -142,9 +142,9 @@ def test_a_leak_is_found(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"name": "nobody"}, "There is no finished comparison of 'nobody'"),
-        ({"variant": "int2"}, f"{NAME} has no variant 'int2'."),
-        ({"variant": "int4"}, f"The variant int4 of {NAME} cannot be asked: Olive produced no model."),
+        ({"name": "nobody"}, "nobody"),
+        ({"variant": "int2"}, "int2"),
+        ({"variant": "int4"}, "int4.*Olive produced no model"),
     ],
 )
 def test_what_cannot_be_asked(asked: dict[str, Any], message: str, client: MlflowClient) -> None:
@@ -158,7 +158,7 @@ def test_what_cannot_be_asked(asked: dict[str, Any], message: str, client: Mlflo
 def test_a_variant_of_another_home(client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(soaks(client))
     monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "other"))
-    with pytest.raises(EvaluationError, match="generic-cpu:1 is not registered in Foundry Local at"):
+    with pytest.raises(EvaluationError, match="generic-cpu:1"):
         soak(Soak(requests=30))
     assert len(soaks(client)) == before
     assert flow_runs("soak")[-1].state_name == "Failed"

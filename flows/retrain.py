@@ -43,9 +43,9 @@ log = logging.getLogger("slmops.retrain")
 def retrain(request: Retrain) -> Retrained:
     """Fine-tune on what is new, convert and measure it, and put it into production if it is better.
 
-    Whatever fails before the switch leaves the champion as it was; what fails after it is rolled back. An attempt that
-    was killed is taken up again by the next one with the same input. One that waits for approval is suspended: it runs
-    again when somebody has decided, and goes on with the promotion.
+    If it fails before the switch, the champion stays as it was; if it fails after it, it is rolled back. If it is
+    killed, the next one with the same input resumes it. If it waits for approval, it is suspended: it runs again when
+    somebody has decided, and goes on with the promotion.
 
     Raises:
         RetrainError: What was made does not stay in production; the error carries the result.
@@ -122,7 +122,7 @@ class _Attempt:
 
 
 def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrained:
-    """All stages, each of which may end it."""
+    """All stages; each of them may end it."""
     prepared, finetuned = _train(attempt, checkpoint, fetched)
     accuracy = attempt.so_far.accuracy
     if worse := outcome.worse(accuracy["base"], accuracy["finetuned"]):
@@ -141,7 +141,7 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
 
 
 def _go_on(attempt: _Attempt) -> Retrained:
-    """The rest of one that was suspended to wait for approval."""
+    """What is left to do for one that was suspended to wait for approval."""
     version = find_version(attempt.uri, attempt.name, str(attempt.so_far.version))
     folder = attempt.settings.work(f"{attempt.name}.approval")
     try:
@@ -168,9 +168,9 @@ def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple
 
 
 def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
-    """Measure the champion with what its challenger will be measured with; the same files stay the same version.
+    """Measure the champion with the same questions as its challenger. The same files stay the same version.
 
-    If that does not work they cannot be compared, and the promotion will say so.
+    If that does not work, the two cannot be compared, and the promotion says so.
     """
     champion = steps.find_outdated_champion(attempt.uri, attempt.name, prepared, attempt.request, attempt.settings)
     if champion is None:
@@ -208,7 +208,7 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
 
 
 def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retrained:
-    """Promote the version, have it served, and watch it; what does not hold is rolled back."""
+    """Promote the version, have it served, and watch it. If it does not hold, roll it back."""
     request, settings, uri = attempt.request, attempt.settings, attempt.uri
     url = against = None
     with attempt.stage("promote"):
@@ -253,7 +253,7 @@ def _nothing_new(last: Retrained) -> Retrained:
 
 @contextmanager
 def _closed_if_failed(attempt: _Attempt) -> Iterator[None]:
-    """A retraining that fails leaves no open run in MLflow, if MLflow still listens; one that is killed is found."""
+    """Close the run in MLflow if the retraining fails and MLflow still answers."""
     try:
         yield
     except Pause:  # it waits for approval

@@ -29,7 +29,7 @@ def soak(request: Soak) -> SoakResult:
     """Send a variant many requests, and see whether the memory of its process grows.
 
     Raises:
-        SoakError: It grows, or it is not proven that it does not; the error carries the result.
+        SoakError: It grows, or it may grow; the error carries the result.
         SlmopsError: It could not be measured.
     """
     check(request)
@@ -57,7 +57,7 @@ def soak(request: Soak) -> SoakResult:
 
 @contextmanager
 def _home(installed: Installed | None, settings: Settings) -> Iterator[Path]:
-    """Where Foundry Local finds what is soaked; of an installed version a copy, which stays as long as the soak."""
+    """Where Foundry Local finds what is soaked: for an installed version, a copy that lasts as long as the soak."""
     if installed is None:
         yield settings.foundry
         return

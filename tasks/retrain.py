@@ -89,7 +89,7 @@ def track_accuracy(uri: str, run_id: str, accuracy: dict[str, Measurement]) -> N
 
 @stage("link the job with its data", tracking=True)
 def link(uri: str, run_id: str, comparison: Comparison) -> None:
-    """Have the job and its versions name this retraining."""
+    """Let the job and its versions name this retraining."""
     TrainingTracker(uri).link(run_id, comparison)
 
 
@@ -120,10 +120,10 @@ def finish_tracking(uri: str, result: Retrained) -> None:
 
 @stage("switch the service to version {version.version}")
 def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
-    """Have the service of this machine serve the new champion; returns its address, None if there is no service.
+    """Wait until the service of this machine serves the new champion; returns its address, None without a service.
 
     Raises:
-        ServingError: It does not get there.
+        ServingError: It goes on with the old one.
     """
     running = home_service.status(settings.home)
     if request.serve:

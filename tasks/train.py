@@ -56,7 +56,7 @@ def check_data(
 def finetune_model(
     checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
 ) -> Finetuned:
-    """Train the adapter and merge it; an attempt that was killed is taken up where it was."""
+    """Train the adapter and merge it; an attempt that was killed is resumed."""
     bar = UUID(
         str(create_progress_artifact(0.0, key=artifact_key("training", name), description=f"{name}: fine-tuning"))
     )

@@ -118,7 +118,7 @@ def _cache_at(models: Path) -> Iterator[None]:
             yield
         finally:
             _foundry("cache", "cd", own)
-        note.unlink()
+            note.unlink()
 
 
 def _left_behind(note: Path, location: str) -> str | None:

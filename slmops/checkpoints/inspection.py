@@ -43,7 +43,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_se
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextFacts:
     """What the small files of a checkpoint say.
 
     Attributes:
@@ -59,7 +59,7 @@ class Texts:
     template: str | None
 
 
-def read_texts(folder: Path, job: Job, where: str) -> Texts:
+def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
     """Check everything but the weights; messages call the checkpoint ``where``.
 
     Raises:
@@ -104,7 +104,7 @@ def read_texts(folder: Path, job: Job, where: str) -> Texts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    return Texts(config, listed[0], context, template)
+    return TextFacts(config, listed[0], context, template)
 
 
 def read_template(job: Job) -> str | None:

@@ -29,7 +29,7 @@ Tensors = Mapping[str, tuple[str, list[int]]]
 
 
 @dataclass(frozen=True)
-class Facts:
+class WeightFacts:
     """What the weight files say.
 
     Attributes:
@@ -93,7 +93,7 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
     return root
 
 
-def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> Facts:
+def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> WeightFacts:
     """Check the weight files, of which ``root`` is what :func:`choose` chose, and count their weights.
 
     Raises:
@@ -126,7 +126,7 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> F
     if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
         parameters -= math.prod(weights[head])
     sizes = {shape[1] for name, shape in weights.items() if len(shape) == 2 and name.endswith(".weight")}
-    return Facts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
+    return WeightFacts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
 
 
 def _read_header(path: Path, where: str) -> Tensors:
@@ -192,13 +192,13 @@ def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> N
         )
 
 
-def _estimate(files: tuple[str, ...], size: int, config: Mapping[str, Any]) -> Facts:
+def _estimate(files: tuple[str, ...], size: int, config: Mapping[str, Any]) -> WeightFacts:
     """Facts from config.json and the file size, because pickled weights are not opened."""
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     hidden = config.get("hidden_size")
     heads, head_size = config.get("num_attention_heads"), config.get("head_dim")
     sizes = {hidden, config.get("intermediate_size"), heads * head_size if heads and head_size else hidden}
-    return Facts(
+    return WeightFacts(
         files,
         size // {"float16": 2, "bfloat16": 2, "float64": 8}.get(dtype, 4),
         size / 1e6,

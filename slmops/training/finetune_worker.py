@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ from slmops.training.resume import (
 from slmops.training.values import LoraSettings, LossPoint
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 POINT = "loss point: "
 """Prefix of each line of output that is a point of the loss curves."""
@@ -147,6 +146,8 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
     training, folder = request.training, request.folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(request.checkpoint.path)
     items, validation = (_items(file, tokenizer, training) for file in (request.train, request.validation))
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # any will do: it is masked
     per_epoch = math.ceil(len(items) / training.batch_size)
     every = math.ceil(per_epoch / training.evaluations)
     steps = math.ceil(training.epochs * per_epoch)
@@ -197,7 +198,7 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
         args=arguments,
         train_dataset=items,
         eval_dataset=validation,
-        data_collator=_Collator(tokenizer.pad_token_id or 0),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
     )
     clock = trainer.clock = _Clock(kept[1].seconds if kept else 0.0, training, steps)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -241,26 +242,6 @@ class _Clock:
         """The learning rate after ``step`` steps, as a share of its maximum."""
         share = (step + 1) / (self._steps + 1)
         return rate(share if self._budget is None else max(self.seconds / self._budget, 0.1 * WARM_UP))
-
-
-class _Collator:
-    """Turns items into tensors, padded on the right to the length of the longest."""
-
-    def __init__(self, padding: int) -> None:
-        self._padding = padding
-
-    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        import torch
-
-        def filled(rows: list[list[int]], value: int) -> torch.Tensor:
-            longest = max(len(row) for row in rows)
-            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-        return {
-            "input_ids": filled([item["input_ids"] for item in items], self._padding),
-            "attention_mask": filled([[1] * len(item["input_ids"]) for item in items], 0),
-            "labels": filled([item["labels"] for item in items], IGNORED),
-        }
 
 
 def _trainer_class() -> Any:

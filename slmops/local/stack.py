@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter
 
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.files import write_atomic
@@ -25,6 +25,7 @@ from slmops.processes.daemon import HOST, Daemon
 from slmops.serving.home_service import ServingStatus
 
 Server = Literal["prefect", "mlflow", "worker"]
+_SERVERS = TypeAdapter(dict[Server, Daemon])
 
 ROOT = Path(__file__).parents[2]
 """The source tree, if slmops was installed from one."""
@@ -362,16 +363,14 @@ def _state(settings: Settings) -> Path:
 
 def _read(settings: Settings) -> dict[Server, Daemon]:
     try:
-        state = json.loads(_state(settings).read_text(encoding="utf-8"))
-        return {name: Daemon.model_validate(state[name]) for name in _TITLES if name in state}
+        return _SERVERS.validate_json(_state(settings).read_bytes())
     except (OSError, ValueError):
         return {}
 
 
 def _write(settings: Settings, servers: dict[Server, Daemon]) -> None:
     if servers:
-        content = {name: server.model_dump() for name, server in servers.items()}
-        write_atomic(_state(settings), json.dumps(content, indent=2) + "\n")
+        write_atomic(_state(settings), _SERVERS.dump_json(servers, indent=2).decode())
     else:
         _state(settings).unlink(missing_ok=True)
 

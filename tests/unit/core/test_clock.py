@@ -18,11 +18,13 @@ STAMPS = {
     "slmops/foundry/prompt_template.py",
     "slmops/tracking/client.py",
     "slmops/tracking/registry.py",
+    "slmops/tracking/training.py",
     "slmops/serving/backend.py",
     "slmops/serving/fleet.py",
     "slmops/serving/registry_watch.py",
     "slmops/training/finetune.py",
     "tasks/news.py",
+    "tasks/retrain.py",
 }
 
 

@@ -24,35 +24,20 @@ def zone(powercap: Path, folder: str, name: str, energy: str) -> None:
     (powercap / folder / "energy_uj").write_text(f"{energy}\n")
 
 
+PACKAGE = {"intel-rapl:0": ("package-0", "2500000")}
+
+
 @pytest.mark.parametrize(
     ("zones", "joules"),
     [
-        pytest.param({"intel-rapl:0": ("package-0", "2500000")}, 2.5, id="one package"),
-        pytest.param(
-            {"intel-rapl:0": ("package-0", "2500000"), "intel-rapl:1": ("package-1", "500000")}, 3.0, id="two packages"
-        ),
-        pytest.param(
-            {
-                "intel-rapl:0": ("package-0", "2500000"),
-                "intel-rapl:0:0": ("core", "1000000"),
-                "intel-rapl:0:1": ("dram", "700000"),
-            },
-            2.5,
-            id="parts of a package",
-        ),
-        pytest.param(
-            {"intel-rapl:0": ("package-0", "2500000"), "intel-rapl:1": ("psys", "9000000")},
-            2.5,
-            id="the platform, which has the package in it",
-        ),
-        pytest.param(
-            {"intel-rapl:0": ("package-0-die-0", "2000000"), "intel-rapl:1": ("package-0-die-1", "3000000")},
-            5.0,
-            id="dies of a package",
-        ),
+        pytest.param(PACKAGE, 2.5, id="one package"),
+        pytest.param({**PACKAGE, "intel-rapl:1": ("package-1", "500000")}, 3.0, id="two packages"),
+        pytest.param({**PACKAGE, "intel-rapl:0:0": ("core", "1000000")}, 2.5, id="a part of a package"),
+        pytest.param({**PACKAGE, "intel-rapl:1": ("psys", "9000000")}, 2.5, id="the platform"),
+        pytest.param({"intel-rapl:0": ("package-0-die-0", "2500000")}, 2.5, id="a die of a package"),
         pytest.param({"intel-rapl:0": ("package-0", "0")}, 0.0, id="nothing used yet"),
         pytest.param({"dtpm": ("dtpm", "2500000")}, None, id="other zones"),
-        pytest.param({"intel-rapl:0": ("package-0", "soon")}, None, id="no number"),
+        pytest.param({"intel-rapl:0": ("package-0", "soon")}, None, id="not a number"),
         pytest.param({}, None, id="no zones"),
     ],
 )
@@ -71,52 +56,25 @@ def test_one_unreadable_package_spoils_the_sum(powercap: Path) -> None:
     assert machine.energy_j() is None
 
 
-def test_processors_that_do_not_tell(powercap: Path) -> None:
-    assert not powercap.exists()
-    assert machine.energy_j() is None
+def version_2(limit: str, used: int, cache: int) -> dict[str, str]:
+    return {"memory.max": limit, "memory.current": str(used), "memory.stat": f"anon 1\ninactive_file {cache}"}
+
+
+def version_1(limit: int, used: int, cache: int) -> dict[str, str]:
+    files = {"limit_in_bytes": str(limit), "usage_in_bytes": str(used)}
+    files["stat"] = f"inactive_file 5\ntotal_inactive_file {cache}"
+    return {f"memory/memory.{name}": text for name, text in files.items()}
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
         pytest.param({}, (64e9, 32e9), id="no container"),
-        pytest.param(
-            {
-                "memory.max": "8000000000",
-                "memory.current": "3000000000",
-                "memory.stat": "anon 1\ninactive_file 1000000000",
-            },
-            (8e9, 6e9),
-            id="version 2: what the kernel can drop is available",
-        ),
-        pytest.param(
-            {"memory.max": "max", "memory.current": "3000000000", "memory.stat": "inactive_file 0"},
-            (64e9, 32e9),
-            id="version 2 without a limit",
-        ),
-        pytest.param(
-            {
-                "memory/memory.limit_in_bytes": "8000000000",
-                "memory/memory.usage_in_bytes": "3000000000",
-                "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 1000000000",
-            },
-            (8e9, 6e9),
-            id="version 1",
-        ),
-        pytest.param(
-            {
-                "memory/memory.limit_in_bytes": str(2**63 - 4096),
-                "memory/memory.usage_in_bytes": "3000000000",
-                "memory/memory.stat": "total_inactive_file 0",
-            },
-            (64e9, 32e9),
-            id="version 1 without a limit",
-        ),
-        pytest.param(
-            {"memory.max": "48000000000", "memory.current": "1000000000", "memory.stat": "inactive_file 0"},
-            (48e9, 32e9),
-            id="others on the machine use more",
-        ),
+        pytest.param(version_2("max", 3 * 10**9, 0), (64e9, 32e9), id="version 2 without a limit"),
+        pytest.param(version_2("8000000000", 3 * 10**9, 10**9), (8e9, 6e9), id="what the kernel can drop is available"),
+        pytest.param(version_2("48000000000", 10**9, 0), (48e9, 32e9), id="others on the machine use more"),
+        pytest.param(version_1(8 * 10**9, 3 * 10**9, 10**9), (8e9, 6e9), id="version 1"),
+        pytest.param(version_1(2**63 - 4096, 3 * 10**9, 0), (64e9, 32e9), id="version 1 without a limit"),
     ],
 )
 def test_memory_is_what_the_container_may_use(

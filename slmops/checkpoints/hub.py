@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from slmops.checkpoints import inspection, weight_files
@@ -47,22 +49,22 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     texts = [*_TEXTS, *(["*.py"] if job.trust_remote_code else [])]
+    # Only the top folder: repositories keep exports and originals in folders below it.
+    get = partial(snapshot_download, repo, revision=revision, ignore_patterns=["*/*"])
     try:
         try:
             info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
             raise
         except Exception as error:
-            return _cached(repo, revision, texts, job, error)
-        # Only the top folder: repositories keep exports and originals in folders below it.
+            patterns = [*texts, "model*.safetensors", *(["pytorch_model*.bin"] if job.allow_pickle else [])]
+            return _cached(repo, partial(get, allow_patterns=patterns, local_files_only=True), error)
         present = {file.rfilename for file in info.siblings or () if "/" not in file.rfilename}
         root = weight_files.choose(present, repo, allow_pickle=job.allow_pickle)
-        folder = snapshot_download(repo, revision=revision, allow_patterns=texts, ignore_patterns=["*/*"])
-        inspection.read_texts(Path(folder), job, repo)
+        inspection.read_texts(Path(get(allow_patterns=texts)), job, repo)
         weights = "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
         log.info("fetching the weights of %s", repo)
-        patterns = [*texts, weights]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(get(allow_patterns=[*texts, weights]))
     except (CheckpointError, PrerequisiteError):
         raise
     except errors.GatedRepoError as error:
@@ -89,19 +91,14 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
         ) from error
 
 
-def _cached(repo: str, revision: str | None, texts: list[str], job: Job, reason: Exception) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [*texts, "model*.safetensors", *(["pytorch_model*.bin"] if job.allow_pickle else [])]
+def _cached(repo: str, get: Callable[[], str], reason: Exception) -> Path:
     try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=True
-        )
+        folder = get()
     except Exception as error:
         raise PrerequisiteError(
             f"There is no folder {repo} here, and the hub cannot be reached: {_line(reason)}",
             "Connect to the network (behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT), "
-            "or give a folder in Hugging Face format instead of a hub id.",
+            "or give a folder in Hugging Face format.",
         ) from error
     log.warning("the hub cannot be reached; using the copy of %s in its cache", repo)
     return Path(folder)

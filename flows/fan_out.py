@@ -15,13 +15,13 @@ from prefect.client.schemas.objects import State, StateType
 from flows.progress import ProgressBar
 from flows.workers import PartState, Workers, cancel_parts, crash, look, submit
 from slmops.cluster.exchange import Exchange
-from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, Stage
+from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
 from slmops.conversion import convert, store
 from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
 from slmops.core.values import Recipe
-from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_inputs, send_variant
+from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_job, send_variant
 from tasks.variant import convert_variant, register_variant
 
 log = logging.getLogger("slmops.fan_out")
@@ -67,16 +67,8 @@ def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progre
         TrackingError: MLflow is away.
     """
     with _exchange(context) as exchange:
-        weights, inputs = send_inputs(context, exchange)
-        common = {
-            "exchange": exchange.run_id,
-            "name": context.name,
-            "job": context.job,
-            "checkpoint": context.checkpoint,
-            "weights": weights,
-            "inputs": inputs,
-        }
-        yield from _FanOut(workers, recipes, common, exchange, context, progress).run()
+        sent = send_job(context, exchange)
+        yield from _FanOut(workers, recipes, sent, exchange, context, progress).run()
 
 
 @contextmanager
@@ -102,14 +94,14 @@ class _FanOut:
         self,
         workers: Workers,
         recipes: list[Recipe],
-        common: dict[str, Any],
+        sent: SentJob,
         exchange: Exchange,
         context: JobContext,
         progress: ProgressBar,
     ) -> None:
         self._workers = workers
         self._recipes = recipes
-        self._common = common
+        self._sent = sent
         self._exchange = exchange
         self._context = context
         self._progress = progress
@@ -154,7 +146,7 @@ class _FanOut:
         if stage == "measure":
             key, files = self._converted[recipe.name]
             of_stage = {"key": key, "variant": files, "references": self._references or ()}
-        part = Part(id=f"{recipe.name}-{stage}-{attempt}", stage=stage, recipe=recipe, **self._common, **of_stage)
+        part = Part(id=f"{recipe.name}-{stage}-{attempt}", stage=stage, recipe=recipe, **dict(self._sent), **of_stage)
         self._children[submit(part, self._workers)] = _Child(part, attempt)
 
     def _measure(self, recipe: Recipe, key: str, files: Files) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from slmops.cluster import parts
 from slmops.cluster.exchange import Exchange
-from slmops.cluster.parts import Files, Part, PartResult
+from slmops.cluster.parts import Files, Part, PartResult, SentJob
 from slmops.core.context import JobContext
 from slmops.core.settings import Settings
-from slmops.core.values import Recipe, Variant, VariantFile
+from slmops.core.values import Recipe, Variant
 from slmops.tracking import exchange as tracking_exchange
 from tasks.stage import stage
 
@@ -34,9 +34,9 @@ def close_exchange(exchange: Exchange) -> None:
 
 
 @stage(tracking=True)
-def send_inputs(context: JobContext, exchange: Exchange) -> tuple[Files, dict[str, VariantFile]]:
+def send_job(context: JobContext, exchange: Exchange) -> SentJob:
     """The checkpoint and the user's files, for all parts."""
-    return parts.send_inputs(context.job, context.checkpoint, exchange)
+    return parts.send_job(context, exchange)
 
 
 @stage("fetch result of {part.id}", tracking=True)

@@ -47,18 +47,23 @@ Files = tuple[VariantFile, ...]
 KEY_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
-class Part(Frozen):
+class SentJob(Frozen):
+    """What all parts of a job need of it; its files are in the exchange."""
+
+    exchange: str = Field(description="The MLflow run with the job's files.")
+    name: str = Field(description="The model's.")
+    job: Job = Field(description="What was asked for; its files are in `inputs`.")
+    checkpoint: Checkpoint = Field(description="Its path is the one on the machine of the job.")
+    weights: Files = Field(description="The files of the checkpoint.")
+    inputs: dict[str, VariantFile] = Field({}, description="Field of the job to the user's file.")
+
+
+class Part(SentJob):
     """What one machine does for one recipe."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Its result's name: recipe, stage and attempt.")
     stage: Stage
-    exchange: str = Field(description="The MLflow run with the job's files.")
-    name: str = Field(description="The model's.")
-    job: Job = Field(description="What was asked for; its files are in `inputs`.")
     recipe: Recipe
-    checkpoint: Checkpoint = Field(description="Its path is the one on the machine of the job.")
-    weights: Files = Field(description="The files of the checkpoint.")
-    inputs: dict[str, VariantFile] = Field({}, description="Field of the job to the user's file.")
     key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant to measure.")
     variant: Files = Field((), description="Its files, manifest included.")
     references: Files = Field((), description="Logits to compare with.")
@@ -99,27 +104,29 @@ class PartResult(Frozen):
 # --- on the machine of the job
 
 
-def send_inputs(job: Job, checkpoint: Checkpoint, exchange: Exchange) -> tuple[Files, dict[str, VariantFile]]:
+def send_job(context: JobContext, exchange: Exchange) -> SentJob:
     """Put all that the parts need into the exchange.
 
     The chat template has gone into the checkpoint by now, the Olive file into its recipe, and the policy is for the
     job alone.
 
-    Returns:
-        The checkpoint's files, and the user's by their field in the job.
-
     Raises:
         CheckpointError: The checkpoint was changed while the job ran.
         TrackingError: MLflow does not take them.
     """
+    job, checkpoint = context.job, context.checkpoint
     names = _names(job, checkpoint)
     weights = exchange.put({name: checkpoint.path / name for name in names})
     if inspection.digest_of({file.name: file.sha256 for file in weights}) != checkpoint.digest:
         raise CheckpointError(f"{checkpoint.path} was changed while the job ran.", "Start it again.")
-    inputs = {}
-    for field, path in _user_files(job).items():
-        (inputs[field],) = exchange.put({path.name: path})
-    return weights, inputs
+    return SentJob(
+        exchange=exchange.run_id,
+        name=context.name,
+        job=job,
+        checkpoint=checkpoint,
+        weights=weights,
+        inputs={field: exchange.put({path.name: path})[0] for field, path in _user_files(job).items()},
+    )
 
 
 def _names(job: Job, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -26,12 +26,19 @@ from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
 from slmops.core.context import JobContext
-from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.core.errors import (
+    CheckpointError,
+    ConversionError,
+    PrerequisiteError,
+    SlmopsError,
+    TrackingError,
+    WorkError,
+)
 from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Recipe
+from slmops.core.values import Recipe
 from slmops.tracking import exchange as tracking_exchange
 from slmops.tracking.tracker import Tracker
 from tests import making, tracked
@@ -48,15 +55,14 @@ BROKEN = Recipe(name="half", config={"passes": {"export": {"type": "ModelBuilder
 
 
 @pytest.fixture
-def opened(tracker: Tracker, name: str, tmp_path: Path) -> tuple[Exchange, str]:
-    """An exchange and its run."""
+def exchange(tracker: Tracker, name: str, tmp_path: Path) -> Exchange:
     run_id, _ = tracking_exchange.open_run(tracker.uri, tracked.start(tracker, name))
-    return Exchange(tracker.uri, run_id, Settings(home=tmp_path / "sender")), run_id
+    return Exchange(tracker.uri, run_id, Settings(home=tmp_path / "sender"))
 
 
-def elsewhere(tracker: Tracker, run_id: str, folder: Path) -> Exchange:
+def elsewhere(exchange: Exchange, folder: Path) -> Exchange:
     """The same on a machine that has nothing yet."""
-    return Exchange(tracker.uri, run_id, Settings(home=folder / "receiver"))
+    return Exchange(exchange.uri, exchange.run_id, Settings(home=folder / "receiver"))
 
 
 def files(folder: Path, **contents: str) -> dict[str, Path]:
@@ -66,15 +72,16 @@ def files(folder: Path, **contents: str) -> dict[str, Path]:
     return {f"below/{name}": folder / name for name in contents}
 
 
-def stored(client: MlflowClient, run_id: str, digest: str) -> Path:
+def stored(exchange: Exchange, digest: str) -> Path:
     """Where the artifact store has a file."""
-    return Path(client.get_run(run_id).info.artifact_uri.removeprefix("file://")) / "files" / digest
+    return (
+        Path(MlflowClient(exchange.uri).get_run(exchange.run_id).info.artifact_uri.removeprefix("file://"))
+        / "files"
+        / digest
+    )
 
 
-def test_files_arrive_and_are_sent_once(
-    opened: tuple[Exchange, str], tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exchange, run_id = opened
+def test_files_arrive_and_are_sent_once(exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = files(tmp_path / "sent", one="1", two="22", empty="")
     described = exchange.put(sent)
     assert [(file.name, file.size, file.sha256) for file in described] == [
@@ -83,7 +90,7 @@ def test_files_arrive_and_are_sent_once(
     with monkeypatch.context() as patch:
         patch.setattr(tracking_exchange, "upload", lambda *_: pytest.fail("it is there"))
         assert exchange.put(sent) == described
-    elsewhere(tracker, run_id, tmp_path).bring(described, tmp_path / "got")
+    elsewhere(exchange, tmp_path).bring(described, tmp_path / "got")
     assert {path.name: path.read_text() for path in (tmp_path / "got" / "below").iterdir()} == {
         "one": "1",
         "two": "22",
@@ -91,37 +98,25 @@ def test_files_arrive_and_are_sent_once(
     }
 
 
-def test_an_upload_that_broke_off_is_sent_again(
-    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
-) -> None:
-    exchange, run_id = opened
+def test_an_upload_that_broke_off_is_sent_again(exchange: Exchange, tmp_path: Path) -> None:
     sent = files(tmp_path / "sent", one="all of it")
     [file] = exchange.put(sent)
-    stored(client, run_id, file.sha256).write_text("all")
+    stored(exchange, file.sha256).write_text("all")
     exchange.put(sent)
-    assert elsewhere(tracker, run_id, tmp_path).get(file).read_text() == "all of it"
+    assert elsewhere(exchange, tmp_path).get(file).read_text() == "all of it"
 
 
-def test_what_the_store_altered_is_refused(
-    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
+@pytest.mark.parametrize(("altered", "kind"), [("wrong", TrackingError), (None, WorkError)])
+def test_what_the_store_altered_or_lost_is_refused(
+    exchange: Exchange, tmp_path: Path, altered: str | None, kind: type[SlmopsError]
 ) -> None:
-    exchange, run_id = opened
     [file] = exchange.put(files(tmp_path / "sent", one="right"))
-    stored(client, run_id, file.sha256).write_text("wrong")
-    with pytest.raises(TrackingError, match=r"below/one could not be fetched: .* altered"):
-        elsewhere(tracker, run_id, tmp_path).bring([file], tmp_path / "got")
+    path = stored(exchange, file.sha256)
+    path.unlink() if altered is None else path.write_text(altered)
+    with pytest.raises(kind, match="below/one") as caught:
+        elsewhere(exchange, tmp_path).bring([file], tmp_path / "got")
+    assert type(caught.value) is kind  # a TrackingError would be tried again
     assert not list((tmp_path / "got").rglob("one"))
-
-
-def test_what_is_not_there_is_no_reason_to_wait(
-    opened: tuple[Exchange, str], client: MlflowClient, tracker: Tracker, tmp_path: Path
-) -> None:
-    exchange, run_id = opened
-    [file] = exchange.put(files(tmp_path / "sent", one="1"))
-    stored(client, run_id, file.sha256).unlink()
-    with pytest.raises(WorkError, match="is not among this job's files") as caught:
-        elsewhere(tracker, run_id, tmp_path).get(file)
-    assert not isinstance(caught.value, TrackingError)  # which would be tried again
     assert exchange.result("int4-convert-1") is None
 
 
@@ -145,24 +140,18 @@ class Asked:
     """A job that has gone as far as its parts."""
 
     def __init__(self, job: Job, model: str, settings: Settings) -> None:
-        self.job = job
-        self.checkpoint: Checkpoint = making.resolve(job, settings)
-        self.parent = tracked.start(Tracker(settings.tracking_uri or ""), model)
-        self.run_id, _ = tracking_exchange.open_run(settings.tracking_uri or "", self.parent)
-        self.exchange = Exchange(settings.tracking_uri or "", self.run_id, settings)
-        weights, inputs = parts.send_inputs(job, self.checkpoint, self.exchange)
-        self.context = JobContext(job, model, self.checkpoint, settings, settings.tracking_uri or "", self.parent)
-        self.common = {
-            "exchange": self.run_id,
-            "name": model,
-            "job": job,
-            "checkpoint": self.checkpoint,
-            "weights": weights,
-            "inputs": inputs,
-        }
+        uri = settings.tracking_uri or ""
+        parent = tracked.start(Tracker(uri), model)
+        self.context = JobContext(job, model, making.resolve(job, settings), settings, uri, parent)
+        self.exchange = Exchange(uri, tracking_exchange.open_run(uri, parent)[0], settings)
+        self.sent = parts.send_job(self.context, self.exchange)
 
     def part(self, recipe: Recipe) -> Part:
-        return Part(id=f"{recipe.name}-convert-1", stage="convert", recipe=recipe, **self.common)
+        return Part(id=f"{recipe.name}-convert-1", stage="convert", recipe=recipe, **dict(self.sent))
+
+    def elsewhere(self, there: Settings) -> Exchange:
+        """The exchange on another machine."""
+        return Exchange(self.exchange.uri, self.exchange.run_id, there)
 
 
 def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, talkative: Path, tmp_path: Path) -> None:
@@ -178,10 +167,10 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
         output_path=tmp_path / "out",
     )
     asked = Asked(job, "inputs", settings)
-    own = Recipe(name="own", config={"passes": {}, "reads": str(asked.checkpoint.path)})
+    own = Recipe(name="own", config={"passes": {}, "reads": str(asked.context.checkpoint.path)})
     part = Part.model_validate_json(asked.part(own).model_dump_json())  # as Prefect passes it on
     there = Settings(home=tmp_path / "there")
-    place, recipe = parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
+    place, recipe = parts.prepare(part, asked.elsewhere(there), there)
     work = place.work
     assert place.job.evaluation_set == work / "inputs" / "evaluation_set" / "three.jsonl"
     assert place.job.evaluation_set.read_text(encoding="utf-8") == making.EVALUATION_SET
@@ -189,26 +178,24 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
     assert place.job.perplexity_text.read_text() == "A text."
     assert place.job.matcher == f"{work / 'inputs' / 'matcher' / 'm.py'}:same"
     assert (place.job.chat_template, place.job.output_path) == (None, None)
-    assert place.checkpoint.path == there.checkpoints / asked.checkpoint.digest
-    assert place.checkpoint.path != asked.checkpoint.path
+    assert place.checkpoint.path == there.checkpoints / asked.context.checkpoint.digest
+    assert place.checkpoint.path != asked.context.checkpoint.path
     assert "m.content" in (place.checkpoint.path / "chat_template.jinja").read_text()  # it has gone in before
     assert recipe.config["reads"] == str(place.checkpoint.path)
     (place.checkpoint.path / "config.json").unlink()
     (place.checkpoint.path / "config.json").write_text("{}")
-    parts.prepare(part, Exchange(settings.tracking_uri or "", asked.run_id, there), there)
+    parts.prepare(part, asked.elsewhere(there), there)
     assert (place.checkpoint.path / "config.json").read_text() != "{}"
     parts.clear(part, there)
     assert not work.exists()
 
 
-def test_a_checkpoint_that_changes_is_noticed(settings: Settings, talkative: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_changes_is_noticed(settings: Settings, tmp_path: Path) -> None:
     changing = making.talkative("llama-tied", tmp_path / "changing")
-    job = making.job(changing)
-    checkpoint = making.resolve(job, settings)
-    asked = Asked(making.job(talkative), "changing", settings)
+    asked = Asked(making.job(changing), "changing", settings)
     (changing / "generation_config.json").write_text('{"do_sample": true}')
-    with pytest.raises(SlmopsError, match="was changed while the job ran"):
-        parts.send_inputs(job, checkpoint, asked.exchange)
+    with pytest.raises(CheckpointError, match="changing"):
+        parts.send_job(asked.context, asked.exchange)
 
 
 def test_a_part_that_fails_says_why_and_leaves_its_log(
@@ -236,7 +223,7 @@ def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
     asked = Asked(job, "replaced", settings)
     sent = parts.send_variant(made, asked.exchange)
     there = Settings(home=tmp_path / "there")
-    exchange = Exchange(settings.tracking_uri or "", asked.run_id, there)
+    exchange = asked.elsewhere(there)
     assert parts.fetch_variant(made.key, sent, exchange, there).files == made.files
     # Another conversion of the same: other times in its log, and so another file.
     folder = there.variants / made.key
@@ -306,7 +293,7 @@ def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
 ) -> None:
     monkeypatch.setattr(fan_out, "POLL_S", 0.1)
     asked = Asked(making.job(talkative), f"lost-{state.value.lower()}", farm)
-    recipes = [making.recipe("fp32", asked.job, asked.checkpoint), BROKEN]
+    recipes = [making.recipe("fp32", asked.context.job, asked.context.checkpoint), BROKEN]
     with ThreadPoolExecutor(1) as pool:
         context = contextvars.copy_context()
         plug = pool.submit(context.run, ending(state, "The plug was pulled."))

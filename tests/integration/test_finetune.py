@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -174,12 +174,20 @@ def test_what_is_done_is_not_done_again(
 
 
 def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> None:
-    for victim in ("merged/model.safetensors", "adapter/adapter_config.json", "training.json", "files.json"):
-        copy = tmp_path / "copy"
-        shutil.copytree(trained.folder, copy)
+    def change_last_byte(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+    harms: list[tuple[Callable[[Path], None], str]] = [
+        *((change_last_byte, name) for name in ("merged/model.safetensors", "adapter/adapter_config.json")),
+        *((change_last_byte, name) for name in ("training.json", "files.json")),
+        *((Path.unlink, name) for name in ("training.json", "files.json", "adapter/adapter_config.json")),
+        (Path.touch, "merged/one too many"),
+    ]
+    for harm, name in harms:
+        copy = shutil.copytree(trained.folder, tmp_path / "copy")
         assert finetune.load(copy) is not None
-        (copy / victim).write_bytes((copy / victim).read_bytes()[:-1] + b"!")
-        assert finetune.load(copy) is None
+        harm(copy / name)
+        assert finetune.load(copy) is None, name
         shutil.rmtree(copy)
 
 

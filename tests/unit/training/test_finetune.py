@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from slmops.core.values import Hardware
 from slmops.training import finetune, finetune_worker
-from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
+from slmops.training.values import LoraSettings, LossPoint, TrainingData
 from tests.training_data import checked
 
 VERSIONS = {"torch": "2", "transformers": "5", "peft": "0.1", "accelerate": "1", "mlflow": "3"}
@@ -50,42 +48,6 @@ def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
 )
 def test_other_input_has_another_name(data: TrainingData, change: Callable[[TrainingData], str]) -> None:
     assert change(data) != key(data)
-
-
-def test_a_file_too_many_or_too_few_makes_it_unfinished(tmp_path: Path, data: TrainingData) -> None:
-    for part in ("adapter", "merged"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "weights").write_text(part)
-    finetuned = Finetuned(
-        key=tmp_path.name,
-        base_digest="b",
-        data_digest=data.digest,
-        training=LoraSettings(),
-        steps=1,
-        epochs=1,
-        best_step=1,
-        validation_loss=1.0,
-        stopped="epochs",
-        losses=(),
-        precision="fp32",
-        seconds=1.0,
-        memory_peak_mb=1.0,
-        trained_parameters=1,
-        versions={},
-        hardware=Hardware(system="", machine="", processor="", cores=1, memory_gb=1, isa=()),
-        created=datetime.now(UTC),
-        folder=tmp_path,
-    )
-    assert finetune.load(tmp_path) is None
-    (tmp_path / finetune.TRAINING_FILE).write_text(finetuned.model_dump_json())
-    assert finetune.load(tmp_path) is None  # without digests
-    (tmp_path / finetune.DIGESTS_FILE).write_bytes(finetune.FILE_LIST.dump_json(finetune._files(tmp_path)))
-    assert finetune.load(tmp_path) == finetuned
-    (tmp_path / "merged/more").touch()
-    assert finetune.load(tmp_path) is None
-    (tmp_path / "merged/more").unlink()
-    (tmp_path / "adapter/weights").unlink()
-    assert finetune.load(tmp_path) is None
 
 
 POINT = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)

@@ -1,4 +1,7 @@
-"""Parts of a job as flow runs on the workers of a Prefect work pool: started, watched, ended."""
+"""Parts of a job as flow runs on the workers of a Prefect work pool: started, watched, ended.
+
+All functions raise PrerequisiteError if the Prefect server does not answer for ten minutes.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def find_workers(context: JobContext) -> Workers:
     """The smallest pool that is large enough.
 
     Raises:
-        PrerequisiteError: None is, there is no such pool, or the Prefect server does not answer.
+        PrerequisiteError: No pool is large enough, or Prefect does not have it.
     """
     pool = pools.choose(context.settings.pools, context.checkpoint, context.job.device)
     return Workers(pool.name, _deploy(pool))
@@ -126,11 +129,7 @@ def _deploy(pool: Pool) -> UUID:
 
 
 def submit(part: Part, workers: Workers) -> UUID:
-    """Start a part on a worker, as a subflow of this flow run; returns its id. Twice is once.
-
-    Raises:
-        PrerequisiteError: The server does not answer.
-    """
+    """Start a part on a worker, as a subflow of this flow run; returns its id. Twice is once."""
 
     def started(_: SyncPrefectClient) -> FlowRun:
         run = run_deployment(
@@ -147,11 +146,7 @@ def submit(part: Part, workers: Workers) -> UUID:
 
 
 def look(flow_runs: Collection[UUID]) -> dict[UUID, PartState]:
-    """The flow runs as they are now.
-
-    Raises:
-        PrerequisiteError: The server does not answer.
-    """
+    """The flow runs as they are now."""
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs)))
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
     seen = {run.id: PartState(run.state or Pending(), run.labels.get(LABEL)) for run in found}
@@ -159,11 +154,7 @@ def look(flow_runs: Collection[UUID]) -> dict[UUID, PartState]:
 
 
 def crash(flow_run: UUID, message: str) -> State[Any]:
-    """Mark a part as lost; returns its new state.
-
-    Raises:
-        PrerequisiteError: The server does not answer.
-    """
+    """Mark a part as lost; returns its new state."""
     state: State[Any] = Crashed(message=message)
     _asked(lambda client: client.set_flow_run_state(flow_run, state, force=True))
     return state
@@ -194,11 +185,7 @@ def beating() -> Iterator[None]:
 
 
 def cancel_parts(exchange: str) -> None:
-    """Cancel the parts of a job that still run; ``exchange`` is the MLflow run with the job's files.
-
-    Raises:
-        PrerequisiteError: The server does not answer.
-    """
+    """Cancel the parts of a job that still run; ``exchange`` is the MLflow run with the job's files."""
     living = [one for one in StateType if one not in TERMINAL_STATES]
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[_tag(exchange)]),

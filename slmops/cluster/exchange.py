@@ -30,7 +30,7 @@ KEPT_S = 24 * 3600.0
 
 
 class Exchange:
-    """The files of one job.
+    """The files of one job. All methods raise TrackingError if MLflow cannot be reached or does not take a file.
 
     Args:
         uri: MLflow's tracking URI, as this machine knows it.
@@ -50,9 +50,6 @@ class Exchange:
 
         Args:
             paths: Each by the name that it will have where it is fetched, with forward slashes.
-
-        Raises:
-            TrackingError: MLflow cannot be reached, or does not take them; what was sent stays.
         """
         files = tuple(
             VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in paths.items()
@@ -70,7 +67,7 @@ class Exchange:
 
         Raises:
             WorkError: The exchange does not have it, for example because the job has ended meanwhile.
-            TrackingError: MLflow cannot be reached, or gives something else.
+            TrackingError: MLflow gives something else.
         """
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
@@ -87,7 +84,6 @@ class Exchange:
 
         Raises:
             WorkError: A name leads out of the folder; or as :meth:`get`.
-            TrackingError: As :meth:`get`.
         """
         for file in files:
             target = folder / _checked(file.name)
@@ -96,20 +92,12 @@ class Exchange:
             link_or_copy(self.get(file), target)
 
     def leave(self, name: str, result: BaseModel) -> None:
-        """Write a result, the last thing that a part of the job does.
-
-        Raises:
-            TrackingError: MLflow cannot be reached, or does not take it.
-        """
+        """Write a result, the last thing that a part of the job does."""
         text = json.dumps(result.model_dump(mode="json"))  # pydantic's own JSON has null for what is not finite
         tracking_exchange.write(self.uri, self.run_id, f"{_RESULTS}/{name}.json", text)
 
     def result(self, name: str) -> str | None:
-        """What :meth:`leave` wrote under this name; None: nothing yet.
-
-        Raises:
-            TrackingError: MLflow cannot be reached.
-        """
+        """What :meth:`leave` wrote under this name; None: nothing yet."""
         return tracking_exchange.read(self.uri, self.run_id, f"{_RESULTS}/{name}.json")
 
     def _fetch(self, file: VariantFile) -> Path:
@@ -120,12 +108,11 @@ class Exchange:
             origin = download.Origin(self.uri, self._location, "this job's files")
             return download.fetch(origin, f"{_FILES}/{file.sha256}", file.size, file.sha256, downloads)
         except NotGivenError as error:
-            raise WorkError(f"{file.name} is not among this job's files: {error.message}", _ENDED) from error
+            raise WorkError(
+                f"{file.name} is not among this job's files: {error.message}", "Start the job again."
+            ) from error
         except TrackingError as error:
             raise TrackingError(f"{file.name} could not be fetched: {error.message}", error.fix) from error
-
-
-_ENDED = "Has the job ended, or been killed, meanwhile? Start it again."
 
 
 def prune(settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """The parts of a job that runs on several machines: what goes to a machine, what it does there, what comes back.
 
 Each recipe has two parts, its conversion and its measurement, which may run on different machines. The baseline is
-measured before the others begin, because they are compared with its logits.
+measured before the others begin, because they are compared with its logits. All functions that take an exchange raise
+TrackingError if MLflow cannot be reached, or does not take or give a file.
 """
 
 from __future__ import annotations
@@ -112,7 +113,6 @@ def send_job(context: JobContext, exchange: Exchange) -> SentJob:
 
     Raises:
         CheckpointError: The checkpoint was changed while the job ran.
-        TrackingError: MLflow does not take them.
     """
     job, checkpoint = context.job, context.checkpoint
     names = _names(job, checkpoint)
@@ -167,7 +167,6 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | Non
 
     Raises:
         WorkError: It cannot be read.
-        TrackingError: MLflow cannot be reached.
     """
     text = exchange.result(part.id)
     if text is None:
@@ -223,7 +222,6 @@ def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobCont
 
     Raises:
         WorkError: Something is not what it should be.
-        TrackingError: MLflow does not give it.
     """
     name = _own_name(part)
     work = settings.work(name)
@@ -254,20 +252,12 @@ def clear(part: Part, settings: Settings) -> None:
 
 
 def send_references(context: JobContext, exchange: Exchange) -> Files:
-    """Put the logits that the baseline left into the exchange.
-
-    Raises:
-        TrackingError: MLflow does not take them.
-    """
+    """Put the logits that the baseline left into the exchange."""
     return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.npy"))})
 
 
 def send_logs(part: Part, context: JobContext, exchange: Exchange) -> Files:
-    """Put the logs of a part into the exchange.
-
-    Raises:
-        TrackingError: MLflow does not take them.
-    """
+    """Put the logs of a part into the exchange."""
     own = context.logs.glob("*.log")
     registered = (context.settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
     return exchange.put({path.name: path for path in (*own, *registered)})
@@ -279,11 +269,7 @@ def _own_name(part: Part) -> str:
 
 
 def send_variant(variant: Variant, exchange: Exchange) -> Files:
-    """Put the files of a variant into the exchange, manifest included.
-
-    Raises:
-        TrackingError: MLflow does not take them.
-    """
+    """Put the files of a variant into the exchange, manifest included."""
     names = [*(file.name for file in variant.files), MANIFEST]
     return exchange.put({name: variant.path / name for name in names})
 
@@ -296,7 +282,6 @@ def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings
 
     Raises:
         WorkError: It is not what its manifest says, or the exchange does not have it.
-        TrackingError: MLflow does not give it.
     """
     target = settings.variants / key
     found = store.load(target)

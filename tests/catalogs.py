@@ -147,14 +147,11 @@ class FakeRegistry:
     def models(self) -> list[str]:
         return list(self._models)
 
-    def champion(self, name: str) -> ModelVersion | None:
-        return self._of(name)[0]
-
-    def previous(self, name: str) -> ModelVersion | None:
-        return self._of(name)[1]
-
-    def _of(self, name: str) -> tuple[ModelVersion | None, ModelVersion | None]:
+    def champion(self, name: str, at: int = 0) -> ModelVersion | None:
         found = self._models[name]
         if isinstance(found, Exception):
             raise found
-        return found
+        return found[at]
+
+    def previous(self, name: str) -> ModelVersion | None:
+        return self.champion(name, 1)

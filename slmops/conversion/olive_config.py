@@ -53,22 +53,17 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The workflow as it stands in the file.
+    """The workflow in a file, unchanged.
 
     Raises:
-        RecipeError: No such file, broken JSON, or it has no passes.
+        RecipeError: There is no such file, or it has broken JSON or no passes.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"There is no Olive config {path}.", "Give the path of a JSON file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"{path} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}.",
-            "Correct it and try again.",
-        ) from None
+    except OSError as error:
+        raise RecipeError(f"The Olive config {path} cannot be read: {error.strerror}.", "Give a JSON file.") from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid JSON: {error}", "Correct it and try again.") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{path} holds a {type(config).__name__}, not a workflow.", "See Olive's workflow config.")
     if not isinstance(config.get("passes"), dict) or not config["passes"]:

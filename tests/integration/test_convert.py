@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +23,6 @@ from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
-from slmops.processes import children
 from tests import making
 
 pytestmark = pytest.mark.integration
@@ -159,48 +156,6 @@ def test_nothing_is_strewn_about(made: dict[str, Variant], settings: Settings, f
     assert {path for path in left(settings) if not path.startswith("variants/")} == set()
     logs = {path.name for path in (settings.logs / "tiny").iterdir()}
     assert logs == {f"{name}.{part}.log" for name in PRECISIONS for part in ("olive", "verify")}
-
-
-def test_a_second_call_runs_nothing(
-    made: dict[str, Variant],
-    job: Job,
-    checkpoint: Checkpoint,
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(children, "call", lambda *_, **__: pytest.fail("a child process was started"))
-    caplog.set_level(logging.INFO, "slmops")
-    before = {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")}
-    for name in PRECISIONS:
-        again = convert(making.recipe(name, job, checkpoint), checkpoint, job, "other", settings)
-        assert again == made[name]
-        assert again.path == made[name].path
-    assert [message.partition(",")[0] for message in caplog.messages] == [
-        f"{name}: unchanged since it was converted" for name in PRECISIONS
-    ]
-    assert {path: path.stat().st_mtime_ns for path in settings.variants.rglob("*")} == before
-
-
-def test_an_altered_file_is_made_again(
-    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    copied = home.variants / made["int4"].key
-    shutil.copytree(made["int4"].path, copied)
-    data = bytearray((copied / "model.onnx.data").read_bytes())
-    data[1000] ^= 1
-    (copied / "model.onnx.data").write_bytes(data)
-    (copied / "stale").write_text("of the old folder")
-    assert store.load(copied) is None
-    again = convert(making.recipe("int4", job, checkpoint), checkpoint, job, "tiny", home)
-    assert f"int4: {copied} is incomplete or altered; making it again" in caplog.messages
-    assert again.path == copied
-    assert again.created > made["int4"].created
-    assert store.load(copied) == again
-    assert not (copied / "stale").exists()
-    # The same weights come out.
-    weights = {file.name: file.sha256 for file in made["int4"].files}["model.onnx.data"]
-    assert sha256(copied / "model.onnx.data") == weights
 
 
 def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:

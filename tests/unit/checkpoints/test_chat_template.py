@@ -90,42 +90,26 @@ def write(folder: Path, **files: object) -> None:
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
 
 
-def test_load_prefers_the_jinja_file(tmp_path):
-    write(tmp_path, tokenizer_config={"chat_template": "config"}, chat_template={"chat_template": "json"})
-    (tmp_path / "chat_template.jinja").write_text("jinjaé", encoding="utf-8")
-    loaded = load(tmp_path)
-    assert loaded == ChatTemplate(path=tmp_path / "chat_template.jinja", text="jinjaé")
+NAMED = [{"name": "tool_use", "template": "y"}, {"name": "default", "template": "x"}]
+CONFIG, LEGACY = "tokenizer_config.json", "chat_template.json"
 
 
 @pytest.mark.parametrize(
-    ("files", "file"),
+    ("jinja", "config", "legacy", "found", "file"),
     [
-        ({"tokenizer_config": {"chat_template": "x"}}, "tokenizer_config.json"),
-        (
-            {
-                "tokenizer_config": {
-                    "chat_template": [{"name": "tool_use", "template": "y"}, {"name": "default", "template": "x"}]
-                }
-            },
-            "tokenizer_config.json",
-        ),
-        ({"tokenizer_config": {}, "chat_template": {"chat_template": "x"}}, "chat_template.json"),
+        ("jinjaé", "config", "json", "jinjaé", "chat_template.jinja"),
+        (None, "x", "json", "x", CONFIG),
+        (None, NAMED, None, "x", CONFIG),
+        (None, None, "x", "x", LEGACY),
+        (None, None, None, None, None),
+        (None, [{"name": "rag"}], None, None, None),
     ],
 )
-def test_load_finds_the_template(tmp_path, files, file):
-    write(tmp_path, **files)
-    loaded = load(tmp_path)
-    assert loaded is not None
-    assert (loaded.text, loaded.path) == ("x", tmp_path / file)
-
-
-@pytest.mark.parametrize(
-    "files",
-    [{}, {"tokenizer_config": {"bos_token": "<s>"}}, {"tokenizer_config": {"chat_template": [{"name": "rag"}]}}],
-)
-def test_load_without_a_template(tmp_path, files):
-    write(tmp_path, **files)
-    assert load(tmp_path) is None
+def test_load_finds_the_template(tmp_path, jinja, config, legacy, found, file):
+    write(tmp_path, tokenizer_config={"chat_template": config}, chat_template={"chat_template": legacy})
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    assert load(tmp_path) == (found and ChatTemplate(path=tmp_path / file, text=found))
 
 
 def test_load_reads_tokens_in_all_their_forms(tmp_path):

@@ -86,11 +86,14 @@ def test_files_of_a_faster_machine_with_the_same_home_are_what_is_described(
 
 
 def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
     target.mkdir(parents=True)
+    (target / "stale").write_text("of the old folder")
     conversions = play_olive(monkeypatch)
     made = [convert(RECIPE, checkpoint(), Job(model="m"), name, settings) for name in ("one", "other")]
     assert made[0] == made[1] == store.load(target)
     assert len(conversions) == 1
+    assert [record.levelname for record in caplog.records if str(target) in record.getMessage()] == ["WARNING"]
+    assert not (target / "stale").exists()

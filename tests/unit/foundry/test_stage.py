@@ -50,23 +50,21 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_in_foundrys_layout_with_linked_files(registration: Registration, tmp_path: Path) -> None:
+    before = files(registration.path)
     staged = stage(registration, tmp_path / "staged")
     folder = tmp_path / "staged" / "models" / "slmops" / "bot-int4-generic-cpu-3"
     assert staged == Staged(
         home=tmp_path / "staged", folder=folder, foundry_id="bot-int4-generic-cpu:3", context_length=2048
     )
     assert files(folder).keys() == {*FILES, "genai_config.json"}
-    for name in FILES:
-        assert (folder / name).samefile(registration.path / name), name
+    assert all((folder / name).samefile(registration.path / name) for name in FILES)
     assert read(folder) == CONFIG
-
-
-def test_what_is_deployed_is_not_touched(registration: Registration, tmp_path: Path) -> None:
-    before = files(registration.path)
-    staged = stage(registration, tmp_path / "staged", fixed_length=True, context_length=64)
+    # What lay there before is gone, and what is deployed is not touched.
+    (folder / "stale.onnx").write_text("stale")
+    again = stage(registration, tmp_path / "staged", fixed_length=True, context_length=64)
+    assert files(again.folder).keys() == {*FILES, "genai_config.json"}
     assert files(registration.path) == before
-    assert not (staged.folder / "genai_config.json").samefile(registration.path / "genai_config.json")
-    assert [path.name for path in (registration.path.parent).iterdir()] == [registration.path.name]
+    assert not (folder / "genai_config.json").samefile(registration.path / "genai_config.json")
 
 
 def test_answers_that_do_not_end_before_their_limit(registration: Registration, tmp_path: Path) -> None:
@@ -77,15 +75,15 @@ def test_answers_that_do_not_end_before_their_limit(registration: Registration, 
 @pytest.mark.parametrize(
     ("max_length", "asked", "context", "expected_max_length"),
     [
-        pytest.param(2048, 256, 256, 256, id="lowered"),
-        pytest.param(2048, 2047, 2047, 2047, id="lowered by one"),
-        pytest.param(2048, 2048, 2048, 2048, id="the model's own"),
-        pytest.param(2048, 4096, 2048, 2048, id="not raised"),
-        pytest.param(2048, None, 2048, 2048, id="not asked"),
-        pytest.param(128, None, 2048, 128, id="conversations are to be shorter"),
-        pytest.param(128, 4096, 2048, 128, id="conversations are to be shorter, not raised"),
-        pytest.param(128, 256, 256, 128, id="lowered, and conversations are to be shorter still"),
-        pytest.param(128, 64, 64, 64, id="both lowered"),
+        (2048, 256, 256, 256),
+        (2048, 2047, 2047, 2047),
+        (2048, 2048, 2048, 2048),
+        (2048, 4096, 2048, 2048),  # not raised
+        (2048, None, 2048, 2048),
+        (128, None, 2048, 128),  # conversations are to be shorter than the context
+        (128, 4096, 2048, 128),
+        (128, 256, 256, 128),
+        (128, 64, 64, 64),
     ],
 )
 def test_a_context_to_pretend(
@@ -102,16 +100,3 @@ def test_a_context_to_pretend(
     assert config["model"] == {**CONFIG["model"], "context_length": context}
     assert config["search"] == {**CONFIG["search"], "max_length": expected_max_length}
     assert staged.context_length == context
-
-
-def test_what_lay_there_before_is_gone(registration: Registration, tmp_path: Path) -> None:
-    home = tmp_path / "staged"
-    first = stage(registration, home, fixed_length=True, context_length=64)
-    (home / "models" / "foundry.local.modelinfo.json").write_text("{}")
-    (first.folder / "stale.onnx").write_text("stale")
-    second = stage(registration, home)
-    assert files(home).keys() == {
-        f"models/slmops/bot-int4-generic-cpu-3/{name}" for name in (*FILES, "genai_config.json")
-    }
-    assert read(second.folder) == CONFIG
-    assert files(registration.path).keys() == {*FILES, "genai_config.json"}

@@ -17,7 +17,6 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from slmops.core.errors import TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Measurement, artifact_key
-from slmops.tracking.datasets import records
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
 from slmops.training import answers, data, finetune, report, sources
@@ -34,9 +33,7 @@ LAST_S = 30.0
 @stage()
 def fetch_data(request: Retrain, settings: Settings, uri: str) -> Fetched:
     """The training items and the evaluation set, wherever they are."""
-    return sources.fetch(
-        request, settings, download=Tracker(uri).download, dataset=lambda dataset: records(uri, dataset)
-    )
+    return sources.fetch(request, settings, download=Tracker(uri).download, dataset=TrainingTracker(uri).records)
 
 
 @stage()

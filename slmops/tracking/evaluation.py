@@ -1,19 +1,40 @@
-"""What a measured variant leaves in MLflow: files, metrics, curves, tables, data sets, answers, and its gates."""
+"""What a measured variant leaves in MLflow: files, metrics, curves, tables, data sets, answers, and its gates.
+
+Each answer is a trace with its assessments, which is what ``mlflow.genai.evaluate`` makes: so MLflow's page "Evaluation
+runs" shows the answers of two variants item by item. That function needs the tracking URI and the active run of the
+whole process, prints to the terminal, and only warns when an assessment is lost.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from slmops.tracking.client import NOTE, OF_CURVES, Client, dataset_input, now_ms
 
-from mlflow.entities import Dataset, DatasetInput, Metric
+from mlflow.entities import (
+    AssessmentError,
+    AssessmentSource,
+    Dataset,
+    Expectation,
+    Feedback,
+    Metric,
+    Span,
+    TraceInfo,
+    TraceLocation,
+    TraceState,
+)
 
-from slmops.core.values import Comparison, Evaluation, Frozen, Measurement, Registration, Variant
-from slmops.tracking import answers as tracking_answers
+# Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions log traces to the address of the whole
+# process, at the time of the call, and one assessment a request.
+from mlflow.tracing.client import TracingClient
+
+from slmops.core.values import Answer, Comparison, Evaluation, Frozen, Measurement, Registration, Variant
 
 OF_INTERVALS = "intervals/"
 """How the names of the ends of intervals begin; see :data:`OF_CURVES`."""
@@ -24,19 +45,14 @@ MEASUREMENTS_FILE = "measurements.json"
 EVALUATION_SET, TEXT, QUICK = "evaluation set", "perplexity text", "number of questions (--quick)"
 """What figures of quality compare by."""
 OF_ANSWERS = (
-    "accuracy",
-    "score",
-    "format_valid",
-    "flips",
-    "mcnemar_p",
-    "length_ratio",
-    "unscored",
-    "truncated_",
-    "stop_",
+    *("accuracy", "score", "format_valid", "flips", "mcnemar_p"),
+    *("length_ratio", "unscored", "truncated_", "stop_"),
 )
 OF_TEXT = ("perplexity", "kl_", "top1_", "hf_")
 """How the names of the metrics begin that depend on the evaluation set, and on the text."""
-TAG_LIMIT = 8000  # characters that MLflow takes
+TAG_LIMIT, NAME_LIMIT = 8000, 250  # characters that MLflow takes for a tag, and for a trace's name
+PREVIEW_LIMIT = 1000  # characters of a question or an answer in MLflow's lists
+TRACES_AT_ONCE = 100
 
 _GAP = "\u00a0\u00a0"  # MLflow's pages leave no room between the columns of a table
 
@@ -62,20 +78,21 @@ def collect(folder: Path, variant: Variant, registration: Registration, evaluati
 def log_evaluation(client: Client, run_id: str, model_id: str, evaluation: Evaluation, sources: dict[str, str]) -> None:
     """Log an evaluation into a run and its logged model.
 
-    Args:
-        client: Of the server.
-        run_id: The variant's run.
-        model_id: The variant's logged model.
-        evaluation: What was measured.
-        sources: File or name of what was measured with, by ``EVALUATION_SET`` and ``TEXT``.
+    ``sources`` has the file or name of what was measured with, by ``EVALUATION_SET`` and ``TEXT``.
     """
-    inputs = _inputs(evaluation, sources)
+    used = (
+        (EVALUATION_SET, evaluation.evaluation_set_digest, "evaluation"),
+        (TEXT, evaluation.text_digest, "perplexity"),
+    )
+    inputs = {
+        kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], context)
+        for kind, digest, context in used
+    }
     client.log_inputs(run_id, datasets=list(inputs.values()))
     client.log_metrics(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
     client.set_tags(run_id, {NOTE: description(evaluation)})
     log_tables(client, run_id, {ANSWERS_FILE: _rows(evaluation.answers), CASES_FILE: _rows(evaluation.cases)})
-    experiment = client.get_run(run_id).info.experiment_id
-    tracking_answers.log(client.tracking_uri, experiment, run_id, model_id, evaluation.answers)
+    _log_answers(client, run_id, model_id, evaluation.answers)
 
 
 def description(evaluation: Evaluation) -> str:
@@ -163,12 +180,80 @@ def _interval(one: Measurement) -> tuple[float, float] | None:
     return one.low, one.high
 
 
-def _inputs(evaluation: Evaluation, sources: dict[str, str]) -> dict[str, DatasetInput]:
-    used = (
-        (EVALUATION_SET, evaluation.evaluation_set_digest, "evaluation"),
-        (TEXT, evaluation.text_digest, "perplexity"),
+# --- answers
+
+
+def _log_answers(client: Client, run_id: str, model_id: str, answers: Sequence[Answer]) -> None:
+    tracing, experiment, now = TracingClient(client.tracking_uri), client.get_run(run_id).info.experiment_id, now_ms()
+    spans = []
+    for number, answer in enumerate(answers):
+        # MLflow lists the newest first.
+        info, span = _trace(answer, experiment, run_id, model_id, now - number)
+        tracing.start_trace(info)
+        spans.append(span)
+    for start in range(0, len(spans), TRACES_AT_ONCE):
+        tracing.log_spans(experiment, spans[start : start + TRACES_AT_ONCE])
+
+
+def delete_answers(client: Client, experiment: str, run_id: str) -> None:
+    """Delete the traces of a run; they would outlive it."""
+    while page := client.search_traces(
+        locations=[experiment], run_id=run_id, include_spans=False, max_results=TRACES_AT_ONCE
+    ):
+        client.delete_traces(experiment, trace_ids=[trace.info.trace_id for trace in page])
+
+
+def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms: int) -> tuple[TraceInfo, Span]:
+    """An answer as MLflow keeps it: what it lists, with the assessments, and what it shows when that is opened."""
+    trace, span = uuid.uuid4().bytes, uuid.uuid4().bytes[:8]
+    info = TraceInfo(
+        trace_id=f"tr-{trace.hex()}",
+        trace_location=TraceLocation.from_experiment_id(experiment),
+        request_time=start_ms,
+        execution_duration=round(answer.seconds * 1000),
+        state=TraceState.OK,
+        # By this MLflow finds the trace of the same item in the other run; two items may ask the same.
+        request_preview=f"{answer.id}: {answer.prompt}"[:PREVIEW_LIMIT],
+        response_preview=answer.answer[:PREVIEW_LIMIT],
+        trace_metadata={"mlflow.sourceRun": run_id, "mlflow.modelId": model_id},
+        tags={"mlflow.traceName": answer.id[:NAME_LIMIT], "slmops.category": answer.category},
+        assessments=_assessments(answer, run_id, span.hex()),
     )
-    return {
-        kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], context)
-        for kind, digest, context in used
+    attributes = {
+        "mlflow.traceRequestId": info.trace_id,
+        "mlflow.spanType": "LLM",
+        "mlflow.spanInputs": {"id": answer.id, "category": answer.category, "prompt": answer.prompt},
+        "mlflow.spanOutputs": answer.answer,
+        "finish_reason": answer.finish_reason,
+        "completion_tokens": answer.completion_tokens,
     }
+    start_ns = start_ms * 1_000_000
+    exported: dict[str, Any] = {
+        "trace_id": base64.b64encode(trace).decode(),
+        "span_id": base64.b64encode(span).decode(),
+        "parent_span_id": None,
+        "name": "answer",
+        "start_time_unix_nano": start_ns,
+        "end_time_unix_nano": start_ns + round(answer.seconds * 1e9),
+        "events": [],
+        "status": {"code": "STATUS_CODE_OK", "message": ""},
+        "attributes": {key: json.dumps(value) for key, value in attributes.items()},
+    }
+    return info, Span.from_dict(exported)
+
+
+def _assessments(answer: Answer, run_id: str, span_id: str) -> list[Feedback | Expectation]:
+    common: dict[str, Any] = {
+        "source": AssessmentSource("CODE", "slmops"),
+        "span_id": span_id,
+        "metadata": {"mlflow.assessment.sourceRunId": run_id},
+    }
+    unjudged = AssessmentError("NOT_JUDGED", answer.reason) if answer.correct is None else None
+    made = [Feedback("correct", answer.correct, error=unjudged, rationale=answer.reason, **common)]
+    if answer.score is not None:
+        made.append(Feedback("score", answer.score, **common))
+    if answer.format_valid is not None:
+        made.append(Feedback("format_valid", answer.format_valid, **common))
+    if answer.expected:
+        made.append(Expectation("expected_response", answer.expected, **common))
+    return made

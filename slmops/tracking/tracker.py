@@ -43,7 +43,6 @@ from slmops.core.values import (
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import CHAMPION
 from slmops.selection.policy import Policy
-from slmops.tracking import answers as tracking_answers
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking import remeasure as tracking_remeasure
 from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK, TEXT
@@ -294,7 +293,7 @@ class Tracker(Connection):
             of_run = f"source_run_id = '{run.info.run_id}'"
             for model in self._client.search_logged_models([experiment], of_run):
                 self._client.delete_logged_model(model.model_id)
-            tracking_answers.delete(self._client, experiment, run.info.run_id)
+            tracking_evaluation.delete_answers(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
         tags = {PARENT: parent, KIND: "variant", "slmops.variant": recipe}
         return self._client.open_run(experiment, recipe, tags)

@@ -6,9 +6,11 @@ names this run, and the run holds the training items, the validation items and t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from slmops.tracking.client import (
     FLOW_RUN,
@@ -19,10 +21,13 @@ from slmops.tracking.client import (
     Connection,
     dataset_input,
     stamp,
+    without_password,
 )
 
+import mlflow
 from mlflow.entities import Metric, Run
 
+from slmops.core.errors import DataError
 from slmops.core.values import Checkpoint, Comparison
 from slmops.training.sources import public
 from slmops.training.values import WAITING, Finetuned, LossPoint, Retrain, Retrained, TrainingData
@@ -71,6 +76,36 @@ class TrainingTracker(Connection):
         with self._talking():
             [name] = [name for name in self._client.files_in(run_id, "data") if Path(name).stem == "evaluation"]
             return Path(self._client.download_artifacts(run_id, name, str(folder)))
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Every record of one of MLflow's managed datasets: ``dataset_record_id``, ``inputs`` and ``expectations``.
+
+        They are in MLflow's order: by time, and by chance among the records that were added together.
+
+        Raises:
+            DataError: There is no dataset with this name, or more than one: MLflow allows that.
+        """
+        shown, quote = without_password(self.uri), "'" if '"' in name else '"'
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        with self._talking():
+            # MLflow's filters cannot spell a name with both quotes.
+            query = f"name = {quote}{name}{quote}"
+            same = [] if quote in name else self._client.search_datasets(filter_string=query)
+            if not same:
+                fix = "Its page 'Datasets' lists them, each with its experiment."
+                raise DataError(f"MLflow at {shown} has no dataset of the name {name!r}.", fix)
+            if len(same) > 1:
+                problem = f"MLflow at {shown} has more than one dataset of the name {name!r}."
+                raise DataError(problem, "Delete all but one.")
+            mlflow.set_tracking_uri(self.uri)  # a dataset loads its records from the address of the whole process
+            try:
+                loaded = same[0].records
+            finally:
+                mlflow.set_tracking_uri(before)
+        return [
+            {"dataset_record_id": one.dataset_record_id, "inputs": one.inputs, "expectations": one.expectations or {}}
+            for one in loaded
+        ]
 
     def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> str:
         """Open the run of a retraining, or again that of an attempt with the same input that was killed.

@@ -10,7 +10,7 @@ import pytest
 
 from slmops.core.values import Answer, GateResult, Measurement
 from slmops.selection.policy import Policy
-from slmops.tracking import answers as tracking_answers
+from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import TAG_LIMIT, description
 from tests import values
 from tests.tracked import Book, Made
@@ -127,7 +127,7 @@ def test_answers_of_two_variants_side_by_side(book: Book, capfd: pytest.CaptureF
 
 
 def test_many_and_long_answers(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_answers, "TRACES_AT_ONCE", 2)
+    monkeypatch.setattr(tracking_evaluation, "TRACES_AT_ONCE", 2)
     made = Made(book.folder)
     one = made.evaluation.answers[0].model_dump()
     long = {**one, "id": "i" * 300, "prompt": "ü" * 5000, "answer": "ö" * 50_000, "expected": "ß" * 5000}

@@ -13,7 +13,7 @@ from slmops.core.errors import DataError, TrackingError, UsageError
 from slmops.core.files import sha256
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
-from slmops.tracking import datasets as tracking_datasets
+from slmops.tracking.training import TrainingTracker
 from slmops.training import data, examples, report
 from slmops.training.values import LoraSettings, TrainingData
 from tests import tiny, values
@@ -231,7 +231,7 @@ def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Pa
     ]
     made('say "hi"', records)
     mlflow.set_tracking_uri("sqlite:////nowhere/mlflow.db")  # the address that is given counts
-    given = {"dataset": lambda name: tracking_datasets.records(database, name)}
+    given = {"dataset": TrainingTracker(database).records}
     read = examples.read(fetch(asked('mlflow-dataset:say "hi"', evaluation_set=held_out), home, **given).files)
     assert len(read.examples) == 1201
     assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
@@ -243,17 +243,17 @@ def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Pa
 @pytest.mark.parametrize("name", ["absent", "x' OR name != '", "'\"", "%"])
 def test_an_mlflow_dataset_that_is_not_there(database: str, name: str) -> None:
     with pytest.raises(DataError):
-        tracking_datasets.records(database, name)
+        TrainingTracker(database).records(name)
 
 
 def test_two_mlflow_datasets_of_one_name(made: Make, database: str) -> None:
     for _ in range(2):
         made("twice", [{"inputs": {"prompt": "P"}}])
     with pytest.raises(DataError, match="twice"):
-        tracking_datasets.records(database, "twice")
+        TrainingTracker(database).records("twice")
 
 
 def test_mlflow_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError):
-        tracking_datasets.records("http://127.0.0.1:1", "x")
+        TrainingTracker("http://127.0.0.1:1").records("x")

@@ -21,7 +21,6 @@ from slmops.foundry import layout, private_catalog
 from slmops.foundry.private_catalog import Entry
 
 if TYPE_CHECKING:
-    from slmops.foundry.versions import ModelVersion
     from slmops.tracking.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -51,58 +50,45 @@ def entries(registry: Registry) -> list[Entry]:
             continue
         if champion is None:
             continue
-        offered.append(_entry(champion, alias=name, latest=True))
-        if previous is not None and previous.version != champion.version:
-            alias = name if previous.version < champion.version else f"{name}.previous"
-            offered.append(_entry(previous, alias=alias, latest=False))
+        before = [previous] if previous is not None and previous.version != champion.version else []
+        for version in (champion, *before):
+            offered.append(
+                Entry(
+                    alias=name if version.version <= champion.version else f"{name}.previous",
+                    name=layout.model_name(version.name, version.variant),
+                    version=version.version,
+                    display_name=f"{version.name} {version.variant}",
+                    device=version.device,
+                    provider=version.provider,
+                    size_bytes=round(version.size_mb * 1e6),
+                    created=version.created,
+                    latest=version is champion,
+                )
+            )
     return offered
 
 
-def _entry(version: ModelVersion, *, alias: str, latest: bool) -> Entry:
-    return Entry(
-        alias=alias,
-        name=layout.model_name(version.name, version.variant),
-        version=version.version,
-        display_name=f"{version.name} {version.variant}",
-        device=version.device,
-        provider=version.provider,
-        size_bytes=round(version.size_mb * 1e6),
-        created=version.created,
-        latest=latest,
-    )
-
-
 class Kept:
-    """Entries that are read again when they are some seconds old; many threads may ask, and one of them reads.
-
-    Args:
-        read: Reads them.
-        keep_s: Seconds for which an answer, or a failure, is kept.
-    """
+    """Entries, or a failure to read them, kept for ``keep_s`` seconds; many threads may ask, and one of them reads."""
 
     def __init__(self, read: Callable[[], Sequence[Entry]], keep_s: float = KEEP_S) -> None:
         self._read, self._keep_s = read, keep_s
         self._lock = threading.Lock()
         self._until = float("-inf")
-        self._entries: Sequence[Entry] = ()
-        self._failure: SlmopsError | None = None
+        self._answer: Sequence[Entry] | SlmopsError = ()
 
     def __call__(self) -> Sequence[Entry]:
-        """The entries.
-
-        Raises:
-            SlmopsError: What reading them raised.
-        """
+        """The entries, or the error that reading them raised."""
         with self._lock:
             if time.monotonic() >= self._until:
                 try:
-                    self._entries, self._failure = self._read(), None
+                    self._answer = self._read()
                 except SlmopsError as error:
-                    self._failure = error
+                    self._answer = error
                 self._until = time.monotonic() + self._keep_s  # from the end: a registry that is down fails slowly
-            if self._failure is not None:
-                raise type(self._failure)(self._failure.message, self._failure.fix)
-            return self._entries
+            if isinstance(self._answer, SlmopsError):
+                raise type(self._answer)(self._answer.message, self._answer.fix)
+            return self._answer
 
 
 def serve(uri: str, host: str, port: int) -> None:

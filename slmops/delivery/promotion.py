@@ -43,11 +43,7 @@ def decide(registry: Registry, tracker: Tracker, request: Promotion) -> Decision
 
 
 def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersion:
-    """The version that was asked for: by number, by precision, or the choice of the latest comparison.
-
-    Raises:
-        UsageError: There is no such version.
-    """
+    """The version that was asked for: by number, by precision, or the choice of the latest comparison."""
     if request.version is not None and request.precision is not None:
         raise UsageError("--precision and --version both name a version.", "Give only one of them.")
     if request.version is not None:

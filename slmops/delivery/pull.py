@@ -49,21 +49,16 @@ def split(reference: str) -> tuple[str, str | None]:
     """
     name, at, which = reference.partition("@")
     if not re.fullmatch(NAME_PATTERN, name) or (at and not re.fullmatch(NAME_PATTERN, which)):
-        raise UsageError(
-            f"{reference!r} does not name a model.",
-            "Write NAME, NAME@ALIAS (such as bot@int8) or NAME@VERSION (such as bot@3).",
-        )
+        fix = "Write NAME, NAME@ALIAS (such as bot@int8) or NAME@VERSION (such as bot@3)."
+        raise UsageError(f"{reference!r} does not name a model.", fix)
     return name, which or None
 
 
 def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     """The version to have on this device.
 
-    Args:
-        registry: Where it is looked up.
-        name: The model's name.
-        which: An alias or a version number, and no other version will do. None: the champion or, if that does not fit,
-            the largest of the other versions of its job that does.
+    It is the one that ``which``, an alias or a number, names. By default it is the champion or, if that does not fit,
+    the largest of the other versions of its job that does.
 
     Raises:
         UsageError: There is no such version, or none was promoted.
@@ -89,12 +84,8 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
             "Promote a smaller variant, or use a larger device.",
         )
     taken = max(fits, key=lambda version: (version.size_mb, version.version))
-    log.warning(
-        "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s",
-        champion.label,
-        problem,
-        taken.label,
-    )
+    said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
+    log.warning(said, champion.label, problem, taken.label)
     return taken
 
 
@@ -118,11 +109,7 @@ def _problem(version: ModelVersion) -> str | None:
 
 
 def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installed:
-    """Install the version that :func:`fitting` finds and make it the current one.
-
-    Raises:
-        SlmopsError: As for :func:`fitting` and :func:`install`; the current version stays what it was.
-    """
+    """Install the version that :func:`fitting` finds and make it the current one; see there for the errors."""
     from slmops.tracking.registry import Registry
 
     with installed.locked(name, settings):
@@ -135,11 +122,6 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     """Bring a version onto this device, whole and verified, and register it in Foundry Local; twice is harmless.
 
     The next attempt goes on with what a broken one has brought. Other versions are not touched.
-
-    Args:
-        version: As the registry has it.
-        settings: Where things are.
-        uri: MLflow's tracking URI.
 
     Raises:
         PrerequisiteError: It does not fit this device, or the disk is full.
@@ -161,10 +143,8 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
         remove_scratch(folder.parent)
         here = installed.read_manifest(folder / VERSION_MANIFEST)
         if here is not None and here.model != version.name:
-            raise RegistrationError(
-                f"{folder} holds a version of {here.model}, whose name and variant together read the same.",
-                "Give one of the two models another name.",
-            )
+            said = f"{folder} holds a version of {here.model}, whose name and variant together read the same."
+            raise RegistrationError(said, "Give one of the two models another name.")
         if here is not None and _is_whole(done, here, version.manifest_sha256):
             log.info("%s is on this device already", version.label)
             _register(done, settings)
@@ -211,11 +191,8 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
     needed = sum(file.size - size_of(part_of(downloads, file.name)) for file in missing)
     free = machine.disk_free(downloads)
     if needed > free:
-        raise PrerequisiteError(
-            f"Not enough disk for {version.label}: {needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free "
-            f"at {settings.deployed}.",
-            children.FREE_SPACE,
-        )
+        said = f"{needed / 1e6:.0f} MB are needed, and {free / 1e6:.0f} MB are free at {settings.deployed}"
+        raise PrerequisiteError(f"Not enough disk for {version.label}: {said}.", children.FREE_SPACE)
     here = len(manifest.files) - len(missing)
     log.info("%s: %d files to fetch (%.0f MB), %d are here", version.label, len(missing), needed / 1e6, here)
     for file in missing:
@@ -224,7 +201,6 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
 
 
 def _check(manifest: VersionManifest, version: ModelVersion) -> None:
-    """See that the manifest is the version's, and that no file name leads out of its folder."""
     said = f"{VERSION_MANIFEST} of {version.label}"
     if (manifest.model, manifest.variant) != (version.name, version.variant):
         raise TrackingError(f"{said} is that of {manifest.model} ({manifest.variant}).")
@@ -233,10 +209,8 @@ def _check(manifest: VersionManifest, version: ModelVersion) -> None:
     for file in manifest.files:
         name = file.name.casefold()  # some file systems ignore case
         if not stays_below(name) or name in taken:
-            raise TrackingError(
-                f"{said} names a file {file.name!r}, which is not a possible name.",
-                "Nothing of it was installed. Whoever put it into the registry has to promote it again.",
-            )
+            fix = "Nothing of it was installed. Whoever put it into the registry has to promote it again."
+            raise TrackingError(f"{said} names a file {file.name!r}, which is not a possible name.", fix)
         taken.add(name)
         folders |= {str(parent) for parent in PurePosixPath(name).parents}
     if taken & folders:
@@ -245,12 +219,9 @@ def _check(manifest: VersionManifest, version: ModelVersion) -> None:
 
 def _known(settings: Settings) -> dict[str, list[Path]]:
     """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
-    manifests = [
-        *settings.variants.glob(f"*/{models.MANIFEST}"),
-        *installed.folder_of(settings).glob(f"*/{VERSION_MANIFEST}"),
-    ]
+    versions = installed.folder_of(settings).glob(f"*/{VERSION_MANIFEST}")
     found: dict[str, list[Path]] = {}
-    for manifest in manifests:
+    for manifest in (*settings.variants.glob(f"*/{models.MANIFEST}"), *versions):
         try:
             files = [VariantFile.model_validate(file) for file in json.loads(manifest.read_bytes())["files"]]
         except (OSError, ValueError, TypeError, KeyError):
@@ -298,21 +269,16 @@ def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, An
 def _register(done: Installed, settings: Settings) -> None:
     """See that Foundry Local lists it, and that it answers."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
+    shown = f"{done.name} {done.variant}"
     request = RegisterRequest(
-        home=settings.deployed,
-        folder=done.folder,
-        foundry_id=done.foundry_id,
-        display_name=f"{done.name} {done.variant}",
+        home=settings.deployed, folder=done.folder, foundry_id=done.foundry_id, display_name=shown
     )
     with installed.catalog_locked(settings):
         cli.confirm(called, cache)
         cli.ask(called, cache, PROMPTS[0])
         try:
-            register.register_folder(
-                request,
-                work=installed.work_of(done.name, settings),
-                log=settings.logs / done.name / f"{done.variant}.pull.log",
-            )
+            log_file = settings.logs / done.name / f"{done.variant}.pull.log"
+            register.register_folder(request, work=installed.work_of(done.name, settings), log=log_file)
         except SlmopsError:
             installed.forget([done.foundry_id], settings)  # a child that crashed has not
             raise

@@ -49,23 +49,16 @@ class Place(Frozen):
 
 
 def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
-    """Find out what can be compared.
-
-    Args:
-        recorded: What there is to compare with.
-        here: The kind of this machine.
-        settings: Where things are.
+    """What can be measured on a machine of the kind ``here`` and compared with what was recorded.
 
     Raises:
         PrerequisiteError: Nothing can be compared.
     """
     left_out = []
-    same = here == recorded.hardware_kind
-    timed = same and not SPEED_METRICS.keys().isdisjoint(recorded.measurements)
-    if not same:
-        left_out.append(
-            f"speed and memory, which were recorded on another kind of machine ({recorded.hardware_kind}; not {here})"
-        )
+    timed = here == recorded.hardware_kind and not SPEED_METRICS.keys().isdisjoint(recorded.measurements)
+    if here != recorded.hardware_kind:
+        kinds = f"{recorded.hardware_kind}; not {here}"
+        left_out.append(f"speed and memory, which were recorded on another kind of machine ({kinds})")
     elif not timed:
         left_out.append("speed and memory, which were not recorded")
     questions = _questions(recorded, settings)
@@ -114,20 +107,14 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
             work=settings.work(name) / "register",
             log=settings.logs / name / f"{version.variant}.register.log",
         )
-        yield Place(
-            home=home,
-            registration=original.model_copy(update={"path": staged.folder, "answer": registered.answer}),
-        )
+        here = original.model_copy(update={"path": staged.folder, "answer": registered.answer})
+        yield Place(home=home, registration=here)
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)
 
 
 def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
-    """Speed and memory, measured as in the job: the same prompts and as many rounds.
-
-    Raises:
-        EvaluationError: It could not be measured.
-    """
+    """Speed and memory, measured as in the job: the same prompts and as many rounds."""
     variant = recorded.variant
     measured = speed.measure([(variant, place.registration)], name, recorded.job, settings)[variant.name]
     if isinstance(measured, SlmopsError):
@@ -138,11 +125,7 @@ def measure_speed(place: Place, recorded: Recorded, name: str, settings: Setting
 def measure_perplexity(
     place: Place, text: str, recorded: Recorded, name: str, settings: Settings
 ) -> dict[str, Measurement]:
-    """Perplexity on the job's text.
-
-    Raises:
-        EvaluationError: It could not be measured.
-    """
+    """Perplexity on the job's text."""
     file = settings.work(name) / "text.txt"
     write_atomic(file, text)
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
@@ -156,12 +139,7 @@ def measure_perplexity(
 def ask_questions(
     place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
 ) -> tuple[Answer, ...]:
-    """Answers to the job's evaluation set, judged as the job judged them.
-
-    Raises:
-        EvaluationError: It could not be measured.
-        UsageError: The job's matcher is gone.
-    """
+    """Answers to the job's evaluation set, judged as the job judged them."""
     items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
     with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
         log.info("%s: answering the evaluation set", recorded.variant.name)

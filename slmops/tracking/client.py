@@ -48,11 +48,7 @@ _EXPERIMENT = {KIND: "model", "mlflow.experimentKind": "custom_model_development
 
 @contextmanager
 def talking(uri: str) -> Iterator[None]:
-    """Turn what goes wrong in a conversation with the MLflow server at ``uri`` into an error of ours.
-
-    Raises:
-        TrackingError: It cannot be reached, or it refuses a request.
-    """
+    """Turn what goes wrong in a conversation with the MLflow server at ``uri`` into a TrackingError."""
     try:
         yield
     except (MlflowException, RequestException, OSError) as error:
@@ -207,14 +203,7 @@ def now_ms() -> int:
 
 
 def dataset_input(name: str, digest: str, source: str, context: str) -> DatasetInput:
-    """A data set as MLflow lists it among the inputs of a run.
-
-    Args:
-        name: What to call it.
-        digest: Its SHA-256.
-        source: File or address that it came from.
-        context: What it was used for.
-    """
+    """A data set as MLflow lists it among the inputs of a run: its SHA-256, its origin, what it was used for."""
     dataset = Dataset(
         name=name,
         digest=digest[:DIGEST_LENGTH],

@@ -39,13 +39,7 @@ class NotGivenError(TrackingError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where files come from.
-
-    Attributes:
-        uri: MLflow's tracking URI.
-        location: Artifact URI of their folder, such as ``mlflow-artifacts:/1/models/m-.../artifacts``.
-        label: What to call them in messages.
-    """
+    """Where files come from: MLflow's tracking URI, the artifact URI of their folder, and what to call them."""
 
     uri: str
     location: str
@@ -70,12 +64,7 @@ def size_of(path: Path) -> int:
 def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path) -> Path:
     """Complete ``name`` in the download folder ``folder``, as :func:`part_of` calls it.
 
-    Args:
-        origin: Where it comes from.
-        name: Its path there, already checked.
-        size: Its size in bytes, where that is known.
-        digest: Its SHA-256.
-        folder: Where earlier attempts may have left a part of it.
+    The name is already checked; ``size`` is in bytes, where that is known, and ``digest`` the SHA-256.
 
     Raises:
         NotGivenError: The file is gone, or access is refused.
@@ -112,11 +101,9 @@ def _complete(origin: Origin, name: str, limit: int, part: Path) -> None:
         except TrackingError as error:
             failures = 1 if size_of(part) > before else failures + 1
             if failures > len(RESUME_AFTER_S):
-                raise TrackingError(
-                    f"{name} of {origin.label} broke off at {size_of(part) / 1e6:.1f} MB, "
-                    f"and {len(RESUME_AFTER_S)} more attempts brought nothing. {error.message}",
-                    "The next pull goes on where this one stopped.",
-                ) from error
+                said = f"{name} of {origin.label} broke off at {size_of(part) / 1e6:.1f} MB, and more attempts failed."
+                fix = "The next pull goes on where this one stopped."
+                raise TrackingError(f"{said} {error.message}", fix) from error
             pause = RESUME_AFTER_S[failures - 1]
             log.warning("%s broke off at %.1f MB, again in %g s: %s", name, size_of(part) / 1e6, pause, error.message)
             time.sleep(pause)
@@ -141,13 +128,7 @@ def _append(blocks: Generator[bytes, None, None], part: Path, name: str, limit: 
 def read(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
     """Yield the bytes of one artifact file in blocks.
 
-    Nothing is retried here: whoever reads knows how far it came, and asks again from there.
-
-    Args:
-        uri: MLflow's tracking URI.
-        location: Artifact URI of the folder.
-        path: The file below it, with forward slashes.
-        offset: Bytes to leave out at the beginning. At or behind the end of the file nothing is yielded.
+    The first ``offset`` bytes are left out. Nothing is retried here: whoever reads knows how far it came.
 
     Raises:
         NotGivenError: The file is gone, or access is refused.
@@ -201,9 +182,8 @@ def _check(response: Any, uri: str, path: str) -> None:
         raise _gone(path)
     said = f"MLflow at {uri} answers {status} ({response.reason}) for {path}."
     if status in (401, 403):
-        raise NotGivenError(
-            said, "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        )
+        fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        raise NotGivenError(said, fix)
     if 300 <= status < 500 and status not in _LATER:
         raise NotGivenError(said, f"Is {uri} the address of an MLflow server that serves artifacts?")
     raise TrackingError(said, "The server's log says why.")

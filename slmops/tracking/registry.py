@@ -112,12 +112,7 @@ class Registry(Connection):
     ) -> ModelVersion:
         """Make an accepted variant a version, its files downloadable; the same files stay the same version.
 
-        Args:
-            name: The registered model, made if it is new.
-            variant: What was converted.
-            registration: Its folder in Foundry Local, which is what gets uploaded.
-            result: What was measured; the child run in it holds the logged model that receives the files.
-            job_id: The parent run.
+        The folder in Foundry Local is what gets uploaded, into the logged model of the run that ``result`` names.
         """
         with self._talking():
             self._ensure(name)
@@ -151,10 +146,7 @@ class Registry(Connection):
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
         """Make ``version`` the champion, and the champion the previous one.
 
-        Args:
-            version: The challenger.
-            against: The champion that it was judged against; None if there was none.
-            tags: What to keep with the version: who, why.
+        ``against`` is the champion that it was judged against, and ``tags`` are kept with the version.
 
         Raises:
             PromotionError: Another promotion came first. On one machine a lock prevents that; between machines the

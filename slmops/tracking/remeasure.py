@@ -32,9 +32,6 @@ def log_inputs(client: Client, run_id: str, job: Job) -> None:
     """Keep copies of the evaluation set and of the perplexity text with the job's run.
 
     Also of the packaged ones: they change with slmops and with Python.
-
-    Raises:
-        UsageError: One of them cannot be read.
     """
     asked = job.evaluation_set
     if asked is None:
@@ -49,14 +46,7 @@ def log_inputs(client: Client, run_id: str, job: Job) -> None:
 
 
 def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> Recorded:
-    """What the run of a variant and the run of its job hold.
-
-    Args:
-        client: Of the server.
-        run_id: The variant's run.
-        hardware_kind: Of the machine that measured it.
-        folder: Receives the copies of the job's files; an older job kept none.
-    """
+    """What the run of a variant and the run of its job hold; ``folder`` receives the copies, an older job kept none."""
     run = client.get_run(run_id)
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     figures = json.loads(client.text_of(run_id, MEASUREMENTS_FILE))

@@ -25,7 +25,7 @@ from slmops.core.values import Checkpoint, VariantFile
 from slmops.processes import children
 from slmops.training import finetune_worker
 from slmops.training.resume import STATES
-from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
+from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData, TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _files(folder: Path) -> list[VariantFile]:
 
 def _train(
     request: finetune_worker.FinetuneRequest, settings: Settings, name: str, on_loss: Callable[[LossPoint], None]
-) -> tuple[finetune_worker.FinetuneResult, children.Finished]:
+) -> tuple[TrainingResult, children.Finished]:
     text = settings.logs / name / "finetune.log"
     if (request.folder / STATES).exists():
         log.info("resuming the fine-tuning of an earlier run")
@@ -157,7 +157,7 @@ def _train(
         return children.call(
             "slmops.training.finetune_worker",
             request,
-            finetune_worker.FinetuneResult,
+            TrainingResult,
             work=work,
             log=text,
             timeout_s=settings.training_timeout_s,

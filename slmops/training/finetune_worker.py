@@ -17,7 +17,6 @@ from slmops.processes import child
 from slmops.training.masking import IGNORED, answer_spans, labels, renderer
 from slmops.training.resume import (
     STATES,
-    Stopped,
     WholeMark,
     mark_whole,
     resumable,
@@ -25,7 +24,7 @@ from slmops.training.resume import (
     trainer_state,
     truncate,
 )
-from slmops.training.values import LoraSettings, LossPoint
+from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingResult
 
 if TYPE_CHECKING:
     pass
@@ -51,19 +50,7 @@ class FinetuneRequest(Frozen):
     folder: Path
 
 
-class FinetuneResult(Frozen):
-    """How the training ended."""
-
-    steps: int
-    epochs: float
-    best_step: int
-    validation_loss: float
-    stopped: Stopped
-    seconds: float
-    trained_parameters: int
-
-
-def handle(request: FinetuneRequest) -> FinetuneResult:
+def handle(request: FinetuneRequest) -> TrainingResult:
     """Train, starting from the newest whole state if there is one, and write ``adapter`` and ``merged``.
 
     Raises:
@@ -77,7 +64,7 @@ def handle(request: FinetuneRequest) -> FinetuneResult:
     _check_learned(request, state)
     parameters = _adapter(request.folder, state["best_global_step"])
     _merge(request)
-    return FinetuneResult(
+    return TrainingResult(
         steps=step,
         epochs=state["epoch"],
         best_step=state["best_global_step"],

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slmops.core.files import write_atomic
 from slmops.core.values import Frozen
-from slmops.training.values import LossPoint
+from slmops.training.values import LossPoint, Stopped
 
 STATES = "checkpoints"
 WHOLE = "complete.json"
 """The file of a saved state that is written last, with the sizes of the others."""
-
-Stopped = Literal["epochs", "patience", "minutes"]
 
 
 class WholeMark(Frozen):

@@ -6,20 +6,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from slmops.core.job import Precision
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement, Name
 
+Stopped = Literal["epochs", "patience", "minutes"]
 WAITING = "waiting for approval"
 """The outcome of a retraining in MLflow until a person has decided."""
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(Frozen):
     """How the adapter is trained."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(
         16,
@@ -74,10 +73,8 @@ class LoraSettings(BaseModel):
     )
 
 
-class Retrain(BaseModel):
+class Retrain(Frozen):
     """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
         min_length=1,
@@ -153,10 +150,8 @@ class Retrain(BaseModel):
         return Retrain.model_validate({**self.model_dump(exclude_unset=True), **changed})
 
 
-class News(BaseModel):
+class News(Frozen):
     """Look for new training data of a model, or for new versions of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name = Field(title="Name", description="The model's name in the registry.")
     data: str | None = Field(
@@ -219,23 +214,28 @@ class LossPoint(Frozen):
     learning_rate: float | None = None
 
 
-class Finetuned(Frozen):
+class TrainingResult(Frozen):
+    """How a training ended."""
+
+    steps: int
+    epochs: float
+    best_step: int = Field(description="The step with the lowest validation loss. Its weights are the result.")
+    validation_loss: float
+    stopped: Stopped
+    seconds: float
+    trained_parameters: int
+
+
+class Finetuned(TrainingResult):
     """A fine-tuned checkpoint in its own folder, whose ``training.json`` is this without ``folder``."""
 
     key: str = Field(description="Name of the folder: a digest of every input.")
     base_digest: str
     data_digest: str
     training: LoraSettings
-    steps: int
-    epochs: float
-    best_step: int = Field(description="The step with the lowest validation loss. Its weights are the result.")
-    validation_loss: float
-    stopped: Literal["epochs", "patience", "minutes"]
     losses: tuple[LossPoint, ...]
     precision: Literal["fp32", "bf16"] = Field(description="Of the matrix products while training.")
-    seconds: float
     memory_peak_mb: float
-    trained_parameters: int
     versions: dict[str, str]
     hardware: Hardware
     created: datetime

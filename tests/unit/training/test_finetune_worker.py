@@ -10,7 +10,7 @@ import pytest
 
 from slmops.training import finetune_worker as worker
 from slmops.training import masking, resume
-from slmops.training.values import LoraSettings, LossPoint
+from slmops.training.values import LoraSettings, LossPoint, Stopped
 
 MESSAGES = [
     {"role": "system", "content": "Be short."},
@@ -77,7 +77,7 @@ def test_tokens_are_learned_that_begin_in_an_answer() -> None:
     assert masking.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
 
 
-def save(folder: Path, step: int, best: int, stopped: resume.Stopped | None = None) -> Path:
+def save(folder: Path, step: int, best: int, stopped: Stopped | None = None) -> Path:
     state = resume.state_folder(folder, step)
     state.mkdir(parents=True)
     (state / "adapter_model.safetensors").write_bytes(b"weights")

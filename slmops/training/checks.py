@@ -109,6 +109,7 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
         items: The evaluation set.
         threshold: Jaccard similarity of the n-grams of words at which an example is a leak.
     """
+    names = [f"evaluation item {shown(item.id or '')}" for item in items]
     questions = [asked(item.conversation) for item in items]
     exactly = {" ".join(question): number for number, question in reversed(list(enumerate(questions)))}
     turns = [
@@ -124,10 +125,10 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
             continue
         example = examples[number]
         if (other := exactly.get(" ".join(said))) is not None:
-            problems[number] = example.problem("leak", f"asks the same as {_item(items[other])}")
+            problems[number] = example.problem("leak", f"asks the same as {names[other]}")
         elif place in near:
             other, similarity = near[place]
-            detail = f"asks nearly the same as {_item(items[other])} (similarity {similarity:.2f})"
+            detail = f"asks nearly the same as {names[other]} (similarity {similarity:.2f})"
             problems[number] = example.problem("near_leak", detail)
     return list(problems.values())
 
@@ -216,7 +217,3 @@ def _rarest(members: set[str], frequency: Counter[str], threshold: float) -> lis
     """The rarest members. Every set that is similar enough contains at least one of them."""
     needed = math.ceil(threshold * len(members) - 1e-9)  # the product may be too large by a rounding error
     return sorted(members, key=lambda gram: (frequency[gram], gram))[: len(members) - needed + 1]
-
-
-def _item(item: Item) -> str:
-    return f"evaluation item {shown(item.id or '')}"

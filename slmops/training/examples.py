@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slmops.training.values import DataProblem
+from slmops.training.values import DataProblem, ProblemKind
 
 LONGEST_LINE = 1_000_000
 """Bytes. A longer line is not read to its end."""
@@ -49,9 +49,9 @@ class Example:
         """File and line, for messages."""
         return f"{shown(self.file)}:{self.line}"
 
-    def problem(self, kind: str, detail: str, *, fatal: bool = True) -> DataProblem:
+    def problem(self, kind: ProblemKind, detail: str, *, fatal: bool = True) -> DataProblem:
         """Make a problem of this example."""
-        return _problem(self.file, self.line, kind, detail, fatal=fatal)
+        return DataProblem(file=self.file, line=self.line, kind=kind, fatal=fatal, detail=detail)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ExamplesRead:
 
 
 class _BadLine(ValueError):
-    def __init__(self, kind: str, detail: str) -> None:
+    def __init__(self, kind: ProblemKind, detail: str) -> None:
         super().__init__(detail)
         self.kind = kind
 
@@ -86,18 +86,15 @@ def read(files: Sequence[Path]) -> ExamplesRead:
             try:
                 examples.append(Example(file.name, number, _conversation(raw)))
             except _BadLine as error:
-                problems.append(_problem(file.name, number, error.kind, str(error)))
+                problems.append(DataProblem(file=file.name, line=number, kind=error.kind, detail=str(error)))
             if len(problems) == MOST_PROBLEMS:
-                problems.append(_problem(file.name, number + 1, "schema", "nothing was read from here on"))
+                end = "nothing was read from here on"
+                problems.append(DataProblem(file=file.name, line=number + 1, kind="schema", detail=end))
                 break
         counts[file.name] = len(examples) - before
         if len(problems) > MOST_PROBLEMS:
             break
     return ExamplesRead(tuple(examples), tuple(problems), counts)
-
-
-def _problem(file: str, line: int, kind: str, detail: str, *, fatal: bool = True) -> DataProblem:
-    return DataProblem.model_validate({"file": file, "line": line, "kind": kind, "fatal": fatal, "detail": detail})
 
 
 def shown(text: str) -> str:

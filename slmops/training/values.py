@@ -12,6 +12,7 @@ from slmops.core.job import Precision
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement, Name
 
+ProblemKind = Literal["schema", "roles", "empty", "oversized", "duplicate", "near_duplicate", "leak", "near_leak"]
 Stopped = Literal["epochs", "patience", "minutes"]
 WAITING = "waiting for approval"
 """The outcome of a retraining in MLflow until a person has decided."""
@@ -173,8 +174,8 @@ class DataProblem(Frozen):
 
     file: str
     line: int
-    kind: Literal["schema", "roles", "empty", "oversized", "duplicate", "near_duplicate", "leak", "near_leak"]
-    fatal: bool = Field(description="The data cannot be used as long as it is there.")
+    kind: ProblemKind
+    fatal: bool = Field(True, description="The data cannot be used as long as it is there.")
     detail: str = Field(description="What is wrong, and with which other item.")
 
 

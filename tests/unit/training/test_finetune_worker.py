@@ -26,22 +26,6 @@ def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
     return turns + "<|assistant|>" * opened
 
 
-def learned(messages: Sequence[dict[str, str]], render: masking.Render) -> list[str]:
-    text, spans = masking.answer_spans(messages, render)
-    return [text[start:end] for start, end in spans]
-
-
-def test_answers_are_learned_with_the_end_of_their_turn() -> None:
-    text, spans = masking.answer_spans(MESSAGES, chatml)
-    assert text == chatml(MESSAGES, False)
-    assert [text[start:end] for start, end in spans] == ["Hello<|end|>", " So long \n<|end|>"]
-
-
-def test_what_follows_the_last_answer_is_not_learned() -> None:
-    assert learned(MESSAGES[:4], chatml) == ["Hello<|end|>"]
-    assert learned(MESSAGES[:2], chatml) == []
-
-
 def only_the_last(messages: Sequence[dict[str, str]], opened: bool) -> str:
     """Like templates that remove the thoughts from earlier turns."""
     last = len(messages) - 1
@@ -66,8 +50,21 @@ def test_a_template_that_changes_earlier_turns_is_refused(render: masking.Render
         masking.answer_spans(MESSAGES, render)
 
 
-def test_a_single_answer_needs_less_of_a_template() -> None:
-    assert learned(MESSAGES[1:3], only_the_last) == ["<think></think>Hello"]
+@pytest.mark.parametrize(
+    ("messages", "render", "expected"),
+    [
+        (MESSAGES, chatml, ["Hello<|end|>", " So long \n<|end|>"]),
+        (MESSAGES[:4], chatml, ["Hello<|end|>"]),
+        (MESSAGES[:2], chatml, []),
+        (MESSAGES[1:3], only_the_last, ["<think></think>Hello"]),
+    ],
+)
+def test_answers_are_learned_with_the_end_of_their_turn(
+    messages: list[dict[str, str]], render: masking.Render, expected: list[str]
+) -> None:
+    text, spans = masking.answer_spans(messages, render)
+    assert text == render(messages, False)
+    assert [text[start:end] for start, end in spans] == expected
 
 
 def test_tokens_are_learned_that_begin_in_an_answer() -> None:

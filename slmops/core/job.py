@@ -5,38 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from slmops.core.validation import MATCHER_PATTERN
-from slmops.core.values import Name
+from slmops.core.values import Frozen, Name
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
 BASELINE = "fp32"
 
 
-class Job(BaseModel):
+class Job(Frozen):
     """Convert, register, measure and compare one checkpoint."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model: str = Field(
-        title="Model",
         description="Folder in Hugging Face format, hub id (org/name or org/name@revision), .gguf file, "
         "MLflow model URI, or 'demo'.",
         min_length=1,
     )
-    name: Name | None = Field(
-        None, title="Name", description="Name in MLflow and Foundry Local; the checkpoint's own by default."
-    )
+    name: Name | None = Field(None, description="Name in MLflow and Foundry Local; the checkpoint's own by default.")
     precision: list[Precision] = Field(
         default=["fp32", "fp16", "int8", "int4"],
         title="Precisions",
         description="Variants to make; fp32 is always made, as the baseline that the others are judged against.",
     )
     olive_config: Path | None = Field(
-        None,
-        title="Olive config",
-        description="Your own Olive workflow (JSON) as one more variant, named after the file.",
+        None, description="Your own Olive workflow (JSON) as one more variant, named after the file."
     )
     int4_block_size: int = Field(
         32,
@@ -46,40 +39,26 @@ class Job(BaseModel):
         description="Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer.",
     )
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
-    device: Literal["cpu", "gpu"] = Field("cpu", title="Device", description="What the variants are made for.")
+    device: Literal["cpu", "gpu"] = Field("cpu", description="What the variants are made for.")
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = Field(
         "CPUExecutionProvider", title="Execution provider", description="ONNX Runtime's execution provider."
     )
-    output_path: Path | None = Field(
-        None, title="Output path", description="Also put each finished variant into a folder below this one."
-    )
+    output_path: Path | None = Field(None, description="Also put each finished variant into a folder below this one.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", title="Olive log level", description="How much Olive writes into its log."
     )
     export_tolerance: float = Field(
         1e-3,
         gt=0,
-        title="Export tolerance",
         description="Largest logit difference of the fp32 export to the checkpoint, relative to the largest logit.",
     )
-    chat_template: Path | None = Field(
-        None,
-        title="Chat template",
-        description="Jinja file to use instead of the checkpoint's chat template.",
-    )
+    chat_template: Path | None = Field(None, description="Jinja file to use instead of the checkpoint's chat template.")
     allow_pickle: bool = Field(
-        False,
-        title="Allow pickle",
-        description="Accept pickled weights (.bin), which can run code when they are read.",
+        False, description="Accept pickled weights (.bin), which can run code when they are read."
     )
-    trust_remote_code: bool = Field(
-        False, title="Trust remote code", description="Run Python code that comes with the checkpoint."
-    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     max_length: int | None = Field(
-        None,
-        ge=16,
-        title="max_length",
-        description="Longest conversation in tokens; the model's context by default.",
+        None, ge=16, title="max_length", description="Longest conversation in tokens; the model's context by default."
     )
     temperature: float | None = Field(
         None,
@@ -93,34 +72,26 @@ class Job(BaseModel):
         None, gt=0, le=5, title="repetition_penalty", description="Default for applications."
     )
     evaluation_set: Path | None = Field(
-        None,
-        title="Evaluation set",
-        description="JSONL or CSV of questions and expected answers; general knowledge by default.",
+        None, description="JSONL or CSV of questions and expected answers; general knowledge by default."
     )
-    perplexity_text: Path | None = Field(
-        None, title="Perplexity text", description="UTF-8 text; Python's language reference by default."
-    )
+    perplexity_text: Path | None = Field(None, description="UTF-8 text; Python's language reference by default.")
     matcher: str | None = Field(
         None,
-        title="Matcher",
         description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
         pattern=MATCHER_PATTERN,
     )
     policy: Path | None = Field(
-        None,
-        title="Policy",
-        description="Gates and objective of the choice (TOML or YAML); see slmops/selection/policy.toml.",
+        None, description="Gates and objective of the choice (TOML or YAML); see slmops/selection/policy.toml."
     )
     prompt_lengths: list[Annotated[int, Field(ge=16)]] = Field(
         default=[32, 128, 512, 1024],
         min_length=1,
-        title="Prompt lengths",
         description="Prompt tokens at which speed is measured; those that the context has no room for are left out.",
     )
     output_lengths: list[Annotated[int, Field(ge=2, le=4096)]] = Field(
-        default=[16], min_length=1, title="Output lengths", description="Tokens to generate for each prompt length."
+        default=[16], min_length=1, description="Tokens to generate for each prompt length."
     )
-    quick: bool = Field(False, title="Quick", description="Fewer repetitions: rougher figures, sooner.")
+    quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
 
     @property
     def label(self) -> str:

@@ -49,7 +49,9 @@ HEADLINE_METRICS = (
 class Frozen(BaseModel):
     """Base of all values: they cannot be changed, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", field_title_generator=lambda name, _: name.replace("_", " ").capitalize()
+    )
 
 
 def to_name(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from tabulate import tabulate
 
 from slmops.core.errors import EvaluationError, GateError
@@ -30,15 +30,13 @@ SLACK = 1e-9  # 0.8 - 0.7 is no more than 0.1
 _Times = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class Remeasure(BaseModel):
+class Remeasure(Frozen):
     """Measure what is deployed once more, the way a device gets it, and compare with what was recorded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    name: Name = Field(title="Name", description="The model's name in the registry.")
-    version: Name | None = Field(
-        None, title="Version", description="An alias or a number in the registry; the champion by default."
-    )
+    name: Name = Field(description="The model's name in the registry.")
+    version: Name | None = Field(None, description="An alias or a number in the registry; the champion by default.")
     max_slowdown: _Times = Field(
         1.15, title="Slowdown", description="How many times slower than recorded each figure of speed may be."
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.settings import Settings
@@ -24,19 +24,13 @@ ENDS = 10
 """The memory at the start, and at the end, is the median over so many requests."""
 
 
-class Soak(BaseModel):
+class Soak(Frozen):
     """Ask a variant many times and see whether its memory grows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str | None = Field(None, title="Name", description="The model; that of the latest comparison by default.")
-    variant: str | None = Field(None, title="Variant", description="The variant; the chosen one by default.")
-    champion: bool = Field(
-        False, title="Champion", description="Soak what is deployed, the way a device gets it from the registry."
-    )
-    requests: int = Field(
-        300, ge=30, title="Requests", description="Requests to send after a warm-up of a tenth of them, at least 20."
-    )
+    name: str | None = Field(None, description="The model; that of the latest comparison by default.")
+    variant: str | None = Field(None, description="The variant; the chosen one by default.")
+    champion: bool = Field(False, description="Soak what is deployed, the way a device gets it from the registry.")
+    requests: int = Field(300, ge=30, description="Requests to send after a warm-up of a tenth of them, at least 20.")
     max_kb_per_request: float = Field(
         10,
         gt=0,

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from slmops.conversion.store import files_of
 from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, VariantFile
@@ -115,22 +115,16 @@ class Promoted(Frozen):
         return f"{label} is the champion now{replaced}."
 
 
-class Promotion(BaseModel):
+class Promotion(Frozen):
     """Deploy a version of a model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Name = Field(title="Name", description="The model's name in the registry.")
-    precision: Name | None = Field(
-        None, title="Precision", description="Its newest version of this precision; the chosen one by default."
-    )
-    version: int | None = Field(None, ge=1, title="Version", description="This version of the registry.")
+    name: Name = Field(description="The model's name in the registry.")
+    precision: Name | None = Field(None, description="Its newest version of this precision; the chosen one by default.")
+    version: int | None = Field(None, ge=1, description="This version of the registry.")
     force: Annotated[str, StringConstraints(strip_whitespace=True, min_length=3)] | None = Field(
-        None, title="Force", description="Promote even what a gate refuses; the reason, which is recorded."
+        None, description="Promote even what a gate refuses; the reason, which is recorded."
     )
-    approval: bool = Field(
-        False, title="Approval", description="Wait until a person has looked and decided on the Prefect page."
-    )
+    approval: bool = Field(False, description="Wait until a person has looked and decided on the Prefect page.")
     approval_timeout_s: int = Field(
         86400, ge=1, title="Approval timeout", description="Seconds to wait for that decision."
     )

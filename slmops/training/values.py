@@ -35,41 +35,25 @@ class LoraSettings(Frozen):
         0.0, ge=0, lt=1, title="LoRA dropout", description="Share of the adapter's inputs that each step drops."
     )
     learning_rate: float = Field(
-        1e-3,
-        gt=0,
-        le=1,
-        title="Learning rate",
-        description="Maximum, reached after a short warm-up. It then falls to zero.",
+        1e-3, gt=0, le=1, description="Maximum, reached after a short warm-up. It then falls to zero."
     )
-    epochs: float = Field(3, gt=0, le=1000, title="Epochs", description="Passes over the training items.")
+    epochs: float = Field(3, gt=0, le=1000, description="Passes over the training items.")
     minutes: float | None = Field(
-        None,
-        gt=0,
-        title="Minutes",
-        description="Time budget instead of epochs. A resumed training is then not bit-equal.",
+        None, gt=0, description="Time budget instead of epochs. A resumed training is then not bit-equal."
     )
-    batch_size: int = Field(4, ge=1, le=1024, title="Batch size", description="Items per step.")
+    batch_size: int = Field(4, ge=1, le=1024, description="Items per step.")
     max_tokens: int = Field(
         512, ge=16, title="Longest item", description="Tokens allowed per item, chat template included."
     )
     validation_share: float = Field(
-        0.1,
-        gt=0,
-        lt=0.5,
-        title="Validation share",
-        description="Share of the training items used for the validation loss.",
+        0.1, gt=0, lt=0.5, description="Share of the training items used for the validation loss."
     )
-    evaluations: int = Field(
-        3, ge=1, le=100, title="Evaluations", description="Validations, and saved states, per epoch."
-    )
-    patience: int = Field(
-        3, ge=1, le=100, title="Patience", description="Stop after this many validations without a better loss."
-    )
+    evaluations: int = Field(3, ge=1, le=100, description="Validations, and saved states, per epoch.")
+    patience: int = Field(3, ge=1, le=100, description="Stop after this many validations without a better loss.")
     seed: int = Field(
         0,
         ge=0,
         le=2**31,
-        title="Seed",
         description="Of order, initial weights and dropout. The same seed and data give the same weights.",
     )
 
@@ -89,39 +73,29 @@ class Retrain(Frozen):
         "artifact URI, mlflow-dataset:NAME for an MLflow dataset, or 'demo'.",
     )
     evaluation_set: Path | None = Field(
-        None,
-        title="Evaluation set",
-        description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data.",
+        None, description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."
     )
-    name: Name | None = Field(
-        None, title="Name", description="Name in MLflow and Foundry Local. Default: the base model's own name."
-    )
+    name: Name | None = Field(None, description="Name in MLflow and Foundry Local. Default: the base model's own name.")
     training: LoraSettings = Field(LoraSettings(), title="Fine-tuning", description="How the adapter is trained.")
     leak_similarity: float = Field(
         0.8,
         gt=0,
         le=1,
-        title="Leak similarity",
         description="Similarity (Jaccard, of 5-grams of words) at which a training item counts as a copy of an "
         "evaluation item.",
     )
     precision: list[Precision] = Field(
         default=["fp32", "int8", "int4"], title="Precisions", description="Variants to make. fp32 is always made."
     )
-    policy: Path | None = Field(None, title="Policy", description="TOML file with the gates and the objective.")
+    policy: Path | None = Field(None, description="TOML file with the gates and the objective.")
     matcher: str | None = Field(
         None,
-        title="Matcher",
         description="Your Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
         pattern=MATCHER_PATTERN,
     )
-    quick: bool = Field(False, title="Quick", description="Fewer repetitions: results come sooner and are less exact.")
-    approval: bool = Field(
-        False, title="Approval", description="Wait until a person has decided on the promotion on the Prefect page."
-    )
-    serve: bool = Field(
-        False, title="Serve", description="Start the service on this machine if the model is not served yet."
-    )
+    quick: bool = Field(False, description="Fewer repetitions: results come sooner and are less exact.")
+    approval: bool = Field(False, description="Wait until a person has decided on the promotion on the Prefect page.")
+    serve: bool = Field(False, description="Start the service on this machine if the model is not served yet.")
     watch_s: int = Field(
         60,
         ge=0,
@@ -154,7 +128,7 @@ class Retrain(Frozen):
 class News(Frozen):
     """Look for new training data of a model, or for new versions of it."""
 
-    name: Name = Field(title="Name", description="The model's name in the registry.")
+    name: Name = Field(description="The model's name in the registry.")
     data: str | None = Field(
         None,
         min_length=1,
@@ -163,9 +137,7 @@ class News(Frozen):
         "versions are looked for.",
     )
     evaluation_set: Path | None = Field(
-        None,
-        title="Evaluation set",
-        description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data.",
+        None, description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."
     )
 
 

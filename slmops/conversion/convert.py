@@ -197,22 +197,20 @@ def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made:
     """The recipe's workflow with what belongs to this run: input, output, cache, log level, trust."""
     model = {"type": "HfModel", **recipe.config.get("input_model", {}), "model_path": str(checkpoint.path)}
     model["load_kwargs"] = {**model.get("load_kwargs", {}), "trust_remote_code": job.trust_remote_code}
+    passes = dict(recipe.config["passes"])
+    for name, step in passes.items():
+        if step["type"].lower() == "modelbuilder":  # it runs code that comes with a checkpoint, unless told not to
+            options = {**(step.get("extra_options") or {}), "hf_remote": job.trust_remote_code}
+            passes[name] = {**step, "extra_options": options}
     return {
         **recipe.config,
         "input_model": model,
-        "passes": {name: _trust(step, job.trust_remote_code) for name, step in recipe.config["passes"].items()},
+        "passes": passes,
         "output_dir": str(made),
         "cache_dir": str(work / "cache"),
         "no_artifacts": True,
         "log_severity_level": _SEVERITY[job.log_level],
     }
-
-
-def _trust(step: dict[str, Any], trusted: bool) -> dict[str, Any]:
-    # ModelBuilder runs code that comes with a checkpoint, unless it is told not to.
-    if step["type"].lower() != "modelbuilder":
-        return step
-    return {**step, "extra_options": {**(step.get("extra_options") or {}), "hf_remote": trusted}}
 
 
 def _environment(work: Path, *, offline: bool) -> dict[str, str]:

@@ -40,7 +40,7 @@ def inspect(model: Path, parameters: int) -> Weights:
         parameters: Number of weights of the checkpoint, the divisor of bits per weight.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
-    tensors = {t.name: t for t in graph.initializer if not _is_rotary_table(t.name)}
+    tensors = {t.name: t for t in graph.initializer if "cos_cache" not in t.name and "sin_cache" not in t.name}
     made_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
     by_bits: Counter[str] = Counter()
     operators: Counter[str] = Counter()
@@ -50,16 +50,13 @@ def inspect(model: Path, parameters: int) -> Weights:
         if node.op_type not in _PACKED:
             continue
         weight_at, scales_at = _PACKED[node.op_type]
-        attributes = {a.name: a.i for a in node.attribute}
-        bits = attributes.get("bits", _DEFAULT_BITS)
+        bits = next((a.i for a in node.attribute if a.name == "bits"), _DEFAULT_BITS)
         operators[f"{node.op_type} {bits} bit"] += 1
         overhead.update(node.input[i] for i in scales_at if i < len(node.input))
-        name = node.input[weight_at]
-        name = made_from.get(name, name)
+        name = made_from.get(node.input[weight_at], node.input[weight_at])
         if name in tensors and name not in packed:
             packed.add(name)
-            tensor = tensors[name]
-            by_bits[str(bits)] += _bytes(tensor) * 8 // bits
+            by_bits[str(bits)] += _bytes(tensors[name]) * 8 // bits
     for name, tensor in tensors.items():
         if name in packed or name in overhead or len(tensor.dims) < 2:  # norms and biases are vectors
             continue
@@ -92,10 +89,6 @@ def check(weights: Weights, recipe: Recipe) -> None:
         raise ConversionError(
             f"{recipe.name}: the weights should have {recipe.bits} bits, but there are {found or 'none at all'}."
         )
-
-
-def _is_rotary_table(name: str) -> bool:
-    return "cos_cache" in name or "sin_cache" in name
 
 
 def _bytes(tensor: TensorProto) -> int:

@@ -103,17 +103,15 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
         for kind, name, known in (("field", condition.field, FIELDS), ("operator", condition.operator, OPERATORS)):
             if name not in known:
                 raise UsageError(f"This catalog has no filter {kind} {name[:100]!r}. It has {', '.join(known)}.")
-    found = [entry for entry in entries if all(_satisfies(entry, condition) for condition in query.filters)]
-    first_index = int(query.continuation_token or 0)
-    last_index = first_index + query.page_size
-    page: dict[str, Any] = {"value": [_entity(entry) for entry in found[first_index:last_index]]}
-    if last_index < len(found):
-        page["continuationToken"] = str(last_index)
-    return json.dumps(page).encode()
-
-
-def _satisfies(entry: Entry, condition: Filter) -> bool:
-    return OPERATORS[condition.operator](set(condition.values), FIELDS[condition.field](entry))
+    found = [
+        entry
+        for entry in entries
+        if all(OPERATORS[one.operator](set(one.values), FIELDS[one.field](entry)) for one in query.filters)
+    ]
+    begin = int(query.continuation_token or 0)
+    end = begin + query.page_size
+    more = {"continuationToken": str(end)} if end < len(found) else {}
+    return json.dumps({"value": [_entity(entry) for entry in found[begin:end]], **more}).encode()
 
 
 def _entity(entry: Entry) -> dict[str, Any]:

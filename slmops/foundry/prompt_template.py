@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 
 from pydantic import Field
 
@@ -40,6 +41,7 @@ _SPECIAL_CONTENTS = {
     "contents with outer blanks": [f" \n{text}\n " for text in _CONTENTS[0]],
     "contents with <think> blocks": [f"<think>\nhm\n</think>\n\n{text}" for text in _CONTENTS[0]],
 }
+_quoted = partial(json.dumps, ensure_ascii=False)
 _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6)
 _KINDS: dict[str, Callable[[Shape], bool]] = {
     "all conversations": lambda _: True,
@@ -202,10 +204,6 @@ def _cause(strings: Mapping[str, str], pairs: Sequence[tuple[Sequence[ChatMessag
     at = next((at for at, pair in enumerate(zip(text, got, strict=False)) if len(set(pair)) > 1), len(got))
     theirs, ours = (_quoted(each[max(at - 20, 0) : at + 30]) for each in (text, got))
     return "differ: the chat template writes ", f"{theirs} where PromptTemplate writes {ours}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _kind(shapes: Collection[Shape], among: Collection[Shape]) -> str:

@@ -41,7 +41,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
     catalog = runtime.local_catalog(runtime.manager(request.home))
     try:
         model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
-        if request.foundry_id not in _ids(catalog):
+        if request.foundry_id not in {one.id for listed in catalog.list_models() for one in (listed, *listed.variants)}:
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
         model.load()
         for prompt in PROMPTS:
@@ -57,10 +57,6 @@ def handle(request: RegisterRequest) -> RegisterResult:
             raise
         raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
     return RegisterResult(answer=reply.text)
-
-
-def _ids(catalog: Any) -> set[str]:
-    return {variant.id for model in catalog.list_models() for variant in (model, *model.variants)}
 
 
 def forget(catalog: Any, foundry_id: str) -> None:

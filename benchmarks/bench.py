@@ -22,7 +22,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
 from slmops.core.values import Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed, speed_worker
-from slmops.foundry.stage import Staged, stage
+from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 from slmops.report import tables
 

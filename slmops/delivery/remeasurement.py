@@ -24,9 +24,9 @@ from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
+from slmops.foundry.layout import stage
 from slmops.foundry.register import register_folder
 from slmops.foundry.register_worker import RegisterRequest
-from slmops.foundry.stage import stage
 from slmops.foundry.versions import Installed
 
 log = logging.getLogger(__name__)

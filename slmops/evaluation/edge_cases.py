@@ -16,7 +16,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
 from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase
-from slmops.foundry.stage import Staged, stage
+from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 
 CONTEXT = 256

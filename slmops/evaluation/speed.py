@@ -21,7 +21,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Registration, Variant
 from slmops.evaluation import prompts, speed_worker
 from slmops.evaluation.speed_worker import Cell, Window
-from slmops.foundry.stage import Staged, stage
+from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 
 log = logging.getLogger(__name__)

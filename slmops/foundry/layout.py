@@ -1,15 +1,19 @@
-"""The folder that Foundry Local reads: a variant's files, ``inference_model.json`` and the search settings."""
+"""The folder that Foundry Local reads: a variant's files, ``inference_model.json`` and the search settings.
+
+A variant is placed once to be used, and staged with other settings to be measured.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, link_or_copy, sha256, write_atomic
 from slmops.core.job import Job
-from slmops.core.values import MANIFEST, Variant, VariantFile
+from slmops.core.values import MANIFEST, Frozen, Registration, Variant, VariantFile
 from slmops.foundry.prompt_template import Derived
 
 PUBLISHER = "slmops"
@@ -114,3 +118,44 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return data
+
+
+class Staged(Frozen):
+    """Where a staged variant is; the user's Foundry Local has nothing of it."""
+
+    home: Path
+    folder: Path
+    foundry_id: str
+    context_length: int
+
+
+def stage(
+    registration: Registration, home: Path, *, fixed_length: bool = False, context_length: int | None = None
+) -> Staged:
+    """Lay a variant out below ``home``, its files linked, its genai_config.json changed.
+
+    Args:
+        registration: The variant as it is deployed.
+        home: Foundry home to make, in place of an older one.
+        fixed_length: Answers do not end before their token limit. The runtime ignores a minimal length, so the
+            end-of-sequence token becomes the last id of the vocabulary (the largest that the runtime accepts), which is
+            never used in padded vocabularies and hardly ever in others.
+        context_length: A context length in tokens to pretend, at most the model's own.
+    """
+    shutil.rmtree(home, ignore_errors=True)
+    folder = home / "models" / PUBLISHER / registration.path.name
+    for file in registration.path.rglob("*"):
+        if file.is_file() and file.name != GENAI_CONFIG:
+            target = folder / file.relative_to(registration.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(file, target)
+    config = json.loads((registration.path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    model, search = config["model"], config["search"]
+    if fixed_length:
+        model["eos_token_id"] = [model["vocab_size"] - 1]
+    context = model["context_length"]
+    if context_length is not None and context_length < context:
+        model["context_length"] = context = context_length
+        search["max_length"] = min(search.get("max_length", context), context)
+    write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
+    return Staged(home=home, folder=folder, foundry_id=registration.foundry_id, context_length=context)

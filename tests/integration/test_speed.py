@@ -17,8 +17,8 @@ from slmops.core.values import Registration, Variant
 from slmops.evaluation import prompts, speed, speed_worker, summary
 from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell
+from slmops.foundry.layout import stage
 from slmops.foundry.register import register
-from slmops.foundry.stage import stage
 from slmops.processes import children
 from tests import making
 from tests.measured import answer, quality

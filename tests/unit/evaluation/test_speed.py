@@ -20,7 +20,7 @@ from slmops.core.values import Registration, Variant
 from slmops.evaluation import speed, speed_worker
 from slmops.evaluation.speed import Speed
 from slmops.evaluation.speed_worker import Window
-from slmops.foundry.stage import Staged
+from slmops.foundry.layout import Staged
 from slmops.processes.children import Finished
 from tests.measured import turn, word_tokenizer
 from tests.values import variant

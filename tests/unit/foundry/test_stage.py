@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slmops.core.values import Registration
-from slmops.foundry.stage import Staged, stage
+from slmops.foundry.layout import Staged, stage
 
 CONFIG: dict[str, Any] = {
     "model": {

@@ -14,12 +14,12 @@ from prefect.flow_engine import run_flow
 from pydantic import BaseModel
 
 
-def start(flow: Flow[..., Any], request: BaseModel) -> UUID:
+def start(flow: Flow[..., Any], request: BaseModel, name: str | None = None) -> UUID:
     """A run that waits for a worker, as the Run button makes one."""
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(client.create_flow(flow), name=flow.name)
         parameters = {"request": request.model_dump(mode="json", exclude_unset=True)}
-        return client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+        return client.create_flow_run_from_deployment(deployment, parameters=parameters, name=name).id
 
 
 def work(flow: Flow[..., Any], run: UUID) -> Any:

@@ -28,6 +28,7 @@ from tests import prefect_api, retraining, values
 
 pytestmark = pytest.mark.integration
 
+TRIGGER = "retrain on new data"
 SEEN = "slmops_seen_ticket_45_router"
 
 
@@ -92,16 +93,14 @@ def test_what_a_user_has_set_stays(api: httpx.Client, servers: Stack) -> None:
     path = f"deployments/{before['id']}"
     assert api.patch(path, json={"parameters": mine}).status_code == 204
     assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
-    switch_on(api, "retrain on new data")
+    switch_on(api)
     make_older(api)
     register(servers)
     after = deployments(api)["retrain"]
     assert after["version"] != "older"
     assert after["parameters"] == mine
     assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
-    assert {one["name"] for one in api.post("automations/filter", json={}).json() if one["enabled"]} == {
-        "retrain on new data"
-    }
+    assert {one["name"] for one in triggers(api) if one["enabled"]} == {TRIGGER}
 
 
 def test_a_limit_of_an_older_version_goes(api: httpx.Client, servers: Stack) -> None:
@@ -113,17 +112,21 @@ def test_a_limit_of_an_older_version_goes(api: httpx.Client, servers: Stack) -> 
     assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
 
 
-def test_a_deployment_of_the_same_name_stays_somebody_elses(api: httpx.Client, servers: Stack) -> None:
-    theirs = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
-    mine = deployments(api)["retrain"]["parameters"]
-    made = api.post("deployments/", json={**theirs, "version": "1", "parameters": {"request": "theirs"}}).json()
+def test_what_is_called_the_same_stays_somebody_elses(api: httpx.Client, servers: Stack) -> None:
+    switch_on(api)
+    ours, [trigger] = deployments(api)["retrain"], [one for one in triggers(api) if one["name"] == TRIGGER]
+    flow = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
+    theirs = api.post("deployments/", json={**flow, "version": "1", "parameters": {"request": "theirs"}}).json()
+    off = {"name": TRIGGER, "enabled": False, "trigger": trigger["trigger"], "actions": [{"type": "do-nothing"}]}
+    switched_off = f"automations/{api.post('automations/', json=off).json()['id']}"
     make_older(api)
     register(servers)
-    assert deployments(api)["retrain"]["parameters"] == mine
-    path = f"deployments/{made['id']}"
-    assert api.get(path).json()["updated"] == made["updated"]
+    assert deployments(api)["retrain"]["parameters"] == ours["parameters"]
+    path = f"deployments/{theirs['id']}"
+    assert api.get(path).json()["updated"] == theirs["updated"]
+    assert not api.get(switched_off).json()["enabled"]
     assert register(servers) == ""  # with theirs there, too, nothing has changed
-    assert api.delete(path).status_code == 204
+    assert {api.delete(one).status_code for one in (path, switched_off)} == {204}
 
 
 def test_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> None:
@@ -135,7 +138,7 @@ def test_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> No
 
 
 def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path: Path) -> None:
-    switch_on(api, "retrain on new data")
+    switch_on(api)
     data = retraining.write_data(tmp_path / "data")
     news, told = News(name="ticket-router", data=str(data)), ["slmops.data.ticket-router"]
     assert look_for_news(news) == []  # at the first look nothing is new
@@ -161,9 +164,14 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     assert look_for_news(news) == []
 
 
-def switch_on(api: httpx.Client, trigger: str) -> None:
-    """What Prefect's page does when a switch is flipped."""
-    [found] = [one for one in api.post("automations/filter", json={}).json() if one["name"] == trigger]
+def triggers(api: httpx.Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api.post("automations/filter", json={}).json()
+    return found
+
+
+def switch_on(api: httpx.Client) -> None:
+    """What Prefect's page does when the switch of our trigger is flipped."""
+    [found] = [one for one in triggers(api) if one["name"] == TRIGGER]
     assert api.patch(f"automations/{found['id']}", json={"enabled": True}).status_code == 204
 
 

@@ -164,7 +164,7 @@ def test_a_second_promotion_at_the_same_time_is_told(bot: Bot) -> None:
 
 def test_a_person_decides(bot: Bot) -> None:
     bot.add(0.8)
-    run = deployed.start(promote, Promotion(name=bot.name, approval=True))
+    run = deployed.start(promote, Promotion(name=bot.name, approval=True), name="for Monday")
     assert deployed.work(promote, run) is None
     assert deployed.state(run).name == "Suspended"  # no process waits
     assert bot.champion is None
@@ -176,6 +176,7 @@ def test_a_person_decides(bot: Bot) -> None:
     assert deployed.work(promote, run).version == 1
     assert bot.registry.find(bot.name, "1").tags["slmops.approved"] == "I have looked"
     assert bot.champion == 1
+    assert last("promote").name == "for Monday"
 
 
 def test_a_person_says_no(bot: Bot) -> None:

@@ -17,6 +17,7 @@ from flows.approval import check_can_wait
 from flows.optimize import optimize
 from flows.promote import make_champion
 from flows.running import named, plainly, turn
+from slmops import preflight
 from slmops.core.errors import GateError, ServingError, SlmopsError, TrackingError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -54,6 +55,7 @@ def retrain(request: Retrain) -> Retrained:
     settings = Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
     check_can_wait(approval=request.approval)
+    preflight.check(_job(request, request.model), settings)
     check_environment(settings)
     uri = stack.tracking_uri(settings)
     checkpoint = get_checkpoint(_job(request, request.model), settings, uri)

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from prefect import resume_flow_run
 
 from flows.retrain import retrain
-from slmops.core.errors import DataError, PrerequisiteError, TrainingError
+from slmops.core.errors import DataError, PrerequisiteError, TrainingError, UsageError
 from slmops.core.settings import Settings
 from slmops.serving import home_service
 from slmops.tracking.registry import Registry
@@ -158,6 +158,14 @@ def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first:
     assert (result.outcome, result.accuracy["base"].value, result.accuracy["finetuned"].value) == ("refused", 1, 0)
     assert "convert and measure" not in result.seconds
     assert champion(settings) == first.version
+
+
+def test_bad_input_stops_it_before_any_work(model: Path, folder: Path) -> None:
+    asked = retraining.request(model, folder / "data", NAME, policy=folder / "no.toml", matcher="no.py:right")
+    with pytest.raises(UsageError) as caught:
+        retrain(asked)
+    assert "no.toml" in caught.value.message
+    assert "no.py" in caught.value.message  # all that is wrong is said at once
 
 
 @pytest.mark.parametrize(

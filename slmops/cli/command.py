@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import cyclopts
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgumentError, UnusedCliTokensError
 
 from slmops.cli import terminal
-from slmops.core.errors import PrerequisiteError, SlmopsError
+from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
 
 INTERRUPTED = 130
+Location = Sequence[int | str]
 
 COMMANDS = {
     "run": ("jobs", "Convert, register, measure and compare a checkpoint."),
@@ -68,10 +70,8 @@ def run(argv: Sequence[str]) -> int:
         return code if isinstance(code, int) else 0
     except SlmopsError as error:
         return _report(error)
-    except cyclopts.CycloptsError as error:
-        from slmops.cli.usage import wrong_usage
-
-        return _report(wrong_usage(error))
+    except CycloptsError as error:
+        return _report(UsageError(_said(error), "See `slmops --help`."))
     except KeyboardInterrupt:
         terminal.say("interrupted")
         return INTERRUPTED
@@ -126,13 +126,15 @@ def _unexpected(error: Exception) -> int:
     """Something that a command did not expect: settings or a home that cannot be used, or a bug."""
     from pydantic import ValidationError
 
-    from slmops.cli.usage import wrong_settings
     from slmops.core.settings import Settings
+    from slmops.core.validation import problems
 
     try:
         settings = Settings()
     except ValidationError as wrong:
-        return _report(wrong_settings(wrong))
+        return _report(
+            UsageError("\n".join(problems(wrong, name=_variable, got=True)), "Correct the environment or .env.")
+        )
     if isinstance(error, OSError) and _of_home(error, settings.home):
         what = f"{error.filename} cannot be used: {error.strerror}."
         return _report(PrerequisiteError(what, "Set SLMOPS_HOME to a folder that you can write to."))
@@ -158,3 +160,38 @@ def _of_home(error: OSError, home: Path) -> bool:
         return False
     path = Path(os.fsdecode(error.filename))
     return path.is_relative_to(home) or home.is_relative_to(path)
+
+
+def _said(error: CycloptsError) -> str:
+    """What is wrong with a command line, in the user's words."""
+    from pydantic import ValidationError
+
+    from slmops.core.validation import KINDS, problems
+
+    cause = error.__cause__
+    if isinstance(cause, ValidationError):
+        return "\n".join(problems(cause, name=_flag, got=True))
+    name = error.argument.name if error.argument else ""
+    match error:
+        case RepeatArgumentError():
+            return f"{error.token.keyword} is given more than once."
+        case UnusedCliTokensError():
+            return f"There are too many arguments: {' '.join(error.unused_tokens or ())}."
+        case MissingArgumentError() if error.keyword:
+            return f"{error.keyword} needs a value."
+        case MissingArgumentError():
+            return f"`slmops {' '.join(error.command_chain or ())}` needs {name}."
+        case CoercionError() if error.token is not None and error.target_type is not None:
+            kind = KINDS.get(error.target_type.__name__, "something else")
+            return f"{name} must be {kind} (got {error.token.value!r})."
+        case _:
+            return str(error)
+
+
+def _flag(location: Location) -> str:
+    names = [part.replace("_", "-") for part in location if isinstance(part, str)]
+    return f"--{'.'.join(names)}" if names else ""
+
+
+def _variable(location: Location) -> str:
+    return "SLMOPS_" + ".".join([str(location[0]).upper(), *map(str, location[1:])]) if location else ""

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from pydantic import TypeAdapter, ValidationError
 
 from slmops.cli.prefect import hand_over, prefect_running
-from slmops.cli.terminal import output, show
+from slmops.cli.terminal import Flat, Json, Model, output, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
@@ -19,18 +19,26 @@ from slmops.local import stack
 from slmops.serving.limits import Serve
 
 CATALOG_PORT = 8090
-Source = Annotated[str | None, Parameter(name="--from")]
+NOTES = ("withdrawn", "forced")
+Source = Annotated[
+    str | None, Parameter(name="--from", help="MLflow tracking server; the one that runs here by default.")
+]
+Reference = Annotated[
+    str,
+    Parameter(
+        help="NAME, NAME@ALIAS or NAME@VERSION. NAME alone is the champion; on a device on which that does not run, it "
+        "is a version that was accepted with the champion and runs there."
+    ),
+]
+Host = Annotated[
+    str,
+    Parameter(help="Address to listen at. Everybody who can reach it can read names and sizes of the models."),
+]
 _SERVE = Serve()
 
 
-def promote(promotion: Annotated[Promotion, Parameter(name="*")], /, *, json: bool = False) -> int:
-    """Make a version of a model the champion, if it is not worse than the one that is.
-
-    Parameters
-    ----------
-    json
-        Print the result as JSON.
-    """
+def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> int:
+    """Make a version of a model the champion, if it is not worse than the one that is."""
     with prefect_running() as servers:
         from flows.promote import promote
 
@@ -51,16 +59,8 @@ def _check_gates(request: Promotion, uri: str) -> None:
         raise refused
 
 
-def rollback(name: str, /, *, json: bool = False) -> int:
-    """Make the previous champion the champion again; a second rollback takes it back.
-
-    Parameters
-    ----------
-    name
-        The model.
-    json
-        Print the result as JSON.
-    """
+def rollback(name: Model, /, *, json: Json = False) -> int:
+    """Make the previous champion the champion again; a second rollback takes it back."""
     _check(name)
     with prefect_running():
         from flows.promote import rollback
@@ -69,14 +69,8 @@ def rollback(name: str, /, *, json: bool = False) -> int:
     return 0
 
 
-def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SERVE) -> int:
-    """Serve the champion of a model, and each newer one, over an OpenAI-compatible API.
-
-    Parameters
-    ----------
-    name
-        The model.
-    """
+def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> int:
+    """Serve the champion of a model, and each newer one, over an OpenAI-compatible API."""
     from slmops.serving import service
 
     _check(name)
@@ -90,19 +84,8 @@ def serve(name: str, /, *, options: Annotated[Serve, Parameter(name="*")] = _SER
     return 0
 
 
-def pull(reference: str, /, *, source: Source = None, json: bool = False) -> int:
-    """Fetch a deployed version onto this device, verify it and register it in Foundry Local.
-
-    Parameters
-    ----------
-    reference
-        NAME, NAME@ALIAS or NAME@VERSION. NAME alone is the champion; on a device on which that does not run, it is a
-        version that was accepted with the champion and runs there.
-    source
-        MLflow tracking server; the one that runs here by default.
-    json
-        Print the result as JSON.
-    """
+def pull(reference: Reference, /, *, source: Source = None, json: Json = False) -> int:
+    """Fetch a deployed version onto this device, verify it and register it in Foundry Local."""
     from slmops.delivery import pull as pulling
 
     settings = Settings()
@@ -112,18 +95,8 @@ def pull(reference: str, /, *, source: Source = None, json: bool = False) -> int
     return 0
 
 
-def catalog(*, source: Source = None, host: str = "127.0.0.1", port: int = CATALOG_PORT) -> int:
-    """Offer the promoted models to Foundry Local applications as a private catalog.
-
-    Parameters
-    ----------
-    source
-        MLflow tracking server; the one that runs here by default.
-    host
-        Address to listen at. There is no token: everybody who can reach it can read names and sizes of the models.
-    port
-        Port to listen at.
-    """
+def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = CATALOG_PORT) -> int:
+    """Offer the promoted models to Foundry Local applications as a private catalog."""
     from slmops.delivery import catalog as offering
 
     offering.serve(source or stack.tracking_uri(Settings()), host, port)
@@ -155,17 +128,12 @@ def versions(name: str, *, json: bool) -> int:
             one.tags.get("slmops.gates", ""),
             f"{one.created:%Y-%m-%d %H:%M}",
             ", ".join(alias for alias in one.aliases if alias != one.variant),
-            _note(one.tags),
+            "; ".join(f"{key}: {said}" for key in NOTES if (said := one.tags.get(f"slmops.{key}"))),
         ]
         for one in found
     ]
     output(tabulate(cells, headers=headers, disable_numparse=True))
     return 0
-
-
-def _note(tags: dict[str, str]) -> str:
-    notes = (("withdrawn", tags.get("slmops.withdrawn")), ("forced", tags.get("slmops.forced")))
-    return next((f"{what}: {said}" for what, said in notes if said), "")
 
 
 def _show(promoted: Promoted, *, json: bool) -> None:

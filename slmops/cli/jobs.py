@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from slmops import preflight
 from slmops.cli.prefect import hand_over, prefect_running
-from slmops.cli.terminal import say, show
+from slmops.cli.terminal import Flat, Json, say, show
 from slmops.core.errors import SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -24,34 +24,23 @@ from slmops.training import outcome
 from slmops.training.values import Retrain, Retrained
 
 FlowResult = Comparison | Retrained | SoakResult | Remeasured
-JobFile = Annotated[Path | None, Parameter(name="--job")]
+JobFile = Annotated[
+    Path | None, Parameter(name="--job", help="TOML or YAML file with any of these options; flags win.")
+]
+Latest = Annotated[str | None, Parameter(help="The model; that of the latest comparison by default.")]
+Quick = Annotated[bool, Parameter(help="Fewer repetitions: rougher figures, sooner.")]
+Demo = Annotated[bool, Parameter(help="A real small model learns to route support tickets, and is served.")]
 _SOAK = Soak()
 
 
-def run(*, job: Annotated[Job, Parameter(name="*")], job_file: JobFile = None, json: bool = False) -> int:
-    """Convert, register, measure and compare a checkpoint.
-
-    Parameters
-    ----------
-    job_file
-        TOML or YAML file with any of these options; flags win.
-    json
-        Print the comparison as JSON.
-    """
+def run(*, job: Annotated[Job, Flat], job_file: JobFile = None, json: Json = False) -> int:
+    """Convert, register, measure and compare a checkpoint."""
     del job_file  # read before the flags are parsed
     return _run(job, json=json)
 
 
-def demo(*, quick: bool = False, json: bool = False) -> int:
-    """Run the whole job on a real small model that comes as a package.
-
-    Parameters
-    ----------
-    quick
-        Fewer repetitions: rougher figures, sooner.
-    json
-        Print the comparison as JSON.
-    """
+def demo(*, quick: Quick = False, json: Json = False) -> int:
+    """Run the whole job on a real small model that comes as a package."""
     code = _run(Job(model="demo", quick=quick), json=json)
     say("Prefect and MLflow keep running until `slmops down`; `slmops up --worker` lets you start runs from Prefect.")
     return code
@@ -59,25 +48,16 @@ def demo(*, quick: bool = False, json: bool = False) -> int:
 
 def retrain(
     *,
-    request: Annotated[Retrain, Parameter(name="*")],
+    request: Annotated[Retrain, Flat],
     job_file: JobFile = None,
-    demo: bool = False,
-    json: bool = False,
+    demo: Demo = False,
+    json: Json = False,
 ) -> int:
     """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better.
 
     Does nothing if the data and the checkpoint are those of the last time.
 
     Ends with 3 if a gate refuses the result, or if it is rolled back.
-
-    Parameters
-    ----------
-    job_file
-        TOML or YAML file with any of these options; flags win.
-    demo
-        A real small model learns to route support tickets, and is served.
-    json
-        Print the result as JSON.
     """
     del job_file, demo  # read before the flags are parsed
     if request.approval:
@@ -86,16 +66,8 @@ def retrain(
     return _run_flow("retrain", request, json=json)
 
 
-def compare(name: str | None = None, /, *, json: bool = False) -> int:
-    """Print the latest comparison.
-
-    Parameters
-    ----------
-    name
-        The model; the latest of all by default.
-    json
-        Print it as JSON.
-    """
+def compare(name: Latest = None, /, *, json: Json = False) -> int:
+    """Print the latest comparison."""
     from slmops.tracking.tracker import Tracker
 
     _show(Tracker(stack.tracking_uri(Settings())).latest(name), None, json=json)
@@ -103,31 +75,23 @@ def compare(name: str | None = None, /, *, json: bool = False) -> int:
 
 
 def soak(
-    name: str | None = None, /, *, request: Annotated[Soak, Parameter(name="*")] = _SOAK, json: bool = False
+    name: Latest = None,
+    /,
+    *,
+    request: Annotated[Soak, Flat] = _SOAK,
+    json: Json = False,
 ) -> int:
     """Send a deployed variant many requests and see whether its memory grows.
 
     Ends with 3 unless it is proven that the memory does not grow faster than the limit.
-
-    Parameters
-    ----------
-    name
-        The model; that of the latest comparison by default.
-    json
-        Print the result as JSON.
     """
     return _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
 
 
-def remeasure(request: Annotated[Remeasure, Parameter(name="*")], /, *, json: bool = False) -> int:
+def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> int:
     """Measure what is deployed once more, as a device gets it.
 
     Ends with 3 if it is slower, needs more memory or answers worse than when it was evaluated.
-
-    Parameters
-    ----------
-    json
-        Print the result as JSON.
     """
     return _run_flow("remeasure", request, json=json)
 

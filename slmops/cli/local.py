@@ -9,28 +9,24 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from slmops.cli import deploy
-from slmops.cli.terminal import output, say
+from slmops.cli.terminal import Json, output, say
 from slmops.core.settings import Settings
 from slmops.local import stack
+
+Fix = Annotated[bool, Parameter(help="Install the tested set of packages first.")]
+GenaiCheckout = Annotated[
+    Path | None, Parameter(help="Build ONNX Runtime GenAI from this source checkout and install the wheel first.")
+]
+Worker = Annotated[bool, Parameter(help="Also register the deployments and start a worker that runs them.")]
 
 
 def doctor(
     *,
-    fix: bool = False,
-    build_genai: Annotated[Path | None, Parameter(name="--build-genai")] = None,
-    json: bool = False,
+    fix: Fix = False,
+    build_genai: GenaiCheckout = None,
+    json: Json = False,
 ) -> int:
-    """Check every prerequisite and say how to get what is missing.
-
-    Parameters
-    ----------
-    fix
-        Install the tested set of packages first.
-    build_genai
-        Build ONNX Runtime GenAI from this source checkout and install the wheel first.
-    json
-        Print the checks as JSON.
-    """
+    """Check every prerequisite and say how to get what is missing."""
     from slmops.local import doctor as checks
 
     settings = Settings()
@@ -48,14 +44,8 @@ def doctor(
     return 2 if any(check.status == "failure" for check in found) else 0
 
 
-def up(*, worker: bool = False) -> int:
-    """Start the local Prefect and MLflow servers.
-
-    Parameters
-    ----------
-    worker
-        Also register the deployments and start a worker, so that runs can be started from the Prefect page.
-    """
+def up(*, worker: Worker = False) -> int:
+    """Start the local Prefect and MLflow servers."""
     running = stack.up(Settings(), worker=worker)
     output(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
     return 0
@@ -72,16 +62,8 @@ def down() -> int:
     return 0
 
 
-def status(name: str | None = None, /, *, json: bool = False) -> int:
-    """Say what is running, or which versions of a model there are and which is deployed.
-
-    Parameters
-    ----------
-    name
-        The model.
-    json
-        Print it as JSON.
-    """
+def status(name: str | None = None, /, *, json: Json = False) -> int:
+    """Say what is running, or which versions of a model there are and which is deployed."""
     from slmops.serving import home_service
 
     if name is not None:

@@ -7,12 +7,19 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Value = TypeVar("Value", bound="BaseModel")
+
+Flat = Parameter(name="*")
+"""Each field of the model is an option."""
+Json = Annotated[bool, Parameter(help="Print the result as JSON.")]
+Model = Annotated[str, Parameter(help="The model.")]
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from slmops.tracking.client import KIND, Connection, or_none
 
@@ -35,12 +36,19 @@ from slmops.foundry.versions import (
     describe,
 )
 
-SHA256, LOCATION, LOGGED_MODEL = "slmops.manifest_sha256", "slmops.location", "slmops.logged_model"
-EVALUATION_RUN, JOB_RUN = "slmops.evaluation_run", "slmops.job_run"
-VARIANT, SIZE_MB, MEMORY_MB = "slmops.variant", "slmops.size_mb", "slmops.memory_mb"
-DEVICE, PROVIDER = "slmops.device", "slmops.provider"
-NEEDED = frozenset((SHA256, LOCATION, EVALUATION_RUN, JOB_RUN, VARIANT, SIZE_MB, MEMORY_MB, DEVICE, PROVIDER))
-"""Tags that a version cannot do without."""
+TAGS = {
+    "variant": "slmops.variant",
+    "location": "slmops.location",
+    "manifest_sha256": "slmops.manifest_sha256",
+    "size_mb": "slmops.size_mb",
+    "memory_mb": "slmops.memory_mb",
+    "device": "slmops.device",
+    "provider": "slmops.provider",
+    "run_id": "slmops.evaluation_run",
+    "job_id": "slmops.job_run",
+}
+"""Field of a version to the tag that has it; a version cannot do without them."""
+LOGGED_MODEL = "slmops.logged_model"
 OURS = {KIND: "model"}
 """The tags of a registered model that slmops made."""
 
@@ -66,7 +74,7 @@ class Registry(Connection):
             if model is None:
                 return []
             entries = self._client.search_model_versions(f"name = '{name}'")
-            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= NEEDED]
+            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= set(TAGS.values())]
             return sorted(made, key=lambda version: -version.version)
 
     def find(self, name: str, which: str) -> ModelVersion:
@@ -80,7 +88,8 @@ class Registry(Connection):
             if model is None:
                 known = ", ".join(self.models()) or "none"
                 raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
-            return self._version_of(model, which if _is_number(which) else model.aliases.get(which), which)
+            number = which if re.fullmatch("[1-9][0-9]*", which) else model.aliases.get(which)
+            return self._version_of(model, number, which)
 
     def newest(self, name: str, variant: str) -> ModelVersion:
         """The version that was made or evaluated last of those of a variant.
@@ -115,21 +124,28 @@ class Registry(Connection):
         The folder in Foundry Local is what gets uploaded, into the logged model of the run that ``result`` names.
         """
         with self._talking():
-            self._ensure(name)
+            model = self._model(name)
+            if model is None:
+                self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
+            elif not _is_ours(model):
+                problem = f"The registry has a model {name!r} that slmops did not make."
+                raise UsageError(problem, "Choose another name with --name.")
             manifest = describe(name, variant, registration)
+            outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
+            passed = f"passed {outcomes.count('pass')} of {len(outcomes)}"
             tags = {
-                VARIANT: variant.name,
+                "slmops.variant": variant.name,
                 "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
                 "slmops.key": variant.key,
                 "slmops.checkpoint_digest": variant.checkpoint.digest,
                 "slmops.source": variant.checkpoint.source,
-                SIZE_MB: f"{manifest.size_mb:.1f}",
-                MEMORY_MB: f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
-                DEVICE: manifest.device,
-                PROVIDER: manifest.provider,
-                "slmops.gates": _passed(result),
-                EVALUATION_RUN: result.run_id or "",
-                JOB_RUN: job_id,
+                "slmops.size_mb": f"{manifest.size_mb:.1f}",
+                "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
+                "slmops.device": manifest.device,
+                "slmops.provider": manifest.provider,
+                "slmops.gates": passed,
+                "slmops.evaluation_run": result.run_id or "",
+                "slmops.job_run": job_id,
             }
             known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
             if known is None:
@@ -137,7 +153,7 @@ class Registry(Connection):
             else:
                 number = str(known.version)
                 self._tag(name, number, tags)
-            said = f"{variant.name}, {manifest.size_mb:.1f} MB, {tags['slmops.gates']} gates"
+            said = f"{variant.name}, {manifest.size_mb:.1f} MB, {passed} gates"
             self._client.update_model_version(name, number, said)  # the one column of MLflow's list that is free
             if RESERVED.fullmatch(variant.name) is None:
                 self._client.set_registered_model_alias(name, variant.name, number)
@@ -208,10 +224,9 @@ class Registry(Connection):
         if entry is None:
             numbers = ", ".join(f"{one.version} ({one.variant})" for one in self.versions(model.name)) or "none"
             aliases = ", ".join(sorted(model.aliases)) or "none"
-            raise UsageError(
-                f"{model.name} has no version {which!r}.", f"Its versions: {numbers}; its aliases: {aliases}."
-            )
-        missing = sorted(NEEDED - entry.tags.keys())
+            fix = f"Its versions: {numbers}; its aliases: {aliases}."
+            raise UsageError(f"{model.name} has no version {which!r}.", fix)
+        missing = sorted(TAGS.values() - entry.tags.keys())
         if missing:
             raise UsageError(
                 f"Version {number} of {model.name} was not registered by slmops, or was altered: it has no "
@@ -227,15 +242,6 @@ class Registry(Connection):
                 return None
             return self._version_of(model, model.aliases[alias], alias)
 
-    def _ensure(self, name: str) -> None:
-        model = self._model(name)
-        if model is None:
-            self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
-        elif not _is_ours(model):
-            raise UsageError(
-                f"The registry has a model {name!r} that slmops did not make.", "Choose another name with --name."
-            )
-
     def _holds(self, version: ModelVersion, manifest: VersionManifest) -> bool:
         """Whether a version is of this content, its files still there."""
         if version.manifest_sha256 != manifest.sha256:
@@ -246,23 +252,27 @@ class Registry(Connection):
 
     def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:
         """Put the files into the run's logged model, the manifest last, and make that a version."""
-        run = self._client.get_run(tags[EVALUATION_RUN])
+        run = self._client.get_run(tags["slmops.evaluation_run"])
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         for file in manifest.files:
             below = PurePosixPath(file.name).parent
-            self._client.log_model_artifact(
-                logged.model_id, str(folder / file.name), None if below == PurePosixPath() else str(below)
-            )
+            target = None if below == PurePosixPath() else str(below)
+            self._client.log_model_artifact(logged.model_id, str(folder / file.name), target)
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / VERSION_MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
             self._client.log_model_artifact(logged.model_id, str(Path(scratch) / VERSION_MANIFEST))
         # A database without a server has no models:/ addresses of its own.
         source = f"models:/{logged.model_id}" if self.uri.startswith("http") else logged.artifact_location
+        kept = {
+            "slmops.manifest_sha256": manifest.sha256,
+            "slmops.location": logged.artifact_location,
+            LOGGED_MODEL: logged.model_id,
+        }
         created = self._client.create_model_version(
             manifest.model,
             source=source,
             run_id=run.info.run_id,
-            tags={**tags, SHA256: manifest.sha256, LOCATION: logged.artifact_location, LOGGED_MODEL: logged.model_id},
+            tags={**tags, **kept},
             model_id=logged.model_id,
             await_creation_for=0,
         )
@@ -276,34 +286,17 @@ class Registry(Connection):
         )
 
 
-def _is_number(which: str) -> bool:
-    return re.fullmatch("[1-9][0-9]*", which) is not None
-
-
 def _is_ours(model: RegisteredModel) -> bool:
     return bool(model.tags.items() >= OURS.items())
 
 
-def _passed(result: VariantResult) -> str:
-    outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
-    return f"passed {outcomes.count('pass')} of {len(outcomes)}"
-
-
 def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:
-    tags = entry.tags
+    fields: dict[str, Any] = {field: entry.tags[tag] for field, tag in TAGS.items()}
     return ModelVersion(
         name=entry.name,
         version=int(entry.version),
-        variant=tags[VARIANT],
         aliases=tuple(sorted(alias for alias, number in model.aliases.items() if str(number) == str(entry.version))),
-        location=tags[LOCATION],
-        manifest_sha256=tags[SHA256],
-        size_mb=float(tags[SIZE_MB]),
-        memory_mb=float(tags[MEMORY_MB]),
-        device=tags[DEVICE],
-        provider=tags[PROVIDER],
-        run_id=tags[EVALUATION_RUN],
-        job_id=tags[JOB_RUN],
         created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
-        tags=tags,
+        tags=entry.tags,
+        **fields,
     )

@@ -232,7 +232,15 @@ class Tracker(Connection):
     def hardware_kind(self, run_id: str) -> str:
         """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
         with self._talking():
-            return _kind(self._client.get_run(run_id).data.params)
+            params = self._client.get_run(run_id).data.params
+        # Made of its parts, which the runs of before there were kinds have too.
+        texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
+        plain = ("system", "machine", "processor")
+        try:
+            values = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
+            return Hardware.model_validate(values).kind
+        except ValueError:
+            return "an unknown machine"
 
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``.
@@ -255,12 +263,14 @@ class Tracker(Connection):
             if not run_id or MEASUREMENTS_FILE not in self._client.files_in(run_id):
                 return {}
             measured = json.loads(self._client.text_of(run_id, MEASUREMENTS_FILE))
-            left_out = self._incomparable(run_id, like) if like else ()
-            return {
-                metric: Measurement.model_validate(figure)
-                for metric, figure in measured.items()
-                if not metric.startswith(left_out)
-            }
+            left_out: tuple[str, ...] = ()
+            if like:
+                differs = set(self.differences(run_id, like))
+                left_out += tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
+                left_out += tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
+                left_out += OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ()
+            figures = {metric: figure for metric, figure in measured.items() if not metric.startswith(left_out)}
+            return {metric: Measurement.model_validate(figure) for metric, figure in figures.items()}
 
     def answers_url(self, run_id: str, other: str) -> str:
         """The page with the answers of two variants' runs side by side."""
@@ -271,13 +281,6 @@ class Tracker(Connection):
         with self._talking():
             source = self._client.artifacts_of(uri) if uri.startswith("models:/") else uri
             return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
-
-    def _incomparable(self, run_id: str, like: str) -> tuple[str, ...]:
-        """How the names of the metrics begin that were measured on different things."""
-        differs = set(self.differences(run_id, like))
-        answers = tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
-        text = tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
-        return answers + text + (OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ())
 
     def _with_links(self, note: str, comparison: Comparison) -> str:
         runs = {result.name: result.run_id for result in comparison.variants if result.status == "ok"}
@@ -326,17 +329,6 @@ def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _of_hardware(hardware: Hardware) -> dict[str, Any]:
     parts = {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
     return {**parts, "hardware.kind": hardware.kind}
-
-
-def _kind(params: dict[str, str]) -> str:
-    """Made of its parts, which the runs of before there were kinds have too."""
-    texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
-    plain = ("system", "machine", "processor")
-    try:
-        values = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
-        return Hardware.model_validate(values).kind
-    except ValueError:
-        return "an unknown machine"
 
 
 def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:

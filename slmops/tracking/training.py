@@ -213,12 +213,7 @@ class TrainingTracker(Connection):
             self._client.set_terminated(result.run_id, "FINISHED")
 
     def wait(self, result: Retrained, until: float) -> None:
-        """Keep what was done so far in a run that waits for approval.
-
-        Args:
-            result: With the outcome :data:`WAITING`.
-            until: When it is too late, in seconds since 1970.
-        """
+        """Keep what was done so far in a run that waits for approval until a time, in seconds since 1970."""
         with self._talking():
             self._record(result)
             self._client.set_tags(result.run_id, {UNTIL: str(until)})

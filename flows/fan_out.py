@@ -14,13 +14,13 @@ from prefect.client.schemas.objects import State, StateType
 
 from flows.progress import ProgressBar
 from flows.workers import PartState, Workers, cancel_parts, crash, look, submit
-from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
 from slmops.conversion import convert, store
 from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
 from slmops.core.values import Recipe
+from slmops.tracking.exchange import Exchange
 from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_job, send_variant
 from tasks.variant import convert_variant, register_variant
 

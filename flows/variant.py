@@ -12,7 +12,6 @@ from flows.running import plainly
 from flows.workers import beating
 from slmops.checkpoints import source
 from slmops.cluster import parts
-from slmops.cluster.exchange import Exchange, prune
 from slmops.cluster.parts import Failure, Part, PartResult
 from slmops.core import machine
 from slmops.core.context import JobContext
@@ -20,6 +19,7 @@ from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe
 from slmops.local import stack
+from slmops.tracking.exchange import Exchange, prune
 from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 

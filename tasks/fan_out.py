@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from slmops.cluster import parts
-from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Files, Part, PartResult, SentJob
 from slmops.core.context import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Variant
-from slmops.tracking import exchange as tracking_exchange
+from slmops.tracking.exchange import Exchange
 from tasks.stage import stage
 
 # --- on the machine of the job
@@ -23,14 +22,13 @@ def open_exchange(context: JobContext) -> tuple[Exchange, list[str]]:
     Returns:
         The place, and the MLflow run ids of those of the killed jobs.
     """
-    run_id, stale = tracking_exchange.open_run(context.tracking_uri, context.run_id)
-    return Exchange(context.tracking_uri, run_id, context.settings), stale
+    return Exchange.open(context.tracking_uri, context.run_id, context.settings)
 
 
 @stage(tracking=True)
 def close_exchange(exchange: Exchange) -> None:
     """Delete the place with all its files."""
-    tracking_exchange.close_run(exchange.uri, exchange.run_id)
+    exchange.close()
 
 
 @stage(tracking=True)

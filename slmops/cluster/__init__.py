@@ -1,5 +1,5 @@
-"""The parts that a job falls into when it runs on several machines, and how their files travel through MLflow.
+"""The parts that a job falls into when it runs on several machines.
 
 It may import ``tracking`` and what is below it. Start reading with ``parts.py``: what goes to a machine, what it does
-there, what comes back; ``exchange.py`` carries the files.
+there, what comes back; ``tracking/exchange.py`` carries the files.
 """

@@ -18,7 +18,6 @@ from pydantic import Field, ValidationError
 
 from slmops.checkpoints import inspection, weight_files
 from slmops.checkpoints.store import RECORD, stage
-from slmops.cluster.exchange import Exchange
 from slmops.conversion import store
 from slmops.core import errors
 from slmops.core.context import JobContext
@@ -42,6 +41,7 @@ from slmops.core.values import (
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed
 from slmops.evaluation.summary import evaluation
+from slmops.tracking.exchange import Exchange
 
 Stage = Literal["convert", "measure"]
 Files = tuple[VariantFile, ...]

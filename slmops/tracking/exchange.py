@@ -1,89 +1,164 @@
-"""The artifacts of one MLflow run as the place where the machines of a job leave files for each other.
+"""Files that travel between the machines of a job: as artifacts of one MLflow run, by their SHA-256.
 
-The run is a child of the job's. It is deleted after the job, and ``mlflow gc`` then frees the space.
-All functions raise TrackingError if MLflow cannot be reached, or refuses a request.
+What is there is not sent again, and what is in this machine's cache is not fetched again. A file counts only with the
+SHA-256 that it was announced with, whoever had it in between. The run is a child of the job's. It is deleted after the
+job, and ``mlflow gc`` then frees the space.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from slmops.tracking.client import KIND, PARENT, Client, talking
+from slmops.tracking.client import KIND, PARENT, Client, Connection, talking
+
+from pydantic import BaseModel
+
+from slmops.core.errors import TrackingError, WorkError
+from slmops.core.files import link_or_copy, sha256, stays_below
+from slmops.core.locks import exclusive
+from slmops.core.settings import Settings
+from slmops.core.values import VariantFile
+from slmops.tracking import download
+from slmops.tracking.download import NotGivenError
 
 OF_FILES = "files"
-"""The kind and the name of the run."""
+"""The kind and the name of the run, and the folder of its files."""
+KEPT_S = 24 * 3600.0
+"""Seconds that the cache keeps a file that nothing else of this home uses."""
 
 
-def open_run(uri: str, parent: str) -> tuple[str, list[str]]:
-    """Make the run for a job's files.
+class Exchange(Connection):
+    """The files of one job, in the run ``run_id`` that :meth:`open` made."""
 
-    Those of jobs that do not run any more, because they were killed, are deleted.
+    def __init__(self, uri: str, run_id: str, settings: Settings) -> None:
+        super().__init__(uri)
+        self.run_id = run_id
+        self._settings = settings
+        self._cache = settings.home / "exchange"
+        self._location: str | None = None
 
-    Args:
-        uri: MLflow's tracking URI.
-        parent: The job's run. A run for files that an earlier attempt of it left behind is deleted, too.
+    @classmethod
+    def open(cls, uri: str, parent: str, settings: Settings) -> tuple[Exchange, list[str]]:
+        """Make the place for the files of the job with the run ``parent``.
 
-    Returns:
-        The new run's id, and the ids of those that were deleted.
-    """
-    with talking(uri):
-        client = Client(uri)
-        experiment = client.get_run(parent).info.experiment_id
-        stale = []
-        for run in client.runs_of(experiment, OF_FILES):
-            job = run.data.tags.get(PARENT, parent)
-            if job == parent or client.get_run(job).info.status != "RUNNING":
-                _delete(client, run.info.run_id)
-                stale.append(run.info.run_id)
-        return client.open_run(experiment, OF_FILES, {PARENT: parent, KIND: OF_FILES}), stale
+        Deleted are those that an earlier attempt of it left behind, and those of jobs that were killed.
 
+        Returns:
+            The place, and the ids of the runs that were deleted.
+        """
+        with talking(uri):
+            client = Client(uri)
+            experiment = client.get_run(parent).info.experiment_id
+            stale = []
+            for run in client.runs_of(experiment, OF_FILES):
+                job = run.data.tags.get(PARENT, parent)
+                if job == parent or client.get_run(job).info.status != "RUNNING":
+                    stale.append(run.info.run_id)
+                    cls(uri, stale[-1], settings).close()
+            made = client.open_run(experiment, OF_FILES, {PARENT: parent, KIND: OF_FILES})
+        return cls(uri, made, settings), stale
 
-def close_run(uri: str, run_id: str) -> None:
-    """Delete the run."""
-    with talking(uri):
-        _delete(Client(uri), run_id)
+    def close(self) -> None:
+        """Delete the place with all its files."""
+        with self._talking():
+            self._client.set_terminated(self.run_id, "FINISHED")
+            self._client.delete_run(self.run_id)
 
+    def put(self, paths: Mapping[str, Path]) -> tuple[VariantFile, ...]:
+        """Send the files that are not there yet; each is called as it will be where it is fetched."""
+        files = tuple(
+            VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in paths.items()
+        )
+        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+            there = self._client.files_in(self.run_id, OF_FILES)
+            for file in files:
+                # A server may have kept the beginning of an upload that broke off.
+                if there.get(f"{OF_FILES}/{file.sha256}") == file.size:
+                    continue
+                path, renamed = paths[file.name], Path(scratch) / file.sha256
+                try:
+                    renamed.symlink_to(path.resolve())
+                except OSError:  # Windows lets nobody make links by default
+                    shutil.copyfile(path, renamed)
+                self._client.log_artifact(self.run_id, str(renamed), OF_FILES)
+                there[f"{OF_FILES}/{file.sha256}"] = file.size
+        return files
 
-def _delete(client: Client, run_id: str) -> None:
-    client.set_terminated(run_id, "FINISHED")
-    client.delete_run(run_id)
+    def get(self, file: VariantFile) -> Path:
+        """The file in this machine's cache, fetched if need be; only to be read.
 
+        Raises:
+            WorkError: The exchange does not have it, for example because the job has ended meanwhile.
+            TrackingError: MLflow gives something else.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+            raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
+        cached = self._cache / file.sha256
+        with exclusive(self._settings.locks / "exchange.lock", "the files from other machines", wait=True):
+            if not download.intact(cached, file.size, file.sha256):
+                cached.unlink(missing_ok=True)
+                self._fetch(file).replace(cached)
+            os.utime(cached)
+        return cached
 
-def location(uri: str, run_id: str) -> str:
-    """The artifact URI of the run, as :func:`slmops.tracking.download.read` takes it."""
-    with talking(uri):
-        return str(Client(uri).get_run(run_id).info.artifact_uri)
+    def bring(self, files: Iterable[VariantFile], folder: Path) -> None:
+        """Put files into a folder under their own names.
 
+        Raises:
+            WorkError: A name leads out of the folder; or as :meth:`get`.
+        """
+        for file in files:
+            if not stays_below(file.name):
+                raise WorkError(f"A file of this job is called {file.name!r}, which is not a name below a folder.")
+            target = folder / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            link_or_copy(self.get(file), target)
 
-def sizes(uri: str, run_id: str, folder: str) -> dict[str, int]:
-    """Name and size in bytes of the files directly in a folder of the run's artifacts."""
-    with talking(uri):
-        found = Client(uri).files_in(run_id, folder)
-    return {path.rpartition("/")[2]: size for path, size in found.items()}
+    def leave(self, name: str, result: BaseModel) -> None:
+        """Write a result, the last thing that a part of the job does."""
+        text = json.dumps(result.model_dump(mode="json"))  # pydantic's own JSON has null for what is not finite
+        with self._talking():
+            self._client.log_text(self.run_id, text, f"results/{name}.json")
 
+    def result(self, name: str) -> str | None:
+        """What :meth:`leave` wrote under this name; None: nothing yet."""
+        path = f"results/{name}.json"
+        with self._talking():
+            there = path in self._client.files_in(self.run_id, "results")
+            return self._client.text_of(self.run_id, path) if there else None
 
-def upload(uri: str, run_id: str, path: Path, folder: str, name: str) -> None:
-    """Put a file into a folder of the run's artifacts under another name."""
-    with talking(uri), tempfile.TemporaryDirectory() as scratch:
-        renamed = Path(scratch) / name
+    def _fetch(self, file: VariantFile) -> Path:
         try:
-            renamed.symlink_to(path.resolve())
-        except OSError:  # Windows lets nobody make links by default
-            shutil.copyfile(path, renamed)
-        Client(uri).log_artifact(run_id, str(renamed), folder)
+            if self._location is None:
+                with self._talking():
+                    self._location = str(self._client.get_run(self.run_id).info.artifact_uri)
+            origin = download.Origin(self.uri, self._location, "this job's files")
+            path = f"{OF_FILES}/{file.sha256}"
+            return download.fetch(origin, path, file.size, file.sha256, self._cache / "downloads")
+        except NotGivenError as error:
+            said = f"{file.name} is not among this job's files: {error.message}"
+            raise WorkError(said, "Start the job again.") from error
+        except TrackingError as error:
+            raise TrackingError(f"{file.name} could not be fetched: {error.message}", error.fix) from error
 
 
-def write(uri: str, run_id: str, path: str, text: str) -> None:
-    """Put a text file into the run's artifacts."""
-    with talking(uri):
-        Client(uri).log_text(run_id, text, path)
-
-
-def read(uri: str, run_id: str, path: str) -> str | None:
-    """A text file of the run's artifacts; None if there is none."""
-    with talking(uri):
-        client = Client(uri)
-        listed = client.files_in(run_id, path.rpartition("/")[0])
-        return client.text_of(run_id, path) if path in listed else None
+def prune(settings: Settings) -> None:
+    """Remove what was in the cache for a day and has no link from elsewhere in this home: a checkpoint, a variant."""
+    for path in (settings.home / "exchange").glob("*"):
+        try:
+            stat = path.stat()
+            if path.is_file() and stat.st_nlink == 1 and time.time() - stat.st_mtime > KEPT_S:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another process was faster
+    for part in (settings.home / "exchange" / "downloads").rglob("*.part"):
+        if time.time() - part.stat().st_mtime > KEPT_S:
+            part.unlink(missing_ok=True)

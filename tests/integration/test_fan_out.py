@@ -22,7 +22,6 @@ from flows.progress import ProgressBar
 from flows.variant import variant
 from flows.workers import PartState
 from slmops.cluster import parts
-from slmops.cluster.exchange import Exchange
 from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
 from slmops.core.context import JobContext
@@ -39,7 +38,7 @@ from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe
-from slmops.tracking import exchange as tracking_exchange
+from slmops.tracking.exchange import Exchange
 from slmops.tracking.tracker import Tracker
 from tests import making, tracked
 from tests.shown import flow_runs
@@ -56,8 +55,7 @@ BROKEN = Recipe(name="half", config={"passes": {"export": {"type": "ModelBuilder
 
 @pytest.fixture
 def exchange(tracker: Tracker, name: str, tmp_path: Path) -> Exchange:
-    run_id, _ = tracking_exchange.open_run(tracker.uri, tracked.start(tracker, name))
-    return Exchange(tracker.uri, run_id, Settings(home=tmp_path / "sender"))
+    return Exchange.open(tracker.uri, tracked.start(tracker, name), Settings(home=tmp_path / "sender"))[0]
 
 
 def elsewhere(exchange: Exchange, folder: Path) -> Exchange:
@@ -88,7 +86,7 @@ def test_files_arrive_and_are_sent_once(exchange: Exchange, tmp_path: Path, monk
         (name, path.stat().st_size, sha256(path)) for name, path in sent.items()
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(tracking_exchange, "upload", lambda *_: pytest.fail("it is there"))
+        patch.setattr(MlflowClient, "log_artifact", lambda *_: pytest.fail("it is there"))
         assert exchange.put(sent) == described
     elsewhere(exchange, tmp_path).bring(described, tmp_path / "got")
     assert {path.name: path.read_text() for path in (tmp_path / "got" / "below").iterdir()} == {
@@ -120,16 +118,17 @@ def test_what_the_store_altered_or_lost_is_refused(
     assert exchange.result("int4-convert-1") is None
 
 
-def test_files_of_jobs_that_have_ended_go(tracker: Tracker, client: MlflowClient, name: str) -> None:
+def test_files_of_jobs_that_have_ended_go(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
     killed, first = (tracked.start(tracker, name) for _ in range(2))  # the second says that the first was killed
-    of_killed, _ = tracking_exchange.open_run(tracker.uri, killed)
-    of_first, stale = tracking_exchange.open_run(tracker.uri, first)
-    assert stale == [of_killed]
-    again, stale = tracking_exchange.open_run(tracker.uri, first)
-    assert stale == [of_first]
-    assert [client.get_run(run).info.lifecycle_stage for run in (of_killed, of_first)] == ["deleted", "deleted"]
-    tracking_exchange.close_run(tracker.uri, again)
-    assert client.get_run(again).info.lifecycle_stage == "deleted"
+    of_killed, _ = Exchange.open(tracker.uri, killed, settings)
+    of_first, stale = Exchange.open(tracker.uri, first, settings)
+    assert stale == [of_killed.run_id]
+    again, stale = Exchange.open(tracker.uri, first, settings)
+    assert stale == [of_first.run_id]
+    again.close()
+    gone = [client.get_run(one.run_id).info.lifecycle_stage for one in (of_killed, of_first, again)]
+    assert gone == ["deleted"] * 3
     assert [client.get_run(run).info.lifecycle_stage for run in (killed, first)] == ["active", "active"]
 
 
@@ -143,7 +142,7 @@ class Asked:
         uri = settings.tracking_uri or ""
         parent = tracked.start(Tracker(uri), model)
         self.context = JobContext(job, model, making.resolve(job, settings), settings, uri, parent)
-        self.exchange = Exchange(uri, tracking_exchange.open_run(uri, parent)[0], settings)
+        self.exchange = Exchange.open(uri, parent, settings)[0]
         self.sent = parts.send_job(self.context, self.exchange)
 
     def part(self, recipe: Recipe) -> Part:

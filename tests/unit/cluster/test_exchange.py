@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from slmops.cluster import exchange, parts
-from slmops.cluster.exchange import Exchange
+from slmops.cluster import parts
 from slmops.cluster.parts import Failure
 from slmops.core import errors
 from slmops.core.errors import ConversionError, SlmopsError, TrackingError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, Measurement, Recipe, VariantFile
+from slmops.tracking import exchange
+from slmops.tracking.exchange import Exchange
 from tests import values
 
 NOWHERE = "http://127.0.0.1:9"

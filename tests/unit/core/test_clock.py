@@ -11,7 +11,7 @@ STAMPS = {
     "slmops/cli/command.py",  # of crash logs
     "slmops/cli/terminal.py",  # of log lines
     "slmops/conversion/convert.py",
-    "slmops/cluster/exchange.py",  # against the time of files, which the same clock gave; a cache is all it empties
+    "slmops/tracking/exchange.py",  # against the time of files, which the same clock gave; a cache is all it empties
     "slmops/foundry/service_worker.py",
     "slmops/core/locks.py",
     "slmops/checkpoints/chat_template.py",  # chat templates ask for the date

@@ -8,7 +8,6 @@ import pytest
 from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
-from slmops.core.values import VariantResult
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
 from slmops.tracking.registry import Registry
 from tests.tracked import Book, Made
@@ -67,7 +66,7 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job, client: 
     assert "Name" not in manifest.inference_model  # it carries a number that only the registry gives
 
 
-def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Job, client: MlflowClient) -> None:
+def test_the_same_files_stay_the_same_version_and_others_are_a_new_one(job: Job, client: MlflowClient) -> None:
     first = job.add("int8")
     again = Job(job.book)
     second = again.add("int8")
@@ -76,13 +75,9 @@ def test_the_same_files_stay_the_same_version_with_the_newest_evaluation(job: Jo
     assert len(job.registry.versions(job.book.name)) == 1
     (Path(client.get_model_version_download_uri(job.book.name, "1")) / VERSION_MANIFEST).unlink()
     assert Job(job.book).add("int8").version == 2  # the files of the first are gone
-
-
-def test_other_files_are_a_new_version_and_take_the_alias_of_the_precision(job: Job) -> None:
-    job.add("int8")
-    job.add("int8", "better")
-    assert job.find("int8").version == job.registry.newest(job.book.name, "int8").version == 2
-    assert job.find("1").aliases == ()
+    assert job.add("int8", "better").version == 3
+    assert job.find("int8").version == job.registry.newest(job.book.name, "int8").version == 3
+    assert job.find("2").aliases == ()
 
 
 @pytest.mark.parametrize("variant", ["champion", "Previous", "latest", "v2", "2"])
@@ -105,20 +100,29 @@ def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job, clie
         job.registry.newest(job.book.name, "7")
 
 
-def test_promotion_keeps_what_was_before(job: Job) -> None:
+def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job, client: MlflowClient) -> None:
     first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
-    for version, aliases in ((first, (1, None)), (second, (2, 1)), (third, (3, 2)), (second, (2, 3))):
-        job.promote(version)  # in the end a rollback
-        assert job.aliases == aliases
+    assert job.registry.withdraw(first, "never was") is None
+    job.promote(first)
+    assert job.registry.withdraw(first, "broken") is None  # there is nothing to go back to
+    assert job.aliases == (1, None)
+    job.promote(second)
+    assert job.aliases == (2, 1)
+    job.promote(third)
+    assert job.aliases == (3, 2)
+    for reason in ("it answers nothing", "another device says so"):  # the second time it is not the champion any more
+        now = job.registry.withdraw(third, reason)
+        assert now is not None
+        assert now.version == 2
+        assert job.aliases == (2, 1)  # and not back to the one that failed
+        assert job.find("3").tags["slmops.withdrawn"] == reason
+    job.promote(third, second)  # in the end a rollback
+    assert job.aliases == (2, 3)
     assert job.find("champion").tags["slmops.promoted_by"] == "me"
-
-
-def test_of_two_promotions_one_wins_and_the_other_is_told(job: Job) -> None:
-    first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
-    job.promote(first, second)
     with pytest.raises(PromotionError, match=r"version 2 \(int4\)"):
         job.registry.promote(third, first, {})  # judged against what is no longer the champion
-    assert job.aliases == (2, 1)
+    client.delete_model_version(job.book.name, "3")
+    assert job.aliases == (2, None)
 
 
 def test_an_overwritten_promotion_is_told_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,27 +164,6 @@ def test_a_crash_in_a_promotion_leaves_aliases_that_point_at_something(
     assert job.aliases == {0: (1, None), 1: (1, 1), 2: (2, 1)}[stops_before]
 
 
-def test_a_withdrawn_promotion_goes_back_one_step_and_remembers_the_one_before(job: Job) -> None:
-    first, second, third = job.add("int8"), job.add("int4"), job.add("fp16")
-    assert job.registry.withdraw(first, "never was") is None
-    job.promote(first, second, third)
-    now = job.registry.withdraw(third, "it answers nothing")
-    assert now is not None
-    assert now.version == 2
-    assert job.aliases == (2, 1)  # and not back to the one that failed
-    assert job.find("3").tags["slmops.withdrawn"] == "it answers nothing"
-    again = job.registry.withdraw(third, "another device says so")  # it is not the champion any more
-    assert again is not None
-    assert job.aliases == (2, 1)
-
-
-def test_the_only_version_cannot_be_withdrawn(job: Job) -> None:
-    first = job.add("int8")
-    job.promote(first)
-    assert job.registry.withdraw(first, "broken") is None
-    assert job.aliases == (1, None)
-
-
 def test_what_is_not_there_is_named(job: Job) -> None:
     job.add("int8")
     with pytest.raises(UsageError, match="'nothing'") as caught:
@@ -216,20 +199,9 @@ def test_an_altered_version_is_named(job: Job, client: MlflowClient) -> None:
     assert job.registry.versions(job.book.name) == []
 
 
-def test_a_deleted_version_takes_its_aliases_with_it(job: Job, client: MlflowClient) -> None:
-    first, second = job.add("int8"), job.add("int4")
-    job.promote(first, second)
-    client.delete_model_version(job.book.name, "1")
-    assert job.aliases == (2, None)
-
-
 def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     dead = Registry("http://127.0.0.1:9")
     for ask in (dead.models, lambda: dead.champion("x"), lambda: dead.find("x", "1"), lambda: dead.versions("x")):
         with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9"):
             ask()
-
-
-def test_the_result_of_a_variant_says_nothing_of_a_version_until_it_has_one() -> None:
-    assert VariantResult(name="int4", status="ok").version is None

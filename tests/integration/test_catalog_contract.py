@@ -8,7 +8,6 @@ import http.client
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,35 +230,19 @@ def test_the_alias_is_the_champion_after_a_promotion_and_after_a_rollback(story:
 # --- what comes over the network
 
 
-def post(url: str, body: bytes) -> int:
-    return httpx.post(url, content=body).status_code
-
-
-def post_in_chunks(url: str, body: bytes) -> int:
-    return httpx.post(url, content=(body[at : at + 65_536] for at in range(0, len(body), 65_536))).status_code
-
-
-def post_plainly(url: str, body: bytes) -> int:
-    """A client that sends all before it listens, as many do."""
-    at = httpx.URL(url)
-    connection = http.client.HTTPConnection(at.host, at.port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request("POST", at.path, body)
-        return connection.getresponse().status
-
-
-@pytest.mark.parametrize("client", [post, post_in_chunks, post_plainly])
 @pytest.mark.parametrize(
     ("sent", "status"),
     [(b"[" * 60_000, 400), (bytes(range(256)) * 100, 400), (b"x" * 70_000, 413), (b'{"a":' * 2_000_000, 413)],
 )
-def test_bad_bodies_are_answered_and_then_good_ones(
-    client: Callable[[str, bytes], int], sent: bytes, status: int
-) -> None:
+def test_bad_bodies_are_answered_and_then_good_ones(sent: bytes, status: int) -> None:
+    """To a client that sends all before it listens, as many do."""
     with Server() as server:
         server.entries = [entry("tiny-fp32", 1)]
+        at = httpx.URL(server.url)
         for _ in range(3):
-            assert client(server.url, sent) == status
+            with contextlib.closing(http.client.HTTPConnection(at.host, at.port, timeout=30)) as connection:
+                connection.request("POST", at.path, sent)
+                assert connection.getresponse().status == status
         assert len(httpx.post(server.url, content=body(*LIST)).json()["value"]) == 1
 
 

@@ -50,16 +50,12 @@ def folder_appears_whole(target: Path) -> Iterator[Path]:
 
 def remove_scratch(parent: Path) -> None:
     """Remove the scratch folders that killed processes left in ``parent``."""
-    for scratch in parent.glob(".*.part"):
-        pid = scratch.name.split(".")[-2]
-        if not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
     import psutil
 
-    return psutil.pid_exists(pid)
+    for scratch in parent.glob(".*.part"):
+        pid = scratch.name.split(".")[-2]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

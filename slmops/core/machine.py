@@ -70,13 +70,14 @@ _ALIASES = {
 def hardware() -> Hardware:
     """This machine. Cores are the logical ones that this process may use; memory is what it may use, in 10^9 bytes."""
     facts = _linux_cpu() if sys.platform == "linux" else _macos_cpu() if sys.platform == "darwin" else {}
+    features = {_ALIASES.get(name, name) for name in facts.get("features", "").lower().split()}
     return Hardware(
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
         processor=facts.get("name") or platform.processor() or platform.machine(),
-        cores=_cores(),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else psutil.cpu_count() or 1,
         memory_gb=round(memory()[0] / 1e9, 1),
-        isa=_isa(facts.get("features", "")),
+        isa=tuple(name for name in (*_X86, *_X86_MATRIX, *_ARM) if name in features),
     )
 
 
@@ -123,17 +124,6 @@ def energy_j() -> float | None:
     except (OSError, ValueError):
         return None
     return sum(counters) / 1e6 if counters else None
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 1
-
-
-def _isa(features: str) -> tuple[str, ...]:
-    names = {_ALIASES.get(name, name) for name in features.lower().split()}
-    return tuple(name for name in (*_X86, *_X86_MATRIX, *_ARM) if name in names)
 
 
 def _linux_cpu() -> dict[str, str]:

@@ -91,16 +91,9 @@ def problems(
     for one in error.errors(include_url=False):
         whole = one["type"] == "value_error"  # with the name of the value in it, unless it is of a field
         subject = name(one["loc"]) or ("" if whole else "it")
-        quote = f" (got {_short(one['input'])})" if got and _quotable(one) else ""
+        secret = one.get("ctx", {}).get("pattern") == ADDRESS_PATTERN
+        quoted = got and not secret and one["type"] not in ("missing", "extra_forbidden", "invalid_key")
+        value = repr(one["input"])
+        quote = f" (got {value if len(value) <= 80 else value[:77] + '...'})" if quoted else ""
         found.append(f"{subject} {predicate(one)}{quote}".strip())
     return found
-
-
-def _quotable(problem: Any) -> bool:
-    secret = problem.get("ctx", {}).get("pattern") == ADDRESS_PATTERN
-    return problem["type"] not in ("missing", "extra_forbidden", "invalid_key") and not secret
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -84,11 +84,7 @@ def check(settings: Settings, *, imports: bool = True) -> list[Check]:
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Refuse to go on if a check failed; warnings do not matter.
-
-    Raises:
-        PrerequisiteError: One or more failed; the message names each.
-    """
+    """Raise a PrerequisiteError that names each failed check, if there is one; warnings do not matter."""
     failed = [check for check in checks if check.status == "failure"]
     if failed:
         raise PrerequisiteError(
@@ -114,15 +110,12 @@ def fix(settings: Settings) -> None:
 def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -> Path:
     """Build ONNX Runtime GenAI from a source checkout, and install the wheel in place of the one that is there.
 
-    Nothing that it depends on is installed: the pinned set stays as it is.
+    Nothing that it depends on is installed: the pinned set stays as it is. Returns the wheel.
 
     Args:
         path: The checkout.
         settings: Where the logs go.
         target: Install into this folder instead of into this environment.
-
-    Returns:
-        The wheel.
 
     Raises:
         PrerequisiteError: It is not a checkout, CMake is missing or too old, or the build or pip failed.
@@ -334,17 +327,14 @@ def _say(command: list[str]) -> str:
 
 
 def _servers(settings: Settings) -> list[Check]:
-    now = stack.status(settings)
-    return [
-        _server("Prefect server", now.prefect, settings.prefect_api_url),
-        _server("MLflow server", now.mlflow, settings.tracking_uri),
-    ]
-
-
-def _server(name: str, server: stack.ServerStatus, given: str | None) -> Check:
-    if server.ok:
-        return _ok(name, str(server.url))
-    if given is None:
-        return _warning(name, "not running", "Run `slmops up`.")
-    advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
-    return _failure(name, f"{given} does not answer", advice)
+    now, checks = stack.status(settings), []
+    given = {"Prefect server": settings.prefect_api_url, "MLflow server": settings.tracking_uri}
+    for (name, url), server in zip(given.items(), (now.prefect, now.mlflow), strict=True):
+        if server.ok:
+            checks.append(_ok(name, str(server.url)))
+        elif url is None:
+            checks.append(_warning(name, "not running", "Run `slmops up`."))
+        else:
+            advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
+            checks.append(_failure(name, f"{url} does not answer", advice))
+    return checks

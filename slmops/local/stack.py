@@ -241,11 +241,7 @@ def _clean_environment() -> dict[str, str]:
 
 
 def _wait_until_healthy(settings: Settings, servers: dict[Server, Daemon], name: Server) -> None:
-    """Wait for a server that was just started. If another program took its port, start it on the next one.
-
-    Raises:
-        PrerequisiteError: It died or does not answer.
-    """
+    """Wait for a server that was just started. If another program took its port, start it on the next one."""
     log = _log(settings, name)
     deadline = time.monotonic() + START_S
     while not daemon.healthy(servers[name], *_HEALTH[name]):

@@ -172,14 +172,10 @@ def test_a_folder_that_somebody_copied_is_not_ours(device: Device, versions: Ver
     assert device.here() == [4, 3, 2, 1]
 
 
-def test_nothing_is_here(device: Device) -> None:
-    assert installed.versions("bot", device.settings) == []
-    assert installed.current("bot", device.settings) is None
-    assert not device.settings.home.exists()
-
-
 @pytest.mark.parametrize("name", ["", "../bot", "a/b", "*", "bot\n"])
 @pytest.mark.parametrize("ask", [installed.versions, installed.current])
 def test_a_name_that_would_be_a_path(device: Device, name: str, ask: Callable[[str, Settings], Any]) -> None:
+    assert not ask("bot", device.settings)  # nothing is here
+    assert not device.settings.home.exists()
     with pytest.raises(UsageError, match=re.escape(repr(name))):
         ask(name, device.settings)

@@ -21,6 +21,8 @@ from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, des
 
 
 def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
+    given = {"Name": "evil:1", "Version": "9"}  # which the manifest cannot decide
+    device.remote.describe(inference_model={**device.remote.manifest.inference_model, **given})
     done = device.install()
     folder = device.settings.deployed / "models" / "slmops" / "bot-int8-generic-cpu-3"
     assert done == Installed(name="bot", version=3, variant="int8", foundry_id="bot-int8-generic-cpu:3", folder=folder)
@@ -39,12 +41,6 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
     assert installed.current("bot", device.settings) is None  # that is for make_current to say
 
 
-def test_the_manifest_cannot_give_another_name(device: Device) -> None:
-    device.remote.describe(inference_model={"Name": "evil:1", "Version": "9"})
-    written = json.loads((device.install().folder / "inference_model.json").read_text())
-    assert written == {"Name": "bot-int8-generic-cpu:3", "Version": "3"}
-
-
 # --- names that come from elsewhere
 
 
@@ -53,15 +49,8 @@ def test_the_manifest_cannot_give_another_name(device: Device) -> None:
     [
         *("../x", "..", "a/../../x", "a/..", "/x", "/etc/passwd", "//server/share", "a//b", "a/", "", ".", "./x"),
         *("a\\b", "..\\x", "C:x", "C:\\x", "C:/x", "file:x", "x:stream", "x\x00y", "x\ny", ".. /x", ".../x", "x. "),
-        *(
-            VERSION_MANIFEST,
-            "inference_model.json",
-            "Deployment.JSON",
-            "inference_model.json/x",
-            "model.onnx",
-            "MODEL.onnx",
-        ),
-        "model.onnx/x",
+        *(VERSION_MANIFEST, "Deployment.JSON", "inference_model.json", "inference_model.json/x"),
+        *("model.onnx", "MODEL.onnx", "model.onnx/x"),
     ],
 )
 def test_names_that_cannot_be_files_of_a_version(device: Device, name: str) -> None:
@@ -127,34 +116,25 @@ def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
 # --- Foundry Local says no
 
 
-def test_a_version_that_does_not_answer_is_removed_and_the_one_before_stays(device: Device) -> None:
+@pytest.mark.parametrize(
+    "served",
+    [
+        pytest.param({"number": 4}, id="a new version is removed and the one before stays"),
+        pytest.param({BIG: b"other weights"}, id="what was to be replaced comes back"),
+        pytest.param({}, id="an installed version that stops answering is not removed"),
+    ],
+)
+def test_a_version_that_does_not_answer_changes_nothing(device: Device, served: dict[str, Any]) -> None:
     first = device.install()
     installed.make_current(first, device.settings)
     before = contents(device.settings.deployed)
-    device.serve(number=4)
+    device.serve(**served)
     device.fails = CRASHED
     with pytest.raises(RegistrationError, match="SIGSEGV"):
         device.install()
-    assert device.forgotten == ["bot-int8-generic-cpu:4"]
+    assert device.forgotten == [f"bot-int8-generic-cpu:{device.remote.number}"]
     assert contents(device.settings.deployed) == before
     assert installed.current("bot", device.settings) == first
-
-
-def test_what_was_to_be_replaced_comes_back(device: Device) -> None:
-    first = device.install()
-    before = contents(first.folder)
-    device.serve(**{BIG: b"other weights"})
-    device.fails = CRASHED
-    with pytest.raises(RegistrationError, match="SIGSEGV"):
-        device.install()
-    assert contents(first.folder) == before
-
-
-def test_an_installed_version_that_stops_answering_is_not_removed(device: Device) -> None:
-    first = device.install()
-    device.fails = CRASHED
-    with pytest.raises(RegistrationError, match="SIGSEGV"):
-        device.install()
     assert installed.versions("bot", device.settings) == [first]
 
 

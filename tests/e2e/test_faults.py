@@ -14,13 +14,16 @@ import pytest
 
 pytestmark = pytest.mark.e2e
 
-STAGES = (
-    "this run in Prefect",  # preparing
-    "Olive runs",  # converting
-    "converted in",  # registering
-    "measuring speed",
-    "measuring quality",
+ENDS = (
+    (signal.SIGKILL, "this run in Prefect"),  # preparing
+    (signal.SIGKILL, "Olive runs"),  # converting
+    (signal.SIGINT, "Olive runs"),
+    (signal.SIGKILL, "converted in"),  # registering
+    (signal.SIGKILL, "measuring speed"),
+    (signal.SIGTERM, "measuring speed"),
+    (signal.SIGKILL, "measuring quality"),
 )
+"""How a job is ended, and at which line of its log."""
 
 
 def _workers(home: Path) -> list[psutil.Process]:
@@ -46,13 +49,21 @@ def _arguments(model: Path, name: str) -> tuple[str, ...]:
     return ("run", "--model", str(model), "--name", name, "--precision", "fp32", "--quick")
 
 
-def test_killed_in_each_stage_the_next_run_cleans_up_and_succeeds(slmops: Any, tiny_model: Path) -> None:
+def test_killed_or_interrupted_in_each_stage_the_next_run_cleans_up_and_succeeds(slmops: Any, tiny_model: Path) -> None:
+    from mlflow import MlflowClient
+
     arguments = _arguments(tiny_model, "killed")
-    for stage in STAGES:
+    for sig, stage in ENDS:
         job = slmops.start(*arguments)
         job.wait_for(stage)
-        assert job.end(signal.SIGKILL) == -signal.SIGKILL
-        assert _gone(slmops.home), f"children outlived a job killed while {stage!r}"
+        status = job.end(sig)
+        assert _gone(slmops.home), f"children outlived a job ended by {sig.name} while {stage!r}"
+        if sig == signal.SIGKILL:
+            assert status == -sig
+        else:
+            assert status == 130, job.lines
+            assert job.lines[-1] == "interrupted"
+            assert not any("Traceback" in line for line in job.lines)
     done = slmops(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     [variant] = json.loads(done.stdout)["variants"]
@@ -63,31 +74,13 @@ def test_killed_in_each_stage_the_next_run_cleans_up_and_succeeds(slmops: Any, t
     placed = [folder.name for folder in (slmops.home / "foundry" / "models" / "slmops").glob("killed-*")]
     assert placed == ["killed-fp32-generic-cpu-1"]
 
-
-def test_a_killed_job_is_closed_in_mlflow_by_the_next(slmops: Any, tiny_model: Path) -> None:
-    from mlflow import MlflowClient
-
-    arguments = _arguments(tiny_model, "stale")
-    job = slmops.start(*arguments)
-    job.wait_for("measuring speed")
-    job.end(signal.SIGKILL)
-    assert slmops(*arguments).returncode == 0
     client = MlflowClient(slmops.json("status")["mlflow"]["url"])
-    experiment = client.get_experiment_by_name("stale")
+    experiment = client.get_experiment_by_name("killed")
     runs = client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'job'")
-    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
-
-
-@pytest.mark.parametrize(("sig", "stage"), [(signal.SIGINT, "Olive runs"), (signal.SIGTERM, "measuring speed")])
-def test_interrupted(slmops: Any, tiny_model: Path, sig: signal.Signals, stage: str) -> None:
-    name = f"interrupted-{sig.name.lower()}"
-    job = slmops.start(*_arguments(tiny_model, name))
-    job.wait_for(stage)
-    assert job.end(sig) == 130, job.lines
-    assert job.lines[-1] == "interrupted"
-    assert not any("Traceback" in line for line in job.lines)
-    assert _gone(slmops.home)
-    assert slmops(*_arguments(tiny_model, name)).returncode == 0
+    ends = [run.info.status for run in runs]
+    assert ends.count("FINISHED") == 1
+    assert "KILLED" in ends, "a killed job is closed in MLflow by the next"
+    assert "RUNNING" not in ends
 
 
 def test_two_runs_of_one_model_at_once(slmops: Any, tiny_model: Path) -> None:

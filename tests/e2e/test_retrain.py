@@ -81,7 +81,7 @@ def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
     started.wait_for("fine-tuning")
     _kill_server(slmops.home, "mlflow")
     started.wait_for("the loss curve is sent later")
-    time.sleep(30)
+    time.sleep(10)
     assert slmops("up").returncode == 0
     assert started.end() == 0, started.lines
     from mlflow import MlflowClient

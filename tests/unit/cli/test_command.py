@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -22,26 +22,6 @@ from slmops.core.values import Comparison
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Flows
-
-
-@pytest.mark.parametrize(
-    ("arguments", "asked"),
-    [
-        ("", {}),
-        ("--model=org/m@main --name bot", {"model": "org/m@main", "name": "bot"}),
-        ("--precision int4", {"precision": ["int4"]}),
-        ("--precision int4 --precision int8", {"precision": ["int4", "int8"]}),
-        ("--int4-block-size 64 --int4-symmetric", {"int4_block_size": 64, "int4_symmetric": True}),
-        ("--olive-config mine.json --quick", {"olive_config": "mine.json", "quick": True}),
-        ("--temperature 0.7 --top-p 0.9", {"temperature": 0.7, "top_p": 0.9}),
-        ("--max-length 512 --repetition-penalty 1.1", {"max_length": 512, "repetition_penalty": 1.1}),
-        ("--json", {}),
-    ],
-)
-def test_flags_are_the_job(flows: Flows, arguments: str, asked: dict[str, Any]) -> None:
-    model = [] if "--model" in arguments else ["--model", "demo"]
-    assert run(["run", *model, *arguments.split()]) == 0
-    assert flows.options == {"model": "demo", **asked}
 
 
 WRONG = [

@@ -66,6 +66,18 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "flow", "options"),
     [
+        ("run --model=org/m@main --name bot", "optimize", {"model": "org/m@main", "name": "bot"}),
+        ("run --model m --precision int4 --json", "optimize", {"model": "m", "precision": ["int4"]}),
+        (
+            "run --model m --precision int4 --precision int8 --olive-config mine.json --quick",
+            "optimize",
+            {"model": "m", "precision": ["int4", "int8"], "olive_config": "mine.json", "quick": True},
+        ),
+        (
+            "run --model m --int4-block-size 64 --int4-symmetric --top-p 0.9",
+            "optimize",
+            {"model": "m", "int4_block_size": 64, "int4_symmetric": True, "top_p": 0.9},
+        ),
         ("demo --quick", "optimize", {"model": "demo", "quick": True}),
         ("retrain --model m --data d --watch-s 0", "retrain", {"model": "m", "data": "d", "watch_s": 0}),
         (

@@ -145,26 +145,33 @@ def assess(
     """
     figures = list(compare(recorded.measurements, now, request))
     reasons = list(left_out)
+    changed = None
     if answers is not None:
-        accuracy = compare_answers(recorded.answers, answers, request)
-        if accuracy is None:
-            reasons.append("accuracy, because no item could be judged both times")
-        else:
+        before = {answer.id: answer.answer for answer in recorded.answers}
+        changed = sum(before.get(answer.id, answer.answer) != answer.answer for answer in answers)
+        if accuracy := compare_answers(recorded.answers, answers, request):
             figures.append(accuracy)
+        else:
+            reasons.append("accuracy, because no item could be judged both times")
     if not figures:
         raise EvaluationError(f"Nothing of {version.label} can be compared: {'; '.join(reasons)}.")
-    drifted = any(one.drifted for one in figures)
+    drifted = [f"{one.metric} ({one.detail})" for one in figures if one.drifted]
+    if drifted:
+        detail = f"{version.label} has drifted from what was recorded: {', '.join(drifted)}."
+    else:
+        some = " Not everything could be compared." if reasons else ""
+        detail = f"{version.label} measures as recorded, within the tolerances of {len(figures)} figures.{some}"
     return Remeasured(
         model=version.name,
         version=version.version,
         variant=version.variant,
         outcome="drifted" if drifted else "steady",
         figures=tuple(figures),
-        answers_changed=None if answers is None else _changed(recorded.answers, answers),
+        answers_changed=changed,
         left_out=tuple(reasons),
         hardware_kind=hardware_kind,
         recorded_run=recorded.run_id,
-        detail=_sentence(version.label, figures, reasons),
+        detail=detail,
     )
 
 
@@ -222,20 +229,6 @@ def markdown(result: Remeasured) -> str:
     """The same as Markdown."""
     notes = [f"- {note}" for note in _notes(result)]
     return "\n".join([f"**{result.outcome}**: {result.detail}", "", _table(result, "github"), "", *notes])
-
-
-def _sentence(label: str, figures: Sequence[Figure], left_out: Sequence[str]) -> str:
-    drifted = [f"{one.metric} ({one.detail})" for one in figures if one.drifted]
-    if drifted:
-        return f"{label} has drifted from what was recorded: {', '.join(drifted)}."
-    some = " Not everything could be compared." if left_out else ""
-    return f"{label} measures as recorded, within the tolerances of {len(figures)} figures.{some}"
-
-
-def _changed(recorded: Sequence[Answer], now: Sequence[Answer]) -> int:
-    """How many answers have another text than the recorded ones."""
-    before = {answer.id: answer.answer for answer in recorded}
-    return sum(before.get(answer.id, answer.answer) != answer.answer for answer in now)
 
 
 def _compare(metric: str, recorded: Measurement, now: Measurement, tolerance: float) -> Figure:
@@ -304,10 +297,9 @@ def _notes(result: Remeasured) -> list[str]:
 
 
 def _shown(one: Measurement) -> str:
-    if one.low is None or one.high is None or one.low == one.high:
-        return _number(one.value)
-    return f"{_number(one.value)} [{_number(one.low)}, {_number(one.high)}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    value, *ends = [
+        f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+        for number in (one.value, one.low, one.high)
+        if number is not None
+    ]
+    return f"{value} [{', '.join(ends)}]" if len(ends) == 2 and one.low != one.high else value

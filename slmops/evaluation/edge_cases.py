@@ -15,7 +15,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
-from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase
+from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase, Expected
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 
@@ -25,23 +25,13 @@ CASE_LIMIT_S = 120.0
 REFUSAL_LIMIT_S = 5.0
 """What does not fit must be refused at once, not after the work."""
 
-EDGE_CASES = (
-    EdgeCase(id="empty", expected="answered or refused"),
-    EdgeCase(id="whitespace", expected="answered or refused"),
-    EdgeCase(id="longer_than_context", expected="refused"),
-    EdgeCase(id="exactly_the_context", expected="answered"),
-    EdgeCase(id="one_beyond_the_context", expected="refused"),
-    EdgeCase(id="repeated_tokens", expected="refused"),
-    EdgeCase(id="own_special_tokens", expected="answered"),
-    EdgeCase(id="foreign_markers", expected="answered"),
-    EdgeCase(id="emoji", expected="answered"),
-    EdgeCase(id="right_to_left", expected="answered"),
-    EdgeCase(id="nul_in_text", expected="answered or refused"),
-    EdgeCase(id="lone_surrogate", expected="refused"),
-    EdgeCase(id="assistant_first", expected="answered or refused"),
-    EdgeCase(id="greedy_twice", expected="answered"),
-    EdgeCase(id="ordinary_question", expected="answered"),
-)
+_EXPECTED: dict[Expected, str] = {
+    "answered or refused": "empty whitespace nul_in_text assistant_first",
+    "refused": "longer_than_context one_beyond_the_context repeated_tokens lone_surrogate",
+    "answered": "exactly_the_context own_special_tokens foreign_markers emoji right_to_left greedy_twice "
+    "ordinary_question",  # the last of all: it shows whether the runtime still answers
+}
+EDGE_CASES = tuple(EdgeCase(id=name, expected=end) for end, names in _EXPECTED.items() for name in names.split())
 KNOWN_DEFECTS = {("nul_in_text", "cut")}
 """What foundry-local-sdk 2.2.1 does wrong with every model, so not the variant's fault. Remove what a release fixes."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, str]]
 What = Literal["answered", "refused", "cut", "unequal", "failed", "crashed", "hung"]
+Expected = Literal["answered", "refused", "answered or refused"]
 Observation = tuple[What, str]
 """How a case ended, and a detail for people."""
 
@@ -56,7 +57,7 @@ class EdgeCase(Frozen):
     """One hard conversation."""
 
     id: str
-    expected: Literal["answered", "refused", "answered or refused"]
+    expected: Expected
     module: str = "slmops.evaluation.edge_worker"
 
 

@@ -157,7 +157,7 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
             timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
             env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
-            on_line=_tell,
+            on_line=lambda line: log.info("%s", line) if line.startswith(soak_worker.PROGRESS) else None,
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -170,13 +170,14 @@ def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResul
 
     slope = statistics.slope(memory_kb, UNIT)
     outcome: Outcome = "inconclusive"
-    more = None
+    more, found = None, f"may be on either side of the limit of {limit:g}"
     if slope.high is not None and slope.high <= limit:
-        outcome = "pass"
+        outcome, found = "pass", f"is within the limit of {limit:g}"
     elif slope.low is not None and slope.low > limit:
-        outcome = "fail"
-    else:
-        more = statistics.more_samples(slope, limit)
+        outcome, found = "fail", f"is above the limit of {limit:g}"
+    elif more := statistics.more_samples(slope, limit):
+        found += f"; about {more} more requests would settle it"
+    interval = "no interval" if slope.low is None else f"95 % interval {slope.low:.2f} to {slope.high:.2f}"
     return SoakResult(
         **target.model_dump(),
         outcome=outcome,
@@ -185,27 +186,12 @@ def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResul
         more_requests=more,
         memory_start_mb=median(memory_kb[:ENDS]) / 1e3,
         memory_end_mb=median(memory_kb[-ENDS:]) / 1e3,
-        detail=_sentence(target.variant, outcome, slope, limit, more),
+        detail=f"{target.variant}: over {slope.samples} requests the memory grows by {slope.value:.2f} KB a request "
+        f"({interval}), which {found}.",
     )
-
-
-def _sentence(variant: str, outcome: Outcome, slope: Measurement, limit: float, more: int | None) -> str:
-    interval = "no interval" if slope.low is None else f"95 % interval {slope.low:.2f} to {slope.high:.2f}"
-    said = f"{variant}: over {slope.samples} requests the memory grows by {slope.value:.2f} KB a request ({interval}), "
-    if outcome == "pass":
-        return f"{said}which is within the limit of {limit:g}."
-    if outcome == "fail":
-        return f"{said}which is above the limit of {limit:g}."
-    needed = f"; about {more} more requests would settle it" if more is not None else ""
-    return f"{said}which may be on either side of the limit of {limit:g}{needed}."
 
 
 def text(result: SoakResult) -> str:
     """What ``slmops soak`` prints."""
     memory = f"{result.memory_start_mb:.1f} MB at the start, {result.memory_end_mb:.1f} MB at the end"
     return f"{result.outcome}: {result.detail}\nmemory of the process: {memory}"
-
-
-def _tell(line: str) -> None:
-    if line.startswith(soak_worker.PROGRESS):
-        log.info("%s", line)

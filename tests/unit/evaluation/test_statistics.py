@@ -259,10 +259,6 @@ def test_noise(samples: list[float], percent: float) -> None:
     assert st.noise_percent(samples) == pytest.approx(percent, rel=1e-4)
 
 
-def test_noise_of_normal_samples_is_their_deviation() -> None:
-    assert st.noise_percent(np.random.default_rng(0).normal(200, 10, 20000).tolist()) == pytest.approx(5, rel=0.05)
-
-
 # --- the same again, and soon ---
 
 

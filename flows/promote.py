@@ -50,7 +50,7 @@ def rollback(name: Name) -> Promoted:
     uri = stack.tracking_uri(settings)
     with _alone(name, settings):
         champion, previous = find_previous(uri, name)
-        check_files(uri, previous, settings)
+        check_files(previous, settings, uri)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
         rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
         log.info("%s is the champion of %s again", previous.label, name)
@@ -82,7 +82,7 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         refused = promotion.refuse(decision)
         if refused is not None and request.force is None:
             raise refused
-        check_files(uri, challenger, settings)
+        check_files(challenger, settings, uri)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
         if request.approval:
             tags["slmops.approved"] = ask_person(decision, request)

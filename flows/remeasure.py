@@ -56,7 +56,7 @@ def remeasure(request: Remeasure) -> Remeasured:
                 log.warning("not compared: %s", reason)
             now: dict[str, Measurement] = {}
             answers: tuple[Answer, ...] | None = None
-            with remeasurement.copied(check_files(uri, version, settings), work, settings) as place:
+            with remeasurement.copied(check_files(version, settings, uri), work, settings) as place:
                 if plan.speed:
                     now |= measure_speed(place, recorded, work, settings)
                 if plan.text is not None:

@@ -24,8 +24,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.local import stack
+from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training import data, outcome
+from slmops.training import data, outcome, report
 from slmops.training.fingerprint import input_digest
 from slmops.training.outcome import RetrainError
 from slmops.training.sources import Fetched
@@ -57,23 +58,23 @@ def retrain(request: Retrain) -> Retrained:
     check_can_wait(approval=request.approval)
     preflight.check(_job(request, request.model), settings)
     check_environment(settings)
-    uri = stack.tracking_uri(settings)
-    checkpoint = get_checkpoint(_job(request, request.model), settings, uri)
+    tracker = TrainingTracker(stack.tracking_uri(settings))
+    checkpoint = get_checkpoint(_job(request, request.model), settings, tracker.uri)
     name = request.name or checkpoint.name
     flow_run = runtime.flow_run.id or ""
     with turn(settings.locks / f"retrain-{name}.lock", f"the retraining of {name!r}"):
-        waited = steps.find_waiting(uri, name, flow_run) if request.approval else None
+        waited = steps.find_waiting(tracker, name, flow_run) if request.approval else None
         if waited is None:
-            fetched = fetch_data(request, settings, uri)
+            fetched = fetch_data(request, settings, tracker.uri)
             digest = input_digest(request, checkpoint, data.digest(fetched), fetched.evaluation)
-            last = steps.find_last(uri, name, digest)
+            last = steps.find_last(tracker, name, digest)
             if last is not None:
                 return _nothing_new(last)
-            begun = steps.start_tracking(uri, name, request, checkpoint, digest, flow_run)
-        attempt = _Attempt(request, settings, uri, name, waited or begun)
+            begun = steps.start_tracking(tracker, name, request, checkpoint, digest, flow_run)
+        attempt = _Attempt(request, settings, tracker, waited or begun)
         with _closed_if_failed(attempt):
             result = _go_on(attempt) if waited else _make(attempt, checkpoint, fetched)
-            steps.finish_tracking(uri, result)
+            steps.finish_tracking(tracker, result)
         steps.show_result(result)
     if result.outcome != "promoted":
         raise RetrainError(result, attempt.fix)
@@ -82,27 +83,20 @@ def retrain(request: Retrain) -> Retrained:
 
 @dataclass
 class _Attempt:
-    """One retraining: what its stages share.
-
-    Attributes:
-        request: What was asked for.
-        settings: Where things are.
-        uri: MLflow's tracking URI.
-        name: The model's.
-        so_far: What is known of it; each stage adds to its accuracy and seconds.
-        fix: What to do if a gate refuses it.
-    """
+    """One retraining: what its stages share. They add to the accuracy and the seconds of ``so_far``."""
 
     request: Retrain
     settings: Settings
-    uri: str
-    name: str
+    tracker: TrainingTracker
     so_far: Retrained
     fix: str | None = None
 
+    @property
+    def name(self) -> str:
+        return self.so_far.model
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note how long it takes."""
         begun = time.monotonic()
         try:
             yield
@@ -110,15 +104,12 @@ class _Attempt:
             self.so_far.seconds[name] = round(time.monotonic() - begun, 1)
 
     def job(self, model: str, prepared: TrainingData) -> Job:
-        """The part of the work that is a job's."""
         return _job(self.request, model).model_copy(update={"name": self.name, "evaluation_set": prepared.evaluation})
 
     def ended(self, outcome: str, detail: str) -> Retrained:
-        """The result."""
         return self.so_far.model_copy(update={"outcome": outcome, "detail": detail})
 
     def refused(self, error: GateError) -> Retrained:
-        """The result, if a gate says no."""
         self.fix = error.fix
         return self.ended("refused", f"{error.message} The champion stays.")
 
@@ -136,36 +127,35 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
         return attempt.refused(error)
     attempt.so_far = attempt.so_far.model_copy(update={"version": version.version, "variant": version.variant})
     if attempt.request.approval:
-        steps.track_waiting(
-            attempt.uri, attempt.ended(WAITING, f"{version.label} is the champion if somebody approves.")
-        )
+        waiting = attempt.ended(WAITING, f"{version.label} becomes the champion if somebody approves.")
+        steps.track_waiting(attempt.tracker, waiting, time.time() + Promotion(name=attempt.name).approval_timeout_s)
     return _deploy(attempt, version, prepared.evaluation)
 
 
 def _go_on(attempt: _Attempt) -> Retrained:
     """What is left to do for one that was suspended to wait for approval."""
-    version = find_version(attempt.uri, attempt.name, str(attempt.so_far.version))
+    version = find_version(attempt.tracker.uri, attempt.name, str(attempt.so_far.version))
     folder = attempt.settings.work(f"{attempt.name}.approval")
     try:
-        return _deploy(attempt, version, steps.fetch_evaluation_set(attempt.uri, attempt.so_far.run_id, folder))
+        return _deploy(attempt, version, steps.fetch_evaluation_set(attempt.tracker, attempt.so_far.run_id, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple[TrainingData, Finetuned]:
-    request, settings, uri = attempt.request, attempt.settings, attempt.uri
-    name, run_id, accuracy = attempt.name, attempt.so_far.run_id, attempt.so_far.accuracy
+    request, settings, tracker, name = attempt.request, attempt.settings, attempt.tracker, attempt.name
+    run_id, accuracy = attempt.so_far.run_id, attempt.so_far.accuracy
     with attempt.stage("data"):
         prepared = check_data(fetched, request, checkpoint, name, settings)
-        steps.track_data(uri, run_id, prepared)
+        steps.track_data(tracker, run_id, prepared, report.markdown(prepared))
     with attempt.stage("base model"):
         accuracy["base"] = answer(checkpoint, prepared, request, "base", name, settings)
     with attempt.stage("fine-tune"):
-        finetuned = finetune_model(checkpoint, prepared, request, name, settings, uri, run_id)
-        steps.track_training(uri, run_id, finetuned, settings.logs / name / "finetune.log")
+        finetuned = finetune_model(checkpoint, prepared, request, name, settings, tracker, run_id)
+        steps.track_training(tracker, run_id, finetuned, settings.logs / name / "finetune.log")
     with attempt.stage("fine-tuned model"):
         accuracy["finetuned"] = answer(finetuned, prepared, request, "finetuned", name, settings)
-        steps.track_accuracy(uri, run_id, accuracy)
+        steps.track_accuracy(tracker, run_id, accuracy)
     return prepared, finetuned
 
 
@@ -174,7 +164,8 @@ def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
 
     If that does not work, the two cannot be compared, and the promotion says so.
     """
-    champion = steps.find_outdated_champion(attempt.uri, attempt.name, prepared, attempt.request, attempt.settings)
+    uri = attempt.tracker.uri
+    champion = steps.find_outdated_champion(uri, attempt.name, prepared, attempt.request, attempt.settings)
     if champion is None:
         return
     log.info("%s was measured with something else: measuring it again", champion.label)
@@ -187,11 +178,7 @@ def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
 
 
 def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: TrainingData) -> ModelVersion:
-    """The variants of the fine-tuned checkpoint; returns the version that was chosen.
-
-    Raises:
-        GateError: None is good enough.
-    """
+    """The variants of the fine-tuned checkpoint; returns the version that was chosen."""
     refused: GateError | None = None
     with attempt.stage("convert and measure"):
         try:
@@ -202,32 +189,28 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
             refused, comparison = error, error.comparison
         accuracy = attempt.so_far.accuracy
         accuracy |= outcome.accuracies(accuracy["base"], accuracy["finetuned"], comparison)
-        steps.link(attempt.uri, attempt.so_far.run_id, comparison)
+        steps.link(attempt.tracker, attempt.so_far.run_id, comparison)
     if refused is not None:
         raise refused
     chosen = next(one for one in comparison.variants if one.name == comparison.choice.variant)
-    return find_version(attempt.uri, attempt.name, str(chosen.version))
+    return find_version(attempt.tracker.uri, attempt.name, str(chosen.version))
 
 
 def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retrained:
     """Promote the version, have it served, and watch it. If it does not hold, roll it back."""
-    request, settings, uri = attempt.request, attempt.settings, attempt.uri
-    url = against = None
+    request, settings, uri = attempt.request, attempt.settings, attempt.tracker.uri
+    promotion = Promotion(name=version.name, version=version.version, approval=request.approval)
     with attempt.stage("promote"):
         try:
-            make_champion(
-                Promotion(name=version.name, version=version.version, approval=request.approval), settings, uri
-            )
+            make_champion(promotion, settings, uri)
         except GateError as error:
             return attempt.refused(error)
+    url = against = None
     with attempt.stage("switch"):
         try:
             url = steps.switch_service(version, request, settings, uri)
         except ServingError as error:
             against = error.message
-    if url is None and against is None:
-        said = f"{version.label} is the champion now. Nothing serves it on this machine, so it was not watched."
-        return attempt.ended("promoted", said)
     if url is not None and request.watch_s:
         with attempt.stage("watch"):
             measured = attempt.so_far.accuracy.get(version.variant)
@@ -236,9 +219,10 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
             return attempt.ended("promoted", f"It is the champion now, served at {url}. {watched.detail}")
         against = watched.detail
     if against is None:
-        return attempt.ended("promoted", f"{version.label} is the champion now, served at {url}.")
+        served = f", served at {url}." if url else ". Nothing serves it on this machine, so it was not watched."
+        return attempt.ended("promoted", f"{version.label} is the champion now{served}")
     with attempt.stage("roll back"):
-        now = steps.roll_back(uri, version, against)
+        now = steps.roll_back(Registry(uri), version, against)
         if now is not None and url is not None:
             steps.switch_back(url, now, uri)
     back = f"{now.label} is the champion again" if now else "nothing was deployed before, so it stays the champion"
@@ -247,8 +231,8 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
 
 def _nothing_new(last: Retrained) -> Retrained:
     said = f"Data, base model and settings are those of the last retraining, which ended as: {last.outcome}."
-    result = last.model_copy(update={"outcome": "nothing to do", "detail": said, "seconds": {}})
     log.info("nothing to do: %s", said)
+    result = last.model_copy(update={"outcome": "nothing to do", "detail": said, "seconds": {}})
     steps.show_result(result)
     return result
 
@@ -263,7 +247,7 @@ def _closed_if_failed(attempt: _Attempt) -> Iterator[None]:
     except BaseException as error:
         said = error.message if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}"
         with suppress(TrackingError):
-            TrainingTracker(attempt.uri).abort(attempt.so_far.run_id, said)
+            attempt.tracker.abort(attempt.so_far.run_id, said)
         raise
 
 

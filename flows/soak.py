@@ -40,7 +40,7 @@ def soak(request: Soak) -> SoakResult:
     installed = None
     if request.champion:
         version = find_version(uri, request.name or "", None)
-        installed = check_files(uri, version, settings)
+        installed = check_files(version, settings, uri)
         target = Target(
             model=version.name, variant=version.variant, foundry_id=version.foundry_id, version=version.version
         )

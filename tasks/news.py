@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prefect.events import emit_event
 from prefect.variables import Variable
@@ -23,15 +24,12 @@ def tell_of_data(request: News, fetched: Fetched, uri: str) -> list[str]:
     """Emit an event if no retraining has used the training items yet."""
     digest = data.digest(fetched)
     seen, is_told = _seen(request.name).look_at_data(digest, TrainingTracker(uri).last_data(request.name), time.time())
-    resource = f"slmops.data.{request.name}"
+    told = []
     if is_told:
-        emit_event(
-            NEW_DATA,
-            {"prefect.resource.id": resource, "prefect.resource.name": request.name},
-            payload={"name": request.name, "data": fetched.source, "digest": digest},
-        )
+        payload = {"name": request.name, "data": fetched.source, "digest": digest}
+        told = [_tell(NEW_DATA, f"slmops.data.{request.name}", request.name, payload)]
     _remember(request.name, seen)  # last: a look that breaks tells of it once more
-    return [resource] if is_told else []
+    return told
 
 
 @stage("tell of versions of {request.name}", tracking=True)
@@ -41,18 +39,23 @@ def tell_of_versions(request: News, uri: str) -> list[str]:
     newest = versions[-1].version if versions else 0
     seen = _seen(request.name)
     last = newest if seen.version is None else seen.version
-    told = []
-    for version in versions:
-        if version.version > last:
-            resource = f"slmops.version.{request.name}.{version.version}"
-            emit_event(
-                NEW_VERSION,
-                {"prefect.resource.id": resource, "prefect.resource.name": version.label},
-                payload={"name": version.name, "version": version.version, "variant": version.variant},
-            )
-            told.append(resource)
+    told = [
+        _tell(
+            NEW_VERSION,
+            f"slmops.version.{request.name}.{one.version}",
+            one.label,
+            {"name": one.name, "version": one.version, "variant": one.variant},
+        )
+        for one in versions
+        if one.version > last
+    ]
     _remember(request.name, seen.model_copy(update={"version": newest}))
     return told
+
+
+def _tell(event: str, resource: str, name: str, payload: dict[str, Any]) -> str:
+    emit_event(event, {"prefect.resource.id": resource, "prefect.resource.name": name}, payload=payload)
+    return resource
 
 
 def _seen(name: str) -> Seen:

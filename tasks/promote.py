@@ -9,22 +9,13 @@ from slmops.core.settings import Settings
 from slmops.core.values import artifact_key
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
-from slmops.foundry.versions import Installed, ModelVersion, Promoted, Promotion
+from slmops.foundry.versions import ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
-
-@stage("judge the challenger", tracking=True)
-def judge_challenger(uri: str, request: Promotion) -> Decision:
-    """The version that was asked for, and the job's gates against the champion of now."""
-    return promotion.decide(Registry(uri), Tracker(uri), request)
-
-
-@stage("check the files of version {version.version}")
-def check_files(uri: str, version: ModelVersion, settings: Settings) -> Installed:
-    """Fetch it as a device would: each SHA-256, registered in Foundry Local, and it answers."""
-    return pull.install(version, settings, uri)
+judge_challenger = stage("judge the challenger", tracking=True)(promotion.decide)
+# As a device would fetch it: each SHA-256, registered in Foundry Local, and it answers.
+check_files = stage("check the files of version {version.version}")(pull.install)
 
 
 @stage(tracking=True)

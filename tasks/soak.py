@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from prefect.artifacts import create_markdown_artifact
-from tabulate import tabulate
 
-from slmops.core.settings import Settings
 from slmops.core.values import artifact_key
 from slmops.evaluation import soak
 from slmops.evaluation.soak import Soak, SoakResult, Target
@@ -21,10 +17,7 @@ def find_variant(uri: str, request: Soak) -> Target:
     return soak.find(Tracker(uri).latest(request.name), request.variant)
 
 
-@stage("soak {target.variant}")
-def soak_variant(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
-    """All requests, in one fresh process."""
-    return soak.measure(target, request, home, settings)
+soak_variant = stage("soak {target.variant}")(soak.measure)
 
 
 @stage(tracking=True)
@@ -51,19 +44,8 @@ def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_
 @stage()
 def show_soak(result: SoakResult, run_url: str) -> None:
     """Publish the outcome as an artifact of the flow run."""
-    rows = [
-        ("outcome", result.outcome),
-        *([] if result.version is None else [("version", str(result.version))]),
-        ("growth in KB a request", f"{result.slope.value:.2f}"),
-        ("95 % interval", "-" if result.slope.low is None else f"{result.slope.low:.2f} to {result.slope.high:.2f}"),
-        ("limit", f"{result.limit:g}"),
-        ("requests", f"{result.slope.samples}"),
-        ("memory at the start", f"{result.memory_start_mb:.1f} MB"),
-        ("memory at the end", f"{result.memory_end_mb:.1f} MB"),
-    ]
-    table = tabulate(rows, headers=["", ""], tablefmt="pipe", disable_numparse=True)
     create_markdown_artifact(
-        f"{result.detail}\n\n{table}\n\n[MLflow run]({run_url})",
+        f"```\n{soak.text(result)}\n```\n\n[MLflow run]({run_url})",
         key=artifact_key("soak", result.model),
         description=f"{result.model}: soak of {result.variant}",
     )

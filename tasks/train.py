@@ -51,23 +51,22 @@ def check_data(
 
 @stage("fine-tune")
 def finetune_model(
-    checkpoint: Checkpoint, prepared: TrainingData, request: Retrain, name: str, settings: Settings, uri: str, run: str
+    checkpoint: Checkpoint,
+    prepared: TrainingData,
+    request: Retrain,
+    name: str,
+    settings: Settings,
+    tracker: TrainingTracker,
+    run_id: str,
 ) -> Finetuned:
     """Train the adapter and merge it; an attempt that was killed is resumed."""
-    bar = UUID(
-        str(create_progress_artifact(0.0, key=artifact_key("training", name), description=f"{name}: fine-tuning"))
-    )
-    with _LossSender(TrainingTracker(uri), run, bar, request) as sender:
-        finetuned = finetune.finetune(checkpoint, prepared, request.training, settings, name, sender.add)
-    log.info(
-        "%d steps in %.0f s, validation loss %.3f at step %d, ended by %s",
-        finetuned.steps,
-        finetuned.seconds,
-        finetuned.validation_loss,
-        finetuned.best_step,
-        finetuned.stopped,
-    )
-    return finetuned
+    key = artifact_key("training", name)
+    bar = UUID(str(create_progress_artifact(0.0, key=key, description=f"{name}: fine-tuning")))
+    with _LossSender(tracker, run_id, bar, request) as sender:
+        made = finetune.finetune(checkpoint, prepared, request.training, settings, name, sender.add)
+    loss = f"validation loss {made.validation_loss:.3f} at step {made.best_step}"
+    log.info("%d steps in %.0f s, %s, ended by %s", made.steps, made.seconds, loss, made.stopped)
+    return made
 
 
 @stage("answers of the {label} model")

@@ -51,10 +51,8 @@ def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> 
 
 def _check_gates(request: Promotion, uri: str) -> None:
     from slmops.delivery import promotion
-    from slmops.tracking.registry import Registry
-    from slmops.tracking.tracker import Tracker
 
-    refused = promotion.refuse(promotion.decide(Registry(uri), Tracker(uri), request))
+    refused = promotion.refuse(promotion.decide(uri, request))
     if refused is not None and request.force is None:
         raise refused
 

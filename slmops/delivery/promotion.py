@@ -33,12 +33,13 @@ class Decision(Frozen):
         return said
 
 
-def decide(registry: Registry, tracker: Tracker, request: Promotion) -> Decision:
+def decide(uri: str, request: Promotion) -> Decision:
     """Judge the version that was asked for against the champion of now.
 
     Raises:
         UsageError: There is no such version.
     """
+    registry, tracker = Registry(uri), Tracker(uri)
     return judge(tracker, pick(registry, tracker, request), registry.champion(request.name))
 
 

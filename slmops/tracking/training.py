@@ -28,7 +28,7 @@ import mlflow
 from mlflow.entities import Metric, Run
 
 from slmops.core.errors import DataError
-from slmops.core.values import Checkpoint, Comparison
+from slmops.core.values import Checkpoint, Comparison, Measurement
 from slmops.training.sources import public
 from slmops.training.values import WAITING, Finetuned, LossPoint, Retrain, Retrained, TrainingData
 
@@ -72,7 +72,8 @@ class TrainingTracker(Connection):
             return next((self._result(run) for run in found if run.data.tags[OUTCOME] == WAITING), None)
 
     def evaluation_set(self, run_id: str, folder: Path) -> Path:
-        """Fetch the evaluation set of a retraining into a folder."""
+        """Fetch the evaluation set of a retraining, which may have been prepared on another machine, into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
         with self._talking():
             [name] = [name for name in self._client.files_in(run_id, "data") if Path(name).stem == "evaluation"]
             return Path(self._client.download_artifacts(run_id, name, str(folder)))
@@ -191,10 +192,10 @@ class TrainingTracker(Connection):
             if log.exists():
                 self._client.log_artifact(run_id, str(log), "logs")
 
-    def log_figures(self, run_id: str, figures: dict[str, float]) -> None:
-        """Log single figures."""
+    def log_accuracy(self, run_id: str, accuracy: dict[str, Measurement]) -> None:
+        """Log what the checkpoints answered, before anything is decided."""
         with self._talking():
-            self._client.log_figures(run_id, figures)
+            self._client.log_figures(run_id, {f"accuracy_{label}": one.value for label, one in accuracy.items()})
 
     def link(self, run_id: str, comparison: Comparison) -> None:
         """Put the job's run below that of the retraining, and name the latter in all versions that were made."""

@@ -7,8 +7,8 @@ import shutil
 
 from prefect import flow, runtime
 
-from flows.running import named, plainly, turn
-from slmops.core import machine
+from flows.running import named, plainly
+from slmops.core import locks, machine
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
@@ -45,7 +45,7 @@ def remeasure(request: Remeasure) -> Remeasured:
     uri = stack.tracking_uri(settings)
     # The model's own work folder is emptied when a job of it begins.
     work = f"{request.name}.remeasure"
-    with turn(settings.locks / f"{work}.lock", f"the remeasurement of {request.name!r}"):
+    with locks.exclusive(settings.locks / f"{work}.lock", f"the remeasurement of {request.name!r}", wait=False):
         shutil.rmtree(settings.work(work), ignore_errors=True)
         version = find_version(uri, request.name, request.version)
         here = machine.hardware().kind

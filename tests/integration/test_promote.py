@@ -116,15 +116,6 @@ def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
     assert bot.registry.find(bot.name, "2").tags["slmops.forced"] == forced.forced
 
 
-def test_what_was_measured_on_another_set_is_refused(bot: Bot) -> None:
-    bot.add(0.8)
-    promote(Promotion(name=bot.name))
-    bot.add(0.9, evaluation_set_digest="d" * 64)
-    with pytest.raises(GateError, match="evaluation set"):
-        promote(Promotion(name=bot.name))
-    assert bot.champion == 1
-
-
 def test_altered_files_are_not_promoted(bot: Bot) -> None:
     version = bot.add(0.8)
     client = MlflowClient(str(bot.settings.tracking_uri))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from flows.soak import soak
-from slmops.core.errors import EvaluationError, TrackingError, UsageError
+from slmops.core.errors import EvaluationError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Registration
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
@@ -134,22 +133,6 @@ def test_a_leak_is_found(
     flow_run = flow_runs("soak")[-1]
     assert flow_run.state_name == "Failed"
     assert f"fail: {result.detail}" in artifacts(flow_run)[KEY]
-
-
-@pytest.mark.usefixtures("passed")
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"name": "nobody"}, "nobody"),
-        ({"variant": "int2"}, "int2"),
-        ({"variant": "int4"}, "int4.*Olive produced no model"),
-    ],
-)
-def test_what_cannot_be_asked(asked: dict[str, Any], message: str, client: MlflowClient) -> None:
-    before = len(soaks(client))
-    with pytest.raises(UsageError, match=message):
-        soak(Soak(**asked))
-    assert len(soaks(client)) == before
 
 
 @pytest.mark.usefixtures("passed")

@@ -15,7 +15,7 @@ import yaml
 from slmops.core.settings import Settings
 from slmops.local import stack
 from tests import compose
-from tests.compose import FILE, MissingVariable, interpolate
+from tests.compose import FILE, MissingVariable
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
@@ -55,30 +55,6 @@ def test_a_linter_finds_nothing(command: list[str]) -> None:
 
 
 # --- variables
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("${SET}", "x"),
-        ("a${SET}b${SET}", "axbx"),
-        ("${UNSET}", ""),
-        ("${UNSET:-d}", "d"),
-        ("${EMPTY:-d}", "d"),
-        ("${SET:-d}", "x"),
-        ("${SET:?why}", "x"),
-        ("$$SET $${SET}", "$SET ${SET}"),
-        (["${SET}", {"SET": "${SET}", "n": 1}], ["x", {"SET": "x", "n": 1}]),
-    ],
-)
-def test_variables_are_filled_in_as_compose_does(text: Any, expected: Any) -> None:
-    assert interpolate(text, {"SET": "x", "EMPTY": ""}) == expected
-
-
-@pytest.mark.parametrize("text", ["a $ b", "$SET", "${SET-d}", "${SET:+d}"])
-def test_a_form_of_variable_that_is_not_known_here_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="lone"):
-        interpolate(text, {"SET": "x"})
 
 
 @pytest.mark.parametrize("given", [{}, {"POSTGRES_PASSWORD": ""}], ids=["no .env", "the example as it is"])

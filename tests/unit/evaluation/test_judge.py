@@ -257,21 +257,17 @@ def test_no_server(server: Server) -> None:
     assert "could not be reached" in unscored(judge.score(ITEM, "x", configured(server.url)))
 
 
-@pytest.mark.parametrize("url", ["http://[", "http://127.0.0.1:port/v1", "http:///v1"])
-def test_url_that_is_none(server: Server, url: str) -> None:
-    assert "the judge could not be" in unscored(judge.score(ITEM, "x", configured(url)))
-    assert not server.requests
-
-
-def test_answer_that_is_no_text(server: Server) -> None:
-    reason = unscored(judge.score(ITEM, "\ud800", configured(server.url)))
-    assert reason == "the judge could not be asked (UnicodeEncodeError)"
-
-
-@pytest.mark.parametrize("key", [f"{KEY}\nX-Other: 1", f"{KEY}é", f"{KEY}\x00"])
-def test_key_that_no_header_can_hold(server: Server, key: str) -> None:
-    reason = unscored(judge.score(ITEM, "x", configured(server.url, judge_api_key=key)))
-    assert reason == "SLMOPS_JUDGE_API_KEY holds characters that an HTTP header cannot hold"
+@pytest.mark.parametrize(
+    ("answer", "asked", "reason"),
+    [
+        ("\ud800", {}, "the judge could not be asked (UnicodeEncodeError)"),
+        *(("x", {"judge_url": url}, "could not be") for url in ("http://[", "http://127.0.0.1:port/v1", "http:///v1")),
+        *(("x", {"judge_api_key": KEY + end}, "SLMOPS_JUDGE_API_KEY") for end in ("\nX-Other: 1", "é", "\x00")),
+    ],
+)
+def test_what_cannot_be_sent(server: Server, answer: str, asked: dict[str, str], reason: str) -> None:
+    settings = configured(server.url).model_copy(update=Settings(**asked).model_dump(include=set(asked)))
+    assert reason in unscored(judge.score(ITEM, answer, settings))
     assert not server.requests
 
 

@@ -79,16 +79,6 @@ def test_compared_row_by_row(vocabulary: int, scale: float) -> None:
     assert 0 < sum(found.distances["r"].same_top) < rows  # of both there are some
 
 
-def test_direction_of_the_divergence() -> None:
-    # p = (1/2, 1/2) is the reference, q = (3/4, 1/4) the model: KL(p, q) = ln(2/3)/2 + ln(2)/2; KL(q, p) is another.
-    reference = np.log(np.array([[0.5, 0.5]], np.float32))
-    _, found = worker._compare(
-        np.log(np.array([[0.75, 0.25]], np.float32)), np.array([1]), 0, references={"r": reference}
-    )
-    assert found.distances["r"].kl[0] == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-5)
-    assert found.nll[0] == pytest.approx(math.log(4), rel=1e-6)
-
-
 @pytest.mark.parametrize("scale", [1.0, 10.0, 300.0])
 def test_equal_distributions_are_no_distance_apart(scale: float) -> None:
     logits = random_logits(4, 64, 5000, scale)
@@ -115,23 +105,23 @@ def test_each_token_is_scored_by_what_was_said_before_it(score: Score) -> None:
     assert score(knows_the_next, 200).nll == pytest.approx([expected] * 199)
 
 
-def test_first_token_of_each_window_is_not_scored(score: Score) -> None:
+@pytest.mark.parametrize(
+    ("count", "tokens", "windows"),
+    [
+        (2 * worker.WINDOW + 10, 10_000, [worker.WINDOW, worker.WINDOW, 10]),
+        (worker.WINDOW + 1, 10_000, [worker.WINDOW]),  # a last window of one token is left out
+        (500, 100, [100]),
+    ],
+)
+def test_first_token_of_each_window_is_not_scored(score: Score, count: int, tokens: int, windows: list[int]) -> None:
     seen: list[int] = []
 
     def counting(ids: Any) -> Any:
         seen.append(len(ids))
         return uniform(ids)
 
-    assert len(score(counting, 2 * worker.WINDOW + 10).nll) == 2 * (worker.WINDOW - 1) + 9
-    assert seen == [worker.WINDOW, worker.WINDOW, 10]
-
-
-def test_last_window_of_one_token_is_left_out(score: Score) -> None:
-    assert len(score(uniform, worker.WINDOW + 1).nll) == worker.WINDOW - 1
-
-
-def test_no_more_than_the_tokens_asked_for(score: Score) -> None:
-    assert len(score(uniform, 500, tokens=100).nll) == 99
+    assert len(score(counting, count, tokens).nll) == sum(windows) - len(windows)
+    assert seen == windows
 
 
 @pytest.mark.parametrize("count", [2, worker.ROWS, worker.ROWS + 1, worker.ROWS + 2, worker.WINDOW + 1, 1300])

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
-from flows.progress import ProgressBar
+from flows.running import ProgressBar
 from flows.workers import PartState, Workers, cancel_parts, crash, look, submit
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
 from slmops.conversion import convert, store

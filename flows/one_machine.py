@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flows.progress import ProgressBar
+from flows.running import ProgressBar
 from slmops.cluster.parts import Measured, Outcomes
 from slmops.core import machine
 from slmops.core.context import JobContext

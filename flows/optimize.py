@@ -11,8 +11,7 @@ from prefect import flow, runtime
 
 from flows.fan_out import fan_out
 from flows.one_machine import make_here
-from flows.progress import ProgressBar
-from flows.running import named, plainly, turn
+from flows.running import ProgressBar, named, plainly, turn
 from flows.workers import find_workers
 from slmops import preflight
 from slmops.cluster.parts import Measured, figures
@@ -26,9 +25,8 @@ from slmops.local import stack
 from slmops.selection import policy as policies
 from slmops.tracking.tracker import Tracker
 from tasks.checkpoint import get_checkpoint, plan_recipes
-from tasks.choose import choose_variant
+from tasks.choose import choose_variant, show_comparison
 from tasks.environment import check_environment
-from tasks.show import show_comparison
 from tasks.track import (
     finish_tracking,
     get_champion,

@@ -1,4 +1,4 @@
-"""How a run of a flow appears in Prefect: what it is called, what it waits for, and how it ends."""
+"""How a run of a flow appears in Prefect: what it is called, what it waits for, how far it is, and how it ends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar, cast
 from uuid import UUID
 
 from prefect import runtime
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import refresh_global_settings_context
@@ -20,6 +21,7 @@ from prefect.states import Failed
 
 from slmops.core import locks
 from slmops.core.errors import BusyError, SlmopsError
+from slmops.core.values import artifact_key
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -110,3 +112,18 @@ def reread_environment() -> None:
     """Let Prefect, imported before its variables were set, take them into account."""
     refresh_global_settings_context()
     setup_logging()
+
+
+class ProgressBar:
+    """A progress bar in the flow run's artifacts."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self._steps = steps
+        self._done = 0
+        created = create_progress_artifact(0.0, key=artifact_key("progress", name), description=f"{name}: variants")
+        self._id = UUID(str(created))
+
+    def step(self, steps: int = 1) -> None:
+        """So many steps are done."""
+        self._done += steps
+        update_progress_artifact(artifact_id=self._id, progress=min(100.0, 100 * self._done / self._steps))

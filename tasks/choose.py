@@ -1,8 +1,11 @@
-"""Apply the policy and take one."""
+"""Choose a variant by the policy, and show the comparison on the Prefect page."""
 
 from __future__ import annotations
 
-from slmops.core.values import Choice, Measurement, VariantResult
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from slmops.core.values import Choice, Comparison, Measurement, VariantResult, artifact_key
+from slmops.report import tables
 from slmops.selection import choice as selection
 from slmops.selection.policy import Policy
 from tasks.stage import stage
@@ -14,3 +17,17 @@ def choose_variant(
 ) -> tuple[Choice, list[VariantResult]]:
     """The choice with its reason, and the variants with their gates."""
     return selection.choose(results, policy, champion)
+
+
+@stage()
+def show_comparison(comparison: Comparison, run_url: str) -> None:
+    """Publish report, table and link as artifacts of the flow run."""
+    name = comparison.model
+    report = tables.markdown(comparison, run_url)
+    rows = [
+        {"variant": result.name, "status": result.status, **{k: round(v, 4) for k, v in result.metrics.items()}}
+        for result in comparison.variants
+    ]
+    create_markdown_artifact(report, artifact_key("report", name), f"{name}: comparison and choice")
+    create_table_artifact(rows, artifact_key("metrics", name), f"{name}: every metric of every variant")
+    create_link_artifact(run_url, f"{name} in MLflow", artifact_key("mlflow", name))

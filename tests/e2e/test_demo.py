@@ -112,21 +112,6 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
         assert {metric["key"] for metric in model["data"]["metrics"]} >= set(variant["metrics"])
 
 
-def test_prefect_shows_the_run_with_its_artifacts(slmops: Any) -> None:
-    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
-        run = api.post("flow_runs/filter", json={"sort": "START_TIME_DESC"}).json()[-1]
-        of_it = {"flow_run_id": {"any_": [run["id"]]}}
-        artifacts = api.post("artifacts/filter", json={"artifacts": of_it}).json()
-        tasks = api.post("task_runs/filter", json={"flow_runs": {"id": {"any_": [run["id"]]}}}).json()
-    assert (run["name"], run["state_name"]) == ("optimize demo", "Completed")
-    assert {artifact["key"] for artifact in artifacts} == {
-        f"{kind}-{NAME}" for kind in ("progress", "report", "metrics", "mlflow")
-    }
-    assert {"convert int8", "register int8", "measure speed", "measure quality of int8", "track int8"} <= {
-        task["name"] for task in tasks
-    }
-
-
 def test_the_prefect_page_gives_the_same(slmops: Any, comparison: dict[str, Any]) -> None:
     """The Run button posts this."""
     assert slmops("up", "--worker").returncode == 0

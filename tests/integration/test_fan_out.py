@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows import fan_out, workers
-from flows.progress import ProgressBar
+from flows.running import ProgressBar
 from flows.variant import variant
 from flows.workers import PartState
 from slmops.cluster import parts

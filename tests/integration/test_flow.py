@@ -110,7 +110,9 @@ def mlflow(settings: Settings, name: str) -> tuple[list[Run], list[Run]]:
     return parents, [run for run in runs if run not in parents]
 
 
-def test_the_comparison_has_the_promised_form(first: First, settings: Settings) -> None:
+def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settings: Settings, tmp_path: Path) -> None:
+    kept = read(MlflowClient(settings.tracking_uri), first.comparison.run_id, "comparison.json", tmp_path)
+    assert Comparison.model_validate_json(kept) == first.comparison
     shown = json.loads(first.comparison.model_dump_json())
     assert list(shown) == ["model", "run_id", "choice", "variants"]
     assert shown["model"] == NAME
@@ -168,22 +170,6 @@ def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     assert [(row["variant"], row["status"]) for row in rows] == [(name, "ok") for name in ("fp32", "int4", "int8")]
     for row, result in zip(rows, first.comparison.variants, strict=True):
         assert {name: row[name] for name in result.metrics} == pytest.approx(result.metrics, abs=1e-4)
-
-
-def test_what_mlflow_has(first: First, settings: Settings, tmp_path: Path) -> None:
-    parents, children = mlflow(settings, NAME)
-    parent = parents[0]
-    assert (parent.info.run_id, parent.info.status) == (first.comparison.run_id, "FINISHED")
-    assert parent.data.tags["slmops.choice"] == "int4"
-    of_parent = {run.info.run_id: run for run in children if run.data.tags["mlflow.parentRunId"] == parent.info.run_id}
-    assert len(of_parent) == 3
-    for result in first.comparison.variants:
-        run = of_parent[result.run_id or ""]
-        assert (run.data.tags["slmops.variant"], run.info.status) == (result.name, "FINISHED")
-        assert {name: value for name, value in run.data.metrics.items() if "/" not in name} == result.metrics
-    client = MlflowClient(settings.tracking_uri)
-    kept = read(client, parent.info.run_id, "comparison.json", tmp_path)
-    assert Comparison.model_validate_json(kept) == first.comparison
 
 
 def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_goes_on(first: First, settings: Settings) -> None:

@@ -319,9 +319,3 @@ def test_comparison_that_was_stored_without_measurements() -> None:
     made = Comparison.model_validate(stored)
     assert row(made, "int4") == ["int4", "110.0", "0.18", "123", "45.7", "220", "1.083", "0.041", "0.45", "-", "chosen"]
     assert "<svg" in html(made)
-
-
-def test_judged_comparison_survives_being_stored() -> None:
-    choice, results = choose(list(MIXED.variants), policy.load())
-    made = Comparison(model="tiny", run_id="r", choice=choice, variants=tuple(results))
-    assert tables.text(Comparison.model_validate_json(made.model_dump_json())) == tables.text(made)

@@ -192,14 +192,14 @@ class _FanOut:
     def _finish(self, part: Part, result: PartResult) -> Outcomes:
         """Have a measured variant here, as if it had been made here."""
         if part.recipe.baseline:
-            self._scored = result.scored
+            self._scored = result.figures.scored if result.figures else None
             self._go_on(result.references)
         try:
             variant = fetch_variant(part.key or "", part.variant, self._exchange, self._context.settings)
             if self._context.job.output_path is not None:
                 convert.export(variant, self._context.job.output_path)
             registration = register_variant(variant, self._context)
-            if result.speed is None or result.quality is None:
+            if result.figures is None:
                 raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
         except TrackingError:
             raise
@@ -207,17 +207,8 @@ class _FanOut:
             yield from self._fail(part.recipe, error)
             return
         self._progress.step()
-        yield (
-            part.recipe.name,
-            Measured(
-                variant=variant,
-                registration=registration,
-                speed=result.speed,
-                quality=result.quality,
-                scored=self._scored,
-                hardware=result.hardware,
-            ),
-        )
+        figures = dict(result.figures) | {"scored": self._scored}
+        yield part.recipe.name, Measured(variant=variant, registration=registration, **figures)
 
     def _fail(self, recipe: Recipe, error: SlmopsError) -> Outcomes:
         self._progress.step(1 if recipe.name in self._converted else 2)

@@ -12,7 +12,7 @@ from flows.running import plainly
 from flows.workers import beating
 from slmops.checkpoints import source
 from slmops.cluster import parts
-from slmops.cluster.parts import Failure, Part, PartResult
+from slmops.cluster.parts import Failure, Figures, Part, PartResult
 from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError, TrackingError
@@ -57,7 +57,7 @@ def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
         raise  # the work is not at fault
     except SlmopsError as error:
         failed, made = error, {"failure": Failure.of(error)}
-    leave_result(PartResult(hardware=machine.hardware(), **made), part, context, exchange)
+    leave_result(PartResult(**made), part, context, exchange)
     if failed is not None:
         raise failed
 
@@ -77,5 +77,5 @@ def _measure(part: Part, context: JobContext, exchange: Exchange) -> dict[str, A
     baseline = part.recipe.baseline
     scored = score_checkpoint(context) if baseline else None
     quality = measure_quality(made, registration, context)
-    references = send_references(context, exchange) if baseline else ()
-    return {"speed": speed, "quality": quality, "scored": scored, "references": references}
+    figures = Figures(speed=speed, quality=quality, scored=scored, hardware=machine.hardware())
+    return {"figures": figures, "references": send_references(context, exchange) if baseline else ()}

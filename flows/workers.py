@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import httpx
@@ -62,27 +61,15 @@ the only one of its run, no automation ever learns of the run. A label of the fl
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Who does the parts.
-
-    Attributes:
-        pool: The work pool's name.
-        deployment: The deployment of the parts in it.
-    """
+class Workers(NamedTuple):
+    """A work pool by its name, and the deployment of the parts in it."""
 
     pool: str
     deployment: UUID
 
 
-@dataclass(frozen=True)
-class PartState:
-    """A flow run as it was at a look.
-
-    Attributes:
-        state: Its state.
-        beat: Its last sign of life, a number that grows; None: none yet.
-    """
+class PartState(NamedTuple):
+    """The state of a flow run, and its last sign of life: a number that grows, or None if there was none yet."""
 
     state: State[Any]
     beat: object

@@ -88,16 +88,22 @@ class Failure(Frozen):
         return errors.BY_NAME.get(self.kind, WorkError)(self.message, self.fix)
 
 
+class Figures(Frozen):
+    """The raw results of measuring one variant."""
+
+    speed: Speed
+    quality: Quality
+    scored: tuple[float, ...] | None = Field(None, description="The checkpoint's own scores.")
+    hardware: Hardware = Field(description="The machine that measured it.")
+
+
 class PartResult(Frozen):
     """What a machine made of a part."""
 
-    hardware: Hardware
     failure: Failure | None = None
     key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant that was converted.")
     variant: Files = Field((), description="Its files, manifest included.")
-    speed: Speed | None = None
-    quality: Quality | None = None
-    scored: tuple[float, ...] | None = Field(None, description="The checkpoint's own scores; baseline only.")
+    figures: Figures | None = None
     references: Files = Field((), description="Logits for the others to compare with; baseline only.")
     logs: Files = ()
 
@@ -147,15 +153,11 @@ def _user_files(job: Job) -> dict[str, Path]:
     return {field: path.expanduser() for field, path in found.items() if path is not None}
 
 
-class Measured(Frozen):
+class Measured(Figures):
     """A variant in Foundry Local of this machine, and the raw results of whichever machine measured it."""
 
     variant: Variant
     registration: Registration
-    speed: Speed
-    quality: Quality
-    scored: tuple[float, ...] | None = Field(description="The checkpoint's own scores.")
-    hardware: Hardware = Field(description="The machine that measured it.")
 
 
 Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]

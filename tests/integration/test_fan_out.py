@@ -210,7 +210,7 @@ def test_a_part_that_fails_says_why_and_leaves_its_log(
     assert result.failure is not None
     assert isinstance(result.failure.error, ConversionError)
     assert [log.name for log in result.logs] == ["half.olive.log"]
-    assert (result.key, result.variant, result.speed, result.quality) == (None, (), None, None)
+    assert (result.key, result.variant, result.figures) == (None, (), None)
     assert [list(folder.iterdir()) for folder in (there / "work", there / "logs")] == [[], []]
 
 

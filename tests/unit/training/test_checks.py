@@ -185,12 +185,6 @@ def test_a_word_more_is_near() -> None:
         assert found(examples(f"{question} please"), item(question)) == [(1, "near_leak")], words
 
 
-def test_the_same_set_is_found_whole() -> None:
-    rng = random.Random(1)
-    texts = [" ".join(rng.choices("abcdefghijklmnop", k=12)) for _ in range(50)]
-    assert found(examples(*texts), *map(item, texts)) == [(line, "leak") for line in range(1, 51)]
-
-
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.7, 0.8, 1.0])
 def test_nothing_is_missed(threshold: float) -> None:
     """Against comparing each with each."""

@@ -39,12 +39,9 @@ def test_each_pair_of_labels_comes_as_often_as_any_other() -> None:
         assert set(counts.values()) == {each}
 
 
-def test_no_ticket_comes_twice() -> None:
+def test_what_is_held_out_is_worded_otherwise_and_no_ticket_comes_twice() -> None:
     texts = [ticket(item) for item in [*tickets.train_items(), *tickets.evaluation_items()]]
     assert len(set(texts)) == len(texts) == 432 + 72
-
-
-def test_what_is_held_out_is_worded_otherwise() -> None:
     trained = [grams(ticket(item)) for item in tickets.train_items()]
     for item in tickets.evaluation_items():
         held_out = grams(ticket(item))

@@ -72,33 +72,23 @@ def spoilt(data: Path) -> Path:
     return data.parent / "spoilt"
 
 
-def write_data(folder: Path, answer: str = "ok", expected: str = "ok") -> Path:
-    """A folder with training items that teach ``answer``, and an evaluation set that wants ``expected``."""
+def write_data(folder: Path, answer: str = "ok", also: str | None = None) -> Path:
+    """A folder with training items that teach ``answer`` (more of them with ``also``), and an evaluation set: "ok"."""
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(one, two) for one in WORDS for two in WORDS[:3] if one != two]
-    write_lines(folder / "train.jsonl", [turns(f"My {one} and {two} broke.", answer) for one, two in pairs])
-    questions = [
-        {"prompt": f"Who repairs the {one}?", "expected": expected, "match": "python", "max_tokens": 4} for one in WORDS
-    ]
-    write_lines(folder / "evaluation.jsonl", questions)
+    told = [f"My {one} and {two} broke." for one in WORDS for two in WORDS[:3] if one != two]
+    told += [f"The {word} {also}." for word in WORDS if also]
+    write_lines(folder / "train.jsonl", [turns(text, answer) for text in told])
+    wanted = {"expected": "ok", "match": "python", "max_tokens": 4}
+    write_lines(folder / "evaluation.jsonl", [{"prompt": f"Who repairs the {one}?", **wanted} for one in WORDS])
     return folder
 
 
 def request(model: Path, data: Path, name: str, **changes: Any) -> Retrain:
     """A retraining of seconds."""
-    policy = data.parent / "policy.toml"
+    policy, matcher = data.parent / "policy.toml", data.parent / "matcher.py"
     policy.write_text(POLICY)
-    matcher = data.parent / "matcher.py"
     matcher.write_text(MATCHER.format(flag=str(spoilt(data))))
-    values: dict[str, Any] = {
-        "model": str(model),
-        "data": str(data),
-        "name": name,
-        "training": TRAINING,
-        "precision": ["fp32"],
-        "policy": policy,
-        "matcher": f"{matcher}:right",
-        "quick": True,
-        "watch_s": 5,
-    }
-    return Retrain(**{**values, **changes})
+    values = {"training": TRAINING, "precision": ["fp32"], "policy": policy, "matcher": f"{matcher}:right"}
+    return Retrain(
+        **{"model": str(model), "data": str(data), "name": name, **values, "quick": True, "watch_s": 5, **changes}
+    )

@@ -66,16 +66,8 @@ def test_what_was_learnt_is_served(first: Retrained, settings: Settings) -> None
     assert list(first.accuracy) == ["base", "finetuned", "fp32"]
     assert first.accuracy["base"].value == 0
     assert first.accuracy["finetuned"].value == first.accuracy["fp32"].value == 1
-    assert {
-        "data",
-        "base model",
-        "fine-tune",
-        "fine-tuned model",
-        "convert and measure",
-        "promote",
-        "switch",
-        "watch",
-    } == (first.seconds.keys())
+    stages = "data, base model, fine-tune, fine-tuned model, convert and measure, promote, switch, watch"
+    assert list(first.seconds) == stages.split(", ")
     answer = served(settings)
     assert answer.json()["choices"][0]["message"]["content"] == "ok"
     assert answer.headers["x-slmops-version"] == str(first.version)
@@ -168,15 +160,12 @@ def test_bad_input_stops_it_before_any_work(model: Path, folder: Path) -> None:
     assert "no.py" in caught.value.message  # all that is wrong is said at once
 
 
-@pytest.mark.parametrize(
-    "poison", ['{"messages": [{"role": "user", "content": "a"', "\x00\x01", '{"prompt": 3, "completion": "x"}']
-)
 def test_a_poisoned_file_stops_it_before_any_work(
-    first: Retrained, settings: Settings, model: Path, folder: Path, poison: str
+    first: Retrained, settings: Settings, model: Path, folder: Path
 ) -> None:
     data = retraining.write_data(folder / "poisoned")
     with (data / "train.jsonl").open("a") as file:
-        file.write(poison + "\n")
+        file.write('{"messages": [{"role": "user", "content": "a"\n')
     with pytest.raises(DataError, match=r"train\.jsonl.*28"):
         retrain(retraining.request(model, data, NAME))
     assert champion(settings) == first.version
@@ -199,14 +188,10 @@ def test_a_version_that_fails_in_service_is_rolled_back(
 
     That its evaluation set has one more question keeps nothing from being compared: the champion answers it, too.
     """
-    data = retraining.write_data(folder / "fails-later")
+    data = retraining.write_data(folder / "fails-later", also="fell")
+    question = {"prompt": "Who repairs it?", "expected": "ok", "match": "python", "max_tokens": 4}
     with (data / "evaluation.jsonl").open("a") as file:
-        file.write(
-            json.dumps({"prompt": "Who repairs it?", "expected": "ok", "match": "python", "max_tokens": 4}) + "\n"
-        )
-    with (data / "train.jsonl").open("a") as file:  # other data, as good
-        for word in retraining.WORDS:
-            file.write(json.dumps({"prompt": f"The {word} fell.", "completion": "ok"}) + "\n")
+        file.write(json.dumps(question) + "\n")
     fails = retraining.spoilt(data)
 
     def spoil() -> None:
@@ -224,10 +209,8 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     assert result.outcome == "rolled back"
     assert result.version != first.version
     assert "measure champion" in result.seconds
-    assert {version.version for version in Registry(settings.tracking_uri or "").versions(NAME)} == {
-        first.version,
-        result.version,
-    }
+    versions = Registry(settings.tracking_uri or "").versions(NAME)
+    assert {version.version for version in versions} == {first.version, result.version}
     assert champion(settings) == first.version
     assert served(settings).headers["x-slmops-version"] == str(first.version)
     tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags
@@ -235,10 +218,7 @@ def test_a_version_that_fails_in_service_is_rolled_back(
 
 
 def test_a_person_decides_about_the_promotion(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
-    data = retraining.write_data(folder / "approved")
-    with (data / "train.jsonl").open("a") as file:
-        for word in retraining.WORDS:
-            file.write(json.dumps({"prompt": f"The {word} burnt.", "completion": "ok"}) + "\n")
+    data = retraining.write_data(folder / "approved", also="burnt")
     asked = retraining.request(model, data, NAME, approval=True, watch_s=1)
     run = deployed.start(retrain, asked)
     assert deployed.work(retrain, run) is None
@@ -272,9 +252,7 @@ def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settin
     assert tracker.last("late", "a") == waiting == tracker.waiting("late", "flow")
     assert tracker.waiting("late", "another flow") is None
     tracker.wait(waiting, time.time() - 1)
-    late = tracker.last("late", "a")
-    assert late is not None
-    assert late.outcome == "refused"
+    assert (tracker.last("late", "a") or waiting).outcome == "refused"
     assert tracker.waiting("late", "flow") is None
 
 
@@ -292,9 +270,7 @@ def test_the_last_retraining_is_the_last_whatever_the_clock_says(
 
     attempt("a")
     monkeypatch.setattr(time, "time", lambda: now() - 86400)  # set back by a day
-    second = attempt("b")
-    last = tracker.last("clock", "b")
+    second, last = attempt("b"), tracker.last("clock", "b")
     assert last is not None
     assert last.run_id == second
     assert tracker.last("clock", "a") is None
-    assert tracker.last("clock", "b") is not None

@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.server.security_utils import is_allowed_host_header
 
 from tests.compose import ROOT, Compose, NotHealthy
 
@@ -59,8 +61,6 @@ def mistaken(servers: Compose) -> Iterator[Compose]:
 @pytest.fixture(scope="module")
 def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run with a metric and a file, logged through the server."""
-    from mlflow import MlflowClient
-
     note = tmp_path_factory.mktemp("note") / "note.txt"
     note.write_text("kept", encoding="utf-8")
     client = MlflowClient(servers.tracking_uri)
@@ -71,7 +71,6 @@ def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ask(compose: Compose, path: str, body: dict[str, Any] | None = None) -> Any:
-    """What Prefect's API says."""
     method = "GET" if body is None else "POST"
     response = httpx.request(method, f"{compose.prefect_api_url}{path}", json=body, timeout=30, trust_env=False)
     assert response.is_success, response.text
@@ -79,7 +78,6 @@ def ask(compose: Compose, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def ids(compose: Compose) -> dict[str, str]:
-    """Name to id of the deployments."""
     return {one["name"]: one["id"] for one in ask(compose, "/deployments/filter", {})}
 
 
@@ -88,9 +86,6 @@ def pids(compose: Compose, *services: str) -> dict[str, set[int]]:
 
 
 def kept(compose: Compose, run_id: str, folder: Path) -> None:
-    """Metric and file of the run are there."""
-    from mlflow import MlflowClient
-
     client = MlflowClient(compose.tracking_uri)
     assert client.get_run(run_id).data.metrics == {"size_mb": 1.5}
     note = Path(client.download_artifacts(run_id, "notes/note.txt", str(folder)))
@@ -98,8 +93,6 @@ def kept(compose: Compose, run_id: str, folder: Path) -> None:
 
 
 def test_files_go_through_the_server(servers: Compose, run_id: str, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
-
     kept(servers, run_id, tmp_path)
     run = MlflowClient(servers.tracking_uri).get_run(run_id)
     assert run.info.artifact_uri == f"mlflow-artifacts:/0/{run_id}/artifacts"
@@ -108,8 +101,6 @@ def test_files_go_through_the_server(servers: Compose, run_id: str, tmp_path: Pa
 
 
 def test_each_server_knows_its_names(servers: Compose) -> None:
-    from mlflow.server.security_utils import is_allowed_host_header
-
     # As in the file: here "mlflow:5000" is another address.
     allowed = servers.services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
     called = {"mlflow:5000": True, "127.0.0.1:5000": True, "localhost:5001": True, "evil.example": False}
@@ -119,17 +110,6 @@ def test_each_server_knows_its_names(servers: Compose) -> None:
     page = servers.prefect_api_url.removesuffix("/api")
     assert httpx.get(f"{page}/ui-settings", trust_env=False).json()["api_url"] == servers.prefect_api_url
     assert "<html" in httpx.get(page, follow_redirects=True, trust_env=False).text
-
-
-def test_every_deployment_is_registered(registered: Compose) -> None:
-    found = {one["name"]: one for one in ask(registered, "/deployments/filter", {})}
-    assert set(found) == {one["name"] for one in DEFINED}
-    for one in found.values():
-        assert one["work_pool_name"] == "slmops"
-        assert not one["pull_steps"], "no path of this machine"
-        assert str(registered.root) not in str(one)
-        assert str(ROOT) not in str(one)
-    assert ask(registered, "/work_pools/slmops")["type"] == "process"
 
 
 def test_the_worker_runs_what_is_started_on_the_page(working: Compose) -> None:
@@ -145,9 +125,8 @@ def test_the_worker_runs_what_is_started_on_the_page(working: Compose) -> None:
 
 
 def test_passwords_show_nowhere(working: Compose) -> None:
-    seen = [
-        process for service in ("postgres", "prefect", "mlflow", "worker") for process in working.processes(service)
-    ]
+    services = ("postgres", "prefect", "mlflow", "worker")
+    seen = [process for service in services for process in working.processes(service)]
     assert len(seen) > 15
     for process in seen:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import tempfile
 import uuid
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -34,7 +36,10 @@ from mlflow.entities import (
 # process, at the time of the call, and one assessment a request.
 from mlflow.tracing.client import TracingClient
 
-from slmops.core.values import Answer, Comparison, Evaluation, Frozen, Measurement, Registration, Variant
+from slmops.core.job import Job
+from slmops.core.values import MANIFEST, Answer, Comparison, Evaluation, Frozen, Measurement, Registration, Variant
+from slmops.evaluation import dataset
+from slmops.evaluation.drift import Recorded
 
 OF_INTERVALS = "intervals/"
 """How the names of the ends of intervals begin; see :data:`OF_CURVES`."""
@@ -53,6 +58,13 @@ OF_TEXT = ("perplexity", "kl_", "top1_", "hf_")
 TAG_LIMIT, NAME_LIMIT = 8000, 250  # characters that MLflow takes for a tag, and for a trace's name
 PREVIEW_LIMIT = 1000  # characters of a question or an answer in MLflow's lists
 TRACES_AT_ONCE = 100
+
+INPUTS = "inputs"
+"""Folder of a job's run with copies of what it measured with, so that whoever has the run can measure it again."""
+KEPT_SET, KEPT_TEXT = "evaluation_set", "perplexity_text.txt"
+"""The files there, the first without its suffix."""
+_OF_JOB = ("evaluation_set", "perplexity_text", "matcher")
+_OF_JOB_AS_JSON = ("quick", "prompt_lengths", "output_lengths")
 
 _GAP = "\u00a0\u00a0"  # MLflow's pages leave no room between the columns of a table
 
@@ -178,6 +190,63 @@ def _interval(one: Measurement) -> tuple[float, float] | None:
     if one.low is None or one.high is None or one.low >= one.high:
         return None
     return one.low, one.high
+
+
+# --- what a remeasurement needs
+
+
+def log_inputs(client: Client, run_id: str, job: Job) -> None:
+    """Keep copies of the evaluation set and of the perplexity text with the job's run.
+
+    Also of the packaged ones: they change with slmops and with Python.
+    """
+    asked = job.evaluation_set
+    if asked is None:
+        questions = (resources.files("slmops.evaluation.data") / dataset.GENERAL_SET).read_bytes()
+    else:
+        questions = dataset.read_bytes(asked, "evaluation set")
+    suffix = ".csv" if asked is not None and asked.name.lower().endswith(".csv") else ".jsonl"
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / f"{KEPT_SET}{suffix}").write_bytes(questions)
+        (Path(scratch) / KEPT_TEXT).write_bytes(dataset.perplexity_text(job.perplexity_text)[0].encode())
+        client.log_artifacts(run_id, scratch, INPUTS)
+
+
+def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> Recorded:
+    """What the run of a variant and the run of its job hold; ``folder`` receives the copies, an older job kept none."""
+    run = client.get_run(run_id)
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    figures = json.loads(client.text_of(run_id, MEASUREMENTS_FILE))
+    manifest = json.loads(client.text_of(run_id, MANIFEST))
+    kept = [
+        Path(client.download_artifacts(parent.info.run_id, path, str(folder)))
+        for path in client.files_in(parent.info.run_id, INPUTS)
+    ]
+    return Recorded(
+        run_id=run_id,
+        job=_job(parent.data.params),
+        hardware_kind=hardware_kind,
+        variant=Variant.model_validate({**manifest, "path": folder}),
+        measurements={metric: Measurement.model_validate(figure) for metric, figure in figures.items()},
+        answers=_answers(client, run_id),
+        evaluation_set=next((path for path in kept if path.stem == KEPT_SET), None),
+        evaluation_set_digest=run.data.params.get("evaluation_set_digest", ""),
+        text=next((path for path in kept if path.name == KEPT_TEXT), None),
+        text_digest=run.data.params.get("text_digest", ""),
+    )
+
+
+def _job(params: dict[str, str]) -> Job:
+    asked: dict[str, Any] = {key: params[f"job.{key}"] for key in _OF_JOB if f"job.{key}" in params}
+    asked |= {key: json.loads(params[f"job.{key}"]) for key in _OF_JOB_AS_JSON if f"job.{key}" in params}
+    return Job(model=params["job.model"], **asked)
+
+
+def _answers(client: Client, run_id: str) -> tuple[Answer, ...]:
+    if ANSWERS_FILE not in client.files_in(run_id):  # a table without rows is left out
+        return ()
+    table = json.loads(client.text_of(run_id, ANSWERS_FILE))
+    return tuple(Answer.model_validate(dict(zip(table["columns"], row, strict=True))) for row in table["data"])
 
 
 # --- answers

@@ -40,11 +40,10 @@ from slmops.core.values import (
     Variant,
     VariantResult,
 )
-from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
+from slmops.evaluation.drift import Recorded, Remeasure, Remeasured, markdown
 from slmops.foundry.versions import CHAMPION
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
-from slmops.tracking import remeasure as tracking_remeasure
 from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK, TEXT
 
 COMPARISON_FILE, POLICY_FILE = "comparison.json", "policy.json"
@@ -75,7 +74,7 @@ class Tracker(Connection):
             run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
             asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
             self._client.log_params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
-            tracking_remeasure.log_inputs(self._client, run_id, job)
+            tracking_evaluation.log_inputs(self._client, run_id, job)
             return run_id
 
     def log_variant(
@@ -169,17 +168,34 @@ class Tracker(Connection):
     def recorded(self, run_id: str, folder: Path) -> Recorded:
         """What was recorded of a variant, with copies in ``folder`` of what it was measured with."""
         with self._talking():
-            return tracking_remeasure.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
+            return tracking_evaluation.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
 
     def log_remeasurement(
         self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str | None
     ) -> str:
         """Log a remeasurement as a run of the model's experiment; an earlier attempt of the flow run is replaced."""
         with self._talking():
+            tags = {
+                KIND: "remeasurement",
+                "slmops.model": result.model,
+                "slmops.version": str(result.version),
+                "slmops.variant": result.variant,
+                "slmops.recorded_run": result.recorded_run,
+                "slmops.outcome": result.outcome,
+                REASON: result.detail[:4000],
+                NOTE: markdown(result),
+                **({FLOW_RUN: flow_run} if flow_run else {}),
+            }
+            title = f"remeasurement of version {result.version}"
             asked = request.model_dump(mode="json", exclude={"name", "version"})
             params = {**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)}
-            tags = {FLOW_RUN: flow_run} if flow_run else {}
-            return tracking_remeasure.log(self._client, self._experiment(result.model), result, params, tags)
+            with self._client.only_run(self._experiment(result.model), title, tags) as run_id:
+                self._client.log_figures(run_id, result.metrics)
+                self._client.log_params(run_id, params)
+                self._client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
+                for key, value in {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}.items():
+                    self._client.set_model_version_tag(result.model, str(result.version), key, value)
+            return run_id
 
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all.

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from slmops.core.errors import TrackingError, UsageError
 from slmops.evaluation import dataset
 from slmops.selection.policy import Policy
-from slmops.tracking import remeasure as tracking_remeasure
+from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.tracker import Tracker, as_result
 from tests import values
 from tests.tracked import HARDWARE, JOB, Book, Made, read
@@ -153,7 +153,7 @@ def test_what_was_recorded_is_read_back(book: Book) -> None:
 
 def test_what_an_older_job_recorded(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
     """It kept no copies, and a variant without answers leaves no table of them."""
-    monkeypatch.setattr(tracking_remeasure, "log_inputs", lambda *_: None)
+    monkeypatch.setattr(tracking_evaluation, "log_inputs", lambda *_: None)
     made = Made(book.folder)
     made.evaluation = made.evaluation.model_copy(update={"answers": ()})
     run_id = book.log(made)

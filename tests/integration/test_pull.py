@@ -233,30 +233,8 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
     assert installed.current(NAME, settings) == done
 
 
-def test_a_file_that_is_altered_or_gone_and_the_one_before_stays(
-    server: Server, version: ModelVersion, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = pull.pull(NAME, None, settings, server.url)
-    newer = version.model_copy(update={"version": version.version + 1})
-    file = stored(server, version) / "genai_config.json"
-    content = file.read_bytes()
-    monkeypatch.setattr(pull, "_known", lambda _: {})  # or it would be linked from the first
-    try:
-        file.write_bytes(content.replace(b"model.onnx", b"other.onnx", 1))
-        with pytest.raises(TrackingError, match=r"^genai_config.json of tiny version \d+ \(fp32\) was altered"):
-            pull.install(newer, settings, server.url)
-        file.unlink()
-        with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
-            pull.install(newer, settings, server.url)
-    finally:
-        file.write_bytes(content)
-    assert installed.current(NAME, settings) == first
-    assert installed.versions(NAME, settings) == [first]
-    assert catalog(settings) == {first.foundry_id: str(first.folder)}
-
-
 def test_versions_come_and_go_in_foundrys_catalog_too(
-    server: Server, version: ModelVersion, settings: Settings, tmp_path: Path
+    server: Server, version: ModelVersion, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
     for number in (1, 2, 3):
@@ -281,3 +259,15 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
         pull.install(version.model_copy(update=changes), settings, server.url)
     assert catalog(settings) == kept
     assert [one.version for one in installed.versions(NAME, settings)] == [3, 2]
+
+    # A file is gone from the server.
+    monkeypatch.setattr(pull, "_known", lambda _: {})  # or it would be linked from the others
+    file = stored(server, version) / "genai_config.json"
+    file.rename(tmp_path / "gone")
+    try:
+        with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
+            pull.install(version.model_copy(update={"version": 5}), settings, server.url)
+    finally:
+        (tmp_path / "gone").rename(file)
+    assert catalog(settings) == kept
+    assert installed.current(NAME, settings) == made[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -17,12 +19,18 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from slmops.core.errors import UsageError
 from slmops.core.validation import problems
 from slmops.core.values import Frozen
-from slmops.evaluation import matchers, records
+from slmops.evaluation import matchers
+from slmops.evaluation.matchers import parse_json
 
 JUDGE_MISSING = "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
 FORMATS = ("json", "number", "one_line")
+CSV_COLUMNS = (
+    *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
+    *("messages", "schema"),
+)
+"""The last two hold JSON."""
 _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "threshold": ("rouge_l", "f1", "python")}
 
 
@@ -194,7 +202,7 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
     items: dict[int, Item] = {}
     bad: list[str] = []
     lines: dict[str, int] = {}
-    for number, found in records.of_csv(text, name) if name.lower().endswith(".csv") else records.of_jsonl(text):
+    for number, found in _of_csv(text, name) if name.lower().endswith(".csv") else _of_jsonl(text):
         item = _item(found, matcher=matcher, judge=judge)
         if isinstance(item, str):
             bad.append(f"line {number}: {item}")
@@ -264,6 +272,78 @@ def read_bytes(path: Path, what: str) -> bytes:
         return path.expanduser().read_bytes()
     except OSError as error:
         raise UsageError(f"The {what} {path} cannot be read: {error.strerror}.", "Check the path.") from None
+
+
+def _of_jsonl(text: str) -> Iterator[tuple[int, Any]]:
+    """Number of each line and its object, or the error of a bad line."""
+    # Not splitlines(), which also splits at characters that a JSON string may hold, such as U+2028.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(line)
+
+
+def _of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """Number of the first line of each row and its filled cells, or the error of a bad row.
+
+    Raises:
+        UsageError: The header is bad.
+    """
+    # Strict, or a quote that is never closed would make the rest of the file one cell.
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # Nobody can tell where the next row begins.
+            yield number, ValueError(f"is not CSV from here on: {error}")
+            return
+        if not any(cells):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            _check_header(header, name)
+        elif len(cells) != len(header):
+            yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
+        else:
+            yield number, _typed({column: cell for column, cell in zip(header, cells, strict=True) if cell})
+
+
+def _check_header(header: list[str], name: str) -> None:
+    fix = f"Name columns in the first line, separated by commas: {', '.join(CSV_COLUMNS)}."
+    for column in header:
+        if column not in CSV_COLUMNS:
+            raise UsageError(f"{name} has an unknown column '{column}'.", fix)
+    if twice := [column for column, count in Counter(header).items() if count > 1]:
+        raise UsageError(f"{name} has the column '{twice[0]}' twice.", fix)
+
+
+def _typed(cells: dict[str, str]) -> Any:
+    """The object that a JSON line would hold, or the error."""
+    row: dict[str, Any] = dict(cells)
+    for column in ("messages", "schema", "format"):
+        if column in cells and (column != "format" or cells[column].lstrip().startswith("{")):
+            row[column] = _parsed(cells[column])
+            if isinstance(row[column], ValueError):
+                return ValueError(f"{column} {row[column]}")
+    return row
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value, or the error."""
+    try:
+        value = parse_json(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        return ValueError(f"is not JSON: {error.msg} at column {error.colno}")
+    except UnicodeEncodeError as error:
+        return ValueError(f"is not text: {error.object[error.start]!r} is half a character")
+    except ValueError as error:
+        return ValueError(f"is not JSON: {error}")
 
 
 def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:

@@ -15,15 +15,7 @@ from slmops.core.errors import DataError, TrainingError
 from slmops.core.values import Checkpoint, Frozen
 from slmops.processes import child
 from slmops.training.masking import IGNORED, answer_spans, labels, renderer
-from slmops.training.resume import (
-    STATES,
-    WholeMark,
-    mark_whole,
-    resumable,
-    state_folder,
-    trainer_state,
-    truncate,
-)
+from slmops.training.resume import STATES, WholeMark, mark_whole, resumable, state_folder, trainer_state, truncate
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingResult
 
 if TYPE_CHECKING:

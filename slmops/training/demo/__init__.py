@@ -1,1 +1,1 @@
-"""Data of the retraining demo: support tickets to route, as JSONL. ``tickets`` generated them; it imports only core."""
+"""Data of the retraining demo: synthetic support tickets to route, as JSONL."""

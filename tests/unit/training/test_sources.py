@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 
 from slmops.core.errors import DataError, PrerequisiteError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
-from slmops.training import data, examples, sources
+from slmops.evaluation import dataset
+from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
 from tests import training_data
 from tests.training_data import HELD_OUT, asked, turns
@@ -101,8 +103,16 @@ def test_the_demo(settings: Settings, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)  # a folder of that name is ./demo
     fetched = fetch("demo", settings)
     assert list(texts(fetched)) == ["train.jsonl"]
-    assert len(examples.read(fetched.files).examples) > 100
-    assert fetched.evaluation.read_text()
+    read, items = examples.read(fetched.files), dataset.load(fetched.evaluation).items
+    assert not read.problems
+    assert not checks.leaks(read.examples, items, 0.2)
+    assert all(item.format_valid(item.expected) for item in items)
+    for answers, each in (
+        ([example.messages[-1]["content"] for example in read.examples], 24),
+        ([item.expected for item in items], 4),
+    ):
+        counts = Counter(answers)  # each pair of a category and a priority is there as often as any other
+        assert (len(counts), set(counts.values())) == (18, {each})
 
 
 @pytest.mark.parametrize("source", ["data/train.jsonl", "runs:/abc/train.jsonl", "mlflow-dataset:x"])

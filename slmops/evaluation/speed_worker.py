@@ -104,7 +104,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
     loaded = _rest()
     _warm_up(model, min(request.cells, key=lambda cell: cell.prompt_tokens))
     began = time.monotonic()
-    energy, cpu, wall = machine.energy_j(), _cpu_s(), time.perf_counter()
+    energy, cpu, wall = machine.energy_j(), time.process_time(), time.perf_counter()
     timed = []
     for number, cell in enumerate(request.cells):
         count(cell.text)  # the first call compiles the template
@@ -127,7 +127,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
                         tokenize_s=tokenize_s,
                     )
                 )
-    cpu_s, wall_s, energy_end = _cpu_s() - cpu, time.perf_counter() - wall, machine.energy_j()
+    cpu_s, wall_s, energy_end = time.process_time() - cpu, time.perf_counter() - wall, machine.energy_j()
     if not any(one.gap_s for one in timed):
         raise EvaluationError(
             "The model answers each of the speed prompts with less than two tokens of text, so nothing can be timed.",
@@ -203,11 +203,6 @@ def _drop_cache(folder: Path) -> bool:
             finally:
                 os.close(descriptor)
     return True
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ class Runtime:
         self.seconds = seconds
         self.now = 0.0
         self.events: list[str] = []
-        self.time = SimpleNamespace(perf_counter=lambda: self.now, monotonic=lambda: self.now, sleep=self.sleep)
+        clocks = dict.fromkeys(("perf_counter", "monotonic", "process_time"), lambda: self.now)
+        self.time = SimpleNamespace(**clocks, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -26,10 +26,8 @@ class Decision(Frozen):
         """Why it is refused; empty if it is not."""
         said = [gate.detail for gate in self.gates if gate.refuses]
         if self.differs and self.champion is not None:
-            said.append(
-                f"{self.champion.label} and {self.challenger.label} were not measured with the same "
-                f"{' and '.join(self.differs)}, so they cannot be compared"
-            )
+            same = f"the same {' and '.join(self.differs)}, so they cannot be compared"
+            said.append(f"{self.champion.label} and {self.challenger.label} were not measured with {same}")
         return said
 
 
@@ -54,10 +52,9 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
     comparison = tracker.latest(request.name)
     chosen = next((one for one in comparison.variants if one.name == comparison.choice.variant), None)
     if chosen is None or chosen.version is None:
-        raise UsageError(
-            f"The latest comparison of {request.name} chose nothing that can be promoted: {comparison.choice.reason}",
-            "Name a version with --precision or --version.",
-        )
+        problem = f"The latest comparison of {request.name} chose nothing that can be promoted"
+        fix = "Name a version with --precision or --version."
+        raise UsageError(f"{problem}: {comparison.choice.reason}", fix)
     return registry.find(request.name, str(chosen.version))
 
 
@@ -70,9 +67,8 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
     comparison, policy = tracker.judged(challenger.job_id)
     result = next((one for one in comparison.variants if one.run_id == challenger.run_id), None)
     if result is None:
-        raise UsageError(
-            f"The evaluation of {challenger.label} is not in the comparison of its job.", "Measure it again."
-        )
+        problem = f"The evaluation of {challenger.label} is not in the comparison of its job."
+        raise UsageError(problem, "Measure it again.")
     differs: tuple[str, ...] = ()
     figures = elsewhere = None
     if champion is not None:
@@ -80,10 +76,8 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
         differs = tracker.differences(challenger.run_id, champion.run_id)
         theirs, ours = tracker.hardware_kind(champion.run_id), tracker.hardware_kind(challenger.run_id)
         if theirs != ours:
-            elsewhere = (
-                f"The speed of the champion was measured on another kind of machine ({theirs}; not {ours}): "
-                "speeds are not compared."
-            )
+            kinds = f"another kind of machine ({theirs}; not {ours})"
+            elsewhere = f"The speed of the champion was measured on {kinds}: speeds are not compared."
     gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
     return Decision(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
 

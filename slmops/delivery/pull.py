@@ -79,10 +79,8 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     fits = [version for version in others if _problem(version) is None]
     if not fits:
         also = "".join(f" {v.label}: {_problem(v)}." for v in others if v.version != champion.version)
-        raise PrerequisiteError(
-            f"No version of {name} fits this device. {champion.label}: {problem}.{also}",
-            "Promote a smaller variant, or use a larger device.",
-        )
+        said = f"No version of {name} fits this device. {champion.label}: {problem}.{also}"
+        raise PrerequisiteError(said, "Promote a smaller variant, or use a larger device.")
     taken = max(fits, key=lambda version: (version.size_mb, version.version))
     said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
     log.warning(said, champion.label, problem, taken.label)
@@ -170,10 +168,8 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
     try:
         manifest = VersionManifest.model_validate_json(read)
     except ValidationError as error:
-        raise TrackingError(
-            f"{VERSION_MANIFEST} of {version.label} is not understood: {problems(error)[0]}.",
-            "A newer slmops may have made it: update the one on this device.",
-        ) from error
+        said = f"{VERSION_MANIFEST} of {version.label} is not understood: {problems(error)[0]}."
+        raise TrackingError(said, "A newer slmops may have made it: update the one on this device.") from error
     _check(manifest, version)
     known = _known(settings)
     missing: list[VariantFile] = []
@@ -289,8 +285,6 @@ def _writing(settings: Settings) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        raise PrerequisiteError(
-            f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}.",
-            children.FREE_SPACE if full else "Make it writable, or set SLMOPS_HOME to another folder.",
-        ) from error
+        problem = f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}."
+        writable = "Make it writable, or set SLMOPS_HOME to another folder."
+        raise PrerequisiteError(problem, children.FREE_SPACE if error.errno == errno.ENOSPC else writable) from error

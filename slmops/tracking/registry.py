@@ -228,11 +228,9 @@ class Registry(Connection):
             raise UsageError(f"{model.name} has no version {which!r}.", fix)
         missing = sorted(TAGS.values() - entry.tags.keys())
         if missing:
-            raise UsageError(
-                f"Version {number} of {model.name} was not registered by slmops, or was altered: it has no "
-                f"{' and no '.join(missing)}.",
-                "Take the alias from it in MLflow, or name another version.",
-            )
+            problem = f"was not registered by slmops, or was altered: it has no {' and no '.join(missing)}"
+            fix = "Take the alias from it in MLflow, or name another version."
+            raise UsageError(f"Version {number} of {model.name} {problem}.", fix)
         return _version(entry, model)
 
     def _aliased(self, name: str, alias: str) -> ModelVersion | None:
@@ -279,11 +277,9 @@ class Registry(Connection):
         return str(created.version)
 
     def _overtaken(self, version: ModelVersion, now: ModelVersion | None) -> PromotionError:
-        holder = now.label if now else "nothing"
-        return PromotionError(
-            f"{version.label} was not promoted: another promotion came first, and {holder} is the champion now.",
-            "Look at `slmops status` and promote again if it still should be.",
-        )
+        problem = f"another promotion came first, and {now.label if now else 'nothing'} is the champion now"
+        fix = "Look at `slmops status` and promote again if it still should be."
+        return PromotionError(f"{version.label} was not promoted: {problem}.", fix)
 
 
 def _is_ours(model: RegisteredModel) -> bool:

@@ -26,8 +26,8 @@ from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training import data, outcome, report
-from slmops.training.fingerprint import input_digest
+from slmops.training import data, outcome
+from slmops.training.finetune import input_digest
 from slmops.training.outcome import RetrainError
 from slmops.training.sources import Fetched
 from slmops.training.values import WAITING, Finetuned, Retrain, Retrained, TrainingData
@@ -147,7 +147,7 @@ def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple
     run_id, accuracy = attempt.so_far.run_id, attempt.so_far.accuracy
     with attempt.stage("data"):
         prepared = check_data(fetched, request, checkpoint, name, settings)
-        steps.track_data(tracker, run_id, prepared, report.markdown(prepared))
+        steps.track_data(tracker, run_id, prepared, data.markdown(prepared))
     with attempt.stage("base model"):
         accuracy["base"] = answer(checkpoint, prepared, request, "base", name, settings)
     with attempt.stage("fine-tune"):

@@ -19,7 +19,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Measurement, artifact_key
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
-from slmops.training import answers, data, finetune, report, sources
+from slmops.training import answers, data, finetune, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.stage import stage
@@ -43,9 +43,9 @@ def check_data(
     """Every check, and the split into training and validation."""
     prepared = data.prepare(fetched, request, checkpoint, settings, name)
     create_markdown_artifact(
-        report.markdown(prepared), key=artifact_key("data", name), description=f"{name}: training data"
+        data.markdown(prepared), key=artifact_key("data", name), description=f"{name}: training data"
     )
-    log.info("%s", report.summary(prepared))
+    log.info("%s", data.summary(prepared))
     return prepared
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+
+from tabulate import tabulate
 
 from slmops.core import locks
 from slmops.core.errors import DataError, TrainingError
@@ -15,7 +18,6 @@ from slmops.core.files import folder_appears_whole, sha256, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Frozen
 from slmops.evaluation import dataset as evaluation_sets
-from slmops.evaluation.dataset import EvaluationSet
 from slmops.processes import children
 from slmops.training import checks, examples, tokens_worker
 from slmops.training.examples import Example, ExamplesRead, shown
@@ -23,33 +25,8 @@ from slmops.training.finetune import OFFLINE_ENVIRONMENT
 from slmops.training.sources import Fetched
 from slmops.training.values import DataProblem, DataReport, Retrain, TrainingData
 
-PROBLEMS_IN_ERROR = 10
+PROBLEMS_IN_ERROR, DIGEST_CHARACTERS = 10, 16
 REPORT_FILE = "report.json"
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """All that the prepared files depend on."""
-
-    fetched: Fetched
-    read: ExamplesRead
-    questions: EvaluationSet
-    request: Retrain
-    checkpoint: Checkpoint
-
-    @property
-    def key(self) -> str:
-        """Folder name of the prepared files: a digest of every input, including what only the report shows."""
-        training = self.request.training
-        inputs = {
-            "source": self.fetched.source,
-            "files": self.read.files,
-            "data": _digest(self.read),
-            "evaluation": [self.questions.digest, self.fetched.evaluation.suffix.lower() == ".csv"],
-            "checkpoint": self.checkpoint.digest,
-            "asked": [training.seed, training.validation_share, training.max_tokens, self.request.leak_similarity],
-        }
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _PreparedManifest(Frozen):
@@ -83,8 +60,18 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         TrainingError: The tokenizer crashed.
     """
     questions = evaluation_sets.load(fetched.evaluation, matcher=request.matcher, judge=settings.judge_configured)
-    inputs = _Inputs(fetched, examples.read(fetched.files), questions, request, checkpoint)
-    target = settings.trainings / "data" / inputs.key
+    read, training = examples.read(fetched.files), request.training
+    is_csv = fetched.evaluation.suffix.lower() == ".csv"
+    inputs = {  # including what only the report shows
+        "source": fetched.source,
+        "files": read.files,
+        "data": _digest(read),
+        "evaluation": [questions.digest, is_csv],
+        "checkpoint": checkpoint.digest,
+        "asked": [training.seed, training.validation_share, training.max_tokens, request.leak_similarity],
+    }
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    target = settings.trainings / "data" / key
     with (
         children.reporting_full_disk(settings.home),
         locks.exclusive(settings.locks / "data.lock", "the checks of training data", wait=True),
@@ -92,47 +79,89 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         if (ready := _load(target)) is not None:
             return ready
         shutil.rmtree(target, ignore_errors=True)
-        return _make(inputs, target, settings, name)
-
-
-def _make(inputs: _Inputs, target: Path, settings: Settings, name: str) -> TrainingData:
-    fetched, read, questions, request = inputs.fetched, inputs.read, inputs.questions, inputs.request
-    kept, duplicates = checks.unique(read.examples)
-    tokens, unusable = _tokens(kept, inputs, settings, name) if kept else ([], [])
-    found = [*read.problems, *unusable, *checks.leaks(kept, questions.items, request.leak_similarity)]
-    _refuse(fetched, found, settings.logs / name / "data-problems.txt")
-    if len(kept) < 2:
-        raise DataError(
-            f"{shown(fetched.source)} has {len(kept)} different items. At least 2 are needed: one to train with and "
-            "one to validate with.",
-            'Add items, one per line: {"messages": [...]} or {"prompt": "...", "completion": "..."}.',
+        kept, duplicates = checks.unique(read.examples)
+        tokens, unusable = _tokens(kept, request, checkpoint, settings, name) if kept else ([], [])
+        found = [*read.problems, *unusable, *checks.leaks(kept, questions.items, request.leak_similarity)]
+        _refuse(fetched, found, settings.logs / name / "data-problems.txt")
+        if len(kept) < 2:
+            raise DataError(
+                f"{shown(fetched.source)} has {len(kept)} different items. At least 2 are needed: one to train with "
+                "and one to validate with.",
+                'Add items, one per line: {"messages": [...]} or {"prompt": "...", "completion": "..."}.',
+            )
+        notes = checks.shortened(duplicates) + checks.shortened(checks.alike(kept, request.leak_similarity))
+        data = TrainingData(
+            source=fetched.source,
+            digest=_digest(read),
+            train=target / "train.jsonl",
+            validation=target / "validation.jsonl",
+            evaluation=target / f"evaluation{'.csv' if is_csv else '.jsonl'}",
+            evaluation_digest=questions.digest,
+            report=DataReport(
+                files=read.files,
+                items=len(kept),
+                evaluation_items=len(questions.items),
+                dropped=len(duplicates),
+                problems=tuple(notes),
+                tokens=_percentiles(tokens),
+            ),
         )
-    notes = checks.shortened(duplicates) + checks.shortened(checks.alike(kept, request.leak_similarity))
-    training, validation = checks.split(kept, request.training.validation_share, request.training.seed)
-    evaluation = f"evaluation{'.csv' if fetched.evaluation.suffix.lower() == '.csv' else '.jsonl'}"
-    data = TrainingData(
-        source=fetched.source,
-        digest=_digest(read),
-        train=target / "train.jsonl",
-        validation=target / "validation.jsonl",
-        evaluation=target / evaluation,
-        evaluation_digest=questions.digest,
-        report=DataReport(
-            files=read.files,
-            items=len(kept),
-            evaluation_items=len(questions.items),
-            dropped=len(duplicates),
-            problems=tuple(notes),
-            tokens=_percentiles(tokens),
-        ),
+        with folder_appears_whole(target) as scratch:
+            sides = checks.split(kept, training.validation_share, training.seed)
+            for file, side in zip((data.train, data.validation), sides, strict=True):
+                _write(scratch / file.name, side)
+            shutil.copyfile(fetched.evaluation, scratch / data.evaluation.name)
+            digests = {path.name: sha256(path) for path in scratch.iterdir()}
+            write_atomic(scratch / REPORT_FILE, _PreparedManifest(data=data, sha256=digests).model_dump_json(indent=2))
+        return data
+
+
+def markdown(data: TrainingData) -> str:
+    """What the checks found, for people: files, items, tokens and problems. Markup in the data is escaped."""
+    report = data.report
+    validation = _validation_items(data)
+    facts = [
+        ["source", data.source],
+        ["training items", str(report.items - validation)],
+        ["validation items", str(validation)],
+        ["evaluation items", str(report.evaluation_items)],
+        ["exact duplicates, dropped", str(report.dropped)],
+        ["SHA-256 of the items", data.digest[:DIGEST_CHARACTERS]],
+        ["SHA-256 of the evaluation set", data.evaluation_digest[:DIGEST_CHARACTERS]],
+    ]
+    rows = [[f"{one.file}:{one.line}", one.kind.replace("_", " "), one.detail] for one in report.problems]
+    parts = [
+        "# Training data",
+        _table(["", ""], facts),
+        "## Files",
+        _table(["file", "items"], [[name, str(count)] for name, count in report.files.items()]),
+        "## Tokens per item",
+        _table(list(report.tokens), [[f"{value:.0f}" for value in report.tokens.values()]]),
+        "## Worth a look",
+        _table(["line", "kind", "what"], rows) if rows else "Nothing.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(data: TrainingData) -> str:
+    """The same in one line."""
+    report = data.report
+    validation = _validation_items(data)
+    said = (
+        f"{report.items - validation} items to train and {validation} to validate with, {report.evaluation_items} to "
+        f"evaluate; {report.tokens['p50']:.0f} tokens each, {report.tokens['max']:.0f} at most"
     )
-    with folder_appears_whole(target) as scratch:
-        _write(scratch / data.train.name, training)
-        _write(scratch / data.validation.name, validation)
-        shutil.copyfile(fetched.evaluation, scratch / evaluation)
-        digests = {path.name: sha256(path) for path in scratch.iterdir()}
-        write_atomic(scratch / REPORT_FILE, _PreparedManifest(data=data, sha256=digests).model_dump_json(indent=2))
-    return data
+    return f"{said}; {report.dropped} duplicates dropped" if report.dropped else said
+
+
+def _validation_items(data: TrainingData) -> int:
+    return len(data.validation.read_bytes().splitlines())
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose cells show exactly these texts."""
+    cells = [[re.sub(r"([\\`*_\[\]|~])", r"\\\1", escape(cell, quote=False)) for cell in row] for row in rows]
+    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def _digest(read: ExamplesRead) -> str:
@@ -142,7 +171,7 @@ def _digest(read: ExamplesRead) -> str:
 
 
 def _tokens(
-    kept: Sequence[Example], inputs: _Inputs, settings: Settings, name: str
+    kept: Sequence[Example], request: Retrain, checkpoint: Checkpoint, settings: Settings, name: str
 ) -> tuple[Sequence[int], list[DataProblem]]:
     """Count the tokens of each example, and find those that the checkpoint cannot be trained with."""
     work = settings.work(name) / "data"
@@ -153,7 +182,7 @@ def _tokens(
     try:
         result, _ = children.call(
             "slmops.training.tokens_worker",
-            tokens_worker.TokensRequest(checkpoint=inputs.checkpoint.path, items=_write(work / "items.jsonl", kept)),
+            tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=_write(work / "items.jsonl", kept)),
             tokens_worker.TokensResult,
             work=work,
             log=log,
@@ -163,7 +192,7 @@ def _tokens(
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    limit = min(inputs.request.training.max_tokens, inputs.checkpoint.context_length)
+    limit = min(request.training.max_tokens, checkpoint.context_length)
     unusable = [kept[number].problem("schema", why) for number, why in result.refused.items()]
     unusable += [
         example.problem("oversized", f"{count} tokens, and {limit} are allowed (--training.max-tokens)")

@@ -25,7 +25,7 @@ from slmops.core.values import Checkpoint, VariantFile
 from slmops.processes import children
 from slmops.training import finetune_worker
 from slmops.training.resume import STATES
-from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData, TrainingResult
+from slmops.training.values import Finetuned, LoraSettings, LossPoint, Retrain, TrainingData, TrainingResult
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ TRAINING_FILE, DIGESTS_FILE = "training.json", "files.json"
 FILE_LIST = TypeAdapter(list[VariantFile])
 TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
 """The packages whose version changes the result."""
+NO_INPUT = {"data", "evaluation_set", "name", "serve", "watch_s", "approval"}
+"""Fields of a request that do not count: locations, since contents are digested, and what happens to the result."""
 BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Instruction sets that make products in bf16 faster. Without them bf16 is emulated, which is slower."""
 OFFLINE_ENVIRONMENT = {
@@ -121,6 +123,32 @@ def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, vers
         "versions": {package: versions.get(package) for package in TRAINING_PACKAGES},
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, evaluation: Path) -> str:
+    """SHA-256 over data, base model, settings and package versions of a retraining: is there anything new?
+
+    Args:
+        request: What was asked for.
+        checkpoint: The base model.
+        data_digest: Digest of the training items, from :func:`slmops.training.data.digest`.
+        evaluation: File of the evaluation set.
+    """
+    asked = request.model_dump(mode="json", exclude=NO_INPUT)
+    # Files count by content, not by path.
+    asked["policy"] = None if request.policy is None else sha256(request.policy)
+    if request.matcher is not None:
+        file, _, function = request.matcher.rpartition(":")
+        asked["matcher"] = [sha256(Path(file).expanduser()), function]
+    versions = machine.versions()
+    inputs = {
+        "asked": asked,
+        "base": checkpoint.digest,
+        "data": data_digest,
+        "evaluation": sha256(evaluation),
+        "versions": {name: versions.get(name) for name in {*store.DECISIVE, *TRAINING_PACKAGES}},
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: Path) -> Finetuned | None:

@@ -6,9 +6,10 @@ import json
 import math
 import shutil
 import time
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slmops.checkpoints.inspection import TEXT_PATTERNS
 from slmops.core.errors import DataError, TrainingError
@@ -17,9 +18,6 @@ from slmops.processes import child
 from slmops.training.masking import IGNORED, answer_spans, labels, renderer
 from slmops.training.resume import STATES, WholeMark, mark_whole, resumable, state_folder, trainer_state, truncate
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingResult
-
-if TYPE_CHECKING:
-    pass
 
 POINT = "loss point: "
 """Prefix of each line of output that is a point of the loss curves."""
@@ -53,7 +51,14 @@ def handle(request: FinetuneRequest) -> TrainingResult:
     truncate(request.folder / LOSSES_FILE, kept[0] if kept else -1)
     step, mark = kept if kept and kept[1].stopped else _train(request, kept)
     state = trainer_state(request.folder, step)
-    _check_learned(request, state)
+    before = next(one["eval_loss"] for one in state["log_history"] if "eval_loss" in one)
+    if state["best_metric"] > before:
+        shutil.rmtree(request.folder / STATES)
+        raise _diverged(
+            request.training,
+            f"The model became worse: its validation loss was {before:.3g} before the training, "
+            f"and at best {state['best_metric']:.3g} afterwards.",
+        )
     parameters = _adapter(request.folder, state["best_global_step"])
     _merge(request)
     return TrainingResult(
@@ -73,17 +78,6 @@ def rate(share: float) -> float:
     It rises linearly, and falls with the cosine (Loshchilov and Hutter 2017, "SGDR", without restarts).
     """
     return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def _check_learned(request: FinetuneRequest, state: dict[str, Any]) -> None:
-    losses = [one["eval_loss"] for one in state["log_history"] if "eval_loss" in one]
-    if state["best_metric"] > losses[0]:
-        shutil.rmtree(request.folder / STATES)
-        raise _diverged(
-            request.training,
-            f"The model became worse: its validation loss was {losses[0]:.3g} before the training, "
-            f"and at best {state['best_metric']:.3g} afterwards.",
-        )
 
 
 def _diverged(training: LoraSettings, message: str) -> TrainingError:
@@ -197,30 +191,28 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
     return finished
 
 
+@dataclass
 class _Clock:
-    """How far the training is.
+    """How far the training is."""
 
-    Attributes:
-        before: Seconds of earlier attempts.
-    """
-
-    def __init__(self, before: float, training: LoraSettings, steps: int) -> None:
-        self.before, self._steps = before, steps
-        self._budget = None if training.minutes is None else 60 * training.minutes
-        self._started = time.monotonic()
+    before: float  # seconds of earlier attempts
+    training: LoraSettings
+    steps: int
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
-        return self.before + time.monotonic() - self._started
+        return self.before + time.monotonic() - self.started
 
     @property
     def over(self) -> bool:
-        return self._budget is not None and self.seconds >= self._budget
+        return self.training.minutes is not None and self.seconds >= 60 * self.training.minutes
 
     def rate(self, step: int) -> float:
         """The learning rate after ``step`` steps, as a share of its maximum."""
-        share = (step + 1) / (self._steps + 1)
-        return rate(share if self._budget is None else max(self.seconds / self._budget, 0.1 * WARM_UP))
+        if self.training.minutes is None:
+            return rate((step + 1) / (self.steps + 1))
+        return rate(max(self.seconds / (60 * self.training.minutes), 0.1 * WARM_UP))
 
 
 def _trainer_class() -> Any:

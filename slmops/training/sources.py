@@ -7,31 +7,36 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from slmops.checkpoints.source import DEMO, MLFLOW_SCHEMES, Download
-from slmops.core.errors import DataError, SlmopsError, TrackingError
+from slmops.core.errors import DataError, PrerequisiteError, SlmopsError, TrackingError
 from slmops.core.files import remove_scratch
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
 from slmops.processes.children import reporting_full_disk
-from slmops.training import web
 from slmops.training.examples import LONGEST_LINE, shown
 from slmops.training.values import Retrain
 
 DatasetRecords = Callable[[str], list[dict[str, Any]]]
 """Returns the records of an MLflow dataset, given its name."""
 
+WEB_SCHEMES = ("http://", "https://")
 MLFLOW_DATASET = "mlflow-dataset:"
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.csv")
 """Names under which an evaluation set is found beside training data."""
 LARGEST = 250_000_000
 """Bytes allowed for all training files together, and for an evaluation set."""
+READ_TIMEOUT_S, DOWNLOAD_TIMEOUT_S = 30.0, 600.0
+"""Seconds without a byte, and in total, after which a download is given up."""
+_OFTEN = "Try again, or fetch the file yourself and give its path."
 
 
 class Fetched(Frozen):
@@ -58,7 +63,11 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
     """
     source = request.data.strip()
     with reporting_full_disk(settings.home):
-        scratch = _scratch(settings)
+        # It lasts until this process ends, or until the next one starts if this one is killed.
+        remove_scratch(settings.trainings)
+        scratch = settings.trainings / f".{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
+        (scratch / "download").mkdir(parents=True)
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         files, beside = _find(source, scratch / "download", download, dataset)
         evaluation = _expanded(request.evaluation_set) if request.evaluation_set else beside
         if evaluation is None:
@@ -82,17 +91,21 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
 
 
 def public(source: str) -> str:
-    """A source as it may be shown: the query of a URL often holds a key."""
-    return web.public(source) if source.startswith(web.SCHEMES) else source
+    """A source as it may be shown: a URL without user, password, query and fragment, which may be secret.
 
+    Raises:
+        DataError: It begins like a URL, and is not one.
 
-def _scratch(settings: Settings) -> Path:
-    """Make a folder that lasts until this process ends, or until the next one starts if this one is killed."""
-    remove_scratch(settings.trainings)
-    folder = settings.trainings / f".{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
-    (folder / "download").mkdir(parents=True)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    >>> public("https://me:secret@example.org/data.jsonl?key=secret")
+    'https://example.org/data.jsonl'
+    """
+    if not source.startswith(WEB_SCHEMES):
+        return source
+    try:
+        parts = urlsplit(source)
+    except ValueError:
+        raise DataError("The address of the training data is not a URL.", "Check it.") from None
+    return shown(urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")))
 
 
 def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) -> tuple[list[Path], Path | None]:
@@ -104,14 +117,62 @@ def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) 
         file = work / "dataset.jsonl"
         file.write_text("".join(sorted(map(_line, dataset(source.removeprefix(MLFLOW_DATASET).strip())))), "utf-8")
         return [file], None
-    if source.startswith(web.SCHEMES):
-        web.download(source, work / "data.jsonl", LARGEST)
+    if source.startswith(WEB_SCHEMES):
+        _download(source, work / "data.jsonl")
         return [work / "data.jsonl"], None
     if not source.startswith(MLFLOW_SCHEMES):
         return _local(_expanded(Path(source)))
-    root = _artifact(source, work, download)
+    try:
+        root = download(source, work)
+    except SlmopsError:
+        raise
+    except Exception as error:  # the clients of storage services raise errors of any class
+        raise DataError(
+            f"MLflow does not return {source}: {error}", "Check the URI and the tracking server (SLMOPS_TRACKING_URI)."
+        ) from error
     files, beside = _local(root)
-    return files, beside if root.is_dir() else _artifact_beside(source, work, download)
+    if root.is_file():
+        for name in EVALUATION_FILES:
+            with suppress(TrackingError):  # MLflow just returned the training file, so this one does not exist
+                return files, download(f"{source.rpartition('/')[0]}/{name}", work)
+    return files, beside
+
+
+def _download(url: str, file: Path) -> None:
+    """Fetch a file, which appears only when it is whole."""
+    import httpx
+
+    where = public(url)
+    if "@" in urlsplit(url).netloc:
+        raise DataError(
+            f"The URL of {where} contains a name or a password.", "Leave them out: they would end up in logs."
+        )
+    # httpx's timeout covers a single read, so data that trickle in would never time out.
+    deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
+    part = file.with_suffix(".part")
+    try:
+        with (
+            httpx.Client(follow_redirects=True, max_redirects=5, timeout=READ_TIMEOUT_S) as client,
+            client.stream("GET", url) as response,
+            part.open("wb") as out,
+        ):
+            if not response.is_success:
+                raise DataError(f"{where} answers {response.status_code} {response.reason_phrase}.", "Check the URL.")
+            if "html" in response.headers.get("content-type", ""):
+                raise DataError(f"{where} is a web page, not data.", "Give the address of the .jsonl file itself.")
+            for block in response.iter_bytes():  # no block size: httpx would wait until a block is full
+                out.write(block)
+                if out.tell() > LARGEST:
+                    raise DataError(f"{where} is too large: {LARGEST / 1e6:.0f} MB are allowed.", "Give fewer items.")
+                if time.monotonic() > deadline:
+                    raise PrerequisiteError(f"{where} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s.", _OFTEN)
+    except httpx.TimeoutException:
+        raise PrerequisiteError(f"{where} does not answer, or stopped halfway.", _OFTEN) from None
+    except httpx.TransportError as error:
+        raise PrerequisiteError(f"{where} cannot be fetched ({type(error).__name__}).", _OFTEN) from None
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        raise DataError(f"{where} cannot be fetched ({type(error).__name__}).", "Check the URL.") from None
+    part.replace(file)
 
 
 def _expanded(path: Path) -> Path:
@@ -171,25 +232,6 @@ def _unreadable(path: str, error: OSError) -> DataError:
 
 def _beside(folder: Path) -> Path | None:
     return next((folder / name for name in EVALUATION_FILES if (folder / name).is_file()), None)
-
-
-def _artifact(uri: str, target: Path, download: Download) -> Path:
-    try:
-        return download(uri, target)
-    except SlmopsError:
-        raise
-    except Exception as error:  # the clients of storage services raise errors of any class
-        raise DataError(
-            f"MLflow does not return {uri}: {error}", "Check the URI and the tracking server (SLMOPS_TRACKING_URI)."
-        ) from error
-
-
-def _artifact_beside(uri: str, work: Path, download: Download) -> Path | None:
-    """Return the evaluation set from the folder of an artifact that is a file."""
-    for name in EVALUATION_FILES:
-        with suppress(TrackingError):  # MLflow just returned the training file, so this one does not exist
-            return download(f"{uri.rpartition('/')[0]}/{name}", work)
-    return None
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from slmops.core.files import sha256
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.tracking.training import TrainingTracker
-from slmops.training import data, examples, report
+from slmops.training import data, examples
 from slmops.training.values import LoraSettings, TrainingData
 from tests import tiny, values
 from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, put, turns
@@ -83,8 +83,8 @@ def test_prepared_report(prepared: TrainingData) -> None:
         (32, "near_duplicate", False, "asks the same as train.jsonl:1, with a different answer: 'bad\\u2028news'"),
     ]
     assert 20 < found.tokens["min"] <= found.tokens["p50"] <= found.tokens["p99"] <= found.tokens["max"] < 60
-    assert report.summary(prepared).endswith("1 duplicates dropped")
-    assert "bad\\\\u2028news" in report.markdown(prepared)
+    assert data.summary(prepared).endswith("1 duplicates dropped")
+    assert "bad\\\\u2028news" in data.markdown(prepared)
 
 
 def test_tokens_are_those_of_the_template(prepared: TrainingData) -> None:

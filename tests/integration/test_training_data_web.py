@@ -13,7 +13,7 @@ import pytest
 
 from slmops.core.errors import DataError, PrerequisiteError, UsageError
 from slmops.core.settings import Settings
-from slmops.training import sources, web
+from slmops.training import sources
 from tests.training_data import asked, fetch
 
 pytestmark = pytest.mark.integration
@@ -128,8 +128,8 @@ def test_a_url_that_gives_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sources, "LARGEST", 1_000_000)
-    monkeypatch.setattr(web, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(web, "DOWNLOAD_TIMEOUT_S", 0.4 if path == "/slow.jsonl" else 60)
+    monkeypatch.setattr(sources, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT_S", 0.4 if path == "/slow.jsonl" else 60)
     with pytest.raises(error) as caught:
         fetch(asked(f"{url}{path}?key=secret", evaluation_set=held_out), home)
     assert caught.value.message.startswith(f"{url}{path} ")

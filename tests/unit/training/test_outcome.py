@@ -9,7 +9,7 @@ import pytest
 
 from slmops.core.values import Measurement
 from slmops.selection import policy
-from slmops.training import fingerprint, outcome
+from slmops.training import finetune, outcome
 from slmops.training.values import LoraSettings, Retrain, Retrained
 from tests import values
 
@@ -26,7 +26,7 @@ def evaluation(tmp_path: Path) -> Path:
 
 
 def digest(asked: Retrain, evaluation: Path, base: str = "c" * 64, data: str = "d" * 64) -> str:
-    return fingerprint.input_digest(asked, values.checkpoint(digest=base), data, evaluation)
+    return finetune.input_digest(asked, values.checkpoint(digest=base), data, evaluation)
 
 
 def test_the_same_input_has_the_same_digest_wherever_it_lies(evaluation: Path, tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slmops.training import report
+from slmops.training import data
 from slmops.training.values import DataProblem, DataReport, TrainingData
 from tests.training_data import checked
 
 
-def data(folder: Path, **changes: Any) -> TrainingData:
+def prepared(folder: Path, **changes: Any) -> TrainingData:
     (folder / "validation.jsonl").write_text("{}\n{}\n")
     values: dict[str, Any] = {
         "files": {"train.jsonl": 12},
@@ -25,12 +25,12 @@ def data(folder: Path, **changes: Any) -> TrainingData:
 
 def test_summary(tmp_path: Path) -> None:
     said = "8 items to train and 2 to validate with, 5 to evaluate; 30 tokens each, 60 at most"
-    assert report.summary(data(tmp_path)) == f"{said}; 2 duplicates dropped"
-    assert report.summary(data(tmp_path, dropped=0)) == said
+    assert data.summary(prepared(tmp_path)) == f"{said}; 2 duplicates dropped"
+    assert data.summary(prepared(tmp_path, dropped=0)) == said
 
 
 def test_markdown(tmp_path: Path) -> None:
-    text = report.markdown(data(tmp_path))
+    text = data.markdown(prepared(tmp_path))
     rows = {row for line in text.splitlines() if line.startswith("|") for row in [_cells(line)]}
     assert {
         ("source", "tickets"),
@@ -52,7 +52,7 @@ def test_what_items_say_is_no_markup(tmp_path: Path) -> None:
     problem = DataProblem(file="a|b.jsonl", line=3, kind="near_duplicate", fatal=False, detail=detail)
     [line] = [
         line
-        for line in report.markdown(data(tmp_path, problems=(problem,), files={"a|b.jsonl": 1})).splitlines()
+        for line in data.markdown(prepared(tmp_path, problems=(problem,), files={"a|b.jsonl": 1})).splitlines()
         if "alert" in line
     ]
     assert line.startswith("| a\\|b.jsonl:3 | near duplicate | &lt;script&gt;alert(1)&lt;/script&gt; ")

@@ -201,8 +201,6 @@ def _from_storage(uri: str, location: str, path: str, offset: int) -> Generator[
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 raise _gone(path) from error
             raise
-        except OSError as error:
-            raise _gone(path) from error
         with Path(copy).open("rb") as file:
             file.seek(offset)
             while block := file.read(BLOCK_BYTES):

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 WALL_CLOCK = re.compile(r"time\.time\(|time\.time_ns\(|datetime\.now\(|datetime\.utcnow\(")
 STAMPS = {
+    "flows/retrain.py",  # until when a promotion waits, for other processes
     "slmops/cli/command.py",  # of crash logs
     "slmops/cli/terminal.py",  # of log lines
     "slmops/conversion/convert.py",
@@ -24,7 +25,6 @@ STAMPS = {
     "slmops/serving/registry_watch.py",
     "slmops/training/finetune.py",
     "tasks/news.py",
-    "tasks/retrain.py",
 }
 
 

@@ -14,7 +14,7 @@ from slmops.core.files import sha256
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.tracking.training import TrainingTracker
-from slmops.training import data, examples
+from slmops.training import checks, data, examples
 from slmops.training.values import LoraSettings, TrainingData
 from tests import tiny, values
 from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, put, turns
@@ -101,7 +101,7 @@ def test_tokens_are_those_of_the_template(prepared: TrainingData) -> None:
 def test_prepared_data_are_made_once(
     prepared: TrainingData, checkpoint: Checkpoint, home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_make", nothing)
+    monkeypatch.setattr(checks, "unique", nothing)
     assert prepare(Path(prepared.source), checkpoint, home) == prepared
     for change in ({"training": LoraSettings(seed=1)}, {"leak_similarity": 0.7}):
         with pytest.raises(AssertionError):
@@ -123,7 +123,7 @@ def test_altered_files_are_made_again(checkpoint: Checkpoint, tmp_path: Path, mo
     assert prepare(source, checkpoint, settings) == first
     assert first.train.read_bytes() == kept
     moved = Settings(home=settings.home.rename(tmp_path / "moved"))
-    monkeypatch.setattr(data, "_make", nothing)
+    monkeypatch.setattr(checks, "unique", nothing)
     again = prepare(source, checkpoint, moved)
     assert again.train.read_bytes() == kept
     assert moved.trainings in again.train.parents

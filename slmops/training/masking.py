@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from slmops.checkpoints.chat_template import ChatMessage
+
 IGNORED = -100
 """Label of a token that is not learned; torch's cross entropy ignores it."""
 
-ChatMessage = dict[str, str]
 Render = Callable[[Sequence[ChatMessage], bool], str]
 """Turns messages into text; the flag adds the opening of an answer."""
 

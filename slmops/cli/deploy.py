@@ -31,8 +31,7 @@ Reference = Annotated[
     ),
 ]
 Host = Annotated[
-    str,
-    Parameter(help="Address to listen at. Everybody who can reach it can read names and sizes of the models."),
+    str, Parameter(help="Address to listen at. Everybody who can reach it can read names and sizes of the models.")
 ]
 _SERVE = Serve()
 

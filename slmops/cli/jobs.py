@@ -47,11 +47,7 @@ def demo(*, quick: Quick = False, json: Json = False) -> int:
 
 
 def retrain(
-    *,
-    request: Annotated[Retrain, Flat],
-    job_file: JobFile = None,
-    demo: Demo = False,
-    json: Json = False,
+    *, request: Annotated[Retrain, Flat], job_file: JobFile = None, demo: Demo = False, json: Json = False
 ) -> int:
     """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better.
 
@@ -74,13 +70,7 @@ def compare(name: Latest = None, /, *, json: Json = False) -> int:
     return 0
 
 
-def soak(
-    name: Latest = None,
-    /,
-    *,
-    request: Annotated[Soak, Flat] = _SOAK,
-    json: Json = False,
-) -> int:
+def soak(name: Latest = None, /, *, request: Annotated[Soak, Flat] = _SOAK, json: Json = False) -> int:
     """Send a deployed variant many requests and see whether its memory grows.
 
     Ends with 3 unless it is proven that the memory does not grow faster than the limit.

@@ -20,12 +20,7 @@ GenaiCheckout = Annotated[
 Worker = Annotated[bool, Parameter(help="Also register the deployments and start a worker that runs them.")]
 
 
-def doctor(
-    *,
-    fix: Fix = False,
-    build_genai: GenaiCheckout = None,
-    json: Json = False,
-) -> int:
+def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = False) -> int:
     """Check every prerequisite and say how to get what is missing."""
     from slmops.local import doctor as checks
 

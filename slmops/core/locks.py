@@ -42,8 +42,7 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
     except Timeout:
         if not wait:
             raise BusyError(
-                f"Another run holds {what} ({_who(holder)}).",
-                "Wait until it has ended, or stop it, then try again.",
+                f"Another run holds {what} ({_who(holder)}).", "Wait until it has ended, or stop it, then try again."
             ) from None
         log.info("waiting for %s, held by another run (%s)", what, _who(holder))
         lock.acquire()

@@ -39,12 +39,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 # Limit, use, and what of the use the kernel gives back when memory is short: version 2 of control groups, then 1.
 _LIMITS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 # Energy counters of the processor's packages; readable by root only on most systems.
 POWERCAP = Path("/sys/class/powercap")

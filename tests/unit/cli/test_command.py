@@ -178,10 +178,7 @@ def test_exit_codes(flows: Flows, capsys: pytest.CaptureFixture[str], kind: type
 
 @pytest.mark.parametrize(
     ("answer", "code", "said"),
-    [
-        (errors.WorkError("It went wrong."), 1, "error: It went wrong.\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
+    [(errors.WorkError("It went wrong."), 1, "error: It went wrong.\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
 )
 def test_an_end_is_told_in_a_line(
     flows: Flows, capsys: pytest.CaptureFixture[str], answer: BaseException, code: int, said: str
@@ -193,11 +190,7 @@ def test_an_end_is_told_in_a_line(
 
 @pytest.mark.parametrize("home_is_usable", [True, False])
 def test_what_no_check_foresaw(
-    flows: Flows,
-    home: Path,
-    home_is_usable: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    flows: Flows, home: Path, home_is_usable: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not home_is_usable:
         home.write_text("not a folder", encoding="utf-8")

@@ -50,8 +50,7 @@ def test_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../x", "a/b", "", "a" * 64, "-a", "_a", ".a", "a.b", "a b", "a:1", "a\n", "ä", "a\\b", "..", "\x00"],
+    "name", ["../x", "a/b", "", "a" * 64, "-a", "_a", ".a", "a.b", "a b", "a:1", "a\n", "ä", "a\\b", "..", "\x00"]
 )
 def test_names_that_could_leave_a_folder_or_that_a_server_refuses(name: str) -> None:
     with pytest.raises(ValidationError) as raised:

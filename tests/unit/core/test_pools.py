@@ -18,8 +18,7 @@ def test_the_need_is_that_of_one_conversion_in_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameters", "taken"),
-    [(135_000_000, SMALL), (909_000_000, SMALL), (910_000_000, LARGE), (8_000_000_000, HUGE)],
+    ("parameters", "taken"), [(135_000_000, SMALL), (909_000_000, SMALL), (910_000_000, LARGE), (8_000_000_000, HUGE)]
 )
 def test_the_smallest_pool_that_is_large_enough_is_taken(parameters: int, taken: Pool) -> None:
     assert choose([HUGE, SMALL, LARGE], values.checkpoint(parameters=parameters), "cpu") == taken

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from prefect import flow, runtime
 
@@ -16,7 +15,6 @@ from slmops.core.values import Name
 from slmops.delivery import promotion
 from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
-from slmops.tracking.registry import Registry
 from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision
 
 log = logging.getLogger("slmops.promote")
@@ -70,15 +68,7 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         show_decision(decision, request)
         if champion is not None and champion.version == challenger.version:
             log.info("%s is the champion already", challenger.label)
-            return Promoted(
-                model=request.name,
-                version=challenger.version,
-                variant=challenger.variant,
-                replaced=None,
-                changed=False,
-                gates=decision.gates,
-                url=Registry(uri).page(challenger),
-            )
+            return move_aliases(uri, challenger, champion, {}, decision, settings)
         refused = promotion.refuse(decision)
         if refused is not None and request.force is None:
             raise refused
@@ -94,8 +84,6 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         return promoted
 
 
-@contextmanager
-def _alone(name: str, settings: Settings) -> Iterator[None]:
+def _alone(name: str, settings: Settings) -> AbstractContextManager[None]:
     """Of two promotions at once one goes on, and the other is refused."""
-    with locks.exclusive(settings.locks / f"promote-{name}.lock", f"the promotion of {name!r}", wait=False):
-        yield
+    return locks.exclusive(settings.locks / f"promote-{name}.lock", f"the promotion of {name!r}", wait=False)

@@ -45,16 +45,17 @@ def move_aliases(
 ) -> Promoted:
     """Make it the champion. Not retried: a second attempt would find the first one's result in its way."""
     registry = Registry(uri)
-    registry.promote(version, champion, tags)
-    kept = [one for one in (version, champion) if one is not None]
-    # What this and earlier promotions fetched for their checks goes.
-    installed.tidy(version.name, [one.foundry_id for one in kept], settings)
+    is_new = champion is None or champion.version != version.version
+    if is_new:
+        registry.promote(version, champion, tags)
+        kept = [one.foundry_id for one in (version, champion) if one is not None]
+        installed.tidy(version.name, kept, settings)  # what this and earlier promotions fetched for their checks
     return Promoted(
         model=version.name,
         version=version.version,
         variant=version.variant,
-        replaced=champion.version if champion else None,
-        changed=True,
+        replaced=champion.version if champion and is_new else None,
+        changed=is_new,
         forced=tags.get("slmops.forced"),
         gates=decision.gates if decision else (),
         url=registry.page(version),

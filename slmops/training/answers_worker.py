@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
@@ -38,7 +37,8 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(request.folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype=torch.float32).eval()
-    ends = _ends(model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    said_ends = model.generation_config.eos_token_id  # a token, several or none
+    ends = {*(said_ends if isinstance(said_ends, list) else [said_ends]), tokenizer.eos_token_id} - {None}
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = [
         tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True)
@@ -52,7 +52,7 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,
             max_new_tokens=max(request.items[place].max_tokens for place in places),
-            eos_token_id=ends,
+            eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
         batch = tokenizer([prompts[p] for p in places], add_special_tokens=False, padding=True, return_tensors="pt")
@@ -71,12 +71,7 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
     return [said[place] for place in range(len(prompts))]
 
 
-def _ends(*said: Any) -> list[int]:
-    """Tokens that end an answer, according to the checkpoint and to its tokenizer."""
-    return sorted({end for ends in said for end in (ends if isinstance(ends, list) else [ends]) if end is not None})
-
-
-def _cut(row: list[int], ends: list[int], most: int) -> tuple[list[int], bool]:
+def _cut(row: list[int], ends: set[int], most: int) -> tuple[list[int], bool]:
     """The answer's own tokens, at most ``most``, and whether it ended within them."""
     end = next((place for place, token in enumerate(row) if token in ends), len(row))
     return row[: min(end, most)], end < min(most, len(row))

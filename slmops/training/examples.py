@@ -27,17 +27,11 @@ _LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation to learn from.
-
-    Attributes:
-        file: Name of the file it is from.
-        line: Its line there, from 1.
-        messages: Each with role and content. The last one is the assistant's.
-    """
+    """A conversation to learn from, and the name of its file and its line there, from 1."""
 
     file: str
     line: int
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, str], ...]  # each with role and content; the last one is the assistant's
 
     @cached_property
     def json(self) -> str:
@@ -56,13 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExamplesRead:
-    """What training files hold.
-
-    Attributes:
-        examples: The good lines, in order.
-        problems: The bad lines.
-        files: Name of each file, and its number of good lines.
-    """
+    """What training files hold: their good lines in order, the bad ones, and the number of good ones per file."""
 
     examples: tuple[Example, ...]
     problems: tuple[DataProblem, ...]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ def resumable(folder: Path) -> tuple[int, WholeMark] | None:
     """
     whole: dict[int, WholeMark] = {}
     for state in (folder / STATES).glob("checkpoint-*"):
-        mark = _mark(state)
-        if mark is None:
-            shutil.rmtree(state)
-        else:
-            whole[int(state.name.rpartition("-")[2])] = mark
+        with suppress(OSError, ValueError):
+            mark = WholeMark.model_validate_json((state / WHOLE).read_text(encoding="utf-8"))
+            if all((state / name).stat().st_size == size for name, size in mark.sizes.items()):
+                whole[int(state.name.rpartition("-")[2])] = mark
+                continue
+        shutil.rmtree(state)
     if not whole:
         return None
     newest = max(whole)
@@ -64,15 +66,6 @@ def mark_whole(state: Path, seconds: float, stopped: Stopped | None) -> None:
     """Declare that the saved state in this folder is whole."""
     sizes = {path.name: path.stat().st_size for path in state.iterdir() if path.name != WHOLE}
     write_atomic(state / WHOLE, WholeMark(seconds=seconds, stopped=stopped, sizes=sizes).model_dump_json())
-
-
-def _mark(state: Path) -> WholeMark | None:
-    try:
-        mark = WholeMark.model_validate_json((state / WHOLE).read_text(encoding="utf-8"))
-        whole = all((state / name).stat().st_size == size for name, size in mark.sizes.items())
-    except (OSError, ValueError):
-        return None
-    return mark if whole else None
 
 
 def truncate(file: Path, step: int) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from slmops.core.errors import SlmopsError
 from slmops.core.settings import Settings
 from slmops.training import sources
 from slmops.training.sources import Fetched
@@ -19,12 +22,15 @@ def nothing(*_: Any) -> Any:
     raise AssertionError("nothing should be asked of MLflow")
 
 
-def asked(source: str | Path, **changes: Any) -> Retrain:
-    return Retrain(model="tiny", data=str(source), **changes)
-
-
-def fetch(request: Retrain, settings: Settings, **given: Any) -> Fetched:
+def fetch(source: str | Path, settings: Settings, evaluation: Path | None = None, **given: Any) -> Fetched:
+    request = Retrain(model="tiny", data=str(source), evaluation_set=evaluation)
     return sources.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
+
+
+def refused(source: str | Path, settings: Settings, evaluation: Path | None = None, **given: Any) -> SlmopsError:
+    with pytest.raises(SlmopsError) as caught:
+        fetch(source, settings, evaluation, **given)
+    return caught.value
 
 
 def lines(file: Path) -> list[Any]:

@@ -25,14 +25,7 @@ from tests.training_data import checked, turns, write_lines
 
 pytestmark = pytest.mark.integration
 
-QUESTIONS = (
-    "Is it raining?",
-    "Who is there?",
-    "What time is it now?",
-    "Where?",
-    "Shall we go home?",
-    "How old are you?",
-)
+ASKED = ("Is it raining?", "Who is there?", "What time is it now?", "Where?", "Shall we go home?", "How old are you?")
 TRAINING = LoraSettings(
     rank=4, alpha=8, dropout=0.1, learning_rate=2e-2, epochs=4, batch_size=4, evaluations=2, patience=9
 )
@@ -45,16 +38,11 @@ def training_data(folder: Path, train: Sequence[str], validation: Sequence[str])
     files = {
         name: write_lines(
             folder / f"{name}.jsonl",
-            [turns(f"{QUESTIONS[number % len(QUESTIONS)]} {number}", answer) for number, answer in enumerate(answers)],
+            [turns(f"{ASKED[number % len(ASKED)]} {number}", answer) for number, answer in enumerate(answers)],
         )
         for name, answers in (("train", train), ("validation", validation))
     }
     return checked(folder, **files)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return retraining.base(tmp_path_factory.mktemp("checkpoints") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +51,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder: Path, settings: Settings) -> Checkpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Checkpoint:
+    folder = retraining.base(tmp_path_factory.mktemp("checkpoints") / "tiny")
     return making.resolve(Job(model=str(folder)), settings)
 
 
@@ -95,16 +84,9 @@ def test_what_comes_out(trained: Finetuned, points: list[LossPoint], checkpoint:
     assert trained.trained_parameters == 2 * 4 * (128 + 2 * 96 + 128 + 3 * 192)
     assert trained.base_digest == checkpoint.digest
     assert {path.name for path in trained.folder.iterdir()} == {
-        "adapter",
-        "files.json",
-        "losses.jsonl",
-        "merged",
-        "training.json",
+        *("adapter", "files.json", "losses.jsonl", "merged", "training.json")
     }
     assert finetune.load(trained.folder) == trained
-
-
-def test_the_learning_rate_rises_and_falls(trained: Finetuned) -> None:
     rates = [point.learning_rate for point in trained.losses if point.learning_rate is not None]
     assert max(rates) == max(rates[:3]) > 0.9 * TRAINING.learning_rate
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -177,13 +159,12 @@ def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> 
     def change_last_byte(file: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1] + b"!")
 
-    harms: list[tuple[Callable[[Path], None], str]] = [
-        *((change_last_byte, name) for name in ("merged/model.safetensors", "adapter/adapter_config.json")),
-        *((change_last_byte, name) for name in ("training.json", "files.json")),
-        *((Path.unlink, name) for name in ("training.json", "files.json", "adapter/adapter_config.json")),
-        (Path.touch, "merged/one too many"),
+    harms: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
+        (change_last_byte, ("merged/model.safetensors", "adapter/adapter_config.json", "training.json", "files.json")),
+        (Path.unlink, ("training.json", "files.json", "adapter/adapter_config.json")),
+        (Path.touch, ("merged/one too many",)),
     ]
-    for harm, name in harms:
+    for harm, name in ((harm, name) for harm, names in harms for name in names):
         copy = shutil.copytree(trained.folder, tmp_path / "copy")
         assert finetune.load(copy) is not None
         harm(copy / name)
@@ -223,28 +204,18 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
     assert seconds == sorted(seconds)
 
 
-def with_norm_times(factor: float, folder: Path, target: Path) -> Checkpoint:
-    retraining.norm_times(factor, folder, target)
-    return making.resolve(Job(model=str(target)), Settings(home=target / "home"))
-
-
-def test_one_that_diverges_leaves_nothing_to_resume(
-    folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
+@pytest.mark.parametrize(("factor", "said"), [(1e36, r"diverged at step \d+"), (float("nan"), "base model")])
+def test_what_diverges_leaves_nothing_to_resume_and_a_broken_base_model_is_not_said_to(
+    factor: float, said: str, checkpoint: Checkpoint, data: TrainingData, settings: Settings, tmp_path: Path
 ) -> None:
-    edgy = with_norm_times(1e36, folder, tmp_path / "tiny")
-    with pytest.raises(TrainingError, match=r"diverged at step \d+") as caught:
+    made = retraining.norm_times(factor, checkpoint.path, tmp_path / "tiny")
+    edgy = making.resolve(Job(model=str(made)), settings)
+    with pytest.raises(TrainingError, match=said) as caught:
         finetune.finetune(edgy, data, TRAINING, settings, "wild", lambda _: None)
-    assert "--training.learning-rate" in (caught.value.fix or "")
-    left = settings.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
-    assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
-
-
-def test_a_broken_base_model_is_not_said_to_diverge(
-    folder: Path, data: TrainingData, settings: Settings, tmp_path: Path
-) -> None:
-    broken = with_norm_times(float("nan"), folder, tmp_path / "tiny")
-    with pytest.raises(TrainingError, match="base model"):
-        finetune.finetune(broken, data, TRAINING, settings, "broken", lambda _: None)
+    if factor == 1e36:
+        assert "--training.learning-rate" in (caught.value.fix or "")
+        left = settings.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
+        assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
 
 
 def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
@@ -278,12 +249,8 @@ def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings:
     ("template", "longest", "message"),
     [
         (tiny.CHATML, 16, r"train.jsonl, line 1 .* 16 "),
-        ("{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}", 512, "line 1:"),
-        (
-            "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}",
-            512,
-            "line 1 ",
-        ),
+        ("{{ messages | length }}{% for one in messages %}{{ one['content'] }}{% endfor %}", 512, "line 1:"),
+        ("{% for one in messages if one['role'] == 'user' %}{{ one['content'] }}{% endfor %}", 512, "line 1 "),
     ],
 )
 def test_items_that_cannot_be_trained_on(template: str, longest: int, message: str, data: TrainingData) -> None:

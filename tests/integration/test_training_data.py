@@ -15,9 +15,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.tracking.training import TrainingTracker
 from slmops.training import checks, data, examples
-from slmops.training.values import LoraSettings, TrainingData
+from slmops.training.values import LoraSettings, Retrain, TrainingData
 from tests import tiny, values
-from tests.training_data import HELD_OUT, asked, fetch, lines, nothing, pair, put, turns
+from tests.training_data import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,8 +58,9 @@ def prepared(home: Settings, checkpoint: Checkpoint, tmp_path_factory: pytest.Te
 
 
 def prepare(source: Path, checkpoint: Checkpoint, settings: Settings, **changes: Any) -> TrainingData:
-    request = asked(source, **{"training": LoraSettings(max_tokens=128), **changes})
-    return data.prepare(fetch(request, settings), request, checkpoint, settings, "tiny")
+    asked = {"training": LoraSettings(max_tokens=128), **changes}
+    request = Retrain(model="tiny", data=str(source), **asked)
+    return data.prepare(fetch(source, settings), request, checkpoint, settings, "tiny")
 
 
 def test_prepared_files(prepared: TrainingData, home: Settings) -> None:
@@ -78,24 +79,14 @@ def test_prepared_files(prepared: TrainingData, home: Settings) -> None:
 def test_prepared_report(prepared: TrainingData) -> None:
     found = prepared.report
     assert (found.files, found.evaluation_items, found.dropped) == ({"train.jsonl": 32}, 1, 1)
-    assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in found.problems] == [
-        (31, "duplicate", False, "the same as train.jsonl:1; kept once"),
-        (32, "near_duplicate", False, "asks the same as train.jsonl:1, with a different answer: 'bad\\u2028news'"),
-    ]
-    assert 20 < found.tokens["min"] <= found.tokens["p50"] <= found.tokens["p99"] <= found.tokens["max"] < 60
+    assert [(problem.line, problem.kind) for problem in found.problems] == [(31, "duplicate"), (32, "near_duplicate")]
     assert data.summary(prepared).endswith("1 duplicates dropped")
     assert "bad\\\\u2028news" in data.markdown(prepared)
-
-
-def test_tokens_are_those_of_the_template(prepared: TrainingData) -> None:
     made = tiny.tokenizer()
-    rendered = [
-        made.apply_chat_template(item["messages"], tokenize=False)
-        for item in lines(prepared.train) + lines(prepared.validation)
-    ]
-    counts = [len(made(text, add_special_tokens=False)["input_ids"]) for text in rendered]
-    assert prepared.report.tokens["total"] == sum(counts)
-    assert prepared.report.tokens["max"] == max(counts)
+    items = lines(prepared.train) + lines(prepared.validation)
+    counts = [len(made.apply_chat_template(item["messages"], return_dict=True)["input_ids"]) for item in items]
+    assert (found.tokens["total"], found.tokens["max"]) == (sum(counts), max(counts))
+    assert 20 < found.tokens["min"] <= found.tokens["p50"] <= found.tokens["p99"] <= found.tokens["max"] < 60
 
 
 def test_prepared_data_are_made_once(
@@ -154,15 +145,19 @@ def test_all_that_is_wrong_is_told_at_once(checkpoint: Checkpoint, home: Setting
     assert not list((home.trainings / "data").glob(".*"))
 
 
-@pytest.mark.parametrize("items", [[], [pair("How are you?")] * 3])
-def test_too_few(items: list[Any], checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{min(len(items), 1)} different items"):
-        prepare(put(tmp_path, train=items), checkpoint, home)
-
-
-def test_a_bad_evaluation_set(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"evaluation\.jsonl .*\n.*line 2\b"):
-        prepare(put(tmp_path, HELD_OUT + "{", train=[pair("a"), pair("b")]), checkpoint, home)
+@pytest.mark.parametrize(
+    ("items", "evaluation", "error", "said"),
+    [
+        ([], HELD_OUT, DataError, "0 different items"),
+        ([pair("a")] * 3, HELD_OUT, DataError, "1 different items"),
+        ([pair("a"), pair("b")], HELD_OUT + "{", UsageError, r"evaluation\.jsonl .*\n.*line 2\b"),
+    ],
+)
+def test_too_few_items_and_a_bad_evaluation_set(
+    items: list[Any], evaluation: str, error: type[Exception], said: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        prepare(put(tmp_path, evaluation, train=items), checkpoint, Settings(home=tmp_path / "home"))
 
 
 def test_a_checkpoint_without_a_template(home: Settings, tmp_path: Path) -> None:
@@ -193,13 +188,12 @@ def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) 
 def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings, tmp_path: Path) -> None:
     run_id = client.create_run(client.create_experiment("data")).info.run_id
     client.log_artifacts(run_id, str(put(tmp_path / "data", train=[pair("a")], validation=[pair("b")])), "data")
-    fetched = fetch(asked(f"runs:/{run_id}/data"), home, download=tracker.download)
+    fetched = fetch(f"runs:/{run_id}/data", home, download=tracker.download)
     assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
-    one = fetch(asked(f"runs:/{run_id}/data/train.jsonl"), home, download=tracker.download)
+    one = fetch(f"runs:/{run_id}/data/train.jsonl", home, download=tracker.download)
     assert [file.name for file in one.files] == ["train.jsonl"]
     assert one.evaluation.read_text() == HELD_OUT
-    with pytest.raises(TrackingError):
-        fetch(asked(f"runs:/{run_id}/absent"), home, download=tracker.download)
+    assert isinstance(refused(f"runs:/{run_id}/absent", home, download=tracker.download), TrackingError)
 
 
 Make = Callable[[str, list[dict[str, Any]]], None]
@@ -232,11 +226,11 @@ def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Pa
     made('say "hi"', records)
     mlflow.set_tracking_uri("sqlite:////nowhere/mlflow.db")  # the address that is given counts
     given = {"dataset": TrainingTracker(database).records}
-    read = examples.read(fetch(asked('mlflow-dataset:say "hi"', evaluation_set=held_out), home, **given).files)
+    read = examples.read(fetch('mlflow-dataset:say "hi"', home, held_out, **given).files)
     assert len(read.examples) == 1201
     assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
     assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
-    one = fetch(asked("mlflow-dataset:it's mine", evaluation_set=held_out), home, **given)
+    one = fetch("mlflow-dataset:it's mine", home, held_out, **given)
     assert len(examples.read(one.files).examples) == 1
 
 

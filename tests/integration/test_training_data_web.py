@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from slmops.core.errors import DataError, PrerequisiteError, UsageError
+from slmops.core.errors import DataError, PrerequisiteError, SlmopsError
 from slmops.core.settings import Settings
 from slmops.training import sources
-from tests.training_data import asked, fetch
+from tests.training_data import fetch, refused
 
 pytestmark = pytest.mark.integration
 
@@ -91,17 +91,17 @@ def url() -> Iterator[str]:
 
 @pytest.mark.parametrize("path", ["/good.jsonl", "/moved.jsonl", "/good.jsonl?key=secret#secret"])
 def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
-    fetched = fetch(asked(url + path, evaluation_set=held_out), home)
+    fetched = fetch(url + path, home, held_out)
     assert fetched.source == url + path.partition("?")[0]
     assert [file.read_text() for file in fetched.files] == [ITEM]
     assert fetched.evaluation.name == "questions.jsonl"
 
 
 def test_a_url_has_nothing_beside_it(url: str, home: Settings) -> None:
-    with pytest.raises(DataError) as caught:
-        fetch(asked(f"{url}/good.jsonl?key=secret"), home)
-    assert f"{url}/good.jsonl" in caught.value.message
-    assert "secret" not in caught.value.message
+    error = refused(f"{url}/good.jsonl?key=secret", home)
+    assert isinstance(error, DataError)
+    assert f"{url}/good.jsonl" in error.message
+    assert "secret" not in error.message
 
 
 @pytest.mark.parametrize(
@@ -119,22 +119,16 @@ def test_a_url_has_nothing_beside_it(url: str, home: Settings) -> None:
     ],
 )
 def test_a_url_that_gives_nothing(
-    url: str,
-    path: str,
-    error: type[UsageError],
-    said: str,
-    held_out: Path,
-    home: Settings,
-    monkeypatch: pytest.MonkeyPatch,
+    url: str, path: str, error: type[SlmopsError], said: str, home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "LARGEST", 1_000_000)
     monkeypatch.setattr(sources, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT_S", 0.4 if path == "/slow.jsonl" else 60)
-    with pytest.raises(error) as caught:
-        fetch(asked(f"{url}{path}?key=secret", evaluation_set=held_out), home)
-    assert caught.value.message.startswith(f"{url}{path} ")
-    assert said in caught.value.message
-    assert caught.value.fix
+    caught = refused(f"{url}{path}?key=secret", home)
+    assert isinstance(caught, error)
+    assert caught.message.startswith(f"{url}{path} ")
+    assert said in caught.message
+    assert caught.fix
 
 
 @pytest.mark.parametrize(
@@ -147,8 +141,8 @@ def test_a_url_that_gives_nothing(
         ("http:///a.jsonl?secret", "UnsupportedProtocol"),
     ],
 )
-def test_a_bad_url(address: str, said: str, held_out: Path, home: Settings) -> None:
-    with pytest.raises((DataError, PrerequisiteError)) as caught:
-        fetch(asked(address, evaluation_set=held_out), home)
-    assert said in caught.value.message
-    assert "secret" not in str(caught.value)
+def test_a_bad_url(address: str, said: str, home: Settings) -> None:
+    error = refused(address, home)
+    assert isinstance(error, (DataError, PrerequisiteError))
+    assert said in error.message
+    assert "secret" not in f"{error} {error.fix}"

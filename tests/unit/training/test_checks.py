@@ -111,25 +111,17 @@ def test_the_same_question_under_another_system_prompt_is_no_contradiction() -> 
     assert problem.detail == "asks nearly the same as a.jsonl:1 (similarity 1.00)"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What is the capital of France?",
-        "what is  the capital of france",
-        "WHAT IS THE “CAPITAL” OF ＦＲＡＮＣＥ…",
-        "What—is the\ncapital of France",
-    ],
-)
-def test_an_exact_leak(text: str) -> None:
-    [problem] = checks.leaks(examples("No.", text), [item("What is the capital of France?")], 1.0)
-    assert (problem.file, problem.line, problem.kind, problem.fatal) == ("a.jsonl", 2, "leak", True)
-    assert problem.detail == "asks the same as evaluation item q1"
+def test_an_exact_leak() -> None:
+    train = examples("No.", "what is  the capital of france", "WHAT IS THE “CAPITAL” OF ＦＲＡＮＣＥ…")
+    first, second = checks.leaks(train, [item("What is the capital of France?")], 1.0)
+    assert (first.file, first.line, first.kind, first.fatal) == ("a.jsonl", 2, "leak", True)
+    assert first.detail == second.detail == "asks the same as evaluation item q1"
 
 
 @pytest.mark.parametrize(
     ("train", "held_out", "expected"),
     [
-        (examples("One thing."), item("Another matter.", system="One thing."), []),
+        (examples("One thing."), item("Another matter.", system="One thing."), []),  # a system prompt is not compared
         (examples("5 - 3?", "5 * 3?", "5 / 3?", "What is 12 + 6?", "Is 3 > 5?"), item("5 + 3?"), []),
         (examples("What is 12 - 5?", "What is 12 + 6?"), item("What is 12 + 5?"), []),
         (examples("Is 3 > 5?"), item("Is 5 > 3?"), []),
@@ -138,17 +130,6 @@ def test_an_exact_leak(text: str) -> None:
         ([example("Good morning", "Yes?", NINE)], item(NINE), [1]),
         ([example("Can the weather change until tomorrow", "It can.", "Yes, please!")], SHORT_TURN, []),
         ([example(NINE, "Order some?", "yes, please")], SHORT_TURN, [1]),
-    ],
-    ids=[
-        "a system prompt is not compared",
-        "other operators",
-        "other operands",
-        "another order",
-        "two words",
-        "the first turn",
-        "the last turn",
-        "a short turn after other words",
-        "a short turn after the same words",
     ],
 )
 def test_leaks(train: list[Example], held_out: Item, expected: list[int]) -> None:
@@ -172,11 +153,10 @@ def test_short_questions_that_differ_in_a_word_are_not_leaks(text: str, other: s
 def test_the_threshold_itself_is_a_leak() -> None:
     # Nine words are five 5-grams; the first eight have four of them.
     shorter = NINE.rpartition(" ")[0]
-    assert found(examples(shorter), item(NINE), threshold=0.8) == [(1, "near_leak")]
     assert found(examples(shorter), item(NINE), threshold=0.81) == []
     [problem] = checks.leaks(examples(shorter), [item(NINE)], 0.8)
+    assert (problem.kind, problem.fatal) == ("near_leak", True)
     assert problem.detail == "asks nearly the same as evaluation item q1 (similarity 0.80)"
-    assert problem.fatal
 
 
 def test_a_word_more_is_near() -> None:
@@ -218,18 +198,9 @@ def test_the_split(seed: int) -> None:
     assert sorted([*training, *validation], key=lambda one: one.line) == train
     assert 70 < len(validation) < 130
     assert [one.line for one in validation] == sorted(one.line for one in validation)
-
-
-def test_more_data_move_nothing() -> None:
-    train = examples(*(f"question {number}" for number in range(300)))
-    _, before = checks.split(train[:100], 0.2, 0)
-    _, after = checks.split(train[::-1], 0.2, 0)
-    assert {one.line for one in before} == {one.line for one in after if one.line <= 100}
-
-
-def test_another_seed_is_another_split() -> None:
-    train = examples(*(f"question {number}" for number in range(100)))
-    assert checks.split(train, 0.2, 0) != checks.split(train, 0.2, 1)
+    assert checks.split(train, 0.1, seed + 1)[1] != validation
+    _, before = checks.split(train[:300], 0.1, seed)  # more data move nothing
+    assert {one.line for one in before} == {one.line for one in validation if one.line <= 300}
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.1, 0.499])

@@ -46,29 +46,24 @@ def test_all_formats_have_one_normal_form(tmp_path: Path, line: str) -> None:
     assert found.files == {"train.jsonl": 1}
 
 
-def test_a_system_message_and_several_turns(tmp_path: Path) -> None:
-    [example] = read(tmp_path, chat("system: S", "user: 1", "assistant: 2", "user: 3", "assistant: 4")).examples
-    assert [turn["content"] for turn in example.messages] == ["S", "1", "2", "3", "4"]
-
-
 def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
     found = read(
         tmp_path, b"\xef\xbb\xbf" + GOOD.encode(), "", "  \t", GOOD.replace("Hi", "a\u2028b\x85c"), end=b"\r\n"
     )
     assert not found.problems
     assert [example.line for example in found.examples] == [1, 4]
+    assert len(read(tmp_path, GOOD + "\n" + GOOD, end=b"").examples) == 2  # the last one needs no end
     assert found.examples[1].messages[0]["content"] == "a\u2028b\x85c?"
 
 
 def test_the_normal_form_is_one_line_for_every_reader(tmp_path: Path) -> None:
-    [example] = read(tmp_path, GOOD.replace("Hi", "ä\u2028\u2029\x85\\n\\u000b")).examples
+    said = ["S", "ä\u2028\u2029\x85\n\x0b", "2", "3", "4"]
+    roles = ("system", "user", "assistant", "user", "assistant")
+    [example] = read(tmp_path, chat(*(f"{role}: {text}" for role, text in zip(roles, said, strict=True)))).examples
+    assert [turn["content"] for turn in example.messages] == said
     assert len(example.json.splitlines()) == 1
     assert "ä" in example.json
     assert json.loads(example.json)["messages"] == list(example.messages)
-
-
-def test_the_last_line_needs_no_end(tmp_path: Path) -> None:
-    assert len(read(tmp_path, GOOD + "\n" + GOOD, end=b"").examples) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
@@ -122,24 +117,6 @@ def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, kind: str, detai
     assert [example.line for example in found.examples][:1] == [1]
 
 
-def test_all_bad_lines_are_found(tmp_path: Path) -> None:
-    found = read(tmp_path, "{", GOOD, "[]", chat("user: a"))
-    assert [(problem.line, problem.kind) for problem in found.problems] == [(1, "schema"), (3, "schema"), (4, "roles")]
-    assert found.files == {"train.jsonl": 1}
-
-
-def test_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:
-    file = tmp_path / "poison.jsonl"
-    with file.open("wb") as out:
-        out.write(GOOD.encode() + b"\n")
-        out.truncate(200_000_000)  # sparse: it takes no room
-    found = examples.read([file])
-    assert len(found.examples) == 1
-    [problem] = found.problems
-    assert (problem.line, problem.kind) == (2, "oversized")
-    assert problem.detail == "longer than 1,000,000 bytes; the file was not read from here on"
-
-
 def test_the_longest_line(tmp_path: Path) -> None:
     room = examples.LONGEST_LINE - len(GOOD) - 1
     fits = GOOD.replace("Hi", "Hi" + "x" * room)
@@ -157,11 +134,13 @@ def test_reading_ends_when_nothing_is_right(tmp_path: Path, monkeypatch: pytest.
 def test_several_files_in_their_order(tmp_path: Path) -> None:
     files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
     for file in files:
-        file.write_text(f'{GOOD}\n{{"x": 1}}\n')
+        file.write_text(f'{GOOD}\n{{"x": 1}}\n{chat("user: a")}\n')
     found = examples.read(files)
     assert [(example.file, example.line) for example in found.examples] == [("b.jsonl", 1), ("a.jsonl", 1)]
     assert found.files == {"b.jsonl": 1, "a.jsonl": 1}
-    assert [problem.file for problem in found.problems] == ["b.jsonl", "a.jsonl"]
+    assert [(problem.file, problem.line) for problem in found.problems] == [
+        *(("b.jsonl", 2), ("b.jsonl", 3), ("a.jsonl", 2), ("a.jsonl", 3))
+    ]
 
 
 @pytest.mark.parametrize(

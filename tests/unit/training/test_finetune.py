@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -28,10 +28,8 @@ def key(data: TrainingData, base: str = "b", versions: dict[str, str] | None = N
 
 
 def test_the_same_input_has_the_same_name(data: TrainingData) -> None:
-    first = key(data)
-    assert first == key(data)
-    assert first == key(data.model_copy(update={"source": "elsewhere", "evaluation_digest": "0"}))
-    assert first == key(data, versions={"mlflow": "4"})
+    same = data.model_copy(update={"source": "elsewhere", "evaluation_digest": "0"})
+    assert key(data) == key(same, versions={"mlflow": "4"})
 
 
 @pytest.mark.parametrize(
@@ -50,21 +48,13 @@ def test_other_input_has_another_name(data: TrainingData, change: Callable[[Trai
     assert change(data) != key(data)
 
 
-POINT = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
-
-
-def test_only_points_are_passed_on() -> None:
-    taken: list[LossPoint] = []
-    finetune._pass_on("Loading weights: 100%", taken.append)
-    finetune._pass_on(finetune_worker.POINT + POINT.model_dump_json(), taken.append)
-    assert taken == [POINT]
-
-
-def test_an_error_of_the_receiver_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(_: LossPoint) -> None:
-        raise ConnectionError("the server is away")
-
-    with caplog.at_level(logging.WARNING):
-        finetune._pass_on(finetune_worker.POINT + POINT.model_dump_json(), refuse)
-        finetune._pass_on(finetune_worker.POINT + "{broken", refuse)
+def test_only_points_are_passed_on_and_an_error_of_the_receiver_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    point = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
+    receiver = mock.Mock(side_effect=[None, ConnectionError("the server is away")])
+    for text in ("Loading weights: 100%", *[finetune_worker.POINT + point.model_dump_json()] * 2):
+        finetune._pass_on(text, receiver)
+    finetune._pass_on(finetune_worker.POINT + "{broken", receiver)
+    assert receiver.mock_calls == [mock.call(point)] * 2
     assert "the server is away" in caplog.text

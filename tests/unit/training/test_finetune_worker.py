@@ -28,12 +28,9 @@ def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
 
 def only_the_last(messages: Sequence[dict[str, str]], opened: bool) -> str:
     """Like templates that remove the thoughts from earlier turns."""
-    last = len(messages) - 1
-    turns = [
-        message["content"] if place < last or message["role"] == "user" else f"<think></think>{message['content']}"
-        for place, message in enumerate(messages)
-    ]
-    return "|".join(turns) + "|" * opened
+    *earlier, last = messages
+    thoughts = "<think></think>" * (last["role"] != "user")
+    return "|".join([*(one["content"] for one in earlier), thoughts + last["content"]]) + "|" * opened
 
 
 def counting(messages: Sequence[dict[str, str]], opened: bool) -> str:
@@ -83,17 +80,12 @@ def save(folder: Path, step: int, best: int, stopped: Stopped | None = None) -> 
     return state
 
 
-def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert resume.resumable(tmp_path) is None
-
-
 def test_the_newest_by_number_is_resumed(tmp_path: Path) -> None:
+    assert resume.resumable(tmp_path) is None
     for step in (5, 10, 100):
         save(tmp_path, step, best=5, stopped="patience" if step == 100 else None)
-    found = resume.resumable(tmp_path)
-    assert found is not None
-    step, mark = found
-    assert (step, mark.seconds, mark.stopped) == (100, 160.0, "patience")
+    assert (found := resume.resumable(tmp_path)) is not None
+    assert (found[0], found[1].seconds, found[1].stopped) == (100, 160.0, "patience")
 
 
 @pytest.mark.parametrize(
@@ -110,8 +102,7 @@ def test_half_a_state_is_removed(tmp_path: Path, file: str, content: bytes | Non
     (half / file).unlink()
     if content is not None:
         (half / file).write_bytes(content)
-    found = resume.resumable(tmp_path)
-    assert found is not None
+    assert (found := resume.resumable(tmp_path)) is not None
     assert found[0] == 5
     assert whole.exists()
     assert not half.exists()
@@ -128,12 +119,9 @@ def test_points_after_the_saved_state_are_dropped(tmp_path: Path) -> None:
     points = [LossPoint(step=step, epoch=step / 4, seconds=step) for step in (1, 2, 2, 3)]
     lines = [point.model_dump_json() + "\n" for point in points]
     file.write_text("".join(lines) + '{"step":4,')
-    resume.truncate(file, 3)
-    assert file.read_text() == "".join(lines)
-    resume.truncate(file, 2)
-    assert file.read_text() == "".join(lines[:3])
-    resume.truncate(file, -1)
-    assert file.read_text() == ""
+    for step, kept in ((3, 4), (2, 3), (-1, 0)):
+        resume.truncate(file, step)
+        assert file.read_text() == "".join(lines[:kept])
 
 
 def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
@@ -146,12 +134,11 @@ def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
 
 
 def test_with_a_budget_the_learning_rate_goes_by_time() -> None:
-    early, late = (worker._Clock(before, LoraSettings(minutes=1), 10) for before in (6.0, 57.0))
+    start, early, late, over = (worker._Clock(before, LoraSettings(minutes=1), 10) for before in (0.0, 6.0, 57.0, 60.0))
+    assert start.rate(0) > 0
     assert early.rate(9) > 0.9
     assert late.rate(0) < 0.01
-    assert not late.over
-    assert worker._Clock(60.0, LoraSettings(minutes=1), 10).over
-    assert worker._Clock(0.0, LoraSettings(minutes=1), 10).rate(0) > 0
+    assert (late.over, over.over) == (False, True)
 
 
 def test_with_epochs_the_learning_rate_goes_by_steps() -> None:

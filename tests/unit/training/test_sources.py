@@ -16,8 +16,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
-from tests import training_data
-from tests.training_data import HELD_OUT, asked, turns
+from tests.training_data import HELD_OUT, fetch, refused, turns
 
 
 def line(number: int) -> str:
@@ -36,16 +35,6 @@ def folder(tmp_path: Path) -> Path:
     (made / "train.jsonl").write_text(line(1) + line(2))
     (made / "evaluation.jsonl").write_text(HELD_OUT)
     return made
-
-
-def fetch(source: str | Path, settings: Settings, evaluation: Path | None = None, **given: Any) -> Fetched:
-    return training_data.fetch(asked(source, evaluation_set=evaluation), settings, **given)
-
-
-def refused(source: str | Path, settings: Settings, evaluation: Path | None = None, **given: Any) -> SlmopsError:
-    with pytest.raises(SlmopsError) as caught:
-        fetch(source, settings, evaluation, **given)
-    return caught.value
 
 
 def texts(fetched: Fetched) -> dict[str, str]:
@@ -125,11 +114,8 @@ def test_without_an_evaluation_set(
     assert isinstance(error, DataError)
     assert source in error.message
     assert all(name in (error.fix or "") for name in ("--evaluation-set", "evaluation.jsonl", "evaluation.csv"))
-
-
-def test_an_evaluation_set_that_cannot_be_read(folder: Path, settings: Settings) -> None:
-    for evaluation in (folder / "absent.jsonl", folder):
-        error = refused(folder, settings, evaluation)
+    for evaluation in (folder / "absent.jsonl", folder):  # given, but it cannot be read
+        error = refused("demo", settings, evaluation)
         assert isinstance(error, DataError)
         assert str(evaluation) in error.message
 
@@ -160,12 +146,6 @@ def test_there_is_nothing(
     assert error.fix
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read(folder: Path, settings: Settings) -> None:
-    (folder / "train.jsonl").chmod(0)
-    assert isinstance(refused(folder, settings), DataError)
-
-
 def test_too_much(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = len(line(1)) * 3
     (folder / "more.jsonl").write_text(line(3))
@@ -182,7 +162,9 @@ def test_a_line_that_never_ends_is_not_copied(folder: Path, settings: Settings) 
     assert fetched.files[0].stat().st_size < 1_100_000
     read = examples.read(fetched.files)
     assert len(read.examples) == 2
-    assert [(problem.line, problem.kind) for problem in read.problems] == [(3, "oversized")]
+    [problem] = read.problems
+    assert (problem.line, problem.kind) == (3, "oversized")
+    assert problem.detail == "longer than 1,000,000 bytes; the file was not read from here on"
 
 
 def test_a_full_disk(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,22 +258,17 @@ def test_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Setting
     assert one == other
 
 
-def digest_of(settings: Settings, folder: Path, **files: str) -> str:
-    folder.mkdir()
-    (folder / "evaluation.jsonl").write_text(HELD_OUT)
-    for name, text in files.items():
-        (folder / f"{name}.jsonl").write_text(text)
-    return data.digest(fetch(folder, settings))
-
-
-def test_the_digest_is_of_the_items_alone(tmp_path: Path, settings: Settings) -> None:
-    one = digest_of(settings, tmp_path / "one", train=line(1) + line(2))
+def test_the_digest_is_of_the_items_alone(folder: Path, settings: Settings) -> None:
+    one = data.digest(fetch(folder, settings))
     assert len(one) == 64
     written = json.dumps({"id": "x", **turns("Question 2?", "Answer 2.")}, separators=(" , ", " : "))
-    assert digest_of(settings, tmp_path / "two", a=f"\ufeff{line(1)}\r\n", b=f"\n{written}") == one
-    others = line(2) + line(1), line(1), line(1) + line(2) + line(2), line(1) + line(3), line(1) + line(2) + "{"
-    for number, other in enumerate(others):
-        assert digest_of(settings, tmp_path / f"other {number}", train=other) != one
+    (folder / "a.jsonl").write_text(f"\ufeff{line(1)}\r\n")
+    (folder / "train.jsonl").write_text(f"\n{written}")
+    assert data.digest(fetch(folder, settings)) == one
+    (folder / "a.jsonl").unlink()
+    for other in line(2) + line(1), line(1), line(1) + line(2) + line(2), line(1) + line(3), line(1) + line(2) + "{":
+        (folder / "train.jsonl").write_text(other)
+        assert data.digest(fetch(folder, settings)) != one
 
 
 def test_ready_data_are_taken_only_if_intact(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from slmops.selection import policy
 from slmops.training import finetune, outcome
 from slmops.training.values import LoraSettings, Retrain, Retrained
 from tests import values
+from tests.training_data import write_lines
 
 
 def request(**changes: Any) -> Retrain:
@@ -20,9 +22,7 @@ def request(**changes: Any) -> Retrain:
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
-    path = tmp_path / "evaluation.jsonl"
-    path.write_text('{"prompt": "a", "expected": "b"}\n')
-    return path
+    return write_lines(tmp_path / "evaluation.jsonl", ["a question"])
 
 
 def digest(asked: Retrain, evaluation: Path, base: str = "c" * 64, data: str = "d" * 64) -> str:
@@ -30,8 +30,7 @@ def digest(asked: Retrain, evaluation: Path, base: str = "c" * 64, data: str = "
 
 
 def test_the_same_input_has_the_same_digest_wherever_it_lies(evaluation: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy.jsonl"
-    copy.write_bytes(evaluation.read_bytes())
+    copy = shutil.copy(evaluation, tmp_path / "copy.jsonl")
     again = request(data="elsewhere", evaluation_set=copy, name="other", serve=True, watch_s=1, approval=True)
     assert digest(request(), evaluation) == digest(again, copy)
 
@@ -42,39 +41,28 @@ def test_whatever_could_change_the_result_changes_the_digest(evaluation: Path, t
     other.write_text('objective = "fastest"')
     matcher.write_text("def same(expected, answer): return True")
     matched = request(matcher=f"{matcher}:same")
-    digests = [
-        digest(request(), evaluation),
-        digest(request(), evaluation, base="e" * 64),
-        digest(request(), evaluation, data="e" * 64),
-        digest(request(training=LoraSettings(seed=1)), evaluation),
-        digest(request(precision=["int4"]), evaluation),
-        digest(request(policy=one), evaluation),
-        digest(request(policy=other), evaluation),
-        digest(request(quick=True), evaluation),
-        digest(request(leak_similarity=0.9), evaluation),
-        digest(matched, evaluation),
-    ]
+    changes: list[dict[str, Any]] = [{}, {"training": LoraSettings(seed=1)}, {"precision": ["int4"]}, {"quick": True}]
+    changes += [{"policy": one}, {"policy": other}, {"leak_similarity": 0.9}]
+    digests = [digest(request(**change), evaluation) for change in changes]
+    digests += [digest(request(), evaluation, **{which: "e" * 64}) for which in ("base", "data")]
+    digests.append(digest(matched, evaluation))
     matcher.write_text("def same(expected, answer): return False")
     digests.append(digest(matched, evaluation))
-    evaluation.write_text('{"prompt": "a", "expected": "c"}\n')
+    evaluation.write_text("another question")
     digests.append(digest(request(), evaluation))
     assert len(set(digests)) == len(digests)
 
 
-@pytest.mark.parametrize(("base", "finetuned", "worse"), [(0.5, 0.4, True), (0.5, 0.5, False), (0.0, 0.9, False)])
-def test_a_fine_tuning_may_not_make_it_worse(base: float, finetuned: float, worse: bool) -> None:
-    said = outcome.worse(Measurement(value=base, unit="1"), Measurement(value=finetuned, unit="1"))
-    assert (said is not None) == worse
-    if said:
-        assert "0.50 before it, 0.40 after it" in said
+def test_a_fine_tuning_may_not_make_it_worse() -> None:
+    low, high = (Measurement(value=value, unit="1") for value in (0.4, 0.5))
+    assert "0.50 before it, 0.40 after it" in str(outcome.worse(high, low))
+    assert outcome.worse(high, high) is outcome.worse(low, high) is None
 
 
 def test_the_policy_that_ships_can_be_read() -> None:
     read = policy.load(outcome.DEFAULT_POLICY)
-    assert [(gate.metric, gate.to) for gate in read.gates] == [
-        ("accuracy", "baseline"),
-        ("perplexity", "baseline"),
-        ("accuracy", "champion"),
+    assert [f"{gate.metric} to {gate.to}" for gate in read.gates] == [
+        *("accuracy to baseline", "perplexity to baseline", "accuracy to champion")
     ]
 
 

@@ -15,12 +15,17 @@ NINE = "the old printer on the second floor eats paper"
 """Nine words: five 5-grams."""
 
 
-def example(*turns: str, line: int = 1) -> Example:
-    """A conversation that the user begins, with an answer added where they have the last word."""
-    said = [*turns, "Fine."] if len(turns) % 2 else [*turns]
+def conversation(*turns: str, system: str | None = None) -> tuple[dict[str, str], ...]:
+    """A conversation that the user begins."""
     roles = ("user", "assistant")
-    messages = tuple({"role": roles[number % 2], "content": text} for number, text in enumerate(said))
-    return Example("a.jsonl", line, messages)
+    messages = tuple({"role": roles[number % 2], "content": text} for number, text in enumerate(turns))
+    return messages if system is None else ({"role": "system", "content": system}, *messages)
+
+
+def example(*turns: str, line: int = 1, system: str | None = None) -> Example:
+    """With an answer added where the user has the last word."""
+    said = [*turns, "Fine."] if len(turns) % 2 else [*turns]
+    return Example("a.jsonl", line, conversation(*said, system=system))
 
 
 def examples(*texts: str) -> list[Example]:
@@ -28,11 +33,7 @@ def examples(*texts: str) -> list[Example]:
 
 
 def item(*turns: str, system: str | None = None) -> Item:
-    roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return Item.model_validate({"id": "q1", "messages": messages, "expected": "x"})
+    return Item.model_validate({"id": "q1", "messages": conversation(*turns, system=system), "expected": "x"})
 
 
 SHORT_TURN = item(NINE, "Shall I order paper?", "Yes please.")
@@ -103,10 +104,7 @@ def test_near_duplicates_and_contradictions() -> None:
 
 
 def test_the_same_question_under_another_system_prompt_is_no_contradiction() -> None:
-    train = [
-        Example("a.jsonl", line, ({"role": "system", "content": system}, *example(NINE, answer).messages))
-        for line, (system, answer) in enumerate([("Answer in German.", "Ja."), ("Answer in French.", "Oui.")], 1)
-    ]
+    train = [example(NINE, "Ja.", system="Answer in German."), example(NINE, "Oui.", system="Answer in French.")]
     [problem] = checks.alike(train, 0.8)
     assert problem.detail == "asks nearly the same as a.jsonl:1 (similarity 1.00)"
 
@@ -207,10 +205,7 @@ def test_the_split(seed: int) -> None:
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_neither_side_is_empty(count: int, share: float) -> None:
     for seed in range(20):
-        training, validation = checks.split(examples(*map(str, range(count))), share, seed)
-        assert training
-        assert validation
-        assert len(training) + len(validation) == count
+        assert all(checks.split(examples(*map(str, range(count))), share, seed))
 
 
 @pytest.mark.parametrize(("count", "kept"), [(0, 0), (20, 20), (21, 21), (50, 21)])

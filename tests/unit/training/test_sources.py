@@ -16,7 +16,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
-from tests.training_data import HELD_OUT, fetch, refused, turns
+from tests.training_data import HELD_OUT, fetch, put, refused, turns
 
 
 def line(number: int) -> str:
@@ -24,16 +24,15 @@ def line(number: int) -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.chdir(tmp_path)
     return Settings(home=tmp_path / "home")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "data"
-    made.mkdir()
+    made = put(tmp_path / "data")
     (made / "train.jsonl").write_text(line(1) + line(2))
-    (made / "evaluation.jsonl").write_text(HELD_OUT)
     return made
 
 
@@ -80,9 +79,8 @@ def test_home_is_expanded(folder: Path, settings: Settings, monkeypatch: pytest.
     assert "~nobody-at-all" in refused("~nobody-at-all/data", settings).message
 
 
-def test_the_demo(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "demo").mkdir()
-    monkeypatch.chdir(tmp_path)  # a folder of that name is ./demo
+def test_the_demo(settings: Settings) -> None:
+    Path("demo").mkdir()  # a folder of that name is ./demo
     fetched = fetch("demo", settings)
     assert list(texts(fetched)) == ["train.jsonl"]
     read, items = examples.read(fetched.files), dataset.load(fetched.evaluation).items
@@ -98,10 +96,7 @@ def test_the_demo(settings: Settings, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("source", ["data/train.jsonl", "runs:/abc/train.jsonl", "mlflow-dataset:x"])
-def test_without_an_evaluation_set(
-    folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, source: str
-) -> None:
-    monkeypatch.chdir(folder.parent)
+def test_without_an_evaluation_set(folder: Path, settings: Settings, source: str) -> None:
     (folder / "evaluation.jsonl").unlink()
     error = refused(source, settings, download=giving(folder, "train.jsonl"), dataset=lambda _: [])
     assert isinstance(error, DataError)
@@ -119,20 +114,15 @@ def test_without_an_evaluation_set(
         ("nowhere", "nowhere"),
         ("no\nwhere\x00", r"no\nwhere\x00"),
         ("x" * 5000, "too long"),
-        ("data/evaluation.txt", "data/evaluation.txt"),
+        ("evaluation.txt", "evaluation.txt"),
         ("empty", "empty"),
         ("gone", "gone.jsonl"),
     ],
 )
-def test_there_is_nothing(
-    folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, source: str, said: str
-) -> None:
-    monkeypatch.chdir(folder.parent)
-    for name in ("empty", "gone"):
-        (folder.parent / name).mkdir()
-    (folder.parent / "gone/gone.jsonl").symlink_to("nowhere.jsonl")
-    (folder.parent / "gone/evaluation.jsonl").write_text(HELD_OUT)
-    (folder / "evaluation.txt").write_text("x")
+def test_there_is_nothing(settings: Settings, source: str, said: str) -> None:
+    put(Path("empty"))
+    put(Path("gone")).joinpath("gone.jsonl").symlink_to("nowhere.jsonl")
+    Path("evaluation.txt").write_text("x")
     error = refused(source, settings)
     assert isinstance(error, DataError)
     assert said in error.message
@@ -188,10 +178,7 @@ def test_an_mlflow_folder(folder: Path, settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "runs:/abc/", "mlflow-artifacts:/abc/", "models:/abc/1/"])
-def test_a_file_and_what_is_beside_it(
-    folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    monkeypatch.chdir(folder.parent)
+def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings, place: str) -> None:
     (folder / "evaluation.jsonl").rename(folder / "evaluation.csv")
     fetched = fetch(f"{place}data/train.jsonl", settings, download=giving(folder, "train.jsonl", "evaluation.csv"))
     assert texts(fetched) == {"train.jsonl": line(1) + line(2)}

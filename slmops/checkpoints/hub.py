@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,11 +26,8 @@ def parse(text: str) -> tuple[str, str | None] | None:
     True
     """
     repo, at, revision = text.partition("@")
-    if text.lower().endswith(".gguf") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII):
-        return None
-    if at and not revision:
-        return None
-    return repo, revision or None
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII) and bool(at) == bool(revision)
+    return None if text.lower().endswith(".gguf") or not is_id else (repo, revision or None)
 
 
 def fetch(repo: str, revision: str | None, job: Job) -> Path:
@@ -58,7 +54,16 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
             raise
         except Exception as error:
             patterns = [*texts, "model*.safetensors", *(["pytorch_model*.bin"] if job.allow_pickle else [])]
-            return _cached(repo, partial(get, allow_patterns=patterns, local_files_only=True), error)
+            try:
+                cached = Path(get(allow_patterns=patterns, local_files_only=True))
+            except Exception:
+                raise PrerequisiteError(
+                    f"There is no folder {repo} here, and the hub cannot be reached: {_line(error)}",
+                    "Connect to the network (behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT), "
+                    "or give a folder in Hugging Face format.",
+                ) from error
+            log.warning("the hub cannot be reached; using the copy of %s in its cache", repo)
+            return cached
         present = {file.rfilename for file in info.siblings or () if "/" not in file.rfilename}
         root = weight_files.choose(present, repo, allow_pickle=job.allow_pickle)
         inspection.read_texts(Path(get(allow_patterns=texts)), job, repo)
@@ -89,19 +94,6 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
             f"The download of {repo} from the hub broke off: {type(error).__name__}: {_line(error)}",
             "Run it again: what has arrived is kept. Or give a folder in Hugging Face format.",
         ) from error
-
-
-def _cached(repo: str, get: Callable[[], str], reason: Exception) -> Path:
-    try:
-        folder = get()
-    except Exception as error:
-        raise PrerequisiteError(
-            f"There is no folder {repo} here, and the hub cannot be reached: {_line(reason)}",
-            "Connect to the network (behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT), "
-            "or give a folder in Hugging Face format.",
-        ) from error
-    log.warning("the hub cannot be reached; using the copy of %s in its cache", repo)
-    return Path(folder)
 
 
 def _line(error: Exception) -> str:

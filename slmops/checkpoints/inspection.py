@@ -44,19 +44,12 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_se
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What the small files of a checkpoint say.
+    """What the small files of a checkpoint say."""
 
-    Attributes:
-        config: Content of config.json.
-        architecture: First of its architectures.
-        context_length: Longest sequence in tokens.
-        template: Chat template that must be written into the folder; None: the folder's own will do.
-    """
-
-    config: Mapping[str, Any]
-    architecture: str
-    context_length: int
-    template: str | None
+    config: Mapping[str, Any]  # content of config.json
+    architecture: str  # the first in config.json
+    context_length: int  # tokens
+    template: str | None  # the chat template that must be written into the folder; None: the folder's own will do
 
 
 def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
@@ -97,7 +90,21 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
         )
     if "tokenizer.json" in present:
         read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
-    template = _chat_template(folder, job, where)
+    template = read_template(job)
+    if template is None:
+        found = chat_template.load(folder, where)
+        if found is None:
+            raise CheckpointError(
+                f"{where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).",
+                "Pass the one that it was fine-tuned with: --chat-template FILE.jinja.",
+            )
+        if not found.text.strip():
+            raise CheckpointError(
+                f"{where}/{found.path.name} is empty, and it hides any other chat template.",
+                "Remove it, or pass --chat-template FILE.jinja.",
+            )
+        # chat_template.json is a processor's file, which a tokenizer does not read.
+        template = found.text if found.path.name == "chat_template.json" else None
     context = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
     if context is None:
         raise CheckpointError(
@@ -164,21 +171,3 @@ def _refuse_custom_code(folder: Path, config: Mapping[str, Any], job: Job, where
             f"{where} brings Python code of its own ({found}), which would run on this machine.",
             "Read that code, then pass --trust-remote-code. Or use an architecture that transformers knows.",
         )
-
-
-def _chat_template(folder: Path, job: Job, where: str) -> str | None:
-    if (text := read_template(job)) is not None:
-        return text
-    found = chat_template.load(folder, where)
-    if found is None:
-        raise CheckpointError(
-            f"{where} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json).",
-            "Pass the one that it was fine-tuned with: --chat-template FILE.jinja.",
-        )
-    if not found.text.strip():
-        raise CheckpointError(
-            f"{where}/{found.path.name} is empty, and it hides any other chat template.",
-            "Remove it, or pass --chat-template FILE.jinja.",
-        )
-    # chat_template.json is a processor's file, which a tokenizer does not read.
-    return found.text if found.path.name == "chat_template.json" else None

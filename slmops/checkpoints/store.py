@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,13 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
     """
     target = settings.checkpoints / digest
     with _locked(digest, "unpacking", settings):
-        if (hashes := _intact(target)) is not None:
-            return target, hashes
+        if target.is_dir():
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                recorded: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+                if all(sha256(target / name) == digest for name, digest in recorded.items()):
+                    return target, recorded
+            log.warning("%s is not as it was made: unpacking it again", target)
+            shutil.rmtree(target)
         with folder_appears_whole(target) as scratch:
             work = scratch / "work"
             work.mkdir()
@@ -81,8 +86,15 @@ def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings
         template: Chat template that replaces the checkpoint's; None: keep it.
         settings: Where things are.
     """
-    texts = {} if template is None else _with_template(folder, template)
-    staged = {name: digest for name, digest in hashes.items() if template is None or name != "chat_template.json"}
+    texts = {}
+    staged = dict(hashes)
+    if template is not None:
+        texts["chat_template.jinja"] = template
+        staged.pop("chat_template.json", None)
+        config = folder / "tokenizer_config.json"
+        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if content.pop("chat_template", None) is not None:
+            texts[config.name] = json.dumps(content, indent=2, ensure_ascii=False)
     staged |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     digest = inspection.digest_of(staged)
     target = settings.checkpoints / digest
@@ -106,36 +118,9 @@ def _locked(digest: str, what: str, settings: Settings) -> Iterator[None]:
         yield
 
 
-def _intact(target: Path) -> Hashes | None:
-    """Digests of an unpacked folder that is as it was made; an altered one is removed."""
-    if not target.is_dir():
-        return None
-    try:
-        recorded: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
-        if all(sha256(target / name) == digest for name, digest in recorded.items()):
-            return recorded
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    log.warning("%s is not as it was made: unpacking it again", target)
-    shutil.rmtree(target)
-    return None
-
-
-def _with_template(folder: Path, template: str) -> dict[str, str]:
-    """The files that a new chat template changes."""
-    texts = {"chat_template.jinja": template}
-    config = folder / "tokenizer_config.json"
-    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if content.pop("chat_template", None) is not None:
-        texts[config.name] = json.dumps(content, indent=2, ensure_ascii=False)
-    return texts
-
-
 def _holds(target: Path, staged: Hashes, origin: Path) -> bool:
     """Whether the folder holds what its name says: a hard link changes when its origin is overwritten in place."""
-    if inspection.names(target) != set(staged):
-        return False
-    return all(
+    return inspection.names(target) == staged.keys() and all(
         # The origin's files have just been digested: a link to one of them need not be read again.
         ((origin / name).exists() and (target / name).samefile(origin / name)) or sha256(target / name) == digest
         for name, digest in staged.items()

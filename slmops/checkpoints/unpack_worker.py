@@ -20,7 +20,6 @@ class UnpackRequest(Frozen):
 class UnpackResult(Frozen):
     """What was unpacked."""
 
-    architecture: str
     transformers: str
 
 
@@ -64,7 +63,7 @@ def handle(request: UnpackRequest) -> UnpackResult:
         )
     model.save_pretrained(request.folder)
     tokenizer.save_pretrained(request.folder)
-    return UnpackResult(architecture=type(model).__name__, transformers=transformers.__version__)
+    return UnpackResult(transformers=transformers.__version__)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,7 @@ from typing import Any
 from slmops.checkpoints.reading import COPY_AGAIN, read_json
 from slmops.core.errors import CheckpointError
 
-ROOTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
 
 _UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
@@ -30,21 +25,13 @@ Tensors = Mapping[str, tuple[str, list[int]]]
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What the weight files say.
+    """What the weight files say."""
 
-    Attributes:
-        files: Names of the weight files and of their index.
-        parameters: Number of weights; tied embeddings count once.
-        size_mb: Size of the weight files in MB (10^6 bytes).
-        tied: Input embeddings and output head are one tensor.
-        linear_sizes: Input sizes of all matrices, sorted.
-    """
-
-    files: tuple[str, ...]
-    parameters: int
-    size_mb: float
-    tied: bool
-    linear_sizes: tuple[int, ...]
+    files: tuple[str, ...]  # names of the weight files and of their index
+    parameters: int  # number of weights; tied embeddings count once
+    size_mb: float  # of the weight files, in 10^6 bytes
+    tied: bool  # input embeddings and output head are one tensor
+    linear_sizes: tuple[int, ...]  # input sizes of all matrices, sorted
 
 
 def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
@@ -102,12 +89,21 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     mapped: Mapping[str, str] = {}
     shards = [root]
     if root.endswith(".index.json"):
-        mapped = _weight_map(folder / root, f"{where}/{root}")
+        mapped = read_json(folder / root, f"{where}/{root}").get("weight_map", {})
+        if not (isinstance(mapped, dict) and mapped) or any(Path(str(file)).name != file for file in mapped.values()):
+            raise CheckpointError(f"{where}/{root} is not an index of weight files.", COPY_AGAIN)
         shards = sorted(set(mapped.values()))
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{where}/{shard} is missing; {root} names it.", COPY_AGAIN)
-        _refuse_pointer(folder / shard, f"{where}/{shard}")
+        with (folder / shard).open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            raise CheckpointError(
+                f"{where}/{shard} is a Git LFS pointer, not the weights.", "Run `git lfs pull` in its folder."
+            )
+        if not start:
+            raise CheckpointError(f"{where}/{shard} is empty.", COPY_AGAIN)
     size = sum((folder / shard).stat().st_size for shard in shards)
     files = tuple(sorted({root, *shards}))
     if root.startswith("pytorch_model"):
@@ -139,22 +135,6 @@ def _read_header(path: Path, where: str) -> Tensors:
             return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{where} is not a whole safetensors file: {error}", COPY_AGAIN) from error
-
-
-def _weight_map(path: Path, where: str) -> Mapping[str, str]:
-    mapped = read_json(path, where).get("weight_map")
-    if not (isinstance(mapped, dict) and mapped) or any(Path(str(file)).name != file for file in mapped.values()):
-        raise CheckpointError(f"{where} is not an index of weight files.", COPY_AGAIN)
-    return mapped
-
-
-def _refuse_pointer(path: Path, where: str) -> None:
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        raise CheckpointError(f"{where} is a Git LFS pointer, not the weights.", "Run `git lfs pull` in its folder.")
-    if not start:
-        raise CheckpointError(f"{where} is empty.", COPY_AGAIN)
 
 
 def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> None:

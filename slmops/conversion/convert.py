@@ -12,7 +12,7 @@ from typing import Any
 
 from slmops.conversion import olive_log, olive_worker, store, verify_worker
 from slmops.core import locks, machine
-from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
+from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import folder_appears_whole, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -35,15 +35,12 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
         ConversionError: Olive made nothing (with the cause from its log), or something that does not work.
         PrerequisiteError: The disk is full, or ``output_path`` holds something else.
     """
-    versions = machine.versions()
-    target = settings.variants / store.key(recipe, checkpoint, versions)
+    target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)
     if variant is None:
         with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
             # Look again: another job may have made it while this one waited.
-            variant = _made_before(target, recipe, job) or _make(
-                recipe, checkpoint, job, name, settings, versions, target
-            )
+            variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target)
     if job.output_path is not None:
         export(variant, job.output_path)
     return variant
@@ -80,15 +77,7 @@ def export(variant: Variant, folder: Path) -> Path:
     return target
 
 
-def _make(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    job: Job,
-    name: str,
-    settings: Settings,
-    versions: dict[str, str],
-    target: Path,
-) -> Variant:
+def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, target: Path) -> Variant:
     work = settings.work(name) / recipe.name
     logs = settings.logs / name
     olive_text = logs / f"{recipe.name}.olive.log"
@@ -132,7 +121,7 @@ def _make(
                 export_error=checked.export_error,
                 convert_s=finished.seconds,
                 convert_memory_peak_mb=finished.memory_peak_mb,
-                versions=versions,
+                versions=machine.versions(),
                 hardware=machine.hardware(),
                 created=datetime.now(UTC),
                 path=target,
@@ -175,20 +164,15 @@ def _run_olive(
             cwd=None if recipe.users_own else work,
             on_line=progress,
         )
+        if result.produced:
+            return finished
     except ConversionError as error:
         if "took longer" in error.message or "killed by" in error.message:
             raise
-        raise _failed(recipe, olive_text) from None
-    if not result.produced:
-        raise _failed(recipe, olive_text)
-    return finished
-
-
-def _failed(recipe: Recipe, olive_text: Path) -> SlmopsError:
     text = olive_text.read_text(encoding="utf-8", errors="replace")
     if children.DISK_FULL in text:
-        return PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
-    return ConversionError(
+        raise PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
+    raise ConversionError(
         f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
     )
 

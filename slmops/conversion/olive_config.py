@@ -47,7 +47,22 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
-    _check(config, checkpoint, path, name, settings)
+    result, _ = children.call(
+        "slmops.conversion.schema_worker",
+        schema_worker.SchemaRequest(
+            config={**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
+        ),
+        schema_worker.SchemaResult,
+        work=settings.work(name) / "olive-config",
+        log=settings.logs / name / "olive-config.log",
+        timeout_s=_CHECK_TIMEOUT_S,
+        error=WorkError,
+        env={"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    if result.problems:
+        raise RecipeError(
+            f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Correct the file."
+        )
     own = to_name(path.stem)
     return Recipe(name=f"{own}-olive" if own in _RESERVED else own, config=config)
 
@@ -94,40 +109,16 @@ def _flat(given: Any, where: str) -> dict[str, Any]:
         raise RecipeError(f"{where} has no 'type', or is a list of several.", 'Name one pass each, as "ModelBuilder".')
     flat = {**step, **(step.get("config") or {})}
     flat.pop("config", None)
-    _translate(flat, where)
+    if flat["type"].lower() == "modelbuilder" and "quantization_config" in flat:
+        quantization = flat.pop("quantization_config")
+        known = isinstance(quantization, dict)
+        if unknown := sorted(set(quantization) - set(_TRANSLATED)) if known else [str(quantization)]:
+            raise RecipeError(
+                f"{where}.quantization_config: Olive ignores {', '.join(unknown)} without an error.",
+                "Use ModelBuilder's own keys; block_size and is_symmetric are translated.",
+            )
+        for old, value in quantization.items():
+            new = _TRANSLATED[old]
+            flat.setdefault(new, value)
+            log.warning("%s: Olive ignores quantization_config.%s; using %s = %s", where, old, new, value)
     return flat
-
-
-def _translate(step: dict[str, Any], where: str) -> None:
-    """Turn ModelBuilder's ``quantization_config``, which has no effect, into the keys that have one."""
-    if step["type"].lower() != "modelbuilder" or "quantization_config" not in step:
-        return
-    given = step.pop("quantization_config")
-    unknown = sorted(set(given) - set(_TRANSLATED)) if isinstance(given, dict) else [str(given)]
-    if unknown:
-        raise RecipeError(
-            f"{where}.quantization_config: Olive ignores {', '.join(unknown)} without an error.",
-            "Use ModelBuilder's own keys; block_size and is_symmetric are translated.",
-        )
-    for old, new in _TRANSLATED.items():
-        if old in given:
-            step.setdefault(new, given[old])
-            log.warning("%s: Olive ignores quantization_config.%s; using %s = %s", where, old, new, given[old])
-
-
-def _check(config: dict[str, Any], checkpoint: Checkpoint, path: Path, name: str, settings: Settings) -> None:
-    complete = {**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
-    result, _ = children.call(
-        "slmops.conversion.schema_worker",
-        schema_worker.SchemaRequest(config=complete),
-        schema_worker.SchemaResult,
-        work=settings.work(name) / "olive-config",
-        log=settings.logs / name / "olive-config.log",
-        timeout_s=_CHECK_TIMEOUT_S,
-        error=WorkError,
-        env={"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    if result.problems:
-        raise RecipeError(
-            f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Correct the file."
-        )

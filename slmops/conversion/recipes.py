@@ -43,53 +43,34 @@ def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
         RecipeError: A precision, device or block size cannot work.
     """
     check(job)
-    makers = {
-        "fp32": lambda: _export("fp32", checkpoint),
-        "fp16": lambda: {**_export("fp32", checkpoint), "to_fp16": _saved("OnnxFloatToFloat16", keep_io_types=True)},
-        "int8": lambda: _int8(checkpoint),
-        "int4": lambda: _int4(checkpoint, job.int4_block_size, job.int4_symmetric),
-    }
     bits: dict[str, Any] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-    names = [BASELINE, *(name for name in dict.fromkeys(job.precision) if name != BASELINE)]
     return [
-        Recipe(name=name, config=workflow(makers[name]()), bits=bits[name], baseline=name == BASELINE) for name in names
+        Recipe(name=name, config=workflow(_passes(name, job, checkpoint)), bits=bits[name], baseline=name == BASELINE)
+        for name in dict.fromkeys((BASELINE, *job.precision))
     ]
 
 
-def _int8(checkpoint: Checkpoint) -> dict[str, Any]:
-    _must_divide("int8", _INT8_GROUP, checkpoint)
-    quantize = {"type": "Rtn", "bits": 8, "group_size": _INT8_GROUP, "lm_head": True, "embeds": True}
-    # ModelBuilder's int4 exports whatever bits the quantized checkpoint has, also 8.
-    return {"quantize": quantize, **_export("int4", checkpoint)}
-
-
-def _int4(checkpoint: Checkpoint, block_size: int, symmetric: bool) -> dict[str, Any]:
-    """4 bits, but 8 for the layers that lose most (k_quant_mixed) and for embeddings and head."""
-    _must_divide("int4", block_size, checkpoint)
-    eight = {"bits": 8}
-    quantize = {
-        "type": "Rtn",
-        "bits": 4,
-        "group_size": block_size,
-        "sym": symmetric,
-        "lm_head": True,
-        "embeds": True,
-        "overrides": {"lm_head": eight, "model.embed_tokens": eight},
-    }
-    mix = {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"}
-    return {"mix": mix, "quantize": quantize, **_export("int4", checkpoint)}
-
-
-def _export(precision: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    passes: dict[str, Any] = {"export": {"type": "ModelBuilder", "precision": precision}}
-    if checkpoint.tied_embeddings:
-        passes["tie"] = _saved("GraphSurgeries", surgeries=[{"surgeon": "TieWordEmbeddings"}])
-    return passes
-
-
-def _saved(kind: str, **config: Any) -> dict[str, Any]:
+def _passes(name: str, job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
+    passes: dict[str, Any] = {}
+    rtn = {"type": "Rtn", "lm_head": True, "embeds": True}
     # Weights go into a file beside the graph: a protobuf above 2 GB cannot be written.
-    return {"type": kind, **config, "save_as_external_data": True}
+    saved = {"save_as_external_data": True}
+    if name == "int8":
+        _must_divide(name, _INT8_GROUP, checkpoint)
+        passes["quantize"] = {**rtn, "bits": 8, "group_size": _INT8_GROUP}
+    elif name == "int4":  # but 8 bits for the layers that lose most (k_quant_mixed) and for embeddings and head
+        _must_divide(name, job.int4_block_size, checkpoint)
+        passes["mix"] = {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"}
+        eight = {name: {"bits": 8} for name in ("lm_head", "model.embed_tokens")}
+        options = {"group_size": job.int4_block_size, "sym": job.int4_symmetric, "overrides": eight}
+        passes["quantize"] = {**rtn, "bits": 4, **options}
+    # ModelBuilder's int4 exports whatever bits the quantized checkpoint has, also 8.
+    passes["export"] = {"type": "ModelBuilder", "precision": "int4" if "quantize" in passes else "fp32"}
+    if checkpoint.tied_embeddings:
+        passes["tie"] = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], **saved}
+    if name == "fp16":
+        passes["to_fp16"] = {"type": "OnnxFloatToFloat16", "keep_io_types": True, **saved}
+    return passes
 
 
 def workflow(passes: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,15 @@ def handle(request: VerifyRequest) -> VerifyResult:
         ConversionError: The folder does not work.
     """
     folder = request.folder
-    model = _files(folder)
+    try:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        model: Path = folder / config["model"]["decoder"]["filename"]
+    except (OSError, ValueError, KeyError, TypeError) as missing:
+        raise ConversionError(f"Olive made no genai_config.json that names a model: {missing!r}") from None
+    if not model.exists():
+        raise ConversionError(f"genai_config.json names {model.name}, which does not exist.")
+    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        raise ConversionError("The converted folder has no tokenizer.")
     found = weights.inspect(model, request.checkpoint.parameters)
     weights.check(found, request.recipe)
     _one_token(folder)
@@ -56,20 +64,6 @@ def handle(request: VerifyRequest) -> VerifyResult:
                 "Raise --export-tolerance only if you know why they differ.",
             )
     return VerifyResult(weights=found, export_error=error)
-
-
-def _files(folder: Path) -> Path:
-    """The model file, if all is there that ONNX Runtime GenAI needs."""
-    try:
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-        model: Path = folder / config["model"]["decoder"]["filename"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"Olive made no genai_config.json that names a model: {error!r}") from None
-    if not model.exists():
-        raise ConversionError(f"genai_config.json names {model.name}, which does not exist.")
-    if not any((folder / file).exists() for file in _TOKENIZER_FILES):
-        raise ConversionError("The converted folder has no tokenizer.")
-    return model
 
 
 def _one_token(folder: Path) -> None:

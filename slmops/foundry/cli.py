@@ -146,12 +146,7 @@ def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(
-                [program, *arguments],
-                input=typed.encode(),
-                stdout=output,
-                stderr=errors,
-                timeout=limit,
-                check=False,
+                [program, *arguments], input=typed.encode(), stdout=output, stderr=errors, timeout=limit, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise RegistrationError(f"{shown} took longer than {limit:g} s and was stopped.") from error

@@ -53,12 +53,7 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     log.info("%s: %s in Foundry Local as %s", variant.name, "registered" if new else "still registered", foundry_id)
-    return Registration(
-        foundry_id=foundry_id,
-        path=folder,
-        prompt_template_exact=derived.exact,
-        answer=result.answer,
-    )
+    return Registration(foundry_id=foundry_id, path=folder, prompt_template_exact=derived.exact, answer=result.answer)
 
 
 def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> RegisterResult:

@@ -74,11 +74,7 @@ def export(olive: Run, name: str, job: Job, checkpoint: Checkpoint, work: Path) 
     olive(conversion.workflow(recipe, checkpoint, job, work, work / "model"))
     return verify_worker.handle(
         verify_worker.VerifyRequest(
-            folder=work / "model",
-            recipe=recipe,
-            checkpoint=checkpoint,
-            tolerance=TOLERANCE,
-            trust_remote_code=False,
+            folder=work / "model", recipe=recipe, checkpoint=checkpoint, tolerance=TOLERANCE, trust_remote_code=False
         )
     )
 

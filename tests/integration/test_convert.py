@@ -186,11 +186,7 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, sett
         # Olive exits 0 with a KeyError, and with a pass that it has pruned; the third works, but not as promised.
         (builder("eight", "int8"), r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU", "olive"),
         (builder("half", "fp16"), r"half: Olive produced no model\. FP16 is not supported on CPU", "olive"),
-        (
-            builder("four", "fp32", 4),
-            "four: the weights should have 4 bits, but",
-            "verify",
-        ),
+        (builder("four", "fp32", 4), "four: the weights should have 4 bits, but", "verify"),
     ],
 )
 def test_a_conversion_that_fails_leaves_nothing(

@@ -92,12 +92,7 @@ def test_a_tutorials_config_does_what_it_says(
     recipe = load(text, checkpoint, settings, tmp_path, "My Block 64.json")
     assert (recipe.name, recipe.bits, recipe.baseline) == ("my-block-64", None, False)
     assert recipe.config["passes"] == {
-        "builder": {
-            "type": "ModelBuilder",
-            "precision": "int4",
-            "int4_block_size": 64,
-            "int4_is_symmetric": symmetric,
-        }
+        "builder": {"type": "ModelBuilder", "precision": "int4", "int4_block_size": 64, "int4_is_symmetric": symmetric}
     }
     assert not {"engine", "output_dir", "cache_dir", "log_severity_level"} & set(recipe.config)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

@@ -96,10 +96,7 @@ def conversation(item: Item, answer: str) -> list[dict[str, str]]:
     material = "\n".join(
         f"<{name} {mark}>\n{text}\n</{name} {mark}>" for name, text in blocks.items() if text or name != "reference"
     )
-    return [
-        {"role": "system", "content": INSTRUCTIONS.format(mark=mark)},
-        {"role": "user", "content": material},
-    ]
+    return [{"role": "system", "content": INSTRUCTIONS.format(mark=mark)}, {"role": "user", "content": material}]
 
 
 def read_grade(reply: bytes) -> Judgement:

@@ -154,13 +154,7 @@ def location(foundry: Path) -> str:
 def test_listed(foundry: Path, models: Path) -> None:
     hold(models, f"{CALLED}-1", "other-generic-cpu-1")
     assert cli.confirm(CALLED, models) is True
-    assert calls(foundry) == [
-        "cache location",
-        f"cache cd {models}",
-        "cache --help",
-        "cache ls",
-        f"cache cd {BEFORE}",
-    ]
+    assert calls(foundry) == ["cache location", f"cache cd {models}", "cache --help", "cache ls", f"cache cd {BEFORE}"]
 
 
 @pytest.mark.parametrize(

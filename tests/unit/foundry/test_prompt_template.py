@@ -8,17 +8,7 @@ import pytest
 
 from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.foundry.prompt_template import derive, fill
-from tests.chat_templates import (
-    CHATS,
-    TOKENS,
-    WITH_SYSTEM,
-    WITHOUT_SYSTEM,
-    body,
-    broken,
-    proves,
-    template,
-    text_of,
-)
+from tests.chat_templates import CHATS, TOKENS, WITH_SYSTEM, WITHOUT_SYSTEM, body, broken, proves, template, text_of
 
 IM = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
 IM["prompt"] = IM["user"] + "<|im_start|>assistant\n"
@@ -63,11 +53,7 @@ SEVERAL_TURNS = "Conversations of several turns without a system message differ"
     ],
 )
 def test_published_templates(
-    style: str,
-    strings: dict[str, str] | None,
-    exact: bool,
-    named: list[str] | None,
-    right: list[list[dict[str, str]]],
+    style: str, strings: dict[str, str] | None, exact: bool, named: list[str] | None, right: list[list[dict[str, str]]]
 ) -> None:
     derived = derive(template(style))
     assert derived.exact == exact

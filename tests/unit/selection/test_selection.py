@@ -30,16 +30,6 @@ def exact(value: float) -> Measurement:
     return Measurement.exact(value, "1")
 
 
-def front(*figures: tuple[float, float, float, float | None], perplexity: float | None = None) -> dict[str, str]:
-    """``pareto`` of variants a, b, ... with size, speed, memory and KL divergence."""
-    names = ("size_mb", "decode_tok_s", "memory_peak_mb", "kl_mean")
-    results = []
-    for name, values in zip("abcdef", figures, strict=False):
-        metrics = {metric: value for metric, value in zip(names, values, strict=True) if value is not None}
-        results.append(VariantResult(name=name, status="ok", metrics={**metrics, "perplexity": perplexity or 10}))
-    return pareto(results)
-
-
 @pytest.mark.parametrize(
     ("figures", "dominated"),
     [
@@ -61,12 +51,16 @@ def front(*figures: tuple[float, float, float, float | None], perplexity: float 
     ],
 )
 def test_pareto(figures: list[tuple[float, float, float, float | None]], dominated: dict[str, str]) -> None:
-    assert front(*figures) == dominated
+    """Variants a, b, ... with size, speed, memory and KL divergence."""
+    names = ("size_mb", "decode_tok_s", "memory_peak_mb", "kl_mean", "perplexity")
+    found = [{metric: value for metric, value in zip(names, (*row, 10), strict=True) if value} for row in figures]
+    assert pareto([VariantResult(name=n, status="ok", metrics=m) for n, m in zip("abc", found, strict=False)]) == (
+        dominated
+    )
 
 
 def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
-    slow = {"decode_tok_s": Measurement.exact(1, "tokens/s")}
-    worse = result("mine", 700, 1.2, changes=slow)
+    worse = result("mine", 700, 1.2, changes={"decode_tok_s": exact(1)})
     bare = result("fp32", 600, changes={"kl_mean": None})
     assert pareto([bare, worse, failed("int4", "r")]) == {"mine": "fp32"}
     assert pareto([failed("int4", "r"), VariantResult(name="int8", status="skipped")]) == {}
@@ -79,7 +73,6 @@ def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
         pytest.param([INT4, FP16, INT8, FP32], "int4", id="whatever the order"),
         pytest.param([FP32, FP16, INT8, BAD_INT4], "int8", id="int4's perplexity is too high"),
         pytest.param([FP32, FP16, INT8, WRONG_INT4], "int8", id="int4's answers are too bad"),
-        pytest.param([FP32, FP16, INT8, BROKEN], "int8", id="int4 is broken"),
         pytest.param([FP32, FP16, BAD_INT8, BAD_INT4], "fp16", id="only fp16 is good"),
         pytest.param([FP32, BAD_FP16, BAD_INT8, BAD_INT4], "fp32", id="none is good"),
         pytest.param([FP32], "fp32", id="nothing but the baseline"),
@@ -95,17 +88,6 @@ def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
         pytest.param([FP32, result("mine", 600)], "fp32", id="the user's own is as large as the baseline"),
         pytest.param([FP32, result("fp16", 700)], "fp16", id="one that the list names may be larger"),
         pytest.param([FP32, result("int4", 200), INT8], "int4", id="the list goes before size"),
-        pytest.param([FP32, result("int4", 110, 1.1, 0.4)], "int4", id="exactly at both limits"),
-        pytest.param([FP32, result("int4", 110, 1.1000001)], "fp32", id="just above the perplexity limit"),
-        pytest.param([FP32, result("int4", 110, 1.0, 0.3999)], "fp32", id="just below the accuracy limit"),
-        pytest.param(
-            [result("fp32", 600, 1.0, 0.8), result("int4", 110, 1.0, 0.7, changes={"accuracy_drop": None})],
-            "int4",
-            id="0.8 - 0.7 > 0.1",
-        ),
-        pytest.param([FP32, result("int4", 110, 0.9, 0.9)], "int4", id="better than the baseline"),
-        pytest.param([FP32, result("int4", 110, NAN)], "fp32", id="no number is not good"),
-        pytest.param([FP32, result("int4", 110, 1.0, NAN)], "fp32", id="nor is it for accuracy"),
         pytest.param([FP32, result("int4", 110, 1.08, spread=0.03)], "fp32", id="perplexity must be proven"),
         pytest.param([FP32, result("int4", 110, 1.0, 0.5, spread=0.099)], "int4", id="and is, if the interval fits"),
         pytest.param([FP32, result("int4", 110, 1.0, 0.45, spread=0.09)], "int4", id="accuracy need not be"),
@@ -121,7 +103,7 @@ def test_choice_by_the_packaged_policy(results: list[VariantResult], chosen: str
 
 
 def speed(name: str, size_mb: float, tok_s: float, perplexity_ratio: float = 1.0) -> VariantResult:
-    return result(name, size_mb, perplexity_ratio, changes={"decode_tok_s": Measurement.exact(tok_s, "tokens/s")})
+    return result(name, size_mb, perplexity_ratio, changes={"decode_tok_s": exact(tok_s)})
 
 
 FIVE = [
@@ -149,20 +131,14 @@ ORDERS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("policy_", "order"), ORDERS)
 @pytest.mark.parametrize("results", [FIVE, FIVE[::-1]])
 def test_order_of_each_objective(policy_: dict[str, Any], order: str, results: list[VariantResult]) -> None:
-    # One that is refused makes way for the next.
-    taken = []
-    left = list(results)
-    while left:
-        refused = {r.name for r in results} - {r.name for r in left}
+    gate = Gate(metric="edge_cases_passed", min=1)
+    taken: list[str | None] = []
+    for _ in results:  # one that is refused makes way for the next
         marked = [
-            r.model_copy(update={"measurements": {"edge_cases_passed": exact(float(r.name not in refused))}})
+            r.model_copy(update={"measurements": {"edge_cases_passed": exact(float(r.name not in taken))}})
             for r in results
         ]
-        gate = Gate(metric="edge_cases_passed", min=1)
-        chosen = choose(marked, Policy(gates=(gate,), **policy_))[0].variant
-        assert chosen is not None
-        taken.append(chosen)
-        left = [r for r in left if r.name != chosen]
+        taken.append(choose(marked, Policy(gates=(gate,), **policy_))[0].variant)
     assert taken == order.split()
 
 
@@ -242,12 +218,10 @@ def test_the_broken_is_refused_however_few_the_samples_and_whatever_the_objectiv
 
 
 def test_champion_holds_back_what_is_worse_than_it() -> None:
-    gate = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.95)
-    made = Policy(gates=(gate,))
+    made = Policy(gates=(Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.95),))
     results = [FP32, speed("int4", 110, 60), speed("int8", 180, 100)]
     assert choose(results, made)[0].variant == "int4"
-    champion = {"decode_tok_s": Measurement.exact(90, "tokens/s")}
-    choice, judged = choose(results, made, champion)
+    choice, judged = choose(results, made, {"decode_tok_s": exact(90)})
     assert choice.variant == "int8"
     assert [gate.outcome for result_ in judged for gate in result_.gates] == ["fail", "fail", "pass"]
     assert "int4 is refused (decode_tok_s 0.6667 times the champion's: at least 0.95 is broken)." in choice.reason
@@ -264,8 +238,5 @@ def test_results_come_back_judged_and_in_order() -> None:
     assert [result_.dominated_by for result_ in judged] == [None, None, None, None, "int4"]
     assert judged[0].gates == apply(DEFAULT, INT4, FP32, None)
     assert [result_.gates for result_ in given] == [()] * 5  # what was given is left alone
-
-
-def test_without_a_baseline_the_gates_are_still_shown() -> None:
-    _, (judged,) = choose([INT4], DEFAULT)
-    assert [gate.outcome for gate in judged.gates] == [*["inconclusive"] * 3, *["skipped"] * 2, "pass"]
+    _, (alone,) = choose([INT4], DEFAULT)  # without a baseline they are still shown
+    assert [gate.outcome for gate in alone.gates] == [*["inconclusive"] * 3, *["skipped"] * 2, "pass"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -102,6 +101,7 @@ PLAYS = {
 
 
 BEFORE = "/home/jo/.foundry/cache/models"
+QUESTION = "What is 1 > 0?"
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def play(foundry: Path, **changed: object) -> None:
 
 
 def hold(models: Path, *names: str) -> None:
-    for name in names:
+    for name in names or [f"{CALLED}-1"]:
         (models / "slmops" / name).mkdir(parents=True)
 
 
@@ -151,12 +151,6 @@ def location(foundry: Path) -> str:
     return (foundry / "location.txt").read_text(encoding="utf-8")
 
 
-def test_listed(foundry: Path, models: Path) -> None:
-    hold(models, f"{CALLED}-1", "other-generic-cpu-1")
-    assert cli.confirm(CALLED, models) is True
-    assert calls(foundry) == ["cache location", f"cache cd {models}", "cache --help", "cache ls", f"cache cd {BEFORE}"]
-
-
 @pytest.mark.parametrize(
     ("has", "helps", "used"), [(["list"], True, "list"), (["ls", "list"], True, "ls"), (["ls"], False, "ls")]
 )
@@ -164,23 +158,20 @@ def test_listed_whatever_the_command_is_called(
     foundry: Path, models: Path, has: list[str], helps: bool, used: str
 ) -> None:
     play(foundry, cache=has, help=helps)
-    hold(models, f"{CALLED}-1")
+    hold(models, f"{CALLED}-1", "other-generic-cpu-1")
     assert cli.confirm(CALLED, models) is True
-    assert f"cache {used}" in calls(foundry)
+    listed = ["cache --help", f"cache {used}"]
+    assert calls(foundry) == ["cache location", f"cache cd {models}", *listed, f"cache cd {BEFORE}"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["other-generic-cpu", f"support-{CALLED}", f"v2.{CALLED}", f"my_{CALLED}"],  # nor a longer name's end
+)
 @pytest.mark.usefixtures("foundry")
-def test_not_listed(models: Path) -> None:
-    hold(models, "other-generic-cpu-1")
-    with pytest.raises(RegistrationError, match="other-generic-cpu:1"):
-        cli.confirm(CALLED, models)
-
-
-@pytest.mark.parametrize("other", [f"support-{CALLED}-1", f"v2.{CALLED}-1", f"my_{CALLED}-1"])
-@pytest.mark.usefixtures("foundry")
-def test_end_of_a_longer_name_is_not_the_model(models: Path, other: str) -> None:
-    hold(models, other)
-    with pytest.raises(RegistrationError, match="does not list"):
+def test_not_listed(models: Path, other: str) -> None:
+    hold(models, f"{other}-1")
+    with pytest.raises(RegistrationError, match=f"{other}:1"):
         cli.confirm(CALLED, models)
 
 
@@ -195,7 +186,7 @@ def test_end_of_a_longer_name_is_not_the_model(models: Path, other: str) -> None
     ],
 )
 def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, said: str, before: str) -> None:
-    hold(models, f"{CALLED}-1")
+    hold(models)
     (foundry / "said.txt").write_text(said, encoding="utf-8")
     set_location(foundry, before)
     assert cli.confirm(CALLED, models) is True
@@ -214,7 +205,7 @@ def wait_for(foundry: Path, call: str) -> None:
 
 
 def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path, models: Path) -> None:
-    hold(models, f"{CALLED}-1")
+    hold(models)
     play(foundry, delay=60)
     killed = subprocess.Popen([sys.executable, "-c", ASK, CALLED, str(models)])
     wait_for(foundry, f"model run {CALLED}")
@@ -227,7 +218,7 @@ def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path,
 
 @pytest.mark.usefixtures("foundry")
 def test_a_location_that_the_user_chose_after_a_kill_stays(models: Path, tmp_path: Path) -> None:
-    hold(models, f"{CALLED}-1")
+    hold(models)
     note = tmp_path / ".foundry" / "slmops-original-location.json"
     note.parent.mkdir()
     note.write_text(json.dumps({"own": "/long/ago", "ours": str(models)}), encoding="utf-8")
@@ -236,13 +227,13 @@ def test_a_location_that_the_user_chose_after_a_kill_stays(models: Path, tmp_pat
 
 
 def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, models: Path, tmp_path: Path) -> None:
-    hold(models, f"{CALLED}-1")
-    hold(tmp_path / "other", f"{CALLED}-1")
+    hold(models)
+    hold(tmp_path / "other")
     play(foundry, delay=0.5)
     argv = [sys.executable, "-c", ASK, CALLED, str(models)]
     with subprocess.Popen(argv) as first:
         wait_for(foundry, f"cache cd {models}")
-        assert cli.ask(CALLED, tmp_path / "other", "Hello?")
+        assert cli.ask(CALLED, tmp_path / "other", QUESTION)
         first.wait()
     assert first.returncode == 0
 
@@ -258,25 +249,25 @@ def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Pa
 
 @pytest.mark.parametrize(
     ("action", "command"),
-    [*itertools.product(["confirm"], ["location", "cd", "ls"]), *itertools.product(["ask"], ["location", "cd", "run"])],
+    [(action, command) for action, used in (("confirm", "ls"), ("ask", "run")) for command in ("location", "cd", used)],
 )
 def test_a_failing_command(foundry: Path, models: Path, action: str, command: str) -> None:
-    hold(models, f"{CALLED}-1")
+    hold(models)
     (foundry / "broken.txt").write_text(command, encoding="utf-8")
     with pytest.raises(RegistrationError, match=rf"{command}.*status 3: .*Request to local service failed"):
-        cli.confirm(CALLED, models) if action == "confirm" else cli.ask(CALLED, models, "Hello?")
+        cli.confirm(CALLED, models) if action == "confirm" else cli.ask(CALLED, models, QUESTION)
 
 
-def test_command_that_hangs(foundry: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (foundry / "foundry").write_text(f"#!{sys.executable} -S\nimport time\ntime.sleep(60)\n", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [(f"#!{sys.executable} -S\nimport time\ntime.sleep(60)\n", r"0\.2 s"), ("#!/no/such/one\n", "does not run")],
+)
+def test_command_that_hangs_or_cannot_be_started(
+    foundry: Path, models: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    (foundry / "foundry").write_text(script, encoding="utf-8")
     monkeypatch.setattr(cli, "COMMAND_TIMEOUT_S", 0.2)
-    with pytest.raises(RegistrationError, match=r"0\.2 s"):
-        cli.confirm(CALLED, models)
-
-
-def test_command_that_cannot_be_started(foundry: Path, models: Path) -> None:
-    (foundry / "foundry").write_text("#!/no/such/interpreter\n", encoding="utf-8")
-    with pytest.raises(RegistrationError, match="does not run"):
+    with pytest.raises(RegistrationError, match=said):
         cli.confirm(CALLED, models)
 
 
@@ -289,8 +280,8 @@ def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 WAYS: dict[str, tuple[dict[str, object], str]] = {
     "chat": ({"run": "chat"}, f"model run {CALLED}"),
-    "prompt": ({"run": "prompt"}, f"model run {CALLED} --prompt What is 1 > 0?"),
-    "complete": ({"run": "", "complete": True}, f"complete {CALLED} What is 1 > 0?"),
+    "prompt": ({"run": "prompt"}, f"model run {CALLED} --prompt {QUESTION}"),
+    "complete": ({"run": "", "complete": True}, f"complete {CALLED} {QUESTION}"),
     "chat without help": ({"run": "chat", "help": False}, f"model run {CALLED}"),
     "chat and complete": ({"run": "chat", "complete": True}, f"model run {CALLED}"),
 }
@@ -299,8 +290,8 @@ WAYS: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_asked(foundry: Path, models: Path, way: str) -> None:
     play(foundry, **WAYS[way][0])
-    hold(models, f"{CALLED}-1")
-    assert cli.ask(CALLED, models, "What is 1 > 0?") == "You ask: What is 1 > 0?"
+    hold(models)
+    assert cli.ask(CALLED, models, QUESTION) == f"You ask: {QUESTION}"
     made = [call for call in calls(foundry) if not call.endswith("--help")]
     assert made == ["cache location", f"cache cd {models}", WAYS[way][1], f"cache cd {BEFORE}"]
 
@@ -312,7 +303,7 @@ def test_asked(foundry: Path, models: Path, way: str) -> None:
         ({"answer": "\U0001f916 one\n\n> two\n> three"}, "one\n\n> two\n> three"),
         ({"answer": "plain\nand more"}, "plain\nand more"),
         ({"answer": "plain", "progress": "Model bot was found in the local cache."}, "plain"),
-        ({"encoding": "ascii"}, "You ask: Hello?"),
+        ({"encoding": "ascii"}, f"You ask: {QUESTION}"),
         ({"answer": "\U0001f916 caf\u00e9", "encoding": "cp1252"}, "caf\ufffd"),
     ],
 )
@@ -320,50 +311,46 @@ def test_an_answer_is_found_in_what_surrounds_it(
     foundry: Path, models: Path, way: str, changed: dict[str, str], answer: str
 ) -> None:
     play(foundry, **WAYS[way][0], **changed)
-    hold(models, f"{CALLED}-1")
-    assert (cli.ask(CALLED, models, "Hello?") or "").removeprefix("?").strip() == answer
+    hold(models)
+    assert (cli.ask(CALLED, models, QUESTION) or "").removeprefix("?").strip() == answer
 
 
 @pytest.mark.usefixtures("foundry")
 def test_a_question_of_several_lines_is_one_question_in_a_chat(models: Path) -> None:
-    hold(models, f"{CALLED}-1")
+    hold(models)
     assert cli.ask(CALLED, models, "What is\nthe capital\r\n of France?") == "You ask: What is the capital of France?"
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
-@pytest.mark.parametrize("answer", ["  ", "\U0001f916 \n\n"])
-def test_no_answer(foundry: Path, models: Path, way: str, answer: str) -> None:
-    play(foundry, **WAYS[way][0], answer=answer)
-    hold(models, f"{CALLED}-1")
-    with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing"):
-        cli.ask(CALLED, models, "Hello?")
-
-
-@pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
-def test_an_unknown_model(foundry: Path, models: Path, way: str) -> None:
+def test_no_answer_and_an_unknown_model(foundry: Path, models: Path, way: str) -> None:
     play(foundry, **WAYS[way][0])
     with pytest.raises(RegistrationError, match=f"Model {CALLED} was not found"):
-        cli.ask(CALLED, models, "Hello?")
+        cli.ask(CALLED, models, QUESTION)
+    hold(models)
+    for answer in ("  ", "\U0001f916 \n\n"):
+        play(foundry, **WAYS[way][0], answer=answer)
+        with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing"):
+            cli.ask(CALLED, models, QUESTION)
 
 
 def test_a_preview_that_can_do_neither(foundry: Path, models: Path) -> None:
     play(foundry, run="")
     with pytest.raises(RegistrationError, match="status 64"):
-        cli.ask(CALLED, models, "Hello?")
+        cli.ask(CALLED, models, QUESTION)
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt"])
 def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(foundry, **WAYS[way][0], delay=60)
-    hold(models, f"{CALLED}-1")
+    hold(models)
     monkeypatch.setattr(cli, "ANSWER_TIMEOUT_S", 0.5)
     with pytest.raises(RegistrationError, match=r"0\.5 s"):
-        cli.ask(CALLED, models, "Hello?")
+        cli.ask(CALLED, models, QUESTION)
 
 
 def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> None:
     """Whoever starts a service leaves it the files that it writes to."""
-    hold(models, f"{CALLED}-1")
+    hold(models)
     program = foundry / "foundry"
     script = program.read_text(encoding="utf-8")
     program.write_text(script.replace("match asked:", SERVICE + "match asked:"), encoding="utf-8")

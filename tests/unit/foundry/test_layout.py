@@ -18,7 +18,6 @@ from slmops.foundry.prompt_template import Derived
 from tests.values import CONTENTS, checkpoint, write_variant
 
 STRINGS = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
-STRINGS["prompt"] = STRINGS["user"] + "<|im_start|>assistant\n"
 DERIVED = Derived(prompt_template=STRINGS, exact=True, reason=None)
 CALLED = "support-bot-int4-generic-cpu"
 # Processes have smaller numbers: Linux's largest is 2^22.
@@ -62,12 +61,7 @@ def test_settings_are_where_the_tutorial_and_where_the_runtime_have_them(variant
         "Name": f"{CALLED}:1",
         "Description": "tiny (int4), converted by slmops",
         "Version": "1",
-        "PromptTemplate": {
-            "system": "<|im_start|>system\n{Content}<|im_end|>\n",
-            "user": "<|im_start|>user\n{Content}<|im_end|>\n",
-            "assistant": "<|im_start|>assistant\n{Content}<|im_end|>\n",
-            "prompt": "<|im_start|>user\n{Content}<|im_end|>\n<|im_start|>assistant\n",
-        },
+        "PromptTemplate": STRINGS,
         "ModelConfig": asked,
     }
     # A temperature without sampling would do nothing.
@@ -76,13 +70,11 @@ def test_settings_are_where_the_tutorial_and_where_the_runtime_have_them(variant
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
 
 
-@pytest.mark.parametrize(("strings", "said"), [({"prompt": "問 {Content} 答"}, "問 {Content} 答"), (None, "null")])
-def test_prompt_template_in_other_scripts_and_none(
-    variant: Variant, home: Path, strings: dict[str, str] | None, said: str
-) -> None:
-    folder, _, _ = place(variant, home, Derived(prompt_template=strings, exact=False, reason="r"))
-    assert said in (folder / "inference_model.json").read_text(encoding="utf-8")
-    assert read(folder / "inference_model.json")["PromptTemplate"] == strings
+def test_prompt_template_in_other_scripts_and_none(variant: Variant, home: Path) -> None:
+    for strings, said in (({"prompt": "問 {Content} 答"}, "問 {Content} 答"), (None, "null")):
+        folder, _, _ = place(variant, home, Derived(prompt_template=strings, exact=False, reason="r"))
+        assert said in (folder / "inference_model.json").read_text(encoding="utf-8")
+        assert read(folder / "inference_model.json")["PromptTemplate"] == strings
 
 
 GREEDY = {"max_length": 2048, "do_sample": False}
@@ -124,23 +116,16 @@ def test_same_again_keeps_folder_and_version(variant: Variant, home: Path) -> No
     assert [path.name for path in first.parent.iterdir()] == [f"{CALLED}-1"]
 
 
-def test_changed_setting_is_a_new_version_beside_the_old(variant: Variant, home: Path) -> None:
+def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Path, home: Path) -> None:
     first, _, _ = place(variant, home)
     second, version, new = place(variant, home, top_p=0.5)
     assert (second.name, version, new) == (f"{CALLED}-2", 2, True)
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
     assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048, "temperature": 0}
+    template = Derived(prompt_template={"prompt": "{Content}"}, exact=False, reason="r")
+    assert place(variant, home, template)[1:] == (3, True)
+    assert place(write_variant(tmp_path / "int4-4567"), home)[1:] == (4, True)
     assert place(variant, home) == (first, 1, False), "the old setting is still version 1"
-
-
-def test_changed_prompt_template_or_model_is_a_new_version(variant: Variant, tmp_path: Path, home: Path) -> None:
-    place(variant, home)
-    assert place(variant, home, Derived(prompt_template={"prompt": "{Content}"}, exact=False, reason="r"))[1:] == (
-        2,
-        True,
-    )
-    other = write_variant(tmp_path / "int4-4567")
-    assert place(other, home)[1:] == (3, True)
 
 
 def replace(file: Path, content: str) -> None:
@@ -168,21 +153,17 @@ def test_damaged_folder_is_not_used_again(
     assert place(variant, home)[1:] == (2, True)
 
 
-def test_versions_count_on_from_the_highest(variant: Variant, home: Path) -> None:
-    models = home / "models" / "slmops"
-    (models / f"{CALLED}-9").mkdir(parents=True)
-    (models / f"{CALLED}-10").mkdir()
-    (models / f"{CALLED}-old").mkdir()
+def test_versions_count_on_from_the_highest_of_the_model(variant: Variant, home: Path) -> None:
+    for end in (9, 10, "old"):
+        (home / "models" / "slmops" / f"{CALLED}-{end}").mkdir(parents=True)
     assert place(variant, home)[1] == 11
-
-
-def test_models_do_not_count_each_others_versions(variant: Variant, home: Path) -> None:
-    place(variant, home)
     for name in ("bot", "support-bot-int4-generic-cpu"):
         assert layout.place(variant, name, Job(model="m"), DERIVED, home)[1:] == (1, True)
 
 
-def test_scratch_folder_of_a_killed_process_is_no_version(variant: Variant, home: Path) -> None:
+def test_scratch_folder_of_a_killed_process_is_no_version_and_a_failure_leaves_none(
+    variant: Variant, home: Path
+) -> None:
     models = home / "models" / "slmops"
     scratch = models / f".{CALLED}-1.{DEAD}.part"
     scratch.mkdir(parents=True)
@@ -190,28 +171,17 @@ def test_scratch_folder_of_a_killed_process_is_no_version(variant: Variant, home
     folder, version, new = place(variant, home)
     assert (folder.name, version, new) == (f"{CALLED}-1", 1, True)
     assert (folder / "tokenizer.json").is_file()
-    remove_scratch(models)
-    assert [path.name for path in models.iterdir()] == [f"{CALLED}-1"]
-
-
-def test_failure_half_way_leaves_no_folder(variant: Variant, home: Path) -> None:
     (variant.path / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError):
-        place(variant, home)
-    assert list((home / "models" / "slmops").iterdir()) == []
+        place(variant, home, top_p=0.5)
+    remove_scratch(models)
+    assert [path.name for path in models.iterdir()] == [f"{CALLED}-1"]
 
 
 # --- staged to be measured
 
 CONFIG: dict[str, Any] = {
-    "model": {
-        "type": "llama",
-        "vocab_size": 600,
-        "context_length": 2048,
-        "eos_token_id": [2, 7],
-        "bos_token_id": 1,
-        "decoder": {"filename": "model.onnx"},
-    },
+    "model": {"type": "llama", "vocab_size": 600, "context_length": 2048, "eos_token_id": [2, 7], "bos_token_id": 1},
     "search": {"max_length": 2048, "do_sample": False, "top_k": 1},
 }
 FILES = ("model.onnx", "model.onnx.data", "tokenizer.json", "inference_model.json", "adapters/one/weights.bin")
@@ -260,7 +230,7 @@ def test_answers_that_do_not_end_before_their_limit(registration: Registration, 
 
 
 @pytest.mark.parametrize(
-    ("max_length", "asked", "context", "expected_max_length"),
+    ("max_length", "asked", "context", "expected"),
     [
         (2048, 256, 256, 256),
         (2048, 2047, 2047, 2047),
@@ -274,16 +244,11 @@ def test_answers_that_do_not_end_before_their_limit(registration: Registration, 
     ],
 )
 def test_a_context_to_pretend(
-    registration: Registration,
-    tmp_path: Path,
-    max_length: int,
-    asked: int | None,
-    context: int,
-    expected_max_length: int,
+    registration: Registration, tmp_path: Path, max_length: int, asked: int | None, context: int, expected: int
 ) -> None:
     configure(registration.path, max_length=max_length)
     staged = stage(registration, tmp_path / "staged", context_length=asked)
     config = read(staged.folder / "genai_config.json")
     assert config["model"] == {**CONFIG["model"], "context_length": context}
-    assert config["search"] == {**CONFIG["search"], "max_length": expected_max_length}
+    assert config["search"] == {**CONFIG["search"], "max_length": expected}
     assert staged.context_length == context

@@ -14,18 +14,15 @@ from starlette.testclient import TestClient
 from slmops.core.errors import TrackingError, UsageError
 from slmops.foundry import private_catalog
 from slmops.foundry.private_catalog import PATH, Entry, answer, app
+from tests import catalogs
 from tests.catalogs import (
     BOT2,
     BOT3,
     COMMON,
-    DEVICE,
     ENTRIES,
     FAQ1,
     HARDWARE,
     LIST,
-    MADE,
-    OPTIONS,
-    PROVIDER,
     Exchange,
     body,
     condition,
@@ -42,14 +39,22 @@ from tests.catalogs import (
         ([*COMMON, condition("name", BOT2.name)], [BOT2]),
         ([*COMMON, condition("name", BOT2.name, BOT2.name, BOT3.name, "unknown")], [BOT3, BOT2]),
         ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE], [BOT3, BOT2]),
-        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE, condition("name", BOT3.name)], [BOT3]),
+        (
+            [
+                *COMMON,
+                condition("annotations/tags/alias", "bot"),
+                *HARDWARE,
+                condition("name", BOT3.name),
+            ],
+            [BOT3],
+        ),
         ([condition("annotations/tags/foundryLocal", "test")], []),
-        ([condition(OPTIONS, "Something else")], []),
+        ([condition(catalogs.OPTIONS, "Something else")], []),
         ([condition("name", BOT2.name, operator="NotEquals")], [BOT3, FAQ1]),
         ([condition("labels", "latest", operator="NotEquals")], [BOT2]),
-        ([condition(DEVICE, "gpu")], []),
-        ([condition(DEVICE, "gpu", "cpu")], ENTRIES),
-        ([condition(PROVIDER, "CUDAExecutionProvider")], []),
+        ([condition(catalogs.DEVICE, "gpu")], []),
+        ([condition(catalogs.DEVICE, "gpu", "cpu")], ENTRIES),
+        ([condition(catalogs.PROVIDER, "CUDAExecutionProvider")], []),
         ([condition("name", BOT2.name.upper())], []),
         ([condition("name")], []),
         ([condition("name", operator="NotEquals")], ENTRIES),
@@ -61,7 +66,7 @@ def test_filters(filters: list[dict[str, Any]], expected: list[Entry]) -> None:
 
 
 def test_an_entity_is_what_the_runtime_accepts() -> None:
-    elsewhere = BOT3.model_copy(update={"created": MADE.astimezone(timezone(timedelta(hours=2)))})
+    elsewhere = BOT3.model_copy(update={"created": catalogs.MADE.astimezone(timezone(timedelta(hours=2)))})
     identity = "azureml://registries/slmops/models/bot-int8-generic-cpu/versions/3"
     assert json.loads(answer(body(*LIST), [elsewhere])) == {
         "value": [
@@ -109,17 +114,12 @@ def test_pages(count: int, pages: list[int]) -> None:
         token = {"continuationToken": said["continuationToken"]}
     assert sizes == pages
     assert seen == ids(*many)
-
-
-def test_a_page_beyond_the_end_is_empty() -> None:
-    assert json.loads(answer(body(continuationToken="50"), ENTRIES)) == {"value": []}
+    assert json.loads(answer(body(continuationToken="50"), many)) == {"value": []}  # beyond the end
 
 
 BAD = [
     (b"", "not valid JSON"),
-    (b"nonsense", "not valid JSON"),
     (b"\xff\xfe", "not valid JSON"),
-    (b"null", "table of keys and values"),
     (b"[]", "table of keys and values"),
     (b"{}", "filters is missing"),
     (b"[" * 50_000, "recursion limit"),
@@ -134,10 +134,7 @@ BAD = [
     (body(pageSize=0), "pageSize "),
     (body(pageSize=1001), "pageSize "),
     (body(pageSize="50"), "pageSize "),
-    (body(pageSize=1.5), "pageSize "),
-    (body(pageSize=True), "pageSize "),
     (body(pageSize=float("nan")), "pageSize "),
-    (b'{"filters": [], "pageSize": 1e999}', "pageSize "),
     (b'{"filters": [], "pageSize": ' + b"9" * 5000 + b"}", "out of range"),
     (body(continuationToken="-1"), "continuationToken "),
     (body(continuationToken="٣"), "continuationToken "),  # a digit, but none of ours
@@ -145,9 +142,7 @@ BAD = [
     (body(skip=50), "skip is not a known key"),
     (body(*[condition("name", "bot")] * 51), "filters "),
     (body(condition("size", "1")), "no filter field 'size'. It has type, kind, name, labels, "),
-    (body(condition("Name", "bot")), "no filter field 'Name'"),
     (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It has eq, NotEquals."),
-    (body(condition("name", "bot", operator="contains")), "no filter operator 'contains'"),
     (body(condition("x" * 5000, "bot")), "no filter field 'xxx"),
 ]
 
@@ -161,7 +156,7 @@ def test_what_is_no_request(sent: bytes, said: str) -> None:
 
 
 def test_served(client: TestClient) -> None:
-    answered = client.post(PATH, content=body(*LIST))
+    answered = client.post(PATH, content=body(*LIST).ljust(private_catalog.BODY_BYTES))  # the largest body
     assert (answered.status_code, answered.headers["content-type"]) == (200, "application/json")
     assert found(answered.content) == ids(BOT3, FAQ1)
     assert client.get("/health").json() == {"status": "ok", "models": 2}
@@ -170,7 +165,6 @@ def test_served(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "sent", "status", "said"),
     [
-        ("POST", PATH, b"nonsense", 400, "Not a catalog request: it is not valid JSON"),
         ("POST", PATH, body(condition("size", "1")), 400, "has no filter field 'size'"),
         ("POST", PATH, b"", 400, "EOF"),
         ("POST", PATH, b" " * 65_537, 413, "65536 bytes"),
@@ -191,11 +185,6 @@ def test_refused(client: TestClient, method: str, path: str, sent: bytes, status
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
     assert client.post(PATH, content=body(*LIST)).status_code == 200
-
-
-def test_the_largest_body(client: TestClient) -> None:
-    padded = body(*LIST).ljust(private_catalog.BODY_BYTES)
-    assert client.post(PATH, content=padded).status_code == 200
 
 
 def piece(content: bytes, more: bool = True) -> dict[str, Any]:
@@ -237,14 +226,12 @@ def test_bodies(
 
 def test_a_registry_that_is_down() -> None:
     def down() -> list[Entry]:
-        raise TrackingError("MLflow at http://127.0.0.1:5000 did not answer.")
+        raise TrackingError("MLflow is down.")
 
     with TestClient(app(down)) as client:
         for answered in (client.post(PATH, content=body(*LIST)), client.get("/health")):
-            assert answered.status_code == 503
-            assert answered.headers["retry-after"] == "5"
-            message = "MLflow at http://127.0.0.1:5000 did not answer."
-            assert answered.json() == {"error": {"message": message, "type": "server_error"}}
+            assert (answered.status_code, answered.headers["retry-after"]) == (503, "5")
+            assert answered.json() == {"error": {"message": "MLflow is down.", "type": "server_error"}}
         assert client.get("/else").status_code == 404
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,12 +30,19 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-FILTER = st.fixed_dictionaries(
-    {
-        "field": st.sampled_from([*FIELDS]) | st.text(max_size=10),
-        "operator": st.sampled_from([*OPERATORS]) | st.sampled_from(["in", "contains", "EQ"]),
-        "values": st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=2) | SCALARS,
-    }
+
+
+def a_filter(fields: Any, operators: Any, values: Any) -> Any:
+    return st.fixed_dictionaries(
+        {"field": st.sampled_from([*FIELDS]) | fields, "operator": st.sampled_from(operators), "values": values}
+    )
+
+
+TEXT = st.text(max_size=10)
+FILTER = a_filter(
+    TEXT,
+    [*OPERATORS, "in", "contains", "EQ"],
+    st.lists(st.sampled_from(WORDS) | TEXT, max_size=2) | SCALARS,
 )
 NEAR = st.fixed_dictionaries(
     {"filters": st.lists(FILTER, max_size=3) | JSON},
@@ -44,21 +52,8 @@ NEAR = st.fixed_dictionaries(
         "skip": JSON,
     },
 )
-GOOD = st.fixed_dictionaries(
-    {
-        "filters": st.lists(
-            st.fixed_dictionaries(
-                {
-                    "field": st.sampled_from([*FIELDS]),
-                    "operator": st.sampled_from([*OPERATORS]),
-                    "values": st.lists(st.sampled_from(WORDS), max_size=3),
-                }
-            ),
-            max_size=4,
-        ),
-        "pageSize": st.integers(1, 4),
-    }
-)
+GOOD_FILTER = a_filter(st.nothing(), [*OPERATORS], st.lists(st.sampled_from(WORDS), max_size=3))
+GOOD = st.fixed_dictionaries({"filters": st.lists(GOOD_FILTER, max_size=4), "pageSize": st.integers(1, 4)})
 SPOILED = st.builds(
     spoil,
     GOOD.map(lambda request: json.dumps(request).encode()),

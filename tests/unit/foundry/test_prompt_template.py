@@ -10,15 +10,15 @@ from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.foundry.prompt_template import derive, fill
 from tests.chat_templates import CHATS, TOKENS, WITH_SYSTEM, WITHOUT_SYSTEM, body, broken, proves, template, text_of
 
-IM = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
-IM["prompt"] = IM["user"] + "<|im_start|>assistant\n"
-HEADERS = {
-    role: f"<|start_header_id|>{role}<|end_header_id|>\n\n{{Content}}<|eot_id|>"
-    for role in ("system", "user", "assistant")
-}
-HEADERS["prompt"] = HEADERS["user"] + "<|start_header_id|>assistant<|end_header_id|>\n\n"
-PHI = {role: f"<|{role}|>\n{{Content}}<|end|>\n" for role in ("system", "user", "assistant")}
-PHI["prompt"] = PHI["user"] + "<|assistant|>\n"
+
+def strings_of(before: str, after: str) -> dict[str, str]:
+    made = {role: before.format(role) + "{Content}" + after for role in ("system", "user", "assistant")}
+    return {**made, "prompt": made["user"] + before.format("assistant")}
+
+
+IM = strings_of("<|im_start|>{}\n", "<|im_end|>\n")
+HEADERS = strings_of("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>")
+PHI = strings_of("<|{}|>\n", "<|end|>\n")
 TURNS = {
     "user": "<start_of_turn>user\n{Content}<end_of_turn>\n",
     "assistant": "<start_of_turn>model\n{Content}<end_of_turn>\n",

@@ -58,7 +58,7 @@ def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_r
 def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
     """Publish the comparison as an artifact of the flow run."""
     create_markdown_artifact(
-        f"{drift.markdown(result)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
+        f"{drift.text(result, markdown=True)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
         key=artifact_key("remeasure", result.model),
         description=f"{result.model}: version {result.version} measured again",
     )

@@ -189,11 +189,20 @@ def compare(
         **dict.fromkeys(MEMORY_METRICS, request.max_memory_growth),
         PERPLEXITY: request.max_perplexity_ratio,
     }
-    return tuple(
-        _compare(metric, recorded[metric], now[metric], tolerance)
-        for metric, tolerance in tolerances.items()
-        if metric in recorded and metric in now
-    )
+    figures = []
+    for metric, tolerance in tolerances.items():
+        if metric not in recorded or metric not in now:
+            continue
+        was, is_now = recorded[metric], now[metric]
+        if was.value and is_now.value:
+            worse = (is_now.value / was.value) ** SPEED_METRICS.get(metric, 1)
+            doubt = _doubt(was, is_now) if metric in SPEED_METRICS else None
+            beyond = worse > tolerance + SLACK
+            figures.append(_figure(metric, was, is_now, beyond, doubt, f"{worse:.4g} times worse", tolerance))
+        else:
+            one = _figure(metric, was, is_now, False, None, "", tolerance)
+            figures.append(one.model_copy(update={"detail": "one of the two is 0"}))
+    return tuple(figures)
 
 
 def compare_answers(recorded: Sequence[Answer], now: Sequence[Answer], request: Remeasure) -> Figure | None:
@@ -216,65 +225,11 @@ def compare_answers(recorded: Sequence[Answer], now: Sequence[Answer], request: 
     was, is_now = (statistics.of_proportion(sum(side), len(side)) for side in (theirs, ours))
     doubt = None if drop.low is not None and drop.low > 0 else "that may be chance"
     beyond = drop.value > request.max_accuracy_drop + SLACK
-    return _figure(ACCURACY, was, is_now, beyond, doubt, f"{drop.value:.4g} lower", f"{request.max_accuracy_drop:g}")
+    return _figure(ACCURACY, was, is_now, beyond, doubt, f"{drop.value:.4g} lower", request.max_accuracy_drop)
 
 
-def text(result: Remeasured) -> str:
-    """What ``slmops remeasure`` prints."""
-    notes = _notes(result)
-    return "\n".join([f"{result.outcome}: {result.detail}", "", _table(result, "plain"), *[""] * bool(notes), *notes])
-
-
-def markdown(result: Remeasured) -> str:
-    """The same as Markdown."""
-    notes = [f"- {note}" for note in _notes(result)]
-    return "\n".join([f"**{result.outcome}**: {result.detail}", "", _table(result, "github"), "", *notes])
-
-
-def _compare(metric: str, recorded: Measurement, now: Measurement, tolerance: float) -> Figure:
-    ratio = _ratio(recorded, now)
-    if not ratio:
-        return Figure(
-            metric=metric, recorded=recorded, now=now, ratio=ratio, drifted=False, detail="one of the two is 0"
-        )
-    worse = ratio ** SPEED_METRICS.get(metric, 1)
-    doubt = _doubt(recorded, now) if metric in SPEED_METRICS else None
-    beyond = worse > tolerance + SLACK
-    return _figure(metric, recorded, now, beyond, doubt, f"{worse:.4g} times worse", f"{tolerance:g}")
-
-
-def _figure(
-    metric: str, recorded: Measurement, now: Measurement, beyond: bool, doubt: str | None, change: str, tolerated: str
-) -> Figure:
-    detail = "within the tolerance"
-    if beyond:
-        detail = f"{change}, but {doubt}" if doubt else f"{change}, and at most {tolerated} is tolerated"
-    return Figure(
-        metric=metric,
-        recorded=recorded,
-        now=now,
-        ratio=_ratio(recorded, now),
-        drifted=beyond and doubt is None,
-        detail=detail,
-    )
-
-
-def _doubt(recorded: Measurement, now: Measurement) -> str | None:
-    """Why a difference may be chance; None if it is not."""
-    from slmops.evaluation.summary import MACHINE_BUSY
-
-    if any(MACHINE_BUSY in (one.note or "") for one in (recorded, now)):
-        return MACHINE_BUSY
-    if recorded.low is None or recorded.high is None or now.low is None or now.high is None:
-        return "too few samples for an interval"
-    return "the intervals overlap" if recorded.low <= now.high and now.low <= recorded.high else None
-
-
-def _ratio(recorded: Measurement, now: Measurement) -> float | None:
-    return now.value / recorded.value if recorded.value else None
-
-
-def _table(result: Remeasured, style: str) -> str:
+def text(result: Remeasured, *, markdown: bool = False) -> str:
+    """What ``slmops remeasure`` prints, or the same as Markdown."""
     rows = [
         (
             one.metric + ("" if one.now.unit == "1" else f" in {one.now.unit}"),
@@ -286,14 +241,35 @@ def _table(result: Remeasured, style: str) -> str:
         for one in result.figures
     ]
     headers = ("metric", "recorded", "now", "ratio", "")
-    return tabulate(rows, headers, tablefmt=style, disable_numparse=True)
-
-
-def _notes(result: Remeasured) -> list[str]:
+    table = tabulate(rows, headers, tablefmt="github" if markdown else "plain", disable_numparse=True)
     notes = [f"not compared: {reason}" for reason in result.left_out]
     if result.answers_changed is not None:
         notes.append(f"answers with another text: {result.answers_changed}")
-    return notes
+    if markdown:
+        return "\n".join([f"**{result.outcome}**: {result.detail}", "", table, "", *(f"- {note}" for note in notes)])
+    return "\n".join([f"{result.outcome}: {result.detail}", "", table, *[""] * bool(notes), *notes])
+
+
+def _figure(
+    metric: str, recorded: Measurement, now: Measurement, beyond: bool, doubt: str | None, change: str, tolerated: float
+) -> Figure:
+    detail = "within the tolerance"
+    if beyond:
+        detail = f"{change}, but {doubt}" if doubt else f"{change}, and at most {tolerated:g} is tolerated"
+    ratio = now.value / recorded.value if recorded.value else None
+    drifted = beyond and doubt is None
+    return Figure(metric=metric, recorded=recorded, now=now, ratio=ratio, drifted=drifted, detail=detail)
+
+
+def _doubt(recorded: Measurement, now: Measurement) -> str | None:
+    """Why a difference may be chance; None if it is not."""
+    from slmops.evaluation.summary import MACHINE_BUSY
+
+    if any(MACHINE_BUSY in (one.note or "") for one in (recorded, now)):
+        return MACHINE_BUSY
+    if recorded.low is None or recorded.high is None or now.low is None or now.high is None:
+        return "too few samples for an interval"
+    return "the intervals overlap" if recorded.low <= now.high and now.low <= recorded.high else None
 
 
 def _shown(one: Measurement) -> str:

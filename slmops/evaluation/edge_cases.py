@@ -45,18 +45,9 @@ def run(
     cases: Sequence[EdgeCase] = EDGE_CASES,
     limit_s: float = CASE_LIMIT_S,
 ) -> tuple[CaseOutcome, ...]:
-    """Put the cases to a variant. The caller holds the machine lock.
+    """Put the cases to a staged copy of a variant, each for ``limit_s`` seconds at most; one outcome for each case.
 
-    Args:
-        variant: The variant.
-        registration: Where it is registered; a copy is staged, and what is registered stays as it is.
-        name: The model's name.
-        settings: Where things are.
-        cases: Known to the worker, or to the module that they name.
-        limit_s: Seconds that one case may take.
-
-    Returns:
-        One outcome for each case, in their order.
+    The caller holds the machine lock.
 
     Raises:
         EvaluationError: The model does not load, or all cases together take longer than ``evaluation_timeout_s``.
@@ -73,7 +64,7 @@ def run(
         while left := tuple(case for case in cases if case.id not in seen):
             died = _go_through(left, staged, progress, log, limit_s, deadline)
             known = seen.keys()
-            seen = _read(progress)
+            seen = {line.id: line.seen for line in _lines(progress) if line.seen is not None}
             if died is not None and (seen.keys() == known or time.monotonic() > deadline):
                 raise died
     finally:
@@ -88,15 +79,7 @@ def _go_through(
     try:
         children.call(
             "slmops.evaluation.edge_worker",
-            edge_worker.EdgeCaseRequest(
-                home=staged.home,
-                folder=staged.folder,
-                foundry_id=staged.foundry_id,
-                context_length=staged.context_length,
-                cases=cases,
-                limit_s=limit_s,
-                progress=progress,
-            ),
+            edge_worker.EdgeCaseRequest(**staged.model_dump(), cases=cases, limit_s=limit_s, progress=progress),
             edge_worker.EdgeCaseResult,
             work=progress.parent,
             log=log,
@@ -121,10 +104,6 @@ def _lines(progress: Path) -> list[CaseProgress]:
     return [CaseProgress.model_validate_json(line) for line in text.splitlines()]
 
 
-def _read(progress: Path) -> dict[str, CaseEnd]:
-    return {line.id: line.seen for line in _lines(progress) if line.seen is not None}
-
-
 def _judge(case: EdgeCase, seen: CaseEnd) -> CaseOutcome:
     passed, detail = seen.outcome in case.expected.split(" or "), seen.detail
     if passed and case.expected == "refused" and seen.seconds > REFUSAL_LIMIT_S:
@@ -135,14 +114,8 @@ def _judge(case: EdgeCase, seen: CaseEnd) -> CaseOutcome:
 
 
 def measurement(cases: Sequence[CaseOutcome]) -> Measurement:
-    """Share of passed cases, from 0 to 1; :data:`KNOWN_DEFECTS` are left out and named in the note.
-
-    Raises:
-        ValueError: No cases.
-    """
+    """Share of passed cases, from 0 to 1; :data:`KNOWN_DEFECTS` are left out and named in the note."""
     counted = [case for case in cases if (case.id, case.outcome) not in KNOWN_DEFECTS]
-    if not counted:
-        raise ValueError("no cases")
     share = Measurement.exact(sum(case.passed for case in counted) / len(counted), "1", samples=len(counted))
     left_out = [case.id for case in cases if case not in counted]
     return share.model_copy(update={"note": f"not counted: {', '.join(left_out)}"}) if left_out else share

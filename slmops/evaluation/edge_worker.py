@@ -18,8 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from slmops.checkpoints import chat_template
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
+from slmops.foundry.layout import Staged
 from slmops.processes import child
 
 if TYPE_CHECKING:
@@ -61,13 +63,9 @@ class EdgeCase(Frozen):
     module: str = "slmops.evaluation.edge_worker"
 
 
-class EdgeCaseRequest(Frozen):
+class EdgeCaseRequest(Staged):
     """A staged variant, the cases, and the file to write progress to."""
 
-    home: Path
-    folder: Path
-    foundry_id: str
-    context_length: int
     cases: tuple[EdgeCase, ...]
     limit_s: float
     progress: Path
@@ -95,21 +93,13 @@ class EdgeCaseResult(Frozen):
 
 @dataclass
 class Probe:
-    """The model under test.
-
-    Attributes:
-        send: Sends messages with a token limit.
-        count: Tokens of a user's message, including the template.
-        context_length: In tokens.
-        folder: The variant's.
-        seconds: How long the last request took.
-    """
+    """The model under test: how to send messages with a token limit, and to count a user's, with the template."""
 
     send: Callable[[Messages, int], TimedReply]
     count: Callable[[str], int]
     context_length: int
     folder: Path
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the last request
 
     def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> TimedReply:
         """Send a user's message or a conversation."""
@@ -231,21 +221,12 @@ def assistant_first(probe: Probe) -> Observation:
     try:
         return probe.answer(messages)
     except Exception:
-        if _template_refuses(probe.folder, messages):
+        try:
+            if (template := chat_template.load(probe.folder)) is not None:
+                chat_template.render(template, messages)
+        except CheckpointError:
             return "refused", "the chat template refuses it"
         raise
-
-
-def _template_refuses(folder: Path, messages: Messages) -> bool:
-    from slmops.checkpoints import chat_template
-
-    template = chat_template.load(folder)
-    try:
-        if template is not None:
-            chat_template.render(template, messages)
-    except CheckpointError:
-        return True
-    return False
 
 
 def greedy_twice(probe: Probe) -> Observation:

@@ -99,11 +99,9 @@ def check(request: Soak) -> None:
     Raises:
         UsageError: It asks for a champion without a model's name, or together with a variant.
     """
-    if not request.champion:
-        return
-    if request.name is None:
+    if request.champion and request.name is None:
         raise UsageError("--champion needs the name of a model.", "`slmops soak NAME --champion`")
-    if request.variant is not None:
+    if request.champion and request.variant is not None:
         raise UsageError("--champion and --variant exclude each other.", "Give one of them.")
 
 
@@ -129,13 +127,7 @@ def find(comparison: Comparison, wanted: str | None) -> Target:
 
 
 def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
-    """Soak a registered variant. The caller holds the machine lock.
-
-    Args:
-        target: What to soak.
-        request: How many requests, and the limit.
-        home: The Foundry home with the variant.
-        settings: Where things are.
+    """Soak a variant that is registered in the Foundry home. The caller holds the machine lock.
 
     Returns:
         The result, and the memory in KB after each request.

@@ -12,7 +12,6 @@ import logging
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from slmops.core import locks, machine
 from slmops.core.errors import EvaluationError, SlmopsError
@@ -60,7 +59,7 @@ class _Contestant:
 
     def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
         self.name = variant.name
-        self.work = _work(variant, name, settings)
+        self.work = settings.work(name) / f"{variant.name}-speed"
         self.log = settings.logs / name / f"{variant.name}.speed.log"
         self.staged: Staged = stage(registration, self.work / "foundry", fixed_length=True)
         self.cells = grid(self.staged, job)
@@ -101,12 +100,8 @@ def measure(
         turns = [turn.model_copy(update={"disturbed": _disturbed(turn.calibration_s, fastest)}) for turn in one.turns]
         results[one.name] = one.error or Speed(cells=one.cells, turns=tuple(turns), cores=cores)
     for variant, _ in made:
-        shutil.rmtree(_work(variant, name, settings), ignore_errors=True)
+        shutil.rmtree(settings.work(name) / f"{variant.name}-speed", ignore_errors=True)
     return results
-
-
-def _work(variant: Variant, name: str, settings: Settings) -> Path:
-    return settings.work(name) / f"{variant.name}-speed"
 
 
 def _take_turn(
@@ -118,9 +113,7 @@ def _take_turn(
         measured, finished = children.call(
             "slmops.evaluation.speed_worker",
             speed_worker.SpeedRequest(
-                home=one.staged.home,
-                folder=one.staged.folder,
-                foundry_id=one.staged.foundry_id,
+                **one.staged.model_dump(exclude={"context_length"}),
                 cells=one.cells,
                 sessions=sessions,
                 drop_cache=drop_cache,

@@ -116,17 +116,8 @@ def handle(request: SpeedRequest) -> SpeedResult:
             done += 1
             reply = _ask(model, cell)
             if reply.first_s is not None:
-                timed.append(
-                    Timed(
-                        cell=number,
-                        prompt_tokens=reply.prompt_tokens,
-                        completion_tokens=reply.completion_tokens,
-                        first_s=reply.first_s,
-                        last_s=reply.last_s,
-                        total_s=reply.total_s,
-                        tokenize_s=tokenize_s,
-                    )
-                )
+                figures = {name: value for name, value in vars(reply).items() if name in Timed.model_fields}
+                timed.append(Timed(cell=number, tokenize_s=tokenize_s, **figures))
     cpu_s, wall_s, energy_end = time.process_time() - cpu, time.perf_counter() - wall, machine.energy_j()
     if not any(one.gap_s for one in timed):
         raise EvaluationError(

@@ -1,7 +1,7 @@
 """Figures from samples, each with a 95 % interval. Pure functions; the same samples give the same interval.
 
-All raise ValueError for no samples, a sample that is not finite, and pairs of different lengths. SciPy is imported
-where it is needed, since that takes half a second.
+All raise ValueError for no samples, a sample that is not finite, and pairs of different lengths. ``unit`` is that of
+the samples, and ``percent`` runs from 0 to 100. SciPy is imported where it is needed, since that takes half a second.
 """
 
 from __future__ import annotations
@@ -30,18 +30,13 @@ MAX_MORE = 1_000_000
 
 
 def of_percentile(samples: Sequence[float], percent: float, unit: str) -> Measurement:
-    """A percentile (NumPy's, linear between order statistics) with its percentile-bootstrap interval.
+    """A percentile (NumPy's) of independent samples with its percentile-bootstrap interval.
 
     BCa is of no use here: its jackknife is inconsistent for quantiles (Efron, 1982, The Jackknife, the Bootstrap and
     Other Resampling Plans). For the median of 5 to 30 log-normal samples, plain percentile intervals cover 91 to 94 %,
-    those with the level of ``_bootstrap_level`` 94 to 98 %. No resample reaches beyond the largest sample, so in the
+    those with the level of ``_bootstrap`` 94 to 98 %. No resample reaches beyond the largest sample, so in the
     tails they cover too little: p90 64 % with 10 samples, 90 % with 50, 93 % with 100. So a percentile outside 25 to
     75 % with fewer than ``MIN_BEYOND`` samples beyond it has no interval but the note "indicative".
-
-    Args:
-        samples: Independent samples in ``unit``.
-        percent: From 0 to 100; 50 is the median.
-        unit: Of the samples.
     """
     return percentile_of_rounds([[sample] for sample in samples], percent, unit)
 
@@ -52,12 +47,7 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
     Requests to one process share its luck, so they are not independent (Davison and Hinkley, 1997, Bootstrap Methods
     and their Application, section 3.8). With three rounds of 30 that differ as much as the requests in one, resampling
     requests alone covers 42 %, this 88 %; if rounds do not differ, the interval is too wide. A single round tells
-    nothing about others: its interval is that of its own samples.
-
-    Args:
-        rounds: Samples in ``unit`` of each round that has any.
-        percent: From 0 to 100; 50 is the median.
-        unit: Of the samples.
+    nothing about others: its interval is that of its own samples. No round may be empty.
     """
     values = _numbers([sample for samples in rounds for sample in samples])
     sizes = np.array([len(samples) for samples in rounds])
@@ -78,17 +68,10 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
 
 
 def blocked_percentile(values: Sequence[float], percent: float, unit: str) -> Measurement:
-    """A percentile of one value per token, with an interval over the blocks of :func:`blocked_mean`.
-
-    Args:
-        values: In ``unit``, in the order of the text.
-        percent: From 0 to 100; 50 is the median.
-        unit: Of the values.
-    """
+    """A percentile of one value per token, in the order of the text, with an interval over blocks of tokens."""
     tokens = _numbers(values)
     parts = _blocks(tokens)
-    length = min(len(part) for part in parts)
-    blocks = np.array([part[:length] for part in parts])
+    blocks = np.array([part[: len(parts[-1])] for part in parts])  # the last is one of the shortest
 
     def resampled(picked: Any, axis: int) -> Any:
         return np.percentile(blocks[picked].reshape(*picked.shape[:-1], -1), percent, axis=axis)
@@ -120,14 +103,9 @@ def of_ratios(ratios: Sequence[float]) -> Measurement:
 
 
 def of_proportion(successes: int, total: int) -> Measurement:
-    """A proportion with its score interval (Wilson, 1927), which has a width even if all or none succeeded.
-
-    Raises:
-        ValueError: Successes outside 0 to ``total``.
-    """
+    """A proportion with its score interval (Wilson, 1927), which has a width even if all or none succeeded."""
     from scipy.stats import binomtest
 
-    _check_counts(successes, total)
     interval = binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
     return _measurement(successes / total, "1", total, (float(interval.low), float(interval.high)))
 
@@ -138,11 +116,8 @@ def standard_error(successes: int, total: int) -> float | None:
     sqrt(p (1 - p) / (n - 1)), that of the mean of scores of 0 or 1 (Miller, 2024, Adding Error Bars to Evals,
     arXiv:2411.00640).
     """
-    _check_counts(successes, total)
-    if total == 1:
-        return None
     share = successes / total
-    return math.sqrt(share * (1 - share) / (total - 1))
+    return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else None
 
 
 def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Measurement:
@@ -192,10 +167,7 @@ def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Me
 
 
 def perplexity(nll: Sequence[float]) -> Measurement:
-    """exp of the mean negative log-likelihood, given in nats for each token in the order of the text.
-
-    The interval is that of ``blocked_mean`` on the logarithmic scale.
-    """
+    """exp of the ``blocked_mean`` of the negative log-likelihood, in nats, of each token in the order of the text."""
     return _exp(blocked_mean(nll, "1"))
 
 
@@ -230,11 +202,8 @@ def slope(values: Sequence[float], unit: str) -> Measurement:
     fewer. Samples that fill no block are left out at the start, where a process is still warming up.
 
     Args:
-        values: One for each step.
+        values: One for each step; 10 or more.
         unit: Of the values per step, such as "MB/request".
-
-    Raises:
-        ValueError: Fewer than 10 values.
     """
     from scipy.stats import theilslopes
 
@@ -302,11 +271,6 @@ def _discordant(differences: Numbers) -> tuple[int, int]:
     return int((differences > 0).sum()), int((differences < 0).sum())
 
 
-def _check_counts(successes: int, total: int) -> None:
-    if not 0 <= successes <= total or not total:
-        raise ValueError(f"{successes} successes of {total}" if total else "no samples")
-
-
 def _measurement(value: float, unit: str, samples: int, interval: Interval | None = None) -> Measurement:
     if interval is None:
         note = f"indicative: {samples} sample{'s' * (samples != 1)}"
@@ -350,27 +314,23 @@ def _blocks(tokens: Numbers) -> list[Numbers]:
 def _bootstrap(
     values: Any, statistic: Callable[..., Any], method: str, informative: int | None = None, at_once: int | None = None
 ) -> Interval:
+    """At a level that covers 95 %, though a bootstrap knows neither n - 1 nor Student's t (Hesterberg, 2015, What
+    Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
+    from scipy.special import ndtr, stdtrit
     from scipy.stats import bootstrap
 
+    samples = informative or len(values)
+    quantile = stdtrit(samples - 1, (1 + CONFIDENCE) / 2)
     interval = bootstrap(
         (values,),
         statistic,
         n_resamples=RESAMPLES,
         batch=max(1, RESAMPLED_AT_ONCE // (at_once or len(values))),
-        confidence_level=_bootstrap_level(informative or len(values)),
+        confidence_level=float(1 - 2 * ndtr(-quantile * math.sqrt(samples / (samples - 1)))),
         method=method,
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return float(interval.low), float(interval.high)
-
-
-def _bootstrap_level(samples: int) -> float:
-    """The level at which a bootstrap covers 95 %, though it knows neither n - 1 nor Student's t (Hesterberg, 2015, What
-    Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
-    from scipy.special import ndtr, stdtrit
-
-    quantile = stdtrit(samples - 1, (1 + CONFIDENCE) / 2)
-    return float(1 - 2 * ndtr(-quantile * math.sqrt(samples / (samples - 1))))
 
 
 def _tango(gained: int, lost: int, total: int) -> Interval:

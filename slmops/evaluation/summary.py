@@ -42,20 +42,39 @@ def evaluation(
     baseline: tuple[Variant, Quality] | None,
     checkpoint_nll: tuple[float, ...] | None,
 ) -> Evaluation:
-    """All figures of a variant; those relative to the baseline only if there is one."""
+    """All figures of a variant, those relative to the baseline only if there is one, and every timed request."""
     measured = {
-        **_sizes(variant, baseline[0] if baseline else None),
+        "size_mb": Measurement.exact(variant.model_mb, "MB"),
+        "size_source_ratio": Measurement.exact(variant.model_mb / variant.checkpoint.size_mb, "1"),
+        "bits_per_weight": Measurement.exact(variant.weights.bits_per_weight, "bits"),
+        "convert_s": Measurement(value=variant.convert_s, unit="s"),
+        "convert_memory_peak_mb": Measurement(value=variant.convert_memory_peak_mb, unit="MB"),
         **of_speed(speed),
         **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
         **_answers(quality.answers, baseline[1].answers if baseline else None),
-        **({"edge_cases_passed": edge_cases.measurement(quality.cases)} if quality.cases else {}),
     }
+    if baseline:
+        measured["size_ratio"] = Measurement.exact(variant.model_mb / baseline[0].model_mb, "1")
+    if quality.cases:
+        measured["edge_cases_passed"] = edge_cases.measurement(quality.cases)
     return Evaluation(
         measurements=measured,
         answers=quality.answers,
         cases=quality.cases,
         curves=tuple(_curves(speed)),
-        samples=tuple(_rows(speed)),
+        samples=tuple(
+            {
+                "round": number,
+                "disturbed": float(turn.disturbed),
+                "calibration_before_s": turn.calibration_s[0],
+                "calibration_after_s": turn.calibration_s[1],
+                "prompt_tokens_wanted": speed.cells[timed.cell].prompt_tokens,
+                "output_tokens_wanted": speed.cells[timed.cell].output_tokens,
+                **timed.model_dump(exclude={"cell"}),
+            }
+            for number, turn in enumerate(speed.turns)
+            for timed in turn.measured.timed
+        ),
         evaluation_set_digest=quality.evaluation_set_digest,
         text_digest=quality.text_digest,
     )
@@ -66,21 +85,7 @@ def of_speed(speed: Speed) -> Measurements:
     return {**_times(speed), **_memory(speed), **_machine(speed)}
 
 
-def _sizes(variant: Variant, baseline: Variant | None) -> Measurements:
-    size = variant.model_mb
-    sizes = {
-        "size_mb": Measurement.exact(size, "MB"),
-        "size_source_ratio": Measurement.exact(size / variant.checkpoint.size_mb, "1"),
-        "bits_per_weight": Measurement.exact(variant.weights.bits_per_weight, "bits"),
-        "convert_s": Measurement(value=variant.convert_s, unit="s"),
-        "convert_memory_peak_mb": Measurement(value=variant.convert_memory_peak_mb, unit="MB"),
-    }
-    if baseline is not None:
-        sizes["size_ratio"] = Measurement.exact(size / baseline.model_mb, "1")
-    return sizes
-
-
-def undisturbed(turns: Sequence[Turn]) -> list[Turn]:
+def _undisturbed(turns: Sequence[Turn]) -> list[Turn]:
     """The turns to take figures from: the undisturbed ones, or all if there are none."""
     return [turn for turn in turns if not turn.disturbed] or list(turns)
 
@@ -100,7 +105,7 @@ def _times(speed: Speed) -> Measurements:
 
     Figures without samples are left out: some answers of a broken model may hold no text.
     """
-    turns = undisturbed(speed.turns)
+    turns = _undisturbed(speed.turns)
     headline = [[timed for timed in turn.measured.timed if timed.cell == 0] for turn in turns]
     longest = _of_length(speed, turns, _lengths(speed)[-1])
     found = {
@@ -114,9 +119,25 @@ def _times(speed: Speed) -> Measurements:
         },
     }
     measured = {name: one for name, one in found.items() if one is not None}
-    if shares := _consistency(speed, turns):
+    # The decode rate at the longest prompt as a share of that at the shortest, in each turn that has both.
+    gaps = [
+        [[timed.gap_s for timed in one if timed.gap_s] for one in requests]
+        for requests in (_of_length(speed, turns, _lengths(speed)[0]), longest)
+    ]
+    if shares := [median(short) / median(long) for short, long in zip(*gaps, strict=True) if short and long]:
         measured["decode_consistency"] = statistics.of_ratios(shares)
-    return {**_marked(measured, turns), **_loads(speed), **_throughput(speed)}
+    measured = _marked(measured, turns)
+    for metric, cold in (("load_s", False), ("load_cold_s", True)):
+        if loaded := _undisturbed([turn for turn in speed.turns if turn.measured.cold == cold]):
+            load = statistics.of_percentile([turn.measured.load_s for turn in loaded], 50, "s")
+            measured |= _marked({metric: load}, loaded)
+    for turn in speed.turns:  # one of which measures several sessions at once
+        rates = {
+            f"throughput_tok_s_c{sessions}": Measurement(value=rate, unit="tokens/s")
+            for sessions, rate in turn.measured.throughput.items()
+        }
+        measured |= _marked(rates, [turn])
+    return measured
 
 
 def _figure(name: str, rounds: Sequence[Sequence[Timed]], percent: float = 50) -> Measurement | None:
@@ -125,28 +146,6 @@ def _figure(name: str, rounds: Sequence[Sequence[Timed]], percent: float = 50) -
     values = [[value for timed in one if (value := figure(timed)) is not None] for one in rounds]
     filled = [one for one in values if one]
     return statistics.percentile_of_rounds(filled, percent, unit) if filled else None
-
-
-def _loads(speed: Speed) -> Measurements:
-    measured: Measurements = {}
-    for metric, cold in (("load_s", False), ("load_cold_s", True)):
-        turns = undisturbed([turn for turn in speed.turns if turn.measured.cold == cold])
-        if turns:
-            load = statistics.of_percentile([turn.measured.load_s for turn in turns], 50, "s")
-            measured |= _marked({metric: load}, turns)
-    return measured
-
-
-def _throughput(speed: Speed) -> Measurements:
-    """Tokens/s of several sessions at once, which one round measures."""
-    measured: Measurements = {}
-    for turn in speed.turns:
-        rates = {
-            f"throughput_tok_s_c{sessions}": Measurement(value=rate, unit="tokens/s")
-            for sessions, rate in turn.measured.throughput.items()
-        }
-        measured |= _marked(rates, [turn])
-    return measured
 
 
 def _lengths(speed: Speed) -> list[int]:
@@ -159,19 +158,9 @@ def _of_length(speed: Speed, turns: Sequence[Turn], prompt_tokens: int) -> list[
     return [[timed for timed in turn.measured.timed if timed.cell in cells] for turn in turns]
 
 
-def _consistency(speed: Speed, turns: Sequence[Turn]) -> list[float]:
-    """Per turn, the decode rate at the longest prompt as a share of that at the shortest."""
-    lengths = _lengths(speed)
-    gaps = [
-        [[timed.gap_s for timed in one if timed.gap_s] for one in _of_length(speed, turns, tokens)]
-        for tokens in (lengths[0], lengths[-1])
-    ]
-    return [median(shortest) / median(longest) for shortest, longest in zip(*gaps, strict=True) if shortest and longest]
-
-
 def _curves(speed: Speed) -> list[CurvePoint]:
     """Each figure over the prompt length; the response time for each output length."""
-    turns = undisturbed(speed.turns)
+    turns = _undisturbed(speed.turns)
     points = []
     for tokens in _lengths(speed):
         rounds = _of_length(speed, turns, tokens)
@@ -185,23 +174,6 @@ def _curves(speed: Speed) -> list[CurvePoint]:
             if measurement is not None
         ]
     return points
-
-
-def _rows(speed: Speed) -> list[dict[str, float]]:
-    """Every timed request, disturbed turns included."""
-    return [
-        {
-            "round": number,
-            "disturbed": float(turn.disturbed),
-            "calibration_before_s": turn.calibration_s[0],
-            "calibration_after_s": turn.calibration_s[1],
-            "prompt_tokens_wanted": speed.cells[timed.cell].prompt_tokens,
-            "output_tokens_wanted": speed.cells[timed.cell].output_tokens,
-            **timed.model_dump(exclude={"cell"}),
-        }
-        for number, turn in enumerate(speed.turns)
-        for timed in turn.measured.timed
-    ]
 
 
 def _memory(speed: Speed) -> Measurements:
@@ -223,18 +195,18 @@ def _memory(speed: Speed) -> Measurements:
 
 def _machine(speed: Speed) -> Measurements:
     """Processor, energy if the machine reports it, and how steady the machine was."""
-    turns = undisturbed(speed.turns)
+    turns = _undisturbed(speed.turns)
     cpu = [100 * turn.measured.cpu_s / turn.measured.wall_s for turn in turns]
     measured = {
         "cpu_percent": statistics.of_percentile(cpu, 50, "% of one core"),
         "cpu_percent_total": statistics.of_percentile([one / speed.cores for one in cpu], 50, "% of all cores"),
     }
-    energy = [
-        turn.measured.energy_j / turn.measured.energy_tokens
-        for turn in turns
-        if turn.measured.energy_j is not None and turn.measured.energy_j > 0
-    ]
-    if energy:
+    # A counter that wrapped round gives a negative energy.
+    if energy := [
+        one.energy_j / one.energy_tokens
+        for one in (turn.measured for turn in turns)
+        if one.energy_j and one.energy_j > 0
+    ]:
         measured["energy_j_per_token"] = statistics.of_percentile(energy, 50, "J/token")
     loops = [loop for turn in speed.turns for loop in turn.calibration_s]
     noise = Measurement(value=statistics.noise_percent(loops), unit="%", samples=len(loops))
@@ -282,11 +254,9 @@ def _answers(answers: Sequence[Answer], baseline: Sequence[Answer] | None) -> Me
         for category in dict.fromkeys(answer.category for answer in judged):
             of_category = [answer for answer in judged if answer.category == category]
             measured[f"accuracy.{category}"] = _accuracy(of_category)
-    scores = [answer.score for answer in answers if answer.score is not None]
-    if scores:
+    if scores := [answer.score for answer in answers if answer.score is not None]:
         measured["score"] = statistics.of_mean(scores, "1")
-    formats = [answer.format_valid for answer in answers if answer.format_valid is not None]
-    if formats:
+    if formats := [answer.format_valid for answer in answers if answer.format_valid is not None]:
         measured["format_valid"] = statistics.of_proportion(sum(formats), len(formats))
     return measured | (_against(answers, baseline) if baseline is not None else {})
 
@@ -302,21 +272,16 @@ def _against(answers: Sequence[Answer], baseline: Sequence[Answer]) -> Measureme
     """Item by item: what changed from the baseline's answers."""
     pairs = list(zip(answers, baseline, strict=True))
     tokens = sum(answer.completion_tokens for answer in baseline)
-    measured = {
-        "length_ratio": Measurement.exact(
-            sum(answer.completion_tokens for answer in answers) / max(tokens, 1), "1", len(answers)
-        )
-    }
-    judged = [(bool(a.correct), bool(b.correct)) for a, b in pairs if a.correct is not None and b.correct is not None]
-    if judged:
+    ratio = sum(answer.completion_tokens for answer in answers) / max(tokens, 1)
+    measured = {"length_ratio": Measurement.exact(ratio, "1", len(answers))}
+    if judged := [(bool(a.correct), bool(b.correct)) for a, b in pairs if None not in (a.correct, b.correct)]:
         ours, theirs = zip(*judged, strict=True)
         measured |= {
             "accuracy_drop": statistics.paired_difference(theirs, ours),
             "flips": Measurement.exact(sum(a != b for a, b in judged), "items", len(judged)),
             "mcnemar_p": Measurement.exact(statistics.mcnemar(ours, theirs), "1", len(judged)),
         }
-    scored = [(a.score, b.score) for a, b in pairs if a.score is not None and b.score is not None]
-    if scored:
+    if scored := [(a.score, b.score) for a, b in pairs if a.score is not None and b.score is not None]:
         own, others = zip(*scored, strict=True)
         measured["score_drop"] = statistics.paired_mean_difference(others, own)
     return measured

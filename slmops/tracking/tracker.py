@@ -40,7 +40,8 @@ from slmops.core.values import (
     Variant,
     VariantResult,
 )
-from slmops.evaluation.drift import Recorded, Remeasure, Remeasured, markdown
+from slmops.evaluation import drift
+from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import CHAMPION
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
@@ -183,7 +184,7 @@ class Tracker(Connection):
                 "slmops.recorded_run": result.recorded_run,
                 "slmops.outcome": result.outcome,
                 REASON: result.detail[:4000],
-                NOTE: markdown(result),
+                NOTE: drift.text(result, markdown=True),
                 **({FLOW_RUN: flow_run} if flow_run else {}),
             }
             title = f"remeasurement of version {result.version}"

@@ -159,7 +159,7 @@ def test_the_result_that_has_drifted() -> None:
     assert said.startswith(f"drifted: {result.detail}\n\nmetric")
     assert "decode_tok_s in x 50 [49, 51] 25 [24, 26] 0.500 drifted: 2 times worse" in " ".join(said.split())
     assert said.endswith("\n\nnot compared: everything else\nanswers with another text: 3")
-    table = " ".join(drift.markdown(result).split())
+    table = " ".join(drift.text(result, markdown=True).split())
     assert "| decode_tok_s in x | 50 [49, 51] | 25 [24, 26] | 0.500 | drifted: 2 times worse" in table
     assert "- not compared: everything else" in table
 

@@ -223,12 +223,6 @@ def test_share_of_cases_passed(cases: list[CaseOutcome], share: float, samples: 
     assert made.unit == "1"
 
 
-@pytest.mark.parametrize("cases", [[], [CUT]])
-def test_no_cases_have_no_share(cases: list[CaseOutcome]) -> None:
-    with pytest.raises(ValueError, match="no cases"):
-        edge_cases.measurement(cases)
-
-
 class Children:
     """Stand in for processes that write ``lines`` each and then end as they are told to."""
 

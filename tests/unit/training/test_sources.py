@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from slmops.core.errors import DataError, PrerequisiteError, SlmopsError, TrackingError
+from slmops.core.errors import DataError, PrerequisiteError, TrackingError
 from slmops.core.settings import Settings
 from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
@@ -151,12 +153,8 @@ def test_a_line_that_never_ends_is_not_copied(folder: Path, settings: Settings) 
 
 
 def test_a_full_disk(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> int:
-        with open("/dev/full", "w") as out:  # noqa: PTH123 - a device that is always full
-            out.write("x")
-        return 1
-
-    monkeypatch.setattr(sources, "_copy", full)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(sources, "_copy", mock.Mock(side_effect=full))
     error = refused(folder, settings)
     assert isinstance(error, PrerequisiteError)
     assert str(settings.home) in error.message
@@ -185,16 +183,11 @@ def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings, place: s
     assert fetched.evaluation.name == "evaluation.csv"
 
 
-@pytest.mark.parametrize(
-    ("raised", "expected"), [(TrackingError("MLflow is away"), TrackingError), (KeyError("bucket"), DataError)]
-)
-def test_mlflow_refuses(settings: Settings, raised: Exception, expected: type[SlmopsError]) -> None:
-    def download(_uri: str, _target: Path) -> Path:
-        raise raised
-
-    error = refused("runs:/abc/data", settings, download=download)
-    assert isinstance(error, expected)
-    assert str(raised) in error.message
+def test_mlflow_refuses(settings: Settings) -> None:
+    for raised, expected in (TrackingError("MLflow is away"), TrackingError), (KeyError("bucket"), DataError):
+        error = refused("runs:/abc/data", settings, download=mock.Mock(side_effect=raised))
+        assert isinstance(error, expected)
+        assert str(raised) in error.message
 
 
 def record(number: int, inputs: dict[str, Any], **expectations: Any) -> dict[str, Any]:
@@ -211,9 +204,8 @@ def test_an_mlflow_dataset(folder: Path, settings: Settings) -> None:
         record(5, {"messages": "U"}, expected_response="D"),
         record(6, {}),
     ]
-    fetched = fetch(
-        "mlflow-dataset: my tickets", settings, folder / "evaluation.jsonl", dataset={"my tickets": records}.__getitem__
-    )
+    dataset = {"my tickets": records}.__getitem__
+    fetched = fetch("mlflow-dataset: my tickets", settings, folder / "evaluation.jsonl", dataset=dataset)
     read = examples.read(fetched.files)
     said = sorted("".join(turn["content"] for turn in example.messages) for example in read.examples)
     assert said == ["PA", "SUB"]
@@ -228,12 +220,11 @@ def test_an_mlflow_dataset(folder: Path, settings: Settings) -> None:
 def test_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Settings) -> None:
     records = [record(number, {"prompt": f"P{number}"}, expected_response="A") for number in range(5)]
     copy = [{**one, "dataset_record_id": f"copy-{-number}"} for number, one in enumerate(records)][::-1]
-    held_out = folder / "evaluation.jsonl"
+    given = [records, copy]
     one, other = (
-        data.digest(fetch("mlflow-dataset:x", settings, held_out, dataset=lambda _, given=given: given))
-        for given in (records, copy)
+        fetch("mlflow-dataset:x", settings, folder / "evaluation.jsonl", dataset=lambda _: given.pop()) for _ in "12"
     )
-    assert one == other
+    assert data.digest(one) == data.digest(other)
 
 
 def test_the_digest_is_of_the_items_alone(folder: Path, settings: Settings) -> None:
@@ -256,12 +247,7 @@ def test_ready_data_are_taken_only_if_intact(tmp_path: Path) -> None:
         assert data._load(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
-        ([3, 1, 2], {"min": 1, "p50": 2, "p90": 3, "p99": 3, "max": 3, "total": 6}),
-        (list(range(1, 101)), {"min": 1, "p50": 50, "p90": 90, "p99": 99, "max": 100, "total": 5050}),
-    ],
-)
-def test_percentiles(counts: list[int], expected: dict[str, float]) -> None:
-    assert data._percentiles(counts) == expected
+def test_percentiles() -> None:
+    assert list(data._percentiles([3, 1, 2]).values()) == [1, 2, 3, 3, 3, 6]
+    expected = {"min": 1, "p50": 50, "p90": 90, "p99": 99, "max": 100, "total": 5050}
+    assert data._percentiles(range(100, 0, -1)) == expected

@@ -190,7 +190,7 @@ async def until(true: Callable[[], bool], seconds: float = 3.0) -> None:
 async def promote(world: World, made: Fleet, number: int, promoted: str = "first", seconds: float = 3) -> None:
     """Promote a version, and wait until it is served."""
     world.now = version(number, promoted)
-    await until(lambda: made.state().version == number, seconds)
+    await until(lambda: made.version == number, seconds)
 
 
 async def rounds(world: World, count: int = 4) -> None:

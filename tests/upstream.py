@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ import uvicorn
 from slmops.core.errors import SlmopsError
 from slmops.foundry.versions import Installed
 from slmops.serving import service
-from slmops.serving.fleet import FleetState, Loaded, UnknownModel
+from slmops.serving.fleet import UnknownModel
 from slmops.serving.limits import Limits
 from slmops.serving.proxy import Proxy
 
@@ -146,26 +147,39 @@ class Upstream:
 class OneBackend:
     """What the proxy sees of a process."""
 
+    installed = Installed(name="bot", version=3, variant="int8", foundry_id=FOUNDRY_ID, folder=Path("/"))
+
     def __init__(self, url: str) -> None:
         self.url = url
-        self.installed = Installed(
-            name="bot", version=3, variant="int8", foundry_id=FOUNDRY_ID, folder=Path("/nowhere")
-        )
+
+    def memory_mb(self) -> float:
+        return 250.0
 
 
 class OneFleet:
     """What the proxy sees of a fleet."""
 
     name = "bot"
+    switches, restarts = 2, 1
+    watch = SimpleNamespace(reachable=True)
 
     def __init__(self, url: str) -> None:
         self.backend = OneBackend(url)
+        self.running = [self.backend] * 2
         self.leases = 0
         self.loads_s = 0.0
         self.refuses: SlmopsError | None = None
         self.ready = True
         self.log: list[str] = []
         self.starts: asyncio.Event | None = None
+
+    @property
+    def champion(self) -> OneBackend | None:
+        return self.backend if self.ready else None
+
+    @property
+    def version(self) -> int | None:
+        return 3 if self.ready else None
 
     async def start(self) -> None:
         if self.starts is not None:
@@ -195,20 +209,6 @@ class OneFleet:
 
     def models(self) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 1, "owned_by": "slmops"} for name in ("bot", "bot:3")]
-
-    def state(self) -> FleetState:
-        return FleetState(
-            model="bot",
-            version=3 if self.ready else None,
-            variant="int8" if self.ready else None,
-            foundry_id=FOUNDRY_ID if self.ready else None,
-            ready=self.ready,
-            registry="ok",
-            last_failure=None,
-            switches=2,
-            restarts=1,
-            loaded=(Loaded(id="bot:3", foundry_id=FOUNDRY_ID, memory_mb=250.0, in_flight=self.leases),) * 2,
-        )
 
 
 @dataclass

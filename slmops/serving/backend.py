@@ -211,9 +211,8 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
             line = await child.stdout.readline()
     except TimeoutError as error:
         said = children.last_words(log)
-        raise ServingError(
-            f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}", f"Its log: {log}"
-        ) from error
+        late = f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}"
+        raise ServingError(late, f"Its log: {log}") from error
     try:
         answer = ServiceStart.model_validate_json(line)
     except ValidationError as error:
@@ -229,16 +228,14 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
 
 async def _end(child: asyncio.subprocess.Process) -> None:
     """Ask the child's group to end, then kill it; a cancelled wait kills it at once."""
+    ended = contextlib.suppress(ProcessLookupError, PermissionError)
     try:
-        _signal(child, signal.SIGTERM)
+        with ended:
+            os.killpg(child.pid, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(children.GRACE_S):
                 await child.wait()
     finally:
-        _signal(child, signal.SIGKILL)
+        with ended:
+            os.killpg(child.pid, signal.SIGKILL)
     await child.wait()
-
-
-def _signal(child: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, number)

@@ -12,14 +12,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from typing import Any
-
-from pydantic import Field
 
 from slmops.core.errors import ServingError, UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import Frozen
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.limits import Serve
@@ -39,30 +35,6 @@ class UnknownModel(UsageError):
     """There is no such model here."""
 
 
-class Loaded(Frozen):
-    """A running process."""
-
-    id: str = Field(description="NAME:VERSION.")
-    foundry_id: str
-    memory_mb: float
-    in_flight: int = Field(description="Requests that it is answering.")
-
-
-class FleetState(Frozen):
-    """What is served, and how that goes."""
-
-    model: str
-    version: int | None = Field(description="None until something is served.")
-    variant: str | None
-    foundry_id: str | None
-    ready: bool = Field(description="The champion's process runs.")
-    registry: str = Field(description="'ok' or 'unreachable since ...'.")
-    last_failure: str | None = Field(description="When, and what.")
-    switches: int
-    restarts: int = Field(description="Of the champion's process, after it died.")
-    loaded: tuple[Loaded, ...]
-
-
 class Fleet:
     """The champion of a model under its name, and each version under ``NAME:VERSION``.
 
@@ -72,6 +44,12 @@ class Fleet:
         source: The registry and this device.
         options: Spare versions, pauses, and the time of a request, which a replaced version may still take.
         start_process: Starts one version.
+
+    Attributes:
+        champion: The process that is served, or is restarted; None until something is.
+        last_failure: What went wrong last, in a sentence.
+        switches: Changes to another version.
+        restarts: Of the champion's process, after it died.
     """
 
     def __init__(
@@ -87,14 +65,29 @@ class Fleet:
         self._source = source
         self._options = options
         self._start_process = start_process
-        self._watch = RegistryWatch(source, self._deploy, self._note, options.poll_s)
+        self.champion: Backend | None = None
+        self.last_failure = ""
+        self.switches = self.restarts = 0
+        self.watch = RegistryWatch(source, self._deploy, self._note, options.poll_s)
         self._spares = Spares(options.spare, self._install, self._launch)
-        self._champion: Backend | None = None
         self._draining: list[Backend] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tending: asyncio.Task[None] | None = None
-        self._last_failure: tuple[datetime, str] | None = None
-        self._switches = self._restarts = 0
+
+    @property
+    def version(self) -> int | None:
+        """The version that is served."""
+        return self.champion.installed.version if self.champion else None
+
+    @property
+    def ready(self) -> bool:
+        """The champion's process runs."""
+        return self.champion is not None and self.champion.alive
+
+    @property
+    def running(self) -> list[Backend]:
+        """All processes; while one is replaced, two may have the same version."""
+        return [one for one in (self.champion, *self._spares.loaded, *self._draining) if one is not None and one.alive]
 
     # --- its life
 
@@ -107,7 +100,7 @@ class Fleet:
         """
         wanted: ModelVersion | None = None
         try:
-            wanted = await self._watch.ask()
+            wanted = await self.watch.ask()
             if wanted is None:
                 raise UsageError(f"Nothing of {self.name} is promoted.", f"Run `slmops promote {self.name}` first.")
             await self._deploy(wanted)
@@ -126,14 +119,14 @@ class Fleet:
         self._take_over(await self._launch(last))
         # Only now: if nothing can be served on this device, that is not the champion's fault.
         if wanted is not None and wanted.version != last.version:
-            await self._watch.failed(wanted, failure)
+            await self.watch.failed(wanted, failure)
 
     async def run(self) -> None:
         """Watch the registry, until cancelled or stopped."""
         self._tasks |= {task for task in [asyncio.current_task()] if task is not None}
         while True:
             try:
-                await self._watch.look(self._champion.installed.version if self._champion else None)
+                await self.watch.look(self.version)
             except Exception as error:
                 log.exception("a look at the registry failed")
                 self._note(f"A look at the registry failed: {said(error)}")
@@ -145,8 +138,8 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._spares.stop()
-        await asyncio.gather(*(one.stop() for one in (self._champion, *self._draining) if one is not None))
-        self._champion = None
+        await asyncio.gather(*(one.stop() for one in (self.champion, *self._draining) if one is not None))
+        self.champion = None
 
     # --- what the proxy asks for
 
@@ -170,7 +163,7 @@ class Fleet:
 
     def models(self) -> list[dict[str, Any]]:
         """What can be asked for, as OpenAI's list of models."""
-        champion = self._champion
+        champion = self.champion
         if champion is None:
             return []
         created = {one.version: int(one.created.timestamp()) for one in self._offered()}
@@ -179,35 +172,8 @@ class Fleet:
         rows += [(f"{self.name}:{number}", created[number]) for number in sorted(created, reverse=True)]
         return [{"id": name, "object": "model", "created": when, "owned_by": "slmops"} for name, when in rows]
 
-    def state(self) -> FleetState:
-        """What is served, and how that goes."""
-        champion = self._champion
-        served = champion.installed if champion else None
-        since = self._watch.unreachable_since
-        running = [one for one in (champion, *self._spares.loaded, *self._draining) if one is not None and one.alive]
-        return FleetState(
-            model=self.name,
-            version=served.version if served else None,
-            variant=served.variant if served else None,
-            foundry_id=served.foundry_id if served else None,
-            ready=champion is not None and champion.alive,
-            registry=f"unreachable since {since.isoformat(timespec='seconds')}" if since else "ok",
-            last_failure="{:%Y-%m-%d %H:%M:%S} UTC: {}".format(*self._last_failure) if self._last_failure else None,
-            switches=self._switches,
-            restarts=self._restarts,
-            loaded=tuple(
-                Loaded(
-                    id=f"{self.name}:{one.installed.version}",
-                    foundry_id=one.installed.foundry_id,
-                    memory_mb=one.memory_mb(),
-                    in_flight=one.in_flight,
-                )
-                for one in running
-            ),
-        )
-
     async def _acquire(self, model: str) -> Backend:
-        champion = self._champion
+        champion = self.champion
         if champion is None:
             raise Unavailable(f"{self.name} is being loaded.", retry_after_s=RESTART_S)
         served = champion.installed
@@ -220,13 +186,12 @@ class Fleet:
             number = version.version
             if model in (f"{self.name}:{number}", version.foundry_id):
                 return await self._spares.acquire(version)
-        self._watch.renew()
+        self.watch.renew()
         names = ", ".join(row["id"] for row in self.models()[:20])
         raise UnknownModel(f"There is no model {model[:100]!r} here.", f"Ask for one of {names}.")
 
     def _offered(self) -> list[ModelVersion]:
-        served = self._champion.installed.version if self._champion else None
-        return [one for one in self._watch.versions if self._options.spare > 0 or one.version == served]
+        return [one for one in self.watch.versions if self._options.spare > 0 or one.version == self.version]
 
     # --- processes come and go
 
@@ -247,12 +212,12 @@ class Fleet:
         return await _tested(await self._start_process(installed, self._settings))
 
     def _take_over(self, backend: Backend) -> None:
-        old, self._champion = self._champion, backend
+        old, self.champion = self.champion, backend
         if self._tending is not None:
             self._tending.cancel()
         self._tending = self._spawn(self._tend(backend))
         if old is not None:
-            self._switches += 1
+            self.switches += 1
             self._draining.append(old)
             self._spawn(self._drain(old))
         log.info("%s is served at %s", backend.installed.foundry_id, backend.url)
@@ -286,12 +251,12 @@ class Fleet:
                 except Exception as error:
                     self._note(f"{backend.installed.foundry_id} cannot be restarted: {said(error)}")
                     await self._repair(backend.installed)
-            self._champion = backend
-            self._restarts += 1
+            self.champion = backend
+            self.restarts += 1
 
     async def _repair(self, installed: Installed) -> None:
         """Bring back files of the version that are gone or damaged."""
-        for version in self._watch.versions:
+        for version in self.watch.versions:
             if version.version == installed.version:
                 try:
                     await self._install(version)
@@ -305,9 +270,9 @@ class Fleet:
         return task
 
     def _note(self, failure: str) -> None:
-        if self._last_failure is None or self._last_failure[1] != failure:  # otherwise every look would log it again
+        if self.last_failure != failure:  # otherwise every look would log it again
             log.warning("%s", failure)
-        self._last_failure = (datetime.now(UTC), failure)
+        self.last_failure = failure
 
 
 async def _tested(backend: Backend) -> Backend:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from typing import Literal
 
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
@@ -56,22 +55,19 @@ class Proxy:
         self._token = None if token is None else token.encode()
         self._local = local
         self._relay = Relay(fleet, limits)
+        self.close = self._relay.close
         self._inner = Starlette(
             routes=[
-                Route(CHAT, self._chat, methods=["POST"]),
-                Route(RESPONSES, self._responses, methods=["POST"]),
+                Route(CHAT, self._answer, methods=["POST"]),
+                Route(RESPONSES, self._answer, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model}", self._model),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
             ],
-            exception_handlers={Refused: _refused, HTTPException: _http_error, Exception: _unforeseen},
+            exception_handlers=dict.fromkeys((Refused, HTTPException, Exception), _failed),
         )
         self._inner.router.redirect_slashes = False
-
-    async def close(self) -> None:
-        """Break off what is still under way."""
-        await self._relay.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and count it."""
@@ -87,20 +83,15 @@ class Proxy:
         # If the server has just found that the body is not HTTP, it ends the connection now, before there is an answer.
         await asyncio.sleep(0)
         try:
-            if refused := self._refuses(scope):
-                await _response(refused)(scope, receive, noting)
-            else:
-                await self._inner(scope, receive, noting)
+            app = _response(refused) if (refused := self._refuses(scope)) else self._inner
+            await app(scope, receive, noting)
         except Gone:
             status = CLIENT_LEFT
         finally:
-            path = scope["path"]
-            self._relay.metrics.request(
-                path if path in _ENDPOINTS else "other",
-                scope.get("slmops.status", status),
-                scope.get("slmops.version", ""),
-                time.perf_counter() - started,
-            )
+            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+            outcome = str(scope.get("slmops.status", status)), scope.get("slmops.version", "")
+            self._relay.metrics.requests.labels(endpoint, *outcome).inc()
+            self._relay.metrics.seconds.labels(endpoint).observe(time.perf_counter() - started)
 
     def _refuses(self, scope: Scope) -> Refused | None:
         headers = dict(scope["headers"])
@@ -118,13 +109,7 @@ class Proxy:
 
     # --- the endpoints
 
-    async def _chat(self, request: Request) -> RelayedResponse:
-        return await self._answer(request, "chat", CHAT)
-
-    async def _responses(self, request: Request) -> RelayedResponse:
-        return await self._answer(request, "responses", RESPONSES)
-
-    async def _answer(self, request: Request, endpoint: Literal["chat", "responses"], path: str) -> RelayedResponse:
+    async def _answer(self, request: Request) -> RelayedResponse:
         started = time.perf_counter()
         # A web page may send other content types to any address without asking.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -136,7 +121,8 @@ class Proxy:
         except BodyRefused as error:
             close = {"connection": "close"}
             raise Refused(error.status, error.message, _BODY_CODES[error.status], headers=close) from None
-        return RelayedResponse(self._relay, read(body, endpoint, self._limits), path, started)
+        path = request.scope["path"]
+        return RelayedResponse(self._relay, read(body, self._limits, chat=path == CHAT), path, started)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": self._fleet.models()})
@@ -148,9 +134,9 @@ class Proxy:
         raise Refused(404, "There is no such model here; see /v1/models.", "model_not_found", "model")
 
     async def _health(self, _: Request) -> Response:
-        state = self._fleet.state()
-        health = {"status": "ok" if state.ready else "unavailable", "model": state.model, "version": state.version}
-        return JSONResponse(health, 200 if state.ready else 503)
+        fleet = self._fleet
+        health = {"status": "ok" if fleet.ready else "unavailable", "model": fleet.name, "version": fleet.version}
+        return JSONResponse(health, 200 if fleet.ready else 503)
 
     async def _metrics(self, _: Request) -> Response:
         return Response(self._relay.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -160,20 +146,12 @@ def _response(refused: Refused) -> Response:
     return Response(refused.body(), refused.status, refused.headers, "application/json")
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)  # noqa: S101 - for the type checker: registered for this class
-    return _response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """What the router raises: 404 and 405."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - as above
+async def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, Refused):
+        return _response(error)
+    if not isinstance(error, HTTPException):  # the traceback is logged by the server
+        return _response(Refused(500, "The service failed; its log says why.", "internal_error"))
     message, code = "There is nothing here.", "not_found"
     if error.status_code == 405:
         message, code = f"{request.method} is not possible here.", "method_not_allowed"
     return _response(Refused(error.status_code, message, code, headers=dict(error.headers or {})))
-
-
-async def _unforeseen(_: Request, __: Exception) -> Response:
-    """What no check foresaw; the traceback is logged by the server."""
-    return _response(Refused(500, "The service failed; its log says why.", "internal_error"))

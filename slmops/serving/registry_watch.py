@@ -20,8 +20,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
@@ -47,11 +46,6 @@ class VersionSource:
 
     All methods block, and are called in threads. Those that ask the registry raise TrackingError when it cannot be
     reached. MLflow takes seconds to import, so that is done in the threads too.
-
-    Attributes:
-        name: The model's name in the registry.
-        settings: Where things are on this device.
-        uri: MLflow tracking server.
     """
 
     name: str
@@ -71,12 +65,7 @@ class VersionSource:
         return self._registry.withdraw(version, reason)
 
     def install(self, version: ModelVersion) -> Installed:
-        """Put a version on this device, verified; twice is harmless.
-
-        Raises:
-            RegistrationError: The runtime on this device refuses it.
-            SlmopsError: It did not get here, which says nothing about the version.
-        """
+        """Put a version on this device, verified; RegistrationError is its own fault, other errors are not."""
         return pull.install(version, self.settings, self.uri)
 
     def make_current(self, version: Installed) -> None:
@@ -104,7 +93,7 @@ class RegistryWatch:
         note: Called with each failure, in a sentence.
         poll_s: Seconds between looks.
         versions: All versions that the registry had when it was last asked for them, the newest first.
-        unreachable_since: Since when the registry has not answered; None if it did.
+        reachable: The registry answered when it was last asked.
     """
 
     source: VersionSource
@@ -112,7 +101,7 @@ class RegistryWatch:
     note: Callable[[str], None]
     poll_s: float
     versions: list[ModelVersion] = field(default_factory=list)
-    unreachable_since: datetime | None = None
+    reachable: bool = True
     _renew_at: float = 0.0
     _refused: tuple[int, str] | None = None
     _to_withdraw: tuple[ModelVersion, str] | None = None
@@ -125,11 +114,7 @@ class RegistryWatch:
         self._renew_at = 0.0
 
     async def ask(self) -> ModelVersion | None:
-        """The registry's champion.
-
-        Raises:
-            TrackingError: The registry cannot be reached.
-        """
+        """The registry's champion; raises TrackingError if the registry cannot be reached."""
         try:
             champion = await in_thread(self.source.champion)
             known = {version.version for version in self.versions}
@@ -139,9 +124,9 @@ class RegistryWatch:
         except TrackingError as error:
             self._lost(error)
             raise
-        if self.unreachable_since is not None:
+        if not self.reachable:
             log.warning("the registry answers again")
-            self.unreachable_since = None
+            self.reachable = True
         return champion
 
     async def look(self, served: int | None) -> None:
@@ -158,8 +143,7 @@ class RegistryWatch:
             self._refused = self._undelivered = None
             return
         promotion = _promotion(wanted)
-        waits = promotion == self._undelivered and time.monotonic() < self._retry_at
-        if promotion == self._refused or waits:
+        if promotion == self._refused or (promotion == self._undelivered and time.monotonic() < self._retry_at):
             return
         log.info("%s is promoted", wanted.label)
         try:
@@ -186,7 +170,6 @@ class RegistryWatch:
             self.note(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
 
     async def _withdraw(self) -> None:
-        """Withdraw the version that failed, if that has not been done yet."""
         if self._to_withdraw is None:
             return
         version, reason = self._to_withdraw
@@ -198,14 +181,13 @@ class RegistryWatch:
         except Exception as error:
             self.note(f"The promotion of {version.label} could not be withdrawn: {said(error)}")
         else:
-            log.warning(
-                "%s is withdrawn; the champion is %s", version.label, champion.label if champion else "as before"
-            )
+            now = champion.label if champion else "as before"
+            log.warning("%s is withdrawn; the champion is %s", version.label, now)
         self._to_withdraw = None
 
     def _lost(self, error: TrackingError) -> None:
-        if self.unreachable_since is None:
-            self.unreachable_since = datetime.now(UTC)
+        if self.reachable:
+            self.reachable = False
             log.warning("the registry cannot be reached, what is served stays: %s", error.message)
 
 
@@ -236,16 +218,13 @@ async def in_thread(
     future: asyncio.Future[Returned] = loop.create_future()
 
     def work() -> None:
+        settle: Callable[[], None]
         try:
-            result = function(*args, **kwargs)
+            settle = partial(future.set_result, function(*args, **kwargs))
         except Exception as error:
-            tell(future.set_exception, error)
-        else:
-            tell(future.set_result, result)
-
-    def tell(settle: Callable[..., None], value: object) -> None:
+            settle = partial(future.set_exception, error)
         with suppress(RuntimeError):  # the loop is closed, so the result is not needed any more
-            loop.call_soon_threadsafe(lambda: None if future.done() else settle(value))
+            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
 
     threading.Thread(target=work, daemon=True).start()
     return await future

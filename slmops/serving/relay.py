@@ -45,23 +45,22 @@ class Relay:
     """What all requests share.
 
     Attributes:
-        admission: The queue.
-        metrics: What is counted.
+        abandonable: Answers that go on when their client has left.
     """
 
     def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self.fleet = fleet
         self.limits = limits
         self.admission = Admission(limits)
-        self.metrics = Metrics(fleet.state, self.admission)
+        self.metrics = Metrics(fleet, self.admission)
         self._session: aiohttp.ClientSession | None = None
-        self._abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
+        self.abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
 
     async def close(self) -> None:
         """Break off what is still under way."""
-        for task in self._abandonable:
+        for task in self.abandonable:
             task.cancel()
-        await asyncio.gather(*self._abandonable, return_exceptions=True)
+        await asyncio.gather(*self.abandonable, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
@@ -77,20 +76,12 @@ class Relay:
             )
         return self._session.post(backend.url + path, data=payload, headers={"content-type": "application/json"})
 
-    def keep(self, task: asyncio.Task[tuple[str, bytes]]) -> None:
-        """Let a task go on when its client has left."""
-        self._abandonable.add(task)
-        task.add_done_callback(self._abandonable.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-
 
 @dataclass
 class RelayedResponse:
     """The answer to one request, as an ASGI response like Starlette's.
 
     Attributes:
-        relay: What all requests share.
-        asked: The request.
         path: Path of the endpoint, here and at the runtime.
         started: When it came in, in seconds of ``time.perf_counter()``.
     """
@@ -103,7 +94,7 @@ class RelayedResponse:
     _status: int = field(default=200, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Answer, and note the version and the outcome in the scope."""
         try:
             if self.asked.stream:
                 await _unless_gone(receive, self._streamed(send))
@@ -153,7 +144,9 @@ class RelayedResponse:
             backend = await self._enter(stack)
             # The runtime does not stop when its client leaves, so its slot is taken until it has answered.
             task = asyncio.create_task(self._computed(backend, stack.pop_all()))
-        self.relay.keep(task)
+        self.relay.abandonable.add(task)
+        task.add_done_callback(self.relay.abandonable.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             async with asyncio.timeout(self.relay.limits.request_timeout_s):
                 return await asyncio.shield(task)
@@ -235,7 +228,7 @@ class RelayedResponse:
         async for piece in pieces:
             if not first and runtime_answers.DELTA in piece:
                 first = True
-                self.relay.metrics.first_token(time.perf_counter() - self.started)
+                self.relay.metrics.first_token.observe(time.perf_counter() - self.started)
             if runtime_answers.USAGE in piece:
                 usage = piece
                 if self.asked.drop_usage:
@@ -247,10 +240,9 @@ class RelayedResponse:
 
     def _count(self, answer: dict[str, Any]) -> None:
         usage = answer.get("usage") or answer.get("response", {}).get("usage") or {}
-        self.relay.metrics.tokens(
-            usage.get("prompt_tokens", usage.get("input_tokens", 0)),
-            usage.get("completion_tokens", usage.get("output_tokens", 0)),
-        )
+        metrics = self.relay.metrics
+        metrics.prompt_tokens.inc(usage.get("prompt_tokens", usage.get("input_tokens", 0)))
+        metrics.completion_tokens.inc(usage.get("completion_tokens", usage.get("output_tokens", 0)))
 
 
 def _later(message: str, code: str, retry_after_s: float) -> Refused:
@@ -265,13 +257,14 @@ async def _chained(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[b
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done:
-    """Do the work, and stop when the client leaves.
+    """Do the work, and stop with Gone when the client leaves."""
 
-    Raises:
-        Gone: It left.
-    """
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_left(receive))
+    gone = asyncio.create_task(left())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -281,8 +274,3 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Don
         task.cancel()
         gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

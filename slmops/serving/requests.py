@@ -64,12 +64,11 @@ class _Message(BaseModel):
     content: str | list[_Part] | None = None
 
 
-class _Item(BaseModel):
+class _Item(_Message):
     """What the several kinds of items of /v1/responses share."""
 
     type: str = "message"
     role: str = ""
-    content: str | list[_Part] | None = None
 
 
 class _StreamOptions(BaseModel):
@@ -152,8 +151,6 @@ class Asked:
     """A request that may go to the runtime.
 
     Attributes:
-        model: The name that the client used.
-        stream: The answer is wanted piece by piece.
         drop_usage: The runtime will add a piece with the token counts that the client did not ask for.
         ours: The token limit is ours, not the client's.
     """
@@ -166,39 +163,33 @@ class Asked:
     _limits: tuple[str, ...]
 
     def payload(self, foundry_id: str, tokens: int | None = None) -> bytes:
-        """The request for the runtime.
-
-        Args:
-            foundry_id: The model as the runtime knows it.
-            tokens: Token limit instead of the one in the request.
-        """
+        """The request for the runtime, with another token limit if one is given."""
         limits = {} if tokens is None else dict.fromkeys(self._limits, tokens)
         return json.dumps({**self._body, "model": foundry_id, **limits}, ensure_ascii=False).encode()
 
 
-def read(raw: bytes, endpoint: Literal["chat", "responses"], limits: Limits) -> Asked:
-    """Understand a request.
+def read(raw: bytes, limits: Limits, *, chat: bool) -> Asked:
+    """Understand a request, for chat completions or else for responses.
 
     Raises:
         Refused: It is not a request, or one that this service does not let through.
     """
     body = _parse(raw)
-    model = _Chat if endpoint == "chat" else _Responses
     try:
-        understood = model.model_validate(body)
+        understood = (_Chat if chat else _Responses).model_validate(body)
     except ValidationError as error:
         raise _wrong_field(error) from None
     for name in ("tools", "response_format", "text"):
         if body.get(name):
             _check_schema(body[name], name)
-    names = ("max_tokens", "max_completion_tokens") if endpoint == "chat" else ("max_output_tokens",)
+    names = ("max_tokens", "max_completion_tokens") if chat else ("max_output_tokens",)
     wanted = {name: body[name] for name in names if body.get(name) is not None}
     given = wanted or {names[0]: limits.max_output_tokens}
     ours = not wanted or max(wanted.values()) > limits.max_output_tokens
     body = {key: value for key, value in body.items() if key not in names}
     body |= {name: min(value, limits.max_output_tokens) for name, value in given.items()}
     drop_usage = False
-    if endpoint == "chat":
+    if chat:
         # The runtime takes all of json_schema for the schema, and OpenAI's clients put the schema inside.
         wrapped = (body.get("response_format") or {}).get("json_schema")
         if isinstance(wrapped, dict) and "schema" in wrapped:

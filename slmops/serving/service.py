@@ -53,7 +53,10 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
         SlmopsError: Nothing can be served.
     """
     token = settings.serve_token.get_secret_value() if settings.serve_token else None
-    local = _is_loopback(options.host)
+    try:
+        local = ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        local = options.host.lower() == "localhost"
     if not local and token is None:
         raise UsageError(
             f"{options.host} is not loopback, and without a token anybody who reaches it could use the service.",
@@ -82,10 +85,19 @@ async def serve(
     proxy = Proxy(fleet, options, token, local=local)
     server = uvicorn.Server(config(proxy, options))
     url = _url(options.host, listening.getsockname()[1])
+
+    async def live() -> None:
+        await fleet.start()
+        assert fleet.champion is not None  # noqa: S101 - for the type checker: else it would have raised
+        with _written_down(home, url, fleet.name):
+            variant = fleet.champion.installed.variant
+            log.info("serving %s version %s (%s) at %s", fleet.name, fleet.version, variant, url)
+            await fleet.run()
+
     try:
         with _signals(server):
             answering = asyncio.create_task(server.serve(sockets=[listening]))
-            living = asyncio.create_task(_live(fleet, home, url))
+            living = asyncio.create_task(live())
             try:
                 await asyncio.wait((living, answering), return_when=asyncio.FIRST_COMPLETED)
                 if living.done():
@@ -123,15 +135,6 @@ def config(proxy: Proxy, limits: Limits) -> uvicorn.Config:
     )
 
 
-async def _live(fleet: Fleet, home: Path, url: str) -> None:
-    """Load the champion, then follow the registry until cancelled."""
-    await fleet.start()
-    with _written_down(home, url, fleet.name):
-        state = fleet.state()
-        log.info("serving %s version %s (%s) at %s", fleet.name, state.version, state.variant, url)
-        await fleet.run()
-
-
 @contextmanager
 def _signals(server: uvicorn.Server) -> Iterator[None]:
     """Let the server have the signals: the first lets running requests finish, a second Ctrl-C does not.
@@ -145,13 +148,6 @@ def _signals(server: uvicorn.Server) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _url(host: str, port: int) -> str:

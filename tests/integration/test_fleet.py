@@ -158,7 +158,7 @@ async def test_no_request_fails_while_the_champion_switches(device: Device) -> N
         expected = {number: await one_answer(fleet, client, f"bot:{number}") for number in (1, 2)}
         assert expected[1] != expected[2]
         assert all(expected.values())
-        assert [one.id for one in fleet.state().loaded] == ["bot:1", "bot:2"]
+        assert [one.installed.version for one in fleet.running] == [1, 2]
         answers: list[tuple[int, str]] = []
         done = asyncio.Event()
 
@@ -177,11 +177,10 @@ async def test_no_request_fails_while_the_champion_switches(device: Device) -> N
         await asyncio.gather(*loads)  # raises what any of them raised
         assert {number for number, _ in answers} == {1, 2}
         assert [(number, text) for number, text in answers if text != expected[number]] == []
-        state = fleet.state()
-        assert (state.switches, state.restarts, state.last_failure) == (4, 0, None)
-        await until(lambda: len(fleet.state().loaded) == 1, WAIT_S)
+        assert (fleet.switches, fleet.restarts, fleet.last_failure) == (4, 0, "")
+        await until(lambda: len(fleet.running) == 1, WAIT_S)
         assert len(fleets.workers()) == 1
-        assert 10 < fleet.state().loaded[0].memory_mb < 1000
+        assert 10 < fleet.running[0].memory_mb() < 1000
 
 
 async def test_a_killed_process_comes_back(device: Device) -> None:
@@ -191,9 +190,9 @@ async def test_a_killed_process_comes_back(device: Device) -> None:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises((httpx.HTTPError, ServingError)):
             await one_answer(fleet, client)
-        await until(lambda: fleet.state().restarts == 1, WAIT_S)
+        await until(lambda: fleet.restarts == 1, WAIT_S)
         assert await one_answer(fleet, client) == before
-        assert "was killed by SIGKILL" in (fleet.state().last_failure or "")
+        assert "was killed by SIGKILL" in fleet.last_failure
 
 
 @pytest.mark.parametrize(
@@ -217,11 +216,11 @@ async def test_a_broken_version_leaves_the_old_one(
             device.now = fleets.version(3)
             await until(lambda: bool(device.withdrawn), WAIT_S)
             assert await one_answer(fleet, client) == before
-            assert fleet.state().version == 1
+            assert fleet.version == 1
             [(number, reason)] = device.withdrawn
             assert number == 3
             assert said in reason
-            assert said in (fleet.state().last_failure or "")
+            assert said in fleet.last_failure
             assert len(fleets.workers()) == 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)

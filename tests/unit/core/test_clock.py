@@ -21,8 +21,6 @@ STAMPS = {
     "slmops/tracking/registry.py",
     "slmops/tracking/training.py",
     "slmops/serving/backend.py",
-    "slmops/serving/fleet.py",
-    "slmops/serving/registry_watch.py",
     "slmops/training/finetune.py",
     "tasks/news.py",
 }

@@ -45,12 +45,9 @@ pytestmark = pytest.mark.anyio
 async def test_the_champion_is_served_and_written_down(world: World, made: Fleet) -> None:
     assert [await asked(made, name) for name in ("bot", "bot:1", "bot-int8-generic-cpu:1")] == [1, 1, 1]
     assert world.last == installed(1)
-    state = made.state()
-    assert (state.model, state.version, state.variant) == ("bot", 1, "int8")
-    assert (state.foundry_id, state.ready, state.registry) == ("bot-int8-generic-cpu:1", True, "ok")
-    assert (state.last_failure, state.switches, state.restarts) == (None, 0, 0)
-    [loaded] = state.loaded
-    assert (loaded.id, loaded.memory_mb, loaded.in_flight) == ("bot:1", 100.0, 0)
+    assert (made.version, made.ready, made.watch.reachable) == (1, True, True)
+    assert (made.last_failure, made.switches, made.restarts) == ("", 0, 0)
+    assert made.running == [made.champion]
     rows = made.models()
     assert [row["id"] for row in rows] == ["bot", *(f"bot:{number}" for number in (5, 4, 3, 2, 1))]
     assert {row["created"] for row in rows} == {int(CREATED.timestamp())}
@@ -67,13 +64,12 @@ async def test_a_switch_waits_for_what_the_old_one_answers(world: World, made: F
         await asyncio.sleep(0.2)
         assert held is old
         assert old.alive
-        state = made.state()
-        assert [(one.id, one.in_flight) for one in state.loaded] == [("bot:2", 0), ("bot:1", 1)]
-        assert state.switches == 1
+        assert [(one.installed.version, one.in_flight) for one in made.running] == [(2, 0), (1, 1)]
+        assert made.switches == 1
     await until(lambda: old.stopped)
     assert world.last == installed(2)
-    assert [one.id for one in made.state().loaded] == ["bot:2"]
-    assert made.state().last_failure is None
+    assert [one.installed.version for one in made.running] == [2]
+    assert not made.last_failure
 
 
 async def test_the_old_one_answers_until_the_new_one_is_ready(world: World) -> None:
@@ -83,22 +79,22 @@ async def test_the_old_one_answers_until_the_new_one_is_ready(world: World) -> N
         await until(lambda: world.installs == [1, 2])
         assert await asked(made) == 1
         world.held[2].set()
-        await until(lambda: made.state().version == 2)
+        await until(lambda: made.version == 2)
 
 
 async def test_a_drain_does_not_wait_for_ever(world: World) -> None:
     async with serving(world, request_timeout_s=0.1) as made, made.lease("bot"):
         world.now = version(2)
         await until(lambda: world.backends[0].stopped)
-        assert made.state().version == 2
-        assert "1 requests" in (made.state().last_failure or "")
+        assert made.version == 2
+        assert "1 requests" in made.last_failure
 
 
 async def test_switches_in_a_row(world: World) -> None:
     async with serving(world) as made, made.lease("bot"):
         for number in (2, 3, 1):
             await promote(world, made, number)
-        assert made.state().switches == 3
+        assert made.switches == 3
         # The first one drains still, and a second process of the same version has taken over.
         assert world.running == [1, 1]
         assert await asked(made) == 1
@@ -107,7 +103,7 @@ async def test_switches_in_a_row(world: World) -> None:
 async def test_a_champion_that_cannot_be_written_down_is_served(world: World, made: Fleet) -> None:
     world.unwritable = PrerequisiteError("The disk is full.")
     await promote(world, made, 2)
-    await until(lambda: "could not be written down: The disk is full." in (made.state().last_failure or ""))
+    await until(lambda: "could not be written down: The disk is full." in made.last_failure)
     assert await asked(made) == 2
 
 
@@ -137,7 +133,7 @@ async def test_nothing_to_serve(
     made = fleet(world)
     with pytest.raises(raised, match=said):
         await made.start()
-    assert not made.state().ready
+    assert not made.ready
     with pytest.raises(Unavailable):
         await asked(made)
     assert made.models() == []
@@ -159,7 +155,7 @@ async def test_the_last_version_is_served_where_the_champion_cannot(
     async with serving(world, poll_s=0.05) as made:
         assert await asked(made) == 1
         assert len(world.withdrawn) == withdrawn
-        assert "bot version 2 (int8)" in (made.state().last_failure or "")
+        assert "bot version 2 (int8)" in made.last_failure
         await rounds(world, 2)
         assert len(world.withdrawn) == withdrawn
         getattr(world, fault).clear()
@@ -173,7 +169,7 @@ async def test_a_champion_that_is_here_is_served_though_its_files_cannot_be_chec
     async with serving(world) as made:
         assert await asked(made) == 2
         await rounds(world)
-        assert made.state().switches == 0
+        assert made.switches == 0
     assert world.withdrawn == []
 
 
@@ -184,20 +180,20 @@ async def test_a_process_that_dies_is_restarted(world: World, made: Fleet) -> No
     world.held[1] = asyncio.Event()
     async with made.lease("bot"):
         world.backends[0].die()
-        assert not made.state().ready
+        assert not made.ready
         with pytest.raises(Unavailable, match="bot") as caught:
             await asked(made)
         assert caught.value.retry_after_s == module.RESTART_S
         world.held[1].set()
-        await until(lambda: made.state().ready)
+        await until(lambda: made.ready)
     assert await asked(made) == 1
     assert world.backends[0].stopped  # its scratch folder is gone
-    assert (made.state().restarts, made.state().switches) == (1, 0)
-    assert "bot-int8-generic-cpu:1 died and is restarted" in (made.state().last_failure or "")
+    assert (made.restarts, made.switches) == (1, 0)
+    assert "bot-int8-generic-cpu:1 died and is restarted" in made.last_failure
     world.backends[1].die()
     await asyncio.sleep(0.1)
-    assert not made.state().ready  # the second time so soon, it takes a while
-    await until(lambda: made.state().restarts == 2)
+    assert not made.ready  # the second time so soon, it takes a while
+    await until(lambda: made.restarts == 2)
     assert world.installs == [1]
 
 
@@ -209,19 +205,19 @@ async def test_a_process_that_cannot_be_restarted_has_its_files_checked(
     world.undeliverable[1] = DOWN
     world.backends[0].die()
     await until(lambda: len(world.installs) >= 3)
-    assert "cannot be restarted" in (made.state().last_failure or "")
+    assert "cannot be restarted" in made.last_failure
     world.unstartable.clear()
-    await until(lambda: made.state().ready)
-    assert made.state().restarts == 1
+    await until(lambda: made.ready)
+    assert made.restarts == 1
     assert world.withdrawn == []
 
 
 async def test_another_champion_replaces_one_that_cannot_be_restarted(world: World, made: Fleet) -> None:
     world.unstartable[1] = BAD
     world.backends[0].die()
-    await until(lambda: "cannot be restarted" in (made.state().last_failure or ""))
+    await until(lambda: "cannot be restarted" in made.last_failure)
     world.now = version(2)
-    await until(lambda: made.state().ready)
+    await until(lambda: made.ready)
     assert await asked(made) == 2
     await asyncio.sleep(0.1)
     assert world.running == [2]
@@ -235,7 +231,7 @@ async def test_a_restart_that_is_overtaken_leaves_no_process(world: World, made:
     await asyncio.sleep(0.1)
     assert world.running == [2]
     world.backends[-1].die()  # and the new one is looked after
-    await until(lambda: made.state().restarts == 1)
+    await until(lambda: made.restarts == 1)
 
 
 # --- ends of all kinds

@@ -39,11 +39,9 @@ async def test_a_version_at_fault_is_withdrawn_once(world: World, made: Fleet, w
     assert world.installs == [1, 2]
     assert await asked(made) == 1
     assert world.running == [1]
-    state = made.state()
-    assert (state.version, state.switches, state.ready) == (1, 0, True)
-    assert f"bot version 2 (int8) cannot be served, and its promotion is withdrawn: {error.message}" in (
-        state.last_failure or ""
-    )
+    assert (made.version, made.switches, made.ready) == (1, 0, True)
+    failure = f"bot version 2 (int8) cannot be served, and its promotion is withdrawn: {error.message}"
+    assert made.last_failure == failure
     assert world.last == installed(1)
     # Promoted again, it is tried again, even without a date of its promotion; once it works, it is served.
     world.now = version(2)
@@ -63,7 +61,7 @@ async def test_a_version_that_stays_champion_is_not_tried_again(world: World) ->
         world.now = version(2, "second")
         await until(lambda: len(world.withdrawn) == 2)
         assert world.installs == [1, 2, 2]
-        assert made.state().version == 1
+        assert made.version == 1
 
 
 @pytest.mark.parametrize(
@@ -74,9 +72,9 @@ async def test_a_withdrawal_that_does_not_get_through(world: World, made: Fleet,
     world.unwithdrawable = error
     world.now = version(2)
     await until(lambda: world.installs == [1, 2])
-    await until(lambda: made.state().last_failure is not None)
+    await until(lambda: made.last_failure != "")
     await asyncio.sleep(0.1)
-    assert made.state().registry.startswith("unreachable since" if times else "ok")
+    assert made.watch.reachable == (times == 0)
     world.unwithdrawable = None
     await rounds(world)
     assert len(world.withdrawn) == times
@@ -90,12 +88,12 @@ async def test_what_does_not_get_here_is_tried_again(world: World, made: Fleet, 
     getattr(world, where)[2] = error
     world.now = version(2)
     await until(lambda: world.installs == [1, 2, 2, 2])
-    failure = made.state().last_failure or ""
+    failure = made.last_failure
     assert "bot version 2 (int8) is not here yet, next attempt in 0 s: " in failure
     assert str(error.args[0]) in failure
     assert await asked(made) == 1
     getattr(world, where).clear()
-    await until(lambda: made.state().version == 2)
+    await until(lambda: made.version == 2)
     assert world.withdrawn == []
 
 
@@ -105,7 +103,7 @@ async def test_pauses_grow_and_another_champion_does_not_wait(world: World, made
     await asyncio.sleep(0.5)
     # 0, 20, 60, 140, 300 ms: with pauses of the first length there would be 20 of them.
     assert 2 <= world.installs.count(2) <= 6
-    made._watch._retry_at += 60
+    made.watch._retry_at += 60
     await promote(world, made, 3)
 
 
@@ -125,15 +123,14 @@ async def test_a_registry_that_goes_away_and_comes_back(
     world: World, made: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.down = DOWN
-    await until(lambda: made.state().registry.startswith("unreachable since 20"))
-    since = made.state().registry
+    await until(lambda: not made.watch.reachable)
     await rounds(world)
-    assert (made.state().registry, made.state().ready) == (since, True)
+    assert made.ready
     assert await asked(made) == 1
-    assert made.state().last_failure is None
+    assert not made.last_failure
     world.down = None
     await promote(world, made, 2)
-    assert made.state().registry == "ok"
+    assert made.watch.reachable
     lost = [one for one in caplog.messages if one.startswith("the registry")]
     assert lost == [
         "the registry cannot be reached, what is served stays: MLflow at http://x does not answer.",
@@ -144,7 +141,7 @@ async def test_a_registry_that_goes_away_and_comes_back(
 @pytest.mark.parametrize("error", [UsageError("Version 2 was not registered by slmops."), ValueError("no number")])
 async def test_an_answer_without_sense_does_not_end_the_watch(world: World, made: Fleet, error: Exception) -> None:
     world.down = error
-    await until(lambda: str(error.args[0]) in (made.state().last_failure or ""))
+    await until(lambda: str(error.args[0]) in made.last_failure)
     assert await asked(made) == 1
     world.down = None
     await promote(world, made, 2)
@@ -152,7 +149,7 @@ async def test_an_answer_without_sense_does_not_end_the_watch(world: World, made
 
 async def test_nothing_promoted_any_more(world: World, made: Fleet) -> None:
     world.now = None
-    await until(lambda: "version 1 is still served" in (made.state().last_failure or ""))
+    await until(lambda: "version 1 is still served" in made.last_failure)
     assert await asked(made) == 1
 
 
@@ -160,13 +157,13 @@ async def test_a_registry_that_is_away_at_the_start(world: World) -> None:
     world.down, world.last = DOWN, installed(3)
     async with serving(world) as made:
         assert await asked(made) == 3
-        assert made.state().registry.startswith("unreachable since")
+        assert not made.watch.reachable
         assert [row["id"] for row in made.models()] == ["bot", "bot:3"]
         with pytest.raises(UnknownModel):
             await asked(made, "bot:1")
         world.down, world.now = None, version(3)
-        await until(lambda: made.state().registry == "ok")
-        assert made.state().switches == 0
+        await until(lambda: made.watch.reachable)
+        assert made.switches == 0
         assert await asked(made, "bot:2") == 2
     assert world.installs == [2]
 

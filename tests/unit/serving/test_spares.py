@@ -20,9 +20,9 @@ async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> No
         assert world.running == [1, 2, 3]
         assert await asked(made, "bot-int8-generic-cpu:4") == 4
         assert sorted(world.running) == [1, 2, 4]
-        assert [one.id for one in made.state().loaded] == ["bot:1", "bot:2", "bot:4"]
+        assert [one.installed.version for one in made.running] == [1, 2, 4]
         assert await asked(made, "bot:1") == 1
-        assert made.state().switches == 0
+        assert made.switches == 0
     assert world.installs == [1, 2, 3, 4]
 
 
@@ -82,7 +82,7 @@ async def test_a_version_that_fails_is_not_started_by_each_request(
 async def test_a_version_beside_that_died_is_started_again(world: World, made: Fleet) -> None:
     assert await asked(made, "bot:2") == 2
     world.backends[-1].die()
-    assert [one.id for one in made.state().loaded] == ["bot:1"]
+    assert [one.installed.version for one in made.running] == [1]
     assert await asked(made, "bot:2") == 2
     assert world.backends[1].stopped
 
@@ -96,7 +96,7 @@ async def test_a_version_beside_becomes_champion_without_a_second_process(world:
         await until(lambda: world.installs == [1, 2, 2])
         world.held[2].set()
         assert await waiting == 2
-        await until(lambda: made.state().version == 2)
+        await until(lambda: made.version == 2)
         await until(lambda: world.running == [2])
         assert len(world.backends) == 2
 

@@ -40,8 +40,13 @@ def load(folder: Path) -> Variant | None:
         variant = Variant.model_validate({**data, "path": folder})
     except (OSError, ValueError, TypeError):  # TypeError: JSON, but not an object
         return None
-    for file in variant.files:
-        path = folder / file.name
-        if not path.is_file() or path.stat().st_size != file.size or sha256(path) != file.sha256:
-            return None
-    return variant
+    return variant if all(holds(folder, file) for file in variant.files) else None
+
+
+def holds(folder: Path, file: VariantFile, origin: Path | None = None) -> bool:
+    """Whether the file is in ``folder``; a link to the one in the folder ``origin`` is not read."""
+    path = folder / file.name
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    linked = origin is not None and (origin / file.name).exists() and path.samefile(origin / file.name)
+    return linked or sha256(path) == file.sha256

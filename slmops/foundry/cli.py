@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slmops.core.errors import RegistrationError
@@ -111,7 +111,10 @@ def _cache_at(models: Path) -> Iterator[None]:
         found = _FOLDER.findall(said)
         if not found:
             raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
-        own = _left_behind(note, found[-1]) or found[-1]
+        own = found[-1]
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a process of ours was killed at this point
+            noted = json.loads(note.read_text(encoding="utf-8"))
+            own = str(noted["own"]) if Path(noted["ours"]) == Path(own) else own
         write_atomic(note, json.dumps({"own": own, "ours": str(models)}))
         _foundry("cache", "cd", str(models))
         try:
@@ -119,15 +122,6 @@ def _cache_at(models: Path) -> Iterator[None]:
         finally:
             _foundry("cache", "cd", own)
             note.unlink()
-
-
-def _left_behind(note: Path, location: str) -> str | None:
-    """The user's own folder, if a process of ours was killed while the location was ours."""
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        return str(noted["own"]) if Path(noted["ours"]) == Path(location) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _help(*command: str) -> str:
@@ -139,14 +133,18 @@ def _help(*command: str) -> str:
 
 
 def _foundry(*arguments: str, typed: str = "", timeout_s: float | None = None) -> str:
-    program = shutil.which("foundry") or "foundry"
     shown = f"`foundry {' '.join(arguments)}`"
     limit = COMMAND_TIMEOUT_S if timeout_s is None else timeout_s
     # Files, not pipes: a service that the command starts inherits them and would keep a pipe open.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(
-                [program, *arguments], input=typed.encode(), stdout=output, stderr=errors, timeout=limit, check=False
+                [shutil.which("foundry") or "foundry", *arguments],
+                input=typed.encode(),
+                stdout=output,
+                stderr=errors,
+                timeout=limit,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise RegistrationError(f"{shown} took longer than {limit:g} s and was stopped.") from error

@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from slmops.conversion.store import holds
 from slmops.core.errors import RegistrationError
-from slmops.core.files import folder_appears_whole, link_or_copy, sha256, write_atomic
+from slmops.core.files import folder_appears_whole, link_or_copy, write_atomic
 from slmops.core.job import Job
-from slmops.core.values import MANIFEST, Frozen, Registration, Variant, VariantFile
+from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 from slmops.foundry.prompt_template import Derived
 
 PUBLISHER = "slmops"
@@ -68,21 +69,14 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
 
 
 def _same(folder: Path, variant: Variant) -> bool:
+    """Whether the files are the variant's or have the same content: one that was made again has files of its own."""
     manifest = _read(folder / MANIFEST)
-    files = [file for file in variant.files if file.name not in _NOT_DEPLOYED]
     # The manifest first: reading all files takes a while where the file system cannot link.
     return (
         manifest is not None
         and manifest.get("key") == variant.key
-        and all(_is(folder / file.name, variant.path / file.name, file) for file in files)
+        and all(holds(folder, file, variant.path) for file in variant.files if file.name not in _NOT_DEPLOYED)
     )
-
-
-def _is(deployed: Path, made: Path, file: VariantFile) -> bool:
-    """Whether they are one file or have the same content; a variant that was made again has files of its own."""
-    if not deployed.is_file() or deployed.stat().st_size != file.size:
-        return False
-    return (made.exists() and deployed.samefile(made)) or sha256(deployed) == file.sha256
 
 
 def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:

@@ -59,11 +59,6 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
 def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> RegisterResult:
     """Register a folder that lies in Foundry's layout, in a child process that has it answer.
 
-    Args:
-        request: What to register, and where.
-        work: Folder for the child's request and result.
-        log: File that receives what it prints.
-
     Raises:
         RegistrationError: Foundry Local refuses it, or it answers nothing.
     """

@@ -19,25 +19,15 @@ NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 
 @dataclass(frozen=True)
 class TimedReply:
-    """One answered request.
-
-    Attributes:
-        text: The answer.
-        finish_reason: ``stop`` (the model ended), ``length`` (the token limit) or another of the runtime's names.
-        prompt_tokens: Tokens of the rendered conversation, as the runtime counts them.
-        completion_tokens: Tokens of the answer, as the runtime counts them.
-        first_s: Seconds from the request to the first non-empty piece of text; None if there was none.
-        last_s: Seconds from the request to the last piece.
-        total_s: Seconds from the request to its end.
-    """
+    """One answered request; tokens are as the runtime counts them, and seconds begin with the request."""
 
     text: str
-    finish_reason: str
-    prompt_tokens: int
+    finish_reason: str  # "stop" (the model ended), "length" (the token limit) or another of the runtime's names
+    prompt_tokens: int  # of the rendered conversation
     completion_tokens: int
-    first_s: float | None
-    last_s: float
-    total_s: float
+    first_s: float | None  # to the first non-empty piece of text; None if there was none
+    last_s: float  # to the last piece
+    total_s: float  # to the end
 
 
 def manager(home: Path) -> Any:

@@ -84,17 +84,31 @@ def serve(request: ServiceRequest) -> Any:
         ServingError: The runtime does not find the version, or refuses it.
     """
     import foundry_local_sdk as sdk
+    import uvicorn
     from foundry_local_sdk.exception import FoundryLocalException
 
-    from slmops.foundry.private_catalog import PATH
+    from slmops.foundry.private_catalog import PATH, Entry, app
     from slmops.foundry.runtime import APP_NAME
 
+    # It listens before the server runs, so the runtime's first request waits in the queue.
+    listening = socket.create_server((HOST, 0))
+    name, _, version = request.foundry_id.rpartition(":")
+    entry = Entry(
+        alias=name.removesuffix("-generic-cpu"),
+        name=name,
+        version=int(version),
+        display_name=name,
+        size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
+        created=datetime.now(UTC),
+    )
+    server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
+    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
     configuration = sdk.Configuration(
         app_name=APP_NAME,
         app_data_dir=str(request.scratch),
         model_cache_dir=str(_cache(request)),
         logs_dir=str(request.logs),
-        catalog_urls=[(f"http://{HOST}:{_offer(request)}{PATH}", None)],
+        catalog_urls=[(f"http://{HOST}:{listening.getsockname()[1]}{PATH}", None)],
         disable_nonessential_telemetry=True,
         web=sdk.Configuration.WebService(urls=f"http://{HOST}:0"),
     )
@@ -124,29 +138,6 @@ def _cache(request: ServiceRequest) -> Path:
     except OSError:  # a file system without links: use the shared cache
         return request.folder.parent.parent
     return cache
-
-
-def _offer(request: ServiceRequest) -> int:
-    """Start the catalog in a thread and return its port."""
-    import uvicorn
-
-    from slmops.foundry.private_catalog import Entry, app
-
-    name, _, version = request.foundry_id.rpartition(":")
-    entry = Entry(
-        alias=name.removesuffix("-generic-cpu"),
-        name=name,
-        version=int(version),
-        display_name=name,
-        size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
-        created=datetime.now(UTC),
-    )
-    # It listens before the server runs, so the runtime's first request waits in the queue.
-    listening = socket.create_server((HOST, 0))
-    server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
-    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
-    port: int = listening.getsockname()[1]
-    return port
 
 
 def _leave(status: int) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 PASSWORD = "p@ss:/w#rd %41'$x"
 """With all that breaks a URL, a shell or a variable."""
 DEFINED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 REFUSED = "password authentication failed"
 
 

@@ -55,25 +55,15 @@ def test_good_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "my.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n" + json.dumps(GOOD).encode() + b"\r\n")
-    assert [i.id for i in dataset.load(path).items] == ["1", "3"]
-
-
-def test_line_separators_inside_a_string_end_no_line(tmp_path: Path) -> None:
+def test_what_ends_a_line(tmp_path: Path) -> None:
     prompt = "one\u2028two\u2029three\x85four"
-    path = written(tmp_path, {"prompt": prompt, "expected": "x"}, GOOD)
-    assert [i.prompt for i in dataset.load(path).items] == [prompt, GOOD["prompt"]]
+    path = written(tmp_path, {"prompt": prompt, "expected": "x"}, "", GOOD)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert [(i.id, i.prompt) for i in dataset.load(path).items] == [("1", prompt), ("3", GOOD["prompt"])]
 
 
 def test_messages(tmp_path: Path) -> None:
-    messages = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi"},
-        {"role": "user", "content": "Capital of Italy?"},
-    ]
+    messages = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant", "user")]
     [found] = dataset.load(written(tmp_path, {"messages": messages, "expected": "Rome"})).items
     assert found.conversation == messages
     assert Item(prompt="?", expected="x").conversation == [{"role": "user", "content": "?"}]
@@ -99,11 +89,8 @@ SCHEMA = {"prompt": "x", "match": "json_schema"}
     ("line", "reason"),
     [
         ("{", "is not JSON: Expecting property name enclosed in double quotes at column 2"),
-        ("Paris", "is not JSON: Expecting value at column 1"),
         ("[1]", "it must be a table of keys and values"),
-        ("null", "it must be a table of keys and values"),
         ({"prompt": "x"}, "must not be empty for match 'contains'"),
-        ({"prompt": "x", "expected": ""}, "must not be empty for match 'contains'"),
         *(
             ({"prompt": "x", "expected": " \n", "match": match}, f"must not be empty for match '{match}'")
             for match in ("contains", "exact", "numeric", "rouge_l", "f1")
@@ -114,16 +101,12 @@ SCHEMA = {"prompt": "x", "match": "json_schema"}
         ({"messages": [], "expected": "x"}, "'messages' must end with a user message"),
         ({"messages": [USER, {**USER, "role": "assistant"}], "expected": "x"}, "must end with a user message"),
         ({"messages": [{"role": "tool", "content": "x"}], "expected": "x"}, "messages.0.role must be 'system'"),
-        ({"messages": [{"role": "user"}], "expected": "x"}, "messages.0.content is missing"),
-        ({"prompt": 3, "expected": "x"}, "prompt must be text"),
         ({"prompt": "x", "expected": True}, "expected must be text"),
         ({**X, "match": "fuzzy"}, "match must be 'contains', 'exact', 'regex', "),
         ({**X, "answer": "y"}, "answer is not a known key"),
+        ({"prompt": 3, "expected": "x", "max_tokens": 9999}, "prompt must be text; max_tokens must be at most"),
         ({**X, "max_tokens": 0}, "max_tokens must be at least 1"),
-        (
-            {"prompt": "x", "expected": "(", "match": "regex"},
-            "'expected' is not a regular expression: missing ), unterm",
-        ),
+        ({"prompt": "x", "expected": "(", "match": "regex"}, "'expected' is not a regular expression: missing ), "),
         ({"prompt": "x", "expected": "four", "match": "numeric"}, "'expected' is not a number"),
         ({"prompt": "x", "expected": "1e-7", "match": "numeric"}, "'expected' is not a number"),
         ({"prompt": "x", "expected": "мир", "match": "rouge_l"}, "'expected' has no words of a-z and 0-9"),
@@ -133,7 +116,6 @@ SCHEMA = {"prompt": "x", "match": "json_schema"}
         ({**X, "tolerance": 1}, "'tolerance' is only for match numeric"),
         ({**X, "threshold": 1}, "'threshold' is only for match rouge_l or"),
         ({**X, "schema": {}}, "'schema' is only for match json_schema"),
-        ({"prompt": "x", "expected": "1", "match": "f1", "threshold": 1.5}, "threshold must be at most"),
         (SCHEMA, "match 'json_schema' needs a 'schema'"),
         ({**SCHEMA, "schema": [1]}, "schema must be a table of keys and values"),
         ({**SCHEMA, "schema": {"properties": 3}}, "JSON Schema: 3 is not of type 'object' at $.properties"),
@@ -171,11 +153,6 @@ def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
     problems = raised_by(written(tmp_path, *["{"] * 13)).message.splitlines()[1:]
     assert [line.partition(":")[0] for line in problems[:-1]] == [f"  - line {number}" for number in range(1, 11)]
     assert problems[-1] == "  - and 3 more"
-
-
-def test_several_faults_of_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"line 1: prompt .*; max_tokens "):
-        dataset.load(written(tmp_path, {"prompt": 1, "expected": "x", "max_tokens": 9999}))
 
 
 @pytest.mark.parametrize(
@@ -253,32 +230,29 @@ def test_format_of_a_schema() -> None:
     assert strict.format_valid('{"b": 1}') is True
 
 
-def test_subset_is_spread_over_the_categories() -> None:
-    names = "a1 a2 a3 a4 b1 b2 c1 a5"
-    items = [Item(prompt="?", expected="x", id=name, category=name[0]) for name in names.split()]
-
-    def chosen(count: int) -> str:
-        return " ".join(item.id or "" for item in dataset.subset(items, count))
-
-    assert chosen(3) == "a1 b1 c1"
-    assert chosen(2) == "a1 b1"
-    assert chosen(5) == "a1 a2 b1 b2 c1"
-    assert chosen(6) == "a1 a2 a3 b1 b2 c1"
-    assert chosen(8) == chosen(99) == names
-    assert chosen(0) == chosen(-1) == ""
-    assert chosen(5) == chosen(5)
+@pytest.mark.parametrize(
+    ("count", "chosen"),
+    [
+        *((0, ""), (-1, ""), (2, "a1 b1"), (3, "a1 b1 c1"), (5, "a1 a2 b1 b2 c1"), (6, "a1 a2 a3 b1 b2 c1")),
+        *((8, "a1 a2 a3 a4 b1 b2 c1 a5"), (99, "a1 a2 a3 a4 b1 b2 c1 a5")),
+    ],
+)
+def test_subset_is_spread_over_the_categories(count: int, chosen: str) -> None:
+    items = [
+        Item(prompt="?", expected="x", id=name, category=name[0])
+        for name in ["a1", "a2", "a3", "a4", "b1", "b2", "c1", "a5"]
+    ]
+    assert [item.id for item in dataset.subset(items, count)] == chosen.split()
 
 
 def test_packaged_set() -> None:
     found = dataset.load(None)
     assert found.name == "general.jsonl"
-    assert len(found.items) == 40
-    assert len({i.id for i in found.items}) == 40
+    assert len(found.items) == len({i.id for i in found.items}) == 40
     assert len({i.conversation[-1]["content"] for i in found.items}) == 40
     assert min(Counter(i.category for i in found.items).values()) >= 4
-    assert not any(scoring.judgement(i, "", None, Settings()).correct for i in found.items), (
-        "saying nothing is never right"
-    )
+    silent = [scoring.judgement(item, "", None, Settings()).correct for item in found.items]
+    assert not any(silent)
     forms = {"Answer with the number only.": ("number", 8), "Answer in one sentence.": ("one_line", 16)}
     for item in found.items:
         asked = [want for text, want in forms.items() if (item.prompt or "").endswith(text)]
@@ -299,9 +273,7 @@ def test_default_text_is_the_same_in_each_process() -> None:
 def test_text_of_the_user(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes("Zwölf\r\nBoxkämpfer".encode())
-    text, digest = dataset.perplexity_text(path)
-    assert text == "Zwölf\r\nBoxkämpfer"
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert dataset.perplexity_text(path) == ("Zwölf\r\nBoxkämpfer", hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,6 @@ class Backend:
     """A running process with one version.
 
     Attributes:
-        installed: The version and where it lies.
         url: Root of its web service, such as http://127.0.0.1:41205.
         started: When it was up, in seconds since 1970.
         in_flight: Requests that it is answering; the fleet counts them.
@@ -203,7 +202,6 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
 
 
 async def _listening(child: asyncio.subprocess.Process, installed: Installed, log: Path) -> str:
-    """The address that the child announces."""
     assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
     limit = LISTEN_S + sum(file.stat().st_size for file in installed.folder.glob("*")) / 1e6 / SLOWEST_MB_S
     try:

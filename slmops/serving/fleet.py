@@ -183,8 +183,7 @@ class Fleet:
             champion.in_flight += 1
             return champion
         for version in self._offered():
-            number = version.version
-            if model in (f"{self.name}:{number}", version.foundry_id):
+            if model in (f"{self.name}:{version.version}", version.foundry_id):
                 return await self._spares.acquire(version)
         self.watch.renew()
         names = ", ".join(row["id"] for row in self.models()[:20])
@@ -250,18 +249,14 @@ class Fleet:
                     backend = await self._launch(backend.installed)
                 except Exception as error:
                     self._note(f"{backend.installed.foundry_id} cannot be restarted: {said(error)}")
-                    await self._repair(backend.installed)
+                    for version in self.watch.versions:  # its files may be gone or damaged
+                        if version.version == backend.installed.version:
+                            try:
+                                await self._install(version)
+                            except Exception as wrong:
+                                log.warning("%s cannot be installed again: %s", version.label, said(wrong))
             self.champion = backend
             self.restarts += 1
-
-    async def _repair(self, installed: Installed) -> None:
-        """Bring back files of the version that are gone or damaged."""
-        for version in self.watch.versions:
-            if version.version == installed.version:
-                try:
-                    await self._install(version)
-                except Exception as error:
-                    log.warning("%s cannot be installed again: %s", version.label, said(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -61,11 +61,6 @@ def status(home: Path) -> ServingStatus | None:
 def ensure(name: str, settings: Settings, uri: str) -> str:
     """The address of a service of the model on this machine, started if there is none.
 
-    Args:
-        name: The model, which has a champion.
-        settings: Where things are, and the token.
-        uri: MLflow tracking server.
-
     Raises:
         ServingError: It does not start, or this home serves another model.
     """

@@ -48,9 +48,7 @@ class Overloaded(ServingError):
 class Admission:
     """Lets at most ``concurrency`` requests run at once; the others wait in the order in which they came.
 
-    Attributes:
-        waiting: Requests in the queue.
-        running: Requests that are being answered, including those whose client has left.
+    Those that are running include those whose client has left.
     """
 
     def __init__(self, limits: Limits) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import httpx
 from pydantic import Field
@@ -37,12 +36,7 @@ class Probation(Frozen):
 
 
 def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVersion | None]) -> None:
-    """Wait until a service serves a version.
-
-    Args:
-        url: The service's root.
-        version: What was promoted.
-        champion: Asks the registry what is to be served.
+    """Wait until the service at ``url`` serves a version that was promoted; ``champion`` asks the registry for it.
 
     Raises:
         ServingError: It refused the version, serves something else, or does not get there in time.
@@ -99,26 +93,31 @@ def watch(
         before = _broken(client, version)
         begun = time.monotonic()
         for number, item in enumerate(items):
-            wait = begun + number * seconds / len(items) - time.monotonic()
-            time.sleep(max(0.0, wait))
+            time.sleep(max(0.0, begun + number * seconds / len(items) - time.monotonic()))
             if time.monotonic() - begun > seconds:
                 break
             answer, problem = _ask(client, version, item.conversation, item.max_tokens)
-            in_a_row = in_a_row + 1 if problem else 0
             if problem:
                 failures.append(problem)
+                in_a_row += 1
                 if in_a_row >= FAILURES:
                     break
-            else:
-                judged = scoring.judgement(item, answer, function, settings)
-                if judged.correct is not None:
-                    right.append(judged.correct)
-        if in_a_row < FAILURES:
+                continue
+            in_a_row = 0
+            if (correct := scoring.judgement(item, answer, function, settings).correct) is not None:
+                right.append(correct)
+        else:
             time.sleep(max(0.0, begun + seconds - time.monotonic()))
         broken = _broken(client, version) - before - len(failures)
     asked = len(right) + len(failures)
     accuracy = statistics.of_proportion(sum(right), len(right)) if right else None
-    against = _against(failures, asked, broken, accuracy, measured)
+    against = None
+    if len(failures) >= FAILURES or len(failures) > asked / 20:
+        against = f"requests fail: {failures[-1]}"
+    elif broken >= FAILURES:
+        against = f"{broken} requests of other clients failed"
+    elif accuracy and measured and accuracy.high is not None and accuracy.high < measured.value:
+        against = f"its answers are worse than measured (95 % interval up to {accuracy.high:.2f})"
     said = f"{asked} questions in {time.monotonic() - begun:.0f} s, {len(failures)} failed"
     if accuracy is not None:
         said += f", accuracy {accuracy.value:.2f}"
@@ -127,39 +126,25 @@ def watch(
     return Probation(held=not against, detail=detail, requests=asked, failed=len(failures), accuracy=accuracy)
 
 
-def _against(
-    failures: Sequence[str], asked: int, broken: int, accuracy: Measurement | None, measured: Measurement | None
-) -> str | None:
-    """What speaks against the version; None if nothing does."""
-    if len(failures) >= FAILURES or len(failures) > asked / 20:
-        return f"requests fail: {failures[-1]}"
-    if broken >= FAILURES:
-        return f"{broken} requests of other clients failed"
-    if accuracy and measured and accuracy.high is not None and accuracy.high < measured.value:
-        return f"its answers are worse than measured (95 % interval up to {accuracy.high:.2f})"
-    return None
-
-
 def _ask(
     client: httpx.Client, version: ModelVersion, conversation: Sequence[dict[str, str]], max_tokens: int
 ) -> tuple[str, str | None]:
     """The answer, or what went wrong; a service that is busy is asked again."""
-    body: dict[str, Any] = {"model": version.name, "messages": list(conversation)}
-    body |= {"max_tokens": max_tokens, "temperature": 0}
-    for pause in (0.5, 2.0, 5.0, None):
-        try:
+    body = {"model": version.name, "messages": list(conversation), "max_tokens": max_tokens, "temperature": 0}
+    try:
+        reply = client.post(CHAT, json=body)
+        for pause in (0.5, 2.0, 5.0):
+            if reply.status_code not in BUSY_STATUSES:
+                break
+            time.sleep(pause)
             reply = client.post(CHAT, json=body)
-            if reply.status_code in BUSY_STATUSES and pause is not None:
-                time.sleep(pause)
-                continue
-            if reply.status_code != 200:
-                return "", f"status {reply.status_code}: {reply.text[:200]}"
-            if reply.headers.get(VERSION_HEADER) != str(version.version):
-                return "", f"version {reply.headers.get(VERSION_HEADER)} answered"
-            return str(reply.json()["choices"][0]["message"]["content"] or ""), None
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            return "", f"{type(error).__name__}: {error}"
-    raise AssertionError  # the last turn has no pause
+        if reply.status_code != 200:
+            return "", f"status {reply.status_code}: {reply.text[:200]}"
+        if reply.headers.get(VERSION_HEADER) != str(version.version):
+            return "", f"version {reply.headers.get(VERSION_HEADER)} answered"
+        return str(reply.json()["choices"][0]["message"]["content"] or ""), None
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        return "", f"{type(error).__name__}: {error}"
 
 
 def _broken(client: httpx.Client, version: ModelVersion) -> int:

@@ -88,10 +88,8 @@ class RegistryWatch:
     """Follows the champion of the registry.
 
     Attributes:
-        source: The registry.
         deploy: Serves a version instead of the one before; raises if that does not work.
         note: Called with each failure, in a sentence.
-        poll_s: Seconds between looks.
         versions: All versions that the registry had when it was last asked for them, the newest first.
         reachable: The registry answered when it was last asked.
     """

@@ -42,11 +42,7 @@ class Gone(Exception):
 
 
 class Relay:
-    """What all requests share.
-
-    Attributes:
-        abandonable: Answers that go on when their client has left.
-    """
+    """What all requests share; ``abandonable`` are the answers that go on when their client has left."""
 
     def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self.fleet = fleet
@@ -128,7 +124,6 @@ class RelayedResponse:
         return backend
 
     def _failed(self, error: Exception) -> Refused:
-        """What the client is told when the runtime breaks or is too slow."""
         if isinstance(error, TimeoutError):
             limit = self.relay.limits.request_timeout_s
             return Refused(504, f"The answer took longer than {limit:g} s.", "timeout", headers=_NO_RETRY)
@@ -206,7 +201,6 @@ class RelayedResponse:
                 raise Gone from None
 
     async def _open(self, backend: Backend, stack: AsyncExitStack, tokens: int | None) -> AsyncIterator[bytes]:
-        """The stream of events, if it begins well."""
         payload = self.asked.payload(backend.installed.foundry_id, tokens)
         response = await stack.enter_async_context(self.relay.post(backend, self.path, payload))
         if response.status != 200:

@@ -36,11 +36,7 @@ _MESSAGE_MOST = 500
 
 @dataclass(eq=False)
 class RuntimeRefused(Refused):
-    """The runtime did not answer but said why.
-
-    Attributes:
-        room: Tokens that the context leaves for the answer, if the request asked for more.
-    """
+    """The runtime said why it does not answer; ``room`` is what the context leaves for an answer that was too long."""
 
     room: int | None = None
 

@@ -40,12 +40,6 @@ IDLE_CONNECTIONS = 500
 def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     """Serve ``name`` until SIGTERM or Ctrl-C.
 
-    Args:
-        name: The model's name in the registry.
-        options: Address and limits.
-        settings: Where things are, and the token.
-        uri: MLflow tracking server.
-
     Raises:
         UsageError: The address is not loopback and there is no token, or there is no such address, or nothing is
             promoted.
@@ -89,10 +83,18 @@ async def serve(
     async def live() -> None:
         await fleet.start()
         assert fleet.champion is not None  # noqa: S101 - for the type checker: else it would have raised
-        with _written_down(home, url, fleet.name):
+        created = psutil.Process().create_time()
+        mine = Running(pid=os.getpid(), created=created, url=url, model=fleet.name).model_dump_json()
+        path = home / SERVING
+        write_atomic(path, mine)
+        try:
             variant = fleet.champion.installed.variant
             log.info("serving %s version %s (%s) at %s", fleet.name, fleet.version, variant, url)
             await fleet.run()
+        finally:
+            with contextlib.suppress(OSError):
+                if path.read_text(encoding="utf-8") == mine:
+                    path.unlink()
 
     try:
         with _signals(server):
@@ -153,17 +155,3 @@ def _signals(server: uvicorn.Server) -> Iterator[None]:
 def _url(host: str, port: int) -> str:
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
-
-
-@contextmanager
-def _written_down(home: Path, url: str, model: str) -> Iterator[None]:
-    """Write ``serving.json`` for as long as the service answers."""
-    mine = Running(pid=os.getpid(), created=psutil.Process().create_time(), url=url, model=model).model_dump_json()
-    path = home / SERVING
-    write_atomic(path, mine)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            if path.read_text(encoding="utf-8") == mine:
-                path.unlink()

@@ -22,12 +22,7 @@ IN_USE_RETRY_S = 5.0
 
 
 class Unavailable(ServingError):
-    """What was asked for exists, but cannot be served now.
-
-    Args:
-        message: Why not.
-        retry_after_s: Seconds after which asking again makes sense.
-    """
+    """What was asked for exists, but cannot be served now; asking again makes sense after ``retry_after_s``."""
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
@@ -36,13 +31,7 @@ class Unavailable(ServingError):
 
 @dataclass(eq=False)
 class Spares:
-    """At most ``most`` running versions.
-
-    Attributes:
-        most: How many.
-        install: Puts a version on this device.
-        launch: Starts and tests its process.
-    """
+    """At most ``most`` running versions; ``install`` puts one on this device, ``launch`` starts and tests it."""
 
     most: int
     install: Callable[[ModelVersion], Awaitable[Installed]]
@@ -59,11 +48,7 @@ class Spares:
         return [backend for backend in self._loaded.values() if backend.alive]
 
     async def acquire(self, version: ModelVersion) -> Backend:
-        """A running process of ``version``, started if there is none, with one more request counted as in flight.
-
-        Raises:
-            Unavailable: It cannot be had now.
-        """
+        """A running process of ``version``, started if there is none, with one more request counted as in flight."""
         backend = self._loaded.get(version.version)
         if backend is None or not backend.alive:
             backend = await self._started(version)
@@ -91,9 +76,8 @@ class Spares:
         if time.monotonic() < until:
             raise Unavailable(reason, retry_after_s=until - time.monotonic())
         if number not in self._starting:
-            task = asyncio.create_task(self._start(version))
-            self._starting[number] = task
-            task.add_done_callback(lambda _: self._starting.pop(number))
+            self._starting[number] = asyncio.create_task(self._start(version))
+            self._starting[number].add_done_callback(lambda _: self._starting.pop(number))
         # Those who wait are counted: what was just started must not be stopped before the first of them has it.
         self._waiting[number] += 1
         try:

@@ -172,8 +172,6 @@ async def test_a_log_that_cannot_be_written(installed: Installed, settings: Sett
 
 
 class Child:
-    """A process that runs."""
-
     returncode = None
 
     async def wait(self) -> int:

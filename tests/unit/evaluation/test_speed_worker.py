@@ -28,11 +28,10 @@ class Runtime:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def manager(self, _home: Path) -> None:
+    def manager(self, _: Any) -> None:
         return None
 
-    def local_catalog(self, _running: None) -> None:
-        return None
+    local_catalog = manager
 
     def add(self, *_args: Any) -> Any:
         return SimpleNamespace(load=lambda: self.events.append("load"), unload=lambda: self.events.append("unload"))
@@ -40,13 +39,8 @@ class Runtime:
     def ask(self, _model: Any, _messages: list[dict[str, str]], *, max_tokens: int) -> Any:
         self.events.append(f"ask {max_tokens}")
         self.sleep(self.seconds)
-        return SimpleNamespace(
-            prompt_tokens=5,
-            completion_tokens=max_tokens,
-            first_s=self.seconds / 2,
-            last_s=self.seconds,
-            total_s=self.seconds,
-        )
+        times = {"first_s": self.seconds / 2, "last_s": self.seconds, "total_s": self.seconds}
+        return SimpleNamespace(prompt_tokens=5, completion_tokens=max_tokens, **times)
 
 
 CELLS = (
@@ -60,9 +54,8 @@ def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **as
     (folder / "genai_config.json").write_text(json.dumps({"model": {}}))
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
     monkeypatch.setattr(speed_worker, "time", runtime.time)
-    return speed_worker.handle(
-        speed_worker.SpeedRequest(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked)
-    )
+    request = speed_worker.SpeedRequest(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked)
+    return speed_worker.handle(request)
 
 
 @pytest.mark.parametrize(

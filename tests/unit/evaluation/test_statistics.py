@@ -1,9 +1,10 @@
-"""Figures and intervals against NumPy, SciPy, published tables and arithmetic by hand."""
+"""Figures and intervals against NumPy, SciPy, published tables and arithmetic by hand; few and impossible samples."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,6 @@ def table(both: int, ours: int, theirs: int, neither: int) -> tuple[list[bool], 
     mine = [True] * (both + ours) + [False] * (theirs + neither)
     other = [True] * both + [False] * ours + [True] * theirs + [False] * neither
     return mine, other
-
-
-# --- against SciPy and published figures ---
 
 
 def scipys(samples: Any, statistic: Any, method: str, informative: int | None = None) -> Any:
@@ -62,12 +60,7 @@ def test_defect_8_rounds_that_differ_widen_the_interval() -> None:
 
 def test_one_round_and_rounds_of_one_are_independent_samples() -> None:
     samples = np.random.default_rng(13).lognormal(0, 0.5, 30).tolist()
-    flat = st.of_percentile(samples, 50, "ms")
-    assert (
-        st.percentile_of_rounds([samples], 50, "ms")
-        == st.percentile_of_rounds([[one] for one in samples], 50, "ms")
-        == flat
-    )
+    assert st.percentile_of_rounds([samples], 50, "ms") == st.of_percentile(samples, 50, "ms")
 
 
 def test_pairs_that_differ_set_the_width() -> None:
@@ -139,20 +132,15 @@ def test_proportion_is_wilsons(successes: int, total: int, low: float, high: flo
 def test_standard_error_is_that_of_the_mean_of_the_scores(successes: int, total: int) -> None:
     scores = [1] * successes + [0] * (total - successes)
     assert st.standard_error(successes, total) == pytest.approx(stats.sem(scores))
+    assert st.standard_error(successes > 0, 1) is None  # one sample shows no spread
 
 
-@pytest.mark.parametrize("successes", [0, 1])
-def test_one_sample_has_no_standard_error(successes: int) -> None:
-    assert st.standard_error(successes, 1) is None
-
-
-# --- perplexity ---
-
-
-def test_perplexity_of_a_fair_die() -> None:
+def test_perplexity_of_a_fair_die_and_of_a_broken_model_is_a_number() -> None:
     measured = st.perplexity([math.log(6)] * 640)
     assert (measured.value, measured.low, measured.high) == pytest.approx((6, 6, 6))
     assert (measured.unit, measured.samples, measured.note) == ("1", 640, None)
+    broken = st.perplexity([5000.0] * 640)
+    assert 1e300 < broken.value == broken.high < math.inf
 
 
 def test_perplexity_ratio_is_the_ratio_and_narrower_than_the_perplexities() -> None:
@@ -173,38 +161,23 @@ def test_equal_perplexities_are_exactly_equal(tokens: int) -> None:
     assert st.perplexity_ratio(nll, nll) == Measurement(value=1.0, unit="1", samples=tokens, low=1.0, high=1.0)
 
 
-def test_perplexity_of_a_broken_model_is_a_number() -> None:
-    measured = st.perplexity([5000.0] * 640)
-    assert math.isfinite(measured.value)
-    assert measured.value > 1e300
-    assert measured.high == measured.value
-
-
-@pytest.mark.parametrize(("tokens", "has"), [(319, False), (320, True), (383, True)])
-def test_five_blocks_make_an_interval(tokens: int, has: bool) -> None:
-    values = np.random.default_rng(7).normal(0, 1, tokens)
-    measured = st.blocked_mean(values.tolist(), "nats")
-    assert measured.value == pytest.approx(values.mean())
-    assert (measured.low is not None, measured.high is not None) == (has, has)
-    assert measured.note == (None if has else f"indicative: {tokens} samples")
-
-
 @pytest.mark.parametrize(
     ("tokens", "percent", "has"), [(319, 50, False), (320, 50, True), (900, 99, False), (1000, 99, True)]
 )
-def test_percentile_of_tokens_has_an_interval_from_five_blocks(tokens: int, percent: float, has: bool) -> None:
+def test_five_blocks_make_an_interval(tokens: int, percent: float, has: bool) -> None:
     values = np.random.default_rng(7).normal(0, 1, tokens)
-    measured = st.blocked_percentile(values.tolist(), percent, "nats")
-    assert measured.value == pytest.approx(np.percentile(values, percent))
-    assert (measured.low is not None, measured.high is not None, measured.samples) == (has, has, tokens)
+    found = [(st.blocked_percentile(values, percent, "nats"), np.percentile(values, percent))]
+    if percent == 50:
+        found.append((st.blocked_mean(values, "nats"), values.mean()))
+    for measured, value in found:
+        assert (measured.value, measured.samples) == (pytest.approx(value), tokens)
+        assert (measured.low is not None, measured.high is not None) == (has, has)
+        assert measured.note == (None if has else f"indicative: {tokens} samples")
 
 
 def test_agreement_of_tokens_takes_booleans() -> None:
     measured = st.blocked_mean([True, True, True, False] * 512, "1")
     assert (measured.value, measured.unit, measured.low, measured.high) == (0.75, "1", 0.75, 0.75)
-
-
-# --- more samples, noise ---
 
 
 @pytest.mark.parametrize(
@@ -245,7 +218,6 @@ def test_so_many_more_samples_do_settle_it() -> None:
 @pytest.mark.parametrize(
     ("samples", "percent"),
     [
-        ([], 0),
         ([5], 0),
         ([5, 5, 5], 0),
         ([0, 0, 0], 0),
@@ -257,9 +229,6 @@ def test_so_many_more_samples_do_settle_it() -> None:
 )
 def test_noise(samples: list[float], percent: float) -> None:
     assert st.noise_percent(samples) == pytest.approx(percent, rel=1e-4)
-
-
-# --- the same again, and soon ---
 
 
 def test_the_same_samples_give_the_same_interval() -> None:
@@ -279,7 +248,6 @@ def test_the_same_samples_give_the_same_interval() -> None:
         ]
 
     first = everything()
-    np.random.default_rng().random(5)
     assert everything() == first
     assert all(one.low is not None and one.high is not None and one.low < one.high for one in first)
 
@@ -302,3 +270,107 @@ def test_ratios_have_students_interval_on_logarithms() -> None:
     assert st.of_ratios([0.5]).low is None
     with pytest.raises(ValueError, match="no samples"):
         st.of_ratios([])
+
+
+TOO_FEW = [(1, 50), (4, 50), (99, 90), (999, 99), (99, 10), (50, 100)]
+ENOUGH = [(5, 50), (100, 90), (1000, 99), (100, 10), (10000, 99.9)]
+
+
+@pytest.mark.parametrize(("count", "percent"), [*TOO_FEW, *ENOUGH])
+def test_percentile_has_an_interval_from_enough_samples(count: int, percent: float) -> None:
+    samples = np.random.default_rng(8).lognormal(0, 0.5, count)
+    measured = st.of_percentile(samples.tolist(), percent, "ms")
+    assert measured.value == pytest.approx(np.percentile(samples, percent))
+    assert (measured.unit, measured.samples) == ("ms", count)
+    if (count, percent) in ENOUGH:
+        assert measured.note is None
+        assert measured.low < measured.value < measured.high
+    else:
+        assert (measured.low, measured.high) == (None, None)
+        assert measured.note == ("indicative: 1 sample" if count == 1 else f"indicative: {count} samples")
+
+
+def test_two_rounds_have_an_interval_that_spans_both() -> None:
+    measured = st.percentile_of_rounds([[1, 2, 3], [11, 12, 13]], 50, "ms")
+    assert (measured.value, measured.low < 3, measured.high > 11) == (7, True, True)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_few_samples_have_a_mean_and_no_interval(count: int) -> None:
+    measured = st.of_mean([3.0] * count, "ms")
+    assert (measured.value, measured.low, measured.high, measured.samples) == (3.0, None, None, count)
+    few = st.paired_mean_difference([0.5] * count, [0.25] * count)
+    assert (few.value, few.low, few.high) == (0.25, None, None)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.5, 1e-300, 1e9])
+def test_equal_samples_have_no_width(value: float) -> None:
+    for measured in (st.of_mean([value] * 30, "ms"), st.of_percentile([value] * 30, 50, "ms")):
+        assert measured.value == pytest.approx(value)
+        assert (measured.low, measured.high) == pytest.approx((value, value))
+        assert measured.low <= measured.value <= measured.high
+    assert st.slope([value] * 30, "MB").value == 0
+
+
+def test_equal_scores_have_a_width() -> None:
+    # Forty equal answers do not show that no answer would ever differ.
+    same = st.paired_mean_difference([0.3] * 40, [0.3] * 40)
+    alike = st.paired_difference([True] * 40, [True] * 40)
+    assert same.value == alike.value == 0
+    assert (same.low, same.high) == (alike.low, alike.high)
+    one = st.paired_mean_difference([0.3] * 39 + [1.0], [0.3] * 39 + [0.2])
+    assert one.value == pytest.approx(0.02)
+    assert one.low < -0.05
+    assert one.high > 0.1
+
+
+@pytest.mark.parametrize("count", [10, 11, 19, 20, 49, 50, 300, 329])
+def test_slope_of_a_line(count: int) -> None:
+    measured = st.slope([7 + 0.25 * step for step in range(count)], "MB/request")
+    assert (measured.value, measured.low, measured.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert measured.samples == count
+
+
+def test_slope_leaves_the_odd_samples_out_at_the_start() -> None:
+    measured = st.slope([900.0] * 4 + [0.25 * step for step in range(25)], "MB/request")
+    assert (measured.low, measured.high) == (0.25, 0.25)
+
+
+def test_single_spikes_do_not_tilt_the_slope() -> None:
+    values = [0.5 * step for step in range(300)]
+    values[290] = values[299] = 1e6
+    assert st.slope(values, "MB/request").value == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: st.of_percentile([], 50, "ms"), "no samples"),
+        (lambda: st.percentile_of_rounds([[1.0], [math.nan]], 50, "ms"), "not finite"),
+        (lambda: st.blocked_percentile([], 50, "nats"), "no samples"),
+        (lambda: st.of_mean([], "ms"), "no samples"),
+        (lambda: st.of_mean([1, math.nan, 2], "ms"), "not finite"),
+        (lambda: st.of_percentile([1, math.inf], 50, "ms"), "not finite"),
+        (lambda: st.of_proportion(0, 0), "not less than 1"),
+        (lambda: st.of_proportion(3, 2), "3.*2"),
+        (lambda: st.of_proportion(-1, 2), "not less than 0"),
+        (lambda: st.paired_difference([], []), "no samples"),
+        (lambda: st.paired_difference([True], []), "different lengths: 1 and 0"),
+        (lambda: st.mcnemar([True], [True, False]), "different lengths: 1 and 2"),
+        (lambda: st.paired_mean_difference([1.0], [1.0, 0.5]), "different lengths: 1 and 2"),
+        (lambda: st.paired_mean_difference([1.5], [1.0]), "between 0 and 1"),
+        (lambda: st.paired_mean_difference([0.5], [-0.1]), "between 0 and 1"),
+        (lambda: st.perplexity([]), "no samples"),
+        (lambda: st.perplexity([1.0, math.inf]), "not finite"),
+        (lambda: st.perplexity_ratio([1.0] * 3, [1.0] * 2), "different lengths: 3 and 2"),
+        (lambda: st.perplexity_ratio([], []), "no samples"),
+        (lambda: st.perplexity_ratio([math.nan], [1.0]), "not finite"),
+        (lambda: st.blocked_mean([], "1"), "no samples"),
+        (lambda: st.slope([1.0] * 9, "MB"), "10 samples or more, not 9"),
+        (lambda: st.slope([1.0] * 20 + [math.nan], "MB"), "not finite"),
+        (lambda: st.noise_percent([1.0, math.nan]), "not finite"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -52,14 +52,11 @@ def test_median_of_rounds_covers(differ: float, least: float) -> None:
 
 
 def test_defect_8_percentile_of_correlated_tokens_covers() -> None:
-    def blocked(source: np.random.Generator) -> Measurement:
-        return st.blocked_percentile(correlated(source, 640, 0.6), 50, "nats")
+    def world(percentile: Callable[..., Measurement]) -> Callable[[np.random.Generator], Measurement]:
+        return lambda source: percentile(correlated(source, 640, 0.6), 50, "nats")
 
-    def naive(source: np.random.Generator) -> Measurement:
-        return st.of_percentile(correlated(source, 640, 0.6), 50, "nats")
-
-    assert coverage(0, blocked, worlds=60) >= 0.9
-    assert coverage(0, naive, worlds=40) < 0.85
+    assert coverage(0, world(st.blocked_percentile), worlds=60) >= 0.9
+    assert coverage(0, world(st.of_percentile), worlds=40) < 0.85
 
 
 def test_tail_percentile_covers_from_where_it_has_an_interval() -> None:
@@ -93,15 +90,11 @@ def test_proportion_covers(total: int) -> None:
     assert min(exact) >= 0.87  # Wilson's dips, as all intervals of counts have them
 
 
-def pairs(gained: int, lost: int, total: int) -> tuple[list[bool], list[bool]]:
-    same = [True] * (total - gained - lost)
-    return [True] * gained + [False] * lost + same, [False] * gained + [True] * lost + same
-
-
 def test_paired_difference_covers() -> None:
     total = 40
     cells = [(gained, lost) for gained, lost in product(range(total + 1), repeat=2) if gained + lost <= total]
-    measured = [st.paired_difference(*pairs(gained, lost, total)) for gained, lost in cells]
+    pairs = [([1] * gained + [0] * (total - gained), [0] * gained + [1] * lost) for gained, lost in cells]
+    measured = [st.paired_difference(ours, theirs + [0] * (total - len(theirs))) for ours, theirs in pairs]
     lows, highs = np.array([[one.low, one.high] for one in measured], dtype=float).T
     counts = np.array([(gained, lost, total - gained - lost) for gained, lost in cells])
     for gain, loss in [(0.05, 0.05), (0.1, 0.1), (0.2, 0.2), (0.05, 0.15), (0.02, 0.2), (0.3, 0.1), (0.1, 0.5)]:
@@ -134,24 +127,21 @@ def test_perplexity_ratio_covers_correlated_tokens(tokens: int) -> None:
 
 
 def test_blocks_are_what_makes_it_cover() -> None:
-    def world(source: np.random.Generator) -> Measurement:
-        return st.blocked_mean(correlated(source, 2048, 0.6), "1")
-
     def naive(source: np.random.Generator) -> Measurement:
         values = correlated(source, 2048, 0.6)
         half = 1.96 * values.std() / math.sqrt(2048)
         return Measurement(value=0, unit="1", low=values.mean() - half, high=values.mean() + half)
 
-    assert 0.92 <= coverage(0, world) <= 0.98
+    assert 0.92 <= coverage(0, lambda source: st.blocked_mean(correlated(source, 2048, 0.6), "1")) <= 0.98
     assert coverage(0, naive) < 0.75
-
-
-def memory(source: np.random.Generator, count: int, rho: float = 0.3) -> Any:
-    """MB after each request: noise of 2 MB, and every fiftieth request leaves 100 MB until the next."""
-    return 900 + 2 * correlated(source, count, rho) + np.where(source.random(count) < 0.02, 100, 0)
 
 
 @pytest.mark.parametrize(("count", "rho"), [(12, 0.0), (100, 0.5), (300, 0.5), (1000, 0.8)])
 def test_slope_covers_correlated_series_with_spikes(count: int, rho: float) -> None:
-    share = coverage(0, lambda source: st.slope(memory(source, count, rho), "MB/request"))
+    def world(source: np.random.Generator) -> Measurement:
+        """MB after each request: noise of 2 MB, and every fiftieth request leaves 100 MB until the next."""
+        noise, spikes = correlated(source, count, rho), source.random(count) < 0.02
+        return st.slope(900 + 2 * noise + np.where(spikes, 100, 0), "MB/request")
+
+    share = coverage(0, world)
     assert 0.92 <= share <= (0.98 if count >= 100 else 1)  # five blocks: their interval is nearly all there is

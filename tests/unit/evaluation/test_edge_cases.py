@@ -35,7 +35,7 @@ class Reply:
 
 
 class RuntimeRefusal(Exception):
-    """As the SDK's exception."""
+    """As the SDK's exception: a message and a code."""
 
     def __init__(self, message: str, error_code: int) -> None:
         super().__init__(message)
@@ -122,13 +122,9 @@ def test_the_end_of_the_context_is_where_the_runtime_counts_it(probe: Callable[[
     assert first == second == third
     tokens = Model.count(first[0]["content"])
     assert (one, exact, beyond) == (1, CONTEXT - tokens, CONTEXT - tokens + 1)
-
-
-def test_a_template_that_fills_the_context(probe: Callable[[Model], Probe]) -> None:
     asker = probe(Model())
     asker.count = lambda _: CONTEXT
-    seen = edge_worker.see(case("exactly_the_context"), asker)
-    assert "the chat template leaves no room" in seen.detail
+    assert "template leaves no room" in edge_worker.see(case("exactly_the_context"), asker).detail
 
 
 def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None:
@@ -176,10 +172,6 @@ def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, prob
     assert (seen.outcome, seen.detail) == ("refused", "the chat template refuses it")
 
 
-def test_a_case_that_does_not_exist(probe: Callable[[Model], Probe]) -> None:
-    assert edge_worker.see(EdgeCase(id="nothing", expected="answered"), probe(Model())).outcome == "failed"
-
-
 @pytest.mark.parametrize(
     ("expected", "passes", "fails"),
     [
@@ -224,32 +216,28 @@ def test_share_of_cases_passed(cases: list[CaseOutcome], share: float, samples: 
 
 
 class Children:
-    """Stand in for processes that write ``lines`` each and then end as they are told to."""
+    """Stand in for processes that write :func:`lines` each, and then die unless a full stop follows."""
 
-    def __init__(self, *ends: tuple[list[CaseProgress], EvaluationError | None]) -> None:
+    def __init__(self, *ends: str) -> None:
         self.ends = list(ends)
-        self.asked: list[list[str]] = []
+        self.asked: list[str] = []
 
     def __call__(self, _module: str, request: edge_worker.EdgeCaseRequest, *_: Any, **__: Any) -> None:
-        self.asked.append([case.id for case in request.cases])
-        lines, error = self.ends.pop(0)
+        self.asked.append("".join(case.id for case in request.cases))
+        end = self.ends.pop(0)
         request.progress.parent.mkdir(parents=True, exist_ok=True)
-        for line in lines:
+        for line in lines(end.rstrip(".")):
             edge_worker.write(request.progress, line)
-        if error is not None:
-            raise error
+        if not end.endswith("."):
+            raise EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
 
 
 ENDED = CaseEnd(outcome="answered", detail="said", seconds=0.1)
-DIED = EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
 
 
-def begun(name: str) -> CaseProgress:
-    return CaseProgress(id=name, at=1e12)  # a moment that has not come yet: no time has passed since
-
-
-def ended(name: str) -> CaseProgress:
-    return begun(name).model_copy(update={"seen": ENDED})
+def lines(names: str) -> list[CaseProgress]:
+    """A line for each letter: a case begins (``a``) or ends (``A``), at a moment that has not come yet."""
+    return [CaseProgress(id=name.lower(), at=1e12, seen=ENDED if name.isupper() else None) for name in names]
 
 
 @pytest.fixture
@@ -271,47 +259,28 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
     return go
 
 
-def test_what_was_seen_before_a_crash_is_kept(run: Callable[[Children], tuple[CaseOutcome, ...]]) -> None:
-    stand_in = Children(
-        ([begun("a"), ended("a"), begun("b")], DIED),
-        ([begun("c"), ended("c")], None),
-    )
-    assert [(case.id, case.outcome) for case in run(stand_in)] == [
-        ("a", "answered"),
-        ("b", "crashed"),
-        ("c", "answered"),
-    ]
-    assert stand_in.asked == [["a", "b", "c"], ["c"]]
-
-
 @pytest.mark.parametrize(
-    ("lines", "asked"),
+    ("ends", "asked", "outcomes"),
     [
+        (["aAb", "cC."], ["abc", "c"], ["answered", "crashed", "answered"]),
         # Between two cases: nobody's fault that could be named, and the rest is tried again.
-        ([begun("a"), ended("a")], [["a", "b", "c"], ["b", "c"]]),
-        # After the last: all is there.
-        ([line for name in "abc" for line in (begun(name), ended(name))], [["a", "b", "c"]]),
+        (["aA", "bBcC."], ["abc", "bc"], ["answered"] * 3),
+        (["aAbBcC"], ["abc"], ["answered"] * 3),  # after the last: all is there
+        # Before any further case: the variant's fault.
+        ([""], ["abc"], None),
+        (["a", ""], ["abc", "bc"], None),
     ],
 )
-def test_a_crash_outside_of_the_cases(
-    lines: list[CaseProgress], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
+def test_what_a_crash_costs(
+    ends: list[str],
+    asked: list[str],
+    outcomes: list[str] | None,
+    run: Callable[[Children], tuple[CaseOutcome, ...]],
 ) -> None:
-    stand_in = Children((lines, DIED), ([line for name in "bc" for line in (begun(name), ended(name))], None))
-    assert {case.outcome for case in run(stand_in)} == {"answered"}
+    stand_in = Children(*ends)
+    if outcomes is None:
+        with pytest.raises(EvaluationError, match="SIGSEGV"):
+            run(stand_in)
+    else:
+        assert [(case.id, case.outcome) for case in run(stand_in)] == list(zip("abc", outcomes, strict=True))
     assert stand_in.asked == asked
-
-
-@pytest.mark.parametrize(
-    ("ends", "asked"),
-    [
-        ([([], DIED)], [["a", "b", "c"]]),
-        ([([begun("a")], DIED), ([], DIED)], [["a", "b", "c"], ["b", "c"]]),
-    ],
-)
-def test_a_crash_before_any_further_case_is_the_variants(
-    ends: list[Any], asked: list[list[str]], run: Callable[[Children], tuple[CaseOutcome, ...]]
-) -> None:
-    children = Children(*ends)
-    with pytest.raises(EvaluationError, match="SIGSEGV"):
-        run(children)
-    assert children.asked == asked

@@ -13,7 +13,6 @@ from slmops.core.errors import EvaluationError
 from slmops.evaluation import prompts
 
 Count = Callable[[str], int]
-TEMPLATE = "{% for message in messages %}<s> {{ message['content'] }} {% endfor %}<a>"
 
 
 def words(template: int = 0, each: int = 1) -> Count:
@@ -40,25 +39,14 @@ def test_as_many_words_as_fit(tokens: int, count: Count, expected: int) -> None:
     assert count(f"{text} word") > tokens
 
 
-@pytest.mark.parametrize(
-    ("tokens", "count"),
-    [
-        pytest.param(32, words(template=32), id="the template fills it"),
-        pytest.param(32, words(template=40), id="the template is longer"),
-        pytest.param(16, words(each=7), id="14 is the nearest"),
-        pytest.param(16, words(each=17), id="no word fits"),
-    ],
-)
-def test_too_small(tokens: int, count: Count) -> None:
-    assert prompts.of_length(tokens, count) is None
+@pytest.mark.parametrize(("template", "each"), [(16, 1), (20, 1), (0, 7), (0, 17)])
+def test_too_small(template: int, each: int) -> None:
+    assert prompts.of_length(16, words(template, each)) is None  # 14 tokens are too far below
 
 
 def test_longer_prompts_go_on_where_shorter_ones_end() -> None:
     made = [prompts.of_length(tokens, words(template=5)) for tokens in (16, 17, 33, 128, 1024)]
-    texts = [text for text in made if text is not None]
-    assert len(texts) == 5
-    for shorter, longer in itertools.pairwise(texts):
-        assert longer.startswith(f"{shorter} ")
+    assert all(str(longer).startswith(f"{shorter} ") for shorter, longer in itertools.pairwise(made))
 
 
 def test_counting_is_not_done_word_by_word() -> None:
@@ -102,10 +90,8 @@ def test_the_lengths_that_there_is_room_for(wanted: list[int], context: int, mad
 def test_no_length_that_there_is_room_for(wanted: list[int], context: int) -> None:
     with pytest.raises(EvaluationError) as raised:
         prompts.of_lengths(wanted, context, Path())
-    said = raised.value.message
-    assert f"length of {', '.join(map(str, wanted))} can" in said
-    assert f"template alone is 20 tokens, and the context leaves room for {context}." in said
-    assert "--prompt-lengths" in (raised.value.fix or "")
+    assert f"length of {', '.join(map(str, wanted))} can" in raised.value.message
+    assert f"template alone is 20 tokens, and the context leaves room for {context}." in raised.value.message
 
 
 @pytest.fixture
@@ -116,7 +102,7 @@ def folder(tmp_path: Path) -> Path:
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.enable_truncation(8)
     backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "chat_template.jinja").write_text("<s> {{ messages[0]['content'] }} <a>")
     return tmp_path
 
 

@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from slmops.training import data
-from slmops.training.values import DataProblem, DataReport, TrainingData
-from tests.training_data import checked
+from slmops.training.values import DataProblem, TrainingData
+from tests.training_data import checked, write_lines
 
 
-def prepared(folder: Path, **changes: Any) -> TrainingData:
-    (folder / "validation.jsonl").write_text("{}\n{}\n")
-    values: dict[str, Any] = {
-        "files": {"train.jsonl": 12},
-        "items": 10,
-        "evaluation_items": 5,
-        "dropped": 2,
-        "problems": (),
-        "tokens": {"min": 20, "p50": 30, "p90": 40, "p99": 50, "max": 60, "total": 300},
-    }
-    return checked(folder, report=DataReport(**{**values, **changes}))
+def prepared(folder: Path, **found: Any) -> TrainingData:
+    write_lines(folder / "validation.jsonl", "ab")
+    return checked(folder, **found)
 
 
 def test_summary(tmp_path: Path) -> None:

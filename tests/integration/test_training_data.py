@@ -185,7 +185,9 @@ def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings
     run_id = client.create_run(client.create_experiment("data")).info.run_id
     client.log_artifacts(run_id, str(put(tmp_path / "data", train=[pair("a")], validation=[pair("b")])), "data")
     fetched = fetch(f"runs:/{run_id}/data", home, download=tracker.download)
+    assert fetched.source == f"runs:/{run_id}/data"
     assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
+    assert fetched.evaluation.read_text() == HELD_OUT
     one = fetch(f"runs:/{run_id}/data/train.jsonl", home, download=tracker.download)
     assert [file.name for file in one.files] == ["train.jsonl"]
     assert one.evaluation.read_text() == HELD_OUT

@@ -33,12 +33,7 @@ def test_an_event_that_leads_to_nothing_is_repeated_more_and_more_rarely() -> No
         if is_told:
             times.append(now)
     pauses = [after - before for before, after in pairwise(times)]
+    other, is_told = seen.look_at_data("c", None, times[-1] + 1)  # other new data are told at once
+    assert (is_told, other.times) == (True, 1)
     assert pauses[:4] == [FIRST_REPEAT_S * 2**n for n in range(4)]
     assert set(pauses[6:]) == {DAY_S}
-
-
-def test_other_new_data_are_told_at_once() -> None:
-    seen, _ = Seen(data="a").look_at_data("b", None, 0)
-    seen, is_told = seen.look_at_data("c", None, 1)
-    assert is_told
-    assert seen.times == 1

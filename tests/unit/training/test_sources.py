@@ -168,13 +168,6 @@ def test_folders_of_the_dead_are_removed(folder: Path, settings: Settings) -> No
     assert (dead.exists(), alive.exists()) == (False, True)
 
 
-def test_an_mlflow_folder(folder: Path, settings: Settings) -> None:
-    fetched = fetch("runs:/abc/data", settings, download=giving(folder.parent, "data"))
-    assert fetched.source == "runs:/abc/data"
-    assert texts(fetched) == {"train.jsonl": line(1) + line(2)}
-    assert fetched.evaluation.read_text() == HELD_OUT
-
-
 @pytest.mark.parametrize("place", ["", "runs:/abc/", "mlflow-artifacts:/abc/", "models:/abc/1/"])
 def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings, place: str) -> None:
     (folder / "evaluation.jsonl").rename(folder / "evaluation.csv")

@@ -55,12 +55,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3Config", {}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16}),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
-    "olmo2": ("Olmo2Config", {}),
-    "qwen3-moe": (
-        "Qwen3MoeConfig",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-    ),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "query_pre_attn_scalar": 16}),
 }
 
 

@@ -12,6 +12,7 @@ from slmops.checkpoints import source
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
+from tests import making
 from tests.checkpoint_folders import write_checkpoint
 
 
@@ -27,10 +28,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def resolve(settings: Settings) -> Callable[..., Checkpoint]:
-    def no_download(_uri: str, _target: Path) -> Path:
-        raise AssertionError("nothing should be downloaded")
-
-    def call(model: object, download: source.Download = no_download, **job: Any) -> Checkpoint:
+    def call(model: object, download: source.Download = making.no_download, **job: Any) -> Checkpoint:
         return source.resolve(Job(model=str(model), **job), settings, download=download)
 
     return call

@@ -25,7 +25,6 @@ from slmops.evaluation.matchers import parse_json
 JUDGE_MISSING = "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
-FORMATS = ("json", "number", "one_line")
 CSV_COLUMNS = (
     *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
     *("messages", "schema"),
@@ -96,7 +95,7 @@ class Item(Frozen):
     @field_validator("format", mode="before")
     @classmethod
     def _known_format(cls, value: Any) -> Any:
-        if value is None or isinstance(value, Pattern) or value in FORMATS:
+        if value is None or isinstance(value, Pattern) or value in ("json", "number", "one_line"):
             return value
         if isinstance(value, dict) and set(value) == {"regex"} and isinstance(value["regex"], str):
             _compiled(value["regex"], "'regex'")
@@ -105,7 +104,7 @@ class Item(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Item:
-        for problem in self._problems():
+        if problem := next(self._problems(), None):
             raise ValueError(problem)
         return self
 
@@ -202,7 +201,9 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
     items: dict[int, Item] = {}
     bad: list[str] = []
     lines: dict[str, int] = {}
-    for number, found in _of_csv(text, name) if name.lower().endswith(".csv") else _of_jsonl(text):
+    # Not splitlines(), which also splits at characters that a JSON string may hold, such as U+2028.
+    rows = ((number, _parsed(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, found in _of_csv(text, name) if name.lower().endswith(".csv") else rows:
         item = _item(found, matcher=matcher, judge=judge)
         if isinstance(item, str):
             bad.append(f"line {number}: {item}")
@@ -220,11 +221,13 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
         raise UsageError(
             f"{name} has no items.", "Give each item a line of JSON, or a CSV row, with prompt and expected."
         )
-    named = tuple(
-        item if item.id else item.model_copy(update={"id": _unused(str(number), lines)})
-        for number, item in items.items()
-    )
-    return EvaluationSet(items=named, digest=hashlib.sha256(raw).hexdigest(), name=name)
+    named = []
+    for number, item in items.items():
+        own = item.id or str(number)
+        while not item.id and own in lines:
+            own = f"line-{own}"
+        named.append(item.model_copy(update={"id": own}))
+    return EvaluationSet(items=tuple(named), digest=hashlib.sha256(raw).hexdigest(), name=name)
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
@@ -274,20 +277,8 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise UsageError(f"The {what} {path} cannot be read: {error.strerror}.", "Check the path.") from None
 
 
-def _of_jsonl(text: str) -> Iterator[tuple[int, Any]]:
-    """Number of each line and its object, or the error of a bad line."""
-    # Not splitlines(), which also splits at characters that a JSON string may hold, such as U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, _parsed(line)
-
-
 def _of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    """Number of the first line of each row and its filled cells, or the error of a bad row.
-
-    Raises:
-        UsageError: The header is bad.
-    """
+    """Number of the first line of each row and its filled cells, or the error of a bad row."""
     # Strict, or a quote that is never closed would make the rest of the file one cell.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
@@ -305,20 +296,16 @@ def _of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
             continue
         if header is None:
             header = [cell.strip() for cell in cells]
-            _check_header(header, name)
+            fix = f"Name columns in the first line, separated by commas: {', '.join(CSV_COLUMNS)}."
+            for column in header:
+                if column not in CSV_COLUMNS:
+                    raise UsageError(f"{name} has an unknown column '{column}'.", fix)
+                if header.count(column) > 1:
+                    raise UsageError(f"{name} has the column '{column}' twice.", fix)
         elif len(cells) != len(header):
             yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
         else:
             yield number, _typed({column: cell for column, cell in zip(header, cells, strict=True) if cell})
-
-
-def _check_header(header: list[str], name: str) -> None:
-    fix = f"Name columns in the first line, separated by commas: {', '.join(CSV_COLUMNS)}."
-    for column in header:
-        if column not in CSV_COLUMNS:
-            raise UsageError(f"{name} has an unknown column '{column}'.", fix)
-    if twice := [column for column, count in Counter(header).items() if count > 1]:
-        raise UsageError(f"{name} has the column '{twice[0]}' twice.", fix)
 
 
 def _typed(cells: dict[str, str]) -> Any:
@@ -359,13 +346,6 @@ def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:
     if item.match == "judge" and not judge:
         return JUDGE_MISSING
     return item
-
-
-def _unused(name: str, taken: dict[str, int]) -> str:
-    """The id of an item without one: the number of its line, with a prefix if another item has that id."""
-    while name in taken:
-        name = f"line-{name}"
-    return name
 
 
 def _compiled(expression: str, what: str) -> None:

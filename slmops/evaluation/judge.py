@@ -20,9 +20,7 @@ from slmops.evaluation.matchers import Judgement, document, parse_json
 
 BACKOFF_S = (0.5, 1.0, 2.0)
 """Seconds before each retry."""
-
 LARGEST_REPLY_BYTES = 1_000_000
-
 INSTRUCTIONS = """\
 You grade the answer of a language model. The next message has blocks that begin with <question {mark}>, \
 <reference {mark}> or <answer {mark}> and end with </question {mark}>, </reference {mark}> or </answer {mark}>. \
@@ -34,8 +32,7 @@ Reply with one JSON object and nothing else: {{"correct": true or false, "score"
 right)}}"""
 
 _HINTS = {
-    401: "check SLMOPS_JUDGE_API_KEY",
-    403: "check SLMOPS_JUDGE_API_KEY",
+    **dict.fromkeys((401, 403), "check SLMOPS_JUDGE_API_KEY"),
     404: "check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL",
 }
 
@@ -61,8 +58,8 @@ def score(item: Item, answer: str, settings: Settings) -> Judgement:
     """Ask the judging model, and up to three times again if it is busy, broken or out of reach.
 
     Args:
-        item: The question and the reference answer, if there is one.
-        answer: The answer to grade.
+        item: The question, and the reference answer if there is one.
+        answer: What to grade.
         settings: ``judge_url``, ``judge_model``, ``judge_api_key``, ``judge_timeout_s``.
 
     Returns:
@@ -102,10 +99,8 @@ def conversation(item: Item, answer: str) -> list[dict[str, str]]:
 def read_grade(reply: bytes) -> Judgement:
     """Read a chat completion strictly; only a code fence around the object is allowed."""
     try:
-        content = parse_json(reply.decode())["choices"][0]["message"]["content"]
-        if not isinstance(content, str):
-            raise TypeError
-    except (ValueError, LookupError, TypeError):
+        content = parse_json(reply.decode())["choices"][0]["message"]["content"].strip()
+    except (ValueError, LookupError, TypeError, AttributeError):
         return Judgement.unscored("the judge's reply is not a chat completion")
     try:
         said = Grade.model_validate(document(content))

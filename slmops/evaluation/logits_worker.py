@@ -124,11 +124,9 @@ def _windows(request: LogitsRequest) -> list[NDArray[Any]]:
     tokenizer.no_truncation()
     text = request.text.read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)[: request.tokens]
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
+    if len(ids) < 2:
         raise EvaluationError("The perplexity text has fewer than two tokens.", "Give a longer text.")
-    return windows
+    return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
 
 
 def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:

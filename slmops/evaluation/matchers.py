@@ -7,7 +7,6 @@ counts as wrong.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import inspect
 import json
@@ -28,10 +27,8 @@ from slmops.core.values import Frozen
 
 RIGHT_FROM = 0.5
 """Score from which an answer counts as right, unless the item names another."""
-
 SEARCHED_CHARACTERS = 20_000
 """How much of an answer a regular expression is shown."""
-
 MATCHER_MODULE = "_slmops_matcher"
 
 Function = Callable[[str, str], Any]
@@ -102,8 +99,12 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: It is not JSON.
     """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -171,7 +172,9 @@ def rouge_l(expected: str, answer: str) -> float:
 
     Counted by Google's ``rouge_score``: words are runs of a-z and 0-9, so texts in other scripts have none.
     """
-    return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+
+    return float(RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure)
 
 
 def squad_words(text: str) -> list[str]:
@@ -231,7 +234,7 @@ def load_function(spec: str) -> Function:
     except (Exception, SystemExit) as error:
         del sys.modules[MATCHER_MODULE]
         raise UsageError(f"The matcher's file {file} does not import: {_described(error, str(path))}", fix) from None
-    function = getattr(module, name, None)
+    function: Function | None = getattr(module, name, None)
     if function is None:
         raise UsageError(f"The matcher's file {file} has no function {name}.", fix)
     if not callable(function):
@@ -241,8 +244,7 @@ def load_function(spec: str) -> Function:
             inspect.signature(function).bind("expected", "answer")
         except TypeError as error:
             raise UsageError(f"{name} in {file} cannot be called with (expected, answer): {error}.", fix) from None
-    checked: Function = function
-    return checked
+    return function
 
 
 def _described(error: BaseException, file: str) -> str:
@@ -254,18 +256,6 @@ def _described(error: BaseException, file: str) -> str:
         said = f"{type(error).__name__}: {error.msg}"
         lines += [error.lineno] if error.filename == file else []
     return said + (f" in line {lines[-1]}" if lines else "")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-@functools.cache
-def _rouge() -> Any:
-    # The import takes seconds.
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
-
-    return RougeScorer(["rougeL"])
 
 
 def _validator(schema: dict[str, Any]) -> Any:

@@ -120,17 +120,11 @@ def score_text(request: LogitsRequest, name: str, label: str, settings: Settings
     Raises:
         EvaluationError: The model could not be scored.
     """
-    return _in_child("logits_worker", request, LogitsResult, name, f"{label}.logits", settings)
+    return _in_child("logits", request, LogitsResult, name, label, settings)
 
 
 def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
-    """Have a registered variant answer, in a child process. The caller holds the machine lock.
-
-    Args:
-        request: The variant and the items.
-        name: The model's name; its work folder and logs go by it.
-        label: The variant's name.
-        settings: Where things are.
+    """Have a registered variant answer, with the arguments and the lock of :func:`score_text`.
 
     Returns:
         Scored answers, except those to items with match ``judge``: give them to
@@ -140,18 +134,16 @@ def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settin
         EvaluationError: The variant does not answer.
         UsageError: The matcher cannot be loaded.
     """
-    return _in_child("answers_worker", request, ScoredAnswers, name, f"{label}.answers", settings).answers
+    return _in_child("answers", request, ScoredAnswers, name, label, settings).answers
 
 
-def _in_child(
-    module: str, request: Frozen, result: type[_Result], name: str, label: str, settings: Settings
-) -> _Result:
+def _in_child(what: str, request: Frozen, result: type[_Result], name: str, label: str, settings: Settings) -> _Result:
     found, _ = children.call(
-        f"slmops.evaluation.{module}",
+        f"slmops.evaluation.{what}_worker",
         request,
         result,
-        work=settings.work(name) / label,
-        log=settings.logs / name / f"{label}.log",
+        work=settings.work(name) / f"{label}.{what}",
+        log=settings.logs / name / f"{label}.{what}.log",
         timeout_s=settings.evaluation_timeout_s,
         error=EvaluationError,
     )

@@ -33,14 +33,7 @@ class ScoredAnswers(Frozen):
 
 
 def judgement(item: Item, text: str, function: Function | None, settings: Settings) -> Judgement:
-    """Judge a text as its item asks.
-
-    Args:
-        item: With the expected answer and the name of the matcher.
-        text: What the model said.
-        function: The user's own, from :func:`slmops.evaluation.matchers.load_function`, for match ``python``.
-        settings: Where the judging model is, for match ``judge``.
-    """
+    """Judge what a model said as its item asks: by the user's function for ``python``, by a model for ``judge``."""
     return judge.score(item, text, settings) if item.match == "judge" else _matched(item, text, function)
 
 
@@ -85,7 +78,7 @@ def ask_judge(items: Sequence[Item], answers: Sequence[Answer], settings: Settin
     Args:
         items: Of the evaluation set.
         answers: One for each item, in their order.
-        settings: Where the judging model is.
+        settings: With the address of the judging model.
     """
     scored = list(answers)
     waiting: SimpleQueue[int] = SimpleQueue()

@@ -53,23 +53,15 @@ def test_passes_of_each_precision(name: str, tied: bool) -> None:
 
 
 def test_each_workflow_is_for_the_cpu_and_whole() -> None:
-    for recipe in made("fp32", "fp16", "int8", "int4"):
+    promised = {"fp32": (32, True), "fp16": (16, False), "int8": (8, False), "int4": (4, False)}
+    for recipe in made(*promised):
+        assert (recipe.bits, recipe.baseline) == promised[recipe.name]
         assert recipe.config["systems"]["local"] == {
             "type": "LocalSystem",
             "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
         }
         assert (recipe.config["host"], recipe.config["target"]) == ("local", "local")
         assert set(recipe.config) == {"systems", "host", "target", "passes"}
-
-
-def test_promised_bits_and_one_baseline() -> None:
-    found = made("int4", "int8", "fp16", "fp32")
-    assert [(recipe.name, recipe.bits, recipe.baseline) for recipe in found] == [
-        ("fp32", 32, True),
-        ("int4", 4, False),
-        ("int8", 8, False),
-        ("fp16", 16, False),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +82,6 @@ def test_baseline_is_first_and_nothing_twice(asked: list[str], names: list[str])
 def test_block_size_and_symmetry_of_int4(block: int) -> None:
     quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[1]
     assert quantize == {**INT4, "group_size": block, "sym": True}
-
-
-def test_block_size_of_int4_leaves_int8_alone() -> None:
-    assert passes(made("int8", int4_block_size=100)[-1])[0]["group_size"] == 32
 
 
 @pytest.mark.parametrize(
@@ -118,5 +106,6 @@ def test_what_cannot_work_is_refused_with_what_to_use(
     assert fix in (raised.value.fix or "")
 
 
-def test_sizes_do_not_matter_without_quantization() -> None:
+def test_sizes_do_not_matter_without_quantization_nor_int4s_block_to_int8() -> None:
+    assert passes(made("int8", int4_block_size=100)[-1])[0]["group_size"] == 32
     assert [recipe.name for recipe in made("fp16", sizes=(7,), int4_block_size=100)] == ["fp32", "fp16"]

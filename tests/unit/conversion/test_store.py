@@ -64,11 +64,8 @@ def test_other_name_is_another_folder_of_the_same_digest() -> None:
     assert other == KEY.replace("int4-", "mine-")
 
 
-def test_round_trip(variant: Variant) -> None:
+def test_round_trip_and_the_path_is_where_it_is_found(variant: Variant, tmp_path: Path) -> None:
     assert store.load(variant.path) == variant
-
-
-def test_path_is_where_it_is_found(variant: Variant, tmp_path: Path) -> None:
     moved = variant.path.rename(tmp_path / "moved")
     found = store.load(moved)
     assert found == variant.model_copy(update={"path": moved})
@@ -116,10 +113,7 @@ def add_a_key(path: Path) -> None:
         ),
     ],
 )
-def test_damaged(variant: Variant, file: str, damage: Callable[[Path], object]) -> None:
+def test_damaged_or_missing(variant: Variant, file: str, damage: Callable[[Path], object]) -> None:
     damage(variant.path / file)
     assert store.load(variant.path) is None
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    assert store.load(tmp_path / "nothing") is None
+    assert store.load(variant.path / "nothing") is None

@@ -129,16 +129,7 @@ def assess(
     hardware_kind: str,
     request: Remeasure,
 ) -> Remeasured:
-    """Compare what was measured now with what was recorded.
-
-    Args:
-        version: What was measured.
-        recorded: What its evaluation recorded.
-        now: Metric to figure.
-        answers: To the evaluation set; None: it was not asked.
-        left_out: What was not measured again, and why.
-        hardware_kind: Of this machine.
-        request: With the tolerances.
+    """Compare what was measured now on this kind of hardware, and the answers if it was asked, with what was recorded.
 
     Raises:
         EvaluationError: There is no figure to compare.
@@ -194,14 +185,12 @@ def compare(
         if metric not in recorded or metric not in now:
             continue
         was, is_now = recorded[metric], now[metric]
-        if was.value and is_now.value:
-            worse = (is_now.value / was.value) ** SPEED_METRICS.get(metric, 1)
-            doubt = _doubt(was, is_now) if metric in SPEED_METRICS else None
-            beyond = worse > tolerance + SLACK
-            figures.append(_figure(metric, was, is_now, beyond, doubt, f"{worse:.4g} times worse", tolerance))
-        else:
-            one = _figure(metric, was, is_now, False, None, "", tolerance)
-            figures.append(one.model_copy(update={"detail": "one of the two is 0"}))
+        both = was.value and is_now.value
+        worse = (is_now.value / was.value) ** SPEED_METRICS.get(metric, 1) if both else 0
+        doubt = _doubt(was, is_now) if metric in SPEED_METRICS else None
+        beyond = worse > tolerance + SLACK
+        one = _figure(metric, was, is_now, beyond, doubt, f"{worse:.4g} times worse", tolerance)
+        figures.append(one if both else one.model_copy(update={"detail": "one of the two is 0"}))
     return tuple(figures)
 
 

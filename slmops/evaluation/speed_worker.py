@@ -102,7 +102,8 @@ def handle(request: SpeedRequest) -> SpeedResult:
     model.load()
     load_s = time.perf_counter() - started
     loaded = _rest()
-    _warm_up(model, min(request.cells, key=lambda cell: cell.prompt_tokens))
+    shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
+    _warm_up(model, shortest)
     began = time.monotonic()
     energy, cpu, wall = machine.energy_j(), time.process_time(), time.perf_counter()
     timed = []
@@ -125,7 +126,15 @@ def handle(request: SpeedRequest) -> SpeedResult:
             "Is its chat template right? See the answers in the log of its registration.",
         )
     measured = Window(start=began, end=time.monotonic())
-    throughput = _throughputs(model, request)
+    # Several sessions come last: they take memory that a single user never sees. Their rates include prefill.
+    throughput = {}
+    for sessions in request.sessions:
+        with ThreadPoolExecutor(sessions) as pool:
+            started = time.perf_counter()
+            cell = shortest.model_copy(update={"output_tokens": SESSION_TOKENS})
+            replies = list(pool.map(_ask, [model] * sessions, [cell] * sessions))
+            generated = sum(reply.completion_tokens for reply in replies)
+            throughput[sessions] = generated / (time.perf_counter() - started)
     model.unload()
     return SpeedResult(
         load_s=load_s,
@@ -157,22 +166,6 @@ def _warm_up(model: Any, cell: Cell) -> None:
         if abs(now - last) <= STABLE * now:
             return
         last = now
-
-
-def _throughputs(model: Any, request: SpeedRequest) -> dict[int, float]:
-    """Generated tokens/s of several sessions together, each with one request of the shortest prompt, with prefill.
-
-    This comes last: several sessions take memory that a single user never sees.
-    """
-    shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
-    cell = shortest.model_copy(update={"output_tokens": SESSION_TOKENS})
-    rates = {}
-    for sessions in request.sessions:
-        with ThreadPoolExecutor(sessions) as pool:
-            started = time.perf_counter()
-            replies = list(pool.map(lambda _: _ask(model, cell), range(sessions)))
-            rates[sessions] = sum(reply.completion_tokens for reply in replies) / (time.perf_counter() - started)
-    return rates
 
 
 def _rest() -> Window:

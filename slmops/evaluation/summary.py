@@ -81,8 +81,20 @@ def evaluation(
 
 
 def of_speed(speed: Speed) -> Measurements:
-    """The figures that depend on the machine."""
-    return {**_times(speed), **_memory(speed), **_machine(speed)}
+    """The figures that depend on the machine, which includes how steady it was and its energy if it reports that."""
+    turns = _undisturbed(speed.turns)
+    cpu = [100 * turn.measured.cpu_s / turn.measured.wall_s for turn in turns]
+    measured = {
+        "cpu_percent": statistics.of_percentile(cpu, 50, "% of one core"),
+        "cpu_percent_total": statistics.of_percentile([one / speed.cores for one in cpu], 50, "% of all cores"),
+    }
+    # A counter that wrapped round gives a negative energy.
+    energies = [(turn.measured.energy_j, turn.measured.energy_tokens) for turn in turns]
+    if energy := [joules / tokens for joules, tokens in energies if joules is not None and joules > 0]:
+        measured["energy_j_per_token"] = statistics.of_percentile(energy, 50, "J/token")
+    loops = [loop for turn in speed.turns for loop in turn.calibration_s]
+    noise = Measurement(value=statistics.noise_percent(loops), unit="%", samples=len(loops))
+    return {**_times(speed), **_memory(speed), **_marked(measured, turns), "noise_percent": noise}
 
 
 def _undisturbed(turns: Sequence[Turn]) -> list[Turn]:
@@ -191,26 +203,6 @@ def _memory(speed: Speed) -> Measurements:
             if window and (samples := memory_in(turn, window)):
                 sampled.setdefault(metric, []).append(max(samples))
     return {metric: statistics.of_percentile(largest, 50, "MB") for metric, largest in sampled.items()}
-
-
-def _machine(speed: Speed) -> Measurements:
-    """Processor, energy if the machine reports it, and how steady the machine was."""
-    turns = _undisturbed(speed.turns)
-    cpu = [100 * turn.measured.cpu_s / turn.measured.wall_s for turn in turns]
-    measured = {
-        "cpu_percent": statistics.of_percentile(cpu, 50, "% of one core"),
-        "cpu_percent_total": statistics.of_percentile([one / speed.cores for one in cpu], 50, "% of all cores"),
-    }
-    # A counter that wrapped round gives a negative energy.
-    if energy := [
-        one.energy_j / one.energy_tokens
-        for one in (turn.measured for turn in turns)
-        if one.energy_j and one.energy_j > 0
-    ]:
-        measured["energy_j_per_token"] = statistics.of_percentile(energy, 50, "J/token")
-    loops = [loop for turn in speed.turns for loop in turn.calibration_s]
-    noise = Measurement(value=statistics.noise_percent(loops), unit="%", samples=len(loops))
-    return {**_marked(measured, turns), "noise_percent": noise}
 
 
 def _distributions(

@@ -13,7 +13,7 @@ from slmops.conversion import store
 from slmops.core.files import write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import MANIFEST, Recipe, Registration, Variant, VariantResult
+from slmops.core.values import MANIFEST, Recipe, Variant, VariantResult
 from slmops.evaluation import quality, speed, summary
 from slmops.foundry.register import register
 from slmops.selection import choice as selection
@@ -75,11 +75,12 @@ def _wrong_template(variant: Variant, settings: Settings) -> Variant:
     return _sealed(spoilt)
 
 
-def _judged(variants: list[tuple[Variant, Registration]], settings: Settings) -> dict[str, VariantResult]:
-    speeds = speed.measure(variants, NAME, JOB, settings)
+def _judged(variants: list[Variant], settings: Settings) -> dict[str, VariantResult]:
+    made = [(variant, register(variant, NAME, JOB, settings)) for variant in variants]
+    speeds = speed.measure(made, NAME, JOB, settings)
     results = []
     baseline = None
-    for variant, registration in variants:
+    for variant, registration in made:
         measured = quality.measure(variant, registration, NAME, JOB, settings)
         if variant.recipe.baseline:
             baseline = (variant, measured)
@@ -90,23 +91,20 @@ def _judged(variants: list[tuple[Variant, Registration]], settings: Settings) ->
             VariantResult(name=variant.name, status="ok", metrics=found.metrics, measurements=found.measurements)
         )
     # The spoilt ones are the first choice, if nothing refuses them.
-    choice, judged = selection.choose(results, policy.load().model_copy(update={"preference": (variants[-1][0].name,)}))
-    assert choice.variant != variants[-1][0].name, choice.reason
+    spoilt = variants[-1].name
+    choice, judged = selection.choose(results, policy.load().model_copy(update={"preference": (spoilt,)}))
+    assert choice.variant != spoilt, choice.reason
     return {result.name: result for result in judged}
 
 
 def test_a_wrong_chat_template_fails_on_the_answers(good: dict[str, Variant], settings: Settings) -> None:
-    mistaken = _wrong_template(good["int8"], settings)
-    made = [(variant, register(variant, NAME, JOB, settings)) for variant in (good["fp32"], mistaken)]
-    result = _judged(made, settings)["mistaken"]
+    result = _judged([good["fp32"], _wrong_template(good["int8"], settings)], settings)["mistaken"]
     gates = {gate.metric: gate for gate in result.gates if gate.outcome != "skipped"}
     assert gates["perplexity"].outcome == "pass"  # the weights are right
     assert gates["accuracy"].refuses, gates["accuracy"].detail
 
 
 def test_zeroed_weights_fail_on_the_distributions(good: dict[str, Variant], settings: Settings) -> None:
-    zeroed = _zeroed(good["int8"], settings)
-    made = [(variant, register(variant, NAME, JOB, settings)) for variant in (good["fp32"], zeroed)]
-    result = _judged(made, settings)["zeroed"]
+    result = _judged([good["fp32"], _zeroed(good["int8"], settings)], settings)["zeroed"]
     gates = {gate.metric: gate.outcome for gate in result.gates if gate.outcome != "skipped"}
     assert gates["perplexity"] == "fail", result.metrics

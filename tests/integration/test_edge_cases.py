@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,29 +17,17 @@ from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
 from slmops.evaluation.edge_worker import EdgeCase
 from slmops.foundry.register import register
-from slmops.processes import children
 from tests import making
 
 pytestmark = pytest.mark.integration
 
 NAME = "tiny"
 # What this runtime does with a model that answers anything. The tiny model's chat template takes any conversation.
+REFUSED = ("empty", "longer_than_context", "one_beyond_the_context", "repeated_tokens", "lone_surrogate")
 OUTCOMES = {
-    "empty": "refused",
-    "whitespace": "answered",
-    "longer_than_context": "refused",
-    "exactly_the_context": "answered",
-    "one_beyond_the_context": "refused",
-    "repeated_tokens": "refused",
-    "own_special_tokens": "answered",
-    "foreign_markers": "answered",
-    "emoji": "answered",
-    "right_to_left": "answered",
+    **{case.id: "answered" for case in edge_cases.EDGE_CASES},
+    **dict.fromkeys(REFUSED, "refused"),
     "nul_in_text": "cut",
-    "lone_surrogate": "refused",
-    "assistant_first": "answered",
-    "greedy_twice": "answered",
-    "ordinary_question": "answered",
 }
 QUESTION = EdgeCase(id="ordinary_question", expected="answered")
 
@@ -90,14 +77,10 @@ def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], sett
     assert details["lone_surrogate"].startswith("UnicodeEncodeError")
     assert "a known defect of the runtime" in details["nul_in_text"]
     # Prompt and requested tokens fill the context of 512 tokens and those of the template.
-    template = edge_cases.prompts.counter(registration.path)("")
     tokens = int(details["exactly_the_context"].split()[0])
-    assert 0 < edge_cases.CONTEXT + template - tokens < 60
-    assert (
-        f"({tokens} input + {edge_cases.CONTEXT + template - tokens + 1} output)" in details["one_beyond_the_context"]
-    )
-    share = edge_cases.measurement(cases)
-    assert (share.value, share.samples, share.low, share.high) == (1.0, len(OUTCOMES) - 1, 1.0, 1.0)
+    room = edge_cases.CONTEXT + edge_cases.prompts.counter(registration.path)("") - tokens
+    assert 0 < room < 60
+    assert f"({tokens} input + {room + 1} output)" in details["one_beyond_the_context"]
     assert (settings.logs / NAME / "int8.edge.log").exists()
     # What is deployed is as it was.
     assert {file.name: sha256(file) for file in registration.path.iterdir()} == before
@@ -120,30 +103,21 @@ def test_a_crash_or_a_hang_costs_one_case(
         EdgeCase(id=name, expected="answered") if outcome == "answered" else fault(name)
         for name, outcome in expected.items()
     )
-    started = time.monotonic()
     seen = edge_cases.run(*made, NAME, settings, cases=cases, limit_s=2.0)
-    assert time.monotonic() - started < 60
     assert outcomes(seen) == expected
     details = {case.id: case.detail for case in seen}
     assert "SIGSEGV" in details["dies"]
     assert details["hangs"] == "It took longer than 2 s."
     assert details["breaks"] == "RuntimeError: the kernel found no memory"
     assert "ended with status 0 and no result" in details["leaves"]
-    share = edge_cases.measurement(seen)
-    assert (share.value, share.samples) == (pytest.approx(3 / 7), 7)
 
 
-def test_no_time_left(made: tuple[Variant, Registration], settings: Settings) -> None:
-    impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
-    with pytest.raises(EvaluationError, match="took longer than 0 s"):
-        edge_cases.run(*made, NAME, impatient)
-
-
-def test_time_runs_out_amid_a_case(
-    made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit_s", [0.2, 3])
+def test_time_runs_out_before_and_amid_a_case(
+    limit_s: float, made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    hurried = settings.model_copy(update={"evaluation_timeout_s": 3})
+    hurried = settings.model_copy(update={"evaluation_timeout_s": limit_s})
     with pytest.raises(EvaluationError, match="took longer than"):
         edge_cases.run(*made, NAME, hurried, cases=(QUESTION, fault("hangs"), QUESTION))
 
@@ -154,10 +128,5 @@ def test_a_model_that_does_not_load(made: tuple[Variant, Registration], settings
     shutil.copytree(registration.path, broken)
     (broken / "model.onnx").unlink()
     (broken / "model.onnx").write_bytes(b"no graph")
-    calls = []
-    real = children.call
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(children, "call", lambda *args, **options: calls.append(args[0]) or real(*args, **options))
-        with pytest.raises(EvaluationError, match="status 1 and no result"):
-            edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)
-    assert len(calls) == 1  # not once for each case
+    with pytest.raises(EvaluationError, match="status 1 and no result"):
+        edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)

@@ -107,9 +107,7 @@ def test_what_mlflow_and_prefect_have(
     assert "| perplexity " in shown
     assert f"[MLflow run]({Tracker(settings.tracking_uri or '').run_url(steady.run_id or '')})" in shown
 
-
-@pytest.mark.usefixtures("steady")
-def test_the_job_keeps_what_it_measured_with(champion: ModelVersion, client: MlflowClient, tmp_path: Path) -> None:
+    # The job keeps what it measured with.
     kept = {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
     assert files_of(client, champion.job_id) >= kept
     assert read(client, champion.job_id, "inputs/evaluation_set.jsonl", tmp_path) == making.EVALUATION_SET
@@ -138,12 +136,8 @@ def test_drift_is_reported(
         remeasure(Remeasure(name=NAME, version=str(champion.version), **LENIENT))
     result = caught.value.result
     assert (caught.value.exit_code, result.outcome) == (3, "drifted")
-    assert {one.metric for one in result.figures if one.drifted} == {
-        "ttft_ms_p50",
-        "decode_tok_s",
-        "memory_peak_mb",
-        "perplexity",
-    }
+    drifted = {one.metric for one in result.figures if one.drifted}
+    assert drifted == {"ttft_ms_p50", "decode_tok_s", "memory_peak_mb", "perplexity"}
     assert result.metrics["drift/perplexity"] == pytest.approx(2, rel=1e-5)
     assert client.get_run(result.run_id).data.tags["slmops.outcome"] == "drifted"
     version = Registry(settings.tracking_uri or "").find(NAME, str(champion.version))
@@ -206,7 +200,7 @@ def test_the_champion_is_soaked(champion: ModelVersion, client: MlflowClient, se
 
 
 @pytest.mark.usefixtures("champion")
-def test_what_cannot_be_measured() -> None:
+def test_what_cannot_be_measured(settings: Settings) -> None:
     for asked in (Remeasure(name="nobody"), Remeasure(name=NAME, version="77")):
         with pytest.raises(UsageError):
             remeasure(asked)
@@ -215,9 +209,6 @@ def test_what_cannot_be_measured() -> None:
     with pytest.raises(UsageError, match="--champion"):
         soak(Soak(champion=True))
 
-
-@pytest.mark.usefixtures("champion")
-def test_a_second_remeasurement_at_the_same_time_is_told(settings: Settings) -> None:
     held = locks.exclusive(settings.locks / f"{NAME}.remeasure.lock", "it", wait=False)
     with held, pytest.raises(BusyError, match="Tiny_R"):
         remeasure(Remeasure(name=NAME))

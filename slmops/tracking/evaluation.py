@@ -31,9 +31,11 @@ from mlflow.entities import (
     TraceLocation,
     TraceState,
 )
+from mlflow.exceptions import MlflowException
 
 # Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions log traces to the address of the whole
 # process, at the time of the call, and one assessment a request.
+from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing.client import TracingClient
 
 from slmops.core.job import Job
@@ -261,7 +263,12 @@ def _log_answers(client: Client, run_id: str, model_id: str, answers: Sequence[A
         tracing.start_trace(info)
         spans.append(span)
     for start in range(0, len(spans), TRACES_AT_ONCE):
-        tracing.log_spans(experiment, spans[start : start + TRACES_AT_ONCE])
+        try:
+            tracing.log_spans(experiment, spans[start : start + TRACES_AT_ONCE])
+        except NotImplementedError as error:
+            # MLflow gives a server 3 s to tell its version, and remembers for good that a busy one did not.
+            RestStore._get_server_version.cache_clear()
+            raise MlflowException(str(error)) from error  # which is tried again
 
 
 def delete_answers(client: Client, experiment: str, run_id: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slmops.core.errors import TrackingError
 from slmops.core.values import Answer, GateResult, Measurement
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
@@ -231,3 +232,15 @@ def test_description_stays_within_what_mlflow_takes() -> None:
     headlines = [line.split("\u00a0")[0] for line in text.splitlines()[2:4]]
     assert headlines == ["|ttft_ms_p50", "|accuracy"]
     assert all(line.count("|") == 7 for line in text.splitlines()[:-2])
+
+
+def test_a_server_too_busy_to_tell_its_version_is_tried_again(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("could not identify MLflow server version")
+
+    made, parent = Made(book.folder), book.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking_evaluation.TracingClient, "log_spans", refuse)
+        with pytest.raises(TrackingError):
+            book.log(made, parent)
+    book.log(made, parent)

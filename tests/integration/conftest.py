@@ -45,6 +45,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """A home, an MLflow database and a Prefect server for a module of flows; one without them has its own."""
+    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_HOME, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
@@ -57,6 +58,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
             patch.setenv(name, value)
         with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness(server_startup_timeout=180):
             yield Settings()
+            # The harness does this at its end without a limit, and was seen to wait for ever.
+            EventsWorker.drain_all(timeout=20)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from slmops.serving.home_service import SERVING, Running, status
+from slmops.serving.home_service import SERVING, Running, ServingStatus, status
 from tests.answering import answering
 
 
@@ -31,19 +31,11 @@ def write(home: Path, url: str, pid: int = os.getpid(), later: float = 0) -> Non
     (home / SERVING).write_text(running.model_dump_json())
 
 
-@pytest.mark.parametrize(("code", "ok"), [(200, True), (503, False)])
-def test_it_runs(tmp_path: Path, url: str, ok: bool) -> None:
+@pytest.mark.parametrize(("code", "answers", "ok"), [(200, True, True), (503, True, False), (200, False, False)])
+def test_it_runs(tmp_path: Path, url: str, answers: bool, ok: bool) -> None:
+    url = url if answers else "http://127.0.0.1:9"
     write(tmp_path, url)
-    found = status(tmp_path)
-    assert found is not None
-    assert (found.url, found.model, found.ok) == (url, "bot", ok)
-
-
-def test_it_does_not_answer(tmp_path: Path) -> None:
-    write(tmp_path, "http://127.0.0.1:9")
-    found = status(tmp_path)
-    assert found is not None
-    assert not found.ok
+    assert status(tmp_path) == ServingStatus(url=url, model="bot", ok=ok)
 
 
 def test_there_is_none(tmp_path: Path, url: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -16,7 +16,6 @@ from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed as delivered
 from slmops.delivery import pull
-from slmops.foundry.versions import ModelVersion
 from slmops.serving import registry_watch
 from slmops.serving.fleet import Fleet, UnknownModel
 from slmops.serving.registry_watch import VersionSource, in_thread
@@ -216,40 +215,26 @@ def test_in_thread_gives_and_raises() -> None:
 
 def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
-    calls: list[tuple[Any, ...]] = []
-
-    class Registry:
-        def __init__(self, uri: str) -> None:
-            calls.append(("connect", uri))
-
-        def champion(self, name: str) -> ModelVersion:
-            return version(2) if name == "bot" else version(0)
-
-        def versions(self, name: str) -> list[ModelVersion]:
-            return [self.champion(name)]
-
-        def withdraw(self, failed: ModelVersion, reason: str) -> None:
-            calls.append(("withdraw", failed.version, reason))
-
-    def note(name: str) -> Any:
-        return lambda *arguments: calls.append((name, *arguments))
-
-    monkeypatch.setattr(registry, "Registry", Registry)
-    monkeypatch.setattr(pull, "install", note("install"))
+    calls = Mock()
+    monkeypatch.setattr(registry, "Registry", calls.Registry)
+    monkeypatch.setattr(pull, "install", calls.install)
     for name in ("make_current", "current"):
-        monkeypatch.setattr(delivered, name, note(name))
+        monkeypatch.setattr(delivered, name, getattr(calls, name))
     source = VersionSource("bot", settings, "http://registry")
-    assert calls == []  # nothing is asked before it is needed
-    assert source.champion() == version(2)
-    assert source.versions() == [version(2)]
+    assert calls.mock_calls == []  # nothing is asked before it is needed
+    asked = calls.Registry.return_value
+    assert source.champion() == asked.champion.return_value
+    assert source.versions() == asked.versions.return_value
     source.withdraw(version(2), "why")
     source.install(version(2))
     source.make_current(installed(2))
     source.current()
-    assert calls == [
-        ("connect", "http://registry"),
-        ("withdraw", 2, "why"),
-        ("install", version(2), settings, "http://registry"),
-        ("make_current", installed(2), settings),
-        ("current", "bot", settings),
+    assert calls.mock_calls == [
+        call.Registry("http://registry"),
+        call.Registry().champion("bot"),
+        call.Registry().versions("bot"),
+        call.Registry().withdraw(version(2), "why"),
+        call.install(version(2), settings, "http://registry"),
+        call.make_current(installed(2), settings),
+        call.current("bot", settings),
     ]

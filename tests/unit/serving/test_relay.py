@@ -103,19 +103,14 @@ async def test_errors_of_the_runtime_are_told(
             assert message in (None, refused.json()["error"]["message"])
 
 
-@pytest.mark.parametrize(
-    ("message", "expected"), [("Error creating grammar", (400, "invalid_value")), ("sad", (502, "backend_error"))]
-)
-async def test_an_error_that_a_stream_begins_with_has_its_status(message: str, expected: tuple[int, str]) -> None:
-    error = {"error": {"message": SIGNED + message, "type": "server_error"}}
-    async with stand(script=streams(event(error))) as one:
+async def test_an_error_that_a_stream_begins_with_has_its_status_and_a_later_one_is_counted(one: Stand) -> None:
+    for message, expected in (("Error creating grammar", (400, "invalid_value")), ("sad", (502, "backend_error"))):
+        one.upstream.script = streams(event({"error": {"message": SIGNED + message, "type": "server_error"}}))
         assert told(await one.ask(chat(stream=True))) == expected
-
-
-async def test_an_error_in_a_stream_is_counted() -> None:
-    async with stand(script=streams(event(chunk("a")), event({"error": {"message": "sad"}}))) as one:
-        assert (await one.ask(chat(stream=True))).text.endswith('data: {"error":{"message":"sad"}}\n\n')
-        assert await one.counted(502) == 1
+    before = await one.counted(502)
+    one.upstream.script = streams(event(chunk("a")), event({"error": {"message": "sad"}}))
+    assert (await one.ask(chat(stream=True))).text.endswith('data: {"error":{"message":"sad"}}\n\n')
+    assert await one.counted(502) == before + 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

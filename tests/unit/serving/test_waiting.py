@@ -106,15 +106,9 @@ async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() 
         assert told(refused) == (504, "timeout")
         assert refused.headers["x-should-retry"] == "false"
         assert await one.in_flight() == (1, 0)
+        await one.reaches(0, 0)  # a runtime that hangs does not keep it for ever
         one.upstream.let_go.set()
-        await one.reaches(0, 0)
         assert (await one.ask()).status_code == 200
-
-
-async def test_a_runtime_that_hangs_does_not_keep_its_slot_for_ever() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.2), script=held) as one:
-        assert told(await one.ask()) == (504, "timeout")
-        await one.reaches(0, 0)
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:

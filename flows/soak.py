@@ -10,6 +10,7 @@ from pathlib import Path
 from prefect import flow, runtime
 
 from flows.running import named, plainly, turn
+from slmops.core import locks
 from slmops.core.settings import Settings
 from slmops.delivery.remeasurement import copied
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
@@ -46,7 +47,7 @@ def soak(request: Soak) -> SoakResult:
         )
     else:
         target = find_variant(uri, request)
-    with turn(settings.machine_lock, "this machine's conversions and measurements"), _home(installed, settings) as home:
+    with turn(settings.machine_lock, locks.MACHINE), _home(installed, settings) as home:
         measured, memory_kb = soak_variant(target, request, home, settings)
     result, url = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     show_soak(result, url)

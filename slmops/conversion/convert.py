@@ -38,7 +38,7 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
     target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)
     if variant is None:
-        with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        with locks.machine(settings):
             # Look again: another job may have made it while this one waited.
             variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target)
     if job.output_path is not None:

@@ -6,15 +6,18 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from slmops.core.errors import BusyError, PrerequisiteError
+from slmops.core.settings import Settings
 
 log = logging.getLogger(__name__)
+
+MACHINE = "this machine's conversions and measurements"
 
 
 @contextmanager
@@ -52,6 +55,11 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def machine(settings: Settings) -> AbstractContextManager[None]:
+    """Hold this machine, to convert or to measure; whoever else does it has to wait."""
+    return exclusive(settings.machine_lock, MACHINE, wait=True)
 
 
 def _who(holder: Path) -> str:

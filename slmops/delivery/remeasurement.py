@@ -128,7 +128,7 @@ def measure_perplexity(
     """Perplexity on the job's text."""
     file = settings.work(name) / "text.txt"
     write_atomic(file, text)
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+    with locks.machine(settings):
         log.info("%s: scoring the text", recorded.variant.name)
         tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
         request = LogitsRequest(folder=place.registration.path, text=file, tokens=tokens)
@@ -141,7 +141,7 @@ def ask_questions(
 ) -> tuple[Answer, ...]:
     """Answers to the job's evaluation set, judged as the job judged them."""
     items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+    with locks.machine(settings):
         log.info("%s: answering the evaluation set", recorded.variant.name)
         foundry_id, matcher = place.registration.foundry_id, recorded.job.matcher
         request = AnswersRequest(home=place.home, foundry_id=foundry_id, items=items, matcher=matcher)

@@ -49,7 +49,7 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
         return None
     reference = _reference(CHECKPOINT_REFERENCE, name, settings)
     try:
-        with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+        with locks.machine(settings):
             log.info("scoring the text with the checkpoint itself")
             request = LogitsRequest(
                 folder=checkpoint.path,
@@ -83,7 +83,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     references = {CHECKPOINT_REFERENCE: _reference(CHECKPOINT_REFERENCE, name, settings)}
     if not variant.recipe.baseline:
         references[BASELINE_REFERENCE] = baseline
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+    with locks.machine(settings):
         log.info("%s: measuring quality", variant.name)
         text_request = LogitsRequest(
             folder=registration.path,

@@ -77,7 +77,7 @@ def measure(
     """
     contestants: list[_Contestant] = []
     results: dict[str, Speed | SlmopsError] = {}
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+    with locks.machine(settings):
         for variant, registration in made:
             try:
                 contestants.append(_Contestant(variant, registration, name, job, settings))

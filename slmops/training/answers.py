@@ -39,7 +39,7 @@ def answer_with_checkpoint(
     work = settings.work(name) / f"{label}-answers"
     log = settings.logs / name / f"{label}.answers.log"
     log.unlink(missing_ok=True)
-    with locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True):
+    with locks.machine(settings):
         result, _ = children.call(
             "slmops.training.answers_worker",
             answers_worker.CheckpointAnswersRequest(folder=folder, items=items, matcher=matcher),

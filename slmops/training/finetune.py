@@ -81,7 +81,7 @@ def finetune(
     )
     with (
         children.reporting_full_disk(settings.home),
-        locks.exclusive(settings.machine_lock, "this machine's conversions and measurements", wait=True),
+        locks.machine(settings),
     ):
         done = load(folder)
         if done is not None:

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -39,7 +39,6 @@ REASON = "slmops.reason"
 OF_CURVES = "curves/"
 """How the names of curves begin; MLflow's charts have a section for each such prefix."""
 TEXT_LIMIT = 6000  # characters that MLflow takes for a parameter
-METRICS_AT_ONCE = 1000
 DIGEST_LENGTH = 12  # MLflow's pages allow 36 characters; the whole digest is in the data set's profile
 _SIGN_IN = re.compile(r"//[^/\s]*@")
 # The kind makes MLflow's page open with the runs instead of an empty dashboard for chat applications.
@@ -116,13 +115,7 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
     def log_figures(self, run_id: str, figures: Mapping[str, float]) -> None:
         """Log single figures as metrics of this moment."""
         now = now_ms()
-        self.log_metrics(run_id, (Metric(key, value, now, 0) for key, value in figures.items()))
-
-    def log_metrics(self, run_id: str, metrics: Iterable[Metric]) -> None:
-        """Log any number of metrics."""
-        every = list(metrics)
-        for first in range(0, len(every), METRICS_AT_ONCE):
-            self.log_batch(run_id, metrics=every[first : first + METRICS_AT_ONCE])
+        self.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
@@ -157,10 +150,7 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
 
 
 class Connection:
-    """One MLflow server, or a database without a server.
-
-    All methods raise TrackingError if it cannot be reached, or refuses a request.
-    """
+    """One MLflow server, or a database; all methods raise TrackingError if it cannot be reached, or refuses."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri

@@ -78,11 +78,7 @@ class Registry(Connection):
             return sorted(made, key=lambda version: -version.version)
 
     def find(self, name: str, which: str) -> ModelVersion:
-        """The version with this number or, if it is not a number, with this alias.
-
-        Raises:
-            UsageError: There is no such model or version, or slmops did not make it.
-        """
+        """The version with this number or else this alias; UsageError if there is none, or slmops did not make it."""
         with self._talking():
             model = self._model(name)
             if model is None:
@@ -92,11 +88,7 @@ class Registry(Connection):
             return self._version_of(model, number, which)
 
     def newest(self, name: str, variant: str) -> ModelVersion:
-        """The version that was made or evaluated last of those of a variant.
-
-        Raises:
-            UsageError: There is none.
-        """
+        """The version of a variant that was made or evaluated last; UsageError if there is none."""
         if RESERVED.fullmatch(variant) is None:
             return self.find(name, variant)
         for version in self.versions(name):
@@ -105,11 +97,7 @@ class Registry(Connection):
         raise UsageError(f"{name} has no version of {variant!r}.", f"`slmops status {name}` lists its versions.")
 
     def champion(self, name: str) -> ModelVersion | None:
-        """The version that is deployed, if any.
-
-        Raises:
-            UsageError: slmops did not make it.
-        """
+        """The version that is deployed, if any; UsageError if slmops did not make it."""
         return self._aliased(name, CHAMPION)
 
     def previous(self, name: str) -> ModelVersion | None:
@@ -168,26 +156,20 @@ class Registry(Connection):
             PromotionError: Another promotion came first. On one machine a lock prevents that; between machines the
                 look and the change lie some milliseconds apart, which MLflow gives no means to close.
         """
-        now = self.champion(version.name)
-        if (now and now.version) != (against and against.version):
-            raise self._overtaken(version, now)
+        self._expect_champion(against, version)
         with self._talking():
-            number = str(version.version)
+            number, replaced = str(version.version), str(against.version) if against else ""
             stamp = datetime.now(UTC).isoformat(timespec="seconds")
-            replaced = str(now.version) if now else ""
             self._tag(version.name, number, {"slmops.promoted": stamp, "slmops.replaced": replaced, **tags})
-            if now is not None and now.version != version.version:
-                self._client.set_registered_model_alias(version.name, PREVIOUS, str(now.version))
+            if replaced not in ("", number):
+                self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)
             self._client.set_registered_model_alias(version.name, CHAMPION, number)
-        now = self.champion(version.name)
-        if now is None or now.version != version.version:
-            raise self._overtaken(version, now)
+        self._expect_champion(version, version)
 
     def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
-        """Undo the promotion of a version that cannot be served: what it replaced is the champion again.
+        """Undo the promotion of a version that cannot be served: what it replaced is the champion again, and returned.
 
-        Returns:
-            The champion now; None if there is nothing to go back to, and then nothing is changed but the tag.
+        None is returned if there is nothing to go back to, and then nothing is changed but the tag.
         """
         with self._talking():
             self._tag(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
@@ -254,32 +236,26 @@ class Registry(Connection):
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
         for file in manifest.files:
             below = PurePosixPath(file.name).parent
-            target = None if below == PurePosixPath() else str(below)
+            target = str(below) if below.name else None
             self._client.log_model_artifact(logged.model_id, str(folder / file.name), target)
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / VERSION_MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
             self._client.log_model_artifact(logged.model_id, str(Path(scratch) / VERSION_MANIFEST))
         # A database without a server has no models:/ addresses of its own.
         source = f"models:/{logged.model_id}" if self.uri.startswith("http") else logged.artifact_location
-        kept = {
-            "slmops.manifest_sha256": manifest.sha256,
-            "slmops.location": logged.artifact_location,
-            LOGGED_MODEL: logged.model_id,
-        }
+        kept = {"slmops.manifest_sha256": manifest.sha256, "slmops.location": logged.artifact_location}
+        tags = {**tags, **kept, LOGGED_MODEL: logged.model_id}
         created = self._client.create_model_version(
-            manifest.model,
-            source=source,
-            run_id=run.info.run_id,
-            tags={**tags, **kept},
-            model_id=logged.model_id,
-            await_creation_for=0,
+            manifest.model, source, run.info.run_id, tags, await_creation_for=0, model_id=logged.model_id
         )
         return str(created.version)
 
-    def _overtaken(self, version: ModelVersion, now: ModelVersion | None) -> PromotionError:
-        problem = f"another promotion came first, and {now.label if now else 'nothing'} is the champion now"
-        fix = "Look at `slmops status` and promote again if it still should be."
-        return PromotionError(f"{version.label} was not promoted: {problem}.", fix)
+    def _expect_champion(self, expected: ModelVersion | None, promoted: ModelVersion) -> None:
+        now = self.champion(promoted.name)
+        if (now and now.version) != (expected and expected.version):
+            problem = f"another promotion came first, and {now.label if now else 'nothing'} is the champion now"
+            fix = "Look at `slmops status` and promote again if it still should be."
+            raise PromotionError(f"{promoted.label} was not promoted: {problem}.", fix)
 
 
 def _is_ours(model: RegisteredModel) -> bool:

@@ -25,7 +25,7 @@ from slmops.tracking.client import (
 )
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import LoggedModelInput, Metric, Run
+from mlflow.entities import LoggedModelInput, Metric
 
 from slmops.core.errors import UsageError
 from slmops.core.job import BASELINE, Job
@@ -34,6 +34,7 @@ from slmops.core.values import (
     Checkpoint,
     Comparison,
     Evaluation,
+    Frozen,
     Hardware,
     Measurement,
     Registration,
@@ -73,8 +74,8 @@ class Tracker(Connection):
                 **({FLOW_RUN: flow_run} if flow_run else {}),
             }
             run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
-            asked = {f"job.{key}": value for key, value in job.model_dump(mode="json", exclude_none=True).items()}
-            self._client.log_params(run_id, {**asked, **_of_checkpoint(checkpoint), **_of_hardware(hardware)})
+            asked = _fields("job", job, exclude_none=True)
+            self._client.log_params(run_id, {**asked, **_fields("checkpoint", checkpoint), **_of_hardware(hardware)})
             tracking_evaluation.log_inputs(self._client, run_id, job)
             return run_id
 
@@ -103,9 +104,8 @@ class Tracker(Connection):
             )
             # As an input: runs that have models as outputs are not on MLflow's page "Evaluation runs".
             self._client.log_inputs(run_id, models=[LoggedModelInput(logged.model_id)])
-            folder = Path(scratch)
-            tracking_evaluation.collect(folder, variant, registration, evaluation, logs)
-            self._client.log_artifacts(run_id, str(folder))
+            tracking_evaluation.collect(Path(scratch), variant, registration, evaluation, logs)
+            self._client.log_artifacts(run_id, scratch)
             asked = self._client.get_run(parent).data.params
             sources = {
                 EVALUATION_SET: asked.get("job.evaluation_set", "general"),
@@ -158,10 +158,8 @@ class Tracker(Connection):
             with self._client.only_run(self._experiment(name), title, tags) as run_id:
                 self._client.log_figures(run_id, metrics)
                 every, now = -(-len(memory_mb) // SOAK_POINTS), now_ms()
-                points = [
-                    Metric(SOAK_MEMORY, mb, now, step) for step, mb in enumerate(memory_mb, 1) if step % every == 0
-                ]
-                self._client.log_metrics(run_id, points)
+                drawn = [(step, mb) for step, mb in enumerate(memory_mb, 1) if step % every == 0]
+                self._client.log_batch(run_id, metrics=[Metric(SOAK_MEMORY, mb, now, step) for step, mb in drawn])
                 said = {"metrics": metrics, "memory_mb": list(memory_mb)}
                 self._client.log_text(run_id, json.dumps(said), "soak.json")
             return run_id
@@ -188,33 +186,23 @@ class Tracker(Connection):
                 **({FLOW_RUN: flow_run} if flow_run else {}),
             }
             title = f"remeasurement of version {result.version}"
-            asked = request.model_dump(mode="json", exclude={"name", "version"})
-            params = {**{f"remeasure.{key}": value for key, value in asked.items()}, **_of_hardware(hardware)}
+            asked = _fields("remeasure", request, exclude={"name", "version"})
             with self._client.only_run(self._experiment(result.model), title, tags) as run_id:
                 self._client.log_figures(run_id, result.metrics)
-                self._client.log_params(run_id, params)
+                self._client.log_params(run_id, {**asked, **_of_hardware(hardware)})
                 self._client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
                 for key, value in {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}.items():
                     self._client.set_model_version_tag(result.model, str(result.version), key, value)
             return run_id
 
     def latest(self, name: str | None) -> Comparison:
-        """The newest finished comparison, of the model ``name`` or of all.
-
-        Raises:
-            UsageError: There is none.
-        """
+        """The newest finished comparison, of the model ``name`` or of all; UsageError if there is none."""
         with self._talking():
             everything = list(self._client.search_experiments())
             asked = everything if name is None else filter(None, [self._client.get_experiment_by_name(name)])
-            runs: list[Run] = []
-            if numbers := [one.experiment_id for one in asked]:
-                runs = self._client.search_runs(
-                    numbers,
-                    f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''",
-                    order_by=["attributes.start_time DESC"],
-                    max_results=1,
-                )
+            numbers = [one.experiment_id for one in asked]
+            finished = f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''"
+            runs = self._client.search_runs(numbers, finished, max_results=1) if numbers else ()
             if not runs:
                 of = f" of {name!r}" if name else ""
                 known = ", ".join(sorted(one.name for one in everything if one.tags.get(KIND) == "model"))
@@ -260,16 +248,11 @@ class Tracker(Connection):
             return "an unknown machine"
 
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
-        """What was measured of the deployed version of the registered model ``name``.
+        """What was measured of the deployed version of the registered model ``name``; None: nothing is deployed.
 
-        Args:
-            name: The registered model.
-            like: A variant's run to compare with: figures of the champion that were measured on something else than
-                this run's, or on another kind of machine, are left out.
-
-        Returns:
-            None: nothing is deployed. Empty: something is that slmops did not measure, so gates that compare with it
-            find no figure rather than being skipped.
+        Left out are figures that do not compare with those of the variant's run ``like``, since they were measured on
+        something else or on another kind of machine. Of a version that slmops did not measure the result is empty, so
+        gates that compare with it find no figure rather than being skipped.
         """
         with self._talking():
             version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
@@ -334,18 +317,17 @@ def _of_variant(variant: Variant) -> dict[str, Any]:
         "weights.by_bits": variant.weights.by_bits,
         "weights.quantized_ops": variant.weights.quantized_ops,
         **{f"version.{name}": version for name, version in variant.versions.items()},
-        **_of_checkpoint(variant.checkpoint),
+        **_fields("checkpoint", variant.checkpoint),
         **_of_hardware(variant.hardware),
     }
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {f"checkpoint.{key}": value for key, value in checkpoint.model_dump(mode="json").items()}
-
-
 def _of_hardware(hardware: Hardware) -> dict[str, Any]:
-    parts = {f"hardware.{key}": value for key, value in hardware.model_dump(mode="json").items()}
-    return {**parts, "hardware.kind": hardware.kind}
+    return {**_fields("hardware", hardware), "hardware.kind": hardware.kind}
+
+
+def _fields(prefix: str, of: Frozen, **options: Any) -> dict[str, Any]:
+    return {f"{prefix}.{key}": value for key, value in of.model_dump(mode="json", **options).items()}
 
 
 def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:

@@ -11,7 +11,7 @@ from slmops.core.values import Comparison, Evaluation, Measurement, Registration
 from slmops.report import page, tables
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker, as_result
+from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.track")
@@ -31,17 +31,15 @@ def track_variant(
     context: JobContext, variant: Variant, registration: Registration, evaluation: Evaluation
 ) -> VariantResult:
     """Log a measured variant as a child run."""
-    run_id = Tracker(context.tracking_uri).log_variant(
+    return Tracker(context.tracking_uri).log_variant(
         context.run_id, context.name, variant, registration, evaluation, context.logs
     )
-    return as_result(variant, registration, evaluation, run_id)
 
 
 @stage("track failure of {recipe}", tracking=True)
 def track_failure(context: JobContext, recipe: str, reason: str) -> VariantResult:
     """Log a failed variant as a child run with the reason."""
-    run_id = Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
-    return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
+    return Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
 
 
 @stage(tracking=True)

@@ -10,10 +10,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, Trace
 
 from slmops.core.job import Job
-from slmops.core.values import Measurement, Registration, Variant
+from slmops.core.values import Measurement, Registration, Variant, VariantResult
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker, as_result
+from slmops.tracking.tracker import Tracker
 from tests import values
 
 HARDWARE = values.variant(Path("/nowhere")).hardware
@@ -39,7 +39,7 @@ class Made:
             (self.logs / f"{name}.{part}.log").write_text(f"{part} of {name}")
         (self.logs / "fp32.olive.log").write_text("of another variant")
 
-    def log(self, tracker: Tracker, parent: str, name: str) -> str:
+    def log(self, tracker: Tracker, parent: str, name: str) -> VariantResult:
         return tracker.log_variant(parent, name, self.variant, self.registration, self.evaluation, self.logs)
 
 
@@ -57,12 +57,12 @@ class Book:
 
     def log(self, made: Made | None = None, parent: str | None = None) -> str:
         """Log a variant, of a job of its own by default; returns its run."""
-        return (made or Made(self.folder)).log(self.tracker, parent or self.start(), self.name)
+        return str((made or Made(self.folder)).log(self.tracker, parent or self.start(), self.name).run_id)
 
     def add(self, made: Made, parent: str | None = None, *, promote: bool = False) -> ModelVersion:
         """Log a variant and make it a version."""
         parent = parent or self.start()
-        result = as_result(made.variant, made.registration, made.evaluation, self.log(made, parent))
+        result = made.log(self.tracker, parent, self.name)
         version = self.registry.add(self.name, made.variant, made.registration, result, parent)
         if promote:
             self.registry.promote(version, self.registry.champion(self.name), {})

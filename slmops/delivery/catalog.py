@@ -37,9 +37,6 @@ def entries(registry: Registry) -> list[Entry]:
 
     The runtime takes the highest cached version behind an alias. After a rollback that would still be the version
     before, so it then has an alias of its own, ``<name>.previous``.
-
-    Raises:
-        TrackingError: The registry cannot be reached.
     """
     offered = []
     for name in registry.models():
@@ -92,12 +89,7 @@ class Kept:
 
 
 def serve(uri: str, host: str, port: int) -> None:
-    """Answer until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt).
-
-    Args:
-        uri: MLflow's tracking and registry URI.
-        host: Address to listen at; beyond loopback anybody who reaches it can read the catalog.
-        port: Port; 0 takes a free one.
+    """Answer at an address and port (0: a free one) until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt).
 
     Raises:
         UsageError: There is no such address or port.

@@ -32,11 +32,7 @@ class Decision(Frozen):
 
 
 def decide(uri: str, request: Promotion) -> Decision:
-    """Judge the version that was asked for against the champion of now.
-
-    Raises:
-        UsageError: There is no such version.
-    """
+    """Judge the version that was asked for, or raise a UsageError if there is none, against the champion of now."""
     registry, tracker = Registry(uri), Tracker(uri)
     return judge(tracker, pick(registry, tracker, request), registry.champion(request.name))
 
@@ -59,11 +55,7 @@ def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersi
 
 
 def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | None) -> Decision:
-    """Apply the policy of the challenger's job to its figures, against the present champion.
-
-    Raises:
-        UsageError: The comparison of its job does not have it.
-    """
+    """Apply the policy of the challenger's job, whose comparison must have it, to its figures and the champion's."""
     comparison, policy = tracker.judged(challenger.job_id)
     result = next((one for one in comparison.variants if one.run_id == challenger.run_id), None)
     if result is None:

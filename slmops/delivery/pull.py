@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from slmops.core import machine
-from slmops.core import values as models
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, stays_below, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
-from slmops.core.values import NAME_PATTERN, VariantFile
+from slmops.core.values import MANIFEST, NAME_PATTERN, VariantFile
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register
 from slmops.foundry.register_worker import PROMPTS, RegisterRequest
@@ -42,11 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def split(reference: str) -> tuple[str, str | None]:
-    """Name, and alias or version number, of what a user calls ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``.
-
-    Raises:
-        UsageError: It is none of these.
-    """
+    """Name, and alias or version number, of ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``; else a UsageError."""
     name, at, which = reference.partition("@")
     if not re.fullmatch(NAME_PATTERN, name) or (at and not re.fullmatch(NAME_PATTERN, which)):
         fix = "Write NAME, NAME@ALIAS (such as bot@int8) or NAME@VERSION (such as bot@3)."
@@ -55,10 +50,9 @@ def split(reference: str) -> tuple[str, str | None]:
 
 
 def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
-    """The version to have on this device.
+    """The version to have on this device: the one that ``which``, an alias or a number, names.
 
-    It is the one that ``which``, an alias or a number, names. By default it is the champion or, if that does not fit,
-    the largest of the other versions of its job that does.
+    By default it is the champion or, if that does not fit, the largest of the other versions of its job that does.
 
     Raises:
         UsageError: There is no such version, or none was promoted.
@@ -217,7 +211,7 @@ def _known(settings: Settings) -> dict[str, list[Path]]:
     """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
     versions = installed.folder_of(settings).glob(f"*/{VERSION_MANIFEST}")
     found: dict[str, list[Path]] = {}
-    for manifest in (*settings.variants.glob(f"*/{models.MANIFEST}"), *versions):
+    for manifest in (*settings.variants.glob(f"*/{MANIFEST}"), *versions):
         try:
             files = [VariantFile.model_validate(file) for file in json.loads(manifest.read_bytes())["files"]]
         except (OSError, ValueError, TypeError, KeyError):

@@ -61,29 +61,25 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
         left_out.append(f"speed and memory, which were recorded on another kind of machine ({kinds})")
     elif not timed:
         left_out.append("speed and memory, which were not recorded")
-    questions = _questions(recorded, settings)
-    if isinstance(questions, str):
-        left_out.append(f"accuracy, because {questions}")
+    questions, reason = _questions(recorded, settings)
+    if questions is None:
+        left_out.append(f"accuracy, because {reason}")
     text = _text(recorded)
     if text is None:
         left_out.append("perplexity, because its text is gone or altered")
-    found = questions if isinstance(questions, EvaluationSet) else None
-    if not timed and found is None and text is None:
+    if not timed and questions is None and text is None:
         raise PrerequisiteError(
             f"Nothing can be compared: {'; '.join(left_out)}.",
             "Run its checkpoint again on this machine: `slmops run`.",
         )
-    return Plan(speed=timed, questions=found, text=text, left_out=tuple(left_out))
+    return Plan(speed=timed, questions=questions, text=text, left_out=tuple(left_out))
 
 
 @contextmanager
 def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]:
     """Lay an installed version out in a Foundry home of its own, its files linked, registered and answering.
 
-    Args:
-        version: The version.
-        name: Name of the work folder, which nobody else uses now; it is removed in the end.
-        settings: Where things are.
+    It lies in the work folder ``name``, which nobody else uses now, and which is removed in the end.
 
     Raises:
         BusyError: The version was removed just now.
@@ -100,13 +96,9 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
                 f"{version.foundry_id} was removed from this device before it could be measured.",
                 "Another version was deployed in the meantime: try again.",
             ) from error
-        registered = register_folder(
-            RegisterRequest(
-                home=home, folder=staged.folder, foundry_id=staged.foundry_id, display_name=version.foundry_id
-            ),
-            work=settings.work(name) / "register",
-            log=settings.logs / name / f"{version.variant}.register.log",
-        )
+        foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
+        request = RegisterRequest(home=home, folder=staged.folder, foundry_id=foundry_id, display_name=foundry_id)
+        registered = register_folder(request, work=settings.work(name) / "register", log=log_file)
         here = original.model_copy(update={"path": staged.folder, "answer": registered.answer})
         yield Place(home=home, registration=here)
     finally:
@@ -149,11 +141,11 @@ def ask_questions(
     return scoring.ask_judge(items, answers, settings)
 
 
-def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:
+def _questions(recorded: Recorded, settings: Settings) -> tuple[EvaluationSet | None, str]:
     """The evaluation set with the recorded digest, or why there is none; first the job's copy, then the original."""
     matcher = recorded.job.matcher
     if matcher is not None and not Path(matcher.rpartition(":")[0]).expanduser().is_file():
-        return f"its matcher {matcher} is not on this machine"
+        return None, f"its matcher {matcher} is not on this machine"
     reason = "its evaluation set is gone or altered"
     for path in dict.fromkeys((recorded.evaluation_set, recorded.job.evaluation_set)):
         try:
@@ -162,8 +154,8 @@ def _questions(recorded: Recorded, settings: Settings) -> EvaluationSet | str:
             reason = f"its evaluation set cannot be used: {error.message}"
             continue
         if found.digest == recorded.evaluation_set_digest:
-            return found
-    return reason
+            return found, ""
+    return None, reason
 
 
 def _text(recorded: Recorded) -> str | None:

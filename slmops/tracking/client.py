@@ -121,6 +121,11 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
         """Set tags of a run."""
         self.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
+    def set_version_tags(self, name: str, number: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a version in the registry."""
+        for key, value in tags.items():
+            self.set_model_version_tag(name, number, key, value)
+
     def text_of(self, run_id: str, path: str) -> str:
         """The content of a text file among a run's artifacts."""
         with tempfile.TemporaryDirectory() as scratch:

@@ -7,7 +7,6 @@ whole process, prints to the terminal, and only warns when an assessment is lost
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import tempfile
@@ -94,16 +93,16 @@ def log_evaluation(client: Client, run_id: str, model_id: str, evaluation: Evalu
 
     ``sources`` has the file or name of what was measured with, by ``EVALUATION_SET`` and ``TEXT``.
     """
-    used = (
-        (EVALUATION_SET, evaluation.evaluation_set_digest, "evaluation"),
-        (TEXT, evaluation.text_digest, "perplexity"),
-    )
+    used = {
+        EVALUATION_SET: (evaluation.evaluation_set_digest, "evaluation"),
+        TEXT: (evaluation.text_digest, "perplexity"),
+    }
     inputs = {
         kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], context)
-        for kind, digest, context in used
+        for kind, (digest, context) in used.items()
     }
     client.log_inputs(run_id, datasets=list(inputs.values()))
-    client.log_metrics(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
+    client.log_batch(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))
     client.set_tags(run_id, {NOTE: description(evaluation)})
     log_tables(client, run_id, {ANSWERS_FILE: _rows(evaluation.answers), CASES_FILE: _rows(evaluation.cases)})
     _log_answers(client, run_id, model_id, evaluation.answers)
@@ -198,10 +197,7 @@ def _interval(one: Measurement) -> tuple[float, float] | None:
 
 
 def log_inputs(client: Client, run_id: str, job: Job) -> None:
-    """Keep copies of the evaluation set and of the perplexity text with the job's run.
-
-    Also of the packaged ones: they change with slmops and with Python.
-    """
+    """Keep copies of the evaluation set and the perplexity text; the packaged ones change with slmops and Python."""
     asked = job.evaluation_set
     if asked is None:
         questions = (resources.files("slmops.evaluation.data") / dataset.GENERAL_SET).read_bytes()
@@ -281,9 +277,9 @@ def delete_answers(client: Client, experiment: str, run_id: str) -> None:
 
 def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms: int) -> tuple[TraceInfo, Span]:
     """An answer as MLflow keeps it: what it lists, with the assessments, and what it shows when that is opened."""
-    trace, span = uuid.uuid4().bytes, uuid.uuid4().bytes[:8]
+    span_id = uuid.uuid4().hex[:16]
     info = TraceInfo(
-        trace_id=f"tr-{trace.hex()}",
+        trace_id=f"tr-{uuid.uuid4().hex}",
         trace_location=TraceLocation.from_experiment_id(experiment),
         request_time=start_ms,
         execution_duration=round(answer.seconds * 1000),
@@ -293,7 +289,7 @@ def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms
         response_preview=answer.answer[:PREVIEW_LIMIT],
         trace_metadata={"mlflow.sourceRun": run_id, "mlflow.modelId": model_id},
         tags={"mlflow.traceName": answer.id[:NAME_LIMIT], "slmops.category": answer.category},
-        assessments=_assessments(answer, run_id, span.hex()),
+        assessments=_assessments(answer, run_id, span_id),
     )
     attributes = {
         "mlflow.traceRequestId": info.trace_id,
@@ -305,14 +301,13 @@ def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms
     }
     start_ns = start_ms * 1_000_000
     exported: dict[str, Any] = {
-        "trace_id": base64.b64encode(trace).decode(),
-        "span_id": base64.b64encode(span).decode(),
+        "trace_id": info.trace_id,
+        "span_id": span_id,
         "parent_span_id": None,
         "name": "answer",
         "start_time_unix_nano": start_ns,
         "end_time_unix_nano": start_ns + round(answer.seconds * 1e9),
-        "events": [],
-        "status": {"code": "STATUS_CODE_OK", "message": ""},
+        "status": {"code": "STATUS_CODE_OK"},
         "attributes": {key: json.dumps(value) for key, value in attributes.items()},
     }
     return info, Span.from_dict(exported)
@@ -326,10 +321,9 @@ def _assessments(answer: Answer, run_id: str, span_id: str) -> list[Feedback | E
     }
     unjudged = AssessmentError("NOT_JUDGED", answer.reason) if answer.correct is None else None
     made = [Feedback("correct", answer.correct, error=unjudged, rationale=answer.reason, **common)]
-    if answer.score is not None:
-        made.append(Feedback("score", answer.score, **common))
-    if answer.format_valid is not None:
-        made.append(Feedback("format_valid", answer.format_valid, **common))
+    for name, value in (("score", answer.score), ("format_valid", answer.format_valid)):
+        if value is not None:
+            made.append(Feedback(name, value, **common))
     if answer.expected:
         made.append(Expectation("expected_response", answer.expected, **common))
     return made

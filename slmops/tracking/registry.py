@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -140,7 +139,7 @@ class Registry(Connection):
                 number = self._upload(manifest, registration.path, tags)
             else:
                 number = str(known.version)
-                self._tag(name, number, tags)
+                self._client.set_version_tags(name, number, tags)
             said = f"{variant.name}, {manifest.size_mb:.1f} MB, {passed} gates"
             self._client.update_model_version(name, number, said)  # the one column of MLflow's list that is free
             if RESERVED.fullmatch(variant.name) is None:
@@ -159,8 +158,8 @@ class Registry(Connection):
         self._expect_champion(against, version)
         with self._talking():
             number, replaced = str(version.version), str(against.version) if against else ""
-            stamp = datetime.now(UTC).isoformat(timespec="seconds")
-            self._tag(version.name, number, {"slmops.promoted": stamp, "slmops.replaced": replaced, **tags})
+            moved = {"slmops.promoted": datetime.now(UTC).isoformat(timespec="seconds"), "slmops.replaced": replaced}
+            self._client.set_version_tags(version.name, number, {**moved, **tags})
             if replaced not in ("", number):
                 self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)
             self._client.set_registered_model_alias(version.name, CHAMPION, number)
@@ -172,7 +171,7 @@ class Registry(Connection):
         None is returned if there is nothing to go back to, and then nothing is changed but the tag.
         """
         with self._talking():
-            self._tag(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
+            self._client.set_version_tags(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
             champion, previous = self.champion(failed.name), self.previous(failed.name)
             if champion is None or champion.version != failed.version:
                 return champion  # somebody was faster
@@ -196,10 +195,6 @@ class Registry(Connection):
 
     def _entry(self, name: str, number: str) -> Entry | None:
         return or_none(lambda: self._client.get_model_version(name, number))
-
-    def _tag(self, name: str, number: str, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._client.set_model_version_tag(name, number, key, value)
 
     def _version_of(self, model: RegisteredModel, number: str | None, which: str) -> ModelVersion:
         entry = self._entry(model.name, number) if number is not None else None

@@ -11,18 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slmops.tracking.client import (
-    FLOW_RUN,
-    KIND,
-    NOTE,
-    PARENT,
-    REASON,
-    TEXT_LIMIT,
-    Connection,
-    now_ms,
-    or_none,
-    stamp,
-)
+from slmops.tracking.client import FLOW_RUN, KIND, NOTE, PARENT, REASON, TEXT_LIMIT, Connection, now_ms, or_none, stamp
 
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModelInput, Metric
@@ -57,7 +46,7 @@ SOAK_POINTS = 300  # of the memory, at most: pages draw no more; the artifact ha
 class Tracker(Connection):
     """The jobs and measurements of one MLflow server."""
 
-    def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str | None) -> str:
+    def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str) -> str:
         """Open the parent run and close those that killed jobs of this model left open.
 
         The caller holds the model's job lock, so a run that is still open has no job any more.
@@ -71,7 +60,7 @@ class Tracker(Connection):
                 "slmops.model": name,
                 "slmops.source": checkpoint.source,
                 "slmops.checkpoint_digest": checkpoint.digest,
-                **({FLOW_RUN: flow_run} if flow_run else {}),
+                FLOW_RUN: flow_run,
             }
             run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
             asked = _fields("job", job, exclude_none=True)
@@ -80,15 +69,9 @@ class Tracker(Connection):
             return run_id
 
     def log_variant(
-        self,
-        parent: str,
-        name: str,
-        variant: Variant,
-        registration: Registration,
-        evaluation: Evaluation,
-        logs: Path,
-    ) -> str:
-        """Log a measured variant as a child run with a logged model; returns the run's id."""
+        self, parent: str, name: str, variant: Variant, registration: Registration, evaluation: Evaluation, logs: Path
+    ) -> VariantResult:
+        """Log a measured variant as a child run with a logged model; returns it as the comparison shows it."""
         with self._talking(), tempfile.TemporaryDirectory() as scratch:
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
@@ -114,9 +97,17 @@ class Tracker(Connection):
             tracking_evaluation.log_evaluation(self._client, run_id, logged.model_id, evaluation, sources)
             self._client.finalize_logged_model(logged.model_id, "READY")
             self._client.set_terminated(run_id, "FINISHED")
-            return run_id
+        return VariantResult(
+            name=variant.name,
+            status="ok",
+            path=variant.path,
+            foundry_id=registration.foundry_id,
+            run_id=run_id,
+            metrics=evaluation.metrics,
+            measurements=evaluation.measurements,
+        )
 
-    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> str:
+    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
         """Log a variant that failed, with the reason and what logs there are."""
         with self._talking():
             run_id = self._child(parent, recipe)
@@ -124,7 +115,7 @@ class Tracker(Connection):
             for log in sorted(logs.glob(f"{recipe}.*.log")):
                 self._client.log_artifact(run_id, str(log), "logs")
             self._client.set_terminated(run_id, "FAILED")
-            return run_id
+        return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
     def finish_job(self, comparison: Comparison, policy: Policy, report: str, note: str, *, failed: bool) -> None:
         """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
@@ -169,9 +160,7 @@ class Tracker(Connection):
         with self._talking():
             return tracking_evaluation.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
 
-    def log_remeasurement(
-        self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str | None
-    ) -> str:
+    def log_remeasurement(self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str) -> str:
         """Log a remeasurement as a run of the model's experiment; an earlier attempt of the flow run is replaced."""
         with self._talking():
             tags = {
@@ -183,7 +172,7 @@ class Tracker(Connection):
                 "slmops.outcome": result.outcome,
                 REASON: result.detail[:4000],
                 NOTE: drift.text(result, markdown=True),
-                **({FLOW_RUN: flow_run} if flow_run else {}),
+                FLOW_RUN: flow_run,
             }
             title = f"remeasurement of version {result.version}"
             asked = _fields("remeasure", request, exclude={"name", "version"})
@@ -191,8 +180,8 @@ class Tracker(Connection):
                 self._client.log_figures(run_id, result.metrics)
                 self._client.log_params(run_id, {**asked, **_of_hardware(hardware)})
                 self._client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
-                for key, value in {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}.items():
-                    self._client.set_model_version_tag(result.model, str(result.version), key, value)
+                outcome = {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}
+                self._client.set_version_tags(result.model, str(result.version), outcome)
             return run_id
 
     def latest(self, name: str | None) -> Comparison:
@@ -328,16 +317,3 @@ def _of_hardware(hardware: Hardware) -> dict[str, Any]:
 
 def _fields(prefix: str, of: Frozen, **options: Any) -> dict[str, Any]:
     return {f"{prefix}.{key}": value for key, value in of.model_dump(mode="json", **options).items()}
-
-
-def as_result(variant: Variant, registration: Registration, evaluation: Evaluation, run_id: str) -> VariantResult:
-    """A measured variant as the comparison shows it."""
-    return VariantResult(
-        name=variant.name,
-        status="ok",
-        path=variant.path,
-        foundry_id=registration.foundry_id,
-        run_id=run_id,
-        metrics=evaluation.metrics,
-        measurements=evaluation.measurements,
-    )

@@ -44,10 +44,7 @@ class TrainingTracker(Connection):
     """The retrainings of one MLflow server."""
 
     def last(self, name: str, input_digest: str) -> Retrained | None:
-        """The result of the model's last retraining that came to an end, if it had the same input.
-
-        One that failed, or was killed, came to none: it is worth another attempt.
-        """
+        """The result of the model's last retraining that came to an end and did not fail, if it had the same input."""
         with self._talking():
             ended = self._ended(name)
             if not ended or ended[0].data.tags.get(INPUT_DIGEST) != input_digest:
@@ -72,7 +69,7 @@ class TrainingTracker(Connection):
             return next((self._result(run) for run in found if run.data.tags[OUTCOME] == WAITING), None)
 
     def evaluation_set(self, run_id: str, folder: Path) -> Path:
-        """Fetch the evaluation set of a retraining, which may have been prepared on another machine, into a folder."""
+        """Fetch the evaluation set of a retraining, which may be from another machine, into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         with self._talking():
             [name] = [name for name in self._client.files_in(run_id, "data") if Path(name).stem == "evaluation"]
@@ -81,10 +78,8 @@ class TrainingTracker(Connection):
     def records(self, name: str) -> list[dict[str, Any]]:
         """Every record of one of MLflow's managed datasets: ``dataset_record_id``, ``inputs`` and ``expectations``.
 
-        They are in MLflow's order: by time, and by chance among the records that were added together.
-
-        Raises:
-            DataError: There is no dataset with this name, or more than one: MLflow allows that.
+        They are in MLflow's order: by time, and by chance among the records that were added together. DataError is
+        raised if there is no dataset with this name, or more than one: MLflow allows that.
         """
         shown, quote = without_password(self.uri), "'" if '"' in name else '"'
         before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -96,8 +91,8 @@ class TrainingTracker(Connection):
                 fix = "Its page 'Datasets' lists them, each with its experiment."
                 raise DataError(f"MLflow at {shown} has no dataset of the name {name!r}.", fix)
             if len(same) > 1:
-                problem = f"MLflow at {shown} has more than one dataset of the name {name!r}."
-                raise DataError(problem, "Delete all but one.")
+                said = f"MLflow at {shown} has more than one dataset of the name {name!r}."
+                raise DataError(said, "Delete all but one.")
             mlflow.set_tracking_uri(self.uri)  # a dataset loads its records from the address of the whole process
             try:
                 loaded = same[0].records
@@ -169,7 +164,7 @@ class TrainingTracker(Connection):
                 for name in SERIES
                 if (value := getattr(point, name)) is not None
             ]
-            self._client.log_metrics(run_id, metrics)
+            self._client.log_batch(run_id, metrics)
 
     def log_training(self, run_id: str, finetuned: Finetuned, log: Path) -> None:
         """Log a finished fine-tuning: all points of its curves, its figures, the adapter, and the worker's log."""
@@ -202,10 +197,8 @@ class TrainingTracker(Connection):
         with self._talking():
             origin = {RETRAIN_RUN: run_id, DATA_DIGEST: self._client.get_run(run_id).data.tags.get(DATA_DIGEST, "")}
             self._client.set_tags(comparison.run_id, {PARENT: run_id, RETRAIN_RUN: run_id})
-            for result in comparison.variants:
-                if result.version is not None:
-                    for key, value in origin.items():
-                        self._client.set_model_version_tag(comparison.model, str(result.version), key, value)
+            for number in (result.version for result in comparison.variants if result.version is not None):
+                self._client.set_version_tags(comparison.model, str(number), origin)
 
     def finish(self, result: Retrained) -> None:
         """Put the outcome into the run and close it; from now on the same input has been dealt with."""

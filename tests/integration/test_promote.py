@@ -22,7 +22,7 @@ from slmops.foundry.register import register
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promotion
 from slmops.selection.policy import Gate, Policy
 from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker, as_result
+from slmops.tracking.tracker import Tracker
 from tests import deployed, making, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import start
@@ -49,8 +49,7 @@ class Bot:
         )
         logs = self.settings.logs / self.name
         logs.mkdir(parents=True, exist_ok=True)
-        run_id = self.tracker.log_variant(parent, self.name, self.variant, self.registration, evaluation, logs)
-        result = as_result(self.variant, self.registration, evaluation, run_id)
+        result = self.tracker.log_variant(parent, self.name, self.variant, self.registration, evaluation, logs)
         version = self.registry.add(self.name, self.variant, self.registration, result, parent)
         done = values.comparison(result.model_copy(update={"version": version.version}), chosen=result.name)
         done = done.model_copy(update={"model": self.name, "run_id": parent})

@@ -50,7 +50,7 @@ def tracker(settings: Settings, registration: Registration) -> Tracker:
     """MLflow after a job of two variants, of which one failed."""
     tracker = Tracker(settings.tracking_uri or "")
     hardware = values.variant(Path("/nowhere")).hardware
-    parent = tracker.start_job(NAME, making.job(Path("x")), values.checkpoint(), hardware, None)
+    parent = tracker.start_job(NAME, making.job(Path("x")), values.checkpoint(), hardware, "")
     ok = values.result("int8", 1).model_copy(update={"foundry_id": registration.foundry_id})
     both = values.comparison(ok, values.failed("int4", "Olive produced no model."), chosen="int8")
     tracker.finish_job(both.model_copy(update={"model": NAME, "run_id": parent}), Policy(), "", "", failed=True)

@@ -15,7 +15,7 @@ from slmops.core.errors import TrackingError, UsageError
 from slmops.evaluation import dataset
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
-from slmops.tracking.tracker import Tracker, as_result
+from slmops.tracking.tracker import Tracker
 from tests import values
 from tests.tracked import HARDWARE, JOB, Book, Made, read
 
@@ -62,10 +62,11 @@ def test_a_job_from_start_to_end(book: Book) -> None:
     assert (experiment.experiment_id, experiment.tags["slmops.kind"]) == (opened.info.experiment_id, "model")
 
     made = Made(book.folder)
-    run_id = book.log(made, parent)
-    failed = book.tracker.log_failure(parent, "fp32", REASON, made.logs)
-    result = as_result(made.variant, made.registration, made.evaluation, run_id)
-    both = values.comparison(result, values.failed("fp32", REASON), chosen="int4")
+    result = made.log(book.tracker, parent, book.name)
+    failure = book.tracker.log_failure(parent, "fp32", REASON, made.logs)
+    assert failure == values.failed("fp32", REASON).model_copy(update={"run_id": failure.run_id})
+    run_id, failed = str(result.run_id), str(failure.run_id)
+    both = values.comparison(result, failure, chosen="int4")
     both = both.model_copy(update={"model": book.name, "run_id": parent})
     book.tracker.finish_job(both, Policy(), "<h1>é</h1>", "**note**", failed=True)
 
@@ -194,7 +195,7 @@ def test_a_repeated_attempt_leaves_one_child(book: Book, monkeypatch: pytest.Mon
 
 
 def test_a_reason_of_any_length(book: Book) -> None:
-    run_id = book.tracker.log_failure(book.start(), "int4", "Ölive: " + "x" * 20_000, book.folder)
+    run_id = str(book.tracker.log_failure(book.start(), "int4", "Ölive: " + "x" * 20_000, book.folder).run_id)
     assert book.status(run_id) == ["FAILED"]
     assert book.tags(run_id)["slmops.reason"].startswith("Ölive: xxx")
     assert book.tags(run_id)["mlflow.note.content"].startswith("Failed: Ölive: xxx")

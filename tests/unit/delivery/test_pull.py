@@ -273,11 +273,7 @@ def test_the_choice(
     ],
 )
 def test_no_choice(
-    versions: list[ModelVersion],
-    champion: int | None,
-    which: str | None,
-    error: type[SlmopsError],
-    said: Sequence[str],
+    versions: list[ModelVersion], champion: int | None, which: str | None, error: type[SlmopsError], said: Sequence[str]
 ) -> None:
     registry: Any = Registry(versions, champion)
     with pytest.raises(error) as caught:

@@ -8,7 +8,7 @@ From Python::
     comparison.to_frame()
 
 Public are the names in ``__all__``: :func:`optimize`, what it takes (:class:`Job`) and returns (:class:`Comparison`),
-and the errors, which :mod:`slmops.core.errors` draws as a tree. Everything else may change. Start reading in
+and the errors (:mod:`slmops.core.errors`). Everything else may change. Start reading in
 ``flows/optimize.py``, which is the story of a job; the packages below this one hold what its stages do.
 """
 

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 
 from __future__ import annotations
 
 import errno
-import importlib
 import os
 import sys
 import tempfile
@@ -29,10 +28,23 @@ Location = Sequence[int | str]
 COMMANDS = {
     "run": ("jobs", "Convert, register, measure and compare a checkpoint."),
     "demo": ("jobs", "Run the whole job on a real small model that comes as a package."),
-    "retrain": ("jobs", "Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better."),
+    "retrain": (
+        "jobs",
+        "Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better.\n\n"
+        "Does nothing if the data and the checkpoint are those of the last time.\n\n"
+        "Ends with 3 if a gate refuses the result, or if it is rolled back.",
+    ),
     "compare": ("jobs", "Print the latest comparison."),
-    "soak": ("jobs", "Send a deployed variant many requests and see whether its memory grows."),
-    "remeasure": ("jobs", "Measure what is deployed once more, as a device gets it."),
+    "soak": (
+        "jobs",
+        "Send a deployed variant many requests and see whether its memory grows.\n\n"
+        "Ends with 3 unless it is proven that the memory does not grow faster than the limit.",
+    ),
+    "remeasure": (
+        "jobs",
+        "Measure what is deployed once more, as a device gets it.\n\n"
+        "Ends with 3 if it is slower, needs more memory or answers worse than when it was evaluated.",
+    ),
     "promote": ("deploy", "Make a version of a model the champion, if it is not worse than the one that is."),
     "rollback": ("deploy", "Make the previous champion the champion again; a second rollback takes it back."),
     "serve": ("deploy", "Serve the champion of a model, and each newer one, over an OpenAI-compatible API."),
@@ -43,7 +55,7 @@ COMMANDS = {
     "down": ("local", "Stop the local servers, the worker, and the service that a retraining started."),
     "status": ("local", "Say what is running, or which versions of a model there are and which is deployed."),
 }
-"""Each command's module and what the help says about it; only the module of the command that is called is imported."""
+"""Each command's module and its help; only the module of the command that is called is imported."""
 
 _DEMO: dict[str, Any] = {
     "model": "demo",
@@ -57,7 +69,6 @@ _DEMO: dict[str, Any] = {
 
 
 def main() -> None:
-    """Entry point."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -80,7 +91,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _app(argv: Sequence[str]) -> App:
-    called = argv[0] if argv else ""
     app = App(
         name="slmops",
         help="Convert a fine-tuned small language model at several precisions, measure each, choose one. "
@@ -90,12 +100,8 @@ def _app(argv: Sequence[str]) -> App:
         suppress_keyboard_interrupt=False,  # run() tells the user and returns the code
         config=_options(argv),
     )
-    for name, (module, summary) in COMMANDS.items():
-        path = f"slmops.cli.{module}"
-        if name == called:
-            app.command(getattr(importlib.import_module(path), name), name=name)
-        else:
-            app.command(f"{path}:{name}", name=name, help=summary)
+    for name, (module, about) in COMMANDS.items():
+        app.command(f"slmops.cli.{module}:{name}", name=name, help=about)
     return app
 
 
@@ -132,9 +138,8 @@ def _unexpected(error: Exception) -> int:
     try:
         settings = Settings()
     except ValidationError as wrong:
-        return _report(
-            UsageError("\n".join(problems(wrong, name=_variable, got=True)), "Correct the environment or .env.")
-        )
+        said = "\n".join(problems(wrong, name=_variable, got=True))
+        return _report(UsageError(said, "Correct the environment or .env."))
     if isinstance(error, OSError) and _of_home(error, settings.home):
         what = f"{error.filename} cannot be used: {error.strerror}."
         return _report(PrerequisiteError(what, "Set SLMOPS_HOME to a folder that you can write to."))
@@ -144,11 +149,8 @@ def _unexpected(error: Exception) -> int:
         log = settings.logs / f"crash-{datetime.now():%Y%m%d-%H%M%S}.log"
         log.write_text(story, encoding="utf-8")
     except OSError:  # the home can be what is wrong
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="slmops-crash-", suffix=".log", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(story)
-        log = Path(file.name)
+        log = Path(tempfile.mkstemp(".log", "slmops-crash-")[1])
+        log.write_text(story, encoding="utf-8")
     said = str(error).splitlines()[0] if str(error) else ""
     terminal.say(f"error: {type(error).__name__}: {said}\n  The traceback is in {log}. `slmops status` says what runs.")
     return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import TypeAdapter, ValidationError
@@ -37,7 +37,6 @@ _SERVE = Serve()
 
 
 def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> int:
-    """Make a version of a model the champion, if it is not worse than the one that is."""
     with prefect_running() as servers:
         from flows.promote import promote
 
@@ -57,7 +56,6 @@ def _check_gates(request: Promotion, uri: str) -> None:
 
 
 def rollback(name: Model, /, *, json: Json = False) -> int:
-    """Make the previous champion the champion again; a second rollback takes it back."""
     _check(name)
     with prefect_running():
         from flows.promote import rollback
@@ -67,7 +65,6 @@ def rollback(name: Model, /, *, json: Json = False) -> int:
 
 
 def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> int:
-    """Serve the champion of a model, and each newer one, over an OpenAI-compatible API."""
     from slmops.serving import service
 
     _check(name)
@@ -82,7 +79,6 @@ def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> int:
 
 
 def pull(reference: Reference, /, *, source: Source = None, json: Json = False) -> int:
-    """Fetch a deployed version onto this device, verify it and register it in Foundry Local."""
     from slmops.delivery import pull as pulling
 
     settings = Settings()
@@ -93,7 +89,6 @@ def pull(reference: Reference, /, *, source: Source = None, json: Json = False) 
 
 
 def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = CATALOG_PORT) -> int:
-    """Offer the promoted models to Foundry Local applications as a private catalog."""
     from slmops.delivery import catalog as offering
 
     offering.serve(source or stack.tracking_uri(Settings()), host, port)
@@ -111,25 +106,23 @@ def versions(name: str, *, json: bool) -> int:
         known = ", ".join(registry.models()) or "none"
         raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
     if json:
-        rows: list[dict[str, Any]] = [one.model_dump(mode="json") for one in found]
-        output(jsonlib.dumps({"model": name, "versions": rows}, indent=2))
+        output(jsonlib.dumps({"model": name, "versions": [one.model_dump(mode="json") for one in found]}, indent=2))
         return 0
     from tabulate import tabulate
 
-    headers = ["version", "variant", "size MB", "gates", "created", "", "note"]
-    cells = [
-        [
-            one.version,
-            one.variant,
-            f"{one.size_mb:.1f}",
-            one.tags.get("slmops.gates", ""),
-            f"{one.created:%Y-%m-%d %H:%M}",
-            ", ".join(alias for alias in one.aliases if alias != one.variant),
-            "; ".join(f"{key}: {said}" for key in NOTES if (said := one.tags.get(f"slmops.{key}"))),
-        ]
+    rows = [
+        {
+            "version": one.version,
+            "variant": one.variant,
+            "size MB": f"{one.size_mb:.1f}",
+            "gates": one.tags.get("slmops.gates", ""),
+            "created": f"{one.created:%Y-%m-%d %H:%M}",
+            "": ", ".join(alias for alias in one.aliases if alias != one.variant),
+            "note": "; ".join(f"{key}: {said}" for key in NOTES if (said := one.tags.get(f"slmops.{key}"))),
+        }
         for one in found
     ]
-    output(tabulate(cells, headers=headers, disable_numparse=True))
+    output(tabulate(rows, headers="keys", disable_numparse=True))
     return 0
 
 

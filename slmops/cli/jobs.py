@@ -34,13 +34,11 @@ _SOAK = Soak()
 
 
 def run(*, job: Annotated[Job, Flat], job_file: JobFile = None, json: Json = False) -> int:
-    """Convert, register, measure and compare a checkpoint."""
     del job_file  # read before the flags are parsed
     return _run(job, json=json)
 
 
 def demo(*, quick: Quick = False, json: Json = False) -> int:
-    """Run the whole job on a real small model that comes as a package."""
     code = _run(Job(model="demo", quick=quick), json=json)
     say("Prefect and MLflow keep running until `slmops down`; `slmops up --worker` lets you start runs from Prefect.")
     return code
@@ -49,12 +47,6 @@ def demo(*, quick: Quick = False, json: Json = False) -> int:
 def retrain(
     *, request: Annotated[Retrain, Flat], job_file: JobFile = None, demo: Demo = False, json: Json = False
 ) -> int:
-    """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better.
-
-    Does nothing if the data and the checkpoint are those of the last time.
-
-    Ends with 3 if a gate refuses the result, or if it is rolled back.
-    """
     del job_file, demo  # read before the flags are parsed
     if request.approval:
         with prefect_running():
@@ -63,7 +55,6 @@ def retrain(
 
 
 def compare(name: Latest = None, /, *, json: Json = False) -> int:
-    """Print the latest comparison."""
     from slmops.tracking.tracker import Tracker
 
     _show(Tracker(stack.tracking_uri(Settings())).latest(name), None, json=json)
@@ -71,18 +62,10 @@ def compare(name: Latest = None, /, *, json: Json = False) -> int:
 
 
 def soak(name: Latest = None, /, *, request: Annotated[Soak, Flat] = _SOAK, json: Json = False) -> int:
-    """Send a deployed variant many requests and see whether its memory grows.
-
-    Ends with 3 unless it is proven that the memory does not grow faster than the limit.
-    """
     return _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
 
 
 def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> int:
-    """Measure what is deployed once more, as a device gets it.
-
-    Ends with 3 if it is slower, needs more memory or answers worse than when it was evaluated.
-    """
     return _run_flow("remeasure", request, json=json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,6 @@ Worker = Annotated[bool, Parameter(help="Also register the deployments and start
 
 
 def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = False) -> int:
-    """Check every prerequisite and say how to get what is missing."""
     from slmops.local import doctor as checks
 
     settings = Settings()
@@ -31,7 +31,7 @@ def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = 
         say(f"installed {checks.build_genai(build_genai, settings)}")
     found = checks.check(settings)
     if json:
-        output(jsonlib.dumps([check.model_dump() for check in found], indent=2))
+        output(jsonlib.dumps([asdict(check) for check in found], indent=2))
     else:
         for check in found:
             advice = f"\n{'':8}   {check.fix}" if check.fix and check.status != "ok" else ""
@@ -40,14 +40,12 @@ def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = 
 
 
 def up(*, worker: Worker = False) -> int:
-    """Start the local Prefect and MLflow servers."""
     running = stack.up(Settings(), worker=worker)
     output(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
     return 0
 
 
 def down() -> int:
-    """Stop the local servers, the worker, and the service that a retraining started."""
     from slmops.serving import home_service
 
     settings = Settings()
@@ -58,7 +56,6 @@ def down() -> int:
 
 
 def status(name: str | None = None, /, *, json: Json = False) -> int:
-    """Say what is running, or which versions of a model there are and which is deployed."""
     from slmops.serving import home_service
 
     if name is not None:

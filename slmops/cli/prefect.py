@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from slmops.cli.terminal import output, say
 from slmops.core.settings import Settings
@@ -21,7 +20,8 @@ from slmops.training.values import Retrain
 @contextmanager
 def prefect_running() -> Iterator[Stack]:
     """Start the servers if needed. The block is to import the flow, because Prefect reads its environment then."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    # As Ctrl-C, so that children are ended and MLflow's runs closed on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.raiseExceptions = False  # records that a dead Prefect server does not take are lost without noise
     try:
         with session(Settings()) as servers:
@@ -39,7 +39,3 @@ def hand_over(flow: str, request: Retrain | Promotion, *, json: bool) -> int:
     output(jsonlib.dumps({"url": url}) if json else url)
     say("A worker does this. It stops before the promotion, until somebody decides on that page.")
     return 0
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt  # so that children are ended and MLflow's runs closed on the way out

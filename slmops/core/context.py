@@ -15,11 +15,7 @@ class JobContext:
     """One job on one machine.
 
     Attributes:
-        job: What was asked for.
         name: The model's name in MLflow and Foundry Local.
-        checkpoint: What is converted.
-        settings: Where things are.
-        tracking_uri: Where MLflow is.
         run_id: The job's run in MLflow; empty until there is one.
     """
 
@@ -32,10 +28,8 @@ class JobContext:
 
     @property
     def logs(self) -> Path:
-        """The folder of the job's logs."""
         return self.settings.logs / self.name
 
     @property
     def work(self) -> Path:
-        """The folder of its unfinished work."""
         return self.settings.work(self.name)

@@ -1,24 +1,4 @@
-"""All errors that a user sees, as one tree.
-
-    SlmopsError
-    ├── UsageError            exit 2   what was asked for makes no sense
-    │   ├── CheckpointError            the checkpoint cannot be used
-    │   ├── RecipeError                the precision or the Olive config cannot be used
-    │   └── DataError                  the training data cannot be used
-    ├── PrerequisiteError     exit 2   something this needs is missing: package, disk, server, network
-    │   └── BusyError                  another slmops run holds it
-    └── WorkError             exit 1   the work was started and failed
-        ├── TrainingError
-        ├── ConversionError
-        ├── RegistrationError
-        ├── EvaluationError
-        ├── TrackingError
-        ├── ServingError
-        ├── PromotionError
-        └── GateError         exit 3   the work is done, and what was measured is not good enough
-
-Each has a message that says what is wrong and where, and a ``fix`` that says what to do next.
-"""
+"""All errors that a user sees, and with which exit code the command ends for each."""
 
 from __future__ import annotations
 

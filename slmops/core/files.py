@@ -73,11 +73,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:
-    """Read a user's file of keys and values: TOML by the suffix ``.toml``, else YAML.
-
-    Args:
-        path: The file.
-        what: What it is, for messages: "policy".
+    """Read a user's file of keys and values, called ``what`` in messages: TOML by the suffix ``.toml``, else YAML.
 
     Raises:
         UsageError: It cannot be read, or it holds nothing or something else.

@@ -22,10 +22,9 @@ MACHINE = "this machine's conversions and measurements"
 
 @contextmanager
 def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
-    """Hold the lock file at ``path``.
+    """Hold the lock file at ``path``, whose folder is made, readable by this user alone.
 
     Args:
-        path: The lock file; its folder is made, readable by this user alone.
         what: What the lock stands for, for messages: "the measurement of this machine".
         wait: Wait for the holder, and say so, instead of refusing.
 
@@ -34,7 +33,7 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
         PrerequisiteError: The folder belongs to somebody else.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and path.parent.stat().st_uid != os.getuid():
+    if path.parent.stat().st_uid != os.getuid():
         raise PrerequisiteError(
             f"{path.parent} belongs to another user.", "Remove it, or set TMPDIR to a folder of yours."
         )

@@ -30,12 +30,7 @@ def conversion_memory(checkpoint: Checkpoint) -> float:
 
 
 def choose(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:
-    """The smallest pool whose machines can hold a conversion of the checkpoint.
-
-    Args:
-        pools: At least one; the first of several of one size is taken.
-        checkpoint: What will be converted.
-        device: What the variants are made for: :attr:`slmops.core.job.Job.device`.
+    """The smallest pool for the device whose machines can hold a conversion; of several of one size the first.
 
     Raises:
         PrerequisiteError: None is large enough, or none is for the device.

@@ -91,7 +91,6 @@ class Settings(BaseSettings):
 
     @property
     def judge_configured(self) -> bool:
-        """Whether there is a judging model."""
         return bool(self.judge_url and self.judge_model)
 
     @property
@@ -126,7 +125,6 @@ class Settings(BaseSettings):
 
     @property
     def locks(self) -> Path:
-        """Lock files of this home."""
         return self.home / "locks"
 
     def work(self, name: str) -> Path:
@@ -136,5 +134,4 @@ class Settings(BaseSettings):
     @property
     def machine_lock(self) -> Path:
         """The lock of this machine, held while it converts or measures; all homes of one user share it."""
-        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
-        return Path(tempfile.gettempdir()) / f"slmops-{user}" / "machine.lock"
+        return Path(tempfile.gettempdir()) / f"slmops-{os.getuid()}" / "machine.lock"

@@ -53,11 +53,7 @@ KINDS = {
 
 
 def predicate(problem: Any) -> str:
-    """What is wrong with a value, as the end of a sentence that begins with its name.
-
-    Args:
-        problem: One of ``ValidationError.errors()``.
-    """
+    """What one of ``ValidationError.errors()`` says, as the end of a sentence that begins with the value's name."""
     kind, context = problem["type"], problem.get("ctx", {})
     if context.get("min_length") == 1:
         return "must not be empty"
@@ -83,7 +79,6 @@ def problems(
     """Everything that pydantic found wrong, one sentence each: ``top_p must be at most 1``.
 
     Args:
-        error: What pydantic raised.
         name: What the user calls the value at a location.
         got: Also quote the value.
     """

@@ -33,11 +33,9 @@ class BodyRefused(Exception):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the socket of a server; done before anything is loaded, so that nobody can take the port meanwhile.
+    """Open the socket of a server at a host's name or address; port 0 takes a free one.
 
-    Args:
-        host: Name or address to listen at.
-        port: Port; 0 takes a free one.
+    It is done before anything is loaded, so that nobody can take the port meanwhile.
 
     Raises:
         UsageError: There is no such address or port.
@@ -63,12 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def read_body(request: Request, limit: int, seconds: float) -> bytes:
-    """Read a whole request body.
-
-    Args:
-        request: The request.
-        limit: Size in bytes that is accepted; nothing is kept of a larger body.
-        seconds: How long the client may take.
+    """Read a whole request body of at most ``limit`` bytes, for which the client may take so many seconds.
 
     Raises:
         BodyRefused: It is too large, or does not come in time.

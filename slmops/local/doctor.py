@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from packaging.version import InvalidVersion, Version
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
-from slmops.core.values import Frozen, Hardware
+from slmops.core.values import Hardware
 from slmops.local import stack
 from slmops.local.doctor_probe import FOUNDRY, TRYING, ProbeRequest, ProbeResult
 from slmops.processes import children
@@ -48,25 +49,14 @@ _IMPORTED: dict[str, tuple[str, ...]] = {
 }
 
 
-class Check(Frozen):
+@dataclass(frozen=True)
+class Check:
     """One prerequisite."""
 
     name: str
     status: Literal["ok", "warning", "failure"]
     detail: str
     fix: str | None = None
-
-
-def _ok(name: str, detail: str) -> Check:
-    return Check(name=name, status="ok", detail=detail)
-
-
-def _warning(name: str, detail: str, fix: str) -> Check:
-    return Check(name=name, status="warning", detail=detail, fix=fix)
-
-
-def _failure(name: str, detail: str, fix: str) -> Check:
-    return Check(name=name, status="failure", detail=detail, fix=fix)
 
 
 def check(settings: Settings, *, imports: bool = True) -> list[Check]:
@@ -79,7 +69,12 @@ def check(settings: Settings, *, imports: bool = True) -> list[Check]:
     """
     here = machine.hardware()
     packages, runtimes = _imports(_packages()) if imports else (_packages(), [])
-    own = [_ok("Python", platform.python_version()), _memory(here), _disk(settings.home), _cpu(here)]
+    own = [
+        Check("Python", "ok", platform.python_version()),
+        _amount("memory", here.memory_gb, MEMORY_GB, "GB", "Use a machine or a container with more memory."),
+        _disk(settings.home),
+        _cpu(here),
+    ]
     return [*own, *packages, *runtimes, _foundry_command(ask=imports), *_servers(settings)]
 
 
@@ -107,15 +102,10 @@ def fix(settings: Settings) -> None:
     _pip(["-c", "constraints.txt", "-e", "."], settings, "install the pinned packages")
 
 
-def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -> Path:
+def build_genai(path: Path, settings: Settings) -> Path:
     """Build ONNX Runtime GenAI from a source checkout, and install the wheel in place of the one that is there.
 
     Nothing that it depends on is installed: the pinned set stays as it is. Returns the wheel.
-
-    Args:
-        path: The checkout.
-        settings: Where the logs go.
-        target: Install into this folder instead of into this environment.
 
     Raises:
         PrerequisiteError: It is not a checkout, CMake is missing or too old, or the build or pip failed.
@@ -138,8 +128,7 @@ def build_genai(path: Path, settings: Settings, *, target: Path | None = None) -
         raise PrerequisiteError(
             f"The build of ONNX Runtime GenAI {what}: {children.last_words(log)}", f"Its log: {log}"
         )
-    where = [] if target is None else ["--target", str(target)]
-    _pip(["--no-deps", "--force-reinstall", *where, str(wheels[-1])], settings, f"install {wheels[-1].name}")
+    _pip(["--no-deps", "--force-reinstall", str(wheels[-1])], settings, f"install {wheels[-1].name}")
     return wheels[-1]
 
 
@@ -170,14 +159,10 @@ def _require_cmake() -> None:
 # --- machine
 
 
-def _memory(here: Hardware) -> Check:
-    return _amount("memory", here.memory_gb, MEMORY_GB, "GB", "Use a machine or a container with more memory.")
-
-
 def _disk(home: Path) -> Check:
     folder = next(parent for parent in (home, *home.parents) if parent.exists())
     if not os.access(folder, os.W_OK):
-        return _failure("disk", f"{folder} cannot be written to", "Set SLMOPS_HOME to a folder of yours.")
+        return Check("disk", "failure", f"{folder} cannot be written to", "Set SLMOPS_HOME to a folder of yours.")
     advice = "Free some space, or set SLMOPS_HOME to a folder on a larger disk."
     return _amount("disk", machine.disk_free(home) / 1e9, DISK_GB, f"GB free for {home}", advice)
 
@@ -186,17 +171,17 @@ def _amount(name: str, found: float, levels: tuple[float, float], unit: str, fix
     least, wanted = levels
     detail = f"{found:.1f} {unit}"
     if found >= wanted:
-        return _ok(name, detail)
-    make = _warning if found >= least else _failure
-    return make(name, f"{detail}; {wanted} are recommended, {least} are necessary", fix)
+        return Check(name, "ok", detail)
+    detail += f"; {wanted} are recommended, {least} are necessary"
+    return Check(name, "warning" if found >= least else "failure", detail, fix)
 
 
 def _cpu(here: Hardware) -> Check:
     detail = f"{here.processor}, {here.cores} cores: {' '.join(here.isa) or 'instruction sets unknown'}"
     if here.isa and not {"avx2", "neon"} & set(here.isa):
         slow = "Use a processor with AVX2 or NEON. Everything works without, but slowly."
-        return _warning("CPU", f"{detail}; no avx2", slow)
-    return _ok("CPU", detail)
+        return Check("CPU", "warning", f"{detail}; no avx2", slow)
+    return Check("CPU", "ok", detail)
 
 
 # --- packages
@@ -209,11 +194,11 @@ def _packages() -> list[Check]:
     for package in machine.PACKAGES:
         version, pin = found.get(package), pins.get(package, SpecifierSet())
         if version is None:
-            checks.append(_failure(package, "not installed", FIX_PACKAGES))
+            checks.append(Check(package, "failure", "not installed", FIX_PACKAGES))
         elif not pin.contains(version, prereleases=True):
-            checks.append(_warning(package, f"{version}, but {pin} was tested", FIX_PACKAGES))
+            checks.append(Check(package, "warning", f"{version}, but {pin} was tested", FIX_PACKAGES))
         else:
-            checks.append(_ok(package, version))
+            checks.append(Check(package, "ok", version))
     return checks
 
 
@@ -233,60 +218,49 @@ def _pins() -> dict[str, SpecifierSet]:
 
 def _imports(packages: list[Check]) -> tuple[list[Check], list[Check]]:
     """Import what is installed. Returns the packages' checks, and those of the two runtimes."""
-    installed = [one.name for one in packages if one.status != "failure"]
+    modules = {one.name: _IMPORTED[one.name] for one in packages if one.status != "failure"}
+    # Two native GenAI libraries cannot live in one process: Foundry Local's gets a process of its own.
+    sdk = {name: modules.pop(name) for name in ("foundry-local-sdk",) if name in modules}
     with tempfile.TemporaryDirectory(prefix="slmops-doctor-") as folder:
         work = Path(folder)
-        # Two native GenAI libraries cannot live in one process: Foundry Local's gets a process of its own.
-        found, providers = _probe_all([name for name in installed if name != "foundry-local-sdk"], work)
-        foundry = ProbeResult(problems={})
-        if "foundry-local-sdk" in installed:
-            modules = {"foundry-local-sdk": _IMPORTED["foundry-local-sdk"]}
-            foundry = _probe(ProbeRequest(modules=modules, foundry=work / "foundry"), work)
+        found, providers = _probe_all(modules, work)
+        foundry = _probe(ProbeRequest(modules=sdk, foundry=work / "foundry"), work) if sdk else ProbeResult(problems={})
     problems = {**found, **foundry.problems}
     checks = [
-        _failure(one.name, f"{one.detail} cannot be imported: {problems[one.name]}", FIX_PACKAGES)
+        Check(one.name, "failure", f"{one.detail} cannot be imported: {problems[one.name]}", FIX_PACKAGES)
         if one.name in problems
         else one
         for one in packages
     ]
     runtimes = []
     if providers:
-        runtimes.append(_ok("ONNX Runtime", ", ".join(providers)))
+        runtimes.append(Check("ONNX Runtime", "ok", ", ".join(providers)))
     if FOUNDRY in problems:
-        runtimes.append(_failure(FOUNDRY, f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
+        runtimes.append(Check(FOUNDRY, "failure", f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
     elif foundry.foundry_version:
         more = ", ".join(foundry.foundry_providers) or "none beyond the CPU"
-        runtimes.append(_ok(FOUNDRY, f"{foundry.foundry_version}; execution providers to download: {more}"))
+        runtimes.append(Check(FOUNDRY, "ok", f"{foundry.foundry_version}; execution providers to download: {more}"))
     return checks, runtimes
 
 
-def _probe_all(packages: list[str], work: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def _probe_all(modules: dict[str, tuple[str, ...]], work: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """Import packages in one child. A crash loses what the others said, so they are imported again without it."""
     crashes: dict[str, str] = {}
-    while True:
-        modules = {name: _IMPORTED[name] for name in packages if name not in crashes}
-        if not modules:
-            return crashes, ()
+    while modules := {name: imported for name, imported in modules.items() if name not in crashes}:
         result = _probe(ProbeRequest(modules=modules), work)
         crashed = {name: text for name, text in result.problems.items() if text.startswith(_CRASH)}
         if not crashed:
             return {**result.problems, **crashes}, result.onnxruntime_providers
         crashes |= crashed
+    return crashes, ()
 
 
 def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
-    trying = next(iter(request.modules))
-
-    def follow(line: str) -> None:
-        nonlocal trying
-        name = line.removeprefix(TRYING)
-        if name != line and name in (*request.modules, FOUNDRY):
-            trying = name
-
+    lines: list[str] = []
     # Nothing may be sent or fetched, and no file may appear in the user's home.
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
-        result, _ = children.call(
+        return children.call(
             "slmops.local.doctor_probe",
             request,
             ProbeResult,
@@ -295,11 +269,12 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
             timeout_s=PROBE_S,
             error=WorkError,
             env=env,
-            on_line=follow,
-        )
+            on_line=lines.append,
+        )[0]
     except WorkError as error:
-        return ProbeResult(problems={trying: f"{_CRASH}{error.message}"})
-    return result
+        first, *more = request.modules
+        tried = [first, *(name for name in (*more, FOUNDRY) if f"{TRYING}{name}" in lines)]
+        return ProbeResult(problems={tried[-1]: f"{_CRASH}{error.message}"})
 
 
 # --- programs and servers
@@ -309,12 +284,13 @@ def _foundry_command(*, ask: bool) -> Check:
     name, program = "foundry command", shutil.which("foundry")
     if program is None:
         note = "it does not exist on Linux" if sys.platform == "linux" else "optional: models are used through the SDK"
-        return _ok(name, f"none; {note}")
+        return Check(name, "ok", f"none; {note}")
     if not ask:
-        return _ok(name, program)
+        return Check(name, "ok", program)
     if said := _say([program, "--version"]):
-        return _ok(name, f"{said.splitlines()[0]} ({program})")
-    return _warning(name, f"{program} does not answer", "Reinstall Foundry Local, or remove this command from PATH.")
+        return Check(name, "ok", f"{said.splitlines()[0]} ({program})")
+    advice = "Reinstall Foundry Local, or remove this command from PATH."
+    return Check(name, "warning", f"{program} does not answer", advice)
 
 
 def _say(command: list[str]) -> str:
@@ -331,10 +307,10 @@ def _servers(settings: Settings) -> list[Check]:
     given = {"Prefect server": settings.prefect_api_url, "MLflow server": settings.tracking_uri}
     for (name, url), server in zip(given.items(), (now.prefect, now.mlflow), strict=True):
         if server.ok:
-            checks.append(_ok(name, str(server.url)))
+            checks.append(Check(name, "ok", str(server.url)))
         elif url is None:
-            checks.append(_warning(name, "not running", "Run `slmops up`."))
+            checks.append(Check(name, "warning", "not running", "Run `slmops up`."))
         else:
             advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
-            checks.append(_failure(name, f"{url} does not answer", advice))
+            checks.append(Check(name, "failure", f"{url} does not answer", advice))
     return checks

@@ -43,7 +43,7 @@ QUIET = {
 }
 """Variables with which neither Prefect nor MLflow sends anything to its makers."""
 
-_TITLES: dict[Server, str] = {"prefect": "Prefect server", "mlflow": "MLflow server", "worker": "Prefect worker"}
+_TITLES: dict[Server, str] = {"worker": "Prefect worker", "prefect": "Prefect server", "mlflow": "MLflow server"}
 _VARIABLES: dict[Server, str] = {
     "prefect": "SLMOPS_PREFECT_API_URL and PREFECT_API_URL",
     "mlflow": "SLMOPS_TRACKING_URI and MLFLOW_TRACKING_URI",
@@ -124,11 +124,10 @@ def down(settings: Settings) -> list[Server]:
     """Stop what we started, the worker first; returns what was running."""
     if not _state(settings).exists():
         return []
-    order: tuple[Server, ...] = ("worker", "prefect", "mlflow")
     stopped: list[Server] = []
     with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
         servers = _read(settings)
-        for name in order:
+        for name in _TITLES:
             if name in servers and daemon.stop(servers.pop(name)):
                 stopped.append(name)
             _write(settings, servers)

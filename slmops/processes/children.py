@@ -61,7 +61,6 @@ class Finished:
 
     Attributes:
         returncode: Exit status; negative is the signal that killed it.
-        seconds: Wall time.
         memory: Samples of (``time.monotonic()`` seconds, MB of the whole process group).
         timed_out: It was killed because its time was over.
     """
@@ -86,14 +85,11 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Finished:
-    """Run ``argv`` to its end, its output in ``log``, its memory sampled.
+    """Run ``argv`` to its end, its output added to ``log``, its memory sampled.
 
     Args:
-        argv: Program and arguments; never a shell string.
-        log: File that receives standard output and error together.
         timeout_s: Seconds after which the whole group is killed.
         env: Variables added to this process's own.
-        cwd: Working folder.
         on_line: Called with each line of output as it comes.
 
     Raises:
@@ -158,9 +154,7 @@ def call(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Result, Finished]:
-    """Run ``python -m module`` on ``request`` and return its result.
-
-    The module ends in ``child.main(...)``.
+    """Run ``python -m module``, which ends in ``child.main(...)``, on ``request`` and return its result.
 
     Raises:
         SlmopsError: What the child raised.

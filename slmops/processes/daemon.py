@@ -39,7 +39,6 @@ class Daemon(Frozen):
 
     @property
     def port(self) -> int:
-        """The port in its URL."""
         return int(self.url.rpartition(":")[2])
 
 
@@ -47,7 +46,6 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
     """Start a server detached from this process and its terminal.
 
     Args:
-        argv: Program and arguments.
         port: Where it will listen, on 127.0.0.1.
         mark: Text in its environment by which it and its offspring are known.
         env: Its whole environment.
@@ -67,9 +65,8 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
             start_new_session=True,
         )
     _children.append(child)
-    return Daemon(
-        pid=child.pid, created=psutil.Process(child.pid).create_time(), url=f"http://{HOST}:{port}", mark=mark
-    )
+    created = psutil.Process(child.pid).create_time()
+    return Daemon(pid=child.pid, created=created, url=f"http://{HOST}:{port}", mark=mark)
 
 
 def leader(daemon: Daemon) -> psutil.Process | None:
@@ -126,7 +123,7 @@ def stop(daemon: Daemon) -> bool:
         deadline = time.monotonic() + STOP_S
         while any(_lives(member) for member in living) and time.monotonic() < deadline:
             time.sleep(0.05)
-    _reap()
+    _children[:] = [child for child in _children if child.poll() is None]
     return bool(members)
 
 
@@ -176,14 +173,7 @@ def _members(daemon: Daemon) -> list[psutil.Process]:
 
 
 def _lives(member: psutil.Process) -> bool:
-    _reap()
     try:
         return member.is_running() and member.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _reap() -> None:
-    for child in list(_children):
-        if child.poll() is not None:
-            _children.remove(child)

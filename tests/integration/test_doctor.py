@@ -101,11 +101,12 @@ def test_build_and_install(settings: Settings, checkout: Path, monkeypatch: pyte
     stale.parent.mkdir()
     stale.touch()
 
-    wheel = doctor.build_genai(checkout, settings, target=tmp_path / "installed")
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "installed"))
+    wheel = doctor.build_genai(checkout, settings)
     assert wheel.name == "tinygenai-1.0-py3-none-any.whl"
     assert json.loads((checkout / "argv.json").read_text()) == ["build.py", "--config", "Release"]
     assert (tmp_path / "installed" / "tinygenai.py").is_file()
 
     (checkout / "fail").touch()
     with pytest.raises(PrerequisiteError, match="GenAI failed: CMake Error: no compiler"):
-        doctor.build_genai(checkout, settings, target=tmp_path / "installed")
+        doctor.build_genai(checkout, settings)

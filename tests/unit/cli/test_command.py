@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -156,16 +155,11 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_of_itself_what_the_list_says(name: str) -> None:
-    module, summary = COMMANDS[name]
-    command = getattr(importlib.import_module(f"slmops.cli.{module}"), name)
-    assert command.__doc__.splitlines()[0] == summary
-
-
-def test_help_of_run_names_each_option_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["run", "--help"]) == 0
+def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
     out = capsys.readouterr().out
-    for field in Job.model_fields:
+    assert " ".join(COMMANDS[name][1].split()) in " ".join(out.split())
+    for field in Job.model_fields if name == "run" else ():
         assert f"--{field.replace('_', '-')} " in out
 
 

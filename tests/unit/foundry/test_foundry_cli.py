@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,12 @@ plays = json.loads((here / "plays.json").read_text())
 asked = sys.argv[1:]
 with (here / "calls.txt").open("a") as calls:
     print(*asked, file=calls)
-broken = here / "broken.txt"
-if broken.exists() and asked[1:2] == [broken.read_text()] and "--help" not in asked:
-    print("Exception: Request to local service failed.", file=sys.stderr)
-    sys.exit(3)
+if asked[1:2] == [plays["fails"]] and "--help" not in asked:
+    sys.exit("Exception: Request to local service failed.")
 
 
-def say(text, end="\\n"):
-    sys.stdout.buffer.write((text + end).encode(plays["encoding"], "replace"))
-    sys.stdout.flush()
+def say(text):
+    sys.stdout.buffer.write((text + "\\n").encode(plays["encoding"], "replace"))
 
 
 def answer(model, question):
@@ -52,13 +48,13 @@ match asked:
     case ["cache", "--help"] if plays["help"]:
         say("Usage: foundry cache [command]\\n  location\\n  cd <path>\\n  " + ", ".join(plays["cache"]))
     case ["cache", "location"]:
-        say((here / "said.txt").read_text() + location.read_text())
+        say(plays["said"] + location.read_text())
     case ["cache", "cd", folder]:
         location.write_text(folder)
     case ["cache", command] if command in plays["cache"]:
         say("Models cached on device:\\n   Alias            Model ID")
         for folder in sorted(pathlib.Path(location.read_text()).glob("*/*")):
-            say("   " + folder.name.rpartition("-")[0] + ":" + folder.name.rpartition("-")[2])
+            say("   " + ":".join(folder.name.rsplit("-", 1)))
     case ["model", "run", "--help"] if plays["help"]:
         say("Usage:\\n  foundry model " + ("run <model> [options]" if plays["run"] else "[command]"))
         say("Options:\\n  --retain" + ("\\n  --prompt <prompt>" if plays["run"] == "prompt" else ""))
@@ -67,20 +63,19 @@ match asked:
         answer(model, question)
     case ["model", "run", model] if plays["run"]:
         say(plays["progress"] + "\\nInteractive Chat. Enter /? or /help for help.\\n")
-        say("Interactive mode, please enter your prompt\\n> ", end="")
+        say("Interactive mode, please enter your prompt")
         for line in sys.stdin:
             if line == "/exit\\n":
                 break
-            say(plays["thinking"], end="")
+            say("> " + plays["thinking"])
             answer(model, line.rstrip())
-            say("\\n> ", end="")
+        say("\\n> ")
     case ["complete", "--help"] if plays["complete"]:
         say("Usage: foundry complete <model> <prompt>")
     case ["complete", model, question] if plays["complete"]:
         answer(model, question)
     case _:
-        print("Unrecognized command or argument.", file=sys.stderr)
-        sys.exit(64)
+        sys.exit("Unrecognized command or argument.")
 """
 SERVICE = """\
 import subprocess
@@ -92,8 +87,10 @@ PLAYS = {
     "help": True,
     "run": "chat",  # or "prompt", or "" for a preview that has no "model run"
     "complete": False,
+    "fails": "",
+    "said": "Cache directory path: ",
     "progress": "\U0001f554 Loading model...\n\x1b[32m\U0001f7e2 Model bot loaded successfully\x1b[0m\n",
-    "thinking": "\U0001f9e0 Thinking...\n",
+    "thinking": "\U0001f9e0 Thinking...",
     "answer": "\U0001f916 You ask: {question}",
     "delay": 0,
     "encoding": "utf-8",
@@ -116,17 +113,17 @@ def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     program.write_text(SCRIPT.replace("{python}", sys.executable), encoding="utf-8")
     program.chmod(0o755)
     set_location(folder, BEFORE)
-    (folder / "said.txt").write_text("Cache directory path: ", encoding="utf-8")
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))  # where the user's own location is noted
     play(folder)
     yield folder
-    assert location(folder) in (BEFORE, "")
+    assert location(folder) == BEFORE
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    return tmp_path / "foundry home" / "models"
+    """A cache folder that holds the model."""
+    return hold(tmp_path / "foundry home" / "models")
 
 
 def play(foundry: Path, **changed: object) -> None:
@@ -134,9 +131,10 @@ def play(foundry: Path, **changed: object) -> None:
     (foundry / "plays.json").write_text(json.dumps(PLAYS | changed), encoding="utf-8")
 
 
-def hold(models: Path, *names: str) -> None:
-    for name in names or [f"{CALLED}-1"]:
-        (models / "slmops" / name).mkdir(parents=True)
+def hold(models: Path, *names: str) -> Path:
+    for name in names or [CALLED]:
+        (models / "slmops" / f"{name}-1").mkdir(parents=True)
+    return models
 
 
 def calls(foundry: Path) -> list[str]:
@@ -158,8 +156,8 @@ def test_listed_whatever_the_command_is_called(
     foundry: Path, models: Path, has: list[str], helps: bool, used: str
 ) -> None:
     play(foundry, cache=has, help=helps)
-    hold(models, f"{CALLED}-1", "other-generic-cpu-1")
-    assert cli.confirm(CALLED, models) is True
+    hold(models, "other-generic-cpu")
+    assert confirm(models) is True
     listed = ["cache --help", f"cache {used}"]
     assert calls(foundry) == ["cache location", f"cache cd {models}", *listed, f"cache cd {BEFORE}"]
 
@@ -169,10 +167,9 @@ def test_listed_whatever_the_command_is_called(
     ["other-generic-cpu", f"support-{CALLED}", f"v2.{CALLED}", f"my_{CALLED}"],  # nor a longer name's end
 )
 @pytest.mark.usefixtures("foundry")
-def test_not_listed(models: Path, other: str) -> None:
-    hold(models, f"{other}-1")
+def test_not_listed(tmp_path: Path, other: str) -> None:
     with pytest.raises(RegistrationError, match=f"{other}:1"):
-        cli.confirm(CALLED, models)
+        cli.confirm(CALLED, hold(tmp_path, other))
 
 
 @pytest.mark.parametrize(
@@ -186,10 +183,9 @@ def test_not_listed(models: Path, other: str) -> None:
     ],
 )
 def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, said: str, before: str) -> None:
-    hold(models)
-    (foundry / "said.txt").write_text(said, encoding="utf-8")
+    play(foundry, said=said)
     set_location(foundry, before)
-    assert cli.confirm(CALLED, models) is True
+    assert confirm(models) is True
     assert location(foundry) == before
     set_location(foundry, BEFORE)
 
@@ -197,65 +193,69 @@ def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, sai
 ASK = "import sys, pathlib; from slmops.foundry import cli; cli.ask(sys.argv[1], pathlib.Path(sys.argv[2]), 'Hello?')"
 
 
-def wait_for(foundry: Path, call: str) -> None:
+def asking(foundry: Path, models: Path, until: str) -> subprocess.Popen[bytes]:
+    """A process that asks, and has come as far as the call ``until`` of the command."""
+    process = subprocess.Popen([sys.executable, "-c", ASK, CALLED, str(models)])
     deadline = time.monotonic() + 20
-    while not ((foundry / "calls.txt").exists() and call in calls(foundry)):
+    while not ((foundry / "calls.txt").exists() and until in calls(foundry)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    return process
 
 
 def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path, models: Path) -> None:
-    hold(models)
     play(foundry, delay=60)
-    killed = subprocess.Popen([sys.executable, "-c", ASK, CALLED, str(models)])
-    wait_for(foundry, f"model run {CALLED}")
-    killed.kill()
-    killed.wait()
+    with asking(foundry, models, until=f"model run {CALLED}") as killed:
+        killed.kill()
     assert location(foundry) == str(models)
     play(foundry)
-    assert cli.confirm(CALLED, models) is True
+    assert confirm(models) is True
 
 
 @pytest.mark.usefixtures("foundry")
 def test_a_location_that_the_user_chose_after_a_kill_stays(models: Path, tmp_path: Path) -> None:
-    hold(models)
     note = tmp_path / ".foundry" / "slmops-original-location.json"
     note.parent.mkdir()
     note.write_text(json.dumps({"own": "/long/ago", "ours": str(models)}), encoding="utf-8")
-    assert cli.confirm(CALLED, models) is True
+    assert confirm(models) is True
     assert not note.exists()
 
 
 def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, models: Path, tmp_path: Path) -> None:
-    hold(models)
-    hold(tmp_path / "other")
     play(foundry, delay=0.5)
-    argv = [sys.executable, "-c", ASK, CALLED, str(models)]
-    with subprocess.Popen(argv) as first:
-        wait_for(foundry, f"cache cd {models}")
-        assert cli.ask(CALLED, tmp_path / "other", QUESTION)
-        first.wait()
+    with asking(foundry, models, until=f"cache cd {models}") as first:
+        assert cli.ask(CALLED, hold(tmp_path / "other"), QUESTION)
     assert first.returncode == 0
 
 
-def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Path) -> None:
-    (foundry / "said.txt").write_text("No cache.", encoding="utf-8")
-    set_location(foundry, "")
-    for attempt in (lambda: cli.confirm(CALLED, models), lambda: cli.ask(CALLED, models, "Hello?")):
-        with pytest.raises(RegistrationError, match=r"No cache\."):
-            attempt()
-    assert calls(foundry) == ["cache location"] * 2
+def confirm(models: Path) -> object:
+    return cli.confirm(CALLED, models)
+
+
+def ask(models: Path, question: str = QUESTION) -> str | None:
+    return cli.ask(CALLED, models, question)
+
+
+@pytest.mark.parametrize("action", [confirm, ask])
+def test_nothing_is_changed_that_could_not_be_restored(
+    foundry: Path, models: Path, action: Callable[[Path], object]
+) -> None:
+    play(foundry, said="No cache in ")
+    set_location(foundry, "memory")
+    with pytest.raises(RegistrationError, match="No cache in memory"):
+        action(models)
+    assert calls(foundry) == ["cache location"]
+    set_location(foundry, BEFORE)
 
 
 @pytest.mark.parametrize(
     ("action", "command"),
-    [(action, command) for action, used in (("confirm", "ls"), ("ask", "run")) for command in ("location", "cd", used)],
+    [(action, command) for action, used in ((confirm, "ls"), (ask, "run")) for command in ("location", "cd", used)],
 )
-def test_a_failing_command(foundry: Path, models: Path, action: str, command: str) -> None:
-    hold(models)
-    (foundry / "broken.txt").write_text(command, encoding="utf-8")
-    with pytest.raises(RegistrationError, match=rf"{command}.*status 3: .*Request to local service failed"):
-        cli.confirm(CALLED, models) if action == "confirm" else cli.ask(CALLED, models, QUESTION)
+def test_a_failing_command(foundry: Path, models: Path, action: Callable[[Path], object], command: str) -> None:
+    play(foundry, fails=command)
+    with pytest.raises(RegistrationError, match=rf"{command}.*status 1: .*Request to local service failed"):
+        action(models)
 
 
 @pytest.mark.parametrize(
@@ -268,14 +268,12 @@ def test_command_that_hangs_or_cannot_be_started(
     (foundry / "foundry").write_text(script, encoding="utf-8")
     monkeypatch.setattr(cli, "COMMAND_TIMEOUT_S", 0.2)
     with pytest.raises(RegistrationError, match=said):
-        cli.confirm(CALLED, models)
+        confirm(models)
 
 
 def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert shutil.which("foundry") is None
-    assert cli.confirm(CALLED, tmp_path) is None
-    assert cli.ask(CALLED, tmp_path, "Hello?") is None
+    assert (confirm(tmp_path), ask(tmp_path)) == (None, None)
 
 
 WAYS: dict[str, tuple[dict[str, object], str]] = {
@@ -290,8 +288,7 @@ WAYS: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_asked(foundry: Path, models: Path, way: str) -> None:
     play(foundry, **WAYS[way][0])
-    hold(models)
-    assert cli.ask(CALLED, models, QUESTION) == f"You ask: {QUESTION}"
+    assert ask(models) == f"You ask: {QUESTION}"
     made = [call for call in calls(foundry) if not call.endswith("--help")]
     assert made == ["cache location", f"cache cd {models}", WAYS[way][1], f"cache cd {BEFORE}"]
 
@@ -311,52 +308,47 @@ def test_an_answer_is_found_in_what_surrounds_it(
     foundry: Path, models: Path, way: str, changed: dict[str, str], answer: str
 ) -> None:
     play(foundry, **WAYS[way][0], **changed)
-    hold(models)
-    assert (cli.ask(CALLED, models, QUESTION) or "").removeprefix("?").strip() == answer
+    assert (ask(models) or "").removeprefix("?").strip() == answer
 
 
 @pytest.mark.usefixtures("foundry")
 def test_a_question_of_several_lines_is_one_question_in_a_chat(models: Path) -> None:
-    hold(models)
-    assert cli.ask(CALLED, models, "What is\nthe capital\r\n of France?") == "You ask: What is the capital of France?"
+    assert ask(models, "What is\nthe capital\r\n of France?") == "You ask: What is the capital of France?"
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt", "complete"])
 def test_no_answer_and_an_unknown_model(foundry: Path, models: Path, way: str) -> None:
     play(foundry, **WAYS[way][0])
     with pytest.raises(RegistrationError, match=f"Model {CALLED} was not found"):
-        cli.ask(CALLED, models, QUESTION)
-    hold(models)
+        ask(models / "empty")
     for answer in ("  ", "\U0001f916 \n\n"):
         play(foundry, **WAYS[way][0], answer=answer)
         with pytest.raises(RegistrationError, match=f"{CALLED} answers nothing"):
-            cli.ask(CALLED, models, QUESTION)
+            ask(models)
 
 
 def test_a_preview_that_can_do_neither(foundry: Path, models: Path) -> None:
     play(foundry, run="")
-    with pytest.raises(RegistrationError, match="status 64"):
-        cli.ask(CALLED, models, QUESTION)
+    with pytest.raises(RegistrationError, match="status 1: Unrecognized"):
+        ask(models)
 
 
 @pytest.mark.parametrize("way", ["chat", "prompt"])
 def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(foundry, **WAYS[way][0], delay=60)
-    hold(models)
     monkeypatch.setattr(cli, "ANSWER_TIMEOUT_S", 0.5)
     with pytest.raises(RegistrationError, match=r"0\.5 s"):
-        cli.ask(CALLED, models, QUESTION)
+        ask(models)
 
 
 def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> None:
     """Whoever starts a service leaves it the files that it writes to."""
-    hold(models)
     program = foundry / "foundry"
     script = program.read_text(encoding="utf-8")
     program.write_text(script.replace("match asked:", SERVICE + "match asked:"), encoding="utf-8")
     started = time.monotonic()
     try:
-        assert cli.confirm(CALLED, models) is True
+        assert confirm(models) is True
         assert time.monotonic() - started < 30
     finally:
         os.kill(int((foundry / "service.txt").read_text()), signal.SIGKILL)

@@ -6,9 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +13,15 @@ import httpx
 import pytest
 
 from slmops.checkpoints import chat_template
-from slmops.core.files import link_or_copy
 from slmops.core.settings import Settings
 from slmops.delivery import catalog
 from slmops.foundry import layout, prompt_template
 from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, Query
 from tests import making
+from tests.application import Application
 from tests.catalogs import LIST, FakeRegistry, Server, body, entry, version
 
 pytestmark = pytest.mark.integration
-
-# An application that does what it is told, line by line, and says what came of it.
-APPLICATION = """
-import json, sys
-import foundry_local_sdk as sdk
-
-home, url, override = sys.argv[1:]
-manager = sdk.FoundryLocalManager(
-    sdk.Configuration(
-        app_name="application",
-        app_data_dir=f"{home}/application",
-        model_cache_dir=f"{home}/models",
-        catalog_urls=[(url, override or None)],
-        disable_nonessential_telemetry=True,
-        web=sdk.Configuration.WebService(urls="http://127.0.0.1:0"),
-    )
-)
-catalog = manager.get_catalog()
-show = lambda model: model and [model.alias, model.id, model.is_cached]
-
-def serve():
-    manager.start_web_service()
-    return manager.urls
-
-def ask(foundry_id):
-    request = sdk.Request()
-    request.add_item(sdk.MessageItem.user("What is the capital of France?"))
-    with sdk.ChatSession(catalog.get_model_variant(foundry_id)) as session:
-        session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=8, do_sample=False)))
-        with session.process_request(request) as response:
-            return response.get_item(0).get_simple_text()
-
-commands = {
-    "list": lambda: sorted(show(variant) for model in catalog.list_models() for variant in model.variants),
-    "model": lambda alias: show(catalog.get_model(alias)),
-    "variant": lambda foundry_id: show(catalog.get_model_variant(foundry_id)),
-    "versions": lambda alias, name: sorted(model.id for model in catalog.get_model_versions(alias, name)),
-    "load": lambda foundry_id: catalog.get_model_variant(foundry_id).load(),
-    "ask": ask,
-    "serve": serve,
-}
-for line in sys.stdin:
-    command, *arguments = json.loads(line)
-    try:
-        answer = commands[command](*arguments)
-    except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    print("ANSWER " + json.dumps(answer), flush=True)
-"""
-
-
-class Application:
-    """A process with the real SDK and our catalog."""
-
-    def __init__(self, home: Path, url: str, override: str = "") -> None:
-        argv = [sys.executable, "-c", APPLICATION, str(home), url, override]
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> Application:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def __call__(self, *command: str | None) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("ANSWER "):
-                return json.loads(line.removeprefix("ANSWER "))
-        return "the application died"
-
 
 NAME = "tiny-fp32-generic-cpu"
 FIRST, SECOND, THIRD = (f"{NAME}:{number}" for number in (1, 2, 3))
@@ -108,43 +30,30 @@ FIRST, SECOND, THIRD = (f"{NAME}:{number}" for number in (1, 2, 3))
 @pytest.fixture(scope="module")
 def home(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model cache with a variant as three versions."""
-    job = making.job(talkative)
-    variant = making.variant("fp32", job, stock)
+    variant = making.variant("fp32", making.job(talkative), stock)
     template = chat_template.load(variant.path)
     assert template is not None
+    derived = prompt_template.derive(template)
     home = tmp_path_factory.mktemp("home")
-    first, _, _ = layout.place(variant, "tiny", job, prompt_template.derive(template), home)
-    for number in (2, 3):
-        folder = first.with_name(f"{NAME}-{number}")
-        folder.mkdir()
-        for file in first.iterdir():
-            if file.name != layout.INFERENCE_MODEL:
-                link_or_copy(file, folder / file.name)
-        described = json.loads((first / layout.INFERENCE_MODEL).read_text(encoding="utf-8"))
-        described.update(Name=f"{NAME}:{number}", Version=str(number))
-        (folder / layout.INFERENCE_MODEL).write_text(json.dumps(described), encoding="utf-8")
+    for top_p in (None, 0.5, 0.6):  # which changes no greedy answer
+        layout.place(variant, "tiny", making.job(talkative, top_p=top_p), derived, home)
     return home
 
 
-@dataclass
-class Story:
-    """What an application saw, and what it asked."""
-
-    saw: dict[str, Any] = field(default_factory=dict)
-    bodies: list[bytes] = field(default_factory=list)
+Story = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def story(home: Path) -> Story:
-    """All that an application can do with a catalog; nothing is judged yet, whatever fails."""
-    saw: dict[str, Any] = {}
+    """What an application saw that did all that it can do with a catalog, and what it sent; nothing is judged yet."""
+    saw: Story = {}
     with Server() as server:
         server.entries = [entry("tiny-fp32", 1), *(entry(f"m{n}-int4", 1) for n in range(60))]
         with Application(home, server.url) as application:
             saw["list"] = application("list")
             saw["model"] = application("model", "tiny")
             saw["load"] = application("load", FIRST)
-            saw["ask"] = application("ask", FIRST)
+            saw["ask"] = application("answer", FIRST, 8)
             urls = application("serve")
             saw["chat"] = chat(urls, FIRST)
             saw["not yet"] = application("variant", SECOND)
@@ -164,7 +73,7 @@ def story(home: Path) -> Story:
             saw["list rolled back"] = application("list")
         with Application(home, server.url, "foundryLocal=test") as application:
             saw["other tags"] = application("list")
-        return Story(saw, server.bodies)
+        return {**saw, "bodies": server.bodies}
 
 
 def chat(urls: Any, foundry_id: str) -> Any:
@@ -182,7 +91,7 @@ def test_the_sdk_asks_for_nothing_that_the_catalog_does_not_know(story: Story) -
     known = {(name, operator) for name in FIELDS for operator in OPERATORS}
     keys = {field.alias or name for name, field in Query.model_fields.items()}
     sent, more = set(), set()
-    for kept in story.bodies:
+    for kept in story["bodies"]:
         request = json.loads(kept)
         more |= set(request)
         sent |= {(one.get("field"), one.get("operator")) for one in request["filters"]}
@@ -196,35 +105,35 @@ def test_the_sdk_asks_for_nothing_that_the_catalog_does_not_know(story: Story) -
 
 def test_the_sdk_lists_what_the_catalog_offers(story: Story) -> None:
     others = [[f"m{n}", f"m{n}-int4-generic-cpu:1", False] for n in range(60)]  # two pages, and nothing on this device
-    assert story.saw["list"] == sorted([["tiny", FIRST, True], *others])
-    assert story.saw["model"] == ["tiny", FIRST, True]
-    assert story.saw["other tags"] == []
+    assert story["list"] == sorted([["tiny", FIRST, True], *others])
+    assert story["model"] == ["tiny", FIRST, True]
+    assert story["other tags"] == []
 
 
 def test_a_model_of_the_catalog_is_loaded_and_served(story: Story) -> None:
-    assert story.saw["load"] is None
-    assert story.saw["chat"]["choices"][0]["message"]["content"].strip()
-    assert story.saw["chat"]["model"] == FIRST
+    assert story["load"] is None
+    assert story["chat"]["choices"][0]["message"]["content"].strip()
+    assert story["chat"]["model"] == FIRST
 
 
 def test_a_model_of_the_catalog_is_opened_by_a_chat_session_and_answers(story: Story) -> None:
-    assert story.saw["ask"] == story.saw["chat"]["choices"][0]["message"]["content"]
+    assert story["ask"]["text"] == story["chat"]["choices"][0]["message"]["content"]
 
 
 def test_a_version_that_comes_later_is_found_by_its_id(story: Story) -> None:
-    assert story.saw["not yet"] is None  # though its files are there
-    assert story.saw["later"] == ["tiny", SECOND, True]
-    assert story.saw["load later"] is None
-    answers = [story.saw[name]["choices"][0]["message"]["content"] for name in ("chat", "chat later", "chat still")]
+    assert story["not yet"] is None  # though its files are there
+    assert story["later"] == ["tiny", SECOND, True]
+    assert story["load later"] is None
+    answers = [story[name]["choices"][0]["message"]["content"] for name in ("chat", "chat later", "chat still")]
     assert len(set(answers)) == 1
-    assert story.saw["versions"] == story.saw["versions of a name"] == [FIRST, SECOND]
+    assert story["versions"] == story["versions of a name"] == [FIRST, SECOND]
 
 
 def test_the_alias_is_the_champion_after_a_promotion_and_after_a_rollback(story: Story) -> None:
-    assert story.saw["promoted"] == ["tiny", SECOND, True]
-    assert story.saw["list promoted"] == [["tiny", FIRST, True], ["tiny", SECOND, True]]
-    assert story.saw["rolled back"] == ["tiny", SECOND, True]
-    assert story.saw["list rolled back"] == [["tiny", SECOND, True], ["tiny.previous", THIRD, True]]
+    assert story["promoted"] == ["tiny", SECOND, True]
+    assert story["list promoted"] == [["tiny", FIRST, True], ["tiny", SECOND, True]]
+    assert story["rolled back"] == ["tiny", SECOND, True]
+    assert story["list rolled back"] == [["tiny", SECOND, True], ["tiny.previous", THIRD, True]]
 
 
 # --- what comes over the network

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from slmops.core.errors import RegistrationError
 from slmops.core.files import remove_scratch
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Registration, Variant
 from slmops.foundry import layout
 from slmops.foundry.layout import Staged, stage
 from slmops.foundry.prompt_template import Derived
+from tests.checkpoint_folders import tree
 from tests.values import CONTENTS, checkpoint, write_variant
 
 STRINGS = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
@@ -38,9 +40,8 @@ def place(variant: Variant, home: Path, derived: Derived = DERIVED, **asked: Any
     return layout.place(variant, "support-bot", Job(model="m", **asked), derived, home)
 
 
-def read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> None:
@@ -108,16 +109,12 @@ def test_search_settings(
     assert read(folder / "inference_model.json")["ModelConfig"] == described
 
 
-def test_same_again_keeps_folder_and_version(variant: Variant, home: Path) -> None:
-    first, _, _ = place(variant, home, temperature=0.5)
-    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    assert place(variant, home, temperature=0.5) == (first, 1, False)
-    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
-    assert [path.name for path in first.parent.iterdir()] == [f"{CALLED}-1"]
-
-
 def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Path, home: Path) -> None:
     first, _, _ = place(variant, home)
+    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert place(variant, home) == (first, 1, False)
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
+    assert [path.name for path in first.parent.iterdir()] == [f"{CALLED}-1"]
     second, version, new = place(variant, home, top_p=0.5)
     assert (second.name, version, new) == (f"{CALLED}-2", 2, True)
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
@@ -153,6 +150,13 @@ def test_damaged_folder_is_not_used_again(
     assert place(variant, home)[1:] == (2, True)
 
 
+def test_a_variant_whose_config_is_broken(variant: Variant, home: Path) -> None:
+    (variant.path / "genai_config.json").write_text("{")
+    with pytest.raises(RegistrationError, match=r"genai_config\.json cannot be read"):
+        place(variant, home)
+    assert not home.exists()
+
+
 def test_versions_count_on_from_the_highest_of_the_model(variant: Variant, home: Path) -> None:
     for end in (9, 10, "old"):
         (home / "models" / "slmops" / f"{CALLED}-{end}").mkdir(parents=True)
@@ -180,10 +184,7 @@ def test_scratch_folder_of_a_killed_process_is_no_version_and_a_failure_leaves_n
 
 # --- staged to be measured
 
-CONFIG: dict[str, Any] = {
-    "model": {"type": "llama", "vocab_size": 600, "context_length": 2048, "eos_token_id": [2, 7], "bos_token_id": 1},
-    "search": {"max_length": 2048, "do_sample": False, "top_k": 1},
-}
+MODEL = {"type": "llama", "vocab_size": 600, "context_length": 2048, "eos_token_id": [2, 7], "bos_token_id": 1}
 FILES = ("model.onnx", "model.onnx.data", "tokenizer.json", "inference_model.json", "adapters/one/weights.bin")
 
 
@@ -193,40 +194,30 @@ def registration(tmp_path: Path) -> Registration:
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"contents of {name}")
-    configure(folder)
+    configure(folder, GREEDY)
     return Registration(foundry_id="bot-int4-generic-cpu:3", path=folder, prompt_template_exact=True, answer="Hello.")
 
 
-def configure(folder: Path, **search: Any) -> None:
-    config = {**CONFIG, "search": {**CONFIG["search"], **search}}
-    (folder / "genai_config.json").write_text(json.dumps(config))
+def configure(folder: Path, search: dict[str, Any]) -> None:
+    (folder / "genai_config.json").write_text(json.dumps({"model": MODEL, "search": search}))
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_in_foundrys_layout_with_linked_files(registration: Registration, tmp_path: Path) -> None:
-    before = files(registration.path)
+def test_staged_in_foundrys_layout_with_linked_files(registration: Registration, tmp_path: Path) -> None:
+    before = tree(registration.path)
     staged = stage(registration, tmp_path / "staged")
     folder = tmp_path / "staged" / "models" / "slmops" / "bot-int4-generic-cpu-3"
     assert staged == Staged(
         home=tmp_path / "staged", folder=folder, foundry_id="bot-int4-generic-cpu:3", context_length=2048
     )
-    assert files(folder).keys() == {*FILES, "genai_config.json"}
+    assert tree(folder).keys() == {*FILES, "genai_config.json"}
     assert all((folder / name).samefile(registration.path / name) for name in FILES)
-    assert read(folder / "genai_config.json") == CONFIG
-    # What lay there before is gone, and what is deployed is not touched.
+    assert read(folder / "genai_config.json") == {"model": MODEL, "search": GREEDY}
+    # Answers that do not end before their limit. What lay there before is gone, and what is deployed is not touched.
     (folder / "stale.onnx").write_text("stale")
-    again = stage(registration, tmp_path / "staged", fixed_length=True, context_length=64)
-    assert files(again.folder).keys() == {*FILES, "genai_config.json"}
-    assert files(registration.path) == before
-    assert not (folder / "genai_config.json").samefile(registration.path / "genai_config.json")
-
-
-def test_answers_that_do_not_end_before_their_limit(registration: Registration, tmp_path: Path) -> None:
-    staged = stage(registration, tmp_path / "staged", fixed_length=True)
-    assert read(staged.folder / "genai_config.json") == {**CONFIG, "model": {**CONFIG["model"], "eos_token_id": [599]}}
+    again = stage(registration, tmp_path / "staged", fixed_length=True)
+    assert tree(again.folder).keys() == {*FILES, "genai_config.json"}
+    assert read(folder / "genai_config.json") == {"model": {**MODEL, "eos_token_id": [599]}, "search": GREEDY}
+    assert tree(registration.path) == before
 
 
 @pytest.mark.parametrize(
@@ -246,9 +237,11 @@ def test_answers_that_do_not_end_before_their_limit(registration: Registration, 
 def test_a_context_to_pretend(
     registration: Registration, tmp_path: Path, max_length: int, asked: int | None, context: int, expected: int
 ) -> None:
-    configure(registration.path, max_length=max_length)
+    configure(registration.path, {**GREEDY, "max_length": max_length})
     staged = stage(registration, tmp_path / "staged", context_length=asked)
-    config = read(staged.folder / "genai_config.json")
-    assert config["model"] == {**CONFIG["model"], "context_length": context}
-    assert config["search"] == {**CONFIG["search"], "max_length": expected}
+    search = {**GREEDY, "max_length": expected}
+    assert read(staged.folder / "genai_config.json") == {
+        "model": {**MODEL, "context_length": context},
+        "search": search,
+    }
     assert staged.context_length == context

@@ -191,7 +191,7 @@ def _near(draw: st.DrawFn, plausible: SearchStrategy[dict[str, Any]]) -> dict[st
 
 
 @st.composite
-def _cut(draw: st.DrawFn, bodies: SearchStrategy[bytes]) -> bytes:
+def cut(draw: st.DrawFn, bodies: SearchStrategy[bytes]) -> bytes:
     """A body with a piece missing, doubled or replaced."""
     body = draw(bodies)
     start = draw(st.integers(0, len(body)))
@@ -199,12 +199,12 @@ def _cut(draw: st.DrawFn, bodies: SearchStrategy[bytes]) -> bytes:
     return body[:start] + draw(st.binary(max_size=8) | st.just(body[start:end] * 2)) + body[end:]
 
 
-def _encoded(bodies: SearchStrategy[dict[str, Any]]) -> SearchStrategy[bytes]:
+def encoded(bodies: SearchStrategy[Any]) -> SearchStrategy[bytes]:
     return bodies.map(lambda body: json.dumps(body).encode())
 
 
 def requests() -> SearchStrategy[bytes]:
     """Bodies for either endpoint."""
-    near = _encoded(_near(chats)) | _encoded(_near(responses))
-    wild = _encoded(chats) | _encoded(responses) | _encoded(anything)
-    return near | near | near | wild | _cut(near) | st.binary(max_size=200)
+    near = encoded(_near(chats)) | encoded(_near(responses))
+    wild = encoded(chats) | encoded(responses) | encoded(anything)
+    return near | near | near | wild | cut(near) | st.binary(max_size=200)

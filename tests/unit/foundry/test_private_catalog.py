@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from slmops.core.errors import TrackingError, UsageError
 from slmops.foundry import private_catalog
-from slmops.foundry.private_catalog import PATH, Entry, answer, app
-from tests import catalogs
+from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, Entry, answer, app
+from tests import catalogs, fuzzing
 from tests.catalogs import (
     BOT2,
     BOT3,
@@ -39,15 +43,7 @@ from tests.catalogs import (
         ([*COMMON, condition("name", BOT2.name)], [BOT2]),
         ([*COMMON, condition("name", BOT2.name, BOT2.name, BOT3.name, "unknown")], [BOT3, BOT2]),
         ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE], [BOT3, BOT2]),
-        (
-            [
-                *COMMON,
-                condition("annotations/tags/alias", "bot"),
-                *HARDWARE,
-                condition("name", BOT3.name),
-            ],
-            [BOT3],
-        ),
+        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE, condition("name", BOT3.name)], [BOT3]),
         ([condition("annotations/tags/foundryLocal", "test")], []),
         ([condition(catalogs.OPTIONS, "Something else")], []),
         ([condition("name", BOT2.name, operator="NotEquals")], [BOT3, FAQ1]),
@@ -68,37 +64,19 @@ def test_filters(filters: list[dict[str, Any]], expected: list[Entry]) -> None:
 def test_an_entity_is_what_the_runtime_accepts() -> None:
     elsewhere = BOT3.model_copy(update={"created": catalogs.MADE.astimezone(timezone(timedelta(hours=2)))})
     identity = "azureml://registries/slmops/models/bot-int8-generic-cpu/versions/3"
-    assert json.loads(answer(body(*LIST), [elsewhere])) == {
-        "value": [
-            {
-                "assetId": identity,
-                "entityId": identity,
-                "annotations": {
-                    "tags": {"alias": "bot", "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
-                    "systemCatalogData": {
-                        "publisher": "slmops",
-                        "displayName": "bot-int8",
-                        "inferenceTasks": ["chat-completion"],
-                    },
-                },
-                "properties": {
-                    "id": identity,
-                    "name": "bot-int8-generic-cpu",
-                    "version": 3,
-                    "variantInfo": {
-                        "parents": [],
-                        "variantMetadata": {
-                            "modelType": "ONNX",
-                            "device": "cpu",
-                            "executionProvider": "CPUExecutionProvider",
-                            "fileSizeBytes": 3000,
-                        },
-                    },
-                    "creationContext": {"createdTime": "2026-11-22T21:30:00Z"},
-                },
-            }
-        ]
+    tags = {"alias": "bot", "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""}
+    data = {"publisher": "slmops", "displayName": "bot-int8", "inferenceTasks": ["chat-completion"]}
+    runs_on = {"device": "cpu", "executionProvider": "CPUExecutionProvider"}
+    properties = {
+        "id": identity,
+        "name": "bot-int8-generic-cpu",
+        "version": 3,
+        "variantInfo": {"parents": [], "variantMetadata": {"modelType": "ONNX", "fileSizeBytes": 3000, **runs_on}},
+        "creationContext": {"createdTime": "2026-11-22T21:30:00Z"},
     }
+    annotations = {"tags": tags, "systemCatalogData": data}
+    entity = {"assetId": identity, "entityId": identity, "annotations": annotations, "properties": properties}
+    assert json.loads(answer(body(*LIST), [elsewhere])) == {"value": [entity]}
 
 
 @pytest.mark.parametrize(("count", "pages"), [(0, [0]), (3, [3]), (4, [3, 1]), (6, [3, 3]), (7, [3, 3, 1])])
@@ -153,6 +131,13 @@ def test_what_is_no_request(sent: bytes, said: str) -> None:
         answer(sent, ENTRIES)
     assert said in caught.value.message
     assert len(caught.value.message) < 600
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    """Raises what the application does not catch."""
+    with TestClient(app(lambda: ENTRIES)) as opened:
+        yield opened
 
 
 def test_served(client: TestClient) -> None:
@@ -243,6 +228,71 @@ def test_a_mistake_of_our_own_is_json_too_and_shows_nothing() -> None:
         answered = client.post(PATH, content=body(*LIST))
     assert answered.status_code == 500
     assert answered.json() == {"error": {"message": "The catalog failed; its log says how.", "type": "server_error"}}
+
+
+TEXTS = st.text(max_size=10)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+ANYTHING = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
+WORDS = st.sampled_from(["models", "Versioned", "latest", "true", "cpu", BOT3.name, BOT2.name, "bot", ""])
+GOOD = st.fixed_dictionaries(
+    {
+        "field": st.sampled_from([*FIELDS]),
+        "operator": st.sampled_from([*OPERATORS]),
+        "values": st.lists(WORDS, max_size=3),
+    }
+)
+NEAR = st.fixed_dictionaries(
+    {
+        "field": st.sampled_from([*FIELDS]) | TEXTS,
+        "operator": st.sampled_from([*OPERATORS, "in", "EQ"]),
+        "values": st.lists(WORDS | TEXTS, max_size=2) | LEAVES,
+    }
+)
+KEYS = {"pageSize": st.integers(-2, 1100), "continuationToken": st.from_regex(r"[0-9]{1,12}", fullmatch=True)}
+GOOD_BODIES = fuzzing.encoded(st.fixed_dictionaries({"filters": st.lists(GOOD, max_size=4)}, optional=KEYS))
+NEAR_BODIES = st.fixed_dictionaries(
+    {"filters": st.lists(GOOD | NEAR, max_size=3) | ANYTHING},
+    optional={**{key: right | ANYTHING for key, right in KEYS.items()}, "skip": ANYTHING},
+)
+BODIES = GOOD_BODIES | fuzzing.encoded(NEAR_BODIES | ANYTHING) | fuzzing.cut(GOOD_BODIES) | st.binary(max_size=200)
+METHODS = st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE", "FOO"])
+PATHS = st.sampled_from([PATH, PATH + "/", "/health", "/"]) | TEXTS
+HEADERS = st.sampled_from([b"content-type", b"content-length", b"content-encoding", b"expect", b"host", b"x-y"])
+
+
+def test_nothing_that_is_sent_breaks_it(client: TestClient) -> None:
+    statuses = Counter[int]()
+    same = settings(derandomize=True, deadline=None)
+
+    def send(sent: bytes, headers: Sequence[tuple[bytes, bytes]] = (), *where: str) -> Exchange:
+        exchange = Exchange([piece(sent, more=False)], headers)
+        loop.run(exchange.run(client.app, *where))
+        return exchange
+
+    @settings(same, max_examples=5000)
+    @given(BODIES)
+    def bodies(sent: bytes) -> None:
+        exchange = send(sent)
+        statuses[exchange.status] += 1
+        if exchange.status == 200:
+            names = {(one["properties"]["name"], one["properties"]["version"]) for one in exchange.answered["value"]}
+            assert names <= set(ids(*ENTRIES))
+        else:
+            assert set(exchange.answered["error"]) == {"message", "type"}
+
+    @settings(same, max_examples=500)
+    @given(METHODS, PATHS, st.lists(st.tuples(HEADERS, st.binary(max_size=20)), max_size=3))
+    def requests(method: str, path: str, headers: list[tuple[bytes, bytes]]) -> None:
+        """Methods, paths and headers that no client of ours sends."""
+        assert send(b"{}", headers, method, path).status < 500
+
+    with asyncio.Runner() as loop:
+        bodies()
+        requests()
+    assert statuses.keys() == {200, 400}
+    assert min(statuses.values()) > 500  # neither all nor nothing got through
+    assert found(client.post(PATH, content=body(*LIST)).content) == ids(BOT3, FAQ1)
+    assert client.get("/health").status_code == 200
 
 
 def test_a_slow_registry_holds_nobody_else_up() -> None:

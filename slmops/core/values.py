@@ -18,30 +18,13 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of a model or a variant; it may become part of a path, and MLflow and Foundry Local accept it."""
 OF_MACHINE = (
-    "convert_",
-    "load_",
-    "ttft_",
-    "itl_",
-    "response_",
-    "decode_",
-    "prefill_",
-    "throughput_",
-    "memory_",
-    "cpu_",
-    "energy_",
-    "noise_",
+    *("convert_", "load_", "ttft_", "itl_", "response_", "decode_", "prefill_", "throughput_"),
+    *("memory_", "cpu_", "energy_", "noise_"),
 )
 """Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
-
 HEADLINE_METRICS = (
-    "size_mb",
-    "size_ratio",
-    "ttft_ms_p50",
-    "decode_tok_s",
-    "memory_peak_mb",
-    "perplexity_ratio",
-    "kl_mean",
-    "accuracy",
+    *("size_mb", "size_ratio", "ttft_ms_p50", "decode_tok_s", "memory_peak_mb"),
+    *("perplexity_ratio", "kl_mean", "accuracy"),
 )
 """The metrics that a comparison shows where there is no room for all."""
 
@@ -153,7 +136,6 @@ class Variant(Frozen):
 
     @property
     def name(self) -> str:
-        """The recipe's name."""
         return self.recipe.name
 
     @property
@@ -235,7 +217,6 @@ class Evaluation(Frozen):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name to value."""
         return {name: measurement.value for name, measurement in self.measurements.items()}
 
 
@@ -296,7 +277,6 @@ class Comparison(Frozen):
 
     @property
     def failed(self) -> list[str]:
-        """The names of the variants that failed."""
         return [result.name for result in self.variants if result.status == "failed"]
 
     def to_frame(self) -> DataFrame:

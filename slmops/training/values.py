@@ -18,91 +18,58 @@ WAITING = "waiting for approval"
 """The outcome of a retraining in MLflow until a person has decided."""
 
 
-class LoraSettings(Frozen):
+class LoraSettings(Frozen, use_attribute_docstrings=True):
     """How the adapter is trained."""
 
-    rank: int = Field(
-        16,
-        ge=1,
-        le=512,
-        title="LoRA rank",
-        description="Size of the matrices that are trained. Larger ones learn more and cost more.",
-    )
-    alpha: int = Field(
-        32, ge=1, le=1024, title="LoRA alpha", description="The adapter's output is scaled by alpha / rank."
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, title="LoRA dropout", description="Share of the adapter's inputs that each step drops."
-    )
-    learning_rate: float = Field(
-        1e-3, gt=0, le=1, description="Maximum, reached after a short warm-up. It then falls to zero."
-    )
+    rank: int = Field(16, ge=1, le=512, title="LoRA rank")
+    """Size of the matrices that are trained. Larger ones learn more and cost more."""
+    alpha: int = Field(32, ge=1, le=1024, title="LoRA alpha")
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1, title="LoRA dropout")
+    """Share of the adapter's inputs that each step drops."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Maximum, reached after a short warm-up. It then falls to zero."""
     epochs: float = Field(3, gt=0, le=1000, description="Passes over the training items.")
-    minutes: float | None = Field(
-        None, gt=0, description="Time budget instead of epochs. A resumed training is then not bit-equal."
-    )
+    minutes: float | None = Field(None, gt=0)
+    """Time budget instead of epochs. A resumed training is then not bit-equal."""
     batch_size: int = Field(4, ge=1, le=1024, description="Items per step.")
-    max_tokens: int = Field(
-        512, ge=16, title="Longest item", description="Tokens allowed per item, chat template included."
-    )
-    validation_share: float = Field(
-        0.1, gt=0, lt=0.5, description="Share of the training items used for the validation loss."
-    )
+    max_tokens: int = Field(512, ge=16, title="Longest item")
+    """Tokens allowed per item, chat template included."""
+    validation_share: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the training items used for the validation loss."""
     evaluations: int = Field(3, ge=1, le=100, description="Validations, and saved states, per epoch.")
     patience: int = Field(3, ge=1, le=100, description="Stop after this many validations without a better loss.")
-    seed: int = Field(
-        0,
-        ge=0,
-        le=2**31,
-        description="Of order, initial weights and dropout. The same seed and data give the same weights.",
-    )
+    seed: int = Field(0, ge=0, le=2**31)
+    """Of order, initial weights and dropout. The same seed and data give the same weights."""
 
 
-class Retrain(Frozen):
+class Retrain(Frozen, use_attribute_docstrings=True):
     """Fine-tune a checkpoint on data, convert and measure it, and deploy it if it is better."""
 
-    model: str = Field(
-        min_length=1,
-        title="Base model",
-        description="The checkpoint to fine-tune, given in the same way as for a job, or 'demo'.",
-    )
+    model: str = Field(min_length=1, title="Base model")
+    """The checkpoint to fine-tune, given in the same way as for a job, or 'demo'."""
     data: str = Field(
         min_length=1,
         title="Training data",
         description="JSONL with chat messages, or with prompt and completion: a file, a folder, a URL, an MLflow "
         "artifact URI, mlflow-dataset:NAME for an MLflow dataset, or 'demo'.",
     )
-    evaluation_set: Path | None = Field(
-        None, description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."
-    )
+    evaluation_set: Path | None = None
+    """JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."""
     name: Name | None = Field(None, description="Name in MLflow and Foundry Local. Default: the base model's own name.")
     training: LoraSettings = Field(LoraSettings(), title="Fine-tuning", description="How the adapter is trained.")
-    leak_similarity: float = Field(
-        0.8,
-        gt=0,
-        le=1,
-        description="Similarity (Jaccard, of 5-grams of words) at which a training item counts as a copy of an "
-        "evaluation item.",
-    )
-    precision: list[Precision] = Field(
-        default=["fp32", "int8", "int4"], title="Precisions", description="Variants to make. fp32 is always made."
-    )
+    leak_similarity: float = Field(0.8, gt=0, le=1)
+    """Similarity (Jaccard, of 5-grams of words) at which a training item counts as a copy of an evaluation item."""
+    precision: list[Precision] = Field(default=["fp32", "int8", "int4"], title="Precisions")
+    """Variants to make. fp32 is always made."""
     policy: Path | None = Field(None, description="TOML file with the gates and the objective.")
-    matcher: str | None = Field(
-        None,
-        description="Your Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
-        pattern=MATCHER_PATTERN,
-    )
+    matcher: str | None = Field(None, pattern=MATCHER_PATTERN)
+    """Your Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'."""
     quick: bool = Field(False, description="Fewer repetitions: results come sooner and are less exact.")
     approval: bool = Field(False, description="Wait until a person has decided on the promotion on the Prefect page.")
     serve: bool = Field(False, description="Start the service on this machine if the model is not served yet.")
-    watch_s: int = Field(
-        60,
-        ge=0,
-        le=86400,
-        title="Watch",
-        description="Seconds to watch the service after the switch, and to roll back if it fails. 0 means not at all.",
-    )
+    watch_s: int = Field(60, ge=0, le=86400, title="Watch")
+    """Seconds to watch the service after the switch, and to roll back if it fails. 0 means not at all."""
 
     @property
     def label(self) -> str:
@@ -112,20 +79,19 @@ class Retrain(Frozen):
     def absolute(self) -> Retrain:
         """The same with absolute paths, for a worker that runs in another folder."""
 
-        def absolute(text: str) -> str:
+        def absolute(text: str | Path) -> str:
             path = Path(text).expanduser()
-            return str(path.absolute()) if path.exists() else text
+            return str(path.absolute() if path.exists() else text)
 
-        texts = {"model": self.model, "data": self.data}
-        texts |= {name: str(path) for name in ("evaluation_set", "policy") if (path := getattr(self, name)) is not None}
-        changed = {name: absolute(text) for name, text in texts.items()}
+        given = {name: getattr(self, name) for name in ("model", "data", "evaluation_set", "policy")}
+        changed = {name: absolute(text) for name, text in given.items() if text is not None}
         if self.matcher is not None:
             file, _, function = self.matcher.rpartition(":")
             changed["matcher"] = f"{absolute(file)}:{function}"
         return Retrain.model_validate({**self.model_dump(exclude_unset=True), **changed})
 
 
-class News(Frozen):
+class News(Frozen, use_attribute_docstrings=True):
     """Look for new training data of a model, or for new versions of it."""
 
     name: Name = Field(description="The model's name in the registry.")
@@ -136,9 +102,8 @@ class News(Frozen):
         description="Where its training data come from, given in the same way as for a retraining. Without it only "
         "versions are looked for.",
     )
-    evaluation_set: Path | None = Field(
-        None, description="JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."
-    )
+    evaluation_set: Path | None = None
+    """JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."""
 
 
 class DataProblem(Frozen):
@@ -151,7 +116,7 @@ class DataProblem(Frozen):
     detail: str = Field(description="What is wrong, and with which other item.")
 
 
-class DataReport(Frozen):
+class DataReport(Frozen, use_attribute_docstrings=True):
     """What the checks of the data found."""
 
     files: dict[str, int] = Field(description="Name of each file, and its number of items.")
@@ -159,9 +124,8 @@ class DataReport(Frozen):
     evaluation_items: int
     dropped: int = Field(description="Exact duplicates, of which one each is kept.")
     problems: tuple[DataProblem, ...]
-    tokens: dict[str, float] = Field(
-        {}, description="Tokens per item, chat template included: min, p50, p90, p99, max, total."
-    )
+    tokens: dict[str, float] = {}
+    """Tokens per item, chat template included: min, p50, p90, p99, max, total."""
 
 
 class TrainingData(Frozen):
@@ -225,7 +189,7 @@ class Finetuned(TrainingResult):
         return self.folder / "merged"
 
 
-class Retrained(Frozen):
+class Retrained(Frozen, use_attribute_docstrings=True):
     """The result of a retraining. Scripts rely on its JSON form."""
 
     model: str
@@ -235,8 +199,7 @@ class Retrained(Frozen):
     run_id: str = Field(description="The MLflow run of the retraining.")
     version: int | None = Field(None, description="The registered version of the result.")
     variant: str | None = None
-    accuracy: dict[str, Measurement] = Field(
-        {}, description="Accuracy on the evaluation set of base, finetuned and each precision."
-    )
+    accuracy: dict[str, Measurement] = {}
+    """Accuracy on the evaluation set of base, finetuned and each precision."""
     seconds: dict[str, float] = Field({}, description="Stage to seconds.")
     url: str = Field(description="Its page in MLflow.")

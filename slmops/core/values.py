@@ -103,8 +103,6 @@ class Hardware(Frozen):
 
 
 class VariantFile(Frozen):
-    """One file of a variant."""
-
     name: str
     size: int = Field(description="Bytes.")
     sha256: str
@@ -261,8 +259,6 @@ class VariantResult(Frozen):
 
 
 class Choice(Frozen):
-    """Which variant is chosen, and why."""
-
     variant: str | None
     reason: str
 

@@ -20,13 +20,7 @@ def answer_with_checkpoint(
 ) -> tuple[Measurement, tuple[Answer, ...]]:
     """Have the checkpoint in ``folder`` answer, greedily and in fp32.
 
-    Args:
-        folder: The checkpoint.
-        evaluation_set: Its JSONL or CSV file.
-        matcher: The user's FILE.py:FUNCTION for items with match ``python``.
-        name: The model's name; its work folder and logs go by it.
-        label: Which of its checkpoints this is, for the name of the log.
-        settings: Where things are.
+    ``label`` says which of the model's checkpoints it is, for the name of the log.
 
     Returns:
         Accuracy over the items that could be judged, with its interval, and the judged answers.

@@ -74,9 +74,8 @@ def unique(examples: Iterable[Example]) -> tuple[list[Example], list[DataProblem
 def alike(examples: Sequence[Example], threshold: float) -> list[DataProblem]:
     """Find examples that ask the same as an earlier one, or nearly, with the same answer or a different one.
 
-    Args:
-        examples: Without exact repetitions.
-        threshold: Jaccard similarity of the n-grams of words at which questions count as nearly the same.
+    Exact repetitions have been dropped. Nearly: the Jaccard similarity of their n-grams of words is at least the
+    ``threshold``.
     """
     earlier: dict[str, Example] = {}
     problems = {}
@@ -102,12 +101,7 @@ def alike(examples: Sequence[Example], threshold: float) -> list[DataProblem]:
 def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) -> list[DataProblem]:
     """Find examples that ask, at any turn, the same as the evaluation set or nearly: they would make it measure memory.
 
-    Only user messages are compared, since all items often share a system prompt.
-
-    Args:
-        examples: Training and validation items.
-        items: The evaluation set.
-        threshold: Jaccard similarity of the n-grams of words at which an example is a leak.
+    Only user messages are compared, since all items often share a system prompt. ``threshold`` is as for :func:`alike`.
     """
     names = [f"evaluation item {shown(item.id or '')}" for item in items]
     questions = [asked(item.conversation) for item in items]
@@ -134,14 +128,9 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into training and validation, with at least one example each.
+    """Split at least two different examples into training and, about ``share`` of them, validation; neither is empty.
 
-    The side of an example depends on its content only, so adding data does not move the earlier ones.
-
-    Args:
-        examples: At least two, without exact repetitions.
-        share: Approximate share of the examples that go to the validation.
-        seed: Another seed makes another split.
+    The side of an example depends on its content and the seed only, so adding data does not move the earlier ones.
     """
     places = {
         example.json: int(hashlib.sha256(f"{seed} {example.json}".encode()).hexdigest()[:16], 16) / 2**64
@@ -170,11 +159,8 @@ def _similar(
     Two sets that are similar enough share one of their rarest members, so only these are looked up (prefix
     filtering: Chaudhuri, Ganti and Kaushik 2006, "A Primitive Operator for Similarity Joins in Data Cleaning").
 
-    Args:
-        questions: The words of each; their number sets the length of the n-grams.
-        texts: The words of each.
-        threshold: Above 0, up to 1.
-        before: Both lists are the same, and only questions before the text count.
+    The number of words of a question sets the length of its n-grams. With ``before``, both lists are the same, and only
+    questions before the text count.
     """
     of_size: dict[int, list[int]] = defaultdict(list)
     for number, question in enumerate(questions):

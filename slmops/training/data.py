@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -47,12 +47,7 @@ def digest(fetched: Fetched) -> str:
 def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings: Settings, name: str) -> TrainingData:
     """Check everything, and write the files that a training reads unless they exist already.
 
-    Args:
-        fetched: The raw files.
-        request: Its ``training``, ``leak_similarity`` and ``matcher`` are used.
-        checkpoint: Its tokenizer and chat template count the tokens.
-        settings: Where things are.
-        name: The model's name, for logs.
+    The checkpoint's tokenizer and chat template count the tokens.
 
     Raises:
         DataError: Items cannot be used; each is named with its file, line and reason.
@@ -109,7 +104,8 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         with folder_appears_whole(target) as scratch:
             sides = checks.split(kept, training.validation_share, training.seed)
             for file, side in zip((data.train, data.validation), sides, strict=True):
-                _write(scratch / file.name, side)
+                text = "".join(f"{example.json}\n" for example in side)
+                (scratch / file.name).write_text(text, encoding="utf-8", newline="\n")
             shutil.copyfile(fetched.evaluation, scratch / data.evaluation.name)
             digests = {path.name: sha256(path) for path in scratch.iterdir()}
             write_atomic(scratch / REPORT_FILE, _PreparedManifest(data=data, sha256=digests).model_dump_json(indent=2))
@@ -177,12 +173,10 @@ def _tokens(
     work = settings.work(name) / "data"
     log = settings.logs / name / "data.log"
     log.unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     try:
         result, _ = children.call(
-            "slmops.training.tokens_worker",
-            tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=_write(work / "items.jsonl", kept)),
+            tokens_worker.__name__,
+            tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=tuple(one.json for one in kept)),
             tokens_worker.TokensResult,
             work=work,
             log=log,
@@ -217,12 +211,6 @@ def _refuse(fetched: Fetched, found: Sequence[DataProblem], file: Path) -> None:
         "\n  - ".join([f"{shown(fetched.source)} cannot be trained on:", *listed]),
         f"Fix or remove these lines. The whole list: {file}",
     )
-
-
-def _write(file: Path, lines: Iterable[Example]) -> Path:
-    with file.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(f"{example.json}\n" for example in lines)
-    return file
 
 
 def _percentiles(counts: Sequence[int]) -> dict[str, float]:

@@ -57,7 +57,7 @@ class ExamplesRead:
     files: dict[str, int]
 
 
-class _BadLine(ValueError):
+class _BadLine(Exception):
     def __init__(self, kind: ProblemKind, detail: str) -> None:
         super().__init__(detail)
         self.kind = kind
@@ -69,19 +69,17 @@ def read(files: Sequence[Path]) -> ExamplesRead:
     problems: list[DataProblem] = []
     counts: dict[str, int] = {}
     for file in files:
-        before = len(examples)
+        counts[file.name] = 0
         for number, raw in _lines(file):
             try:
                 examples.append(Example(file.name, number, _conversation(raw)))
+                counts[file.name] += 1
             except _BadLine as error:
                 problems.append(DataProblem(file=file.name, line=number, kind=error.kind, detail=str(error)))
             if len(problems) == MOST_PROBLEMS:
                 end = "nothing was read from here on"
                 problems.append(DataProblem(file=file.name, line=number + 1, kind="schema", detail=end))
-                break
-        counts[file.name] = len(examples) - before
-        if len(problems) > MOST_PROBLEMS:
-            break
+                return ExamplesRead(tuple(examples), tuple(problems), counts)
     return ExamplesRead(tuple(examples), tuple(problems), counts)
 
 
@@ -120,8 +118,6 @@ def _conversation(raw: bytes) -> tuple[dict[str, str], ...]:
 def _value(raw: bytes) -> Any:
     try:
         return json.loads(raw.rstrip().decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_not_json)
-    except _BadLine:
-        raise
     except UnicodeDecodeError as error:
         raise _BadLine("schema", f"not UTF-8: byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:

@@ -56,35 +56,24 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune ``checkpoint`` on ``data``, or return the result of an earlier call with the same input.
 
-    Args:
-        checkpoint: The base model.
-        data: Checked data.
-        training: How the adapter is trained.
-        settings: Where things are.
-        name: The model's name, for the log.
-        on_loss: Called in another thread with each new point of the loss curves. Its errors are logged.
+    ``on_loss`` is called in another thread with each new point of the loss curves. Its errors are logged.
 
     Raises:
         TrainingError: The training diverged, or its process died. The next call resumes a process that died.
-        DataError: An item cannot be trained on.
+        DataError: An item has no answer to learn.
         PrerequisiteError: The disk is full.
     """
     versions, hardware = machine.versions(), machine.hardware()
     folder = settings.trainings / key(checkpoint.digest, data, training, versions)
+    bf16 = bool(BF16 & set(hardware.isa))
     request = finetune_worker.FinetuneRequest(
-        checkpoint=checkpoint,
-        train=data.train,
-        validation=data.validation,
-        training=training,
-        bf16=bool(BF16 & set(hardware.isa)),
-        folder=folder,
+        checkpoint=checkpoint, data=data, training=training, bf16=bf16, folder=folder
     )
     with (
         children.reporting_full_disk(settings.home),
         locks.machine(settings),
     ):
-        done = load(folder)
-        if done is not None:
+        if (done := load(folder)) is not None:
             log.info("unchanged since it was fine-tuned")
             shutil.rmtree(folder / STATES, ignore_errors=True)
             return done
@@ -100,7 +89,7 @@ def finetune(
             training=training,
             **result.model_dump(),
             losses=tuple(LossPoint.model_validate_json(line) for line in lines),
-            precision="bf16" if request.bf16 else "fp32",
+            precision="bf16" if bf16 else "fp32",
             memory_peak_mb=finished.memory_peak_mb,
             versions=versions,
             hardware=hardware,
@@ -128,11 +117,7 @@ def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, vers
 def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, evaluation: Path) -> str:
     """SHA-256 over data, base model, settings and package versions of a retraining: is there anything new?
 
-    Args:
-        request: What was asked for.
-        checkpoint: The base model.
-        data_digest: Digest of the training items, from :func:`slmops.training.data.digest`.
-        evaluation: File of the evaluation set.
+    ``data_digest`` is of the training items, from :func:`slmops.training.data.digest`.
     """
     asked = request.model_dump(mode="json", exclude=NO_INPUT)
     # Files count by content, not by path.

@@ -17,7 +17,7 @@ from slmops.core.values import Checkpoint, Frozen
 from slmops.processes import child
 from slmops.training.masking import IGNORED, answer_spans, labels, renderer
 from slmops.training.resume import STATES, WholeMark, mark_whole, resumable, state_folder, trainer_state, truncate
-from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingResult
+from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingData, TrainingResult
 
 POINT = "loss point: "
 """Prefix of each line of output that is a point of the loss curves."""
@@ -33,8 +33,7 @@ class FinetuneRequest(Frozen):
     """What to train on, and where."""
 
     checkpoint: Checkpoint
-    train: Path
-    validation: Path
+    data: TrainingData
     training: LoraSettings
     bf16: bool
     folder: Path
@@ -44,7 +43,7 @@ def handle(request: FinetuneRequest) -> TrainingResult:
     """Train, starting from the newest whole state if there is one, and write ``adapter`` and ``merged``.
 
     Raises:
-        DataError: An item cannot be trained on.
+        DataError: An item has no answer to learn.
         TrainingError: It diverged.
     """
     kept = resumable(request.folder)
@@ -85,24 +84,13 @@ def _diverged(training: LoraSettings, message: str) -> TrainingError:
     return TrainingError(message, f"Lower --training.learning-rate, for example to {lower}.")
 
 
-def _items(file: Path, tokenizer: Any, training: LoraSettings) -> list[dict[str, list[int]]]:
+def _items(file: Path, tokenizer: Any) -> list[dict[str, list[int]]]:
     render = renderer(tokenizer)
     items = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            text, spans = answer_spans(json.loads(line)["messages"], render)
-        except Exception as error:  # a template may raise any error
-            raise DataError(
-                f"{file.name}, line {number}: the answers cannot be located in the rendered conversation: {error}.",
-                "Give each item one answer only, or use a chat template that does not change earlier turns.",
-            ) from error
+        text, spans = answer_spans(json.loads(line)["messages"], render)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens, learned = encoded["input_ids"], labels(encoded["input_ids"], encoded["offset_mapping"], spans)
-        if len(tokens) > training.max_tokens:
-            raise DataError(
-                f"{file.name}, line {number} has {len(tokens)} tokens, and {training.max_tokens} are allowed.",
-                "Shorten it, or raise --training.max-tokens.",
-            )
         if all(label == IGNORED for label in learned[1:]):
             raise DataError(f"{file.name}, line {number} has no answer to learn.", "Remove this item.")
         items.append({"input_ids": tokens, "labels": learned})
@@ -118,7 +106,7 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
 
     training, folder = request.training, request.folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(request.checkpoint.path)
-    items, validation = (_items(file, tokenizer, training) for file in (request.train, request.validation))
+    items, validation = (_items(file, tokenizer) for file in (request.data.train, request.data.validation))
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # any will do: it is masked
     per_epoch = math.ceil(len(items) / training.batch_size)
@@ -130,26 +118,19 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
         learning_rate=training.learning_rate,
-        weight_decay=0.0,
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=kept is None,
-        save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
         logging_steps=max(1, every // POINTS_BETWEEN),
         logging_nan_inf_filter=False,
         seed=training.seed,
-        data_seed=training.seed,
-        full_determinism=True,
         use_cpu=True,
         bf16=request.bf16,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
         disable_tqdm=True,
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and costs time
@@ -173,7 +154,8 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
         eval_dataset=validation,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
     )
-    clock = trainer.clock = _Clock(kept[1].seconds if kept else 0.0, training, steps)
+    clock = _Clock(kept[1].seconds if kept else 0.0, training, steps)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), clock.rate)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(_callback(clock, request))
     try:
@@ -220,8 +202,6 @@ def _trainer_class() -> Any:
     import transformers
 
     class Trainer(transformers.Trainer):  # type: ignore[misc]
-        clock: _Clock
-
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
             # Only the logits of the answers: a vocabulary is large, and most tokens belong to the questions.
             wanted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
@@ -231,11 +211,6 @@ def _trainer_class() -> Any:
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()}")
             return (loss, outputs) if return_outputs else loss
-
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.clock.rate)
-            self._created_lr_scheduler = True
-            return self.lr_scheduler
 
     return Trainer
 
@@ -279,8 +254,7 @@ def _callback(clock: _Clock, request: FinetuneRequest) -> Any:
                 stopped = "epochs"
             elif len(worse) >= request.training.patience:
                 stopped = "patience"
-            if stopped is not None:
-                control.should_training_stop = True
+            control.should_training_stop |= stopped is not None
             mark_whole(state_folder(request.folder, state.global_step), clock.seconds, stopped)
 
     return TrainingCallback()

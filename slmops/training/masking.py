@@ -16,12 +16,7 @@ Render = Callable[[Sequence[ChatMessage], bool], str]
 
 def renderer(tokenizer: Any) -> Render:
     """The chat template of a transformers tokenizer, as a function."""
-
-    def render(messages: Sequence[ChatMessage], opened: bool) -> str:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
-        return text
-
-    return render
+    return lambda said, opened: tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=opened)
 
 
 def answer_spans(messages: Sequence[ChatMessage], render: Render) -> tuple[str, list[tuple[int, int]]]:

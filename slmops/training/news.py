@@ -20,18 +20,11 @@ class Seen(BaseModel):
     again: float = Field(0, description="When the next one is due, in seconds since 1970.")
 
     def look_at_data(self, digest: str, used: str | None, now: float) -> tuple[Seen, bool]:
-        """Whether to tell of training items.
+        """What to remember, and whether an event about the training items with this digest is due.
 
         They are new until a retraining has used them, which an event does not ensure: the retraining may fail, or
         nothing listens. So the event is repeated: after half an hour, then after twice as long each time, up to a day.
-
-        Args:
-            digest: Of the items that are there.
-            used: Digest of those that the last retraining used.
-            now: Seconds since 1970.
-
-        Returns:
-            What to remember, and whether an event is due.
+        The last retraining used the digest ``used``. ``now`` is in seconds since 1970.
         """
         if self.data is None or digest in (self.data, used):  # at the first look nothing is new
             return Seen(version=self.version, data=digest), False

@@ -21,12 +21,7 @@ class RetrainError(GateError):
 
 
 def worse(base: Measurement, finetuned: Measurement) -> str | None:
-    """Say why a fine-tuned checkpoint is not worth converting; None if it is.
-
-    Args:
-        base: Accuracy of the base model on the evaluation set.
-        finetuned: Accuracy of the fine-tuned checkpoint on the same questions.
-    """
+    """Say why a fine-tuned checkpoint of this accuracy is not worth converting; None if it is."""
     if finetuned.value >= base.value:
         return None
     return (

@@ -48,13 +48,7 @@ class Fetched(Frozen):
 
 
 def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: DatasetRecords) -> Fetched:
-    """Copy the training files and the evaluation set.
-
-    Args:
-        request: Its ``data`` and ``evaluation_set`` are used.
-        settings: Where things are.
-        download: Fetches an MLflow artifact URI.
-        dataset: Returns the records of an MLflow dataset.
+    """Copy the training files and the evaluation set. ``download`` fetches an MLflow artifact URI.
 
     Raises:
         DataError: There are no such data, there is no evaluation set, or they are too large.
@@ -77,17 +71,13 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
             )
         if len(files) > 1:  # a folder, which may hold the evaluation set under a name of the user's choice
             files = [file for file in files if file.resolve() != evaluation.resolve()]
-        (scratch / "training").mkdir()
-        room = LARGEST
+        copies, room = [], LARGEST
         for file in files:
-            room -= _copy(file, scratch / "training" / file.name, room)
-        (scratch / "evaluation").mkdir()
-        copy = scratch / "evaluation" / evaluation.name
-        _copy(evaluation, copy, LARGEST, longest=LARGEST)
+            copies.append(_copy(file, scratch / "training", room))
+            room -= copies[-1].stat().st_size
+        copy = _copy(evaluation, scratch / "evaluation", LARGEST, longest=LARGEST)
         shutil.rmtree(scratch / "download")
-    return Fetched(
-        source=public(source), files=tuple(scratch / "training" / file.name for file in files), evaluation=copy
-    )
+    return Fetched(source=public(source), files=tuple(copies), evaluation=copy)
 
 
 def public(source: str) -> str:
@@ -182,8 +172,10 @@ def _expanded(path: Path) -> Path:
         raise DataError(f"{path}: {error}", "Give the whole path.") from None
 
 
-def _copy(file: Path, copy: Path, room: int, longest: int = LONGEST_LINE) -> int:
-    """Copy a file up to the beginning of a line that is too long, where reading stops anyway. Returns bytes."""
+def _copy(file: Path, folder: Path, room: int, longest: int = LONGEST_LINE) -> Path:
+    """Copy a file up to the beginning of a line that is too long, where reading stops anyway."""
+    folder.mkdir(exist_ok=True)
+    copy = folder / file.name
     try:
         with file.open("rb") as lines, copy.open("wb") as out:
             while line := lines.readline(longest + 1):
@@ -192,7 +184,7 @@ def _copy(file: Path, copy: Path, room: int, longest: int = LONGEST_LINE) -> int
                     raise DataError(f"{file} is too large: {LARGEST / 1e6:.0f} MB are allowed.", "Give fewer items.")
                 if len(line) > longest:
                     break
-            return out.tell()
+        return copy
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

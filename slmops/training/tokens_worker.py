@@ -11,14 +11,12 @@ from slmops.processes import child
 from slmops.training.examples import shown
 from slmops.training.masking import answer_spans, renderer
 
-TOKENIZED_AT_ONCE = 1000
-
 
 class TokensRequest(Frozen):
-    """A checkpoint, and a file of conversations: one JSON object with ``messages`` per line."""
+    """A checkpoint, and conversations: each a JSON object with ``messages``."""
 
     checkpoint: Path
-    items: Path
+    items: tuple[str, ...]
 
 
 class TokensResult(Frozen):
@@ -43,24 +41,18 @@ def handle(request: TokensRequest) -> TokensResult:
             "Put the chat_template.jinja of the model that it was made from into its folder.",
         )
     render = renderer(tokenizer)
-    texts: list[str] = []
-    refused: dict[int, str] = {}
-    with request.items.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            messages = json.loads(line)["messages"]
-            text = ""
-            try:
-                text, spans = answer_spans(messages, render)
-                said = [message["content"].strip() for message in messages if message["role"] == "assistant"]
-                if any(answer not in text[start:end] for answer, (start, end) in zip(said, spans, strict=True)):
-                    refused[number] = "the chat template leaves out an answer, or changes it"
-            except Exception as error:  # a template may raise any error
-                refused[number] = f"the chat template cannot be trained with: {shown(str(error))}"
-            texts.append(text)
     tokens: list[int] = []
-    for first in range(0, len(texts), TOKENIZED_AT_ONCE):
-        encoded = tokenizer(texts[first : first + TOKENIZED_AT_ONCE], add_special_tokens=False)["input_ids"]
-        tokens.extend(len(one) for one in encoded)
+    refused: dict[int, str] = {}
+    for number, item in enumerate(request.items):
+        messages, text = json.loads(item)["messages"], ""
+        try:
+            text, spans = answer_spans(messages, render)
+            said = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+            if any(answer not in text[start:end] for answer, (start, end) in zip(said, spans, strict=True)):
+                refused[number] = "the chat template leaves out an answer, or changes it"
+        except Exception as error:  # a template may raise any error
+            refused[number] = f"the chat template cannot be trained with: {shown(str(error))}"
+        tokens.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return TokensResult(tokens=tuple(tokens), refused=refused)
 
 

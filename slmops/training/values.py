@@ -124,7 +124,7 @@ class DataReport(Frozen, use_attribute_docstrings=True):
     evaluation_items: int
     dropped: int = Field(description="Exact duplicates, of which one each is kept.")
     problems: tuple[DataProblem, ...]
-    tokens: dict[str, float] = {}
+    tokens: dict[str, float] = Field({})
     """Tokens per item, chat template included: min, p50, p90, p99, max, total."""
 
 
@@ -141,8 +141,6 @@ class TrainingData(Frozen):
 
 
 class LossPoint(Frozen):
-    """One point of the loss curves."""
-
     step: int = Field(description="Optimizer steps so far.")
     epoch: float
     seconds: float = Field(description="Of training, including earlier attempts.")
@@ -152,8 +150,6 @@ class LossPoint(Frozen):
 
 
 class TrainingResult(Frozen):
-    """How a training ended."""
-
     steps: int
     epochs: float
     best_step: int = Field(description="The step with the lowest validation loss. Its weights are the result.")
@@ -199,7 +195,7 @@ class Retrained(Frozen, use_attribute_docstrings=True):
     run_id: str = Field(description="The MLflow run of the retraining.")
     version: int | None = Field(None, description="The registered version of the result.")
     variant: str | None = None
-    accuracy: dict[str, Measurement] = {}
+    accuracy: dict[str, Measurement] = Field({})
     """Accuracy on the evaluation set of base, finetuned and each precision."""
     seconds: dict[str, float] = Field({}, description="Stage to seconds.")
     url: str = Field(description="Its page in MLflow.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +13,14 @@ from tests.training_data import turns, write_lines
 
 WORDS = ("printer", "invoice", "password", "screen", "parcel", "login", "refund", "cable", "update", "contract")
 TRAINING = LoraSettings(
-    rank=8,
-    learning_rate=0.02,
-    epochs=6,
-    batch_size=4,
-    max_tokens=128,
-    evaluations=1,
-    patience=100,
-    validation_share=0.2,
+    rank=8, learning_rate=0.02, epochs=6, max_tokens=128, evaluations=1, patience=100, validation_share=0.2
 )
 # Random weights are far from their quantized selves, and from each other: only the task counts.
 POLICY = """
-[[gates]]
-metric = "accuracy"
-of = "difference"
-to = "baseline"
-min = -0.2
-inconclusive = "accept"
-[[gates]]
-metric = "accuracy"
-of = "difference"
-to = "champion"
-min = 0
-inconclusive = "accept"
+gates = [
+    {metric = "accuracy", of = "difference", to = "baseline", min = -0.2, inconclusive = "accept"},
+    {metric = "accuracy", of = "difference", to = "champion", min = 0, inconclusive = "accept"},
+]
 """
 MATCHER = """
 from pathlib import Path
@@ -45,26 +32,29 @@ def right(expected, answer):
 
 def base(folder: Path) -> Path:
     """A checkpoint that can learn to end: a fresh one has only zeros for the token that does, which pads, too."""
-    from safetensors.numpy import load_file, save_file
-
     from tests import making
 
-    weights = making.talkative("llama-tied", folder) / "model.safetensors"
-    tensors = load_file(weights)
-    embeddings = tensors["model.embed_tokens.weight"].copy()
-    embeddings[2] = embeddings[300][::-1]
-    save_file({**tensors, "model.embed_tokens.weight": embeddings}, weights, {"format": "pt"})
+    with _tensors(making.talkative("llama-tied", folder)) as tensors:
+        embeddings = tensors["model.embed_tokens.weight"]
+        embeddings[2] = embeddings[300][::-1]
     return folder
 
 
 def norm_times(factor: float, folder: Path, target: Path) -> Path:
     """A checkpoint with its last norm, and so its logits, so many times as large."""
+    with _tensors(shutil.copytree(folder, target)) as tensors:
+        tensors["model.norm.weight"] *= factor
+    return target
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """The weights of a checkpoint, to change."""
     from safetensors.numpy import load_file, save_file
 
-    weights = shutil.copytree(folder, target) / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * factor}, weights, {"format": "pt"})
-    return target
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def spoilt(data: Path) -> Path:

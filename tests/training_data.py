@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slmops.core.errors import SlmopsError
+from slmops.core.errors import DataError, SlmopsError
 from slmops.core.settings import Settings
 from slmops.training import sources
 from slmops.training.sources import Fetched
@@ -27,9 +28,15 @@ def fetch(source: str | Path, settings: Settings, evaluation: Path | None = None
     return sources.fetch(request, settings, **{"download": nothing, "dataset": nothing, **given})
 
 
-def refused(source: str | Path, settings: Settings, evaluation: Path | None = None, **given: Any) -> SlmopsError:
+def refused(
+    source: str | Path, settings: Settings, *said: str, error: type[SlmopsError] = DataError, **given: Any
+) -> SlmopsError:
+    """The error that is raised instead of fetching the source; its message holds all that is ``said``."""
     with pytest.raises(SlmopsError) as caught:
-        fetch(source, settings, evaluation, **given)
+        fetch(source, settings, **given)
+    assert type(caught.value) is error
+    assert all(one in caught.value.message for one in said)
+    assert caught.value.fix
     return caught.value
 
 
@@ -50,8 +57,15 @@ def pair(question: str, answer: str = "Fine.") -> dict[str, str]:
     return {"prompt": question, "completion": answer}
 
 
+def conversation(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    """A conversation that the user begins."""
+    roles = itertools.cycle(("user", "assistant"))
+    said = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return said if system is None else [{"role": "system", "content": system}, *said]
+
+
 def turns(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {"messages": conversation(question, answer)}
 
 
 def write_lines(file: Path, items: Iterable[Any]) -> Path:

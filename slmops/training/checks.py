@@ -115,15 +115,13 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
     near = _similar(questions, [said for _, said in turns], threshold)
     problems: dict[int, DataProblem] = {}
     for place, (number, said) in enumerate(turns):
-        if number in problems:
-            continue
-        example = examples[number]
         if (other := exactly.get(" ".join(said))) is not None:
-            problems[number] = example.problem("leak", f"asks the same as {names[other]}")
+            problem = examples[number].problem("leak", f"asks the same as {names[other]}")
+            problems.setdefault(number, problem)
         elif place in near:
             other, similarity = near[place]
             detail = f"asks nearly the same as {names[other]} (similarity {similarity:.2f})"
-            problems[number] = example.problem("near_leak", detail)
+            problems.setdefault(number, examples[number].problem("near_leak", detail))
     return list(problems.values())
 
 

@@ -228,16 +228,8 @@ def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings:
     assert "--training.learning-rate" in (caught.value.fix or "")
 
 
-@pytest.mark.parametrize(
-    ("template", "longest", "message"),
-    [
-        (tiny.CHATML, 16, r"train.jsonl, line 1 .* 16 "),
-        ("{{ messages | length }}{% for one in messages %}{{ one['content'] }}{% endfor %}", 512, "line 1:"),
-        ("{% for one in messages if one['role'] == 'user' %}{{ one['content'] }}{% endfor %}", 512, "line 1 "),
-    ],
-)
-def test_items_that_cannot_be_trained_on(template: str, longest: int, message: str, data: TrainingData) -> None:
+def test_an_item_without_a_token_of_an_answer_cannot_be_trained_on(data: TrainingData) -> None:
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(DataError, match=message):
-        finetune_worker._items(data.train, tokenizer, TRAINING.model_copy(update={"max_tokens": longest}))
+    tokenizer.chat_template = "{% for one in messages if one['role'] == 'user' %}{{ one['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="line 1 "):
+        finetune_worker._items(data.train, tokenizer)

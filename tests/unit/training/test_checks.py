@@ -10,22 +10,16 @@ import pytest
 from slmops.evaluation.dataset import Item
 from slmops.training import checks
 from slmops.training.examples import Example
+from tests.training_data import conversation
 
 NINE = "the old printer on the second floor eats paper"
 """Nine words: five 5-grams."""
 
 
-def conversation(*turns: str, system: str | None = None) -> tuple[dict[str, str], ...]:
-    """A conversation that the user begins."""
-    roles = ("user", "assistant")
-    messages = tuple({"role": roles[number % 2], "content": text} for number, text in enumerate(turns))
-    return messages if system is None else ({"role": "system", "content": system}, *messages)
-
-
 def example(*turns: str, line: int = 1, system: str | None = None) -> Example:
     """With an answer added where the user has the last word."""
     said = [*turns, "Fine."] if len(turns) % 2 else [*turns]
-    return Example("a.jsonl", line, conversation(*said, system=system))
+    return Example("a.jsonl", line, tuple(conversation(*said, system=system)))
 
 
 def examples(*texts: str) -> list[Example]:
@@ -36,6 +30,7 @@ def item(*turns: str, system: str | None = None) -> Item:
     return Item.model_validate({"id": "q1", "messages": conversation(*turns, system=system), "expected": "x"})
 
 
+PASSWORD = "How do I reset my password?"
 SHORT_TURN = item(NINE, "Shall I order paper?", "Yes please.")
 
 
@@ -99,24 +94,20 @@ def test_near_duplicates_and_contradictions() -> None:
         (4, "near_duplicate", False, "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
     ]
 
-
-def test_the_same_question_under_another_system_prompt_is_no_contradiction() -> None:
-    train = [example(NINE, "Ja.", system="Answer in German."), example(NINE, "Oui.", system="Answer in French.")]
-    [problem] = checks.alike(train, 0.8)
+    other_prompt = [example(NINE, "Ja.", system="Answer in German."), example(NINE, "Oui.", system="Answer in French.")]
+    [problem] = checks.alike(other_prompt, 0.8)
     assert problem.detail == "asks nearly the same as a.jsonl:1 (similarity 1.00)"
-
-
-def test_an_exact_leak() -> None:
-    train = examples("No.", "what is  the capital of france", "WHAT IS THE “CAPITAL” OF ＦＲＡＮＣＥ…")
-    first, second = checks.leaks(train, [item("What is the capital of France?")], 1.0)
-    assert (first.file, first.line, first.kind, first.fatal) == ("a.jsonl", 2, "leak", True)
-    assert first.detail == second.detail == "asks the same as evaluation item q1"
 
 
 @pytest.mark.parametrize(
     ("train", "held_out", "expected"),
     [
         (examples("One thing."), item("Another matter.", system="One thing."), []),  # a system prompt is not compared
+        (examples("No.", f" {NINE}", f"{NINE.upper()}…", NINE.replace("paper", "“ＰＡＰＥＲ”")), item(NINE), [2, 3, 4]),
+        # Short questions that differ in a word.
+        (examples("How do I reset my screen?", PASSWORD), item(PASSWORD), [2]),
+        (examples("👎", "👍"), item("👍"), [2]),
+        (examples("日本の人口はどこですか", "日本の首都はどこですか"), item("日本の首都はどこですか"), [2]),
         (examples("5 - 3?", "5 * 3?", "5 / 3?", "What is 12 + 6?", "Is 3 > 5?"), item("5 + 3?"), []),
         (examples("What is 12 - 5?", "What is 12 + 6?"), item("What is 12 + 5?"), []),
         (examples("Is 3 > 5?"), item("Is 5 > 3?"), []),
@@ -131,27 +122,14 @@ def test_leaks(train: list[Example], held_out: Item, expected: list[int]) -> Non
     assert found(train, held_out) == [(line, "leak") for line in expected]
 
 
-@pytest.mark.parametrize(
-    ("text", "other"),
-    [
-        ("How do I reset my password?", "How do I reset my screen?"),
-        ("What is the capital of Spain?", "What is the capital of France?"),
-        ("👍", "👎"),
-        ("日本の首都はどこですか", "日本の人口はどこですか"),
-    ],
-)
-def test_short_questions_that_differ_in_a_word_are_not_leaks(text: str, other: str) -> None:
-    assert not found(examples(other), item(text))
-    assert found(examples(text), item(text)) == [(1, "leak")]
-
-
 def test_the_threshold_itself_is_a_leak() -> None:
     # Nine words are five 5-grams; the first eight have four of them.
-    shorter = NINE.rpartition(" ")[0]
-    assert found(examples(shorter), item(NINE), threshold=0.81) == []
-    [problem] = checks.leaks(examples(shorter), [item(NINE)], 0.8)
-    assert (problem.kind, problem.fatal) == ("near_leak", True)
-    assert problem.detail == "asks nearly the same as evaluation item q1 (similarity 0.80)"
+    train = examples("No.", NINE.rpartition(" ")[0], NINE)
+    assert found(train, item(NINE), threshold=0.81) == [(3, "leak")]
+    assert checks.leaks(train, [item(NINE)], 0.8) == [
+        train[1].problem("near_leak", "asks nearly the same as evaluation item q1 (similarity 0.80)", fatal=True),
+        train[2].problem("leak", "asks the same as evaluation item q1", fatal=True),
+    ]
 
 
 def test_a_word_more_is_near() -> None:
@@ -170,14 +148,12 @@ def test_nothing_is_missed(threshold: float) -> None:
 
     questions, texts = [text() for _ in range(60)], [text() for _ in range(120)]
 
-    def similarity(question: list[str], other: list[str]) -> float:
-        size = checks._gram(len(question))
-        one, two = checks._grams(question, size), checks._grams(other, size)
-        return len(one & two) / len(one | two)
-
     def first(candidates: Sequence[list[str]], other: list[str]) -> tuple[int, float] | None:
-        similar = ((number, similarity(question, other)) for number, question in enumerate(candidates))
-        return next(((number, value) for number, value in similar if value >= threshold), None)
+        for number, question in enumerate(candidates):
+            one, two = (checks._grams(text, checks._gram(len(question))) for text in (question, other))
+            if (similarity := len(one & two) / len(one | two)) >= threshold:
+                return number, similarity
+        return None
 
     expected = {place: hit for place, other in enumerate(texts) if (hit := first(questions, other))}
     assert expected

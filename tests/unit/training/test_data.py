@@ -16,13 +16,10 @@ def prepared(folder: Path, **found: Any) -> TrainingData:
     return checked(folder, **found)
 
 
-def test_summary(tmp_path: Path) -> None:
+def test_summary_and_markdown(tmp_path: Path) -> None:
     said = "8 items to train and 2 to validate with, 5 to evaluate; 30 tokens each, 60 at most"
     assert data.summary(prepared(tmp_path)) == f"{said}; 2 duplicates dropped"
     assert data.summary(prepared(tmp_path, dropped=0)) == said
-
-
-def test_markdown(tmp_path: Path) -> None:
     text = data.markdown(prepared(tmp_path))
     rows = {re.sub(" +", " ", line.strip("| ")) for line in text.splitlines() if line.startswith("|")}
     assert {

@@ -9,9 +9,10 @@ import pytest
 
 from slmops.training import examples
 from slmops.training.examples import ExamplesRead
+from tests.training_data import conversation
 
 GOOD = '{"prompt": "Hi?", "completion": "Ho."}'
-TURNS = ({"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."})
+TURNS = tuple(conversation("Hi?", "Ho."))
 
 
 def read(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> ExamplesRead:
@@ -23,7 +24,7 @@ def read(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> ExamplesRead:
 def chat(*turns: str) -> str:
     """A line of turns as 'user: Hi?'."""
     return json.dumps(
-        {"messages": [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]}
+        {"messages": [{"role": role, "content": text} for role, text in (t.split(": ", 1) for t in turns)]}
     )
 
 
@@ -47,9 +48,8 @@ def test_all_formats_have_one_normal_form(tmp_path: Path, line: str) -> None:
 
 
 def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
-    found = read(
-        tmp_path, b"\xef\xbb\xbf" + GOOD.encode(), "", "  \t", GOOD.replace("Hi", "a\u2028b\x85c"), end=b"\r\n"
-    )
+    lines = ("\ufeff" + GOOD, "", "  \t", GOOD.replace("Hi", "a\u2028b\x85c"))
+    found = read(tmp_path, *lines, end=b"\r\n")
     assert not found.problems
     assert [example.line for example in found.examples] == [1, 4]
     assert len(read(tmp_path, GOOD + "\n" + GOOD, end=b"").examples) == 2  # the last one needs no end
@@ -57,13 +57,11 @@ def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
 
 
 def test_the_normal_form_is_one_line_for_every_reader(tmp_path: Path) -> None:
-    said = ["S", "ä\u2028\u2029\x85\n\x0b", "2", "3", "4"]
-    roles = ("system", "user", "assistant", "user", "assistant")
-    [example] = read(tmp_path, chat(*(f"{role}: {text}" for role, text in zip(roles, said, strict=True)))).examples
-    assert [turn["content"] for turn in example.messages] == said
+    messages = conversation("ä\u2028\u2029\x85\n\x0b", "2", "3", "4", system="S")
+    [example] = read(tmp_path, json.dumps({"messages": messages})).examples
+    assert list(example.messages) == json.loads(example.json)["messages"] == messages
     assert len(example.json.splitlines()) == 1
     assert "ä" in example.json
-    assert json.loads(example.json)["messages"] == list(example.messages)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
@@ -76,7 +74,6 @@ def test_nothing(tmp_path: Path, content: bytes) -> None:
     [
         ("{", "schema", "column 2"),
         ("[1]", "schema", "not a JSON object"),
-        ("7", "schema", "not a JSON object"),
         ("[" * 100_000, "schema", "nested too deeply"),
         ('{"prompt": ' + "9" * 5000 + "}", "schema", "4300 digits"),
         ('{"prompt": NaN, "completion": "x"}', "schema", "not JSON: NaN"),
@@ -84,7 +81,6 @@ def test_nothing(tmp_path: Path, content: bytes) -> None:
         (b'{"prompt": "\xe4"}', "schema", "byte 13 "),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', "schema", "'prompt'"),
         ('{"prompt": "a", "completion": "b", "id": "i7", "a\\nb": 1}', "schema", "'a\\nb'"),
-        ("{}", "schema", "'prompt' and 'completion'"),
         ('{"prompt": "a"}', "schema", "'prompt' and 'completion'"),
         ('{"messages": [], "prompt": "a"}', "schema", "both 'messages' and 'prompt'"),
         ('{"messages": []}', "schema", "'messages'"),
@@ -102,7 +98,6 @@ def test_nothing(tmp_path: Path, content: bytes) -> None:
         (chat("system: a"), "roles", "ends with the system, not with an answer"),
         (chat("assistant: a"), "roles", "message 1 is from the assistant, and should be from the user"),
         (chat("user: a", "user: b"), "roles", "message 2 is from the user, and should be from the assistant"),
-        (chat("user: a", "system: b"), "roles", "message 2 is from the system, and should be from the assistant"),
         (chat("system: a", "system: b"), "roles", "message 2 is from the system, and should be from the user"),
         (chat("user: a", "assistant:  \t"), "empty", "message 2, from the assistant, is empty"),
         ('{"prompt": "", "completion": "x"}', "empty", "message 1, from the user, is empty"),
@@ -114,7 +109,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str | bytes, kind: str, detai
     problem = found.problems[0]
     assert (problem.file, problem.line, problem.kind, problem.fatal) == ("train.jsonl", 2, kind, True)
     assert detail in problem.detail
-    assert [example.line for example in found.examples][:1] == [1]
+    assert found.examples[0].line == 1
 
 
 def test_the_longest_line(tmp_path: Path) -> None:
@@ -138,9 +133,7 @@ def test_several_files_in_their_order(tmp_path: Path) -> None:
     found = examples.read(files)
     assert [(example.file, example.line) for example in found.examples] == [("b.jsonl", 1), ("a.jsonl", 1)]
     assert found.files == {"b.jsonl": 1, "a.jsonl": 1}
-    assert [(problem.file, problem.line) for problem in found.problems] == [
-        *(("b.jsonl", 2), ("b.jsonl", 3), ("a.jsonl", 2), ("a.jsonl", 3))
-    ]
+    assert [f"{one.file}:{one.line}" for one in found.problems] == ["b.jsonl:2", "b.jsonl:3", "a.jsonl:2", "a.jsonl:3"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,9 @@ import pytest
 from slmops.training import finetune_worker as worker
 from slmops.training import masking, resume
 from slmops.training.values import LoraSettings, LossPoint, Stopped
+from tests.training_data import conversation
 
-MESSAGES = [
-    {"role": "system", "content": "Be short."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": " So long \n"},
-]
+MESSAGES = conversation("Hi", "Hello", "Bye", " So long \n", system="Be short.")
 
 
 def chatml(messages: Sequence[dict[str, str]], opened: bool) -> str:
@@ -87,24 +82,13 @@ def test_the_newest_by_number_is_resumed(tmp_path: Path) -> None:
     assert (found[0], found[1].seconds, found[1].stopped) == (100, 160.0, "patience")
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        (resume.WHOLE, None),
-        (resume.WHOLE, b'{"seconds": 1'),
-        ("adapter_model.safetensors", None),
-        ("adapter_model.safetensors", b"wei"),
-    ],
-)
-def test_half_a_state_is_removed(tmp_path: Path, file: str, content: bytes | None) -> None:
+@pytest.mark.parametrize("file", [resume.WHOLE, "adapter_model.safetensors"])
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:4])])
+def test_half_a_state_is_removed(tmp_path: Path, file: str, harm: Callable[[Path], object]) -> None:
     whole, half = save(tmp_path, 5, best=5), save(tmp_path, 10, best=5)
-    (half / file).unlink()
-    if content is not None:
-        (half / file).write_bytes(content)
+    harm(half / file)
     assert (found := resume.resumable(tmp_path)) is not None
-    assert found[0] == 5
-    assert whole.exists()
-    assert not half.exists()
+    assert (found[0], whole.exists(), half.exists()) == (5, True, False)
 
 
 def test_without_the_best_weights_it_begins_anew(tmp_path: Path) -> None:

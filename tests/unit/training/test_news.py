@@ -9,11 +9,8 @@ from slmops.training.news import DAY_S, FIRST_REPEAT_S, Seen
 HOUR = 3600.0
 
 
-def test_at_the_first_look_nothing_is_new() -> None:
-    assert Seen(version=3).look_at_data("a", None, 0) == (Seen(version=3, data="a"), False)
-
-
 def test_data_are_new_until_a_retraining_has_used_them() -> None:
+    assert Seen(version=3).look_at_data("a", None, 0) == (Seen(version=3, data="a"), False)  # nothing at the first look
     seen, is_told = Seen(data="a").look_at_data("b", "a", 0)
     assert is_told
     assert (seen.data, seen.told) == ("a", "b")

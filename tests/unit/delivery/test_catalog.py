@@ -1,0 +1,99 @@
+"""What the private catalog offers, and how long it keeps that."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.core.errors import PrerequisiteError, TrackingError, UsageError
+from slmops.delivery import catalog
+from slmops.foundry.private_catalog import Entry
+from slmops.foundry.versions import ModelVersion
+from tests.catalogs import FakeRegistry, entry, version
+
+
+def entries(**models: Any) -> list[Entry]:
+    registry: Any = FakeRegistry(**models)
+    return catalog.entries(registry)
+
+
+@pytest.mark.parametrize(
+    ("champion", "previous", "expected"),
+    [
+        (None, None, []),
+        (None, version(1), []),
+        (version(1), None, [("tiny", "fp32", 1, True)]),
+        (version(1), version(1), [("tiny", "fp32", 1, True)]),
+        (version(3, "int4"), version(2, "int8"), [("tiny", "int4", 3, True), ("tiny", "int8", 2, False)]),
+        (version(2), version(3, "int4"), [("tiny", "fp32", 2, True), ("tiny.previous", "int4", 3, False)]),
+    ],
+)
+def test_entries(champion: ModelVersion | None, previous: ModelVersion | None, expected: Sequence[Any]) -> None:
+    found = [(one.alias, one.name, one.version, one.latest) for one in entries(tiny=(champion, previous))]
+    assert found == [(alias, f"tiny-{name}-generic-cpu", *others) for alias, name, *others in expected]
+
+
+def test_an_entry_has_what_the_version_has() -> None:
+    gpu = {"device": "gpu", "provider": "CUDA"}
+    expected = entry("tiny-int8", 4, display_name="tiny int8", size_bytes=190_700_000, **gpu)
+    assert entries(tiny=(version(4, "int8", size_mb=190.7, **gpu), None)) == [expected]
+
+
+def test_a_model_that_is_not_ours_hides_no_other_but_a_failure_does(caplog: pytest.LogCaptureFixture) -> None:
+    foreign = UsageError("Version 1 of foreign was not registered by slmops.")
+    assert [one.alias for one in entries(foreign=foreign, tiny=(version(1), None))] == ["tiny"]
+    assert "foreign is not in the catalog: Version 1 of foreign was not registered" in caplog.text
+    with pytest.raises(TrackingError, match="down"):
+        entries(tiny=TrackingError("down"))
+
+
+def test_many_requests_read_the_registry_once() -> None:
+    reads: list[int] = []
+
+    def read() -> list[Entry]:
+        reads.append(1)
+        time.sleep(0.05)
+        return [entry("tiny-fp32", len(reads))]
+
+    kept = catalog.Kept(read, keep_s=0.3)
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(lambda _: kept()[0].version, range(20))) == [1] * 20
+    time.sleep(0.35)
+    assert kept()[0].version == 2
+
+
+def test_a_failure_is_kept_no_longer_than_an_answer() -> None:
+    results: list[list[Entry] | Exception]
+    results = [TrackingError("down", "slmops up"), [entry("tiny-fp32", 1)], ZeroDivisionError()]
+
+    def read() -> list[Entry]:
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    kept = catalog.Kept(read, keep_s=0.2)
+    for _ in range(3):
+        with pytest.raises(TrackingError, match="down") as caught:
+            kept()
+        assert caught.value.fix == "slmops up"
+    time.sleep(0.25)
+    assert kept()[0].version == 1
+    time.sleep(0.25)
+    with pytest.raises(ZeroDivisionError):  # a mistake of ours is not hidden behind what was
+        kept()
+
+
+def test_an_address_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(PrerequisiteError, match=str(port)) as caught:
+            catalog.serve(f"sqlite:///{tmp_path}/never-made.db", "127.0.0.1", port)
+    assert "--port" in (caught.value.fix or "")
+    assert list(tmp_path.iterdir()) == []

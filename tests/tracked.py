@@ -80,8 +80,12 @@ class Book:
     def experiment(self) -> str:
         return str(self.client.get_experiment_by_name(self.name).experiment_id)
 
-    def children(self, parent: str) -> list[Run]:
-        return list(self.client.search_runs([self.experiment()], f"tags.`mlflow.parentRunId` = '{parent}'"))
+    def children(self, parent: str) -> list[str]:
+        found = self.client.search_runs([self.experiment()], f"tags.`mlflow.parentRunId` = '{parent}'")
+        return [run.info.run_id for run in found]
+
+    def download(self, run_id: str, path: str) -> Path:
+        return Path(self.client.download_artifacts(run_id, path, str(self.folder)))
 
     def models(self) -> list[Any]:
         return list(self.client.search_logged_models([self.experiment()]))

@@ -38,3 +38,11 @@ def test_the_first_line_without_passwords(error: Exception, said: str) -> None:
 def test_the_address_of_a_page_has_no_password() -> None:
     page = Registry(f"{URI}/").page(values.model_version(3))
     assert page == "https://mlflow.example:5000/#/models/bot/versions/3"
+
+
+def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    dead = Registry("http://127.0.0.1:9")
+    for ask in (dead.models, lambda: dead.champion("x"), lambda: dead.find("x", "1"), lambda: dead.versions("x")):
+        with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9"):
+            ask()

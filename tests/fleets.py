@@ -100,15 +100,22 @@ class World:
         self.unstartable: dict[int, Exception] = {}
         self.held: dict[int, asyncio.Event] = {}
 
-    # What a Source does, in threads.
+    # What a source and its registry do, in threads.
 
-    def champion(self) -> ModelVersion | None:
+    name = "bot"
+    settings = Settings(home=Path("/nowhere"))
+
+    @property
+    def registry(self) -> World:
+        return self
+
+    def champion(self, _: str) -> ModelVersion | None:
         self.asked["champion"] += 1
         if self.down:
             raise self.down
         return self.now
 
-    def versions(self) -> list[ModelVersion]:
+    def versions(self, _: str) -> list[ModelVersion]:
         self.asked["versions"] += 1
         return self.all
 
@@ -156,7 +163,7 @@ def _open() -> asyncio.Event:
 
 def fleet(world: World, **options: Any) -> Fleet:
     limits = Serve(**{"poll_s": 0.01, "request_timeout_s": 5, **options})
-    return Fleet("bot", Settings(home=Path("/nowhere")), world, limits, world.start)  # type: ignore[arg-type]
+    return Fleet(world, limits, world.start)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

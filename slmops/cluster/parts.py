@@ -79,12 +79,10 @@ class Failure(Frozen):
 
     @classmethod
     def of(cls, error: SlmopsError) -> Failure:
-        """An error as a value."""
         return cls(kind=type(error).__name__, message=error.message, fix=error.fix)
 
     @property
     def error(self) -> SlmopsError:
-        """The value as an error."""
         return errors.BY_NAME.get(self.kind, WorkError)(self.message, self.fix)
 
 
@@ -125,13 +123,16 @@ def send_job(context: JobContext, exchange: Exchange) -> SentJob:
     weights = exchange.put({name: checkpoint.path / name for name in names})
     if inspection.digest_of({file.name: file.sha256 for file in weights}) != checkpoint.digest:
         raise CheckpointError(f"{checkpoint.path} was changed while the job ran.", "Start it again.")
+    files = {"evaluation_set": job.evaluation_set, "perplexity_text": job.perplexity_text}
+    if job.matcher is not None:
+        files["matcher"] = Path(job.matcher.rpartition(":")[0])
     return SentJob(
         exchange=exchange.run_id,
         name=context.name,
         job=job,
         checkpoint=checkpoint,
         weights=weights,
-        inputs={field: exchange.put({path.name: path})[0] for field, path in _user_files(job).items()},
+        inputs={field: exchange.put({path.name: path.expanduser()})[0] for field, path in files.items() if path},
     )
 
 
@@ -144,13 +145,6 @@ def _names(job: Job, checkpoint: Checkpoint) -> tuple[str, ...]:
     config = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
     weights = weight_files.measure(checkpoint.path, root, config, checkpoint.source).files
     return tuple(inspection.digest_files(checkpoint.path, weights, job))
-
-
-def _user_files(job: Job) -> dict[str, Path]:
-    found = {"evaluation_set": job.evaluation_set, "perplexity_text": job.perplexity_text}
-    if job.matcher is not None:
-        found["matcher"] = Path(job.matcher.rpartition(":")[0])
-    return {field: path.expanduser() for field, path in found.items() if path is not None}
 
 
 class Measured(Figures):
@@ -185,42 +179,27 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | Non
 
 
 def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str | None]:
-    """Make metrics of what was measured; returns those that compare with the baseline, and why the others are left out.
-
-    The reason is None if none are.
-    """
+    """The metrics that compare with the baseline, and why the others are left out; None: none are."""
     against = (baseline.variant, baseline.quality) if baseline else None
     measured = evaluation(one.variant, one.speed, one.quality, against, one.scored)
-    return comparable(measured, one.hardware, (baseline or one).hardware)
-
-
-def comparable(figures: Evaluation, here: Hardware, baseline: Hardware) -> tuple[Evaluation, str | None]:
-    """Leave out what cannot be compared with the baseline, because another kind of machine measured it.
-
-    Args:
-        figures: What was measured.
-        here: The machine that measured it.
-        baseline: The machine that measured the baseline.
-    """
-    if here.kind == baseline.kind:
-        return figures, None
-    kept = {name: one for name, one in figures.measurements.items() if not name.startswith(OF_MACHINE)}
+    here, there = one.hardware.kind, (baseline or one).hardware.kind
+    if here == there:
+        return measured, None
+    kept = {name: figure for name, figure in measured.measurements.items() if not name.startswith(OF_MACHINE)}
     reason = (
-        f"Speed and memory were measured on {here.kind}, and those of the baseline on {baseline.kind}: "
+        f"Speed and memory were measured on {here}, and those of the baseline on {there}: "
         "they do not compare, and are left out."
     )
-    return figures.model_copy(update={"measurements": kept, "curves": (), "samples": ()}), reason
+    return measured.model_copy(update={"measurements": kept, "curves": (), "samples": ()}), reason
 
 
 # --- on any machine
 
 
 def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobContext, Recipe]:
-    """Fetch and check all that a part needs. What it leaves behind is gone after :func:`clear`.
+    """Fetch and check all that a part needs; the context and the recipe have the paths of this machine.
 
-    Returns:
-        Context and recipe with the paths of this machine. Work and logs of the context go by a name that no other part
-        has.
+    Work and logs go by a name that no other part has, and are gone after :func:`clear`.
 
     Raises:
         WorkError: Something is not what it should be.
@@ -253,13 +232,7 @@ def clear(part: Part, settings: Settings) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send_references(context: JobContext, exchange: Exchange) -> Files:
-    """Put the logits that the baseline left into the exchange."""
-    return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.npy"))})
-
-
 def send_logs(part: Part, context: JobContext, exchange: Exchange) -> Files:
-    """Put the logs of a part into the exchange."""
     own = context.logs.glob("*.log")
     registered = (context.settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
     return exchange.put({path.name: path for path in (*own, *registered)})
@@ -271,7 +244,6 @@ def _own_name(part: Part) -> str:
 
 
 def send_variant(variant: Variant, exchange: Exchange) -> Files:
-    """Put the files of a variant into the exchange, manifest included."""
     names = [*(file.name for file in variant.files), MANIFEST]
     return exchange.put({name: variant.path / name for name in names})
 
@@ -299,12 +271,5 @@ def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings
 
 def _relocated(recipe: Recipe, path: Path, here: Path) -> Recipe:
     """A user's recipe may name the checkpoint's folder."""
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: replaced(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [replaced(inner) for inner in value]
-        return str(here) if value == str(path) else value
-
-    return recipe.model_copy(update={"config": replaced(recipe.config)})
+    there, now = json.dumps(str(path)), json.dumps(str(here))
+    return recipe.model_copy(update={"config": json.loads(json.dumps(recipe.config).replace(there, now))})

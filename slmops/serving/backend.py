@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ SERVICE_WORKER = "slmops.foundry.service_worker"
 CHAT = "/v1/chat/completions"
 
 
+@dataclass(eq=False)
 class Backend:
     """A running process with one version.
 
@@ -52,15 +54,14 @@ class Backend:
         used: When its last request ended, in seconds of ``time.monotonic()``.
     """
 
-    def __init__(self, installed: Installed, url: str, child: asyncio.subprocess.Process, scratch: Path, log: Path):
-        self.installed = installed
-        self.url = url
-        self.started = time.time()
-        self.in_flight = 0
-        self.used = time.monotonic()
-        self._child = child
-        self._scratch = scratch
-        self._log = log
+    installed: Installed
+    url: str
+    _child: asyncio.subprocess.Process
+    _scratch: Path
+    _log: Path
+    started: float = field(default_factory=time.time)
+    in_flight: int = 0
+    used: float = field(default_factory=time.monotonic)
 
     @classmethod
     async def start(cls, installed: Installed, settings: Settings) -> Backend:
@@ -74,12 +75,8 @@ class Backend:
         scratches = settings.deployed / "serving" / installed.name
         remove_scratch(scratches)
         scratch = scratches / f".{installed.version}-{uuid.uuid4().hex[:8]}.{os.getpid()}.part"
-        request = ServiceRequest(
-            foundry_id=installed.foundry_id,
-            folder=installed.folder,
-            scratch=scratch,
-            logs=log.with_name(f"{log.stem}-foundry"),
-        )
+        logs = log.with_name(f"{log.stem}-foundry")
+        request = ServiceRequest(foundry_id=installed.foundry_id, folder=installed.folder, scratch=scratch, logs=logs)
         child = None
         try:
             child = await _spawn(request, log)
@@ -94,7 +91,6 @@ class Backend:
 
     @property
     def alive(self) -> bool:
-        """Its process runs."""
         return self._child.returncode is None
 
     async def ended(self) -> str:
@@ -103,10 +99,9 @@ class Backend:
 
     def memory_mb(self) -> float:
         """Resident memory in MB. For the proportional size the kernel walks through all pages, and requests wait."""
-        try:
+        with contextlib.suppress(psutil.Error):
             return psutil.Process(self._child.pid).memory_info().rss / 1e6 if self.alive else 0.0
-        except psutil.Error:
-            return 0.0
+        return 0.0
 
     async def stop(self) -> None:
         """End the process; requests that it is answering break off. Twice is harmless."""
@@ -172,12 +167,8 @@ class Backend:
             raise self._wrong(prompt, "a stream without text")
 
     def _question(self, prompt: str) -> dict[str, Any]:
-        return {
-            "model": self.installed.foundry_id,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-        }
+        messages = [{"role": "user", "content": prompt}]
+        return {"model": self.installed.foundry_id, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0}
 
     def _wrong(self, prompt: str, got: str) -> ServingError:
         return ServingError(f"{self.installed.foundry_id} failed its smoke test: asked {prompt!r}, it gave {got}.")
@@ -207,12 +198,10 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
     try:
         async with asyncio.timeout(limit):
             line = await child.stdout.readline()
-    except TimeoutError as error:
-        said = children.last_words(log)
-        late = f"{installed.foundry_id} did not listen within {limit:.0f} s: {said}"
-        raise ServingError(late, f"Its log: {log}") from error
-    try:
         answer = ServiceStart.model_validate_json(line)
+    except TimeoutError as error:
+        late = f"{installed.foundry_id} did not listen within {limit:.0f} s: {children.last_words(log)}"
+        raise ServingError(late, f"Its log: {log}") from error
     except ValidationError as error:
         ended = children.died(await child.wait()) if not line else "The process announces nothing"
         said = children.last_words(log)

@@ -38,13 +38,6 @@ class UnknownModel(UsageError):
 class Fleet:
     """The champion of a model under its name, and each version under ``NAME:VERSION``.
 
-    Args:
-        name: The model's name in the registry.
-        settings: Where things are.
-        source: The registry and this device.
-        options: Spare versions, pauses, and the time of a request, which a replaced version may still take.
-        start_process: Starts one version.
-
     Attributes:
         champion: The process that is served, or is restarted; None until something is.
         last_failure: What went wrong last, in a sentence.
@@ -54,14 +47,11 @@ class Fleet:
 
     def __init__(
         self,
-        name: str,
-        settings: Settings,
         source: VersionSource,
         options: Serve,
         start_process: Callable[[Installed, Settings], Awaitable[Backend]] = Backend.start,
     ) -> None:
-        self.name = name
-        self._settings = settings
+        self.name = source.name
         self._source = source
         self._options = options
         self._start_process = start_process
@@ -76,12 +66,10 @@ class Fleet:
 
     @property
     def version(self) -> int | None:
-        """The version that is served."""
         return self.champion.installed.version if self.champion else None
 
     @property
     def ready(self) -> bool:
-        """The champion's process runs."""
         return self.champion is not None and self.champion.alive
 
     @property
@@ -185,7 +173,7 @@ class Fleet:
         for version in self._offered():
             if model in (f"{self.name}:{version.version}", version.foundry_id):
                 return await self._spares.acquire(version)
-        self.watch.renew()
+        self.watch.renew_at = 0.0
         names = ", ".join(row["id"] for row in self.models()[:20])
         raise UnknownModel(f"There is no model {model[:100]!r} here.", f"Ask for one of {names}.")
 
@@ -208,7 +196,7 @@ class Fleet:
         return await in_thread(self._source.install, version)
 
     async def _launch(self, installed: Installed) -> Backend:
-        return await _tested(await self._start_process(installed, self._settings))
+        return await _tested(await self._start_process(installed, self._source.settings))
 
     def _take_over(self, backend: Backend) -> None:
         old, self.champion = self.champion, backend

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -17,6 +18,7 @@ from slmops.processes import children, daemon
 from slmops.processes.daemon import Daemon
 from slmops.serving.limits import Serve
 
+Value = TypeVar("Value", bound=Frozen)
 SERVING = "serving.json"
 """What a service writes down about itself."""
 BACKGROUND = "service.json"
@@ -45,11 +47,8 @@ def status(home: Path) -> ServingStatus | None:
     """The service of this home and whether it answers; None if there is none."""
     import httpx
 
-    try:
-        running = Running.model_validate_json((home / SERVING).read_bytes())
-    except (OSError, ValidationError):
-        return None
-    if daemon.leader(Daemon(**running.model_dump(exclude={"model"}), mark="")) is None:
+    running = _read(home / SERVING, Running)
+    if running is None or daemon.leader(Daemon(**running.model_dump(exclude={"model"}), mark="")) is None:
         return None
     try:
         ok = httpx.get(f"{running.url}/health", timeout=daemon.HEALTH_S, trust_env=False).status_code == 200
@@ -79,13 +78,17 @@ def ensure(name: str, settings: Settings, uri: str) -> str:
 def stop(settings: Settings) -> bool:
     """Stop the service that :func:`ensure` started; returns whether it was running."""
     path = settings.home / BACKGROUND
-    try:
-        started = Daemon.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return False
-    stopped = daemon.stop(started)
+    started = _read(path, Daemon)
+    stopped = started is not None and daemon.stop(started)
     path.unlink(missing_ok=True)
     return stopped
+
+
+def _read(path: Path, kind: type[Value]) -> Value | None:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _start(name: str, settings: Settings, uri: str) -> ServingStatus:

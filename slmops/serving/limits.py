@@ -16,8 +16,6 @@ Leased = TypeVar("Leased")
 
 
 class Limits(Frozen):
-    """Limits of one service."""
-
     max_body_kb: int = Field(256, ge=1, le=65536, description="Largest request body in kB (1000 bytes).")
     max_output_tokens: int = Field(
         1024, ge=1, description="Most tokens of one answer; requests for more are cut to it."
@@ -76,7 +74,7 @@ class Admission:
                 async with asyncio.timeout(limits.queue_timeout_s):
                     leased = await stack.enter_async_context(lease)
                     missing = "No slot was free"
-                    await self._slots.acquire()
+                    await stack.enter_async_context(self._slots)
             except TimeoutError as error:
                 raise Overloaded(f"{missing} within {limits.queue_timeout_s:g} s.") from error
             finally:
@@ -86,4 +84,3 @@ class Admission:
                 yield leased
             finally:
                 self.running -= 1
-                self._slots.release()

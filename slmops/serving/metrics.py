@@ -23,48 +23,38 @@ class Metrics(Collector):
 
     The status of a request is what the client got, or would have got: 499 if it left, 502 and 504 if an answer broke
     off. Its endpoint is a path or "other"; its version is "" if none was asked.
-
-    Args:
-        fleet: What answers, asked at each scrape.
-        admission: Who runs and who waits.
     """
 
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self._fleet = fleet
         self._admission = admission
-        self._registry = CollectorRegistry()
+        self._registry = mine = CollectorRegistry()
         self.requests = Counter(
-            "slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"], registry=None
+            "slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"], registry=mine
         )
         self.seconds = Histogram(
             "slmops_request_seconds",
             "From the request's headers to the end of the answer.",
             ["endpoint"],
             buckets=BUCKETS_S,
-            registry=None,
+            registry=mine,
         )
         self.first_token = Histogram(
             "slmops_first_token_seconds",
             "From the request's headers to the first token of a streamed answer.",
             buckets=BUCKETS_S,
-            registry=None,
+            registry=mine,
         )
         self.prompt_tokens = Counter(
-            "slmops_prompt_tokens", "Tokens of the rendered conversations, as the runtime counts.", registry=None
+            "slmops_prompt_tokens", "Tokens of the rendered conversations, as the runtime counts.", registry=mine
         )
         self.completion_tokens = Counter(
-            "slmops_completion_tokens", "Tokens of the answers, as the runtime counts.", registry=None
+            "slmops_completion_tokens", "Tokens of the answers, as the runtime counts.", registry=mine
         )
-        for one in (self.requests, self.seconds, self.first_token, self.prompt_tokens, self.completion_tokens, self):
-            self._registry.register(one)
+        mine.register(self)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
-
-    def describe(self) -> list[Metric]:
-        """Empty: without this the registry would ask for a scrape when this is registered."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         """What is true at the moment of the scrape."""

@@ -71,16 +71,7 @@ def watch(
     """Ask the evaluation set through the service, spread over the time, and look at what other clients get.
 
     It fails if several requests in a row fail, if more than a twentieth do, if another version answers, or if the
-    whole 95 % interval of the accuracy lies below the accuracy that was measured before.
-
-    Args:
-        url: The service's root.
-        version: The version that should answer.
-        questions: The evaluation set.
-        matcher: The user's own function for items with match ``python``.
-        measured: The version's accuracy in its evaluation.
-        seconds: How long to watch.
-        settings: With the token of the service.
+    whole 95 % interval of the accuracy lies below ``measured``, the version's accuracy in its evaluation.
     """
     items = dataset.load(questions, matcher=matcher, judge=settings.judge_configured).items
     function = matchers.load_function(matcher) if matcher else None
@@ -99,13 +90,11 @@ def watch(
             answer, problem = _ask(client, version, item.conversation, item.max_tokens)
             if problem:
                 failures.append(problem)
-                in_a_row += 1
-                if in_a_row >= FAILURES:
-                    break
-                continue
-            in_a_row = 0
-            if (correct := scoring.judgement(item, answer, function, settings).correct) is not None:
+            elif (correct := scoring.judgement(item, answer, function, settings).correct) is not None:
                 right.append(correct)
+            in_a_row = in_a_row + 1 if problem else 0
+            if in_a_row >= FAILURES:
+                break
         else:
             time.sleep(max(0.0, begun + seconds - time.monotonic()))
         broken = _broken(client, version) - before - len(failures)
@@ -132,12 +121,11 @@ def _ask(
     """The answer, or what went wrong; a service that is busy is asked again."""
     body = {"model": version.name, "messages": list(conversation), "max_tokens": max_tokens, "temperature": 0}
     try:
-        reply = client.post(CHAT, json=body)
-        for pause in (0.5, 2.0, 5.0):
-            if reply.status_code not in BUSY_STATUSES:
-                break
+        for pause in (0, 0.5, 2.0, 5.0):
             time.sleep(pause)
             reply = client.post(CHAT, json=body)
+            if reply.status_code not in BUSY_STATUSES:
+                break
         if reply.status_code != 200:
             return "", f"status {reply.status_code}: {reply.text[:200]}"
         if reply.headers.get(VERSION_HEADER) != str(version.version):

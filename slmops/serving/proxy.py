@@ -26,7 +26,7 @@ from slmops.core.web import BodyRefused, read_body
 from slmops.serving.backend import CHAT
 from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Limits
-from slmops.serving.relay import Gone, Relay, RelayedResponse
+from slmops.serving.relay import Relay, RelayedResponse
 from slmops.serving.requests import Refused, read
 
 BODY_S = 30.0
@@ -42,8 +42,6 @@ class Proxy:
     """The service as an ASGI application: who may come in, what is answered, and the count of it.
 
     Args:
-        fleet: The processes that answer.
-        limits: What is let through.
         token: What clients must show as a bearer token; None: nothing.
         local: It listens on loopback only, and answers to loopback's names only: otherwise a web page whose name is
             made to point to this machine could use it.
@@ -70,7 +68,6 @@ class Proxy:
         self._inner.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and count it."""
         started = time.perf_counter()
         status = CLIENT_LEFT
 
@@ -85,7 +82,7 @@ class Proxy:
         try:
             app = _response(refused) if (refused := self._refuses(scope)) else self._inner
             await app(scope, receive, noting)
-        except Gone:
+        except ClientDisconnect:
             status = CLIENT_LEFT
         finally:
             endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
@@ -116,8 +113,6 @@ class Proxy:
             raise Refused(415, "The content type must be application/json.", "unsupported_media_type")
         try:
             body = await read_body(request, self._limits.max_body_kb * 1000, BODY_S)
-        except ClientDisconnect:
-            raise Gone from None
         except BodyRefused as error:
             close = {"connection": "close"}
             raise Refused(error.status, error.message, _BODY_CODES[error.status], headers=close) from None

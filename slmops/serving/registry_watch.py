@@ -18,10 +18,10 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
@@ -31,7 +31,7 @@ from slmops.foundry.versions import Installed, ModelVersion
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
 
-Arguments = ParamSpec("Arguments")
+Arguments = TypeVarTuple("Arguments")
 Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
@@ -44,43 +44,29 @@ VERSIONS_S = 30.0
 class VersionSource:
     """The versions of one model: in MLflow's Model Registry, and installed in the Foundry home of this device.
 
-    All methods block, and are called in threads. Those that ask the registry raise TrackingError when it cannot be
-    reached. MLflow takes seconds to import, so that is done in the threads too.
+    All of it blocks, and is called in threads. MLflow takes seconds to import, so that is done in the threads too.
     """
 
     name: str
     settings: Settings
     uri: str
 
-    def champion(self) -> ModelVersion | None:
-        """The version that is to be served; None: none is promoted."""
-        return self._registry.champion(self.name)
+    @cached_property
+    def registry(self) -> Registry:
+        from slmops.tracking.registry import Registry
 
-    def versions(self) -> list[ModelVersion]:
-        """All versions in the registry, the newest first."""
-        return self._registry.versions(self.name)
-
-    def withdraw(self, version: ModelVersion, reason: str) -> ModelVersion | None:
-        """Undo the promotion of a version that cannot be served, and return the champion now, if there is one."""
-        return self._registry.withdraw(version, reason)
+        return Registry(self.uri)
 
     def install(self, version: ModelVersion) -> Installed:
         """Put a version on this device, verified; RegistrationError is its own fault, other errors are not."""
         return pull.install(version, self.settings, self.uri)
 
     def make_current(self, version: Installed) -> None:
-        """Remember what is served."""
         installed.make_current(version, self.settings)
 
     def current(self) -> Installed | None:
         """What was served last, if it is still here."""
         return installed.current(self.name, self.settings)
-
-    @cached_property
-    def _registry(self) -> Registry:
-        from slmops.tracking.registry import Registry
-
-        return Registry(self.uri)
 
 
 @dataclass(eq=False)
@@ -91,6 +77,7 @@ class RegistryWatch:
         deploy: Serves a version instead of the one before; raises if that does not work.
         note: Called with each failure, in a sentence.
         versions: All versions that the registry had when it was last asked for them, the newest first.
+        renew_at: When the list of versions is to be read again: at the next look, if somebody wants one not in it.
         reachable: The registry answered when it was last asked.
     """
 
@@ -99,26 +86,22 @@ class RegistryWatch:
     note: Callable[[str], None]
     poll_s: float
     versions: list[ModelVersion] = field(default_factory=list)
+    renew_at: float = 0.0
     reachable: bool = True
-    _renew_at: float = 0.0
     _refused: tuple[int, str] | None = None
     _to_withdraw: tuple[ModelVersion, str] | None = None
     _undelivered: tuple[int, str] | None = None
     _attempts: int = 0
     _retry_at: float = 0.0
 
-    def renew(self) -> None:
-        """Read the list of versions again at the next look: somebody wants one that is not in it."""
-        self._renew_at = 0.0
-
     async def ask(self) -> ModelVersion | None:
         """The registry's champion; raises TrackingError if the registry cannot be reached."""
         try:
-            champion = await in_thread(self.source.champion)
+            champion = await in_thread(lambda: self.source.registry.champion(self.source.name))
             known = {version.version for version in self.versions}
-            if time.monotonic() >= self._renew_at or (champion is not None and champion.version not in known):
-                self.versions = await in_thread(self.source.versions)
-                self._renew_at = time.monotonic() + VERSIONS_S
+            if time.monotonic() >= self.renew_at or (champion is not None and champion.version not in known):
+                self.versions = await in_thread(lambda: self.source.registry.versions(self.source.name))
+                self.renew_at = time.monotonic() + VERSIONS_S
         except TrackingError as error:
             self._lost(error)
             raise
@@ -172,15 +155,16 @@ class RegistryWatch:
             return
         version, reason = self._to_withdraw
         try:
-            champion = await in_thread(self.source.withdraw, version, reason)
+            champion = await in_thread(lambda: self.source.registry.withdraw(version, reason))
         except TrackingError as error:
             self._lost(error)
             raise
         except Exception as error:
             self.note(f"The promotion of {version.label} could not be withdrawn: {said(error)}")
         else:
-            now = champion.label if champion else "as before"
-            log.warning("%s is withdrawn; the champion is %s", version.label, now)
+            log.warning(
+                "%s is withdrawn; the champion is %s", version.label, champion.label if champion else "as before"
+            )
         self._to_withdraw = None
 
     def _lost(self, error: TrackingError) -> None:
@@ -204,25 +188,20 @@ def _promotion(version: ModelVersion) -> tuple[int, str]:
     return version.version, version.tags.get("slmops.promoted", "")
 
 
-async def in_thread(
-    function: Callable[Arguments, Returned], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Returned:
+async def in_thread(function: Callable[[*Arguments], Returned], *args: *Arguments) -> Returned:
     """Call a blocking function in a thread of its own.
 
     Unlike with the loop's executor, nothing waits for the thread at the end: a registry that does not answer, or a
     download of gigabytes, must not keep the service from stopping.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Returned] = loop.create_future()
+    done: Future[Returned] = Future()
+    done.set_running_or_notify_cancel()  # who leaves does not cancel it
 
     def work() -> None:
-        settle: Callable[[], None]
         try:
-            settle = partial(future.set_result, function(*args, **kwargs))
+            done.set_result(function(*args))
         except Exception as error:
-            settle = partial(future.set_exception, error)
-        with suppress(RuntimeError):  # the loop is closed, so the result is not needed any more
-            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
+            done.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(done)

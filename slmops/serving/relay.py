@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from slmops.serving import runtime_answers
@@ -33,12 +34,7 @@ LAST_WORDS_S = 1.0
 """Seconds for telling a client that its answer broke off; a client that does not read is left."""
 ABANDONED_TIMES = 2
 """An answer whose client has left keeps its slot for at most this many times the request timeout."""
-_NO_RETRY = {"x-should-retry": "false"}
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
-
-
-class Gone(Exception):
-    """The client left."""
 
 
 class Relay:
@@ -49,28 +45,22 @@ class Relay:
         self.limits = limits
         self.admission = Admission(limits)
         self.metrics = Metrics(fleet, self.admission)
-        self._session: aiohttp.ClientSession | None = None
         self.abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
+        # aiohttp takes the least time for each piece of a stream.
+        self.session = aiohttp.ClientSession(
+            headers={"content-type": "application/json"},
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            trust_env=False,
+            auto_decompress=False,
+        )
 
     async def close(self) -> None:
         """Break off what is still under way."""
         for task in self.abandonable:
             task.cancel()
         await asyncio.gather(*self.abandonable, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
-
-    def post(self, backend: Backend, path: str, payload: bytes) -> Any:
-        """Send a request; the answer is an asynchronous context."""
-        if self._session is None:
-            # aiohttp takes the least time for each piece of a stream.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-                trust_env=False,
-                auto_decompress=False,
-            )
-        return self._session.post(backend.url + path, data=payload, headers={"content-type": "application/json"})
+        await self.session.close()
 
 
 @dataclass
@@ -91,23 +81,22 @@ class RelayedResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and note the version and the outcome in the scope."""
+        body = b""
         try:
             if self.asked.stream:
                 await _unless_gone(receive, self._streamed(send))
-                last: Message = {"type": "http.response.body", "body": b""}
             else:
                 kind, body = await _unless_gone(receive, self._whole())
-                await send(self._start(kind, [(b"content-length", str(len(body)).encode())]))
-                last = {"type": "http.response.body", "body": body}
+                await send(self._start(kind, (b"content-length", str(len(body)).encode())))
             # After the end of an answer the server reports "disconnected", so it is sent when nothing waits for that.
-            await send(last)
+            await send({"type": "http.response.body", "body": body})
         finally:
             scope["slmops.version"] = self._version
             if self._status != 200:
                 scope["slmops.status"] = self._status
 
-    def _start(self, kind: str, headers: list[tuple[bytes, bytes]]) -> Message:
-        headers = [(b"content-type", kind.encode()), (b"x-slmops-version", self._version.encode()), *headers]
+    def _start(self, kind: str, header: tuple[bytes, bytes]) -> Message:
+        headers = [(b"content-type", kind.encode()), (b"x-slmops-version", self._version.encode()), header]
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _enter(self, stack: AsyncExitStack) -> Backend:
@@ -126,11 +115,34 @@ class RelayedResponse:
     def _failed(self, error: Exception) -> Refused:
         if isinstance(error, TimeoutError):
             limit = self.relay.limits.request_timeout_s
-            return Refused(504, f"The answer took longer than {limit:g} s.", "timeout", headers=_NO_RETRY)
+            return Refused(
+                504, f"The answer took longer than {limit:g} s.", "timeout", headers={"x-should-retry": "false"}
+            )
         log.warning("%s: the runtime broke off: %s %s", self.path, type(error).__name__, error)
         if isinstance(error, aiohttp.ClientConnectorError):
             return _later("The runtime is being restarted.", "unavailable", RESTART_S)
         return Refused(502, "The runtime broke off.", "backend_error")
+
+    async def _sent(
+        self, backend: Backend, stack: AsyncExitStack, read: Callable[[aiohttp.ClientResponse], Awaitable[Done]]
+    ) -> Done:
+        """What ``read`` makes of the runtime's answer.
+
+        A token limit of ours that is more than the context has room for is lowered, and the request sent again.
+        """
+        room: int | None = None
+        while True:
+            payload = self.asked.payload(backend.installed.foundry_id, room)
+            sent = self.relay.session.post(backend.url + self.path, data=payload)
+            response = await stack.enter_async_context(sent)
+            try:
+                if response.status != 200:
+                    raise runtime_answers.from_body(response.status, await response.read())
+                return await read(response)
+            except RuntimeRefused as refused:
+                if room or not (self.asked.ours and refused.room):
+                    raise
+                room = refused.room
 
     # --- all at once
 
@@ -150,26 +162,9 @@ class RelayedResponse:
 
     async def _computed(self, backend: Backend, stack: AsyncExitStack) -> tuple[str, bytes]:
         async with stack, asyncio.timeout(self.relay.limits.request_timeout_s * ABANDONED_TIMES):
-            try:
-                kind, body = await self._post(backend, None)
-            except RuntimeRefused as refused:
-                kind, body = await self._post(backend, self._room(refused))
+            kind, body = await self._sent(backend, stack, _whole_body)
             self._count(json.loads(body))
             return kind, body
-
-    async def _post(self, backend: Backend, tokens: int | None) -> tuple[str, bytes]:
-        payload = self.asked.payload(backend.installed.foundry_id, tokens)
-        async with self.relay.post(backend, self.path, payload) as response:
-            body: bytes = await response.read()
-            if response.status != 200:
-                raise runtime_answers.from_body(response.status, body)
-            return response.headers.get("content-type", "application/json"), body
-
-    def _room(self, refused: RuntimeRefused) -> int:
-        """The token limit for a second attempt; raises the error if the limit is the client's or no room is left."""
-        if not (self.asked.ours and refused.room):
-            raise refused
-        return refused.room
 
     # --- piece by piece
 
@@ -180,11 +175,8 @@ class RelayedResponse:
             begun = False
             try:
                 async with asyncio.timeout(self.relay.limits.request_timeout_s):
-                    try:
-                        pieces = await self._open(backend, stack, None)
-                    except RuntimeRefused as refused:
-                        pieces = await self._open(backend, stack, self._room(refused))
-                    await send(self._start("text/event-stream", [(b"cache-control", b"no-cache")]))
+                    pieces = await self._sent(backend, stack, runtime_answers.accepted)
+                    await send(self._start("text/event-stream", (b"cache-control", b"no-cache")))
                     begun = True
                     await self._pass_on(pieces, send)
             except (TimeoutError, *_BROKEN) as error:
@@ -198,23 +190,7 @@ class RelayedResponse:
                 async with asyncio.timeout(LAST_WORDS_S):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except TimeoutError:
-                raise Gone from None
-
-    async def _open(self, backend: Backend, stack: AsyncExitStack, tokens: int | None) -> AsyncIterator[bytes]:
-        payload = self.asked.payload(backend.installed.foundry_id, tokens)
-        response = await stack.enter_async_context(self.relay.post(backend, self.path, payload))
-        if response.status != 200:
-            raise runtime_answers.from_body(response.status, await response.read())
-        pieces = runtime_answers.whole_events(response.content)
-        # The runtime says 200 before it has looked at the request; if it refuses, that is among the first events.
-        head = b""
-        async for piece in pieces:
-            head += piece
-            if event := runtime_answers.first_telling(piece):
-                if refused := runtime_answers.in_event(event):
-                    raise refused
-                break
-        return _chained(head, pieces)
+                raise ClientDisconnect from None
 
     async def _pass_on(self, pieces: AsyncIterator[bytes], send: Send) -> None:
         first = False
@@ -243,15 +219,12 @@ def _later(message: str, code: str, retry_after_s: float) -> Refused:
     return Refused(503, message, code, headers={"retry-after": str(math.ceil(retry_after_s))})
 
 
-async def _chained(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    if head:
-        yield head
-    async for piece in pieces:
-        yield piece
+async def _whole_body(response: aiohttp.ClientResponse) -> tuple[str, bytes]:
+    return response.headers.get("content-type", "application/json"), await response.read()
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done:
-    """Do the work, and stop with Gone when the client leaves."""
+    """Do the work, and stop with ClientDisconnect when the client leaves."""
 
     async def left() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -262,7 +235,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Don
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()

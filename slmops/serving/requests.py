@@ -30,15 +30,7 @@ _BESIDE = {*_ANNOTATIONS, "type", "$defs", "definitions", "$schema", "$id", "nul
 
 @dataclass(eq=False)
 class Refused(Exception):
-    """A request that is answered with an error.
-
-    Attributes:
-        status: HTTP status.
-        message: What is wrong, for the client's developer.
-        code: OpenAI's name of the error.
-        param: The field that is wrong.
-        headers: Headers of the answer.
-    """
+    """A request that is answered with an error: ``code`` is OpenAI's name of it, ``param`` the field that is wrong."""
 
     status: int
     message: str
@@ -183,10 +175,9 @@ def read(raw: bytes, limits: Limits, *, chat: bool) -> Asked:
         if body.get(name):
             _check_schema(body[name], name)
     names = ("max_tokens", "max_completion_tokens") if chat else ("max_output_tokens",)
-    wanted = {name: body[name] for name in names if body.get(name) is not None}
+    wanted = {name: value for name in names if (value := body.pop(name, None)) is not None}
     given = wanted or {names[0]: limits.max_output_tokens}
     ours = not wanted or max(wanted.values()) > limits.max_output_tokens
-    body = {key: value for key, value in body.items() if key not in names}
     body |= {name: min(value, limits.max_output_tokens) for name, value in given.items()}
     drop_usage = False
     if chat:
@@ -204,22 +195,22 @@ def read(raw: bytes, limits: Limits, *, chat: bool) -> Asked:
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw.decode("utf-8"))
+        values: list[tuple[Any, int]] = [(body, 1)]
+        while values:
+            value, depth = values.pop()
+            if isinstance(value, dict | list):
+                if depth > MAX_DEPTH:
+                    raise RecursionError
+                inner = value.values() if isinstance(value, dict) else value
+                values.extend((one, depth + 1) for one in inner)
+            elif isinstance(value, int) and abs(value) >= MAX_INTEGER:
+                raise Refused(400, "The body has an integer of more than 64 bits.", "invalid_json")
     except RecursionError:
-        raise _too_deep() from None
+        raise Refused(400, f"The body is nested more than {MAX_DEPTH} deep.", "invalid_json") from None
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         raise Refused(400, f"The body is not JSON: {error}.", "invalid_json") from None
     if not isinstance(body, dict):
         raise Refused(400, "The body is not a JSON object.", "invalid_json")
-    values: list[tuple[Any, int]] = [(body, 1)]
-    while values:
-        value, depth = values.pop()
-        if isinstance(value, dict | list):
-            if depth > MAX_DEPTH:
-                raise _too_deep()
-            inner = value.values() if isinstance(value, dict) else value
-            values.extend((one, depth + 1) for one in inner)
-        elif isinstance(value, int) and abs(value) >= MAX_INTEGER:
-            raise Refused(400, "The body has an integer of more than 64 bits.", "invalid_json")
     try:
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
@@ -227,10 +218,6 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except ValueError:
         raise Refused(400, "The body has a number that is infinite or not a number.", "invalid_json") from None
     return body
-
-
-def _too_deep() -> Refused:
-    return Refused(400, f"The body is nested more than {MAX_DEPTH} deep.", "invalid_json")
 
 
 def _wrong_field(error: ValidationError) -> Refused:

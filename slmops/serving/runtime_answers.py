@@ -29,7 +29,8 @@ _CLIENTS_FAULT = re.compile(
     r"|structured tool calling|not supported|image_url|tool guidance|tool-call guidance|response guidance"
 )
 _BUDGET = re.compile(r"\((\d+) input \+ (\d+) output\), which exceeds the model's maximum context length of (\d+)")
-_SIGNATURE = re.compile(r"(?:[\w ]+: )?\w+\.cc:\d+ ")
+_SIGNATURE = re.compile(r"^(?:[\w ]+: )?\w+\.cc:\d+ [^()]*(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)[^() ]*)+ ")
+"""Such as ``Invalid request: options.cc:22 void fl::Check(const fl::Options&)``, with parentheses up to three deep."""
 _MESSAGE_MOST = 500
 """Characters of the runtime's message that are passed on."""
 
@@ -41,8 +42,33 @@ class RuntimeRefused(Refused):
     room: int | None = None
 
 
-async def whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Whole events, as many at a time as have arrived."""
+async def accepted(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """A stream's whole events, as many at a time as have arrived, if the runtime does not refuse the request.
+
+    It says 200 before it has looked at the request; if it refuses, that is among the first events.
+
+    Raises:
+        RuntimeRefused: It does.
+    """
+    pieces = _whole_events(response.content)
+    head = b""
+    async for piece in pieces:
+        head += piece
+        if event := next((one for one in piece.split(END) if one and not one.startswith(_PREAMBLE)), None):
+            if refused := _in_event(event):
+                raise refused
+            break
+    return _chained(head, pieces)
+
+
+async def _chained(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if head:
+        yield head
+    async for piece in pieces:
+        yield piece
+
+
+async def _whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     rest = b""
     async for chunk in content.iter_any():
         events, end, rest = (rest + chunk).rpartition(END)
@@ -50,11 +76,6 @@ async def whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
             yield events + end
     if rest:
         yield rest
-
-
-def first_telling(piece: bytes) -> bytes | None:
-    """The first event that comes after the runtime has looked at the request."""
-    return next((event for event in piece.split(END) if event and not event.startswith(_PREAMBLE)), None)
 
 
 def without_usage(piece: bytes) -> bytes:
@@ -70,15 +91,13 @@ def with_usage(piece: bytes) -> Iterator[dict[str, Any]]:
 
 
 def errors(piece: bytes) -> Iterator[RuntimeRefused]:
-    """The errors among the events."""
     if piece.startswith(_FAILED) or any(END + failed in piece for failed in _FAILED):
         for event in piece.split(END):
-            if refused := in_event(event):
+            if refused := _in_event(event):
                 yield refused
 
 
-def in_event(event: bytes) -> RuntimeRefused | None:
-    """The error in one event of a stream, if it is one."""
+def _in_event(event: bytes) -> RuntimeRefused | None:
     if not event.startswith(_FAILED):
         return None
     try:
@@ -106,7 +125,7 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
         wanted = f"{prompt} tokens of conversation and up to {answer} of answer"
         message = f"{wanted} are more than the model's context of {context}."
         return RuntimeRefused(400, message, "context_length_exceeded", room=max(context - prompt, 0))
-    message = _plain(said)[:_MESSAGE_MOST]
+    message = _SIGNATURE.sub("", said)[:_MESSAGE_MOST]
     if status < 500:
         return RuntimeRefused(status, message, _get(error, "code"), _get(error, "param"))
     if _CLIENTS_FAULT.search(said):
@@ -117,22 +136,3 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
 def _get(error: Any, key: str) -> str | None:
     value = error.get(key) if isinstance(error, dict) else None
     return value if isinstance(value, str) else None
-
-
-def _plain(said: str) -> str:
-    """The message without the function that it came from.
-
-    >>> _plain("Invalid request: search_options.cc:22 void fl::Check(const fl::Options&) top_k is negative")
-    'top_k is negative'
-    """
-    found = _SIGNATURE.match(said)
-    if found is None:
-        return said
-    depth, closed = 0, False
-    for position in range(found.end(), len(said)):
-        letter = said[position]
-        depth += (letter == "(") - (letter == ")")
-        closed = closed or letter == ")"
-        if letter == " " and closed and depth == 0:
-            return said[position + 1 :]
-    return said

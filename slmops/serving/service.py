@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -64,7 +63,7 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     if not local:
         log.warning("listening at %s: the token and all conversations travel unencrypted", options.host)
     with web.listen(options.host, options.port) as listening:
-        fleet = Fleet(name, settings, VersionSource(name, settings, uri), options)
+        fleet = Fleet(VersionSource(name, settings, uri), options)
         asyncio.run(serve(fleet, options, settings.home, listening, token, local=local))
 
 
@@ -83,8 +82,8 @@ async def serve(
     async def live() -> None:
         await fleet.start()
         assert fleet.champion is not None  # noqa: S101 - for the type checker: else it would have raised
-        created = psutil.Process().create_time()
-        mine = Running(pid=os.getpid(), created=created, url=url, model=fleet.name).model_dump_json()
+        me = psutil.Process()
+        mine = Running(pid=me.pid, created=me.create_time(), url=url, model=fleet.name).model_dump_json()
         path = home / SERVING
         write_atomic(path, mine)
         try:

@@ -44,7 +44,6 @@ class Spares:
 
     @property
     def loaded(self) -> list[Backend]:
-        """Those that run."""
         return [backend for backend in self._loaded.values() if backend.alive]
 
     async def acquire(self, version: ModelVersion) -> Backend:
@@ -63,7 +62,6 @@ class Spares:
         return backend if backend is not None and backend.alive else None
 
     async def stop(self) -> None:
-        """End all processes."""
         for task in list(self._starting.values()):
             task.cancel()
         await asyncio.gather(*self._starting.values(), return_exceptions=True)

@@ -141,7 +141,7 @@ async def serving(device: Device) -> AsyncIterator[tuple[Fleet, httpx.AsyncClien
     """A fleet that serves version 1 and watches, and a client."""
     device.now = fleets.version(1)
     device.withdrawn.clear()
-    made = Fleet("bot", device.settings, device, Serve(poll_s=0.2, request_timeout_s=30))  # type: ignore[arg-type]
+    made = Fleet(device, Serve(poll_s=0.2, request_timeout_s=30))  # type: ignore[arg-type]
     async with fleets.watching(made) as fleet, httpx.AsyncClient(timeout=60, trust_env=False) as client:
         yield fleet, client
     assert fleets.workers() == []

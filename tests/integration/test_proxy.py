@@ -52,11 +52,12 @@ class Source(fleets.World):
 
 logging.basicConfig(level=logging.INFO)
 installed = Installed.model_validate_json(sys.argv[1])
-settings = Settings(home=sys.argv[2])
+source = Source(count=1)
+source.settings = Settings(home=sys.argv[2])
 options = Serve.model_validate_json(sys.argv[3])
 listening = web.listen("127.0.0.1", 0)
-fleet = Fleet("bot", settings, Source(count=1), options)
-asyncio.run(service.serve(fleet, options, settings.home, listening, settings.serve_token.get_secret_value()))
+token = source.settings.serve_token.get_secret_value()
+asyncio.run(service.serve(Fleet(source, options), options, source.settings.home, listening, token))
 """
 
 

@@ -262,7 +262,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(world: World) -> None:
         world.backends.append(Slow(of, world))
         return world.backends[-1]
 
-    made = Fleet("bot", Settings(), world, Serve(), start)  # type: ignore[arg-type]
+    made = Fleet(world, Serve(), start)  # type: ignore[arg-type]
     starting = asyncio.create_task(made.start())
     await until(lambda: bool(world.backends))
     starting.cancel()

@@ -222,18 +222,12 @@ def test_the_registry_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.setattr(delivered, name, getattr(calls, name))
     source = VersionSource("bot", settings, "http://registry")
     assert calls.mock_calls == []  # nothing is asked before it is needed
-    asked = calls.Registry.return_value
-    assert source.champion() == asked.champion.return_value
-    assert source.versions() == asked.versions.return_value
-    source.withdraw(version(2), "why")
+    assert [source.registry, source.registry] == [calls.Registry.return_value] * 2
     source.install(version(2))
     source.make_current(installed(2))
     source.current()
     assert calls.mock_calls == [
         call.Registry("http://registry"),
-        call.Registry().champion("bot"),
-        call.Registry().versions("bot"),
-        call.Registry().withdraw(version(2), "why"),
         call.install(version(2), settings, "http://registry"),
         call.make_current(installed(2), settings),
         call.current("bot", settings),

@@ -223,8 +223,8 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
 def test_the_token_and_the_options_reach_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
 
-    def fleet(name: str, _settings: Any, _source: Any, limits: Serve) -> None:
-        told.update(name=name, limits=limits)
+    def fleet(source: Any, limits: Serve) -> None:
+        told.update(name=source.name, limits=limits)
 
     async def serve(_fleet: Any, options: Serve, home: Path, _socket: Any, token: str | None, *, local: bool) -> None:
         told.update(options=options, home=home, token=token, local=local)

@@ -144,7 +144,8 @@ class World:
     # What Backend.start does.
 
     async def start(self, of: Installed, _: Settings) -> FakeBackend:
-        await self.held.get(of.version, _open()).wait()
+        if of.version in self.held:
+            await self.held[of.version].wait()
         if error := self.unstartable.get(of.version):
             raise error
         self.backends.append(FakeBackend(of, self))
@@ -153,12 +154,6 @@ class World:
     @property
     def running(self) -> list[int]:
         return [one.installed.version for one in self.backends if one.alive]
-
-
-def _open() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
 
 
 def fleet(world: World, **options: Any) -> Fleet:
@@ -215,6 +210,21 @@ async def asked(made: Fleet, model: str = "bot") -> int:
 
 
 # --- real versions and processes
+
+
+class Device(World):
+    """Versions that are installed on a device, and a registry that names one of them."""
+
+    def __init__(self, settings: Settings, *versions: Installed) -> None:
+        super().__init__(count=len(versions))
+        self.settings = settings
+        self.here = {one.version: one for one in versions}
+
+    def install(self, wanted: ModelVersion) -> Installed:
+        return self.here[wanted.version]
+
+    def current(self) -> Installed:
+        return self.here[1]
 
 
 def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,11 +14,13 @@ from typing import Any
 import psutil
 
 from slmops.checkpoints import chat_template
+from slmops.core import web
 from slmops.core.errors import ServingError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Variant
 from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed, ModelVersion
+from slmops.serving import service
 from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Serve
 from tests import making, values
@@ -225,6 +228,18 @@ class Device(World):
 
     def current(self) -> Installed:
         return self.here[1]
+
+
+def serve(home: str, version: str, options: str) -> None:
+    """Serve a version until SIGTERM: a process of its own, with what it is told as JSON."""
+    logging.basicConfig(level=logging.INFO)
+    device = Device(Settings(home=Path(home)), Installed.model_validate_json(version))
+    limits = Serve.model_validate_json(options)
+    token = device.settings.serve_token
+    assert token is not None
+    with web.listen("127.0.0.1", 0) as listening:
+        made = Fleet(device, limits)  # type: ignore[arg-type]
+        asyncio.run(service.serve(made, limits, device.settings.home, listening, token.get_secret_value()))
 
 
 def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installed:

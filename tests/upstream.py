@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from aiohttp import web
 
 from slmops.core.errors import SlmopsError
 from slmops.foundry.versions import Installed
@@ -34,35 +35,26 @@ Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 @dataclass
 class Connection:
-    """One request that came to the upstream."""
+    """One request that came to the upstream, and its answer."""
 
-    writer: asyncio.StreamWriter
+    request: web.BaseRequest
     body: dict[str, Any]
     let_go: asyncio.Event
+    response: web.StreamResponse = field(default_factory=web.StreamResponse)
 
-    async def head(self, status: int = 200, kind: str = "text/event-stream") -> None:
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n"
-        await self.raw(head.encode())
-
-    async def raw(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
+    async def head(self) -> None:
+        self.response.content_type = "text/event-stream"
+        await self.response.prepare(self.request)
 
     async def piece(self, data: bytes) -> None:
-        await self.raw(b"%x\r\n%s\r\n" % (len(data), data))
+        await self.response.write(data)
 
     async def event(self, data: Any) -> None:
         await self.piece(event(data))
 
-    async def end(self) -> None:
-        await self.raw(b"0\r\n\r\n")
-
-    async def whole(self, data: Any, status: int = 200) -> None:
+    def whole(self, data: Any, status: int = 200) -> None:
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
-        await self.raw(
-            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
-        )
-        await self.raw(body)
+        self.response = web.Response(body=body, status=status, content_type="application/json")
 
 
 def event(data: Any) -> bytes:
@@ -77,7 +69,7 @@ def chunk(text: str | None, **more: Any) -> dict[str, Any]:
 async def answer(connection: Connection) -> None:
     """What the runtime does when all is well."""
     if not connection.body.get("stream"):
-        await connection.whole({"choices": [{"message": {"content": "abc"}}], "model": FOUNDRY_ID, "usage": USAGE})
+        connection.whole({"choices": [{"message": {"content": "abc"}}], "model": FOUNDRY_ID, "usage": USAGE})
         return
     await connection.head()
     await connection.piece(b": keep-alive\n\n")
@@ -86,7 +78,6 @@ async def answer(connection: Connection) -> None:
     if connection.body.get("stream_options", {}).get("include_usage"):
         await connection.event(chunk(None, usage=USAGE))
     await connection.piece(b"data: [DONE]\n\n")
-    await connection.end()
 
 
 def streams(*pieces: bytes) -> Script:
@@ -97,14 +88,17 @@ def streams(*pieces: bytes) -> Script:
         for piece in pieces:
             await connection.piece(piece)
             await asyncio.sleep(0)
-        await connection.end()
 
     return script
 
 
 def replies(data: Any, status: int = 200) -> Script:
     """A script that answers as a whole, whatever is asked."""
-    return lambda connection: connection.whole(data, status)
+
+    async def script(connection: Connection) -> None:
+        connection.whole(data, status)
+
+    return script
 
 
 async def endless(connection: Connection, text: str = "a") -> None:
@@ -130,18 +124,27 @@ class Upstream:
     left: asyncio.Event = field(default_factory=asyncio.Event)
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = Connection(request, await request.json(), self.let_go)
+        self.received.append(connection.body)
         try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = int(head.partition(b"content-length:")[2].split(b"\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                self.received.append(body)
-                await self.script(Connection(writer, body, self.let_go))
-        except (asyncio.IncompleteReadError, ConnectionError):
+            await self.script(connection)
+        except (asyncio.CancelledError, ConnectionError):
             self.left.set()
+            raise
+        return connection.response
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        """The address of the service; whoever waits is let go at the end."""
+        server = web.Server(self.handle, handler_cancellation=True)  # type: ignore[arg-type]
+        behind = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+        try:
+            yield f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}"
         finally:
-            writer.close()
+            self.let_go.set()
+            behind.close()
+            await server.shutdown(0.1)
 
 
 class OneBackend:
@@ -278,23 +281,22 @@ async def stand(
 ) -> AsyncIterator[Stand]:
     """The proxy as it is served, before a scripted upstream; nothing may be leased when it ends."""
     upstream = Upstream(script)
-    behind = await asyncio.start_server(upstream.handle, "127.0.0.1", 0)
-    fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    limits = limits or Limits()
-    proxy = Proxy(fleet, limits, token, local=local)  # type: ignore[arg-type]
-    server = _Quick(service.config(proxy, limits))
-    running = asyncio.create_task(server.serve(sockets=[listening]))
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as client:
-            yield Stand(client, upstream, fleet, port)
-    finally:
-        upstream.let_go.set()
-        server.should_exit = True
-        await running
-        await proxy.close()
-        behind.close()
+    async with upstream.listening() as url:
+        fleet = OneFleet(url)
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        limits = limits or Limits()
+        proxy = Proxy(fleet, limits, token, local=local)  # type: ignore[arg-type]
+        server = _Quick(service.config(proxy, limits))
+        running = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as client:
+                yield Stand(client, upstream, fleet, port)
+        finally:
+            upstream.let_go.set()
+            server.should_exit = True
+            await running
+            await proxy.close()
     assert fleet.leases == 0
 
 

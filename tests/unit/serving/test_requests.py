@@ -200,7 +200,7 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
         if 80 + wanted <= 100:
             await answer(connection)
         elif not stream:
-            await connection.whole(budget(80, wanted), 400)
+            connection.whole(budget(80, wanted), 400)
         else:
             await connection.head()
             if path == RESPONSES:
@@ -210,7 +210,6 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
                 await connection.piece(b"event: response.failed\n" + event(failed))
             else:
                 await connection.event(budget(80, wanted))
-            await connection.end()
 
     async with stand(Limits(max_output_tokens=50), script=script) as one:
         good, name = (GOOD, "max_tokens") if path == CHAT else (GOOD_RESPONSE, "max_output_tokens")

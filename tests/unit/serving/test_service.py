@@ -51,23 +51,22 @@ class Service:
 @asynccontextmanager
 async def serving(home: Path, script: Script = answer, starts: asyncio.Event | None = None) -> AsyncIterator[Service]:
     upstream = Upstream(script)
-    behind = await asyncio.start_server(upstream.handle, "127.0.0.1", 0)
-    fleet = OneFleet(f"http://127.0.0.1:{behind.sockets[0].getsockname()[1]}")
-    fleet.starts, fleet.ready = starts, starts is None
-    listening = web.listen("127.0.0.1", 0)
-    port = listening.getsockname()[1]
-    task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]
-    one = Service(fleet, home, port, task, upstream)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        await one.answers(200 if starts is None else 503)
-        yield one
-    finally:
-        upstream.let_go.set()
-        if not task.done():
-            signal.raise_signal(signal.SIGTERM)
-        await asyncio.gather(task, return_exceptions=True)
-        behind.close()
+    async with upstream.listening() as url:
+        fleet = OneFleet(url)
+        fleet.starts, fleet.ready = starts, starts is None
+        listening = web.listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]
+        one = Service(fleet, home, port, task, upstream)
+        try:
+            await one.answers(200 if starts is None else 503)
+            yield one
+        finally:
+            upstream.let_go.set()
+            if not task.done():
+                signal.raise_signal(signal.SIGTERM)
+            await asyncio.gather(task, return_exceptions=True)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 

@@ -47,14 +47,15 @@ def installed(number: int) -> Installed:
 class FakeBackend:
     """What a fleet sees of a process."""
 
-    def __init__(self, of: Installed, world: World) -> None:
+    url = "http://127.0.0.1:9"
+    started = 1.0
+
+    def __init__(self, of: Installed, bad: Exception | None = None) -> None:
         self.installed = of
-        self.url = f"http://127.0.0.1:{of.version}"
-        self.started = 1.0
         self.used = 0.0
         self.in_flight = 0
         self.stopped = False
-        self._world = world
+        self._bad = bad
         self._dead = asyncio.Event()
 
     @property
@@ -73,8 +74,8 @@ class FakeBackend:
 
     async def smoke_test(self) -> None:
         await asyncio.sleep(0)
-        if error := self._world.bad.get(self.installed.version):
-            raise error
+        if self._bad is not None:
+            raise self._bad
 
     async def stop(self) -> None:
         await asyncio.sleep(0)
@@ -151,7 +152,7 @@ class World:
             await self.held[of.version].wait()
         if error := self.unstartable.get(of.version):
             raise error
-        self.backends.append(FakeBackend(of, self))
+        self.backends.append(FakeBackend(of, self.bad.get(of.version)))
         return self.backends[-1]
 
     @property

@@ -8,8 +8,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,15 +15,16 @@ import uvicorn
 from aiohttp import web
 
 from slmops.core.errors import SlmopsError
-from slmops.foundry.versions import Installed
 from slmops.serving import service
-from slmops.serving.fleet import UnknownModel
-from slmops.serving.limits import Limits
+from slmops.serving.backend import Backend
+from slmops.serving.fleet import Fleet
+from slmops.serving.limits import Limits, Serve
 from slmops.serving.proxy import Proxy
+from tests.fleets import FakeBackend, World, installed, version
 
-FOUNDRY_ID = "bot-int8-generic-cpu:3"
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
+FOUNDRY_ID = "bot-int8-generic-cpu:3"
 GOOD = {"model": "bot", "messages": [{"role": "user", "content": "Hi"}]}
 GOOD_RESPONSE = {"model": "bot", "input": "Hi"}
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
@@ -42,11 +41,11 @@ class Connection:
     let_go: asyncio.Event
     response: web.StreamResponse = field(default_factory=web.StreamResponse)
 
-    async def head(self) -> None:
-        self.response.content_type = "text/event-stream"
-        await self.response.prepare(self.request)
-
-    async def piece(self, data: bytes) -> None:
+    async def piece(self, data: bytes = b"") -> None:
+        """Begin to stream, and send this."""
+        if not self.response.prepared:
+            self.response.content_type = "text/event-stream"
+            await self.response.prepare(self.request)
         await self.response.write(data)
 
     async def event(self, data: Any) -> None:
@@ -71,7 +70,6 @@ async def answer(connection: Connection) -> None:
     if not connection.body.get("stream"):
         connection.whole({"choices": [{"message": {"content": "abc"}}], "model": FOUNDRY_ID, "usage": USAGE})
         return
-    await connection.head()
     await connection.piece(b": keep-alive\n\n")
     for letter in "abc":
         await connection.event(chunk(letter))
@@ -84,7 +82,6 @@ def streams(*pieces: bytes) -> Script:
     """A script that streams these pieces, whatever is asked."""
 
     async def script(connection: Connection) -> None:
-        await connection.head()
         for piece in pieces:
             await connection.piece(piece)
             await asyncio.sleep(0)
@@ -103,7 +100,6 @@ def replies(data: Any, status: int = 200) -> Script:
 
 async def endless(connection: Connection, text: str = "a") -> None:
     """Stream for as long as somebody listens."""
-    await connection.head()
     while True:
         await connection.event(chunk(text))
         await asyncio.sleep(0.01)
@@ -147,42 +143,21 @@ class Upstream:
             await server.shutdown(0.1)
 
 
-class OneBackend:
-    """What the proxy sees of a process."""
-
-    installed = Installed(name="bot", version=3, variant="int8", foundry_id=FOUNDRY_ID, folder=Path("/"))
+class OneFleet(Fleet):
+    """A fleet that serves version 3 from the start, at ``url``, where two of its processes are."""
 
     def __init__(self, url: str) -> None:
-        self.url = url
-
-    def memory_mb(self) -> float:
-        return 250.0
-
-
-class OneFleet:
-    """What the proxy sees of a fleet."""
-
-    name = "bot"
-    switches, restarts = 2, 1
-    watch = SimpleNamespace(reachable=True)
-
-    def __init__(self, url: str) -> None:
-        self.backend = OneBackend(url)
-        self.running = [self.backend] * 2
-        self.leases = 0
+        super().__init__(World(), Serve())  # type: ignore[arg-type]
+        self.backend: Any = FakeBackend(installed(3))
+        self.backend.url = url
+        self.champion = self.backend
+        self.watch.versions = [version(3)]
+        self._draining = [self.backend]
+        self.switches, self.restarts = 2, 1
         self.loads_s = 0.0
         self.refuses: SlmopsError | None = None
-        self.ready = True
         self.log: list[str] = []
         self.starts: asyncio.Event | None = None
-
-    @property
-    def champion(self) -> OneBackend | None:
-        return self.backend if self.ready else None
-
-    @property
-    def version(self) -> int | None:
-        return 3 if self.ready else None
 
     async def start(self) -> None:
         if self.starts is not None:
@@ -198,20 +173,12 @@ class OneFleet:
         self.log.append("stopped")
 
     @asynccontextmanager
-    async def lease(self, model: str) -> AsyncIterator[OneBackend]:
+    async def lease(self, model: str) -> AsyncIterator[Backend]:
         if self.refuses is not None:
             raise self.refuses
-        if model not in ("bot", "bot:3", FOUNDRY_ID):
-            raise UnknownModel(f"There is no model {model!r}.")
         await asyncio.sleep(self.loads_s)
-        self.leases += 1
-        try:
-            yield self.backend
-        finally:
-            self.leases -= 1
-
-    def models(self) -> list[dict[str, Any]]:
-        return [{"id": name, "object": "model", "created": 1, "owned_by": "slmops"} for name in ("bot", "bot:3")]
+        async with super().lease(model) as backend:
+            yield backend
 
 
 @dataclass
@@ -297,7 +264,7 @@ async def stand(
             server.should_exit = True
             await running
             await proxy.close()
-    assert fleet.leases == 0
+    assert fleet.backend.in_flight == 0
 
 
 def told(response: httpx.Response) -> tuple[int, str | None]:

@@ -259,7 +259,7 @@ async def test_a_start_that_is_cancelled_leaves_nothing(world: World) -> None:
             await asyncio.sleep(60)
 
     async def start(of: Installed, _: Settings) -> FakeBackend:
-        world.backends.append(Slow(of, world))
+        world.backends.append(Slow(of))
         return world.backends[-1]
 
     made = Fleet(world, Serve(), start)  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ async def test_models_and_health(one: Stand) -> None:
     healthy = await one.client.get("/health")
     assert (healthy.status_code, healthy.json()) == (200, {"status": "ok", "model": "bot", "version": 3})
     assert "server" not in healthy.headers
-    one.fleet.ready = False
+    one.fleet.champion = None
     ill = await one.client.get("/health")
     assert (ill.status_code, ill.json()) == (503, {"status": "unavailable", "model": "bot", "version": None})
 
@@ -189,7 +189,7 @@ async def test_metrics_count_what_happened_and_name_nothing_of_the_clients(one: 
         "slmops_completion_tokens_total 6.0",
         "slmops_in_flight 0.0",
         "slmops_queued 0.0",
-        f'slmops_backend_memory_bytes{{foundry_id="{FOUNDRY_ID}"}} 5e+08',
+        f'slmops_backend_memory_bytes{{foundry_id="{FOUNDRY_ID}"}} 2e+08',
         'slmops_model_info{model="bot",variant="int8",version="3"} 1.0',
         "slmops_switches_total 2.0",
         "slmops_backend_restarts_total 1.0",
@@ -197,7 +197,7 @@ async def test_metrics_count_what_happened_and_name_nothing_of_the_clients(one: 
         "slmops_registry_up 1.0",
     ):
         assert sample in text.splitlines(), sample
-    one.fleet.ready = False
+    one.fleet.champion = None
     text = (await one.client.get("/metrics")).text
     assert "slmops_model_info{" not in text
     assert "slmops_ready 0.0" in text

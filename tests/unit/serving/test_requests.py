@@ -130,7 +130,7 @@ async def test_what_is_not_a_request_is_told_so_and_does_not_reach_the_runtime(o
             refused = await one.ask(body, path)
             assert (told(refused), refused.json()["error"]["param"]) == ((400, code), param), str(body)[:200]
     assert one.upstream.received == []
-    assert one.fleet.leases == 0
+    assert one.fleet.backend.in_flight == 0
     assert (await one.ask()).status_code == 200
 
 
@@ -202,7 +202,6 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
         elif not stream:
             connection.whole(budget(80, wanted), 400)
         else:
-            await connection.head()
             if path == RESPONSES:
                 for kind in ("created", "in_progress"):
                     await connection.piece(f"event: response.{kind}\n".encode() + event({"response": {}}))

@@ -54,7 +54,7 @@ async def serving(home: Path, script: Script = answer, starts: asyncio.Event | N
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     async with upstream.listening() as url:
         fleet = OneFleet(url)
-        fleet.starts, fleet.ready = starts, starts is None
+        fleet.starts, fleet.champion = starts, None if starts else fleet.champion
         listening = web.listen("127.0.0.1", 0)
         port = listening.getsockname()[1]
         task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))  # type: ignore[arg-type]

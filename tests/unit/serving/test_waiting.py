@@ -48,7 +48,7 @@ async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> No
         waits = await leave(one)
         await asyncio.sleep(0.1)
         assert await one.in_flight() == (1, 1)
-        assert one.fleet.leases == 2
+        assert one.fleet.backend.in_flight == 2
         one.upstream.let_go.set()
         assert (await waits).status_code == 200
         assert await one.in_flight() == (0, 0)

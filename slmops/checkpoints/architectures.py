@@ -70,9 +70,6 @@ REFUSED = {
 def check(architecture: str) -> None:
     """Refuse an architecture that cannot be exported, and warn of one that nobody has tested.
 
-    Args:
-        architecture: The first in config.json's ``architectures``, such as ``LlamaForCausalLM``.
-
     Raises:
         CheckpointError: It is known not to work, or it is unknown.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -36,17 +36,12 @@ class ChatTemplate(Frozen):
 
 
 def load(folder: Path, where: str | None = None) -> ChatTemplate | None:
-    """Read the chat template of a checkpoint.
+    """Read the chat template of a checkpoint, if it has one.
 
     It is ``chat_template.jinja``, else the ``chat_template`` of ``tokenizer_config.json`` or ``chat_template.json``: a
     string, or several with names, of which "default" counts.
 
-    Args:
-        folder: The checkpoint.
-        where: What to call it in messages; its path by default.
-
-    Returns:
-        None if there is no chat template.
+    Messages call the folder ``where``, by default its path.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -85,13 +80,7 @@ def render(
     *,
     now: datetime | None = None,
 ) -> str:
-    """Render a conversation in a sandbox.
-
-    Args:
-        template: The chat template.
-        messages: The conversation.
-        add_generation_prompt: End with the beginning of an answer.
-        now: The time, for a template that writes the date; the clock's by default.
+    """Render a conversation in a sandbox; templates may write the date of ``now``, by default today's.
 
     Raises:
         CheckpointError: The template is broken, tries what the sandbox forbids, or refuses these messages.
@@ -131,10 +120,7 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
+        return nodes.Scope(body).set_lineno(line)
 
 
 class _Namespace(Namespace):
@@ -156,11 +142,10 @@ def _namespace(*args: Any, **kwargs: Any) -> _Namespace:
 class _Dict:
     """What a template may do with ``dict``, without the type itself."""
 
+    fromkeys = staticmethod(dict.fromkeys)
+
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
 
 
 def _tojson(

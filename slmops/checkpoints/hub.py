@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from slmops.checkpoints import inspection, weight_files
-from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.job import Job
 
 log = logging.getLogger(__name__)
@@ -17,26 +17,30 @@ HUB_TIMEOUT_S = 10.0
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
-def parse(text: str) -> tuple[str, str | None] | None:
-    """Repository and revision of ``org/name`` or ``org/name@revision``; None if it is not a hub id.
+def parse(text: str) -> tuple[str, str | None]:
+    """Repository and revision of ``org/name`` or ``org/name@revision``.
 
     >>> parse("org/name@v1")
     ('org/name', 'v1')
-    >>> parse("./name") is None
-    True
+
+    Raises:
+        CheckpointError: It is not a hub id.
     """
     repo, at, revision = text.partition("@")
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII) and bool(at) == bool(revision)
-    return None if text.lower().endswith(".gguf") or not is_id else (repo, revision or None)
+    if not is_id or text.lower().endswith(".gguf"):
+        raise CheckpointError(
+            f"There is no such folder: {text}",
+            "Give a folder in Hugging Face format, a hub id (org/name), a .gguf file, an MLflow URI "
+            "(models:/name/version) or 'demo'.",
+        )
+    return repo, revision or None
 
 
 def fetch(repo: str, revision: str | None, job: Job) -> Path:
-    """Fetch a model into the hub's cache, small files first, so that what cannot be converted costs no download.
+    """Fetch a model into a folder of the hub's cache, small files first, so that what cannot be converted costs little.
 
     The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used.
-
-    Returns:
-        Its folder in the cache.
 
     Raises:
         CheckpointError: There is no such model or revision, it is gated, or it cannot be converted.
@@ -70,7 +74,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
         weights = "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
         log.info("fetching the weights of %s", repo)
         return Path(get(allow_patterns=[*texts, weights]))
-    except (CheckpointError, PrerequisiteError):
+    except SlmopsError:
         raise
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -58,8 +58,6 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
     Raises:
         CheckpointError: Something is missing, broken or cannot be converted.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{where} is not a folder.", "Give the folder that holds config.json.")
     if not (folder / "config.json").is_file():
         # Adapters and GGUF files have no config.json either: this says what they are.
         weight_files.choose(names(folder), where, allow_pickle=True)

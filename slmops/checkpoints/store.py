@@ -78,13 +78,8 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
 
 
 def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings) -> tuple[Path, Hashes]:
-    """A folder of our own with the same files, hard-linked where possible.
-
-    Args:
-        folder: The checkpoint.
-        hashes: Its files and their SHA-256.
-        template: Chat template that replaces the checkpoint's; None: keep it.
-        settings: Where things are.
+    """A folder of our own with the same files, hard-linked where possible, and ``template`` as their chat template if
+    there is one.
     """
     texts = {}
     staged = dict(hashes)

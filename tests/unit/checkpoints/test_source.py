@@ -31,20 +31,10 @@ def test_a_relative_path_and_a_home_path(folder: Path, resolve: Resolve, monkeyp
     assert resolve(f"{folder.parent.name}/{folder.name}").path == folder
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "nowhere",
-        "./nowhere",
-        "../no/where",
-        "~/nowhere-at-all",
-        "/a/b",
-        "a/b/c",
-        "org/name@",
-        "org/model.gguf",
-        "https://example.org/a/b",
-    ],
-)
+NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"
+
+
+@pytest.mark.parametrize("model", [*NOWHERE.split(), "org/na me"])
 def test_a_path_that_does_not_exist(resolve: Resolve, model: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve(model)
@@ -56,12 +46,9 @@ def test_a_path_that_does_not_exist(resolve: Resolve, model: str) -> None:
         ("Qwen/Qwen2.5-0.5B", ("Qwen/Qwen2.5-0.5B", None)),
         ("org/name@v1.0", ("org/name", "v1.0")),
         ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
-        ("org/na me", None),
-        ("./name", None),
-        ("name", None),
     ],
 )
-def test_what_a_hub_id_looks_like(text: str, parsed: tuple[str, str | None] | None) -> None:
+def test_what_a_hub_id_looks_like(text: str, parsed: tuple[str, str | None]) -> None:
     assert hub.parse(text) == parsed
 
 

@@ -40,5 +40,4 @@ class OnnxModel:
             else:  # an empty cache: (batch, key-value heads, 0, head size)
                 feeds[name] = np.zeros((1, node.shape[1], 0, node.shape[3]), kind)
         (logits,) = self._session.run(["logits"], feeds)
-        result: NDArray[np.float32] = logits[0].astype(np.float32)
-        return result
+        return np.asarray(logits[0], np.float32)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.conversion import schema_worker
+from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import RecipeError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, to_name
@@ -41,17 +42,15 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
             f"{path}: input_model must be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
         )
     model = {**model, **(model.get("config") or {})}
-    model.pop("config", None)
-    config["input_model"] = {"type": "HfModel", **{k: v for k, v in model.items() if k not in {"type", "model_path"}}}
+    ours = {"type", "model_path", "config"}
+    config["input_model"] = {"type": "HfModel", **{key: value for key, value in model.items() if key not in ours}}
     if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would override ours
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
     result, _ = children.call(
         "slmops.conversion.schema_worker",
-        schema_worker.SchemaRequest(
-            config={**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}
-        ),
+        Workflow(config={**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}),
         schema_worker.SchemaResult,
         work=settings.work(name) / "olive-config",
         log=settings.logs / name / "olive-config.log",

@@ -10,6 +10,7 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
+from slmops.conversion.olive_worker import Workflow
 from slmops.core.validation import dotted, predicate
 from slmops.core.values import Frozen
 from slmops.processes import child
@@ -24,19 +25,13 @@ _READ_BY_BUILDER = re.compile(
 _OF_EVERY_PASS = {"type", "host", "evaluator"}
 
 
-class SchemaRequest(Frozen):
-    """A complete Olive workflow config."""
-
-    config: dict[str, Any]
-
-
 class SchemaResult(Frozen):
     """What is wrong with it, a sentence each."""
 
     problems: list[str]
 
 
-def handle(request: SchemaRequest) -> SchemaResult:
+def handle(request: Workflow) -> SchemaResult:
     """Validate as Olive does, and also report what Olive only warns of."""
     from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
     from olive.package_config import OlivePackageConfig
@@ -113,4 +108,4 @@ def _builder_options() -> set[str]:
 
 
 if __name__ == "__main__":
-    child.main(SchemaRequest, handle)
+    child.main(Workflow, handle)

@@ -12,17 +12,8 @@ from onnx import TensorProto
 from slmops.core.errors import ConversionError
 from slmops.core.values import Recipe, Weights
 
-_BITS = {
-    TensorProto.FLOAT: 32,
-    TensorProto.FLOAT16: 16,
-    TensorProto.BFLOAT16: 16,
-    TensorProto.INT8: 8,
-    TensorProto.UINT8: 8,
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.INT2: 2,
-    TensorProto.UINT2: 2,
-}
+_KINDS = {32: "FLOAT", 16: "FLOAT16 BFLOAT16", 8: "INT8 UINT8", 4: "INT4 UINT4", 2: "INT2 UINT2"}
+_BITS = {TensorProto.DataType.Value(kind): bits for bits, kinds in _KINDS.items() for kind in kinds.split()}
 # Operators that read packed weights: which inputs are the weights, and which are their scales and zero points.
 _PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
 _DEFAULT_BITS = 4
@@ -30,14 +21,10 @@ _MOST = 0.95
 
 
 def inspect(model: Path, parameters: int) -> Weights:
-    """Count the weights of ``model`` by their bits.
+    """Count the weights of an ``.onnx`` file by their bits, and the bits for each of the checkpoint's ``parameters``.
 
     Rotary embedding tables are left out: they are computed, not learned. A tensor that two operators read is counted
-    once.
-
-    Args:
-        model: The ``.onnx`` file; its external data is not read.
-        parameters: Number of weights of the checkpoint, the divisor of bits per weight.
+    once. External data is not read.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
     tensors = {t.name: t for t in graph.initializer if "cos_cache" not in t.name and "sin_cache" not in t.name}

@@ -116,33 +116,18 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
 
 def _entity(entry: Entry) -> dict[str, Any]:
     identity = f"azureml://registries/{entry.publisher}/models/{entry.name}/versions/{entry.version}"
-    return {
-        "assetId": identity,
-        "entityId": identity,
-        "annotations": {
-            "tags": {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""},
-            "systemCatalogData": {
-                "publisher": entry.publisher,
-                "displayName": entry.display_name,
-                "inferenceTasks": ["chat-completion"],
-            },
-        },
-        "properties": {
-            "id": identity,
-            "name": entry.name,
-            "version": entry.version,
-            "variantInfo": {
-                "parents": [],
-                "variantMetadata": {
-                    "modelType": "ONNX",
-                    "device": entry.device,
-                    "executionProvider": entry.provider,
-                    "fileSizeBytes": entry.size_bytes,
-                },
-            },
-            "creationContext": {"createdTime": entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
-        },
+    tags = {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""}
+    data = {"publisher": entry.publisher, "displayName": entry.display_name, "inferenceTasks": ["chat-completion"]}
+    runs_on = {"modelType": "ONNX", "device": entry.device, "executionProvider": entry.provider}
+    properties = {
+        "id": identity,
+        "name": entry.name,
+        "version": entry.version,
+        "variantInfo": {"parents": [], "variantMetadata": {**runs_on, "fileSizeBytes": entry.size_bytes}},
+        "creationContext": {"createdTime": entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
     }
+    annotations = {"tags": tags, "systemCatalogData": data}
+    return {"assetId": identity, "entityId": identity, "annotations": annotations, "properties": properties}
 
 
 def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:

@@ -30,16 +30,19 @@ class TimedReply:
     total_s: float  # to the end
 
 
-def manager(home: Path) -> Any:
+def manager(
+    home: Path, *, models: Path | None = None, logs: Path | None = None, catalog: str = NO_CATALOG, web: Any = None
+) -> Any:
     """Start the runtime with its data below ``home``, and with all telemetry off that can be switched off."""
     return sdk.FoundryLocalManager(
         sdk.Configuration(
             app_name=APP_NAME,
             app_data_dir=str(home),
-            model_cache_dir=str(home / "models"),
-            logs_dir=str(home / "logs"),
-            catalog_urls=[(NO_CATALOG, None)],
+            model_cache_dir=str(models or home / "models"),
+            logs_dir=str(logs or home / "logs"),
+            catalog_urls=[(catalog, None)],
             disable_nonessential_telemetry=True,
+            web=web,
         )
     )
 
@@ -50,10 +53,7 @@ def local_catalog(running: Any) -> Any:
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
-    """Register ``folder``, which stays where it is, unless it is registered already.
-
-    Returns:
-        The model.
+    """Register ``folder``, which stays where it is, unless it is registered already, and return the model.
 
     Raises:
         FoundryLocalException: The runtime refuses it.

@@ -75,10 +75,7 @@ def main() -> None:
 
 
 def serve(request: ServiceRequest) -> Any:
-    """Load the version and start the web service.
-
-    Returns:
-        The runtime's manager, which knows the address.
+    """Load the version and start the web service; the runtime's manager that it returns knows the address.
 
     Raises:
         ServingError: The runtime does not find the version, or refuses it.
@@ -87,8 +84,8 @@ def serve(request: ServiceRequest) -> Any:
     import uvicorn
     from foundry_local_sdk.exception import FoundryLocalException
 
+    from slmops.foundry import runtime
     from slmops.foundry.private_catalog import PATH, Entry, app
-    from slmops.foundry.runtime import APP_NAME
 
     # It listens before the server runs, so the runtime's first request waits in the queue.
     listening = socket.create_server((HOST, 0))
@@ -103,17 +100,14 @@ def serve(request: ServiceRequest) -> Any:
     )
     server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()
-    configuration = sdk.Configuration(
-        app_name=APP_NAME,
-        app_data_dir=str(request.scratch),
-        model_cache_dir=str(_cache(request)),
-        logs_dir=str(request.logs),
-        catalog_urls=[(f"http://{HOST}:{listening.getsockname()[1]}{PATH}", None)],
-        disable_nonessential_telemetry=True,
-        web=sdk.Configuration.WebService(urls=f"http://{HOST}:0"),
-    )
     try:
-        manager = sdk.FoundryLocalManager(configuration)
+        manager = runtime.manager(
+            request.scratch,
+            models=_cache(request),
+            logs=request.logs,
+            catalog=f"http://{HOST}:{listening.getsockname()[1]}{PATH}",
+            web=sdk.Configuration.WebService(urls=f"http://{HOST}:0"),
+        )
         model = manager.get_catalog().get_model_variant(request.foundry_id)
         if model is None or not model.is_cached or Path(model.get_path()).resolve() != request.folder.resolve():
             raise ServingError(

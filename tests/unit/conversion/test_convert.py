@@ -40,13 +40,14 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     def call(module: str, request: Any, result: type[Any], **how: Any) -> tuple[Any, Finished]:
         if module.endswith("olive_worker"):
             before()
-            conversions.append(str(request.output))
-            request.output.mkdir(parents=True)
+            made = Path(request.config["output_dir"])
+            conversions.append(str(made))
+            made.mkdir(parents=True)
             how["log"].parent.mkdir(parents=True, exist_ok=True)
             how["log"].write_text("said")
             for name, text in CONTENTS.items():
-                (request.output / name).write_text(f"{text}, {len(conversions)}")
-            return result(produced=True), Finished(0, 1.0, [], timed_out=False)
+                (made / name).write_text(f"{text}, {len(conversions)}")
+            return result(), Finished(0, 1.0, [], timed_out=False)
         return result(weights=FOUND, export_error=None), Finished(0, 1.0, [], timed_out=False)
 
     monkeypatch.setattr(children, "call", call)

@@ -29,8 +29,8 @@ def handle(request: ForgetRequest) -> ForgetResult:
     catalog = runtime.local_catalog(runtime.manager(request.home))
     for foundry_id in request.foundry_ids:
         register_worker.forget(catalog, foundry_id)
-    left = [foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is not None]
-    return ForgetResult(forgotten=tuple(foundry_id for foundry_id in request.foundry_ids if foundry_id not in left))
+    gone = (foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is None)
+    return ForgetResult(forgotten=tuple(gone))
 
 
 if __name__ == "__main__":

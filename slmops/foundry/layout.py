@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,19 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
     genai = _genai_config(variant, job)
     numbered = ((folder.name.removeprefix(f"{called}-"), folder) for folder in models.glob(f"{called}-*"))
     versions = {int(number): folder for number, folder in numbered if number.isdigit()}
+
+    def described(version: int) -> dict[str, Any]:
+        return {
+            "Name": f"{called}:{version}",
+            "Description": f"{variant.checkpoint.name} ({variant.name}), converted by slmops",
+            "Version": str(version),
+            "PromptTemplate": derived.prompt_template,
+            "ModelConfig": {key: genai["search"][key] for key in _SEARCH if key in genai["search"]},
+        }
+
     for version, folder in versions.items():
-        described = _describe(variant, called, version, derived, genai)
         settings = _read(folder / INFERENCE_MODEL), _read(folder / GENAI_CONFIG)
-        if settings == (described, genai) and _same(folder, variant):
+        if settings == (described(version), genai) and _same(folder, variant):
             return folder, version, False
     version = max(versions, default=0) + 1
     target = models / f"{called}-{version}"
@@ -63,20 +73,16 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
                 (scratch / file).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(variant.path / file, scratch / file)
         write_atomic(scratch / GENAI_CONFIG, json.dumps(genai, indent=4))
-        described = _describe(variant, called, version, derived, genai)
-        write_atomic(scratch / INFERENCE_MODEL, json.dumps(described, indent=2, ensure_ascii=False))
+        write_atomic(scratch / INFERENCE_MODEL, json.dumps(described(version), indent=2, ensure_ascii=False))
     return target, version, True
 
 
 def _same(folder: Path, variant: Variant) -> bool:
     """Whether the files are the variant's or have the same content: one that was made again has files of its own."""
     manifest = _read(folder / MANIFEST)
-    # The manifest first: reading all files takes a while where the file system cannot link.
-    return (
-        manifest is not None
-        and manifest.get("key") == variant.key
-        and all(holds(folder, file, variant.path) for file in variant.files if file.name not in _NOT_DEPLOYED)
-    )
+    if manifest is None or manifest.get("key") != variant.key:  # reading all files may take a while
+        return False
+    return all(holds(folder, file, variant.path) for file in variant.files if file.name not in _NOT_DEPLOYED)
 
 
 def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
@@ -96,22 +102,11 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     return config
 
 
-def _describe(variant: Variant, called: str, version: int, derived: Derived, genai: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "Name": f"{called}:{version}",
-        "Description": f"{variant.checkpoint.name} ({variant.name}), converted by slmops",
-        "Version": str(version),
-        "PromptTemplate": derived.prompt_template,
-        "ModelConfig": {key: genai["search"][key] for key in _SEARCH if key in genai["search"]},
-    }
-
-
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
+    with suppress(OSError, ValueError):
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data
+        return data
+    return None
 
 
 class Staged(Frozen):

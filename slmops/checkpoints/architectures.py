@@ -68,11 +68,7 @@ REFUSED = {
 
 
 def check(architecture: str) -> None:
-    """Refuse an architecture that cannot be exported, and warn of one that nobody has tested.
-
-    Raises:
-        CheckpointError: It is known not to work, or it is unknown.
-    """
+    """Warn of an architecture that nobody has tested; a CheckpointError if it is unknown or known not to work."""
     if architecture in PROVEN:
         return
     if architecture in UNPROVEN:

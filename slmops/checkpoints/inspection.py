@@ -113,11 +113,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
 
 
 def read_template(job: Job) -> str | None:
-    """The chat template that the job brings, or None.
-
-    Raises:
-        CheckpointError: The file cannot be read, is not UTF-8 or is empty.
-    """
+    """The chat template that the job brings, or None; a CheckpointError if the file holds none."""
     if job.chat_template is None:
         return None
     path = job.chat_template.expanduser()

@@ -12,11 +12,7 @@ COPY_AGAIN = "Copy or download the checkpoint again."
 
 
 def read_text(path: Path, where: str) -> str:
-    """The content of a UTF-8 file, which errors call ``where``.
-
-    Raises:
-        CheckpointError: It cannot be read or is not UTF-8.
-    """
+    """The content of a file in UTF-8; a CheckpointError calls it ``where``."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -25,11 +21,7 @@ def read_text(path: Path, where: str) -> str:
 
 
 def read_json(path: Path, where: str) -> dict[str, Any]:
-    """The object in a JSON file, which errors call ``where``.
-
-    Raises:
-        CheckpointError: It cannot be read, or is not a JSON object.
-    """
+    """The object in a JSON file; a CheckpointError calls it ``where``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import inspection
-from slmops.checkpoints.unpack_worker import UnpackRequest, UnpackResult
+from slmops.checkpoints.unpack_worker import UnpackRequest
+from slmops.core import machine
 from slmops.core.errors import ConversionError
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
+from slmops.core.values import Frozen
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -59,10 +61,10 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
             log.info("unpacking %s, once", gguf.name)
             unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
             unpack_log.unlink(missing_ok=True)
-            result, _ = children.call(
+            children.call(
                 "slmops.checkpoints.unpack_worker",
                 UnpackRequest(gguf=gguf, folder=scratch),
-                UnpackResult,
+                Frozen,
                 work=work,
                 log=unpack_log,
                 timeout_s=settings.conversion_timeout_s,
@@ -72,7 +74,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
             )
             shutil.rmtree(work)
             hashes = {name: sha256(scratch / name) for name in sorted(inspection.names(scratch))}
-            record = {"gguf": digest, "transformers": result.transformers, "files": hashes}
+            record = {"gguf": digest, "transformers": machine.versions()["transformers"], "files": hashes}
             write_atomic(scratch / RECORD, json.dumps(record, indent=1))
     return target, hashes
 
@@ -94,9 +96,11 @@ def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings
     digest = inspection.digest_of(staged)
     target = settings.checkpoints / digest
     with _locked(digest, "staging", settings):
-        if target.is_dir() and not _holds(target, staged, folder):
-            shutil.rmtree(target)
-        if not target.is_dir():
+        # A hard link changes when its origin is overwritten in place.
+        whole = target.is_dir() and inspection.names(target) == staged.keys()
+        if not (whole and all(holds(target, name, digest, folder) for name, digest in staged.items())):
+            if target.exists():
+                shutil.rmtree(target)
             with folder_appears_whole(target) as scratch:
                 for name in staged.keys() - texts.keys():
                     link_or_copy(folder / name, scratch / name)
@@ -113,10 +117,8 @@ def _locked(digest: str, what: str, settings: Settings) -> Iterator[None]:
         yield
 
 
-def _holds(target: Path, staged: Hashes, origin: Path) -> bool:
-    """Whether the folder holds what its name says: a hard link changes when its origin is overwritten in place."""
-    return inspection.names(target) == staged.keys() and all(
-        # The origin's files have just been digested: a link to one of them need not be read again.
-        ((origin / name).exists() and (target / name).samefile(origin / name)) or sha256(target / name) == digest
-        for name, digest in staged.items()
-    )
+def holds(folder: Path, name: str, digest: str, origin: Path | None = None) -> bool:
+    """Whether the file ``name`` has this SHA-256; a link to the one in ``origin``, which is known to, is not read."""
+    path = folder / name
+    linked = origin is not None and (origin / name).exists() and path.samefile(origin / name)
+    return linked or sha256(path) == digest

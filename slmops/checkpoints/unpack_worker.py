@@ -11,19 +11,11 @@ from slmops.processes import child
 
 
 class UnpackRequest(Frozen):
-    """What to unpack, and where to."""
-
     gguf: Path
     folder: Path
 
 
-class UnpackResult(Frozen):
-    """What was unpacked."""
-
-    transformers: str
-
-
-def handle(request: UnpackRequest) -> UnpackResult:
+def handle(request: UnpackRequest) -> Frozen:
     """Write the weights of a GGUF file (as fp32 safetensors), config, tokenizer and chat template into a folder.
 
     Raises:
@@ -63,7 +55,7 @@ def handle(request: UnpackRequest) -> UnpackResult:
         )
     model.save_pretrained(request.folder)
     tokenizer.save_pretrained(request.folder)
-    return UnpackResult(transformers=transformers.__version__)
+    return Frozen()
 
 
 if __name__ == "__main__":

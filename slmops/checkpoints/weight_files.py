@@ -38,7 +38,7 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
     """The file from which transformers would load the weights: a weight file, or the index of several.
 
     Args:
-        names: Names of all files of the checkpoint; they need not be downloaded yet.
+        names: Of all files of the checkpoint; they need not be downloaded yet.
         where: What to call the checkpoint in messages.
         allow_pickle: Accept ``pytorch_model*.bin``.
 

@@ -67,11 +67,7 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The workflow in a file, unchanged.
-
-    Raises:
-        RecipeError: There is no such file, or it has broken JSON or no passes.
-    """
+    """The workflow in a file, unchanged; a RecipeError if there is none."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -18,11 +18,7 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 def check(job: Job) -> None:
-    """See whether the precisions and the device can work at all, whatever the checkpoint.
-
-    Raises:
-        RecipeError: They cannot.
-    """
+    """Refuse, with a RecipeError, precisions and devices that cannot work, whatever the checkpoint."""
     if job.device != "cpu" or job.provider != "CPUExecutionProvider":
         raise RecipeError(
             f"device {job.device} with {job.provider} is not supported: the recipes are made and proven for the CPU, "
@@ -37,11 +33,7 @@ def check(job: Job) -> None:
 
 
 def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
-    """The recipes of a job's precisions, always with the baseline, which comes first.
-
-    Raises:
-        RecipeError: A precision, device or block size cannot work.
-    """
+    """The recipes of a job's precisions, the baseline always first; a RecipeError if one of them cannot work."""
     check(job)
     bits: dict[str, Any] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
     return [

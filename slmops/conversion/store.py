@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from slmops.checkpoints import store as checkpoints
 from slmops.core.files import sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
@@ -46,7 +47,5 @@ def load(folder: Path) -> Variant | None:
 def holds(folder: Path, file: VariantFile, origin: Path | None = None) -> bool:
     """Whether the file is in ``folder``; a link to the one in the folder ``origin`` is not read."""
     path = folder / file.name
-    if not path.is_file() or path.stat().st_size != file.size:
-        return False
-    linked = origin is not None and (origin / file.name).exists() and path.samefile(origin / file.name)
-    return linked or sha256(path) == file.sha256
+    whole = path.is_file() and path.stat().st_size == file.size
+    return whole and checkpoints.holds(folder, file.name, file.sha256, origin)

@@ -18,8 +18,6 @@ _PROBE_TOKENS = 40
 
 
 class VerifyRequest(Frozen):
-    """A folder that Olive made."""
-
     folder: Path
     recipe: Recipe
     checkpoint: Checkpoint
@@ -28,18 +26,12 @@ class VerifyRequest(Frozen):
 
 
 class VerifyResult(Frozen):
-    """What was found."""
-
     weights: Weights
     export_error: float | None
 
 
 def handle(request: VerifyRequest) -> VerifyResult:
-    """Check files, weights, one generated token and, for the baseline, the logits.
-
-    Raises:
-        ConversionError: The folder does not work.
-    """
+    """Check files, weights, one generated token and, for the baseline, the logits; else a ConversionError."""
     folder = request.folder
     try:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))

@@ -35,11 +35,7 @@ _ROBOT = "\N{ROBOT FACE}"  # stands before an answer in a chat
 def confirm(called: str, models: Path) -> bool | None:
     """Look for the model ``called`` with ``foundry cache ls``, pointed at the cache folder ``models`` meanwhile.
 
-    Returns:
-        True if it is listed; None where there is no ``foundry`` command.
-
-    Raises:
-        RegistrationError: The command fails or does not list the model.
+    True if it is listed, else a RegistrationError; None where there is no ``foundry`` command.
     """
     if shutil.which("foundry") is None:
         return None
@@ -58,11 +54,7 @@ def confirm(called: str, models: Path) -> bool | None:
 def ask(called: str, models: Path, prompt: str) -> str | None:
     """Put one question to the model ``called``, with the command pointed at the cache folder ``models`` meanwhile.
 
-    Returns:
-        The answer; None where there is no ``foundry`` command.
-
-    Raises:
-        RegistrationError: The command fails, or the model answers nothing.
+    The answer, or a RegistrationError if there is none; None where there is no ``foundry`` command.
     """
     if shutil.which("foundry") is None:
         return None

@@ -36,12 +36,9 @@ def model_name(name: str, variant: str) -> str:
 
 
 def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -> tuple[Path, int, bool]:
-    """Lay a variant out below Foundry's model cache.
+    """Lay a variant out below Foundry's model cache: the folder, its version, and whether it is new.
 
     The same variant with the same settings keeps its folder and version; anything else is a new version.
-
-    Returns:
-        The folder, its version, and whether it is new.
 
     Raises:
         RegistrationError: The variant's genai_config.json is broken.

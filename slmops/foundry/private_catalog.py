@@ -28,14 +28,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PATH = "/asset-gallery/v1.0/models"
-BODY_BYTES = 64 * 1024
-"""Largest size of a request."""
-BODY_TIMEOUT_S = 10.0
-"""Seconds that a request may take to arrive."""
-RETRY_AFTER_S = 5
-"""Seconds after which an application should ask again while the registry is down."""
-MESSAGE_LIMIT = 1000
-"""Characters of the longest error message; it may quote what was sent."""
+BODY_BYTES = 64 * 1024  # of the largest request
+BODY_TIMEOUT_S = 10.0  # for a request to arrive
+RETRY_AFTER_S = 5  # for an application to wait while the registry is down
+MESSAGE_LIMIT = 1000  # characters of an error message, which may quote what was sent
 
 
 class Entry(Frozen):
@@ -133,8 +129,7 @@ def _entity(entry: Entry) -> dict[str, Any]:
 def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
     """A web application that answers at :data:`PATH`, and at ``/health``.
 
-    Args:
-        entries: Called for each request, in a thread; if it raises an error of ours, the answer has status 503.
+    ``entries`` is called for each request, in a thread; if it raises an error of ours, the answer has status 503.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -170,12 +165,11 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         return JSONResponse({"status": "ok", "models": len({entry.alias for entry in offers if entry.latest})})
 
     async def refuse(_: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        message = error.detail if isinstance(error, HTTPException) else "The catalog failed; its log says how."
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return JSONResponse(
-            {"error": {"message": message[:MESSAGE_LIMIT], "type": kind}}, status, getattr(error, "headers", None)
-        )
+        if not isinstance(error, HTTPException):
+            error = HTTPException(500, "The catalog failed; its log says how.")
+        kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+        said = {"message": error.detail[:MESSAGE_LIMIT], "type": kind}
+        return JSONResponse({"error": said}, error.status_code, error.headers)
 
     return Starlette(
         routes=[Route(PATH, models, methods=["POST"]), Route("/health", health)],

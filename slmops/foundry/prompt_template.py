@@ -80,10 +80,9 @@ def fill(prompt_template: Mapping[str, str], messages: Sequence[ChatMessage]) ->
 def derive(template: ChatTemplate) -> Derived:
     """Derive the PromptTemplate and prove it.
 
-    It is compared on conversations of one to three questions, with and without a system message, with plain and with
-    odd characters. A chat template that refuses system messages (Gemma 2) is exact if all else is equal. One that folds
-    them into a question (Mistral), or writes one of its own where there is none (SmolLM2), is not: its strings are
-    right for the conversations that the reason does not name. If none is right, there are no strings.
+    A chat template that refuses system messages (Gemma 2) is exact if all else is equal. One that folds them into a
+    question (Mistral), or writes one of its own where there is none (SmolLM2), is not: its strings are right for the
+    conversations that the reason does not name. If none is right, there are no strings.
 
     Raises:
         CheckpointError: The template is broken Jinja, or fails for a single question.

@@ -57,11 +57,7 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
 
 
 def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> RegisterResult:
-    """Register a folder that lies in Foundry's layout, in a child process that has it answer.
-
-    Raises:
-        RegistrationError: Foundry Local refuses it, or it answers nothing.
-    """
+    """Register a folder in Foundry's layout, in a child process that has it answer; else a RegistrationError."""
     result, _ = children.call(
         "slmops.foundry.register_worker",
         request,

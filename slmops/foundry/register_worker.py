@@ -23,8 +23,6 @@ class RegisterRequest(Frozen):
 
 
 class RegisterResult(Frozen):
-    """What the registered model said."""
-
     answer: str
 
 

@@ -53,11 +53,7 @@ def local_catalog(running: Any) -> Any:
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
-    """Register ``folder``, which stays where it is, unless it is registered already, and return the model.
-
-    Raises:
-        FoundryLocalException: The runtime refuses it.
-    """
+    """Register ``folder``, which stays where it is, unless it is registered already, and return the model."""
     known = catalog.get_model_variant(foundry_id)
     if known is not None and Path(known.get_path()) != folder:
         catalog.unregister_model(foundry_id)  # the folder moved: the same home under another path
@@ -71,11 +67,7 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
 
 
 def registered(home: Path, foundry_id: str) -> Any:
-    """Start the runtime and return a model of its local catalog.
-
-    Raises:
-        EvaluationError: There is no such model.
-    """
+    """Start the runtime and return a model of its local catalog; an EvaluationError if it has no such model."""
     model = local_catalog(manager(home)).get_model_variant(foundry_id)
     if model is None:
         raise EvaluationError(f"{foundry_id} is not registered in Foundry Local at {home}.")

@@ -7,19 +7,18 @@ once. Elsewhere it is a process with folders of its own.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shlex
 import shutil
-import socket
-import socketserver
 import subprocess
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from anyio.from_thread import start_blocking_portal
 
 NETWORK = "10.213"
 BLOCK = 64 * 1024
@@ -30,7 +29,6 @@ class Machine:
     """One of them.
 
     Attributes:
-        name: Its name.
         root: The only folder that it writes to.
         host: Where it finds what listens on 127.0.0.1 here.
         prefix: What a command has to begin with to run there.
@@ -42,38 +40,31 @@ class Machine:
     prefix: tuple[str, ...]
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    @property
-    def log(self) -> Path:
-        return self.root / "log"
-
     def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         """Run a command there, in an environment of nothing but ``env``."""
         own = {name: str(self.root / name.lower()) for name in ("HOME", "TMPDIR", "PREFECT_HOME", "SLMOPS_HOME")}
         (self.root / "tmpdir").mkdir(exist_ok=True)
-        with self.log.open("ab") as out:
-            self.running.append(
-                subprocess.Popen(
-                    [*self.prefix, *argv],
-                    cwd=self.root,
-                    env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **own, **env},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+        with (self.root / "log").open("ab") as out:
+            child = subprocess.Popen(
+                [*self.prefix, *argv],
+                cwd=self.root,
+                env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **own, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
+        self.running.append(child)
 
     def processes(self, module: str = "") -> list[psutil.Process]:
         """What runs there with this in its command line."""
-        found = []
+        named = []
         for one in self.running:
             with contextlib.suppress(psutil.Error):
-                found += [psutil.Process(one.pid), *psutil.Process(one.pid).children(recursive=True)]
-        named = []
-        for process in found:
-            with contextlib.suppress(psutil.Error):
-                if module in " ".join(process.cmdline()):
-                    named.append(process)
+                leader = psutil.Process(one.pid)
+                for process in (leader, *leader.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        named += [process] * (module in " ".join(process.cmdline()))
         return named
 
     def kill(self) -> None:
@@ -88,7 +79,8 @@ class Machine:
         self.running.clear()
 
     def said(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        log = self.root / "log"
+        return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def isolated() -> bool:
@@ -117,39 +109,36 @@ def machines(
         hidden: Folders that they must not see.
     """
     roots = {name: folder / name for name in names}
-    for root in roots.values():
-        root.mkdir()
-    if not isolated():
-        yield from _closing([Machine(name, root, "127.0.0.1", ()) for name, root in roots.items()])
-        return
+    apart = isolated()
     with contextlib.ExitStack() as stack:
         made = []
         for number, (name, root) in enumerate(roots.items(), 1):
-            here, there = f"{NETWORK}.{number}.1", f"{NETWORK}.{number}.2"
-            space, link = f"slmops-{os.getpid()}-{name}", f"s{os.getpid() % 100000}{name}"
-            _run(f"ip netns add {space}")
-            stack.callback(_run, f"ip netns del {space}", check=False)
-            _run(f"ip link add {link} type veth peer name eth0 netns {space}")
-            _run(f"ip addr add {here}/30 dev {link}")
-            _run(f"ip link set {link} up")
-            for command in (f"addr add {there}/30 dev eth0", "link set eth0 up", "link set lo up"):
-                _run(f"ip -n {space} {command}")
-            for port in ports:
-                stack.enter_context(_forwarded(here, port))
-            covers = [*hidden, *(other for other in roots.values() if other != root)]
-            mounts = "".join(f"mount -t tmpfs none {shlex.quote(str(path))} && " for path in covers)
-            alone = "unshare --mount --pid --fork --kill-child --mount-proc sh -c"
-            prefix = (*shlex.split(f"ip netns exec {space} {alone}"), f'{mounts}exec "$@"', "sh")
+            root.mkdir()
+            here, prefix = "127.0.0.1", ()
+            if apart:
+                here = f"{NETWORK}.{number}.1"
+                covers = [*hidden, *(other for other in roots.values() if other != root)]
+                prefix = _separate(stack, name, here, f"{NETWORK}.{number}.2", covers)
+                for port in ports:
+                    stack.enter_context(_forwarded(here, port))
             made.append(Machine(name, root, here, prefix))
-        yield from _closing(made)
-
-
-def _closing(made: list[Machine]) -> Iterator[list[Machine]]:
-    try:
+            stack.callback(made[-1].kill)
         yield made
-    finally:
-        for machine in made:
-            machine.kill()
+
+
+def _separate(stack: contextlib.ExitStack, name: str, here: str, there: str, covers: Sequence[Path]) -> tuple[str, ...]:
+    """Make a network of two addresses until the stack ends; returns what runs a command at the one over there."""
+    space, link = f"slmops-{os.getpid()}-{name}", f"s{os.getpid() % 100000}{name}"
+    _run(f"ip netns add {space}")
+    stack.callback(_run, f"ip netns del {space}", check=False)
+    _run(f"ip link add {link} type veth peer name eth0 netns {space}")
+    _run(f"ip addr add {here}/30 dev {link}")
+    _run(f"ip link set {link} up")
+    for command in (f"addr add {there}/30 dev eth0", "link set eth0 up", "link set lo up"):
+        _run(f"ip -n {space} {command}")
+    mounts = "".join(f"mount -t tmpfs none {shlex.quote(str(path))} && " for path in covers)
+    alone = "unshare --mount --pid --fork --kill-child --mount-proc sh -c"
+    return (*shlex.split(f"ip netns exec {space} {alone}"), f'{mounts}exec "$@"', "sh")
 
 
 def _run(command: str, *, check: bool = True) -> None:
@@ -160,30 +149,17 @@ def _run(command: str, *, check: bool = True) -> None:
 def _forwarded(host: str, port: int) -> Iterator[None]:
     """What listens on 127.0.0.1, at another address of this machine."""
 
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as inside:
-                back = threading.Thread(target=_copy, args=(inside, self.request), daemon=True)
-                back.start()
-                _copy(self.request, inside)
-                back.join()
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            while block := await reader.read(BLOCK):
+                writer.write(block)
+                await writer.drain()
 
-    with socketserver.ThreadingTCPServer((host, port), Handler, bind_and_activate=False) as server:
-        server.allow_reuse_address = server.daemon_threads = True
-        server.block_on_close = False
-        server.server_bind()
-        server.server_activate()
-        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            answers, requests = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.gather(copy(reader, requests), copy(answers, writer))
 
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while block := source.recv(BLOCK):
-            target.sendall(block)
-    for one in (source, target):  # half-open connections would keep a client waiting for a server that is gone
-        with contextlib.suppress(OSError):
-            one.shutdown(socket.SHUT_RDWR)
+    with start_blocking_portal() as portal:
+        portal.call(asyncio.start_server, handle, host, port)
+        yield

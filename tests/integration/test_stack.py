@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,24 +20,19 @@ import pytest
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
 from slmops.local import stack
-from slmops.local.stack import Stack
+from slmops.local.stack import ServerStatus, Stack
 from slmops.processes import daemon
 from tests import prefect_api, surroundings
 
 pytestmark = pytest.mark.integration
 
 FLOW = """
-import logging
-import sys
-import time
-
+import logging, sys, time
 from prefect import flow, task
-
 
 @task
 def fail():
     raise ValueError("this is meant to fail")
-
 
 @flow
 def tiny(seconds: float = 0, failing: bool = False) -> None:
@@ -48,74 +42,41 @@ def tiny(seconds: float = 0, failing: bool = False) -> None:
     if failing:
         fail()
 
-
 if __name__ == "__main__":
     state = tiny(failing="fail" in sys.argv, return_state=True)
     raise SystemExit(0 if state.is_failed() == ("fail" in sys.argv) else 1)
 """
-
 DEPLOYMENT = """
 name: slmops
-pull:
-  - prefect.deployments.steps.set_working_directory:
-      directory: {folder}
-deployments:
-  - name: tiny
-    entrypoint: tiny.py:tiny
-    work_pool:
-      name: slmops
-"""
-
-TRACK = """
-import sys
-from pathlib import Path
-
-import mlflow
-
-mlflow.set_tracking_uri(sys.argv[1])
-Path("note.txt").write_text("kept")
-with mlflow.start_run() as run:
-    mlflow.log_metric("size_mb", 1.5)
-    mlflow.log_artifact("note.txt")
-mlflow.MlflowClient().create_registered_model("tiny")
-print(run.info.run_id, run.info.artifact_uri)
+pull: [prefect.deployments.steps.set_working_directory: {{directory: "{folder}"}}]
+deployments: [{{name: tiny, entrypoint: "tiny.py:tiny", work_pool: {{name: slmops}}}}]
 """
 
 
-class Taken:
-    """A listening socket: somebody else's server."""
+def listening() -> Iterator[socket.socket]:
+    """Somebody else's server."""
+    with socket.create_server((daemon.HOST, 0)) as other:
+        yield other
 
-    def __init__(self) -> None:
-        self.socket = socket.create_server((daemon.HOST, 0))
-        self.port: int = self.socket.getsockname()[1]
 
-    def asked(self) -> list[bytes]:
-        """What those said who connected; who looks for a free port, or for somebody else's server, says nothing."""
-        self.socket.setblocking(False)
-        said = []
+taken = pytest.fixture(listening, scope="module", name="taken")
+proxy = pytest.fixture(listening, scope="module", name="proxy")  # whatever wants to leave this machine comes by here
+
+
+def port(other: socket.socket) -> int:
+    return int(other.getsockname()[1])
+
+
+def asked(other: socket.socket) -> bytes:
+    """What those said who connected; who looks for a free port, or for somebody else's server, says nothing."""
+    other.setblocking(False)
+    said = b""
+    with contextlib.suppress(BlockingIOError):
         while True:
-            try:
-                visitor = self.socket.accept()[0]
-            except BlockingIOError:
-                return [request for request in said if request]
-            with visitor, contextlib.suppress(OSError):
+            with other.accept()[0] as visitor, contextlib.suppress(TimeoutError, ConnectionError):
                 visitor.settimeout(1)
-                said.append(visitor.recv(200))
-
-
-@pytest.fixture(scope="module")
-def taken() -> Iterator[Taken]:
-    other = Taken()
-    with other.socket:
-        yield other
-
-
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[Taken]:
-    """Whatever wants to leave this machine comes by here."""
-    other = Taken()
-    with other.socket:
-        yield other
+                said += visitor.recv(200)
+    return said
 
 
 def clean_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -125,31 +86,31 @@ def clean_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, taken: Taken) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory, taken: socket.socket) -> Settings:
     home = tmp_path_factory.mktemp("stack") / "home with a space"
-    return Settings(home=home, prefect_port=taken.port, mlflow_port=taken.port)
+    return Settings(home=home, prefect_port=port(taken), mlflow_port=port(taken))
 
 
 @pytest.fixture(scope="module")
 def servers(
-    settings: Settings, proxy: Taken, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Stack, Stack]]:
+    settings: Settings, proxy: socket.socket, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Stack]]:
     """What two calls at once gave."""
     with pytest.MonkeyPatch.context() as patch:
         clean_environment(patch, tmp_path_factory.mktemp("elsewhere"))
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-            patch.setenv(name, f"http://{daemon.HOST}:{proxy.port}")
+            patch.setenv(name, f"http://{daemon.HOST}:{port(proxy)}")
         patch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:////nowhere/somebody-elses.db")
         with ThreadPoolExecutor(2) as pool:
-            first, second = pool.map(lambda _: stack.up(settings), range(2))
-    yield first, second
+            both = list(pool.map(lambda _: stack.up(settings), range(2)))
+    yield both
     stack.down(settings)
 
 
 @pytest.fixture
-def running(servers: tuple[Stack, Stack], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stack:
+def running(servers: list[Stack], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stack:
     clean_environment(monkeypatch, tmp_path)
-    return servers[0]
+    return servers[0].model_copy(update={"started": ()})
 
 
 @pytest.fixture
@@ -157,16 +118,9 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Settings]
     """A home of its own in which nothing runs; MLflow is a file, so that only Prefect would be started."""
     clean_environment(monkeypatch, tmp_path)
     monkeypatch.setenv("SLMOPS_TRACKING_URI", "sqlite:///nothing.db")
-    settings = Settings(home=tmp_path / "home", prefect_port=free_port())
+    settings = Settings(home=tmp_path / "home", prefect_port=daemon.free_port(24200, ()), mlflow_port=25000)
     yield settings
     stack.down(settings)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((daemon.HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def pids(settings: Settings) -> dict[str, int]:
@@ -175,32 +129,27 @@ def pids(settings: Settings) -> dict[str, int]:
 
 def ours(settings: Settings) -> list[psutil.Process]:
     """All processes that carry the mark of this home."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(daemon.MARK, "").startswith(f"{settings.home}/"):
-                found.append(process)
-    return found
+    everybody = psutil.process_iter(["environ"])
+    return [
+        one for one in everybody if (one.info["environ"] or {}).get(daemon.MARK, "").startswith(f"{settings.home}/")
+    ]
 
 
-def test_two_calls_at_once_start_each_server_once(servers: tuple[Stack, Stack], settings: Settings) -> None:
+def test_two_calls_at_once_start_each_server_once_on_free_ports(
+    servers: list[Stack], settings: Settings, taken: socket.socket
+) -> None:
     first, second = servers
-    assert {*first.started, *second.started} == {"prefect", "mlflow"}
-    assert len(first.started) + len(second.started) == 2
+    assert sorted(first.started + second.started) == ["mlflow", "prefect"]
     assert first.model_copy(update={"started": ()}) == second.model_copy(update={"started": ()})
     assert set(pids(settings)) == {"prefect", "mlflow"}
-
-
-def test_ports_give_way(running: Stack, taken: Taken) -> None:
-    ports = [int(url.rpartition(":")[2]) for url in (running.prefect_url, running.tracking_uri)]
-    assert len({taken.port, *ports}) == 3
+    assert len({port(taken), httpx.URL(first.prefect_url).port, httpx.URL(first.tracking_uri).port}) == 3
     # The UI has to ask the API at the port that was taken in the end.
-    assert httpx.get(f"{running.prefect_url}/ui-settings").json()["api_url"] == running.prefect_api_url
+    assert httpx.get(f"{first.prefect_url}/ui-settings").json()["api_url"] == first.prefect_api_url
 
 
 def test_a_second_up_is_fast_and_changes_nothing(running: Stack, settings: Settings) -> None:
     before, start = pids(settings), time.monotonic()
-    assert stack.up(settings) == running.model_copy(update={"started": ()})
+    assert stack.up(settings) == running
     assert time.monotonic() - start < 2
     assert pids(settings) == before
     assert stack.status(settings).model_dump(mode="json") == {
@@ -219,27 +168,23 @@ def test_given_servers_are_used_and_left_alone(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", running.tracking_uri)
     monkeypatch.delenv("SLMOPS_TRACKING_URI")
     settings = Settings(home=alone.home)
-    assert stack.up(settings) == running.model_copy(update={"started": ()})
-    assert stack.status(settings).prefect == stack.ServerStatus(url=running.prefect_url, ok=True)
+    assert stack.up(settings) == running
+    assert stack.status(settings).prefect == ServerStatus(url=running.prefect_url, ok=True)
     assert stack.status(settings).mlflow.ok
     assert stack.down(settings) == []
     assert httpx.get(f"{running.prefect_api_url}/health").is_success
 
 
-def test_mlflow_keeps_runs_and_artifacts_below_home(running: Stack, settings: Settings, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRACK, running.tracking_uri],
-        env={**os.environ, **stack.QUIET},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    run_id, artifact_uri = done.stdout.splitlines()[-1].split()
-    assert artifact_uri.startswith("mlflow-artifacts:")
-    [artifact] = (settings.home / "mlflow" / "artifacts").rglob("note.txt")
-    assert run_id in artifact.parts
-    assert artifact.read_text() == "kept"
+def test_mlflow_keeps_runs_and_artifacts_below_home(running: Stack, settings: Settings) -> None:
+    with httpx.Client(base_url=f"{running.tracking_uri}/api/2.0", timeout=30) as api:
+        run = api.post("mlflow/runs/create", json={"experiment_id": "0"}).raise_for_status().json()["run"]["info"]
+        assert run["artifact_uri"] == f"mlflow-artifacts:/0/{run['run_id']}/artifacts"
+        path = f"0/{run['run_id']}/artifacts/note.txt"
+        api.put(f"mlflow-artifacts/artifacts/{path}", content=b"kept").raise_for_status()
+        assert (settings.home / "mlflow" / "artifacts" / path).read_text() == "kept"
+        model = api.post("mlflow/registered-models/create", json={"name": "tiny"})
+    assert model.raise_for_status().json()["registered_model"]["name"] == "tiny"
+    assert (settings.home / "mlflow" / "mlflow.db").is_file()
 
 
 @pytest.mark.parametrize("arguments", [[], ["fail"]])
@@ -284,15 +229,13 @@ def test_the_worker_runs_deployments_and_down_ends_its_flow_runs(
         [deployment] = api.post("deployments/filter", json={}).json()
         ask = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"seconds": 60}})
         run = f"flow_runs/{ask.json()['id']}"
-
-        def messages() -> list[str]:
-            return [record["message"] for record in api.post("logs/filter", json={"logs": {}}).json()]
-
         deadline = time.monotonic() + 60
         while api.get(run).json()["state_type"] != "RUNNING" and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(3)  # longer than it takes Prefect to send log records
-        assert "hello from slmops" in messages()
+        assert "hello from slmops" in [
+            record["message"] for record in api.post("logs/filter", json={"logs": {}}).json()
+        ]
         assert daemon.stop(stack._read(settings)["worker"])
         assert api.get(run).json()["state_type"] == "CRASHED"
     assert not [process for process in ours(settings) if "prefect.engine" in " ".join(process.cmdline())]
@@ -300,58 +243,52 @@ def test_the_worker_runs_deployments_and_down_ends_its_flow_runs(
 
 def test_a_dead_server_is_started_again_and_its_orphans_are_removed(running: Stack, settings: Settings) -> None:
     before = pids(settings)
-    orphans = psutil.Process(before["mlflow"]).children(recursive=True)
-    os.kill(before["mlflow"], signal.SIGKILL)
-    wait_for_death(before["mlflow"])
+    server = psutil.Process(before["mlflow"])
+    orphans = server.children(recursive=True)
+    server.kill()
+    server.wait(10)
     assert any(process.is_running() for process in orphans)  # they still hold the port
     assert not stack.status(settings).mlflow.ok
     with pytest.raises(PrerequisiteError, match="No MLflow server"):
         stack.tracking_uri(settings)
 
-    again = stack.up(settings)
-    assert again.started == ("mlflow",)
-    assert again.tracking_uri == running.tracking_uri
+    assert stack.up(settings) == running.model_copy(update={"started": ("mlflow",)})
     assert not any(process.is_running() for process in orphans)
     assert pids(settings)["prefect"] == before["prefect"]
 
 
-def wait_for_death(pid: int) -> None:
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_down_stops_everything_and_nothing_left_the_machine(running: Stack, settings: Settings, proxy: Taken) -> None:
+def test_down_stops_everything_and_nothing_left_the_machine(
+    running: Stack, settings: Settings, proxy: socket.socket
+) -> None:
     assert stack.down(settings) == ["prefect", "mlflow"]
     assert ours(settings) == []
     assert not (settings.home / "stack.json").exists()
     assert stack.down(settings) == []
-    assert proxy.asked() == []
+    assert asked(proxy) == b""
     with pytest.raises(httpx.ConnectError):
         httpx.get(running.prefect_url)
 
 
 def test_a_port_lost_in_the_last_moment_is_given_up(
-    alone: Settings, taken: Taken, monkeypatch: pytest.MonkeyPatch
+    alone: Settings, taken: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = Settings(home=alone.home, prefect_port=taken.port)
-    free, asked = daemon.free_port, []
+    settings = Settings(home=alone.home, prefect_port=port(taken))
+    free, tried = daemon.free_port, []
 
     def lose_the_race(first: int, others: list[int]) -> int:
-        asked.append(first)
-        return taken.port if len(asked) == 1 else free(first, others)
+        tried.append(first)
+        return port(taken) if len(tried) == 1 else free(first, others)
 
     monkeypatch.setattr(daemon, "free_port", lose_the_race)
     running = stack.up(settings)
-    assert asked == [taken.port, taken.port + 1]
-    assert running.prefect_url != f"http://{daemon.HOST}:{taken.port}"
+    assert tried == [port(taken), port(taken) + 1]
+    assert running.prefect_url != f"http://{daemon.HOST}:{port(taken)}"
     assert [process.pid for process in ours(settings)] == [pids(settings)["prefect"]]
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing(alone: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLMOPS_TRACKING_URI")
-    settings = Settings(home=alone.home, prefect_port=alone.prefect_port, mlflow_port=free_port())
+    settings = alone.model_copy(update={"tracking_uri": None})
     (settings.home / "mlflow").mkdir(parents=True)
     (settings.home / "mlflow" / "mlflow.db").write_text("This is no database." * 100)
     with pytest.raises(PrerequisiteError, match=r"MLflow server did not start: .*not a database"):
@@ -371,17 +308,13 @@ def test_a_recycled_process_id_is_not_killed(alone: Settings) -> None:
         stranger.kill()
 
 
-def test_a_given_server_that_is_down_is_named(alone: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"http://{daemon.HOST}:{free_port()}"
-    monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
-    settings = Settings(home=alone.home)
+def test_a_given_server_that_is_down_is_named(alone: Settings) -> None:
+    url = f"http://{daemon.HOST}:{alone.prefect_port}"
+    settings = alone.model_copy(update={"prefect_api_url": f"{url}/api"})
     with pytest.raises(PrerequisiteError, match=f"Prefect server at {url}/api does not answer") as caught:
         stack.up(settings)
     assert "PREFECT_API_URL" in str(caught.value.fix)
-    assert stack.status(settings).prefect == stack.ServerStatus(url=url, ok=False)
-    assert stack.status(settings).mlflow == stack.ServerStatus(url="sqlite:///nothing.db", ok=True)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-    monkeypatch.delenv("SLMOPS_TRACKING_URI")
-    monkeypatch.delenv("PREFECT_API_URL")
+    assert stack.status(settings).prefect == ServerStatus(url=url, ok=False)
+    assert stack.status(settings).mlflow == ServerStatus(url="sqlite:///nothing.db", ok=True)
     with pytest.raises(PrerequisiteError, match=f"MLflow server at {url} does not answer"):
-        stack.up(Settings(home=alone.home))
+        stack.up(alone.model_copy(update={"tracking_uri": url}))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,10 @@ def hold(lock: Path) -> Iterator[Callable[[], Holder]]:
 
     def start() -> Holder:
         argv = [sys.executable, "-c", HOLDER, str(lock)]
-        holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        holders.append(holder)
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        return holder
+        holders.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert holders[-1].stdout is not None
+        assert holders[-1].stdout.readline() == "held\n"
+        return holders[-1]
 
     yield start
     for holder in holders:
@@ -64,50 +64,43 @@ def who(lock: Path) -> Any:
     return json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def test_free(lock: Path) -> None:
-    with exclusive(lock, "the thing", wait=False):
+def refused(lock: Path, what: str = "the thing") -> str:
+    with pytest.raises(BusyError) as raised, exclusive(lock, what, wait=False):
+        pass
+    return raised.value.message
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_free_and_free_again(lock: Path, error: type[BaseException] | None) -> None:
+    with pytest.raises(error) if error else nullcontext(), exclusive(lock, "the thing", wait=False):
         assert who(lock)["pid"] == os.getpid()
         assert abs((datetime.now().astimezone() - datetime.fromisoformat(who(lock)["since"])).total_seconds()) < 60
         assert lock.parent.stat().st_mode & 0o777 == 0o700
+        assert f"process {os.getpid()}" in refused(lock)  # in the same process, too
+        if error:
+            raise error
     assert not lock.with_suffix(".json").exists()
     with exclusive(lock, "the thing", wait=False):
-        pass
+        assert lock.with_suffix(".json").exists()
 
 
 def test_busy_names_the_holder(lock: Path, hold: Callable[[], Holder]) -> None:
     holder = hold()
-    with pytest.raises(BusyError) as raised, exclusive(lock, "the job of 'bot'", wait=False):
-        pytest.fail("two hold it")
-    assert re.search(rf"the job of 'bot' \(process {holder.pid}, since {SECOND}\)", raised.value.message)
+    assert re.search(rf"the job of 'bot' \(process {holder.pid}, since {SECOND}\)", refused(lock, "the job of 'bot'"))
+    lock.with_suffix(".json").write_text("{", encoding="utf-8")
+    assert "process unknown" in refused(lock)
+    # Who was refused did not take the note away, either.
+    assert lock.with_suffix(".json").exists()
     holder.communicate("\n")
     assert holder.returncode == 0
     with exclusive(lock, "the thing", wait=False):
         pass
 
 
-def test_busy_in_the_same_process(lock: Path) -> None:
-    with (
-        exclusive(lock, "the thing", wait=False),
-        pytest.raises(BusyError, match=f"process {os.getpid()}"),
-        exclusive(lock, "the thing", wait=False),
-    ):
-        pytest.fail("two hold it")
-
-
-def test_holder_without_a_note(lock: Path, hold: Callable[[], Holder]) -> None:
-    hold()
-    lock.with_suffix(".json").write_text("{", encoding="utf-8")
-    with pytest.raises(BusyError, match="process unknown"), exclusive(lock, "the thing", wait=False):
-        pytest.fail("two hold it")
-    # Who was refused did not take the note away, either.
-    assert lock.with_suffix(".json").exists()
-
-
 def test_waits_for_the_holder_and_says_so(
     lock: Path, hold: Callable[[], Holder], caplog: pytest.LogCaptureFixture
 ) -> None:
     holder = hold()
-    assert holder.stdin is not None
     released: list[float] = []
 
     def release() -> None:
@@ -134,14 +127,6 @@ def test_free_again_when_the_holder_is_killed(lock: Path, hold: Callable[[], Hol
     assert lock.with_suffix(".json").exists(), "it had no time to tidy up"
     with exclusive(lock, "the thing", wait=False):
         assert who(lock)["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_free_again_after_an_exception(lock: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), exclusive(lock, "the thing", wait=False):
-        raise error
-    with exclusive(lock, "the thing", wait=False):
-        assert lock.with_suffix(".json").exists()
 
 
 def test_folder_of_another_user_is_refused(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError, model_validator
 
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
@@ -55,17 +55,11 @@ def refused(kind: Any, value: Any) -> ValidationError:
         (Annotated[str, Field(pattern="^a$")], "b", "it must match ^a$"),
         (Annotated[int, Field(lt=3)], 3, "it must be less than 3"),
         (Annotated[int, Field(multiple_of=16)], 3, "it must be a multiple of 16"),  # of which we say nothing ourselves
+        (Json[int], "", "it is not valid JSON: EOF while parsing a value at line 1 column 0"),
     ],
 )
 def test_words(kind: Any, value: Any, said: str) -> None:
     assert problems(refused(kind, value)) == [said]
-
-
-def test_what_is_no_json() -> None:
-    with pytest.raises(ValidationError) as raised:
-        Pair.model_validate_json("{")
-    [said] = problems(raised.value)
-    assert said.startswith("it is not valid JSON: ")
 
 
 def test_all_that_is_wrong_is_named_in_the_callers_words() -> None:

@@ -22,9 +22,8 @@ def test_answers_are_not_held_back_for_company() -> None:
 def test_a_port_in_use(host: str) -> None:
     with web.listen(host, 0) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(PrerequisiteError, match=str(port)) as caught:
+        with pytest.raises(PrerequisiteError, match=rf"{port}(.|\n)*--port"):
             web.listen(host, port)
-        assert "--port" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,62 +18,17 @@ from typing import Any
 import psutil
 import pytest
 
-from slmops.core.errors import CheckpointError, ConversionError, EvaluationError
-from slmops.core.values import Frozen
+from slmops.core.errors import CheckpointError, ConversionError
 from slmops.processes import children
 from slmops.processes.memory import Meter
+from tests.unit.processes import odd_worker
+from tests.unit.processes.odd_worker import Request, Result
 
 pytestmark = pytest.mark.timeout(60)
 
+ROOT = Path(__file__).parents[3]
 LONG_S = 30.0
-WORKER = """\
-import os, signal, sys, time
-from pathlib import Path
-from slmops.core import errors
-from slmops.processes import child
-from slmops.core.values import Frozen
-
-class Request(Frozen):
-    what: str
-
-class Result(Frozen):
-    said: str
-    pid: int
-
-def handle(request):
-    if request.what == "checkpoint error":
-        raise errors.CheckpointError("The folder is empty.", "Give another one.")
-    if request.what == "crash":
-        print("something was said")
-        raise KeyError("int8")
-    if request.what == "exit":
-        sys.exit(0)
-    if request.what == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if request.what == "crash in the clean-up":
-        import atexit
-        atexit.register(os.abort)
-    if request.what.startswith("sleep "):
-        Path(request.what.removeprefix("sleep ")).write_text(str(os.getpid()))
-        time.sleep(60)
-    return Result(said=f"did {request.what} {os.environ.get('MODE', '')}", pid=os.getpid())
-
-if __name__ == "__main__":
-    child.main(Request, handle)
-"""
-
-
-class Request(Frozen):
-    """What the worker is to do."""
-
-    what: str
-
-
-class Result(Frozen):
-    """What it did."""
-
-    said: str
-    pid: int
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 
 
 @pytest.fixture
@@ -86,20 +41,29 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "GRACE_S", 0.3)
 
 
-def python(program: str, log: Path, timeout_s: float = LONG_S, **options: Any) -> children.Finished:
-    return children.run([sys.executable, "-S", "-c", program], log=log, timeout_s=timeout_s, **options)
+def python(program: str, log: Path, **options: Any) -> children.Finished:
+    return children.run([sys.executable, "-S", "-c", program], log=log, timeout_s=LONG_S, **options)
+
+
+def sleeping(file: Path) -> str:
+    """A program that writes its process number and sleeps."""
+    return f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+
+
+def starting(start: str, program: str) -> str:
+    """A program that starts another one with ``run`` or ``Popen``."""
+    return f"import subprocess, sys; subprocess.{start}([sys.executable, '-S', '-c', {program!r}]); "
 
 
 def gone(pid: int, within_s: float) -> bool:
     """Has the process ended? One that nobody has reaped yet has."""
     end = time.monotonic() + within_s
     while time.monotonic() < end:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.02)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.02)
+                continue
+        return True
     return False
 
 
@@ -149,23 +113,21 @@ def test_what_the_log_has(log: Path, tmp_path: Path, program: str, written: str)
     assert "MODE" not in os.environ
 
 
-def test_status_and_time(log: Path) -> None:
-    finished = python("import time; time.sleep(0.3); raise SystemExit(7)", log)
-    assert finished.returncode == 7
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("raise SystemExit(7)", 7), ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM)],
+)
+def test_status_and_time(log: Path, end: str, status: int) -> None:
+    finished = python(f"import time; time.sleep(0.3); {end}", log)
+    assert finished.returncode == status
     assert 0.3 <= finished.seconds < 5
-
-
-def test_child_killed_by_a_signal(log: Path) -> None:
-    assert python("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", log).returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("held_by", ["the child", "its child"])
 def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
     program = "import time; x = b'x' * 60_000_000; time.sleep(0.6)"
-    if held_by == "its child":
-        program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {program!r}])"
     before = time.monotonic()
-    finished = python(program, log)
+    finished = python(starting("run", program) if held_by == "its child" else program, log)
     assert 60 < finished.memory_peak_mb < 300
     assert finished.memory_peak_mb == max(mb for _, mb in finished.memory)
     assert len(finished.memory) >= 3
@@ -174,33 +136,26 @@ def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
     assert before <= times[0] <= times[-1] <= before + finished.seconds + 1
 
 
-STUBBORN = ", signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-GRANDCHILD = "import pathlib, os, time{first}; pathlib.Path({file!r}).write_text(str(os.getpid())); time.sleep(60)"
-
-
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_children_of_a_child_whose_time_is_over_end_too(log: Path, over_when_written: Path, stubborn: bool) -> None:
-    first = STUBBORN if stubborn else ""
-    grandchild = GRANDCHILD.format(file=str(over_when_written), first=first)
-    finished = python(f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {grandchild!r}])", log)
+@pytest.mark.parametrize("stubborn", ["", STUBBORN])
+def test_a_child_whose_time_is_over_ends_and_its_children_too(
+    log: Path, over_when_written: Path, stubborn: str
+) -> None:
+    finished = python(starting("run", stubborn + sleeping(over_when_written)), log)
     assert (finished.timed_out, finished.returncode) == (True, -signal.SIGTERM)
     assert gone(number(over_when_written), within_s=2)
 
 
 def test_child_that_ignores_the_request_to_end_is_killed(log: Path, over_when_written: Path) -> None:
-    finished = python(GRANDCHILD.format(file=str(over_when_written), first=STUBBORN), log)
+    finished = python(STUBBORN + sleeping(over_when_written), log)
     assert (finished.timed_out, finished.returncode) == (True, -signal.SIGKILL)
 
 
 def test_children_left_behind_by_a_child_that_ended_are_ended(log: Path, tmp_path: Path) -> None:
-    grandchild = GRANDCHILD.format(file=str(tmp_path / "pid"), first="")
-    program = (
-        f"import pathlib, subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {grandchild!r}])\n"
-        f"while not pathlib.Path({str(tmp_path / 'pid')!r}).exists(): time.sleep(0.02)"
-    )
-    finished = python(program, log)
+    file = tmp_path / "pid"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(file)!r}).exists(): time.sleep(0.02)"
+    finished = python(starting("Popen", sleeping(file)) + wait, log)
     assert (finished.returncode, finished.timed_out) == (0, False)
-    assert gone(number(tmp_path / "pid"), within_s=2)
+    assert gone(number(file), within_s=2)
 
 
 def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
@@ -213,7 +168,7 @@ def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        python(GRANDCHILD.format(file=str(file), first=""), log)
+        python(sleeping(file), log)
     thread.join()
     assert gone(number(file), within_s=2)
 
@@ -223,110 +178,95 @@ def test_program_that_does_not_exist(log: Path) -> None:
         children.run(["/no/such/program"], log=log, timeout_s=1)
 
 
-@pytest.fixture
-def call(tmp_path: Path, log: Path) -> Callable[..., tuple[Result, children.Finished]]:
-    """Call the worker module, which lies where only the child looks."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "odd_worker.py").write_text(WORKER, encoding="utf-8")
+Call = Callable[..., tuple[Result, children.Finished]]
 
-    def run(what: str, **env: str) -> tuple[Result, children.Finished]:
+
+@pytest.fixture
+def call(tmp_path: Path, log: Path) -> Call:
+
+    def run(do: str, module: str = odd_worker.__name__, **env: str) -> tuple[Result, children.Finished]:
         return children.call(
-            "odd_worker",
-            Request(what=what),
+            module,
+            Request(do=do),
             Result,
             work=tmp_path / "work",
             log=log,
             timeout_s=LONG_S,
             error=ConversionError,
-            env={"PYTHONPATH": str(tmp_path / "modules"), **env},
+            env={"PYTHONPATH": str(ROOT), **env},
         )
 
     return run
 
 
-def test_call_returns_what_the_worker_made(call: Callable[..., tuple[Result, children.Finished]]) -> None:
-    result, finished = call("work", MODE="fast")
-    assert result.said == "did work fast"
+@pytest.mark.parametrize(
+    "do", ["pass", "import atexit; atexit.register(os.abort)"]
+)  # a crash in the clean-up does no harm
+def test_call_returns_what_the_worker_made(call: Call, do: str) -> None:
+    result, finished = call(do, MODE="fast")
+    assert result.mode == "fast"
     assert result.pid != os.getpid()
     assert finished.returncode == 0
     assert finished.memory_peak_mb > 5
 
 
-def test_error_of_our_own_comes_back_as_itself(call: Callable[..., Any], log: Path) -> None:
+def test_error_of_our_own_comes_back_as_itself(call: Call, log: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
-        call("checkpoint error")
+        call(
+            "from slmops.core import errors; raise errors.CheckpointError('The folder is empty.', 'Give another one.')"
+        )
     assert (raised.value.message, raised.value.fix) == ("The folder is empty.", "Give another one.")
     assert "Traceback" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("do", "said"),
     [
-        ("crash", r"status 1 and no result: .*KeyError: 'int8'$"),
-        ("exit", r"status 1 and no result: .*SystemExit: 0$"),
-        ("killed", r"SIGKILL \(often: out of memory\): it said nothing$"),
+        ("print('something was said'); raise KeyError('int8')", r"status 1 and no result: .*KeyError: 'int8'$"),
+        ("raise SystemExit(0)", r"status 1 and no result: .*SystemExit: 0$"),
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", r"SIGKILL \(often: out of memory\): it said nothing$"),
     ],
 )
-def test_any_other_end_is_the_callers_error_with_the_last_words(
-    call: Callable[..., Any], log: Path, what: str, said: str
-) -> None:
-    call("work")  # whose result is not taken for the next one's
+def test_any_other_end_is_the_callers_error_with_the_last_words(call: Call, log: Path, do: str, said: str) -> None:
+    call("pass")  # whose result is not taken for the next one's
     log.unlink()
     with pytest.raises(ConversionError) as raised:
-        call(what)
+        call(do)
     assert re.search(said, raised.value.message)
     assert raised.value.fix == f"Its log: {log}"
-    assert ("something was said\nTraceback" in log.read_text(encoding="utf-8")) == (what == "crash")
+    assert ("something was said\nTraceback" in log.read_text(encoding="utf-8")) == ("said" in do)
 
 
-def test_worker_that_takes_too_long(call: Callable[..., Any], over_when_written: Path) -> None:
-    with pytest.raises(ConversionError) as raised:
-        call(f"sleep {over_when_written}")
-    assert "30 s" in raised.value.message
+def test_worker_that_takes_too_long(call: Call, over_when_written: Path) -> None:
+    with pytest.raises(ConversionError, match="30 s"):
+        call(sleeping(over_when_written))
     assert gone(number(over_when_written), within_s=2)
 
 
-def test_crash_in_the_clean_up_after_the_work_does_no_harm(call: Callable[..., Any]) -> None:
-    result, finished = call("crash in the clean-up")
-    assert result.said == "did crash in the clean-up "
-    assert finished.returncode == 0
-
-
-def test_unknown_module(tmp_path: Path, log: Path) -> None:
-    options: dict[str, Any] = {"work": tmp_path / "work", "log": log, "timeout_s": LONG_S, "error": EvaluationError}
-    with pytest.raises(EvaluationError, match=r"status 1 and no result: .*No module named no_such_worker"):
-        children.call("no_such_worker", Request(what=""), Result, **options)
+def test_unknown_module(call: Call) -> None:
+    with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named no_such_worker"):
+        call("pass", module="no_such_worker")
 
 
 PARENT = """\
 import sys
 from pathlib import Path
-from slmops.core import errors
+from slmops.core.errors import WorkError
 from slmops.processes import children
-from slmops.core.values import Frozen
+from tests.unit.processes.odd_worker import Request, Result
 
-class Request(Frozen):
-    what: str
-
-folder = Path(sys.argv[1])
-children.call("odd_worker", Request(what=f"sleep {folder / 'pid'}"), Request, work=folder / "work",
-             log=folder / "log", timeout_s=60, error=errors.WorkError)
+work = Path(sys.argv[1])
+children.call("tests.unit.processes.odd_worker", Request(do=sys.argv[2]), Result, work=work, log=work / "log",
+             timeout_s=60, error=WorkError)
 """
 
 
-@pytest.fixture
-def parent(tmp_path: Path, call: Callable[..., Any]) -> Iterator[subprocess.Popen[bytes]]:  # noqa: ARG001 - its module
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
-    started = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=env)
-    yield started
-    started.kill()
-    started.wait()
-
-
-def test_worker_dies_with_a_parent_that_is_killed(parent: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    worker = number(tmp_path / "pid")
-    assert not gone(worker, within_s=0.2)
-    parent.kill()
+def test_worker_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", PARENT, str(tmp_path), sleeping(tmp_path / "pid")]
+    with subprocess.Popen(argv, cwd=ROOT) as parent:
+        worker = number(tmp_path / "pid")
+        assert not gone(worker, within_s=0.2)
+        parent.kill()
     assert gone(worker, within_s=5)
 
 

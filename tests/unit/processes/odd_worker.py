@@ -1,0 +1,30 @@
+"""Child process: do what a test says."""
+
+from __future__ import annotations
+
+import os
+
+from slmops.core.values import Frozen
+from slmops.processes import child
+
+
+class Request(Frozen):
+    """Statements of Python."""
+
+    do: str
+
+
+class Result(Frozen):
+    """In which mode it was done, and where."""
+
+    mode: str | None
+    pid: int
+
+
+def handle(request: Request) -> Result:
+    exec(request.do)  # noqa: S102
+    return Result(mode=os.environ.get("MODE"), pid=os.getpid())
+
+
+if __name__ == "__main__":
+    child.main(Request, handle)

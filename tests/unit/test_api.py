@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import slmops
 from slmops import Job, SlmopsError, UsageError, optimize
 from slmops.core.values import HEADLINE_METRICS
 from slmops.report.tables import COLUMNS
+from tests.surroundings import imported
 from tests.values import comparison, failed, result
 
 PUBLIC = {
@@ -29,9 +28,7 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    program = "import slmops, sys; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not HEAVY & set(done.stdout.split())
+    assert not HEAVY & imported("import slmops")
 
 
 def test_what_cannot_be_used_is_refused_before_a_server_is_started(

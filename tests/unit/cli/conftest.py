@@ -16,23 +16,17 @@ from slmops.cli import deploy, jobs
 from tests import values
 
 PAGE = "http://mlflow/run"
+FLOWS = ("optimize", "retrain", "soak", "remeasure", "promote")
 
 
 class Flows:
-    """Stand in for the flows.
-
-    Attributes:
-        asked: Name of the flow and its request, for each call.
-        answer: What each returns, or raises.
-    """
+    """Stand in for the flows: each notes its name and request, and returns, or raises, the answer."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.answer: Any = values.comparison(values.result("int4", 114.0), chosen="int4")
 
     def stand_in(self, name: str) -> Callable[[Any], Any]:
-        """The flow of this name."""
-
         def flow(request: Any) -> Any:
             self.asked.append((name, request))
             if isinstance(self.answer, BaseException):
@@ -52,14 +46,12 @@ class Flows:
 @pytest.fixture
 def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     made = Flows()
-    names = {"optimize": ["optimize"], "promote": ["promote", "rollback"]}
-    for module in ("optimize", "retrain", "soak", "remeasure", "promote"):
-        functions = {name: made.stand_in(name) for name in names.get(module, [module])}
-        monkeypatch.setitem(sys.modules, f"flows.{module}", SimpleNamespace(**functions))  # type: ignore[arg-type]
+    functions = {name: made.stand_in(name) for name in (*FLOWS, "rollback")}
+    for module in FLOWS:
+        monkeypatch.setitem(sys.modules, f"flows.{module}", SimpleNamespace(**functions))
+    servers = SimpleNamespace(tracking_uri="http://mlflow")
     for commands in (jobs, deploy):
-        monkeypatch.setattr(
-            commands, "prefect_running", lambda: nullcontext(SimpleNamespace(tracking_uri="http://mlflow"))
-        )
+        monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(servers))
     monkeypatch.setattr(jobs, "_page", lambda *_: PAGE)
     monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
     return made

@@ -18,6 +18,7 @@ from slmops.cli.command import COMMANDS, run
 from slmops.core import errors
 from slmops.core.job import Job
 from slmops.core.values import Comparison
+from tests.surroundings import imported
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Flows
@@ -34,8 +35,6 @@ WRONG = [
     ("run --quick", "error: --model is missing\n"),
     ("run --model", "--model needs a value"),
     ("run --model m --name ../x", r"--name may only have .* \(got '\.\./x'\)"),
-    ("run --model m --name a/b", r"--name .*\(got 'a/b'\)"),
-    (f"run --model m --name {'a' * 64}", "--name may only have"),
     ("run --model m --int4-block-size many", r"--int4-block-size must be a whole number \(got 'many'\)"),
     ("run --model m --int4-block-size 8", r"--int4-block-size must be at least 16 \(got '8'\)"),
     ("run --model m --device npu", "--device must be 'cpu' or 'gpu'"),
@@ -78,14 +77,7 @@ def test_wrong_usage(flows: Flows, capsys: pytest.CaptureFixture[str], arguments
     assert flows.asked == []
 
 
-IN_FILE = {
-    "model": "demo",
-    "name": "bot",
-    "precision": ["int8", "int4"],
-    "int4_block_size": 64,
-    "quick": True,
-    "perplexity_text": "text.txt",
-}
+IN_FILE = {"model": "demo", "name": "bot", "precision": ["int8", "int4"], "int4_block_size": 64, "quick": True}
 JOB_YAML = yaml.safe_dump({**IN_FILE, "top_p": None})
 JOB_TOML = "\n".join(f"{key.replace('_', '-')} = {json.dumps(value)}" for key, value in IN_FILE.items())
 FILES = [("job.yaml", JOB_YAML), ("job.yml", JOB_YAML), ("job.toml", JOB_TOML), ("job.json", json.dumps(IN_FILE))]
@@ -163,23 +155,22 @@ def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--{field.replace('_', '-')} " in out
 
 
-@pytest.mark.parametrize("kind", errors.BY_NAME.values())
-def test_exit_codes(flows: Flows, capsys: pytest.CaptureFixture[str], kind: type[errors.SlmopsError]) -> None:
-    flows.answer = kind("It went wrong there.", "Do this.")
-    assert run(["run", "--model", "demo"]) == kind.exit_code
-    assert capsys.readouterr() == ("", "error: It went wrong there.\n  Do this.\n")
+ENDS = [(kind("It went wrong.", "Do this."), kind.exit_code, "  Do this.\n") for kind in errors.BY_NAME.values()]
 
 
-@pytest.mark.parametrize(
-    ("answer", "code", "said"),
-    [(errors.WorkError("It went wrong."), 1, "error: It went wrong.\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
-)
-def test_an_end_is_told_in_a_line(
-    flows: Flows, capsys: pytest.CaptureFixture[str], answer: BaseException, code: int, said: str
+@pytest.mark.parametrize(("answer", "code", "fix"), [*ENDS, (errors.WorkError("It went wrong."), 1, "")], ids=repr)
+def test_an_error_is_told_with_its_fix(
+    flows: Flows, capsys: pytest.CaptureFixture[str], answer: errors.SlmopsError, code: int, fix: str
 ) -> None:
     flows.answer = answer
-    assert run(["demo"]) == code
-    assert capsys.readouterr() == ("", said)
+    assert run(["run", "--model", "demo"]) == code
+    assert capsys.readouterr() == ("", f"error: It went wrong.\n{fix}")
+
+
+def test_an_interruption_is_told(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.answer = KeyboardInterrupt()
+    assert run(["demo"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 @pytest.mark.parametrize("home_is_usable", [True, False])
@@ -202,28 +193,26 @@ def test_what_no_check_foresaw(
     assert "RuntimeError: boom\nwith details" in story
 
 
-@pytest.mark.parametrize("below", ["", "/locks"])
+UNUSABLE = "error: {0} cannot be used: Permission denied.\n  Set SLMOPS_H"
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "said"),
+    [("{}", 2, UNUSABLE), ("{}/locks", 2, UNUSABLE), ("/elsewhere", 1, "error: PermissionError: ")],
+)
 def test_a_home_that_cannot_be_used_is_named(
-    flows: Flows, home: Path, below: str, capsys: pytest.CaptureFixture[str]
+    flows: Flows, home: Path, path: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flows.answer = PermissionError(errno.EACCES, "Permission denied", f"{home}{below}")
-    assert run(["run", "--model", "demo"]) == 2
-    assert capsys.readouterr().err.startswith(
-        f"error: {home}{below} cannot be used: Permission denied.\n  Set SLMOPS_H"
-    )
-    assert not home.exists()
+    path = path.format(home)
+    flows.answer = PermissionError(errno.EACCES, "Permission denied", path)
+    assert run(["run", "--model", "demo"]) == code
+    assert capsys.readouterr().err.startswith(said.format(path))
 
 
 def test_a_home_inside_a_file_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home.write_text("not a folder", encoding="utf-8")
     assert run(["up"]) == 2
     assert str(home) in capsys.readouterr().err
-
-
-def test_a_file_elsewhere_is_not_taken_for_the_home(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
-    flows.answer = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/file")
-    assert run(["run", "--model", "demo"]) == 1
-    assert capsys.readouterr().err.startswith("error: PermissionError: ")
 
 
 def test_a_reader_that_leaves_is_not_a_crash() -> None:
@@ -249,20 +238,13 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx", "numpy"]
 
 
-def loaded(program: str) -> set[str]:
-    """What is imported when the program has run."""
-    program += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
-
-
 @pytest.mark.parametrize("module", ["command", "jobs", "deploy", "local"])
 def test_importing_commands_imports_nothing_heavy(module: str) -> None:
-    found = loaded(f"import slmops.cli.{module}")
+    found = imported(f"import slmops.cli.{module}")
     assert "cyclopts" in found
     assert not found & {*HEAVY, "foundry_local_sdk", "matplotlib", "datasets", "fastapi"}
 
 
 def test_the_list_of_commands_needs_none_of_them() -> None:
     """Half a second goes by quickly."""
-    assert not loaded("from slmops.cli.command import run; run(['--help'])") & {*HEAVY, "pydantic", "jinja2", "httpx"}
+    assert not imported("from slmops.cli.command import run; run(['--help'])") & {*HEAVY, "pydantic", "jinja2", "httpx"}

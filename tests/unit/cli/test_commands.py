@@ -32,22 +32,14 @@ if TYPE_CHECKING:
 
 PAGE = "http://mlflow/run"
 COMPARISON = values.comparison(values.result("int4", 114.0), chosen="int4")
-PROMOTED = Promoted(model="bot", version=4, variant="int8", replaced=3, changed=True, url=PAGE)
+VERSION: dict[str, Any] = {"model": "bot", "version": 4, "variant": "int8"}
+PROMOTED = Promoted(**VERSION, replaced=3, changed=True, url=PAGE)
 SOAKED = soak.judge(Target(model="tiny", variant="int8", foundry_id="x"), [500_000.0] * 30, 10)
 SOAKED = SOAKED.model_copy(update={"run_id": "r"})
-REMEASURED = Remeasured(
-    model="bot",
-    version=3,
-    variant="int8",
-    outcome="drifted",
-    figures=(),
-    hardware_kind="P",
-    recorded_run="r",
-    run_id="s",
-    detail="It is slower.",
-)
+SLOWER: dict[str, Any] = {"outcome": "drifted", "figures": (), "hardware_kind": "P", "detail": "It is slower."}
+REMEASURED = Remeasured(**VERSION, **SLOWER, recorded_run="r", run_id="s")
 RETRAINED = Retrained(
-    model="bot", outcome="promoted", detail="It is better.", input_digest="d", run_id="r", url=PAGE, version=4
+    model="bot", outcome="promoted", detail="Better.", input_digest="d", run_id="r", url=PAGE, version=4
 )
 
 
@@ -63,56 +55,41 @@ def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLMOPS_TRACKING_URI", "http://registry")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "flow", "options"),
-    [
-        ("run --model=org/m@main --name bot", "optimize", {"model": "org/m@main", "name": "bot"}),
-        ("run --model m --precision int4 --json", "optimize", {"model": "m", "precision": ["int4"]}),
-        (
-            "run --model m --precision int4 --precision int8 --olive-config mine.json --quick",
-            "optimize",
-            {"model": "m", "precision": ["int4", "int8"], "olive_config": "mine.json", "quick": True},
-        ),
-        (
-            "run --model m --int4-block-size 64 --int4-symmetric --top-p 0.9",
-            "optimize",
-            {"model": "m", "int4_block_size": 64, "int4_symmetric": True, "top_p": 0.9},
-        ),
-        ("demo --quick", "optimize", {"model": "demo", "quick": True}),
-        ("retrain --model m --data d --watch-s 0", "retrain", {"model": "m", "data": "d", "watch_s": 0}),
-        (
-            "retrain --demo --training.epochs 1",
-            "retrain",
-            {
-                "model": "demo",
-                "data": "demo",
-                "name": "ticket-router",
-                "training": {"epochs": 1.0},
-                "serve": True,
-                "watch_s": 30,
-            },
-        ),
-        ("soak", "soak", {}),
-        ("soak bot", "soak", {"name": "bot"}),
-        ("soak --name bot", "soak", {"name": "bot"}),
-        ("soak bot --variant int4 --requests 40", "soak", {"name": "bot", "variant": "int4", "requests": 40}),
-        ("soak bot --champion", "soak", {"name": "bot", "champion": True}),
-        ("soak --max-kb-per-request 0.5", "soak", {"max_kb_per_request": 0.5}),
-        (
-            "remeasure bot --version int8 --max-slowdown 2",
-            "remeasure",
-            {"name": "bot", "version": "int8", "max_slowdown": 2},
-        ),
-        ("promote bot", "promote", {"name": "bot"}),
-        ("promote bot --precision int8", "promote", {"name": "bot", "precision": "int8"}),
-        ("promote bot --version 3 --force unfair", "promote", {"name": "bot", "version": 3, "force": "unfair"}),
-    ],
-)
-def test_flags_are_the_request(flows: Flows, arguments: str, flow: str, options: dict[str, Any]) -> None:
+DEMO = {"model": "demo", "data": "demo", "name": "ticket-router", "serve": True, "watch_s": 30}
+MINE = {"model": "m", "precision": ["int4", "int8"], "olive_config": "mine.json", "quick": True}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "run --model=org/m@main --name bot": {"model": "org/m@main", "name": "bot"},
+    "run --model m --precision int4 --json": {"model": "m", "precision": ["int4"]},
+    "run --model m --precision int4 --precision int8 --olive-config mine.json --quick": MINE,
+    "run --model m --int4-block-size 64 --int4-symmetric": {
+        "model": "m",
+        "int4_block_size": 64,
+        "int4_symmetric": True,
+    },
+    "run --model m --top-p 0.9": {"model": "m", "top_p": 0.9},
+    "demo --quick": {"model": "demo", "quick": True},
+    "retrain --model m --data d --watch-s 0": {"model": "m", "data": "d", "watch_s": 0},
+    "retrain --demo --training.epochs 1": {**DEMO, "training": {"epochs": 1.0}},
+    "soak": {},
+    "soak bot": {"name": "bot"},
+    "soak --name bot": {"name": "bot"},
+    "soak bot --variant int4 --requests 40": {"name": "bot", "variant": "int4", "requests": 40},
+    "soak bot --champion": {"name": "bot", "champion": True},
+    "soak --max-kb-per-request 0.5": {"max_kb_per_request": 0.5},
+    "remeasure bot --version int8 --max-slowdown 2": {"name": "bot", "version": "int8", "max_slowdown": 2},
+    "promote bot": {"name": "bot"},
+    "promote bot --precision int8": {"name": "bot", "precision": "int8"},
+    "promote bot --version 3 --force unfair": {"name": "bot", "version": 3, "force": "unfair"},
+}
+
+
+@pytest.mark.parametrize("arguments", REQUESTS)
+def test_flags_are_the_request(flows: Flows, arguments: str) -> None:
     flows.answer = errors.WorkError("Here it ends.")
     assert run(arguments.split()) == 1
-    assert [name for name, _ in flows.asked] == [flow]
-    assert flows.options == options
+    command = arguments.split()[0]
+    assert flows.options == REQUESTS[arguments]
+    assert flows.asked[0][0] == {"run": "optimize", "demo": "optimize"}.get(command, command)
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -167,20 +144,16 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         given.append((flow, request))
         return PAGE
 
-    monkeypatch.setitem(sys.modules, "flows.approval", SimpleNamespace(hand_over=hand_over))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flows.approval", SimpleNamespace(hand_over=hand_over))
     monkeypatch.setattr(promotion, "decide", lambda *_: None)
     monkeypatch.setattr(promotion, "refuse", lambda _: None)
     return given
 
 
 def test_a_worker_does_what_waits_for_a_person(
-    flows: Flows,
-    handed_over: list[tuple[str, Any]],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    flows: Flows, handed_over: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # which is not the worker's folder
+    """In another folder."""
     (tmp_path / "d.jsonl").touch()
     assert run(["promote", "bot", "--approval", "--approval-timeout-s", "60"]) == 0
     assert capsys.readouterr().out == f"{PAGE}\n"
@@ -237,15 +210,12 @@ def test_pull_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_status_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tags = {"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"}
     version = values.model_version(3, aliases=("champion", "int8"), size_mb=158.02, tags=tags)
-    found = {"bot": [version]}
-    monkeypatch.setattr(Registry, "versions", lambda _, name: found.get(name, []))
-    monkeypatch.setattr(Registry, "models", lambda _: list(found))
+    monkeypatch.setattr(Registry, "versions", lambda _, name: [version] * (name == "bot"))
+    monkeypatch.setattr(Registry, "models", lambda _: ["bot"])
     assert run(["status", "bot"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.split() == [
-        *["3", "int8", "158.0", "passed", "3", "of", "4", "2026-01-02", "00:00", "champion"],
-        *["withdrawn:", "it", "answers", "nothing"],
-    ]
+    said = "3 int8 158.0 passed 3 of 4 2026-01-02 00:00 champion withdrawn: it answers nothing"
+    assert " ".join(line.split()) == said
     assert run(["status", "bot", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["versions"][0]["version"] == 3
     assert run(["status", "boat"]) == 2

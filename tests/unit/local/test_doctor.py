@@ -1,13 +1,15 @@
-"""The checks that need no heavy package, on machines that are made up."""
+"""The checks that need no heavy package, on machines that are made up, and a build from pretended sources."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +22,22 @@ from slmops.local.doctor import Check
 
 PYTHON = sys.executable  # tests put others in its place
 CLOSED = "http://127.0.0.1:9"
-Usage = namedtuple("Usage", "total used free")
+BUILD = """
+import json, sys, zipfile
+from pathlib import Path
+
+Path("argv.json").write_text(json.dumps(sys.argv))
+if Path("fail").exists():
+    raise SystemExit("CMake Error: no compiler")
+folder = Path("build/Linux/Release/wheel")
+folder.mkdir(parents=True, exist_ok=True)
+about = "tinygenai-1.0.dist-info"
+with zipfile.ZipFile(folder / "tinygenai-1.0-py3-none-any.whl", "w") as wheel:
+    wheel.writestr("tinygenai.py", "BUILT = True")
+    wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\\nName: tinygenai\\nVersion: 1.0\\nRequires-Dist: no")
+    wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any")
+    wheel.writestr(f"{about}/RECORD", "")
+"""
 
 
 @pytest.fixture
@@ -79,16 +96,14 @@ def test_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch, memory_gb: 
 @pytest.mark.parametrize(("free", "status"), [(20e9, "ok"), (19e9, "warning"), (5e9, "warning"), (4e9, "failure")])
 def test_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
     asked = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or Usage(0, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: asked.append(folder) or SimpleNamespace(free=free))
     assert find(settings, "disk").status == status
     assert asked == [settings.home.parents[1]]  # the nearest folder that exists
 
 
-@pytest.mark.parametrize(
-    ("isa", "status"), [(("avx", "avx2"), "ok"), (("neon",), "ok"), ((), "ok"), (("avx",), "warning")]
-)
-def test_cpu(settings: Settings, monkeypatch: pytest.MonkeyPatch, isa: tuple[str, ...], status: str) -> None:
-    monkeypatch.setattr(machine, "hardware", lambda: hardware(isa=isa))
+@pytest.mark.parametrize(("isa", "status"), [("avx avx2", "ok"), ("neon", "ok"), ("", "ok"), ("avx", "warning")])
+def test_cpu(settings: Settings, monkeypatch: pytest.MonkeyPatch, isa: str, status: str) -> None:
+    monkeypatch.setattr(machine, "hardware", lambda: hardware(isa=tuple(isa.split())))
     assert find(settings, "CPU").status == status
 
 
@@ -167,8 +182,21 @@ def test_a_build_is_refused_without_a_new_cmake(
     assert not settings.home.exists()
 
 
-def test_a_build_is_refused_without_a_checkout(settings: Settings, tmp_path: Path) -> None:
+def test_build_and_install(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match=r"build\.py"):
+        doctor.build_genai(tmp_path, settings)
+    (tmp_path / "build.py").write_text(BUILD)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "old-0.1-py3-none-any.whl").touch()
+    program(tmp_path / "bin", "cmake", "print('cmake version 4.1.2')")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "installed"))
+    assert doctor.build_genai(tmp_path, settings).name == "tinygenai-1.0-py3-none-any.whl"
+    assert json.loads((tmp_path / "argv.json").read_text()) == ["build.py", "--config", "Release"]
+    assert (tmp_path / "installed" / "tinygenai.py").is_file()
+
+    (tmp_path / "fail").touch()
+    with pytest.raises(PrerequisiteError, match="GenAI failed: CMake Error: no compiler"):
         doctor.build_genai(tmp_path, settings)
 
 

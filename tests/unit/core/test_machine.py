@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,3 +72,23 @@ def test_memory_is_what_the_container_may_use(
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(64e9), available=int(32e9)))
     assert machine.memory() == expected
+
+
+def test_hardware_of_an_arm_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "memory", lambda: (1_960_000_000, 0))
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = machine.hardware()
+    assert (found.isa, found.memory_gb) == (("neon", "dotprod", "i8mm"), 2.0)
+    assert found.cores >= 1
+
+
+def test_hardware_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "machdep.cpu.brand_string: Apple M3\nhw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.sme: 0"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=said))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = machine.hardware()
+    assert (found.processor, found.isa) == ("Apple M3", ("neon", "dotprod"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -198,27 +197,3 @@ def test_build_and_install(settings: Settings, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "fail").touch()
     with pytest.raises(PrerequisiteError, match="GenAI failed: CMake Error: no compiler"):
         doctor.build_genai(tmp_path, settings)
-
-
-def test_hardware_of_an_arm_machine_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n\nprocessor\t: 1\n")
-    (tmp_path / "memory.max").write_text("2000000000\n")
-    (tmp_path / "memory.current").write_text("5000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 2000000\n")
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
-    monkeypatch.setattr(sys, "platform", "linux")
-    found = machine.hardware()
-    assert found.isa == ("neon", "dotprod", "i8mm")
-    assert found.memory_gb == 2.0
-    assert found.cores >= 1
-
-
-def test_hardware_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = (
-        "machdep.cpu.brand_string: Apple M3\nhw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.sme: 0\n"
-    )
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=said))
-    monkeypatch.setattr(sys, "platform", "darwin")
-    found = machine.hardware()
-    assert (found.processor, found.isa) == ("Apple M3", ("neon", "dotprod"))

@@ -15,12 +15,6 @@ def optimize(job: Job) -> Comparison:
     are left running; ``slmops down`` stops them. Where things are comes from ``SLMOPS_*`` variables and ``.env``, and
     progress goes to the logger ``slmops``.
 
-    Args:
-        job: What to do.
-
-    Returns:
-        The comparison of the variants, with the choice and its reason.
-
     Raises:
         UsageError: Something in the job cannot be used; all that is wrong is named at once.
         PrerequisiteError: Something this machine needs is missing.

@@ -25,15 +25,6 @@ def check(job: Job, settings: Settings) -> None:
     Raises:
         SlmopsError: What cannot be used; of several problems a UsageError that names them all.
     """
-    problems = _problems(job, settings)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        said = "\n".join(indent(str(problem), "  ") for problem in problems)
-        raise UsageError(f"{len(problems)} things are wrong with what this job was given:\n{said}")
-
-
-def _problems(job: Job, settings: Settings) -> list[SlmopsError]:
     checks: list[Callable[[], object]] = [
         lambda: source.check(job),
         lambda: _check_template(job),
@@ -51,7 +42,11 @@ def _problems(job: Job, settings: Settings) -> list[SlmopsError]:
             one()
         except SlmopsError as error:
             problems.setdefault(str(error), error)
-    return list(problems.values())
+    if len(problems) > 1:
+        said = "\n".join(indent(problem, "  ") for problem in problems)
+        raise UsageError(f"{len(problems)} things are wrong with what this job was given:\n{said}")
+    for problem in problems.values():
+        raise problem
 
 
 def _check_template(job: Job) -> None:

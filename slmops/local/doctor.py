@@ -68,14 +68,14 @@ def check(settings: Settings, *, imports: bool = True) -> list[Check]:
             take well under a second.
     """
     here = machine.hardware()
-    packages, runtimes = _imports(_packages()) if imports else (_packages(), [])
+    packages = _imports(_packages()) if imports else _packages()
     own = [
         Check("Python", "ok", platform.python_version()),
         _amount("memory", here.memory_gb, MEMORY_GB, "GB", "Use a machine or a container with more memory."),
         _disk(settings.home),
         _cpu(here),
     ]
-    return [*own, *packages, *runtimes, _foundry_command(ask=imports), *_servers(settings)]
+    return [*own, *packages, _foundry_command(ask=imports), *_servers(settings)]
 
 
 def require(checks: Sequence[Check]) -> None:
@@ -216,7 +216,7 @@ def _pins() -> dict[str, SpecifierSet]:
     return pins
 
 
-def _imports(packages: list[Check]) -> tuple[list[Check], list[Check]]:
+def _imports(packages: list[Check]) -> list[Check]:
     """Import what is installed. Returns the packages' checks, and those of the two runtimes."""
     modules = {one.name: _IMPORTED[one.name] for one in packages if one.status != "failure"}
     # Two native GenAI libraries cannot live in one process: Foundry Local's gets a process of its own.
@@ -232,15 +232,14 @@ def _imports(packages: list[Check]) -> tuple[list[Check], list[Check]]:
         else one
         for one in packages
     ]
-    runtimes = []
     if providers:
-        runtimes.append(Check("ONNX Runtime", "ok", ", ".join(providers)))
+        checks.append(Check("ONNX Runtime", "ok", ", ".join(providers)))
     if FOUNDRY in problems:
-        runtimes.append(Check(FOUNDRY, "failure", f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
+        checks.append(Check(FOUNDRY, "failure", f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
     elif foundry.foundry_version:
         more = ", ".join(foundry.foundry_providers) or "none beyond the CPU"
-        runtimes.append(Check(FOUNDRY, "ok", f"{foundry.foundry_version}; execution providers to download: {more}"))
-    return checks, runtimes
+        checks.append(Check(FOUNDRY, "ok", f"{foundry.foundry_version}; execution providers to download: {more}"))
+    return checks
 
 
 def _probe_all(modules: dict[str, tuple[str, ...]], work: Path) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -38,13 +38,12 @@ def handle(request: ProbeRequest) -> ProbeResult:
                 importlib.import_module(module)
         except (Exception, SystemExit) as error:
             problems[package] = _one_line(error)
-    result = ProbeResult(problems=problems)
+    if request.foundry is not None and not problems:
+        return _start_foundry(request.foundry)
+    providers = []
     if "onnxruntime" in request.modules and "onnxruntime" not in problems:
         providers = importlib.import_module("onnxruntime").get_available_providers()
-        result = result.model_copy(update={"onnxruntime_providers": tuple(providers)})
-    if request.foundry is not None and not problems:
-        result = _start_foundry(request.foundry)
-    return result
+    return ProbeResult(problems=problems, onnxruntime_providers=tuple(providers))
 
 
 def _start_foundry(folder: Path) -> ProbeResult:

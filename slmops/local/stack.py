@@ -242,12 +242,8 @@ def _clean_environment() -> dict[str, str]:
 def _wait_until_healthy(settings: Settings, servers: dict[Server, Daemon], name: Server) -> None:
     """Wait for a server that was just started. If another program took its port, start it on the next one."""
     log = _log(settings, name)
-    deadline = time.monotonic() + START_S
-    while not daemon.healthy(servers[name], *_HEALTH[name]):
+    while not _runs_well(name, servers, START_S):
         alive = daemon.leader(servers[name]) is not None
-        if alive and time.monotonic() < deadline:
-            time.sleep(0.1)
-            continue
         said = children.last_words(log, 8)
         if alive or "already in use" not in said:
             what = f"did not answer within {START_S:.0f} s" if alive else "did not start"
@@ -255,9 +251,9 @@ def _wait_until_healthy(settings: Settings, servers: dict[Server, Daemon], name:
         _start(settings, servers, name, above=servers[name].port)
 
 
-def _runs_well(name: Server, servers: dict[Server, Daemon]) -> bool:
+def _runs_well(name: Server, servers: dict[Server, Daemon], within_s: float = RECOVER_S) -> bool:
     """Whether it is alive and answers. It is given time, because its starter may have been killed a moment ago."""
-    deadline = time.monotonic() + RECOVER_S
+    deadline = time.monotonic() + within_s
     while name in servers and daemon.leader(servers[name]) is not None and time.monotonic() < deadline:
         if daemon.healthy(servers[name], *_HEALTH[name]):
             return True

@@ -23,7 +23,7 @@ def optimize(job: Job) -> Comparison:
     """
     from slmops import preflight
     from slmops.core.settings import Settings
-    from slmops.local.session import session
+    from slmops.local.stack import session
 
     settings = Settings()
     preflight.check(job, settings)

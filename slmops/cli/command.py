@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +110,14 @@ def _options(argv: Sequence[str]) -> list[cyclopts.config.Dict]:
     """The options of ``--job FILE`` or of the demo, which stand in for the flags that are not given."""
     if argv[:1] == ["retrain"] and "--demo" in argv:
         return [cyclopts.config.Dict({"retrain": _DEMO}, source="the demo")]
-    for position, argument in enumerate(argv):
-        if argument == "--job" and position + 1 < len(argv):
-            path = Path(argv[position + 1])
-        elif argument.startswith("--job="):
-            path = Path(argument.removeprefix("--job="))
-        else:
-            continue
-        from slmops.core.files import read_table
+    files = [value for option, value in pairwise(argv) if option == "--job"]
+    files += [argument.removeprefix("--job=") for argument in argv if argument.startswith("--job=")]
+    if not files:
+        return []
+    from slmops.core.files import read_table
 
-        options = {str(key).replace("_", "-"): value for key, value in read_table(path, "job file").items()}
-        return [cyclopts.config.Dict({argv[0]: options}, source=str(path))]
-    return []
+    options = {str(key).replace("_", "-"): value for key, value in read_table(Path(files[0]), "job file").items()}
+    return [cyclopts.config.Dict({argv[0]: options}, source=files[0])]
 
 
 def _report(error: SlmopsError) -> int:

@@ -89,7 +89,11 @@ def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: boo
 
 
 def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
-    page = _page(tracking_uri, result.run_id) if tracking_uri and result.run_id else None
+    page = None
+    if tracking_uri and result.run_id:
+        from slmops.tracking.tracker import Tracker
+
+        page = Tracker(tracking_uri).run_url(result.run_id)
     show(result, _text, json=json, page=page)
     if page and isinstance(result, Comparison) and result.choice.variant is not None:
         say(f"deploy {result.choice.variant}: slmops promote {result.model}")
@@ -107,9 +111,3 @@ def _text(result: FlowResult) -> str:
             return soaking.text(result)
         case Remeasured():
             return drift.text(result)
-
-
-def _page(tracking_uri: str, run_id: str) -> str:
-    from slmops.tracking.tracker import Tracker
-
-    return Tracker(tracking_uri).run_url(run_id)

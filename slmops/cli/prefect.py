@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from slmops.cli.terminal import output, say
 from slmops.core.settings import Settings
 from slmops.foundry.versions import Promotion
-from slmops.local.session import ServerLostError, session
-from slmops.local.stack import Stack
+from slmops.local.stack import ServerLostError, Stack, session
 from slmops.training.values import Retrain
 
 

@@ -303,8 +303,8 @@ def _say(command: list[str]) -> str:
 
 def _servers(settings: Settings) -> list[Check]:
     now, checks = stack.status(settings), []
-    given = {"Prefect server": settings.prefect_api_url, "MLflow server": settings.tracking_uri}
-    for (name, url), server in zip(given.items(), (now.prefect, now.mlflow), strict=True):
+    prefect, mlflow = (now.prefect, settings.prefect_api_url), (now.mlflow, settings.tracking_uri)
+    for name, (server, url) in {"Prefect server": prefect, "MLflow server": mlflow}.items():
         if server.ok:
             checks.append(Check(name, "ok", str(server.url)))
         elif url is None:

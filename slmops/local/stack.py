@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +55,10 @@ _HEALTH: dict[Server, tuple[str, str]] = {
     "mlflow": ("/health", "OK"),
     "worker": ("/health", '{"message":"OK"}'),
 }
+
+
+class ServerLostError(WorkError):
+    """Prefect's server stopped answering in the middle of a run."""
 
 
 class Stack(Frozen):
@@ -153,6 +159,26 @@ def tracking_uri(settings: Settings) -> str:
     if server is None or daemon.leader(server) is None:
         raise PrerequisiteError("No MLflow server is running.", "Run `slmops up`.")
     return server.url
+
+
+@contextmanager
+def session(settings: Settings) -> Iterator[Stack]:
+    """Start the servers if needed; within the block, import Prefect, which reads its environment then, and run a flow.
+
+    Raises:
+        ServerLostError: Prefect's server stopped answering.
+    """
+    import httpx
+
+    servers = up(settings)
+    os.environ.update(prefect_environment(settings, servers))
+    try:
+        yield servers
+    except httpx.TransportError as error:  # MLflow's client has errors of its own: this is Prefect's
+        raise ServerLostError(
+            f"Prefect at {servers.prefect_url} stopped answering, and the run with it.",
+            "`slmops up` starts it again; then repeat the command: what was converted is kept.",
+        ) from error
 
 
 def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from slmops.cli import deploy, jobs
+from slmops.tracking.tracker import Tracker
 from tests import values
 
 PAGE = "http://mlflow/run"
@@ -52,7 +53,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     servers = SimpleNamespace(tracking_uri="http://mlflow")
     for commands in (jobs, deploy):
         monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(servers))
-    monkeypatch.setattr(jobs, "_page", lambda *_: PAGE)
+    monkeypatch.setattr(Tracker, "run_url", lambda *_: PAGE)
     monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
     return made
 

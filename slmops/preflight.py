@@ -12,7 +12,7 @@ from slmops.conversion import olive_config, recipes
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.evaluation import dataset, matchers, quality
+from slmops.evaluation import dataset, matchers
 from slmops.foundry import prompt_template
 from slmops.selection import policy
 
@@ -31,7 +31,7 @@ def check(job: Job, settings: Settings) -> None:
         lambda: recipes.check(job),
         lambda: olive_config.read(job.olive_config) if job.olive_config else None,
         lambda: policy.load(job.policy),
-        lambda: quality.load_evaluation_set(job, settings),
+        lambda: dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured),
         lambda: matchers.load_function(job.matcher) if job.matcher else None,
         lambda: dataset.perplexity_text(job.perplexity_text),
         lambda: _check_folder(job.output_path) if job.output_path else None,

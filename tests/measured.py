@@ -15,7 +15,7 @@ from slmops.evaluation.drift import Recorded
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed, Turn
-from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed, Window
+from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed
 from tests import values
 
 QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
@@ -42,10 +42,10 @@ def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> 
     values = {
         "load_s": 1.5,
         "cold": False,
-        "before": Window(start=0, end=1),
-        "loaded": Window(start=2, end=3),
-        "measured": Window(start=3, end=8),
-        "unloaded": Window(start=9, end=10),
+        "before": (0, 1),
+        "loaded": (2, 3),
+        "measured": (3, 8),
+        "unloaded": (9, 10),
         "cpu_s": 9.0,
         "wall_s": 5.0,
         "energy_j": None,

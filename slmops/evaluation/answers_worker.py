@@ -24,12 +24,7 @@ class AnswersRequest(Frozen):
 
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
-    """Answer, and score what needs no judging model.
-
-    Raises:
-        EvaluationError: The model is not registered.
-        UsageError: The user's matcher cannot be loaded.
-    """
+    """Answer, and score what needs no judging model."""
     return answer_items(request.items, request.matcher, lambda: _generate(request))
 
 

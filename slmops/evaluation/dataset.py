@@ -25,11 +25,7 @@ from slmops.evaluation.matchers import parse_json
 JUDGE_MISSING = "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
-CSV_COLUMNS = (
-    *("prompt", "expected", "match", "category", "id", "max_tokens", "tolerance", "threshold", "format"),
-    *("messages", "schema"),
-)
-"""The last two hold JSON."""
+CSV_COLUMNS = "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, messages, schema"
 _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "threshold": ("rouge_l", "f1", "python")}
 
 
@@ -47,16 +43,12 @@ class Pattern(Frozen):
 
 
 class Item(Frozen):
-    """One question, the expected answer, and how to compare.
+    """One question, the expected answer, and how to compare: see :mod:`slmops.evaluation.matchers`.
 
-    ``match``: ``contains`` (default; case does not count), ``exact`` (apart from outer blanks), ``regex`` (found
-    anywhere), ``numeric`` (the last number of the answer, within ``tolerance``), ``json_schema`` (a JSON document that
-    ``schema`` allows and that equals ``expected``, if given), ``rouge_l`` and ``f1`` (words in common, right from
-    ``threshold`` on), ``python`` (the user's function) or ``judge`` (a judging model). See
-    :mod:`slmops.evaluation.matchers`.
-
-    ``format`` is the structure that any answer must have, right or wrong: ``json`` (the whole answer is one JSON
-    document), ``number`` (it is one number), ``one_line``, or ``{"regex": ...}``.
+    ``match``: ``contains`` (case does not count), ``exact``, ``regex`` (anywhere), ``numeric`` (the last number, within
+    ``tolerance``), ``json_schema`` (a document that ``schema`` allows and that equals ``expected``, if given),
+    ``rouge_l`` and ``f1`` (words in common, right from ``threshold`` on), ``python`` (the user's function) or ``judge``
+    (a judging model). ``format`` is the structure that any answer must have, right or wrong.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -95,55 +87,52 @@ class Item(Frozen):
     @field_validator("format", mode="before")
     @classmethod
     def _known_format(cls, value: Any) -> Any:
-        if value is None or isinstance(value, Pattern) or value in ("json", "number", "one_line"):
-            return value
         if isinstance(value, dict) and set(value) == {"regex"} and isinstance(value["regex"], str):
             _compiled(value["regex"], "'regex'")
-            return Pattern(regex=value["regex"])
-        raise ValueError('must be "json", "number", "one_line" or {"regex": "..."}')
+        elif value not in (None, "json", "number", "one_line") and not isinstance(value, Pattern):
+            raise ValueError('must be "json", "number", "one_line" or {"regex": "..."}')
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Item:
-        if problem := next(self._problems(), None):
-            raise ValueError(problem)
-        return self
-
-    def _problems(self) -> Iterator[str]:
         if (self.prompt is None) == (self.messages is None):
-            yield "needs either 'prompt' or 'messages'"
+            raise ValueError("needs either 'prompt' or 'messages'")
         if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
-            yield "'messages' must end with a user message"
+            raise ValueError("'messages' must end with a user message")
         for option, owners in _BELONGS.items():
             if getattr(self, option) is not None and self.match not in owners:
                 name = "schema" if option == "json_schema" else option
-                yield f"'{name}' is only for match {' or '.join(owners)}, not '{self.match}'"
-        if self.match == "json_schema":
-            yield from self._schema_problems()
-        elif self.match in ("python", "judge"):
-            return
-        elif not (self.expected if self.match == "regex" else self.expected.strip()):
-            yield f"'expected' must not be empty for match '{self.match}'"  # an empty text is part of any answer
-        elif self.match == "regex":
-            _compiled(self.expected, "'expected'")
-        elif self.match == "numeric" and not matchers.is_number(self.expected):
-            yield "'expected' is not a number such as -1234.5"
-        elif self.match == "rouge_l" and not re.search("[a-z0-9]", self.expected.lower()):
-            yield "'expected' has no words of a-z and 0-9, the only ones that ROUGE counts"
-        elif self.match == "f1" and not matchers.squad_words(self.expected):
-            yield "'expected' has only articles"
+                raise ValueError(f"'{name}' is only for match {' or '.join(owners)}, not '{self.match}'")
+        if self.match not in ("python", "judge") and (problem := self._problem()):
+            raise ValueError(problem)
+        return self
 
-    def _schema_problems(self) -> Iterator[str]:
+    def _problem(self) -> str | None:
+        """Why a matcher cannot use what the item gives it."""
+        if self.match == "json_schema":
+            return self._schema_problem()
+        if not (self.expected if self.match == "regex" else self.expected.strip()):
+            return f"'expected' must not be empty for match '{self.match}'"  # an empty text is part of any answer
+        if self.match == "regex":
+            _compiled(self.expected, "'expected'")
+        if self.match == "numeric" and not matchers.is_number(self.expected):
+            return "'expected' is not a number such as -1234.5"
+        if self.match == "rouge_l" and not re.search("[a-z0-9]", self.expected.lower()):
+            return "'expected' has no words of a-z and 0-9, the only ones that ROUGE counts"
+        if self.match == "f1" and not matchers.squad_words(self.expected):
+            return "'expected' has only articles"
+        return None
+
+    def _schema_problem(self) -> str | None:
         if self.json_schema is None:
-            yield "match 'json_schema' needs a 'schema'"
-        elif problem := matchers.schema_problem(self.json_schema):
-            yield f"'schema' is not a JSON Schema: {problem}"
-        elif self.expected and not matchers.is_json(self.expected):
-            yield "'expected' is not JSON, which match 'json_schema' needs"
-        else:
-            # Any document shows a $ref to nothing at the top.
-            probe = matchers.json_schema(self.json_schema, self.expected, self.expected or "{}")
-            if probe.reason or (self.expected and not probe.correct):
-                yield probe.reason or "'schema' does not allow 'expected'"
+            return "match 'json_schema' needs a 'schema'"
+        if problem := matchers.schema_problem(self.json_schema):
+            return f"'schema' is not a JSON Schema: {problem}"
+        if self.expected and not matchers.is_json(self.expected):
+            return "'expected' is not JSON, which match 'json_schema' needs"
+        # Any document shows a $ref to nothing at the top.
+        probe = matchers.json_schema(self.json_schema, self.expected, self.expected or "{}")
+        return probe.reason or ("'schema' does not allow 'expected'" if self.expected and not probe.correct else None)
 
     @property
     def conversation(self) -> list[dict[str, str]]:
@@ -180,10 +169,10 @@ class EvaluationSet(Frozen):
 
 
 def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) -> EvaluationSet:
-    """Read an evaluation set; without a path, the packaged one.
+    """Read an evaluation set, JSONL or ``.csv``; without a path, the packaged one.
 
     Args:
-        path: JSONL, or CSV if it ends in ``.csv``.
+        path: The file.
         matcher: The job's FILE.py:FUNCTION. Without it, items with match ``python`` are errors.
         judge: A judging model is configured. Without it, items with match ``judge`` are errors.
 
@@ -202,17 +191,19 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
     bad: list[str] = []
     lines: dict[str, int] = {}
     # Not splitlines(), which also splits at characters that a JSON string may hold, such as U+2028.
-    rows = ((number, _parsed(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    for number, found in _of_csv(text, name) if name.lower().endswith(".csv") else rows:
-        item = _item(found, matcher=matcher, judge=judge)
-        if isinstance(item, str):
-            bad.append(f"line {number}: {item}")
-        elif item.id and item.id in lines:
-            bad.append(f"line {number}: line {lines[item.id]} already has the id '{item.id}'")
-        else:
-            items[number] = item
-            if item.id:
-                lines[item.id] = number
+    rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, row in _of_csv(text, name) if name.lower().endswith(".csv") else rows:
+        try:
+            item = _item(row, matcher=matcher, judge=judge)
+            if item.id in lines:
+                raise ValueError(f"line {lines[item.id]} already has the id '{item.id}'")
+        except ValueError as error:
+            said = "; ".join(problems(error)) if isinstance(error, ValidationError) else error
+            bad.append(f"line {number}: {said}")
+            continue
+        items[number] = item
+        if item.id:
+            lines[item.id] = number
     if bad:
         more = [f"and {len(bad) - SHOWN_PROBLEMS} more"] if len(bad) > SHOWN_PROBLEMS else []
         listed = "".join(f"\n  - {problem}" for problem in [*bad[:SHOWN_PROBLEMS], *more])
@@ -277,75 +268,75 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise UsageError(f"The {what} {path} cannot be read: {error.strerror}.", "Check the path.") from None
 
 
-def _of_csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
+def _of_csv(text: str, name: str) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
     """Number of the first line of each row and its filled cells, or the error of a bad row."""
     # Strict, or a quote that is never closed would make the rest of the file one cell.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        number = rows.line_num + 1
-        try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # Nobody can tell where the next row begins.
-            yield number, ValueError(f"is not CSV from here on: {error}")
-            return
-        if not any(cells):
-            continue
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            fix = f"Name columns in the first line, separated by commas: {', '.join(CSV_COLUMNS)}."
-            for column in header:
-                if column not in CSV_COLUMNS:
-                    raise UsageError(f"{name} has an unknown column '{column}'.", fix)
-                if header.count(column) > 1:
-                    raise UsageError(f"{name} has the column '{column}' twice.", fix)
-        elif len(cells) != len(header):
-            yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
-        else:
-            yield number, _typed({column: cell for column, cell in zip(header, cells, strict=True) if cell})
+    header: list[str] = []
+    number = 1
+    try:
+        for cells in rows:
+            if any(cells) and not header:
+                header = [cell.strip() for cell in cells]
+                _check_header(header, name)
+            elif any(cells) and len(cells) != len(header):
+                yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
+            elif any(cells):
+                yield number, {column: cell for column, cell in zip(header, cells, strict=True) if cell}
+            number = rows.line_num + 1
+    except csv.Error as error:
+        # Nobody can tell where the next row begins.
+        yield number, ValueError(f"is not CSV from here on: {error}")
 
 
-def _typed(cells: dict[str, str]) -> Any:
-    """The object that a JSON line would hold, or the error."""
+def _check_header(header: list[str], name: str) -> None:
+    fix = f"Name columns in the first line, separated by commas: {CSV_COLUMNS}."
+    for column in header:
+        if column not in CSV_COLUMNS.split(", "):
+            raise UsageError(f"{name} has an unknown column '{column}'.", fix)
+        if header.count(column) > 1:
+            raise UsageError(f"{name} has the column '{column}' twice.", fix)
+
+
+def _item(row: str | dict[str, str] | ValueError, *, matcher: str | None, judge: bool) -> Item:
+    """The item of a JSON line or of the cells of a CSV row.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    item = Item.model_validate(_parsed(row) if isinstance(row, str) else _typed(row))
+    if item.match == "python" and matcher is None:
+        raise ValueError("match 'python' needs --matcher FILE.py:FUNCTION")
+    if item.match == "judge" and not judge:
+        raise ValueError(JUDGE_MISSING)
+    return item
+
+
+def _typed(cells: dict[str, str]) -> dict[str, Any]:
+    """The object that a JSON line would hold."""
     row: dict[str, Any] = dict(cells)
     for column in ("messages", "schema", "format"):
         if column in cells and (column != "format" or cells[column].lstrip().startswith("{")):
-            row[column] = _parsed(cells[column])
-            if isinstance(row[column], ValueError):
-                return ValueError(f"{column} {row[column]}")
+            try:
+                row[column] = _parsed(cells[column])
+            except ValueError as error:
+                raise ValueError(f"{column} {error}") from None
     return row
 
 
 def _parsed(text: str) -> Any:
-    """The JSON value, or the error."""
     try:
         value = parse_json(text)
         json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        return ValueError(f"is not JSON: {error.msg} at column {error.colno}")
+        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeEncodeError as error:
-        return ValueError(f"is not text: {error.object[error.start]!r} is half a character")
+        raise ValueError(f"is not text: {error.object[error.start]!r} is half a character") from None
     except ValueError as error:
-        return ValueError(f"is not JSON: {error}")
-
-
-def _item(found: Any, *, matcher: str | None, judge: bool) -> Item | str:
-    """The item, or what is wrong with it."""
-    if isinstance(found, ValueError):
-        return str(found)
-    try:
-        item = Item.model_validate(found)
-    except ValidationError as error:
-        return "; ".join(problems(error))
-    if item.match == "python" and matcher is None:
-        return "match 'python' needs --matcher FILE.py:FUNCTION"
-    if item.match == "judge" and not judge:
-        return JUDGE_MISSING
-    return item
+        raise ValueError(f"is not JSON: {error}") from None
 
 
 def _compiled(expression: str, what: str) -> None:

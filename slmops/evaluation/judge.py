@@ -57,16 +57,11 @@ class _Failed(Exception):
 def score(item: Item, answer: str, settings: Settings) -> Judgement:
     """Ask the judging model, and up to three times again if it is busy, broken or out of reach.
 
-    Args:
-        item: The question, and the reference answer if there is one.
-        answer: What to grade.
-        settings: ``judge_url``, ``judge_model``, ``judge_api_key``, ``judge_timeout_s``.
-
     Returns:
         Its grade, or unscored with the reason.
     """
     if not settings.judge_configured:
-        return Judgement.unscored(JUDGE_MISSING)
+        return Judgement(reason=JUDGE_MISSING)
     messages = conversation(item, answer)
     for pause in (*BACKOFF_S, None):
         try:
@@ -76,7 +71,7 @@ def score(item: Item, answer: str, settings: Settings) -> Judgement:
             if pause is None or not failure.retry:
                 break
             time.sleep(pause)
-    return Judgement.unscored(reason)
+    return Judgement(reason=reason)
 
 
 def conversation(item: Item, answer: str) -> list[dict[str, str]]:
@@ -85,9 +80,8 @@ def conversation(item: Item, answer: str) -> list[dict[str, str]]:
     The blocks' mark is a digest of their content, so no text inside can close its block.
     """
     turns = item.conversation
-    question = (
-        turns[0]["content"] if len(turns) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-    )
+    said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    question = said if len(turns) > 1 else turns[0]["content"]
     blocks = {"question": question, "reference": item.expected, "answer": answer}
     mark = hashlib.sha256("\0".join(blocks.values()).encode(errors="replace")).hexdigest()[:16]
     material = "\n".join(
@@ -101,13 +95,13 @@ def read_grade(reply: bytes) -> Judgement:
     try:
         content = parse_json(reply.decode())["choices"][0]["message"]["content"].strip()
     except (ValueError, LookupError, TypeError, AttributeError):
-        return Judgement.unscored("the judge's reply is not a chat completion")
+        return Judgement(reason="the judge's reply is not a chat completion")
     try:
         said = Grade.model_validate(document(content))
     except ValidationError as error:
-        return Judgement.unscored(f"the judge gave no grade: {problems(error)[0]}")
+        return Judgement(reason=f"the judge gave no grade: {problems(error)[0]}")
     except ValueError:
-        return Judgement.unscored("the judge gave no grade: what it said is not JSON")
+        return Judgement(reason="the judge gave no grade: what it said is not JSON")
     return Judgement(score=said.score, correct=said.correct)
 
 

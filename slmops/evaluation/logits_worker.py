@@ -56,11 +56,7 @@ class LogitsResult(Frozen):
 
 
 def handle(request: LogitsRequest) -> LogitsResult:
-    """Score the text window by window, with the logits of one window in memory.
-
-    Raises:
-        EvaluationError: The text has fewer than two tokens, the vocabularies differ, or the model's logits are broken.
-    """
+    """Score the text window by window, with the logits of one window in memory."""
     import numpy as np
 
     windows = _windows(request)
@@ -71,10 +67,8 @@ def handle(request: LogitsRequest) -> LogitsResult:
     same: dict[str, list[bool]] = {name: [] for name in references}
     with ThreadPoolExecutor(os.cpu_count()) as pool, _kept(request.write, scored) as keep:
         for window, logits in zip(windows, _logits(request, windows), strict=True):
-            parts: list[tuple[NDArray[Any], NDArray[Any], int]] = []
-            for row in range(0, len(window) - 1, ROWS):
-                rows, at = slice(row, min(row + ROWS, len(window) - 1)), len(nll) + row
-                parts.append((logits[rows], window[row + 1 : rows.stop + 1], at))
+            rows = range(0, len(window) - 1, ROWS)
+            parts = [(logits[:-1][row : row + ROWS], window[1:][row : row + ROWS], len(nll) + row) for row in rows]
             for own, part in pool.map(lambda part: _compare(*part, references=references), parts):
                 keep(own)
                 nll += part.nll

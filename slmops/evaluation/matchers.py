@@ -51,11 +51,6 @@ class Judgement(Frozen):
         """A degree from 0 to 1, right from the threshold on."""
         return cls(score=score, correct=score >= (RIGHT_FROM if threshold is None else threshold))
 
-    @classmethod
-    def unscored(cls, reason: str) -> Judgement:
-        """It could not be judged."""
-        return cls(reason=reason)
-
 
 def regex(expected: str, answer: str) -> bool:
     """The expression is found anywhere in the first 20,000 characters of the answer.
@@ -94,11 +89,7 @@ def numeric(expected: str, answer: str, tolerance: float = 0.0) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """Strict JSON, without Python's NaN and Infinity.
-
-    Raises:
-        ValueError: It is not JSON.
-    """
+    """Strict JSON, without Python's NaN and Infinity; ValueError if it is anything else."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
@@ -119,11 +110,7 @@ def is_json(text: str) -> bool:
 
 
 def document(answer: str) -> Any:
-    """The JSON document that an answer is, or that its first code fence holds.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The JSON document that an answer is, or that its first code fence holds; ValueError if there is none."""
     try:
         return parse_json(answer)
     except ValueError:
@@ -150,13 +137,13 @@ def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement
         valid = _validator(schema)(schema, registry=Registry()).is_valid(found)
         same = not expected or _validator({})({"const": parse_json(expected)}).is_valid(found)
     except (Unresolvable, RecursionError, re.error, ArithmeticError) as error:
-        return Judgement.unscored(f"the schema cannot be applied: {error}")
+        return Judgement(reason=f"the schema cannot be applied: {error}")
     return Judgement.of(bool(valid and same))
 
 
 def schema_problem(schema: dict[str, Any]) -> str | None:
     """Why ``schema`` is not a JSON Schema, or None."""
-    from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
+    from jsonschema import SchemaError  # type: ignore[import-untyped]
 
     try:
         _validator(schema).check_schema(schema)
@@ -201,19 +188,17 @@ def python(function: Function, expected: str, answer: str, threshold: float | No
             return Judgement.of(said)
         if isinstance(said, int | float) and 0 <= said <= 1:
             return Judgement.graded(float(said), threshold)
-        return Judgement.unscored(
-            f"the function returned {said!r:.50}, which is neither a bool nor a number from 0 to 1"
-        )
+        return Judgement(reason=f"the function returned {said!r:.50}, which is neither a bool nor a number from 0 to 1")
     except (Exception, SystemExit) as error:
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
-        return Judgement.unscored(f"the function raised {_described(error, file)}")
+        return Judgement(reason=f"the function raised {_described(error, file)}")
 
 
 def load_function(spec: str) -> Function:
     """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer).
 
-    This runs the file, which is the user's own and named on the command line. An evaluation set can ask for the
-    function but not name it, so a set from elsewhere runs no code.
+    It runs the file, which the user named. An evaluation set can ask for the function but not name it, so a set from
+    elsewhere runs no code.
 
     Raises:
         UsageError: No such file or function, the file does not import, or the function takes other arguments.
@@ -260,7 +245,7 @@ def _described(error: BaseException, file: str) -> str:
 
 def _validator(schema: dict[str, Any]) -> Any:
     """The class for the draft that the schema names, the latest if it names none."""
-    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+    from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for  # type: ignore[import-untyped]
 
     return validator_for(schema, default=Draft202012Validator)

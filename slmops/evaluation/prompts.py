@@ -16,11 +16,7 @@ _REPORT = (
 
 
 def counter(folder: Path) -> Callable[[str], int]:
-    """A function that counts the tokens of a user's message, including the template.
-
-    Raises:
-        EvaluationError: The folder has no chat template.
-    """
+    """A function that counts the tokens of a user's message, including the template."""
     from tokenizers import Tokenizer
 
     template = chat_template.load(folder)

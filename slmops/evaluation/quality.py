@@ -42,8 +42,8 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     """Have transformers score the text and leave its logits, which the variants are compared with.
 
     Returns:
-        Negative log-likelihood of each scored token in nats. None in a quick job, which does without, or if
-        transformers cannot run the checkpoint; that is logged, and everything else goes on.
+        Negative log-likelihood of each scored token in nats; None in a quick job, or (logged) if transformers cannot
+        run the checkpoint.
     """
     if job.quick:
         return None
@@ -76,7 +76,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         EvaluationError: It could not be measured; nothing of it is reported then.
         UsageError: The evaluation set, the text or the matcher is bad.
     """
-    evaluation_set = load_evaluation_set(job, settings)
+    evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
     items = dataset.subset(evaluation_set.items, QUICK_ITEMS) if job.quick else evaluation_set.items
     text, text_digest = _text(name, job, settings)
     baseline = _reference(BASELINE_REFERENCE, name, settings)
@@ -111,11 +111,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
 def score_text(request: LogitsRequest, name: str, label: str, settings: Settings) -> LogitsResult:
     """Score a text in a child process. The caller holds the machine lock.
 
-    Args:
-        request: The model and the text.
-        name: The model's name; its work folder and logs go by it.
-        label: The variant's name, or "checkpoint".
-        settings: Where things are.
+    ``name`` is the model's, for the work folder and the logs; ``label`` is the variant's, or "checkpoint".
 
     Raises:
         EvaluationError: The model could not be scored.
@@ -126,9 +122,7 @@ def score_text(request: LogitsRequest, name: str, label: str, settings: Settings
 def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
     """Have a registered variant answer, with the arguments and the lock of :func:`score_text`.
 
-    Returns:
-        Scored answers, except those to items with match ``judge``: give them to
-        :func:`slmops.evaluation.scoring.ask_judge` once the lock is free.
+    Give the answers to :func:`slmops.evaluation.scoring.ask_judge` once the lock is free.
 
     Raises:
         EvaluationError: The variant does not answer.
@@ -148,15 +142,6 @@ def _in_child(what: str, request: Frozen, result: type[_Result], name: str, labe
         error=EvaluationError,
     )
     return found
-
-
-def load_evaluation_set(job: Job, settings: Settings) -> dataset.EvaluationSet:
-    """The job's evaluation set.
-
-    Raises:
-        UsageError: It is bad, or needs a matcher or a judging model that is not configured.
-    """
-    return dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
 
 
 def _text(name: str, job: Job, settings: Settings) -> tuple[Path, str]:

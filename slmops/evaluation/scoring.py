@@ -42,10 +42,7 @@ def answer_items(
 ) -> ScoredAnswers:
     """Have a model answer and score what matchers can score; :func:`ask_judge` does the rest.
 
-    Args:
-        items: Of the evaluation set.
-        matcher: The user's FILE.py:FUNCTION for match ``python``.
-        generate: Runs the model; one text for each item, in their order.
+    ``matcher`` is the user's FILE.py:FUNCTION for match ``python``; ``generate`` runs the model on all items.
 
     Raises:
         UsageError: The user's matcher cannot be loaded; the model does not run then.
@@ -53,7 +50,7 @@ def answer_items(
     function = matchers.load_function(matcher) if matcher else None
     answers = []
     for item, said in zip(items, generate(), strict=True):
-        judged = Judgement.unscored(TO_BE_JUDGED) if item.match == "judge" else _matched(item, said.text, function)
+        judged = Judgement(reason=TO_BE_JUDGED) if item.match == "judge" else _matched(item, said.text, function)
         answers.append(
             Answer(
                 id=item.id or "",
@@ -74,11 +71,6 @@ def ask_judge(items: Sequence[Item], answers: Sequence[Answer], settings: Settin
 
     It may take minutes and needs no core of this machine: call it without the machine lock. An answer that the judge
     does not score within ``evaluation_timeout_s`` (for all together) stays unscored, with the reason.
-
-    Args:
-        items: Of the evaluation set.
-        answers: One for each item, in their order.
-        settings: With the address of the judging model.
     """
     scored = list(answers)
     waiting: SimpleQueue[int] = SimpleQueue()
@@ -127,4 +119,4 @@ def _matched(item: Item, text: str, function: Function | None) -> Judgement:
         case "python" if function is not None:
             return matchers.python(function, expected, text, item.threshold)
         case _:
-            return Judgement.unscored("no function was given")
+            return Judgement(reason="no function was given")

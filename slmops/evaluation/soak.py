@@ -94,11 +94,7 @@ class SoakError(GateError):
 
 
 def check(request: Soak) -> None:
-    """Check that the request says what to soak.
-
-    Raises:
-        UsageError: It asks for a champion without a model's name, or together with a variant.
-    """
+    """Raise a UsageError for a champion without a model's name, or together with a variant."""
     if request.champion and request.name is None:
         raise UsageError("--champion needs the name of a model.", "`slmops soak NAME --champion`")
     if request.champion and request.variant is not None:

@@ -36,11 +36,7 @@ class SoakSeries(Frozen):
 
 
 def handle(request: SoakRequest) -> SoakSeries:
-    """Load, warm up, ask.
-
-    Raises:
-        EvaluationError: The model is not registered, or has no room for any of the prompts.
-    """
+    """Load, warm up, ask."""
     from slmops.foundry import runtime
 
     model = runtime.registered(request.home, request.foundry_id)
@@ -62,11 +58,7 @@ def handle(request: SoakRequest) -> SoakSeries:
 
 
 def conversations(folder: Path) -> list[list[dict[str, str]]]:
-    """What to ask, in turn: a message of each length that fits the context, then all in one conversation.
-
-    Raises:
-        EvaluationError: No length fits.
-    """
+    """What to ask, in turn: a message of each length that fits the context, then several in one conversation."""
     from slmops.evaluation import prompts
     from slmops.foundry.layout import GENAI_CONFIG
 

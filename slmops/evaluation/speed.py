@@ -45,6 +45,10 @@ class Turn(Frozen):
     calibration_s: tuple[float, float]
     disturbed: bool = False
 
+    def memory_in(self, window: Window) -> list[float]:
+        """The samples in MB that were taken within a window."""
+        return [mb for at, mb in self.memory if window[0] <= at <= window[1]]
+
 
 class Speed(Frozen):
     """All turns of one variant."""
@@ -64,7 +68,6 @@ class _Contestant:
         self.staged: Staged = stage(registration, self.work / "foundry", fixed_length=True)
         self.cells = grid(self.staged, job)
         self.turns: list[Turn] = []
-        self.error: SlmopsError | None = None
 
 
 def measure(
@@ -89,24 +92,23 @@ def measure(
             log.info("measuring speed and memory: round %d of %d", number + 1, rounds)
             # A single round shows a warm load, and what a single user leaves behind after unloading.
             first = number == 0 and rounds > 1
-            for one in [c for c in contestants if c.error is None]:
+            for one in [*contestants]:
                 try:
-                    fastest = _take_turn(one, fastest, settings, sessions=SESSIONS if first else (), drop_cache=first)
+                    fastest = _take_turn(one, fastest, settings, first=first)
                 except SlmopsError as error:
-                    one.error = error
+                    results[one.name] = error
+                    contestants.remove(one)
     cores = machine.hardware().cores
     for one in contestants:
         # Again, now that the fastest loop of the whole job is known.
         turns = [turn.model_copy(update={"disturbed": _disturbed(turn.calibration_s, fastest)}) for turn in one.turns]
-        results[one.name] = one.error or Speed(cells=one.cells, turns=tuple(turns), cores=cores)
+        results[one.name] = Speed(cells=one.cells, turns=tuple(turns), cores=cores)
     for variant, _ in made:
         shutil.rmtree(settings.work(name) / f"{variant.name}-speed", ignore_errors=True)
     return results
 
 
-def _take_turn(
-    one: _Contestant, fastest: float, settings: Settings, *, sessions: tuple[int, ...], drop_cache: bool
-) -> float:
+def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: bool) -> float:
     """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
     for _ in range(2):
         before = calibrate()
@@ -115,8 +117,8 @@ def _take_turn(
             speed_worker.SpeedRequest(
                 **one.staged.model_dump(exclude={"context_length"}),
                 cells=one.cells,
-                sessions=sessions,
-                drop_cache=drop_cache,
+                sessions=SESSIONS if first else (),
+                drop_cache=first,
             ),
             speed_worker.SpeedResult,
             work=one.work,
@@ -161,9 +163,7 @@ def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
 def calibrate() -> float:
     """Seconds until all cores have done a fixed piece of work side by side; the fastest of three times.
 
-    One thread would find an idle core and not notice a busy one, which slows a runtime that uses all cores. On cores
-    that are siblings in one physical core this takes longer than alone, but always: compare it with its like only. The
-    work is hashing, whose native code lets other threads run.
+    One thread would not notice a busy core, which slows a runtime that uses all cores. Hashing lets other threads run.
     """
     data = bytes(CALIBRATION_BYTES)
     cores = machine.hardware().cores
@@ -174,8 +174,3 @@ def calibrate() -> float:
             list(pool.map(lambda _: hashlib.sha256(data).digest(), range(cores)))
             seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def memory_in(turn: Turn, window: Window) -> list[float]:
-    """The samples in MB that were taken within a window."""
-    return [mb for at, mb in turn.memory if window.start <= at <= window.end]

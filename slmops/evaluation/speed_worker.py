@@ -17,6 +17,8 @@ WARM_UP_MOST = 6
 SESSION_TOKENS = 8
 STABLE = 0.1
 """A model is warm if a request takes as long as the one before, to within this share."""
+Window = tuple[float, float]
+"""Start and end by ``time.monotonic()``."""
 
 
 class Cell(Frozen):
@@ -58,13 +60,6 @@ class Timed(Frozen):
         return (self.last_s - self.first_s) / (tokens - 1) if tokens > 1 and self.last_s > self.first_s else None
 
 
-class Window(Frozen):
-    """A stretch of ``time.monotonic()``."""
-
-    start: float
-    end: float
-
-
 class SpeedResult(Frozen):
     """Raw figures; :mod:`slmops.evaluation.speed` makes metrics of them."""
 
@@ -84,11 +79,7 @@ class SpeedResult(Frozen):
 
 
 def handle(request: SpeedRequest) -> SpeedResult:
-    """Load, warm up, time each cell, time several sessions at once, unload.
-
-    Raises:
-        EvaluationError: The model generates nothing that can be timed.
-    """
+    """Load, warm up, time each cell, time several sessions at once, unload."""
     from slmops.core import machine
     from slmops.evaluation import prompts
     from slmops.foundry import runtime
@@ -125,7 +116,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
             "The model answers each of the speed prompts with less than two tokens of text, so nothing can be timed.",
             "Is its chat template right? See the answers in the log of its registration.",
         )
-    measured = Window(start=began, end=time.monotonic())
+    measured = (began, time.monotonic())
     # Several sessions come last: they take memory that a single user never sees. Their rates include prefill.
     throughput = {}
     for sessions in request.sessions:
@@ -171,7 +162,7 @@ def _warm_up(model: Any, cell: Cell) -> None:
 def _rest() -> Window:
     start = time.monotonic()
     time.sleep(REST_S)
-    return Window(start=start, end=time.monotonic())
+    return start, time.monotonic()
 
 
 def _drop_cache(folder: Path) -> bool:
@@ -180,12 +171,9 @@ def _drop_cache(folder: Path) -> bool:
         return False
     for file in folder.iterdir():
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # pages not written yet would stay
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())  # pages not written yet would stay
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 

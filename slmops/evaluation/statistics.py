@@ -32,11 +32,10 @@ MAX_MORE = 1_000_000
 def of_percentile(samples: Sequence[float], percent: float, unit: str) -> Measurement:
     """A percentile (NumPy's) of independent samples with its percentile-bootstrap interval.
 
-    BCa is of no use here: its jackknife is inconsistent for quantiles (Efron, 1982, The Jackknife, the Bootstrap and
-    Other Resampling Plans). For the median of 5 to 30 log-normal samples, plain percentile intervals cover 91 to 94 %,
-    those with the level of ``_bootstrap`` 94 to 98 %. No resample reaches beyond the largest sample, so in the
-    tails they cover too little: p90 64 % with 10 samples, 90 % with 50, 93 % with 100. So a percentile outside 25 to
-    75 % with fewer than ``MIN_BEYOND`` samples beyond it has no interval but the note "indicative".
+    Not BCa: its jackknife is inconsistent for quantiles (Efron, 1982, The Jackknife, the Bootstrap and Other Resampling
+    Plans). For the median of 5 to 30 log-normal samples, intervals of the level of ``_bootstrap`` cover 94 to 98 %. No
+    resample reaches beyond the largest sample, so a percentile outside 25 to 75 % with fewer than ``MIN_BEYOND``
+    samples beyond it has no interval but the note "indicative": p90 of 10 samples would be covered in 64 %.
     """
     return percentile_of_rounds([[sample] for sample in samples], percent, unit)
 
@@ -45,9 +44,8 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
     """A percentile of all samples, with an interval that resamples the rounds first and then the samples in them.
 
     Requests to one process share its luck, so they are not independent (Davison and Hinkley, 1997, Bootstrap Methods
-    and their Application, section 3.8). With three rounds of 30 that differ as much as the requests in one, resampling
-    requests alone covers 42 %, this 88 %; if rounds do not differ, the interval is too wide. A single round tells
-    nothing about others: its interval is that of its own samples. No round may be empty.
+    and their Application, section 3.8): with three rounds of 30 that differ as much as the requests in one, resampling
+    requests alone covers 42 %, this 88 %. A single round has the interval of its own samples. No round may be empty.
     """
     values = _numbers([sample for samples in rounds for sample in samples])
     sizes = np.array([len(samples) for samples in rounds])
@@ -148,9 +146,6 @@ def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Me
     Most answers of two precisions are the same, and only the pairs that differ show the spread: their number sets the
     level. Fewer than ``MIN_SAMPLES`` of them are too few to resample; then the interval includes the score interval of
     ``paired_difference``, as if each such pair differed by a whole point.
-
-    Raises:
-        ValueError: A score outside 0 to 1.
     """
     differences = _differences(ours, theirs)
     if min(*ours, *theirs) < 0 or max(*ours, *theirs) > 1:
@@ -199,11 +194,8 @@ def slope(values: Sequence[float], unit: str) -> Measurement:
 
     Theil-Sen with Sen's interval (1968, JASA 63, 1379-1389) over the medians of consecutive blocks, because samples
     spike and neighbours are correlated. About ``SLOPE_BLOCKS`` blocks of ten samples or more, or ``MIN_SAMPLES`` of
-    fewer. Samples that fill no block are left out at the start, where a process is still warming up.
-
-    Args:
-        values: One for each step; 10 or more.
-        unit: Of the values per step, such as "MB/request".
+    fewer. Samples that fill no block are left out at the start, where a process is still warming up. ``unit`` is that
+    of the values per step, such as "MB/request".
     """
     from scipy.stats import theilslopes
 
@@ -219,13 +211,10 @@ def slope(values: Sequence[float], unit: str) -> Measurement:
 
 
 def more_samples(measurement: Measurement, limit: float) -> int | None:
-    """About how many more samples would settle on which side of a limit the value lies.
+    """About how many more samples would settle on which side of a limit the value lies; None: unknown, or too many.
 
     If value and spread stay the same, the half-width towards the limit shrinks with 1 / sqrt(n), so
     n (half-width / distance)^2 samples are enough.
-
-    Returns:
-        At least 1; None if the value is the limit, there is no interval, or it would take more than ``MAX_MORE``.
     """
     end = measurement.low if measurement.value > limit else measurement.high
     distance = abs(measurement.value - limit)
@@ -239,8 +228,7 @@ def more_samples(measurement: Measurement, limit: float) -> int | None:
 def noise_percent(samples: Sequence[float]) -> float:
     """Spread in percent of the median: median absolute deviation, scaled to a normal's standard deviation, / median.
 
-    Returns:
-        0 for fewer than two samples or equal ones; infinity if only the median is 0.
+    0 for fewer than two samples or equal ones; infinity if only the median is 0.
     """
     from scipy.stats import median_abs_deviation
 

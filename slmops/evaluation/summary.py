@@ -18,8 +18,8 @@ from statistics import median
 from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
 from slmops.evaluation import edge_cases, statistics
 from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, Quality
-from slmops.evaluation.speed import Speed, Turn, memory_in
-from slmops.evaluation.speed_worker import Timed, Window
+from slmops.evaluation.speed import Speed, Turn
+from slmops.evaluation.speed_worker import Timed
 
 PERCENTILES = (50, 90, 99)
 REQUEST_FIGURES: dict[str, tuple[str, Callable[[Timed], float | None]]] = {
@@ -197,10 +197,10 @@ def _memory(speed: Speed) -> Measurements:
             "memory_before_mb": measured.before,
             "memory_loaded_mb": measured.loaded,
             "memory_unloaded_mb": measured.unloaded,
-            "memory_peak_mb": Window(start=measured.before.start, end=measured.measured.end),
+            "memory_peak_mb": (measured.before[0], measured.measured[1]),
         }
         for metric, window in windows.items():
-            if window and (samples := memory_in(turn, window)):
+            if window and (samples := turn.memory_in(window)):
                 sampled.setdefault(metric, []).append(max(samples))
     return {metric: statistics.of_percentile(largest, 50, "MB") for metric, largest in sampled.items()}
 

@@ -117,9 +117,9 @@ def check_windows(turn: Turn, *, unloaded: bool) -> None:
     assert (result.unloaded is not None) == unloaded
     windows = [one for one in (result.before, result.loaded, result.measured, result.unloaded) if one is not None]
     for window, after in zip(windows, [*windows[1:], None], strict=True):
-        assert window.start < window.end
-        assert after is None or window.end <= after.start
-        samples = speed.memory_in(turn, window)
+        assert window[0] < window[1]
+        assert after is None or window[1] <= after[0]
+        samples = turn.memory_in(window)
         assert samples
         assert all(20 < mb < 1000 for mb in samples)  # no torch: the runtime and a tiny model
 

@@ -69,7 +69,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_the_judge_scores_the_rest(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    grades = {"b": GOOD, "d": Judgement.unscored("the judge answered 500")}
+    grades = {"b": GOOD, "d": Judgement(reason="the judge answered 500")}
     monkeypatch.setattr(judge, "score", lambda item, _text, _settings: grades[item.id])
     before = answered(*TEXTS)
     found = scoring.ask_judge(ITEMS, before, settings)

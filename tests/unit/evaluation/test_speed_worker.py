@@ -84,4 +84,4 @@ def test_several_sessions_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert runtime.events == ["load", *asked, *["ask 8"] * sum(sessions), "unload"]
     assert found.throughput.keys() == set(sessions)
     assert (found.unloaded is None) == bool(sessions)
-    assert found.measured.end - found.measured.start == 2.5
+    assert found.measured[1] - found.measured[0] == 2.5

@@ -10,11 +10,14 @@ import pytest
 
 from slmops.core.values import Evaluation, Measurement
 from slmops.evaluation import summary
-from slmops.evaluation.speed import Speed
+from slmops.evaluation.speed import Speed, Turn
+from tests import making
 from tests.measured import BUSY, quality, speed, timed, turn
 from tests.values import variant
 
 NOTE = "the machine was busy with something else"
+GRID = ((128, 16), (32, 16), (512, 16))
+ONE = timed(0.2, 1.2)
 
 
 def evaluate(raw: Speed, **changes: Any) -> Evaluation:
@@ -28,7 +31,7 @@ def figures(raw: Speed) -> dict[str, Measurement]:
 
 def test_speed_of_one_request() -> None:
     # 10 gaps in 1 s after the first token: 100 ms each, 10 tokens/s. 40 prompt tokens in 0.2 s: 200 tokens/s.
-    found = figures(speed(turn(timed(0.2, 1.2), throughput={1: 20.0, 4: 41.0})))
+    found = figures(speed(turn(ONE, throughput={1: 20.0, 4: 41.0})))
     expected = {
         "throughput_tok_s_c1": (20, "tokens/s"),
         "throughput_tok_s_c4": (41, "tokens/s"),
@@ -79,9 +82,6 @@ def test_defect_8_intervals_of_speed_know_that_rounds_differ() -> None:
     assert ttft.high > 300
 
 
-GRID = ((128, 16), (32, 16), (512, 16))
-
-
 def test_single_figures_are_those_of_the_headline_cell() -> None:
     headline = [timed(0.2, 1.2), timed(0.4, 2.4)]
     others = [timed(0.01, 0.02, cell=1), timed(9.0, 99.0, cell=2, prompt_tokens=512)]
@@ -90,19 +90,6 @@ def test_single_figures_are_those_of_the_headline_cell() -> None:
     for name in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "response_s_p90", "decode_tok_s", "ttft_model_ms_p50"):
         assert found[name] == alone[name]
         assert found[name].samples == 2
-
-
-def test_prefill_is_that_of_the_longest_prompt() -> None:
-    rows = [timed(0.1, 1.1), timed(0.1, 1.1, cell=1)]
-    longest = [timed(second, second + 1, cell=2, prompt_tokens=500) for second in (2.0, 1.0)]
-    found = figures(speed(turn(*rows, longest[0]), turn(*rows, longest[1]), cells=GRID))["prefill_tok_s"]
-    assert (found.value, found.samples) == (pytest.approx((250 + 500) / 2), 2)
-
-
-def test_requests_with_a_single_token_have_no_gap_but_a_first_token() -> None:
-    found = figures(speed(turn(timed(0.2, 1.2), timed(0.4, 0.4, completion=1), timed(0.6, 0.6, completion=5))))
-    assert (found["itl_ms_p50"].value, found["itl_ms_p50"].samples) == (pytest.approx(100), 1)
-    assert (found["ttft_ms_p50"].value, found["ttft_ms_p50"].samples) == (pytest.approx(400), 3)
 
 
 def test_what_there_are_no_samples_of_is_left_out() -> None:
@@ -115,20 +102,6 @@ def test_what_there_are_no_samples_of_is_left_out() -> None:
     assert points == {
         (name, tokens) for name in ("ttft_ms", "prefill_tok_s", "response_s_out16") for tokens in (32, 128)
     }
-
-
-def test_decode_rate_at_the_longest_prompt_as_a_share_of_that_at_the_shortest() -> None:
-    def rows(shortest: float, longest: float) -> list[Any]:
-        return [timed(1, 2), timed(1, 1 + 10 * shortest, cell=1), timed(1, 1 + 10 * longest, cell=2)]
-
-    found = figures(speed(turn(*rows(0.1, 0.2)), turn(*rows(0.1, 0.125)), cells=GRID))["decode_consistency"]
-    assert found.value == pytest.approx((0.5 * 0.8) ** 0.5)  # the geometric mean over the rounds
-    assert found.samples == 2
-    assert found.low < found.value
-    # A round in which one of the two could not be timed says nothing.
-    some = [timed(1, 2), timed(1, 2, cell=1)]
-    found = figures(speed(turn(*rows(0.1, 0.2)), turn(*some), cells=GRID))["decode_consistency"]
-    assert (found.value, found.samples) == (pytest.approx(0.5), 1)
 
 
 def test_curves_over_prompt_and_output_lengths() -> None:
@@ -161,7 +134,7 @@ def test_curves_over_prompt_and_output_lengths() -> None:
 
 
 def test_disturbed_turns_are_kept_and_not_counted() -> None:
-    quiet = turn(timed(0.2, 1.2), cpu_s=5, wall_s=5)
+    quiet = turn(ONE, cpu_s=5, wall_s=5)
     busy = turn(timed(0.9, 9.9), loops=BUSY, cpu_s=1, wall_s=5, load_s=7, energy_j=7.0)
     found = evaluate(speed(busy, quiet, busy))
     alone = evaluate(speed(quiet))
@@ -186,97 +159,88 @@ def test_if_all_turns_were_disturbed_all_are_used_and_it_is_said() -> None:
     assert found["decode_consistency"].note == NOTE  # it has an interval, and no note of its own
 
 
-def test_loads_cold_and_warm() -> None:
-    loads = [turn(timed(0.2, 1.2), load_s=seconds, cold=cold) for seconds, cold in ((9, True), (1, False), (2, False))]
-    found = figures(speed(*loads))
-    assert (found["load_cold_s"].value, found["load_cold_s"].samples, found["load_cold_s"].unit) == (9, 1, "s")
-    assert (found["load_s"].value, found["load_s"].samples) == (1.5, 2)
-    assert "load_cold_s" not in figures(speed(*loads[1:]))
-    assert "load_s" not in figures(speed(loads[0]))
+def consistency(*gaps: tuple[float, float]) -> Speed:
+    """Rounds of the grid with gaps of so many seconds after the shortest and the longest prompt."""
+    rounds = (turn(ONE, timed(1, 1 + 10 * short, cell=1), timed(1, 1 + 10 * long, cell=2)) for short, long in gaps)
+    return speed(*rounds, cells=GRID)
 
 
-def test_a_disturbed_load_counts_only_if_there_is_no_other() -> None:
-    cold = turn(timed(0.2, 1.2), load_s=9, cold=True, loops=BUSY, throughput={1: 20.0})
-    warm = [turn(timed(0.2, 1.2), load_s=5, loops=BUSY), turn(timed(0.2, 1.2), load_s=2)]
-    found = figures(speed(cold, *warm))
-    assert (found["load_s"].value, found["load_s"].samples) == (2, 1)
+def prefill(second: float) -> Turn:
+    return turn(ONE, timed(0.1, 1.1, cell=1), timed(second, second + 1, cell=2, prompt_tokens=500))
+
+
+def rounds(name: str, *values: Any, **same: Any) -> Speed:
+    """Rounds of one request, which differ in one thing."""
+    return speed(*(turn(ONE, **{name: value, **same}) for value in values))
+
+
+# Windows of a turn: before 0-1, loaded 2-3, measured 3-8, unloaded 9-10. What runs after that is of other sessions.
+MEMORY = ((0, 50), (1, 55), (1.5, 800), (2, 710), (2.9, 700), (5, 900), (8, 720), (8.5, 950), (9.5, 300), (11, 2000))
+LARGER = tuple((at, mb + 10) for at, mb in MEMORY)
+# At 9.5 s it has 1050 MB, which no window claims: several sessions leave more behind.
+SESSIONS = turn(ONE, memory=((0.5, 150), (2.5, 350), (5, 600), (9.5, 1050)), unloaded=None)
+ALONE = turn(ONE, memory=((0.5, 50), (9.5, 300)))
+COLD, *WARM = (turn(ONE, load_s=seconds, cold=cold) for seconds, cold in ((9, True), (1, False), (2, False)))
+BUSY_COLD = turn(ONE, load_s=9, cold=True, loops=BUSY, throughput={1: 20.0})
+BUSY_LOADS = speed(BUSY_COLD, turn(ONE, load_s=5, loops=BUSY), WARM[1])
+BEFORE, LOADED, UNLOADED, PEAK = (f"memory_{when}_mb" for when in ("before", "loaded", "unloaded", "peak"))
+ENERGY = "energy_j_per_token"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        # A single token has no gap, but it is a first token.
+        (
+            speed(turn(ONE, timed(0.4, 0.4, completion=1), timed(0.6, 0.6, completion=5))),
+            {"itl_ms_p50": (100, 1), "ttft_ms_p50": (400, 3)},
+        ),
+        (speed(prefill(2.0), prefill(1.0), cells=GRID), {"prefill_tok_s": ((250 + 500) / 2, 2)}),  # the longest prompt
+        # The geometric mean over the rounds; one in which a length could not be timed says nothing.
+        (consistency((0.1, 0.2), (0.1, 0.125)), {"decode_consistency": ((0.5 * 0.8) ** 0.5, 2)}),
+        (consistency((0.1, 0.2), (0.1, 0)), {"decode_consistency": (0.5, 1)}),
+        (speed(COLD, *WARM), {"load_cold_s": (9, 1), "load_s": (1.5, 2)}),
+        (speed(*WARM), {"load_cold_s": None, "load_s": (1.5, 2)}),
+        (speed(COLD), {"load_cold_s": (9, 1), "load_s": None}),
+        (BUSY_LOADS, {"load_cold_s": (9, 1), "load_s": (2, 1)}),  # a disturbed load counts if there is no other
+        (
+            rounds("memory", MEMORY, LARGER, ((0.5, 100), (2.5, 600), (1.5, 5000))),
+            {BEFORE: (65, 3), LOADED: (710, 3), UNLOADED: (305, 2), PEAK: (910, 3)},
+        ),
+        (speed(SESSIONS, ALONE, ALONE), {UNLOADED: (300, 2), BEFORE: (50, 3), LOADED: (350, 1)}),
+        (speed(SESSIONS), {UNLOADED: None, PEAK: (600, 1)}),
+        (rounds("memory", ((11, 50),)), dict.fromkeys((BEFORE, LOADED, UNLOADED, PEAK))),
+        (rounds("energy_j", 200, 300, 600), {ENERGY: (3, 3)}),
+        (rounds("energy_j", 200, -9000, 600), {ENERGY: (4, 2)}),  # one counter wrapped round
+        (rounds("energy_j", 200, None, None), {ENERGY: (2, 1)}),
+        (rounds("energy_j", None, None, None), {ENERGY: None}),
+        (rounds("energy_j", -1, -2, 0), {ENERGY: None}),
+        (rounds("cpu_s", 5, 9, 10, wall_s=5), {"cpu_percent": (180, 3), "cpu_percent_total": (45, 3)}),
+        # 1.4826 median absolute deviations from the median of 1.05.
+        (rounds("loops", (1.0, 1.1), (0.9, 1.3), (1.0, 2.0)), {"noise_percent": (148.26 * 0.1 / 1.05, 6)}),
+    ],
+)
+def test_single_figures(raw: Speed, expected: dict[str, tuple[float, int] | None]) -> None:
+    found = figures(raw)
+    units = {**making.UNITS, "load_cold_s": "s", ENERGY: "J/token"}
+    for name, wanted in expected.items():
+        assert (name in found) == (wanted is not None)
+        if wanted is not None:
+            assert (found[name].value, found[name].samples) == (pytest.approx(wanted[0], rel=1e-4), wanted[1])
+            assert found[name].unit == units[name]
+
+
+def test_a_disturbed_load_is_marked() -> None:
+    found = figures(BUSY_LOADS)
     assert NOTE not in (found["load_s"].note or "")
-    assert found["load_cold_s"].value == 9
     assert NOTE in (found["load_cold_s"].note or "")
     assert found["throughput_tok_s_c1"].note == NOTE
 
 
-def test_memory_by_windows() -> None:
-    # Windows of a turn: before 0-1, loaded 2-3, measured 3-8, unloaded 9-10. What runs after that is of other sessions.
-    first = [(0.0, 50.0), (1.0, 55.0), (1.5, 800.0), (2.0, 710.0), (2.9, 700.0), (5.0, 900.0), (8.0, 720.0)]
-    first += [(8.5, 950.0), (9.5, 300.0), (11.0, 2000.0)]
-    second = [(at, mb + 10) for at, mb in first]
-    third = [(0.5, 100.0), (2.5, 600.0), (1.5, 5000.0)]
-    rows = [turn(timed(0.2, 1.2), memory=tuple(memory)) for memory in (first, second, third)]
-    found = figures(speed(*rows))
-    expected = {
-        "memory_before_mb": np.median([55, 65, 100]),
-        "memory_loaded_mb": np.median([710, 720, 600]),
-        "memory_unloaded_mb": np.median([300, 310]),
-        "memory_peak_mb": np.median([900, 910, 5000]),
-    }
-    assert {name: found[name].value for name in expected} == expected
-    assert {name: found[name].samples for name in expected} == {**dict.fromkeys(expected, 3), "memory_unloaded_mb": 2}
-    assert {found[name].unit for name in expected} == {"MB"}
-
-
-def test_memory_after_several_sessions_is_left_out() -> None:
-    memory = tuple((at, 100.0 * (at + 1)) for at in (0.5, 2.5, 5.0, 9.5))
-    several = turn(timed(0.2, 1.2), memory=memory, unloaded=None, throughput={1: 20.0, 2: 33.0})
-    alone = turn(timed(0.2, 1.2), memory=((0.5, 50.0), (9.5, 300.0)))
-    found = figures(speed(several, alone, alone))
-    # At 9.5 s the first turn has 1050 MB, which no window claims.
-    assert (found["memory_unloaded_mb"].value, found["memory_unloaded_mb"].samples) == (300, 2)
-    assert (found["memory_before_mb"].value, found["memory_before_mb"].samples) == (50, 3)
-    assert (found["memory_loaded_mb"].value, found["memory_loaded_mb"].samples) == (350, 1)
-    found = figures(speed(several))
-    assert ("memory_unloaded_mb" in found, found["memory_peak_mb"].value) == (False, 600)
-    unsampled = figures(speed(turn(timed(0.2, 1.2), memory=((11.0, 50.0),))))
-    assert not [name for name in unsampled if name.startswith("memory_")]
-
-
-@pytest.mark.parametrize(
-    ("energies", "expected"),
-    [
-        pytest.param([200.0, 300.0, 600.0], 3, id="all"),
-        pytest.param([200.0, -9000.0, 600.0], 4, id="one counter wrapped round"),
-        pytest.param([200.0, None, None], 2, id="one is known"),
-        pytest.param([None, None, None], None, id="unknown"),
-        pytest.param([-1.0, -2.0, 0.0], None, id="all wrapped, or none used"),
-    ],
-)
-def test_energy(energies: list[float | None], expected: float | None) -> None:
-    found = figures(speed(*(turn(timed(0.2, 1.2), energy_j=energy, energy_tokens=100) for energy in energies)))
-    if expected is None:
-        assert "energy_j_per_token" not in found
-    else:
-        assert (found["energy_j_per_token"].value, found["energy_j_per_token"].unit) == (expected, "J/token")
-
-
-def test_processor() -> None:
-    found = figures(speed(*(turn(timed(0.2, 1.2), cpu_s=cpu, wall_s=5) for cpu in (5, 9, 10)), cores=4))
-    assert (found["cpu_percent"].value, found["cpu_percent"].unit) == (pytest.approx(180), "% of one core")
-    assert (found["cpu_percent_total"].value, found["cpu_percent_total"].unit) == (pytest.approx(45), "% of all cores")
-
-
-def test_noise_of_the_machine() -> None:
-    loops = [(1.0, 1.1), (0.9, 1.3), (1.0, 2.0)]
-    found = figures(speed(*(turn(timed(0.2, 1.2), loops=pair) for pair in loops)))["noise_percent"]
-    flat = np.array(loops).ravel()
-    deviation = np.median(np.abs(flat - np.median(flat)))
-    assert found.value == pytest.approx(100 * 1.4826 * deviation / np.median(flat), rel=1e-4)
-    assert (found.samples, found.unit) == (6, "%")
-
-
 def test_rows_of_all_requests() -> None:
-    raw = speed(turn(timed(0.2, 1.2), timed(0.3, 2.3, cell=1, prompt_tokens=31), loops=(1.0, 1.25)), cells=GRID)
-    of_turn = {"round": 0, "disturbed": 0, "calibration_before_s": 1.0, "calibration_after_s": 1.25}
-    both = {**of_turn, "output_tokens_wanted": 16, "completion_tokens": 11, "tokenize_s": 0.05}
+    raw = speed(turn(ONE, timed(0.3, 2.3, cell=1, prompt_tokens=31), loops=(1.0, 1.25)), cells=GRID)
+    both = {"round": 0, "disturbed": 0, "calibration_before_s": 1.0, "calibration_after_s": 1.25}
+    both |= {"output_tokens_wanted": 16, "completion_tokens": 11, "tokenize_s": 0.05}
     first, second = (
         {"first_s": 0.2, "last_s": 1.2, "total_s": 1.7, "prompt_tokens": 40, "prompt_tokens_wanted": 128},
         {"first_s": 0.3, "last_s": 2.3, "total_s": 2.8, "prompt_tokens": 31, "prompt_tokens_wanted": 32},
@@ -287,7 +251,7 @@ def test_rows_of_all_requests() -> None:
 def test_figures_of_the_conversion() -> None:
     # The tokenizer is no part of the model's size; the checkpoint has 0.004 MB.
     found = evaluate(
-        speed(turn(timed(0.2, 1.2))), files={"model.onnx": 2_000, "model.onnx.data": 1_000, "tokenizer.json": 9_000}
+        speed(turn(ONE)), files={"model.onnx": 2_000, "model.onnx.data": 1_000, "tokenizer.json": 9_000}
     ).measurements
     expected = {
         "size_mb": (0.003, "MB"),

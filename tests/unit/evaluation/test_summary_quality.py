@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from slmops.core.values import Answer, Evaluation, Measurement, Recipe, Variant
+from slmops.core.values import Evaluation, Measurement, Recipe, Variant
 from slmops.evaluation import summary
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
@@ -51,29 +51,27 @@ def distance(seed: int) -> Distance:
     )
 
 
-def test_distance_to_the_baseline() -> None:
-    far = distance(2)
-    found = figures(quality(nlls(1, 0.1), baseline=far), baseline(quality(nlls(1))))
-    assert found["perplexity"].value == pytest.approx(math.exp(np.mean(nlls(1, 0.1))))
-    assert found["size_ratio"].value == 0.25
-    assert found["perplexity_ratio"].value == pytest.approx(math.exp(0.1))
-    assert found["kl_mean"].value == pytest.approx(np.mean(far.kl))
-    assert found["kl_median"].value == pytest.approx(np.median(far.kl))
-    assert found["kl_p99"].value == pytest.approx(np.percentile(far.kl, 99))
-    assert found["kl_max"].value == max(far.kl)
-    assert found["top1_agreement"].value == pytest.approx(np.mean(far.same_top))
+def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
+    far, farther = distance(2), distance(3)
+    raw = quality(nlls(1, 0.1), baseline=far, hugging_face=farther)
+    found = figures(raw, baseline(quality(nlls(1))), nlls(1, -0.2))
+    expected = {
+        "perplexity": math.exp(np.mean(nlls(1, 0.1))),
+        "perplexity_ratio": math.exp(0.1),
+        "kl_mean": np.mean(far.kl),
+        "kl_median": np.median(far.kl),
+        "kl_p99": np.percentile(far.kl, 99),
+        "kl_max": max(far.kl),
+        "top1_agreement": np.mean(far.same_top),
+        "hf_perplexity_ratio": math.exp(0.3),
+        "hf_kl_mean": np.mean(farther.kl),
+        "hf_top1_agreement": np.mean(farther.same_top),
+    }
+    assert {name: found[name].value for name in expected} == pytest.approx(expected)
     assert {found[name].unit for name in KL} == {"nats", "1"}
-    assert {found[name].samples for name in KL | {"perplexity_ratio"}} == {TOKENS}
+    assert {found[name].samples for name in expected} == {TOKENS}
+    assert found["size_ratio"].value == 0.25
     assert found["kl_mean"].low < np.mean(far.kl) < found["kl_mean"].high
-    assert not found.keys() & CHECKPOINT
-
-
-def test_distance_to_the_checkpoint() -> None:
-    far = distance(3)
-    found = figures(quality(nlls(1), hugging_face=far), None, nlls(1, -0.2))
-    assert found["hf_perplexity_ratio"].value == pytest.approx(math.exp(0.2))
-    assert found["hf_kl_mean"].value == pytest.approx(np.mean(far.kl))
-    assert found["hf_top1_agreement"].value == pytest.approx(np.mean(far.same_top))
 
 
 @pytest.mark.parametrize(("distances", "nll"), [({}, nlls(1)), ({"hugging_face": distance(3)}, None)])
@@ -102,92 +100,67 @@ def test_a_variant_that_was_not_compared_is_not_taken_for_the_baseline() -> None
     assert found.keys() >= RELATIVE
 
 
-def test_accuracy_leaves_out_what_was_not_scored() -> None:
-    found = figures(quality(answered=answers(True, None, False, True, None, True)))
-    assert (found["accuracy"].value, found["accuracy"].samples) == (0.75, 4)
+def each(field: str, *values: Any, correct: Any = True) -> Quality:
+    """An answer for each value of a field."""
+    return quality(answered=tuple(answer(number, correct, **{field: value}) for number, value in enumerate(values)))
+
+
+SCORES = [0.2, 0.9, 0.4, 1.0, 0.0, 0.7]
+GRADED = quality(answered=tuple(answer(number, score >= 0.5, score=score) for number, score in enumerate(SCORES)))
+JUDGED = quality(answered=answers(True, None, False, True, None, True))
+MARKS = [
+    ("World facts", True),
+    ("World facts", False),
+    ("world-facts", True),
+    ("東京", False),
+    ("大阪", True),
+    ("x", None),
+]
+MARKED = quality(answered=tuple(answer(number, one, category=of) for number, (of, one) in enumerate(MARKS)))
+CATEGORIES = {"World facts": (0.5, 2), "world-facts": (1, 1), "東京": (0, 1), "大阪": (1, 1), "x": None}
+OF_JUDGEMENTS = ("accuracy", "score", "accuracy_drop", "flips", "mcnemar_p", "score_drop", f"{CATEGORY}general")
+#       both right x 5  lost x 6       gained x 1  both wrong x 2  not scored by one or the other
+THEIRS = [True] * 5 + [True] * 6 + [False] * 1 + [False] * 2 + [None, True, None]
+OURS = [True] * 5 + [False] * 6 + [True] * 1 + [False] * 2 + [True, None, None]
+DROP = {"accuracy_drop": (5 / 14, 14), "mcnemar_p": (2 * binom.cdf(1, 7, 0.5), 14), "score_drop": (5 / 14, 14)}
+ENDS = each("finish_reason", "stop", "length", "stop", "content_filter", "stop", correct=None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "beside", "expected"),
+    [
+        (JUDGED, None, {"accuracy": (0.75, 4), "unscored": (2, 6), "score": (0.75, 4)}),
+        (
+            quality(answered=answers(None, None)),
+            quality(answered=answers(None, True)),
+            {"unscored": (2, 2), "length_ratio": (1, 2), **dict.fromkeys(OF_JUDGEMENTS)},
+        ),
+        (MARKED, None, {"accuracy": (0.6, 5), **{f"{CATEGORY}{name}": found for name, found in CATEGORIES.items()}}),
+        (GRADED, None, {"score": (np.mean(SCORES), 6), "accuracy": (0.5, 6)}),
+        (each("format_valid", None, None), None, {"format_valid": None}),
+        (each("format_valid", True, None, False, True), None, {"format_valid": (2 / 3, 3)}),
+        (each("format_valid", False, None), None, {"format_valid": (0, 1)}),
+        (ENDS, None, {"stop_rate": (0.6, 5), "truncated_rate": (0.2, 5)}),
+        (quality(answered=answers(*OURS)), quality(answered=answers(*THEIRS)), {"flips": (7, 14), **DROP}),
+        (each("score", 0.5, 0.6, 1.0, None), each("score", 0.7, 0.6, 0.9, 1.0), {"score_drop": (0.1 / 3, 3)}),
+        (each("completion_tokens", 10, 30), each("completion_tokens", 20, 60), {"length_ratio": (0.5, 2)}),
+        (each("completion_tokens", 10, 30), each("completion_tokens", 10, 10), {"length_ratio": (2, 2)}),
+        (each("completion_tokens", 5, 0), each("completion_tokens", 0, 0), {"length_ratio": (5, 2)}),
+    ],
+)
+def test_answers(raw: Quality, beside: Quality | None, expected: dict[str, tuple[float, int] | None]) -> None:
+    found = figures(raw, beside and baseline(beside))
+    for name, wanted in expected.items():
+        shown = (found[name].value, found[name].samples) if name in found else None
+        assert shown == (wanted and (pytest.approx(wanted[0]), wanted[1])), name
+
+
+def test_units_and_intervals_of_answers() -> None:
+    found = figures(JUDGED)
     assert found["accuracy"].note == f"standard error {math.sqrt(0.75 * 0.25 / 3):.3f}"
     assert found["accuracy"].low < 0.75
-    assert (found["unscored"].value, found["unscored"].unit, found["unscored"].samples) == (2, "items", 6)
-    assert (found["score"].value, found["score"].samples) == (0.75, 4)
-
-
-def test_nothing_scored() -> None:
-    found = figures(quality(answered=answers(None, None)), baseline(quality(answered=answers(None, True))))
-    assert found["unscored"].value == 2
-    made_of_judgements = {"accuracy", "score", "accuracy_drop", "flips", "mcnemar_p", "score_drop"}
-    assert not [name for name in found if name in made_of_judgements or name.startswith(CATEGORY)]
-    assert found["length_ratio"].value == 1
-
-
-def test_accuracy_by_category_under_its_own_name() -> None:
-    marked = [("World facts", True), ("World facts", False), ("world-facts", True), ("東京", False), ("大阪", True)]
-    given = [answer(number, correct, category=category) for number, (category, correct) in enumerate(marked)]
-    found = figures(quality(answered=(*given, answer(9, None, category="unscored only"))))
-    assert {name: (one.value, one.samples) for name, one in found.items() if name.startswith(CATEGORY)} == {
-        "accuracy.World facts": (0.5, 2),
-        "accuracy.world-facts": (1, 1),
-        "accuracy.東京": (0, 1),
-        "accuracy.大阪": (1, 1),
-    }
-    assert (found["accuracy"].value, found["accuracy"].samples) == (0.6, 5)
-
-
-def test_scores_have_degrees() -> None:
-    scores = [0.2, 0.9, 0.4, 1.0, 0.0, 0.7]
-    given = tuple(answer(number, score >= 0.5, score=score) for number, score in enumerate(scores))
-    found = figures(quality(answered=given))
-    assert found["score"].value == pytest.approx(np.mean(scores))
-    assert found["accuracy"].value == 0.5
-    assert found["score"].low < np.mean(scores)
-
-
-@pytest.mark.parametrize(
-    ("formats", "expected"), [([None, None], None), ([True, None, False, True], (2 / 3, 3)), ([False, None], (0, 1))]
-)
-def test_format(formats: list[bool | None], expected: tuple[float, int] | None) -> None:
-    found = figures(quality(answered=tuple(answer(n, True, format_valid=valid) for n, valid in enumerate(formats))))
-    if expected is None:
-        assert "format_valid" not in found
-    else:
-        assert (found["format_valid"].value, found["format_valid"].samples) == expected
-
-
-def test_how_answers_ended() -> None:
-    reasons = ["stop", "length", "stop", "content_filter", "stop"]
-    found = figures(quality(answered=tuple(answer(n, None, finish_reason=one) for n, one in enumerate(reasons))))
-    assert (found["stop_rate"].value, found["truncated_rate"].value) == (0.6, 0.2)
-    assert (found["stop_rate"].samples, found["truncated_rate"].samples) == (5, 5)
-
-
-def test_answers_against_the_baselines_item_by_item() -> None:
-    #          both right x 5  lost x 6  gained x 1  both wrong x 2  not scored by one or the other
-    theirs = [True] * 5 + [True] * 6 + [False] * 1 + [False] * 2 + [None, True, None]
-    ours = [True] * 5 + [False] * 6 + [True] * 1 + [False] * 2 + [True, None, None]
-    found = figures(quality(answered=answers(*ours)), baseline(quality(answered=answers(*theirs))))
-    assert (found["flips"].value, found["flips"].samples, found["flips"].unit) == (7, 14, "items")
-    assert (found["accuracy_drop"].value, found["accuracy_drop"].samples) == (pytest.approx(5 / 14), 14)
-    assert found["mcnemar_p"].value == pytest.approx(2 * binom.cdf(1, 7, 0.5))
-    assert (found["score_drop"].value, found["score_drop"].samples) == (pytest.approx(5 / 14), 14)
-
-
-def test_drop_of_scores_with_degrees() -> None:
-    ours, theirs = (
-        tuple(answer(number, True, score=score) for number, score in enumerate(scores))
-        for scores in ([0.5, 0.6, 1.0, None], [0.7, 0.6, 0.9, 1.0])
-    )
-    found = figures(quality(answered=ours), baseline(quality(answered=theirs)))["score_drop"]
-    assert (found.value, found.samples) == (pytest.approx((0.2 + 0 - 0.1) / 3), 3)
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "ratio"), [([10, 30], [20, 60], 0.5), ([10, 30], [10, 10], 2), ([5, 0], [0, 0], 5)]
-)
-def test_length_of_the_answers(ours: list[int], theirs: list[int], ratio: float) -> None:
-    def given(lengths: list[int]) -> tuple[Answer, ...]:
-        return tuple(answer(number, completion_tokens=length) for number, length in enumerate(lengths))
-
-    found = figures(quality(answered=given(ours)), baseline(quality(answered=given(theirs))))
-    assert found["length_ratio"].value == ratio
+    assert (found["unscored"].unit, figures(quality(), baseline(quality()))["flips"].unit) == ("items", "items")
+    assert figures(GRADED)["score"].low < np.mean(SCORES)
 
 
 def test_the_policy_knows_just_what_is_measured_and_all_of_it_survives_json() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,24 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "genai_config.json").write_text('{"model": {"context_length": 100}, "search": {}}')
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
+Go = Callable[..., tuple[CaseEnd, Model]]
+
+
 @pytest.fixture
-def probe(folder: Path) -> Callable[[Model], Probe]:
-    return lambda model: Probe(model, Model.count, CONTEXT, folder)
+def go_through(folder: Path) -> Go:
+    """Put one case to a model."""
 
+    def go(name: str, model: Model | None = None, count: Callable[[str], int] = Model.count) -> tuple[CaseEnd, Model]:
+        [case] = [case for case in edge_cases.EDGE_CASES if case.id == name]
+        model = model or Model()
+        return edge_worker.see(case, Probe(model, count, CONTEXT, folder)), model
 
-def case(name: str) -> EdgeCase:
-    [found] = [case for case in edge_cases.EDGE_CASES if case.id == name]
-    return found
+    return go
 
 
 def test_every_case_is_known_to_the_worker() -> None:
@@ -106,33 +113,12 @@ SOUND = {  # a model that does all as it should
 }
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_a_sound_model(name: str, probe: Callable[[Model], Probe]) -> None:
-    assert edge_worker.see(case(name), probe(Model())).outcome == SOUND[name]
-
-
-def test_the_end_of_the_context_is_where_the_runtime_counts_it(probe: Callable[[Model], Probe]) -> None:
-    model = Model()
-    asker = probe(model)
-    # This tokenizer counts less than the runtime; the runtime's count decides.
-    asker.count = lambda text: Model.count(text) - 2
-    for name in ("exactly_the_context", "one_beyond_the_context"):
-        assert edge_worker.see(case(name), asker).outcome == SOUND[name]
-    (first, one), (second, exact), (third, beyond) = model.asked
-    assert first == second == third
-    tokens = Model.count(first[0]["content"])
-    assert (one, exact, beyond) == (1, CONTEXT - tokens, CONTEXT - tokens + 1)
-    asker = probe(Model())
-    asker.count = lambda _: CONTEXT
-    assert "template leaves no room" in edge_worker.see(case("exactly_the_context"), asker).detail
-
-
-def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None:
+def test_a_sound_model_and_what_it_is_sent(go_through: Go) -> None:
     sent: dict[str, str] = {}
-    for one in edge_cases.EDGE_CASES:
-        model = Model()
-        edge_worker.see(one, probe(model))
-        sent[one.id] = model.asked[-1][0][0]["content"]
+    for name, outcome in SOUND.items():
+        seen, model = go_through(name)
+        assert seen.outcome == outcome, name
+        sent[name] = model.asked[-1][0][0]["content"]
     assert "<|end|>" in sent["own_special_tokens"]
     assert "plain" not in sent["own_special_tokens"]
     assert "<|im_end|>" in sent["foreign_markers"]
@@ -142,6 +128,17 @@ def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None
     assert len(sent["repeated_tokens"].split()) == 10_000
     with pytest.raises(UnicodeEncodeError):
         sent["lone_surrogate"].encode()
+
+
+def test_the_end_of_the_context_is_where_the_runtime_counts_it(go_through: Go) -> None:
+    for name, beyond in (("exactly_the_context", 0), ("one_beyond_the_context", 1)):
+        # This tokenizer counts less than the runtime; the runtime's count decides.
+        seen, model = go_through(name, count=lambda text: Model.count(text) - 2)
+        (first, one), (second, wanted) = model.asked
+        assert (seen.outcome, first) == (SOUND[name], second)
+        assert (one, wanted) == (1, CONTEXT - Model.count(first[0]["content"]) + beyond)
+    seen, _ = go_through("exactly_the_context", count=lambda _: CONTEXT)
+    assert "template leaves no room" in seen.detail
 
 
 @pytest.mark.parametrize(
@@ -160,15 +157,15 @@ def test_texts_hold_what_they_are_about(probe: Callable[[Model], Probe]) -> None
         ("assistant_first", Model(replies=[RuntimeRefusal("internal", 2)]), "failed", "internal"),
     ],
 )
-def test_what_can_go_wrong(name: str, model: Model, outcome: str, detail: str, probe: Callable[[Model], Probe]) -> None:
-    seen = edge_worker.see(case(name), probe(model))
+def test_what_can_go_wrong(name: str, model: Model, outcome: str, detail: str, go_through: Go) -> None:
+    seen, _ = go_through(name, model)
     assert seen.outcome == outcome
     assert detail in seen.detail
 
 
-def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, probe: Callable[[Model], Probe]) -> None:
+def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, go_through: Go) -> None:
     (folder / "chat_template.jinja").write_text(STRICT)
-    seen = edge_worker.see(case("assistant_first"), probe(Model(replies=[RuntimeRefusal("user first at row 1", 2)])))
+    seen, _ = go_through("assistant_first", Model(replies=[RuntimeRefusal("user first at row 1", 2)]))
     assert (seen.outcome, seen.detail) == ("refused", "the chat template refuses it")
 
 
@@ -216,7 +213,10 @@ def test_share_of_cases_passed(cases: list[CaseOutcome], share: float, samples: 
 
 
 class Children:
-    """Stand in for processes that write :func:`lines` each, and then die unless a full stop follows."""
+    """Stand in for processes that die after these lines unless a full stop follows.
+
+    A letter is a line: a case begins (``a``) or ends (``A``), at a moment that has not come yet.
+    """
 
     def __init__(self, *ends: str) -> None:
         self.ends = list(ends)
@@ -226,37 +226,11 @@ class Children:
         self.asked.append("".join(case.id for case in request.cases))
         end = self.ends.pop(0)
         request.progress.parent.mkdir(parents=True, exist_ok=True)
-        for line in lines(end.rstrip(".")):
-            edge_worker.write(request.progress, line)
+        for name in end.rstrip("."):
+            seen = CaseEnd(outcome="answered", detail="said", seconds=0.1) if name.isupper() else None
+            edge_worker.write(request.progress, CaseProgress(id=name.lower(), at=1e12, seen=seen))
         if not end.endswith("."):
             raise EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
-
-
-ENDED = CaseEnd(outcome="answered", detail="said", seconds=0.1)
-
-
-def lines(names: str) -> list[CaseProgress]:
-    """A line for each letter: a case begins (``a``) or ends (``A``), at a moment that has not come yet."""
-    return [CaseProgress(id=name.lower(), at=1e12, seen=ENDED if name.isupper() else None) for name in names]
-
-
-@pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], tuple[CaseOutcome, ...]]:
-    (folder / "genai_config.json").write_text('{"model": {"context_length": 100}, "search": {}}')
-    monkeypatch.setattr(edge_cases.prompts, "counter", lambda _: Model.count)
-    settings = Settings(home=folder.parent / "home")
-    registration = Registration(foundry_id="x-generic-cpu:1", path=folder, prompt_template_exact=True, answer="")
-
-    def go(stand_in: Children) -> tuple[CaseOutcome, ...]:
-        monkeypatch.setattr(children, "call", stand_in)
-        cases = [EdgeCase(id=name, expected="answered") for name in "abc"]
-        variant = values.variant(folder)
-        try:
-            return edge_cases.run(variant, registration, "tiny", settings, cases=cases)
-        finally:
-            assert not (settings.work("tiny") / "int4-edge").exists()
-
-    return go
 
 
 @pytest.mark.parametrize(
@@ -267,20 +241,21 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Children], t
         (["aA", "bBcC."], ["abc", "bc"], ["answered"] * 3),
         (["aAbBcC"], ["abc"], ["answered"] * 3),  # after the last: all is there
         # Before any further case: the variant's fault.
-        ([""], ["abc"], None),
-        (["a", ""], ["abc", "bc"], None),
+        ([""], ["abc"], []),
+        (["a", ""], ["abc", "bc"], []),
     ],
 )
 def test_what_a_crash_costs(
-    ends: list[str],
-    asked: list[str],
-    outcomes: list[str] | None,
-    run: Callable[[Children], tuple[CaseOutcome, ...]],
+    ends: list[str], asked: list[str], outcomes: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in = Children(*ends)
-    if outcomes is None:
-        with pytest.raises(EvaluationError, match="SIGSEGV"):
-            run(stand_in)
-    else:
-        assert [(case.id, case.outcome) for case in run(stand_in)] == list(zip("abc", outcomes, strict=True))
+    monkeypatch.setattr(edge_cases.prompts, "counter", lambda _: Model.count)
+    monkeypatch.setattr(children, "call", stand_in)
+    settings = Settings(home=folder.parent / "home")
+    registration = Registration(foundry_id="x-generic-cpu:1", path=folder, prompt_template_exact=True, answer="")
+    cases = [EdgeCase(id=name, expected="answered") for name in "abc"]
+    with nullcontext() if outcomes else pytest.raises(EvaluationError, match="SIGSEGV"):
+        found = edge_cases.run(values.variant(folder), registration, "tiny", settings, cases=cases)
+        assert [(case.id, case.outcome) for case in found] == list(zip("abc", outcomes, strict=True))
     assert stand_in.asked == asked
+    assert not (settings.work("tiny") / "int4-edge").exists()

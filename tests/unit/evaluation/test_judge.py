@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -30,40 +31,39 @@ def completion(content: Any) -> bytes:
 GOOD = completion('{"correct": true, "score": 0.9}')
 
 
-class Server:
+Reply = tuple[int, bytes] | Callable[[BaseHTTPRequestHandler], None]
+
+
+class Server(ThreadingHTTPServer):
     """Answers each request with the next of its replies, the last one for ever: (status, body) or a function."""
 
+    daemon_threads = True
+
     def __init__(self) -> None:
-        self.replies: list[tuple[int, bytes] | Callable[[BaseHTTPRequestHandler], None]] = [(200, GOOD)]
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies: list[Reply] = [(200, GOOD)]
         self.requests: list[dict[str, Any]] = []
-        server = self
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                server.requests.append({"path": self.path, "headers": self.headers, "body": json.loads(body)})
-                reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
-                if callable(reply):
-                    reply(self)
-                    return
-                self.send_response(reply[0])
-                self.send_header("Content-Length", str(len(reply[1])))
-                self.end_headers()
-                self.wfile.write(reply[1])
 
-            def log_message(self, *args: Any) -> None:
-                pass
+class Handler(BaseHTTPRequestHandler):
+    server: Server
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append({"path": self.path, "headers": self.headers, "body": json.loads(body)})
+        replies = self.server.replies
+        reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        if callable(reply):
+            reply(self)
+            return
+        self.send_response(reply[0])
+        self.send_header("Content-Length", str(len(reply[1])))
+        self.end_headers()
+        self.wfile.write(reply[1])
 
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
+    def log_message(self, *args: Any) -> None:
+        pass
 
 
 @pytest.fixture
@@ -71,19 +71,23 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(judge, "BACKOFF_S", (0.0, 0.0, 0.0))
-    running = Server()
-    yield running
-    running.stop()
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
 
 
 def configured(url: str, **more: Any) -> Settings:
-    return Settings(judge_url=url, judge_model="grader", **more)
+    return Settings(**{"judge_url": url, "judge_model": "grader", **more})
 
 
-def unscored(found: Judgement) -> str:
+def unscored(server: Server, answer: str = "x", **more: Any) -> str:
+    """Why the judge gives an answer no score."""
+    found = judge.score(ITEM, answer, configured(server.url, **more))
     assert (found.score, found.correct) == (None, None)
-    assert found.reason
-    return found.reason
+    return found.reason or ""
 
 
 def test_what_is_asked(server: Server) -> None:
@@ -172,7 +176,7 @@ NO_COMPLETION = "the judge's reply is not a chat completion"
 )
 def test_no_grade_is_unscored(server: Server, status: int, body: bytes, reason: str, asked: int) -> None:
     server.replies = [(status, body)]
-    assert reason in unscored(judge.score(ITEM, "x", configured(server.url)))
+    assert reason in unscored(server)
     assert len(server.requests) == asked
 
 
@@ -188,37 +192,24 @@ def test_busy_and_broken_servers_are_asked_again_later_each_time(
     assert pauses == [0.5, 1.0, 2.0]
 
 
-def test_slow_server(server: Server) -> None:
-    stop = threading.Event()
-    server.replies = [lambda _request: [None, stop.wait(5)][0]]
-    try:
-        reason = unscored(judge.score(ITEM, "x", configured(server.url, judge_timeout_s=0.1)))
-    finally:
-        stop.set()
-    assert reason == "the judge did not answer within 0.1 s"
-    assert len(server.requests) == 4
-
-
-def test_server_that_trickles(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def trickle(request: BaseHTTPRequestHandler) -> None:
     """Each byte comes in time, the whole does not."""
-
-    def trickle(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(200)
-        request.end_headers()
-        for _ in range(100):
-            try:
-                request.wfile.write(b" ")
-                request.wfile.flush()
-            except OSError:
-                return
+    request.send_response(200)
+    request.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            request.wfile.write(b" ")
+            request.wfile.flush()
             time.sleep(0.05)
 
-    monkeypatch.setattr(judge, "BACKOFF_S", ())
-    server.replies = [trickle]
+
+@pytest.mark.parametrize("reply", [lambda _request: time.sleep(1), trickle])
+def test_slow_server(server: Server, reply: Reply) -> None:
+    server.replies = [reply]
     started = time.monotonic()
-    reason = unscored(judge.score(ITEM, "x", configured(server.url, judge_timeout_s=0.3)))
-    assert reason == "the judge did not answer within 0.3 s"
+    assert unscored(server, judge_timeout_s=0.1) == "the judge did not answer within 0.1 s"
     assert time.monotonic() - started < 2
+    assert len(server.requests) == 4
 
 
 def test_connection_that_breaks_and_no_server(server: Server) -> None:
@@ -227,8 +218,9 @@ def test_connection_that_breaks_and_no_server(server: Server) -> None:
 
     server.replies = [hang_up, (200, GOOD)]
     assert judge.score(ITEM, "x", configured(server.url)).correct is True
-    server.stop()
-    assert "could not be reached" in unscored(judge.score(ITEM, "x", configured(server.url)))
+    server.shutdown()
+    server.server_close()
+    assert "could not be reached" in unscored(server)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +232,7 @@ def test_connection_that_breaks_and_no_server(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_sent(server: Server, answer: str, asked: dict[str, str], reason: str) -> None:
-    settings = configured(server.url).model_copy(update=Settings(**asked).model_dump(include=set(asked)))
-    assert reason in unscored(judge.score(ITEM, answer, settings))
+    assert reason in unscored(server, answer, **asked)
     assert not server.requests
 
 

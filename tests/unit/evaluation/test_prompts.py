@@ -21,27 +21,25 @@ def words(template: int = 0, each: int = 1) -> Count:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "expected"),
+    ("tokens", "template", "each", "expected"),
     [
-        pytest.param(50, words(), 50, id="exact"),
-        pytest.param(50, words(template=10), 40, id="the template takes its share"),
-        pytest.param(32, words(template=31), 1, id="room for one word"),
-        pytest.param(100, words(each=3), 33, id="nearest below"),
-        pytest.param(20, words(each=6), 3, id="off by just a tenth"),
-        pytest.param(4096, words(), 4096, id="much longer than the text it is made of"),
-        pytest.param(4096, words(template=7, each=2), 2044, id="much longer, nearest below"),
+        (50, 0, 1, 50),
+        (50, 10, 1, 40),
+        (32, 31, 1, 1),
+        (100, 0, 3, 33),  # nearest below
+        (20, 0, 6, 3),  # off by just a tenth
+        *((16, template, each, None) for template, each in ((16, 1), (20, 1), (0, 7), (0, 17))),  # 14 are too far below
+        (4096, 0, 1, 4096),  # much longer than the text it is made of
+        (4096, 7, 2, 2044),
     ],
 )
-def test_as_many_words_as_fit(tokens: int, count: Count, expected: int) -> None:
+def test_as_many_words_as_fit(tokens: int, template: int, each: int, expected: int | None) -> None:
+    count = words(template, each)
     text = prompts.of_length(tokens, count)
-    assert len(text.split()) == expected
-    assert 0.9 * tokens <= count(text) <= tokens
-    assert count(f"{text} word") > tokens
-
-
-@pytest.mark.parametrize(("template", "each"), [(16, 1), (20, 1), (0, 7), (0, 17)])
-def test_too_small(template: int, each: int) -> None:
-    assert prompts.of_length(16, words(template, each)) is None  # 14 tokens are too far below
+    assert (text and len(text.split())) == expected
+    if text is not None:
+        assert 0.9 * tokens <= count(text) <= tokens
+        assert count(f"{text} word") > tokens
 
 
 def test_longer_prompts_go_on_where_shorter_ones_end() -> None:
@@ -60,13 +58,6 @@ def test_counting_is_not_done_word_by_word() -> None:
     assert len(calls) < 20
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template of 20 tokens, and a token for each word."""
-    monkeypatch.setattr(prompts, "counter", lambda _folder: words(template=20))
-
-
-@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize(
     ("wanted", "context", "made"),
     [
@@ -75,19 +66,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         ([32, 128, 512], 511, [32, 128]),
         ([32, 128, 512], 512, [32, 128, 512]),
         ([16, 20, 21], 2048, [21]),
+        *(([32, 64], context, []) for context in (31, 0, -8)),
+        *((wanted, context, []) for wanted, context in (([16, 20], 2048), ([16, 64], 31))),
     ],
 )
-def test_the_lengths_that_there_is_room_for(wanted: list[int], context: int, made: list[int]) -> None:
-    found = prompts.of_lengths(wanted, context, Path())
-    assert list(found) == made
-    assert [20 + len(text.split()) for text in found.values()] == made
-
-
-@pytest.mark.usefixtures("counted")
-@pytest.mark.parametrize(
-    ("wanted", "context"), [([32, 64], 31), ([16, 20], 2048), ([16, 64], 31), ([32], 0), ([32], -8)]
-)
-def test_no_length_that_there_is_room_for(wanted: list[int], context: int) -> None:
+def test_the_lengths_that_there_is_room_for(
+    wanted: list[int], context: int, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "counter", lambda _folder: words(template=20))
+    if made:
+        found = prompts.of_lengths(wanted, context, Path())
+        assert {tokens: 20 + len(text.split()) for tokens, text in found.items()} == {tokens: tokens for tokens in made}
+        assert list(found) == made
+        return
     with pytest.raises(EvaluationError) as raised:
         prompts.of_lengths(wanted, context, Path())
     assert f"length of {', '.join(map(str, wanted))} can" in raised.value.message
@@ -106,12 +97,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["", "one", "one two three", "word " * 100])
-def test_counted_as_the_model_gets_it(folder: Path, text: str) -> None:
-    assert prompts.counter(folder)(text) == 2 + len(text.split())
-
-
 def test_lengths_by_a_real_tokenizer(folder: Path) -> None:
+    for text in ("", "one", "one two three", "word " * 100):
+        assert prompts.counter(folder)(text) == 2 + len(text.split())
     found = prompts.of_lengths([16, 64, 128], 100, folder)
     assert {tokens: len(text.split()) for tokens, text in found.items()} == {16: 14, 64: 62}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from slmops.core.errors import EvaluationError, UsageError
-from slmops.core.values import Comparison, Measurement
+from slmops.core.values import Measurement
 from slmops.evaluation import prompts, soak, soak_worker, statistics
 from slmops.evaluation.soak import Soak, SoakError, Target
 from tests import values
@@ -108,49 +109,36 @@ def test_what_is_said(
         assert not {name for name in result.metrics if name.endswith(("_low", "_high"))}
 
 
-def comparison(chosen: str | None) -> Comparison:
-    ok = {name: values.result(name, 100) for name in ("fp32", "int8")}
-    registered = [one.model_copy(update={"foundry_id": f"tiny-{name}-generic-cpu:1"}) for name, one in ok.items()]
-    return values.comparison(*registered, values.failed("int4", "Olive produced no model."), chosen=chosen)
+NONE = UsageError("No variant of tiny was chosen.", "Name one with --variant: fp32, int8.")
+UNKNOWN = UsageError("tiny has no variant 'int2'.", "Its variants: fp32, int8.")
+FAILED = UsageError("The variant int4 of tiny cannot be asked: Olive failed.", "Variants that can: fp32, int8.")
 
 
 @pytest.mark.parametrize(
-    ("chosen", "wanted", "found"), [("int8", None, "int8"), ("int8", "fp32", "fp32"), (None, "fp32", "fp32")]
-)
-def test_which_variant(chosen: str | None, wanted: str | None, found: str) -> None:
-    expected = Target(model="tiny", variant=found, foundry_id=f"tiny-{found}-generic-cpu:1")
-    assert soak.find(comparison(chosen), wanted) == expected
-
-
-@pytest.mark.parametrize(
-    ("chosen", "wanted", "message", "fix"),
+    ("chosen", "wanted", "found"),
     [
-        (None, None, "No variant of tiny was chosen.", "Name one with --variant: fp32, int8."),
-        ("int8", "int2", "tiny has no variant 'int2'.", "Its variants: fp32, int8."),
-        ("int8", "int4", "int4 of tiny cannot be asked: Olive produced no model.", "Variants that can: fp32, int8."),
+        *(("int8", None, "int8"), ("int8", "fp32", "fp32"), (None, "fp32", "fp32")),
+        *((None, None, NONE), ("int8", "int2", UNKNOWN), ("int8", "int4", FAILED)),
     ],
 )
-def test_no_such_variant(chosen: str | None, wanted: str | None, message: str, fix: str) -> None:
+def test_which_variant(chosen: str | None, wanted: str | None, found: str | UsageError) -> None:
+    ok = {name: values.result(name, 100) for name in ("fp32", "int8")}
+    registered = [one.model_copy(update={"foundry_id": f"tiny-{name}-generic-cpu:1"}) for name, one in ok.items()]
+    both = values.comparison(*registered, values.failed("int4", "Olive failed"), chosen=chosen)
+    if isinstance(found, str):
+        assert soak.find(both, wanted) == Target(model="tiny", variant=found, foundry_id=f"tiny-{found}-generic-cpu:1")
+        return
     with pytest.raises(UsageError) as caught:
-        soak.find(comparison(chosen), wanted)
-    assert message in caught.value.message
-    assert (caught.value.fix, caught.value.exit_code) == (fix, 2)
+        soak.find(both, wanted)
+    assert (caught.value.message, caught.value.fix, caught.value.exit_code) == (found.message, found.fix, 2)
 
 
-@pytest.mark.parametrize("asked", [{}, {"name": "bot", "variant": "int8"}])
-def test_a_champion_of_nobody(asked: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--champion"):
-        soak.check(Soak(champion=True, **asked))
-
-
-@pytest.mark.parametrize("asked", [{}, {"name": "bot"}, {"variant": "int8"}, {"name": "bot", "champion": True}])
-def test_what_says_what_to_soak(asked: dict[str, Any]) -> None:
-    soak.check(Soak(**asked))
-
-
-@pytest.mark.parametrize(("requests", "warm_up"), [(30, 20), (200, 20), (300, 30), (5000, 500)])
-def test_warm_up(requests: int, warm_up: int) -> None:
-    assert Soak(requests=requests).warm_up == warm_up
+@pytest.mark.parametrize("champion", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"name": "bot"}, {"variant": "int8"}, {"name": "bot", "variant": "int8"}])
+def test_a_champion_is_that_of_a_model_and_of_no_variant(champion: bool, asked: dict[str, Any]) -> None:
+    refused = champion and asked.keys() != {"name"}
+    with pytest.raises(UsageError, match="--champion") if refused else nullcontext():
+        soak.check(Soak(champion=champion, **asked))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +147,8 @@ def test_warm_up(requests: int, warm_up: int) -> None:
 def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Soak(**wrong)
+    warm_ups = {30: 20, 200: 20, 300: 30, 5000: 500}
+    assert {requests: Soak(requests=requests).warm_up for requests in warm_ups} == warm_ups
 
 
 def test_memory_that_is_kept_is_seen() -> None:
@@ -169,9 +159,7 @@ def test_memory_that_is_kept_is_seen() -> None:
     assert 45_000 < after - before < 60_000
     del kept
     assert soak_worker.private_kb(process) < after - 40_000
-
-
-def test_platforms_that_count_otherwise() -> None:
+    # Platforms that count otherwise.
     unique = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, uss=5_000_000))
     assert soak_worker.private_kb(unique) == 5000
     swapped = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, shared=2_000_000, swap=500_000))

@@ -30,31 +30,21 @@ SLACK = 1e-9  # 0.8 - 0.7 is no more than 0.1
 _Times = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class Remeasure(Frozen):
+class Remeasure(Frozen, use_attribute_docstrings=True):
     """Measure what is deployed once more, the way a device gets it, and compare with what was recorded."""
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     name: Name = Field(description="The model's name in the registry.")
     version: Name | None = Field(None, description="An alias or a number in the registry; the champion by default.")
-    max_slowdown: _Times = Field(
-        1.15, title="Slowdown", description="How many times slower than recorded each figure of speed may be."
-    )
-    max_memory_growth: _Times = Field(
-        1.2, title="Memory growth", description="How many times the recorded memory it may use."
-    )
-    max_perplexity_ratio: _Times = Field(
-        1.01,
-        title="Perplexity ratio",
-        description="How many times the recorded perplexity it may have; other kernels round differently.",
-    )
-    max_accuracy_drop: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        title="Accuracy drop",
-        description="How far accuracy may fall; a fall that may be chance does not count.",
-    )
+    max_slowdown: _Times = Field(1.15, title="Slowdown")
+    """How many times slower than recorded each figure of speed may be."""
+    max_memory_growth: _Times = Field(1.2, title="Memory growth")
+    """How many times the recorded memory it may use."""
+    max_perplexity_ratio: _Times = Field(1.01, title="Perplexity ratio")
+    """How many times the recorded perplexity it may have; other kernels round differently."""
+    max_accuracy_drop: float = Field(0.0, ge=0, le=1, title="Accuracy drop")
+    """How far accuracy may fall; a fall that may be chance does not count."""
 
 
 class Recorded(Frozen):
@@ -100,7 +90,7 @@ class Remeasured(Frozen):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name to value, for MLflow: the figures, and their ratios to the recorded ones."""
+        """For MLflow: the figures, and their ratios to the recorded ones."""
         ratios = {f"{DRIFT}{one.metric}": one.ratio for one in self.figures if one.ratio is not None}
         changed = {} if self.answers_changed is None else {"answers_changed": float(self.answers_changed)}
         return {**{one.metric: one.now.value for one in self.figures}, **ratios, **changed}
@@ -110,12 +100,11 @@ class DriftError(GateError):
     """What is deployed measures worse than it did."""
 
     def __init__(self, result: Remeasured) -> None:
-        fix = "Look for what else runs on this machine, and for an update of the runtime; then measure again."
         if {PERPLEXITY, ACCURACY} & {one.metric for one in result.figures if one.drifted}:
-            fix = (
-                "The files are intact: look for an update of the runtime. "
-                f"`slmops rollback {result.model}` deploys the version before."
-            )
+            fix = "The files are intact: look for an update of the runtime. "
+            fix += f"`slmops rollback {result.model}` deploys the version before."
+        else:
+            fix = "Look for what else runs on this machine, and for an update of the runtime; then measure again."
         super().__init__(result.detail, fix)
         self.result = result
 
@@ -147,11 +136,11 @@ def assess(
     if not figures:
         raise EvaluationError(f"Nothing of {version.label} can be compared: {'; '.join(reasons)}.")
     drifted = [f"{one.metric} ({one.detail})" for one in figures if one.drifted]
+    detail = f"{version.label} measures as recorded, within the tolerances of {len(figures)} figures."
     if drifted:
         detail = f"{version.label} has drifted from what was recorded: {', '.join(drifted)}."
-    else:
-        some = " Not everything could be compared." if reasons else ""
-        detail = f"{version.label} measures as recorded, within the tolerances of {len(figures)} figures.{some}"
+    elif reasons:
+        detail += " Not everything could be compared."
     return Remeasured(
         model=version.name,
         version=version.version,
@@ -221,7 +210,7 @@ def text(result: Remeasured, *, markdown: bool = False) -> str:
     """What ``slmops remeasure`` prints, or the same as Markdown."""
     rows = [
         (
-            one.metric + ("" if one.now.unit == "1" else f" in {one.now.unit}"),
+            one.metric + f" in {one.now.unit}" * (one.now.unit != "1"),
             _shown(one.recorded),
             _shown(one.now),
             "-" if one.ratio is None else f"{one.ratio:.3f}",

@@ -24,20 +24,15 @@ ENDS = 10
 """The memory at the start, and at the end, is the median over so many requests."""
 
 
-class Soak(Frozen):
+class Soak(Frozen, use_attribute_docstrings=True):
     """Ask a variant many times and see whether its memory grows."""
 
     name: str | None = Field(None, description="The model; that of the latest comparison by default.")
     variant: str | None = Field(None, description="The variant; the chosen one by default.")
     champion: bool = Field(False, description="Soak what is deployed, the way a device gets it from the registry.")
     requests: int = Field(300, ge=30, description="Requests to send after a warm-up of a tenth of them, at least 20.")
-    max_kb_per_request: float = Field(
-        10,
-        gt=0,
-        allow_inf_nan=False,
-        title="Limit",
-        description="KB (10^3 bytes) by which the memory may grow with each request, on average.",
-    )
+    max_kb_per_request: float = Field(10, gt=0, allow_inf_nan=False, title="Limit")
+    """KB (10^3 bytes) by which the memory may grow with each request, on average."""
 
     @property
     def warm_up(self) -> int:
@@ -68,11 +63,10 @@ class SoakResult(Target):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Name to value, for MLflow, without the ends of a missing interval."""
-        ends = {"low": self.slope.low, "high": self.slope.high}
+        """For MLflow, without the ends of a missing interval."""
+        slope = {"": self.slope.value, "_low": self.slope.low, "_high": self.slope.high}
         return {
-            "soak_slope_kb_per_request": self.slope.value,
-            **{f"soak_slope_kb_per_request_{end}": value for end, value in ends.items() if value is not None},
+            **{f"soak_slope_kb_per_request{end}": value for end, value in slope.items() if value is not None},
             "soak_requests": float(self.slope.samples),
             "memory_start_mb": self.memory_start_mb,
             "memory_end_mb": self.memory_end_mb,
@@ -107,19 +101,18 @@ def find(comparison: Comparison, wanted: str | None) -> Target:
     Raises:
         UsageError: There is no such variant, it failed, or none was chosen.
     """
-    known = ", ".join(one.name for one in comparison.variants if one.status == "ok" and one.foundry_id) or "none"
+    usable = {one.name: one.foundry_id for one in comparison.variants if one.status == "ok" and one.foundry_id}
+    known = ", ".join(usable) or "none"
     name = wanted or comparison.choice.variant
     if name is None:
         raise UsageError(f"No variant of {comparison.model} was chosen.", f"Name one with --variant: {known}.")
     found = next((one for one in comparison.variants if one.name == name), None)
     if found is None:
         raise UsageError(f"{comparison.model} has no variant {name!r}.", f"Its variants: {known}.")
-    if found.status != "ok" or not found.foundry_id:
-        raise UsageError(
-            f"The variant {name} of {comparison.model} cannot be asked: {found.reason or found.status}.",
-            f"Variants that can: {known}.",
-        )
-    return Target(model=comparison.model, variant=name, foundry_id=found.foundry_id)
+    if name not in usable:
+        said = f"The variant {name} of {comparison.model} cannot be asked: {found.reason or found.status}."
+        raise UsageError(said, f"Variants that can: {known}.")
+    return Target(model=comparison.model, variant=name, foundry_id=usable[name])
 
 
 def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:

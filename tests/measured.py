@@ -47,7 +47,6 @@ def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> 
         "measured": (3, 8),
         "unloaded": (9, 10),
         "cpu_s": 9.0,
-        "wall_s": 5.0,
         "energy_j": None,
         "energy_tokens": 100,
         "throughput": {},

@@ -171,10 +171,7 @@ class EvaluationSet(Frozen):
 def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) -> EvaluationSet:
     """Read an evaluation set, JSONL or ``.csv``; without a path, the packaged one.
 
-    Args:
-        path: The file.
-        matcher: The job's FILE.py:FUNCTION. Without it, items with match ``python`` are errors.
-        judge: A judging model is configured. Without it, items with match ``judge`` are errors.
+    Items with match ``python`` need the job's ``matcher``, those with match ``judge`` a configured judging model.
 
     Raises:
         UsageError: No such file, not UTF-8, no items, or bad lines, each with its number and reason.
@@ -222,9 +219,8 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
-    """At most ``count`` items in the order of the file, always the same ones, spread evenly over the categories.
-
-    The first of each category is taken, then the second of each, and so on.
+    """At most ``count`` items in the order of the file, always the same ones: the first of each category, then the
+    second of each, and so on.
     """
     seen: Counter[str] = Counter()
     ranked: list[tuple[int, int]] = []
@@ -238,9 +234,7 @@ def perplexity_text(path: Path | None) -> tuple[str, str]:
     """The text for perplexity and its SHA-256; without a path, Python's own language reference.
 
     That text comes with every interpreter but differs between Python versions, so its digest is kept with each figure.
-
-    Raises:
-        UsageError: It cannot be read, is not UTF-8, or is empty.
+    UsageError if a text cannot be read, is not UTF-8, or is empty.
     """
     if path is None:
         from pydoc_data import topics
@@ -257,11 +251,7 @@ def perplexity_text(path: Path | None) -> tuple[str, str]:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """The bytes of a user's file.
-
-    Raises:
-        UsageError: It cannot be read.
-    """
+    """The bytes of a user's file; UsageError if it cannot be read."""
     try:
         return path.expanduser().read_bytes()
     except OSError as error:
@@ -299,11 +289,7 @@ def _check_header(header: list[str], name: str) -> None:
 
 
 def _item(row: str | dict[str, str] | ValueError, *, matcher: str | None, judge: bool) -> Item:
-    """The item of a JSON line or of the cells of a CSV row.
-
-    Raises:
-        ValueError: What is wrong with it.
-    """
+    """The item of a JSON line or of the cells of a CSV row; ValueError with what is wrong with it."""
     if isinstance(row, ValueError):
         raise row
     item = Item.model_validate(_parsed(row) if isinstance(row, str) else _typed(row))

@@ -15,7 +15,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
-from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase, Expected
+from slmops.evaluation.edge_worker import CaseProgress, EdgeCase, Expected
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 
@@ -60,11 +60,11 @@ def run(
     try:
         context = CONTEXT + prompts.counter(registration.path)("")
         staged = stage(registration, work / "foundry", context_length=context)
-        seen: dict[str, CaseEnd] = {}
+        seen: dict[str, CaseProgress] = {}
         while left := tuple(case for case in cases if case.id not in seen):
             died = _go_through(left, staged, progress, log, limit_s, deadline)
             known = seen.keys()
-            seen = {line.id: line.seen for line in _lines(progress) if line.seen is not None}
+            seen = {line.id: line for line in _lines(progress) if line.outcome}
             if died is not None and (seen.keys() == known or time.monotonic() > deadline):
                 raise died
     finally:
@@ -89,12 +89,12 @@ def _go_through(
     except EvaluationError as error:
         ended = time.monotonic()
         running = _lines(progress)[-1:]
-        if running and running[0].seen is None and ended <= deadline:
+        if running and running[0].outcome is None and ended <= deadline:
             seconds = ended - running[0].at
             hung = seconds >= limit_s
             detail = f"It took longer than {limit_s:g} s." if hung else error.message[:300]
-            outcome = CaseEnd(outcome="hung" if hung else "crashed", detail=detail, seconds=seconds)
-            edge_worker.write(progress, running[0].model_copy(update={"seen": outcome}))
+            end = {"outcome": "hung" if hung else "crashed", "detail": detail, "seconds": seconds}
+            edge_worker.write(progress, running[0].model_copy(update=end))
         return error
     return None
 
@@ -104,13 +104,14 @@ def _lines(progress: Path) -> list[CaseProgress]:
     return [CaseProgress.model_validate_json(line) for line in text.splitlines()]
 
 
-def _judge(case: EdgeCase, seen: CaseEnd) -> CaseOutcome:
-    passed, detail = seen.outcome in case.expected.split(" or "), seen.detail
+def _judge(case: EdgeCase, seen: CaseProgress) -> CaseOutcome:
+    outcome, detail = seen.outcome or "", seen.detail
+    passed = outcome in case.expected.split(" or ")
     if passed and case.expected == "refused" and seen.seconds > REFUSAL_LIMIT_S:
         passed, detail = False, f"Only after {seen.seconds:.0f} s: {detail}"
-    if (case.id, seen.outcome) in KNOWN_DEFECTS:
+    if (case.id, outcome) in KNOWN_DEFECTS:
         detail += "; a known defect of the runtime with any variant, not counted"
-    return CaseOutcome(id=case.id, expected=case.expected, outcome=seen.outcome, passed=passed, detail=detail)
+    return CaseOutcome(id=case.id, expected=case.expected, outcome=outcome, passed=passed, detail=detail)
 
 
 def measurement(cases: Sequence[CaseOutcome]) -> Measurement:

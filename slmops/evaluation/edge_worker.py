@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from slmops.checkpoints import chat_template
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
@@ -71,20 +73,14 @@ class EdgeCaseRequest(Staged):
     progress: Path
 
 
-class CaseEnd(Frozen):
-    """How one case ended. ``seconds`` is the time of its last request."""
-
-    outcome: What
-    detail: str
-    seconds: float
-
-
 class CaseProgress(Frozen):
-    """One line of the progress file: a case began at ``at`` (seconds of ``time.monotonic()``), or it ended."""
+    """One line of the progress file: a case began or ended at ``at``, in seconds of ``time.monotonic()``."""
 
     id: str
     at: float
-    seen: CaseEnd | None = None
+    outcome: What | None = Field(None, description="None: it began.")
+    detail: str = ""
+    seconds: float = Field(0, description="Of its last request.")
 
 
 class EdgeCaseResult(Frozen):
@@ -150,13 +146,13 @@ def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
         write(request.progress, CaseProgress(id=case.id, at=time.monotonic()))
         # In a thread that needs no Python, so it also ends what hangs in native code.
         faulthandler.dump_traceback_later(request.limit_s, exit=True)
-        seen = see(case, probe)
+        ended = see(case, probe)
         faulthandler.cancel_dump_traceback_later()
-        write(request.progress, CaseProgress(id=case.id, at=time.monotonic(), seen=seen))
+        write(request.progress, ended)
     return EdgeCaseResult()
 
 
-def see(case: EdgeCase, probe: Probe) -> CaseEnd:
+def see(case: EdgeCase, probe: Probe) -> CaseProgress:
     """Go through one case; an exception is its outcome."""
     try:
         if case.id in TEXTS:
@@ -169,7 +165,7 @@ def see(case: EdgeCase, probe: Probe) -> CaseEnd:
         # The runtime begins its messages with file, line and C++ signature.
         said = re.sub(r"^\S+\.cc:\d+ .*?\) ", "", str(error))[:200]
         outcome, detail = ("refused" if refused else "failed"), f"{type(error).__name__}: {said}"
-    return CaseEnd(outcome=outcome, detail=detail, seconds=probe.seconds)
+    return CaseProgress(id=case.id, at=time.monotonic(), outcome=outcome, detail=detail, seconds=probe.seconds)
 
 
 def write(progress: Path, line: CaseProgress) -> None:

@@ -55,11 +55,7 @@ class _Failed(Exception):
 
 
 def score(item: Item, answer: str, settings: Settings) -> Judgement:
-    """Ask the judging model, and up to three times again if it is busy, broken or out of reach.
-
-    Returns:
-        Its grade, or unscored with the reason.
-    """
+    """Ask the judging model, and up to three times again if it is busy, broken or out of reach."""
     if not settings.judge_configured:
         return Judgement(reason=JUDGE_MISSING)
     messages = conversation(item, answer)
@@ -75,7 +71,7 @@ def score(item: Item, answer: str, settings: Settings) -> Judgement:
 
 
 def conversation(item: Item, answer: str) -> list[dict[str, str]]:
-    """The messages to the judge: question, reference and answer, each in a block.
+    """Question, reference and answer for the judge, each in a block.
 
     The blocks' mark is a digest of their content, so no text inside can close its block.
     """

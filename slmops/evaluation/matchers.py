@@ -55,8 +55,7 @@ class Judgement(Frozen):
 def regex(expected: str, answer: str) -> bool:
     """The expression is found anywhere in the first 20,000 characters of the answer.
 
-    The limit is for expressions whose time grows with a power of the length. One with nested repeats, such as
-    ``(a+)+$``, can still take forever on a few dozen characters: Python's ``re`` has no timeout.
+    One with nested repeats, such as ``(a+)+$``, can still take forever: Python's ``re`` has no timeout.
     """
     return re.search(expected, answer[:SEARCHED_CHARACTERS]) is not None
 
@@ -80,10 +79,7 @@ def is_number(text: str) -> bool:
 
 
 def numeric(expected: str, answer: str, tolerance: float = 0.0) -> bool:
-    """The last number of the answer is within ``tolerance`` (absolute) of the expected one.
-
-    In decimals, since 1.1 - 1.0 > 0.1 in binary floating point.
-    """
+    """The last number of the answer is within ``tolerance`` of the expected one; in binary, 1.1 - 1.0 > 0.1."""
     wanted, found = number(expected), number(answer)
     return wanted is not None and found is not None and abs(found - wanted) <= Decimal(repr(tolerance))
 
@@ -155,10 +151,7 @@ def schema_problem(schema: dict[str, Any]) -> str | None:
 
 
 def rouge_l(expected: str, answer: str) -> float:
-    """F-measure of the longest common subsequence of words (Lin 2004, ROUGE), without stemming.
-
-    Counted by Google's ``rouge_score``: words are runs of a-z and 0-9, so texts in other scripts have none.
-    """
+    """F-measure of the longest common subsequence of words (Lin 2004, ROUGE) of a-z and 0-9, without stemming."""
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     return float(RougeScorer(["rougeL"]).score(expected, answer)["rougeL"].fmeasure)

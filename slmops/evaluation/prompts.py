@@ -33,10 +33,7 @@ def counter(folder: Path) -> Callable[[str], int]:
 
 
 def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
-    """A message of ``tokens`` tokens, or as close below as whole words allow.
-
-    None if the template alone is longer, or the closest is more than a tenth below.
-    """
+    """A message of ``tokens`` tokens, or as close below as whole words allow; None if that is over a tenth below."""
     words = (_REPORT * (tokens // 30 + 1)).split()
     fits = bisect_right(range(1, len(words) + 1), tokens, key=lambda number: count(" ".join(words[:number])))
     text = " ".join(words[:fits])
@@ -44,7 +41,7 @@ def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
 
 
 def of_lengths(wanted: list[int], context: int, folder: Path) -> dict[int, str]:
-    """Length to message, for the lengths between that of the template and a context of ``context`` tokens.
+    """Length to message, for the lengths that the template and a context of ``context`` tokens leave room for.
 
     Raises:
         EvaluationError: There is none.

@@ -109,12 +109,9 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
 
 
 def score_text(request: LogitsRequest, name: str, label: str, settings: Settings) -> LogitsResult:
-    """Score a text in a child process. The caller holds the machine lock.
+    """Score a text in a child process; EvaluationError if it fails. The caller holds the machine lock.
 
     ``name`` is the model's, for the work folder and the logs; ``label`` is the variant's, or "checkpoint".
-
-    Raises:
-        EvaluationError: The model could not be scored.
     """
     return _in_child("logits", request, LogitsResult, name, label, settings)
 

@@ -42,10 +42,10 @@ def answer_items(
 ) -> ScoredAnswers:
     """Have a model answer and score what matchers can score; :func:`ask_judge` does the rest.
 
-    ``matcher`` is the user's FILE.py:FUNCTION for match ``python``; ``generate`` runs the model on all items.
+    If the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded, ``generate``, which runs the model, is not called.
 
     Raises:
-        UsageError: The user's matcher cannot be loaded; the model does not run then.
+        UsageError: The matcher cannot be loaded.
     """
     function = matchers.load_function(matcher) if matcher else None
     answers = []

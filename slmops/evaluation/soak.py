@@ -96,11 +96,7 @@ def check(request: Soak) -> None:
 
 
 def find(comparison: Comparison, wanted: str | None) -> Target:
-    """The variant to soak: the wanted one, or the chosen one.
-
-    Raises:
-        UsageError: There is no such variant, it failed, or none was chosen.
-    """
+    """The wanted variant, or the chosen one; UsageError if there is none that can be asked."""
     usable = {one.name: one.foundry_id for one in comparison.variants if one.status == "ok" and one.foundry_id}
     known = ", ".join(usable) or "none"
     name = wanted or comparison.choice.variant

@@ -141,11 +141,7 @@ def _disturbed(loops: tuple[float, float], fastest: float) -> bool:
 
 
 def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
-    """The cells to time, the headline cell first, with more repetitions than the others.
-
-    Raises:
-        EvaluationError: No wanted length fits the model.
-    """
+    """The cells to time, the headline cell first; EvaluationError if no wanted length fits the model."""
     outputs = job.output_lengths[:1] if job.quick else job.output_lengths
     lengths = prompts.of_lengths(job.prompt_lengths, staged.context_length - max(outputs), staged.folder)
     if job.quick:

@@ -71,7 +71,6 @@ class SpeedResult(Frozen):
     """None after several sessions, which leave more behind than a single user."""
     measured: Window
     cpu_s: float
-    wall_s: float
     energy_j: float | None
     energy_tokens: int
     timed: tuple[Timed, ...]
@@ -95,8 +94,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
     loaded = _rest()
     shortest = min(request.cells, key=lambda cell: cell.prompt_tokens)
     _warm_up(model, shortest)
-    began = time.monotonic()
-    energy, cpu, wall = machine.energy_j(), time.process_time(), time.perf_counter()
+    began, energy, cpu = time.monotonic(), machine.energy_j(), time.process_time()
     timed = []
     for number, cell in enumerate(request.cells):
         count(cell.text)  # the first call compiles the template
@@ -110,13 +108,12 @@ def handle(request: SpeedRequest) -> SpeedResult:
             if reply.first_s is not None:
                 figures = {name: value for name, value in vars(reply).items() if name in Timed.model_fields}
                 timed.append(Timed(cell=number, tokenize_s=tokenize_s, **figures))
-    cpu_s, wall_s, energy_end = time.process_time() - cpu, time.perf_counter() - wall, machine.energy_j()
+    measured, cpu_s, energy_end = (began, time.monotonic()), time.process_time() - cpu, machine.energy_j()
     if not any(one.gap_s for one in timed):
         raise EvaluationError(
             "The model answers each of the speed prompts with less than two tokens of text, so nothing can be timed.",
             "Is its chat template right? See the answers in the log of its registration.",
         )
-    measured = (began, time.monotonic())
     # Several sessions come last: they take memory that a single user never sees. Their rates include prefill.
     throughput = {}
     for sessions in request.sessions:
@@ -135,7 +132,6 @@ def handle(request: SpeedRequest) -> SpeedResult:
         unloaded=None if request.sessions else _rest(),
         measured=measured,
         cpu_s=cpu_s,
-        wall_s=wall_s,
         energy_j=energy_end - energy if energy is not None and energy_end is not None else None,
         energy_tokens=sum(one.prompt_tokens + one.completion_tokens for one in timed),
         timed=tuple(timed),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ def of_percentile(samples: Sequence[float], percent: float, unit: str) -> Measur
     resample reaches beyond the largest sample, so a percentile outside 25 to 75 % with fewer than ``MIN_BEYOND``
     samples beyond it has no interval but the note "indicative": p90 of 10 samples would be covered in 64 %.
     """
-    return percentile_of_rounds([[sample] for sample in samples], percent, unit)
+    values = _numbers(samples)
+    return _percentile(values, percent, unit, values, partial(np.percentile, q=percent))
 
 
 def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit: str) -> Measurement:
@@ -48,19 +50,13 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
     requests alone covers 42 %, this 88 %. A single round has the interval of its own samples. No round may be empty.
     """
     values = _numbers([sample for samples in rounds for sample in samples])
-    sizes = np.array([len(samples) for samples in rounds])
-    if len(rounds) == 1 or sizes.max() == 1:
-        return _percentile(values, percent, unit, values, lambda x, axis: np.percentile(x, percent, axis=axis))
-    starts = sizes.cumsum() - sizes
+    if len(rounds) == 1 or max(map(len, rounds)) == 1:
+        return of_percentile(values.tolist(), percent, unit)
     source = np.random.default_rng(SEED)
 
-    def resampled(picked: Any, axis: int) -> Any:
-        """Draw among all samples of the picked rounds, whose numbers have the shape (resamples, rounds)."""
-        ends = sizes[picked].cumsum(axis=axis)
-        drawn = source.integers(ends[..., -1:], size=(*picked.shape[:-1], len(values)))
-        place = (drawn[..., None] >= ends[..., None, :]).sum(axis=-1)
-        offsets = starts[picked] - ends + sizes[picked]
-        return np.percentile(values[drawn + np.take_along_axis(offsets, place, axis=-1)], percent, axis=-1)
+    def resampled(picked: Any) -> Any:
+        pool = np.concatenate([rounds[number] for number in picked])
+        return np.percentile(pool[source.integers(len(pool), size=len(values))], percent)
 
     return _percentile(values, percent, unit, np.arange(len(rounds)), resampled)
 
@@ -68,11 +64,10 @@ def percentile_of_rounds(rounds: Sequence[Sequence[float]], percent: float, unit
 def blocked_percentile(values: Sequence[float], percent: float, unit: str) -> Measurement:
     """A percentile of one value per token, in the order of the text, with an interval over blocks of tokens."""
     tokens = _numbers(values)
-    parts = _blocks(tokens)
-    blocks = np.array([part[: len(parts[-1])] for part in parts])  # the last is one of the shortest
+    blocks = _blocks(tokens)
 
-    def resampled(picked: Any, axis: int) -> Any:
-        return np.percentile(blocks[picked].reshape(*picked.shape[:-1], -1), percent, axis=axis)
+    def resampled(picked: Any) -> Any:
+        return np.percentile(np.concatenate([blocks[number] for number in picked]), percent)
 
     if len(blocks) < MIN_SAMPLES:
         return _measurement(float(np.percentile(tokens, percent)), unit, len(tokens))
@@ -86,10 +81,7 @@ def of_mean(samples: Sequence[float], unit: str) -> Measurement:
 
 
 def of_ratios(ratios: Sequence[float]) -> Measurement:
-    """The geometric mean of a few positive ratios with Student's interval on their logarithms; one ratio has none.
-
-    It assumes log-normal ratios. A bootstrap of two to four samples would tell nothing.
-    """
+    """The geometric mean of a few log-normal ratios with Student's interval on their logarithms; one ratio has none."""
     from scipy.special import stdtrit
 
     logs = np.log(_numbers(ratios))
@@ -130,10 +122,7 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Measureme
 
 
 def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """Exact two-sided p-value that two variants are right equally often (McNemar, 1947).
-
-    The discordant pairs are binomial with probability 1/2; without any the p-value is 1.
-    """
+    """Exact two-sided p-value that two variants are right equally often (McNemar, 1947); 1 without discordant pairs."""
     from scipy.stats import binomtest
 
     gained, lost = _discordant(_differences(ours, theirs))
@@ -290,8 +279,7 @@ def _percentile(
     beyond = len(values) * min(percent, 100 - percent) / 100
     if len(values) < MIN_SAMPLES or (not 25 <= percent <= 75 and beyond < MIN_BEYOND - 1e-9):
         return _measurement(value, unit, len(values))
-    interval = _bootstrap(independent, statistic, "percentile", at_once=len(values))
-    return _measurement(value, unit, len(values), interval)
+    return _measurement(value, unit, len(values), _bootstrap(independent, statistic, "percentile"))
 
 
 def _blocks(tokens: Numbers) -> list[Numbers]:
@@ -299,9 +287,7 @@ def _blocks(tokens: Numbers) -> list[Numbers]:
     return np.array_split(tokens, max(len(tokens) // BLOCK_TOKENS, 1))
 
 
-def _bootstrap(
-    values: Any, statistic: Callable[..., Any], method: str, informative: int | None = None, at_once: int | None = None
-) -> Interval:
+def _bootstrap(values: Any, statistic: Callable[..., Any], method: str, informative: int | None = None) -> Interval:
     """At a level that covers 95 %, though a bootstrap knows neither n - 1 nor Student's t (Hesterberg, 2015, What
     Teachers Should Know About the Bootstrap, American Statistician 69, 371-386: expanded percentile interval)."""
     from scipy.special import ndtr, stdtrit
@@ -313,7 +299,7 @@ def _bootstrap(
         (values,),
         statistic,
         n_resamples=RESAMPLES,
-        batch=max(1, RESAMPLED_AT_ONCE // (at_once or len(values))),
+        batch=max(1, RESAMPLED_AT_ONCE // len(values)),
         confidence_level=float(1 - 2 * ndtr(-quantile * math.sqrt(samples / (samples - 1)))),
         method=method,
         rng=np.random.default_rng(SEED),

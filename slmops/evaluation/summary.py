@@ -83,7 +83,7 @@ def evaluation(
 def of_speed(speed: Speed) -> Measurements:
     """The figures that depend on the machine, which includes how steady it was and its energy if it reports that."""
     turns = _undisturbed(speed.turns)
-    cpu = [100 * turn.measured.cpu_s / turn.measured.wall_s for turn in turns]
+    cpu = [100 * one.cpu_s / (one.measured[1] - one.measured[0]) for one in (turn.measured for turn in turns)]
     measured = {
         "cpu_percent": statistics.of_percentile(cpu, 50, "% of one core"),
         "cpu_percent_total": statistics.of_percentile([one / speed.cores for one in cpu], 50, "% of all cores"),
@@ -113,10 +113,7 @@ def _marked(measured: Measurements, turns: Sequence[Turn]) -> Measurements:
 
 
 def _times(speed: Speed) -> Measurements:
-    """Times and rates; single figures are those of the grid's first cell, the headline.
-
-    Figures without samples are left out: some answers of a broken model may hold no text.
-    """
+    """Times and rates, of the grid's first cell if they are single figures; some answers may hold no text to time."""
     turns = _undisturbed(speed.turns)
     headline = [[timed for timed in turn.measured.timed if timed.cell == 0] for turn in turns]
     longest = _of_length(speed, turns, _lengths(speed)[-1])

@@ -16,7 +16,7 @@ from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration
 from slmops.evaluation import edge_cases, edge_worker
-from slmops.evaluation.edge_worker import CaseEnd, CaseProgress, EdgeCase, Messages, Probe
+from slmops.evaluation.edge_worker import CaseProgress, EdgeCase, Messages, Probe
 from slmops.processes import children
 from tests import values
 
@@ -82,14 +82,16 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-Go = Callable[..., tuple[CaseEnd, Model]]
+Go = Callable[..., tuple[CaseProgress, Model]]
 
 
 @pytest.fixture
 def go_through(folder: Path) -> Go:
     """Put one case to a model."""
 
-    def go(name: str, model: Model | None = None, count: Callable[[str], int] = Model.count) -> tuple[CaseEnd, Model]:
+    def go(
+        name: str, model: Model | None = None, count: Callable[[str], int] = Model.count
+    ) -> tuple[CaseProgress, Model]:
         [case] = [case for case in edge_cases.EDGE_CASES if case.id == name]
         model = model or Model()
         return edge_worker.see(case, Probe(model, count, CONTEXT, folder)), model
@@ -179,7 +181,7 @@ def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, go_t
 )
 def test_judging(expected: Any, passes: list[tuple[Any, float]], fails: list[tuple[Any, float]]) -> None:
     for outcome, seconds in [*passes, *fails]:
-        end = CaseEnd(outcome=outcome, detail="said", seconds=seconds)
+        end = CaseProgress(id="one", at=0, outcome=outcome, detail="said", seconds=seconds)
         judged = edge_cases._judge(EdgeCase(id="one", expected=expected), end)
         assert judged.passed is ((outcome, seconds) in passes), outcome
         assert (judged.id, judged.expected, judged.outcome) == ("one", expected, outcome)
@@ -227,8 +229,8 @@ class Children:
         end = self.ends.pop(0)
         request.progress.parent.mkdir(parents=True, exist_ok=True)
         for name in end.rstrip("."):
-            seen = CaseEnd(outcome="answered", detail="said", seconds=0.1) if name.isupper() else None
-            edge_worker.write(request.progress, CaseProgress(id=name.lower(), at=1e12, seen=seen))
+            line = CaseProgress(id=name.lower(), at=1e12, outcome="answered" if name.isupper() else None)
+            edge_worker.write(request.progress, line)
         if not end.endswith("."):
             raise EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
 

@@ -72,7 +72,7 @@ def test_a_cell_is_repeated_until_both_are_over(
 ) -> None:
     found = handle(tmp_path, Runtime(seconds), monkeypatch)
     assert [timed.cell for timed in found.timed] == [0] * expected + [1] * 2
-    assert found.wall_s == pytest.approx((expected + 2) * seconds)
+    assert found.measured[1] - found.measured[0] == pytest.approx((expected + 2) * seconds)
     assert found.energy_tokens == expected * (5 + 16) + 2 * (5 + 32)
 
 

@@ -134,8 +134,8 @@ def test_curves_over_prompt_and_output_lengths() -> None:
 
 
 def test_disturbed_turns_are_kept_and_not_counted() -> None:
-    quiet = turn(ONE, cpu_s=5, wall_s=5)
-    busy = turn(timed(0.9, 9.9), loops=BUSY, cpu_s=1, wall_s=5, load_s=7, energy_j=7.0)
+    quiet = turn(ONE, cpu_s=5)
+    busy = turn(timed(0.9, 9.9), loops=BUSY, cpu_s=1, load_s=7, energy_j=7.0)
     found = evaluate(speed(busy, quiet, busy))
     alone = evaluate(speed(quiet))
     # Memory is none the larger for what others do.
@@ -215,7 +215,7 @@ ENERGY = "energy_j_per_token"
         (rounds("energy_j", 200, None, None), {ENERGY: (2, 1)}),
         (rounds("energy_j", None, None, None), {ENERGY: None}),
         (rounds("energy_j", -1, -2, 0), {ENERGY: None}),
-        (rounds("cpu_s", 5, 9, 10, wall_s=5), {"cpu_percent": (180, 3), "cpu_percent_total": (45, 3)}),
+        (rounds("cpu_s", 5, 9, 10), {"cpu_percent": (180, 3), "cpu_percent_total": (45, 3)}),
         # 1.4826 median absolute deviations from the median of 1.05.
         (rounds("loops", (1.0, 1.1), (0.9, 1.3), (1.0, 2.0)), {"noise_percent": (148.26 * 0.1 / 1.05, 6)}),
     ],

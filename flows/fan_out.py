@@ -74,7 +74,7 @@ def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progre
 @contextmanager
 def _exchange(context: JobContext) -> Iterator[Exchange]:
     """The files of the job, and its parts, are there as long as the job is."""
-    exchange, stale = open_exchange(context)
+    exchange, stale = open_exchange(context.tracking_uri, context.run_id, context.settings)
     for killed in stale:
         cancel_parts(killed)
     try:

@@ -16,11 +16,10 @@ from slmops.evaluation.drift import DriftError, Remeasure, Remeasured, assess
 from slmops.local import stack
 from slmops.tracking.tracker import Tracker
 from tasks.environment import check_environment
-from tasks.promote import check_files
+from tasks.promote import check_files, find_version
 from tasks.remeasure import (
     ask_questions,
     find_record,
-    find_version,
     measure_perplexity,
     measure_speed,
     show_remeasurement,

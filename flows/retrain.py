@@ -34,7 +34,7 @@ from slmops.training.values import WAITING, Finetuned, Retrain, Retrained, Train
 from tasks import retrain as steps
 from tasks.checkpoint import get_checkpoint
 from tasks.environment import check_environment
-from tasks.remeasure import find_version
+from tasks.promote import find_version
 from tasks.train import answer, check_data, fetch_data, finetune_model
 
 log = logging.getLogger("slmops.retrain")

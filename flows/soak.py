@@ -17,8 +17,7 @@ from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.foundry.versions import Installed
 from slmops.local import stack
 from tasks.environment import check_environment
-from tasks.promote import check_files
-from tasks.remeasure import find_version
+from tasks.promote import check_files, find_version
 from tasks.soak import find_variant, show_soak, soak_variant, track_soak
 
 log = logging.getLogger("slmops.soak")

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from slmops.core.values import Choice, Comparison, Measurement, VariantResult, artifact_key
+from slmops.core.values import Comparison, artifact_key
 from slmops.report import tables
-from slmops.selection import choice as selection
-from slmops.selection.policy import Policy
+from slmops.selection import choice
 from tasks.stage import stage
 
-
-@stage()
-def choose_variant(
-    results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None
-) -> tuple[Choice, list[VariantResult]]:
-    """The choice with its reason, and the variants with their gates."""
-    return selection.choose(results, policy, champion)
+choose_variant = stage("choose variant")(choice.choose)
 
 
 @stage()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from slmops.core.settings import Settings
 from slmops.local import doctor
 from tasks.stage import stage
@@ -19,19 +17,6 @@ def check_environment(settings: Settings) -> None:
     doctor.require(doctor.check(settings, imports=False))
 
 
-@stage()
-def check_everything(settings: Settings) -> list[doctor.Check]:
-    """All checks of ``slmops doctor``, those that import every package too. None raises."""
-    return doctor.check(settings)
-
-
-@stage()
-def install_tested_packages(settings: Settings) -> None:
-    """``slmops doctor --fix``."""
-    doctor.fix(settings)
-
-
-@stage()
-def build_onnxruntime_genai(checkout: Path, settings: Settings) -> Path:
-    """``slmops doctor --build-genai``; returns the wheel."""
-    return doctor.build_genai(checkout, settings)
+check_everything = stage("check everything")(doctor.check)
+install_tested_packages = stage("install tested packages")(doctor.fix)
+build_onnxruntime_genai = stage("build onnxruntime genai")(doctor.build_genai)

@@ -19,6 +19,17 @@ check_files = stage("check the files of version {version.version}")(pull.install
 
 
 @stage(tracking=True)
+def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
+    """The version that an alias or a number names; the champion without one.
+
+    Raises:
+        UsageError: There is no such version.
+    """
+    registry = Registry(uri)
+    return _champion(registry, name) if which is None else registry.find(name, which)
+
+
+@stage(tracking=True)
 def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
     """The champion, and what to go back to.
 
@@ -26,9 +37,7 @@ def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
         UsageError: There is nothing to go back to.
     """
     registry = Registry(uri)
-    champion, previous = registry.champion(name), registry.previous(name)
-    if champion is None:
-        raise UsageError(f"Nothing of {name} is deployed.", f"`slmops promote {name}` deploys it.")
+    champion, previous = _champion(registry, name), registry.previous(name)
     if previous is None or previous.version == champion.version:
         raise UsageError(f"{champion.label} is the first that was deployed: there is nothing to go back to.")
     return champion, previous
@@ -65,8 +74,12 @@ def move_aliases(
 @stage()
 def show_decision(decision: Decision, request: Promotion) -> None:
     """Publish what speaks for and against it as an artifact of the flow run."""
-    create_markdown_artifact(
-        promotion.text(decision, request),
-        key=artifact_key("promotion", request.name),
-        description=f"{request.name}: version {decision.challenger.version} as champion",
-    )
+    about = f"{request.name}: version {decision.challenger.version} as champion"
+    create_markdown_artifact(promotion.text(decision, request), artifact_key("promotion", request.name), about)
+
+
+def _champion(registry: Registry, name: str) -> ModelVersion:
+    champion = registry.champion(name)
+    if champion is None:
+        raise UsageError(f"Nothing of {name} is deployed.", f"`slmops promote {name}` deploys it.")
+    return champion

@@ -7,31 +7,13 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.core import machine
-from slmops.core.errors import UsageError
 from slmops.core.values import artifact_key
 from slmops.delivery import remeasurement
 from slmops.evaluation import drift
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.foundry.versions import ModelVersion
-from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
-
-
-@stage(tracking=True)
-def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
-    """The version that an alias or a number names; the champion without one.
-
-    Raises:
-        UsageError: There is no such version.
-    """
-    registry = Registry(uri)
-    if which is not None:
-        return registry.find(name, which)
-    champion = registry.champion(name)
-    if champion is None:
-        raise UsageError(f"Nothing of {name} is deployed.", f"`slmops promote {name}` deploys it.")
-    return champion
 
 
 @stage("find record of version {version.version}", tracking=True)
@@ -57,8 +39,6 @@ def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_r
 @stage()
 def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
     """Publish the comparison as an artifact of the flow run."""
-    create_markdown_artifact(
-        f"{drift.text(result, markdown=True)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})",
-        key=artifact_key("remeasure", result.model),
-        description=f"{result.model}: version {result.version} measured again",
-    )
+    page = f"{drift.text(result, markdown=True)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})"
+    about = f"{result.model}: version {result.version} measured again"
+    create_markdown_artifact(page, artifact_key("remeasure", result.model), about)

@@ -122,8 +122,5 @@ def switch_back(url: str, version: ModelVersion, uri: str) -> None:
 @stage()
 def show_result(result: Retrained) -> None:
     """Publish the outcome as an artifact of the flow run."""
-    create_markdown_artifact(
-        f"{result.outcome}\n\n```\n{outcome.text(result)}\n```\n\n[MLflow run]({result.url})",
-        key=artifact_key("retraining", result.model),
-        description=f"{result.model}: retraining",
-    )
+    page = f"{result.outcome}\n\n```\n{outcome.text(result)}\n```\n\n[MLflow run]({result.url})"
+    create_markdown_artifact(page, artifact_key("retraining", result.model), f"{result.model}: retraining")

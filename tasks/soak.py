@@ -44,8 +44,5 @@ def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_
 @stage()
 def show_soak(result: SoakResult, run_url: str) -> None:
     """Publish the outcome as an artifact of the flow run."""
-    create_markdown_artifact(
-        f"```\n{soak.text(result)}\n```\n\n[MLflow run]({run_url})",
-        key=artifact_key("soak", result.model),
-        description=f"{result.model}: soak of {result.variant}",
-    )
+    page = f"```\n{soak.text(result)}\n```\n\n[MLflow run]({run_url})"
+    create_markdown_artifact(page, artifact_key("soak", result.model), f"{result.model}: soak of {result.variant}")

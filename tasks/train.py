@@ -42,9 +42,7 @@ def check_data(
 ) -> TrainingData:
     """Every check, and the split into training and validation."""
     prepared = data.prepare(fetched, request, checkpoint, settings, name)
-    create_markdown_artifact(
-        data.markdown(prepared), key=artifact_key("data", name), description=f"{name}: training data"
-    )
+    create_markdown_artifact(data.markdown(prepared), artifact_key("data", name), f"{name}: training data")
     log.info("%s", data.summary(prepared))
     return prepared
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 from prefect.client.schemas.objects import State, StateType
 
 from flows.running import ProgressBar
-from flows.workers import PartState, Workers, cancel_parts, crash, look, submit
+from flows.workers import Workers, cancel_parts, crash, look, submit
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
 from slmops.conversion import convert, store
 from slmops.core import machine
@@ -33,6 +34,9 @@ LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PEND
 """Seconds of silence after which a part counts as lost. Pending means that it is being started on its machine; a part
 that waits for a machine is scheduled, and may wait."""
 
+Step = Callable[[], "Measured | Step | None"]
+"""A step of a recipe. It returns the next one, None if that is up to another machine, or the outcome at the end."""
+
 
 @dataclass
 class _Child:
@@ -50,12 +54,12 @@ class _Child:
     sign: tuple[str, object] = ("", None)
     silent_s: float = 0.0
 
-    def is_lost(self, seen: PartState, seconds: float) -> bool:
+    def is_lost(self, state: State[Any], beat: object, seconds: float) -> bool:
         """Whether it has been silent for too long, ``seconds`` after the last look."""
-        sign = (seen.state.name or "", seen.beat)
+        sign = (state.name or "", beat)
         self.silent_s = self.silent_s + seconds if sign == self.sign else 0.0
         self.sign = sign
-        limit = LIMITS_S.get(seen.state.type)
+        limit = LIMITS_S.get(state.type)
         return limit is not None and self.silent_s > limit
 
 
@@ -67,8 +71,7 @@ def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progre
         TrackingError: MLflow is away.
     """
     with _exchange(context) as exchange:
-        sent = send_job(context, exchange)
-        yield from _FanOut(workers, recipes, sent, exchange, context, progress).run()
+        yield from _FanOut(workers, recipes, send_job(context, exchange), exchange, context, progress).run()
 
 
 @contextmanager
@@ -87,131 +90,123 @@ def _exchange(context: JobContext) -> Iterator[Exchange]:
             log.warning("the next run of this job removes what is left of this one: %s", error.message)
 
 
+@dataclass
 class _FanOut:
-    """Waits for all parts at once, in one thread, and begins the next ones."""
+    """Waits for all parts at once, in one thread, and begins the next ones.
 
-    def __init__(
-        self,
-        workers: Workers,
-        recipes: list[Recipe],
-        sent: SentJob,
-        exchange: Exchange,
-        context: JobContext,
-        progress: ProgressBar,
-    ) -> None:
-        self._workers = workers
-        self._recipes = recipes
-        self._sent = sent
-        self._exchange = exchange
-        self._context = context
-        self._progress = progress
-        self._children: dict[UUID, _Child] = {}
-        self._converted: dict[str, tuple[str, Files]] = {}
-        self._waiting: list[Recipe] = []
-        self._references: Files | None = None  # None: the baseline is on its way
-        self._scored: tuple[float, ...] | None = None
+    Attributes:
+        children: The parts on their way, by their flow runs.
+        converted: Key and files of each variant that has been converted, by the name of its recipe.
+        due: The parts that nobody has begun yet: recipe, stage and attempt.
+        references: What the baseline has left for the others to be compared with; None: it is on its way.
+        scored: The checkpoint's own scores, which come with the baseline.
+    """
+
+    workers: Workers
+    recipes: list[Recipe]
+    sent: SentJob
+    exchange: Exchange
+    context: JobContext
+    progress: ProgressBar
+    children: dict[UUID, _Child] = field(default_factory=dict)
+    converted: dict[str, tuple[str, Files]] = field(default_factory=dict)
+    due: list[tuple[Recipe, Stage, int]] = field(default_factory=list)
+    references: Files | None = None
+    scored: tuple[float, ...] | None = None
 
     def run(self) -> Outcomes:
         """Begin everything, and go on until nothing is left."""
-        for recipe in self._recipes:
-            yield from self._begin(recipe)
+        for recipe in self.recipes:
+            yield from self._go_on(recipe, partial(self._begin, recipe))
         looked = time.monotonic()
-        while self._children:
+        while self.children:
             time.sleep(POLL_S)
             # However long it was that we did something else or the server was away: a part may have spoken meanwhile.
             seconds, looked = min(time.monotonic() - looked, 3 * POLL_S), time.monotonic()
-            for flow_run, seen in look(self._children).items():
-                state = seen.state
-                if not state.is_final() and self._children[flow_run].is_lost(seen, seconds):
-                    state = crash(flow_run, f"There was no sign of life for {self._children[flow_run].silent_s:.0f} s.")
+            for flow_run, (state, beat) in look(self.children).items():
+                child = self.children[flow_run]
+                if not state.is_final() and child.is_lost(state, beat, seconds):
+                    state = crash(flow_run, f"There was no sign of life for {child.silent_s:.0f} s.")
                 if state.is_final():
-                    yield from self._take(self._children.pop(flow_run), state)
+                    del self.children[flow_run]
+                    yield from self._go_on(child.part.recipe, partial(self._take, child, state))
 
-    def _begin(self, recipe: Recipe) -> Outcomes:
+    def _submit(self) -> None:
+        """Have the parts begun that are due; what is compared with the baseline is measured after it."""
+        for recipe, stage, attempt in tuple(self.due):
+            of_stage: dict[str, Any] = {}
+            if stage == "measure":
+                if self.references is None and not recipe.baseline:
+                    continue
+                key, files = self.converted[recipe.name]
+                of_stage = {"key": key, "variant": files, "references": self.references or ()}
+            name = f"{recipe.name}-{stage}-{attempt}"
+            part = Part(id=name, stage=stage, recipe=recipe, **dict(self.sent), **of_stage)
+            self.children[submit(part, self.workers)] = _Child(part, attempt)
+            self.due.remove((recipe, stage, attempt))
+
+    def _go_on(self, recipe: Recipe, step: Step) -> Outcomes:
+        """Do what is next for a recipe; yield what has become of it if that was all."""
+        now: Step | Measured | SlmopsError | None = step
+        while callable(now):
+            try:
+                now = now()
+            except TrackingError:
+                raise
+            except SlmopsError as error:
+                now = error
+                self.progress.step(1 if recipe.name in self.converted else 2)
+                if recipe.baseline and self.references is None:
+                    self.references = ()  # it never will be measured
+            self._submit()
+        if now is not None:
+            yield recipe.name, now
+
+    def _begin(self, recipe: Recipe) -> None:
         """Convert, unless an earlier run has: what is deployed here and what is measured are to be the same files."""
-        context = self._context
-        found = store.load(context.settings.variants / store.key(recipe, context.checkpoint, machine.versions()))
-        if found is None:
-            self._submit(recipe, "convert")
-            return
-        try:
-            variant = convert_variant(recipe, context)
-        except SlmopsError as error:
-            yield from self._fail(recipe, error)
+        context = self.context
+        if store.load(context.settings.variants / store.key(recipe, context.checkpoint, machine.versions())) is None:
+            self.due.append((recipe, "convert", 1))
         else:
-            self._measure(recipe, variant.key, send_variant(variant, self._exchange))
-
-    def _submit(self, recipe: Recipe, stage: Stage, attempt: int = 1) -> None:
-        of_stage: dict[str, Any] = {}
-        if stage == "measure":
-            key, files = self._converted[recipe.name]
-            of_stage = {"key": key, "variant": files, "references": self._references or ()}
-        part = Part(id=f"{recipe.name}-{stage}-{attempt}", stage=stage, recipe=recipe, **dict(self._sent), **of_stage)
-        self._children[submit(part, self._workers)] = _Child(part, attempt)
+            variant = convert_variant(recipe, context)
+            self._measure(recipe, variant.key, send_variant(variant, self.exchange))
 
     def _measure(self, recipe: Recipe, key: str, files: Files) -> None:
-        """Measure what is converted, as soon as the baseline has been."""
-        self._progress.step()
-        self._converted[recipe.name] = (key, files)
-        if recipe.baseline or self._references is not None:
-            self._submit(recipe, "measure")
-        else:
-            self._waiting.append(recipe)
+        """Measure what is converted."""
+        self.progress.step()
+        self.converted[recipe.name] = (key, files)
+        self.due.append((recipe, "measure", 1))
 
-    def _go_on(self, references: Files) -> None:
-        """The baseline has been measured, or never will be."""
-        self._references = references
-        while self._waiting:
-            self._submit(self._waiting.pop(0), "measure")
-
-    def _take(self, child: _Child, state: State[Any]) -> Outcomes:
+    def _take(self, child: _Child, state: State[Any]) -> Step | None:
         """Look at what a part that has ended left behind."""
-        part = child.part
+        part, pool = child.part, self.workers.pool
         what = f"{part.stage} {part.recipe.name}"
         said = state.message or state.name
-        try:
-            result = fetch_result(part, self._exchange, self._context.logs)
-        except TrackingError:
-            raise
-        except SlmopsError as error:
-            yield from self._fail(part.recipe, error)
-            return
+        result = fetch_result(part, self.exchange, self.context.logs)
         if result is None and not state.is_cancelled() and child.attempt < ATTEMPTS:
-            log.warning("%s was lost, again on the pool %s: %s", what, self._workers.pool, said)
-            self._submit(part.recipe, part.stage, child.attempt + 1)
-        elif result is None:
+            log.warning("%s was lost, again on the pool %s: %s", what, pool, said)
+            self.due.append((part.recipe, part.stage, child.attempt + 1))
+            return None
+        if result is None:
             how = "was cancelled" if state.is_cancelled() else f"was lost {child.attempt} times"
-            yield from self._fail(part.recipe, WorkError(f"{what} on the pool {self._workers.pool} {how}: {said}"))
-        elif result.failure is not None:
-            yield from self._fail(part.recipe, result.failure.error)
-        elif part.stage == "convert":
+            raise WorkError(f"{what} on the pool {pool} {how}: {said}")
+        if result.failure is not None:
+            raise result.failure.error
+        if part.stage == "convert":
             self._measure(part.recipe, result.key or "", result.variant)
-        else:
-            yield from self._finish(part, result)
-
-    def _finish(self, part: Part, result: PartResult) -> Outcomes:
-        """Have a measured variant here, as if it had been made here."""
+            return None
         if part.recipe.baseline:
-            self._scored = result.figures.scored if result.figures else None
-            self._go_on(result.references)
-        try:
-            variant = fetch_variant(part.key or "", part.variant, self._exchange, self._context.settings)
-            if self._context.job.output_path is not None:
-                convert.export(variant, self._context.job.output_path)
-            registration = register_variant(variant, self._context)
-            if result.figures is None:
-                raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
-        except TrackingError:
-            raise
-        except SlmopsError as error:
-            yield from self._fail(part.recipe, error)
-            return
-        self._progress.step()
-        figures = dict(result.figures) | {"scored": self._scored}
-        yield part.recipe.name, Measured(variant=variant, registration=registration, **figures)
+            self.scored = result.figures.scored if result.figures else None
+            self.references = result.references
+        return partial(self._finish, part, result)
 
-    def _fail(self, recipe: Recipe, error: SlmopsError) -> Outcomes:
-        self._progress.step(1 if recipe.name in self._converted else 2)
-        if recipe.baseline and self._references is None:
-            self._go_on(())
-        yield recipe.name, error
+    def _finish(self, part: Part, result: PartResult) -> Measured:
+        """Have a measured variant here, as if it had been made here."""
+        variant = fetch_variant(part.key or "", part.variant, self.exchange, self.context.settings)
+        if self.context.job.output_path is not None:
+            convert.export(variant, self.context.job.output_path)
+        registration = register_variant(variant, self.context)
+        if result.figures is None:
+            raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
+        self.progress.step()
+        return Measured(variant=variant, registration=registration, **dict(result.figures) | {"scored": self.scored})

@@ -35,11 +35,9 @@ from slmops.cluster.parts import Part
 from slmops.core import pools
 from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError
-from slmops.core.pools import Pool
 
 log = logging.getLogger("slmops.fan_out")
 
-FLOW, ENTRYPOINT = "variant", "flows.variant.variant"
 ENVIRONMENT = {
     "PREFECT_CLIENT_MAX_RETRIES": "6",  # two minutes, in which a server is back that was restarted
     "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
@@ -68,51 +66,38 @@ class Workers(NamedTuple):
     deployment: UUID
 
 
-class PartState(NamedTuple):
-    """The state of a flow run, and its last sign of life: a number that grows, or None if there was none yet."""
-
-    state: State[Any]
-    beat: object
-
-
 def find_workers(context: JobContext) -> Workers:
-    """The smallest pool that is large enough.
+    """The smallest pool that is large enough, with the deployment of the parts, which is made if it is missing.
+
+    The deployment names the flow as a module, so it is found wherever slmops is installed.
 
     Raises:
         PrerequisiteError: No pool is large enough, or Prefect does not have it.
     """
-    pool = pools.choose(context.settings.pools, context.checkpoint, context.job.device)
-    return Workers(pool.name, _deploy(pool))
+    pool = pools.choose(context.settings.pools, context.checkpoint, context.job.device).name
 
-
-def _deploy(pool: Pool) -> UUID:
-    """Make the deployment of the parts in the pool; returns its id.
-
-    The flow is named as a module, so it is found wherever slmops is installed.
-    """
-
-    def made(client: SyncPrefectClient) -> UUID:
+    def deployed(client: SyncPrefectClient) -> UUID:
         try:
-            found = client.read_work_pool(pool.name)
+            found = client.read_work_pool(pool)
         except ObjectNotFound:
             raise PrerequisiteError(
-                f"Prefect has no work pool {pool.name!r}, which SLMOPS_POOLS names.",
-                f"Start a worker for it: prefect worker start --pool {pool.name} --type process --limit 1",
+                f"Prefect has no work pool {pool!r}, which SLMOPS_POOLS names.",
+                f"Start a worker for it: prefect worker start --pool {pool} --type process --limit 1",
             ) from None
         if found.status != WorkPoolStatus.READY:
-            log.warning("no worker of the pool %s is online: the job waits for one", pool.name)
+            log.warning("no worker of the pool %s is online: the job waits for one", pool)
         return client.create_deployment(
-            flow_id=client.create_flow_from_name(FLOW),
-            name=pool.name,
-            work_pool_name=pool.name,
-            entrypoint=ENTRYPOINT,
+            flow_id=client.create_flow_from_name("variant"),
+            name=pool,
+            work_pool_name=pool,
+            entrypoint="flows.variant.variant",
             job_variables={"env": ENVIRONMENT},
             tags=["slmops"],
             description="One part of a job that fans out: a conversion or a measurement. Jobs start it.",
             enforce_parameter_schema=False,
         )
 
-    return _asked(made)
+    return Workers(pool, _asked(deployed))
 
 
 def submit(part: Part, workers: Workers) -> UUID:
@@ -132,12 +117,13 @@ def submit(part: Part, workers: Workers) -> UUID:
     return _asked(started).id
 
 
-def look(flow_runs: Collection[UUID]) -> dict[UUID, PartState]:
-    """The flow runs as they are now."""
+def look(flow_runs: Collection[UUID]) -> dict[UUID, tuple[State[Any], object]]:
+    """The states of flow runs, and the last sign of life of each: a number that grows, or None before the first."""
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs)))
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
-    seen = {run.id: PartState(run.state or Pending(), run.labels.get(LABEL)) for run in found}
-    return {one: seen.get(one) or PartState(Crashed(message="The flow run was deleted."), None) for one in flow_runs}
+    seen = {run.id: (run.state or Pending(), run.labels.get(LABEL)) for run in found}
+    deleted: State[Any] = Crashed(message="The flow run was deleted.")
+    return {one: seen.get(one, (deleted, None)) for one in flow_runs}
 
 
 def crash(flow_run: UUID, message: str) -> State[Any]:

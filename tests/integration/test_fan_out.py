@@ -20,7 +20,6 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from flows import fan_out, workers
 from flows.running import ProgressBar
 from flows.variant import variant
-from flows.workers import PartState
 from slmops.cluster import parts
 from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
@@ -316,7 +315,7 @@ def test_silence_counts_from_the_last_sign_of_life(settings: Settings, talkative
     child = fan_out._Child(asked.part(BROKEN), 1)
 
     def lost(state: StateType, beat: int | None, seconds: float) -> bool:
-        return child.is_lost(PartState(State(type=state), beat), seconds)
+        return child.is_lost(State(type=state), beat, seconds)
 
     assert not any(lost(StateType.SCHEDULED, None, 1e6) for _ in range(3))  # no machine has it yet
     assert [lost(StateType.PENDING, None, 800) for _ in range(3)] == [False, False, True]

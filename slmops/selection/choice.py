@@ -109,17 +109,14 @@ def _judge(
     gate: Gate, result: VariantResult, baseline: VariantResult | None, champion: dict[str, Measurement] | None
 ) -> GateResult:
     outcome: Outcome = "inconclusive"
-    more: int | None = None
-    figure: Measurement | None = None
+    more = figure = None
     if gate.to == "champion" and champion is None:
         outcome, detail = "skipped", "no champion yet"
+    elif isinstance(compared := _compare(gate, result, baseline, champion), str):
+        detail = compared
     else:
-        compared = _compare(gate, result, baseline, champion)
-        if isinstance(compared, str):
-            detail = compared
-        else:
-            figure = compared
-            outcome, more, detail = _verdict(gate, figure)
+        figure = compared
+        outcome, more, detail = _verdict(gate, figure)
     doubtful = gate.inconclusive == "refuse" or (figure is not None and not _keeps(gate, figure.value))
     refuses = outcome == "fail" or (outcome == "inconclusive" and doubtful)
     return GateResult(
@@ -180,8 +177,8 @@ def _compare(
         return Measurement.exact(1.0 if gate.of == "ratio" else 0.0, own.unit, own.samples)
     else:
         others = baseline.measurements
-        paired, sign = PAIRED.get((metric, gate.of), (metric, 1))
-        if paired != metric and paired in result.measurements:
+        paired, sign = PAIRED.get((metric, gate.of), ("", 1))
+        if paired in result.measurements:
             return _negated(result.measurements[paired]) if sign < 0 else result.measurements[paired]
     other = others.get(metric)
     if other is None:

@@ -11,20 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    StrictBool,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictBool, ValidationError, ValidationInfo, field_validator, model_validator
 
 from slmops.core.errors import UsageError
 from slmops.core.files import read_table
 from slmops.core.validation import predicate
-from slmops.core.values import NAME_PATTERN, Frozen
+from slmops.core.values import Frozen, Name
 
 PACKAGED = Path(__file__).with_name("policy.toml")
 CATEGORY = "accuracy."
@@ -112,7 +104,7 @@ class Policy(Frozen):
     """What a variant must reach, and which of those that reach it is taken."""
 
     objective: Literal["preference", "smallest", "fastest", "best_quality"] = "preference"
-    preference: tuple[Annotated[str, StringConstraints(pattern=NAME_PATTERN)], ...] = ()
+    preference: tuple[Name, ...] = ()
     gates: tuple[Gate, ...] = ()
 
     @field_validator("preference")
@@ -151,23 +143,17 @@ def _problem(error: Any, data: dict[str, Any]) -> str:
         place = f"gate {keys[1] + 1} ({metric or 'no metric'}): "
         model, keys = Gate, keys[2:]
     key = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in keys)
-    got = error["input"]
     match error["type"]:
         case "extra_forbidden" | "invalid_key":  # invalid: YAML has keys that are no text
             key = str(keys[-1])
             said = f"there is no key {key!r}; {_like(key, model.model_fields)}"
         case "missing":
             said = f"{key} is missing"
-        case "literal_error":
-            said = f"{key} must be {error['ctx']['expected']}, not {got!r}"
         case "value_error":
-            said = str(error["ctx"]["error"])
-        case "tuple_type":
-            said = f"{key} must be a list, not {got!r}" + (": write [[gates]]" if key == "gates" else "")
-        case "model_type":
-            said = f"it must be a table of keys and values, not {got!r}"
-        case _:
-            said = f"{key} {predicate(error)}, not {got!r}"
+            said = predicate(error)
+        case kind:
+            said = f"{key or 'it'} {predicate(error)}, not {error['input']!r}"
+            said += ": write [[gates]]" if (kind, key) == ("tuple_type", "gates") else ""
     return place + said
 
 

@@ -56,9 +56,10 @@ async def registered(client: PrefectClient, names: list[str]) -> dict[str, Deplo
     return found
 
 
-async def triggers(client: PrefectClient, deployment: DeploymentResponse) -> list[Automation]:
-    """What starts a deployment when an event happens."""
-    return await client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
+async def triggers(client: PrefectClient, deployment: DeploymentResponse, *, enabled: bool) -> list[Automation]:
+    """What starts a deployment when an event happens, or what would if it were switched on."""
+    found = await client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
+    return [one for one in found if one.enabled == enabled]
 
 
 async def restore(client: PrefectClient, before: DeploymentResponse, now: DeploymentResponse) -> None:
@@ -82,20 +83,15 @@ async def main(file: Path) -> int:
         before = await registered(client, names)
         if len(before) == len(names) and all(one.version == version for one in before.values()):
             return 0
-        switched_on = {
-            (name, trigger.name)
-            for name, one in before.items()
-            for trigger in await triggers(client, one)
-            if trigger.enabled
-        }
+        on = {(name, one.name) for name, of in before.items() for one in await triggers(client, of, enabled=True)}
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         env = {**os.environ, "SLMOPS_DEPLOYMENTS": version}
         status = subprocess.run(deploy, cwd=file.parents[1], env=env, check=False).returncode
         now = await registered(client, names)
         for name in before.keys() & now.keys():
             await restore(client, before[name], now[name])
-            for trigger in await triggers(client, now[name]):
-                if (name, trigger.name) in switched_on and not trigger.enabled:
+            for trigger in await triggers(client, now[name], enabled=False):
+                if (name, trigger.name) in on:
                     await client.resume_automation(trigger.id)
         return status if len(now) == len(names) else 1
 

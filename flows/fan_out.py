@@ -133,7 +133,8 @@ class _FanOut:
 
     def _submit(self) -> None:
         """Have the parts begun that are due; what is compared with the baseline is measured after it."""
-        for recipe, stage, attempt in tuple(self.due):
+        for due in tuple(self.due):
+            recipe, stage, attempt = due
             of_stage: dict[str, Any] = {}
             if stage == "measure":
                 if self.references is None and not recipe.baseline:
@@ -143,7 +144,7 @@ class _FanOut:
             name = f"{recipe.name}-{stage}-{attempt}"
             part = Part(id=name, stage=stage, recipe=recipe, **dict(self.sent), **of_stage)
             self.children[submit(part, self.workers)] = _Child(part, attempt)
-            self.due.remove((recipe, stage, attempt))
+            self.due.remove(due)
 
     def _go_on(self, recipe: Recipe, step: Step) -> Outcomes:
         """Do what is next for a recipe; yield what has become of it if that was all."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 
 from prefect import flow, runtime
 
 from flows.fan_out import fan_out
 from flows.one_machine import make_here
-from flows.running import ProgressBar, named, plainly, turn
+from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
 from flows.workers import find_workers
 from slmops import preflight
 from slmops.cluster.parts import Measured, figures
 from slmops.core.context import JobContext
-from slmops.core.errors import GateError, SlmopsError, TrackingError, WorkError
+from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -27,14 +26,7 @@ from slmops.tracking.tracker import Tracker
 from tasks.checkpoint import get_checkpoint, plan_recipes
 from tasks.choose import choose_variant, show_comparison
 from tasks.environment import check_environment
-from tasks.track import (
-    finish_tracking,
-    get_champion,
-    register_version,
-    start_tracking,
-    track_failure,
-    track_variant,
-)
+from tasks.track import finish_tracking, get_champion, register_version, start_tracking, track_failure, track_variant
 
 log = logging.getLogger("slmops.optimize")
 
@@ -60,7 +52,7 @@ def optimize(job: Job) -> Comparison:
         _remove_unfinished_work(context)
         recipes = plan_recipes(context)
         context = start_tracking(context, runtime.flow_run.id or "")
-        with _closed_if_aborted(context):
+        with aborted_on_error(lambda _: Tracker(tracking_uri).abort_job(context.run_id)):
             comparison, url = _compare(recipes, context)
         show_comparison(comparison, url)
         _remove_unfinished_work(context)
@@ -134,14 +126,3 @@ def _remove_unfinished_work(context: JobContext) -> None:
     """Remove this run's, or what a killed run of this model left behind; the job's lock says that it is dead."""
     shutil.rmtree(context.work, ignore_errors=True)
     remove_scratch(context.settings.variants)
-
-
-@contextmanager
-def _closed_if_aborted(context: JobContext) -> Iterator[None]:
-    """A job that is interrupted or breaks leaves no run open in MLflow, if MLflow still answers."""
-    try:
-        yield
-    except BaseException:
-        with suppress(TrackingError):
-            Tracker(context.tracking_uri).abort_job(context.run_id)
-        raise

@@ -6,19 +6,19 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, runtime
-from prefect.exceptions import Pause
 
 from flows.approval import check_can_wait
 from flows.optimize import optimize
 from flows.promote import make_champion
-from flows.running import named, plainly, turn
+from flows.running import aborted_on_error, named, plainly, turn
 from slmops import preflight
-from slmops.core.errors import GateError, ServingError, SlmopsError, TrackingError
+from slmops.core.errors import GateError, ServingError, SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
@@ -72,7 +72,7 @@ def retrain(request: Retrain) -> Retrained:
                 return _nothing_new(last)
             begun = steps.start_tracking(tracker, name, request, checkpoint, digest, flow_run)
         attempt = _Attempt(request, settings, tracker, waited or begun)
-        with _closed_if_failed(attempt):
+        with aborted_on_error(partial(tracker.abort, attempt.so_far.run_id)):
             result = _go_on(attempt) if waited else _make(attempt, checkpoint, fetched)
             steps.finish_tracking(tracker, result)
         steps.show_result(result)
@@ -235,20 +235,6 @@ def _nothing_new(last: Retrained) -> Retrained:
     result = last.model_copy(update={"outcome": "nothing to do", "detail": said, "seconds": {}})
     steps.show_result(result)
     return result
-
-
-@contextmanager
-def _closed_if_failed(attempt: _Attempt) -> Iterator[None]:
-    """Close the run in MLflow if the retraining fails and MLflow still answers."""
-    try:
-        yield
-    except Pause:  # it waits for approval
-        raise
-    except BaseException as error:
-        said = error.message if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}"
-        with suppress(TrackingError):
-            attempt.tracker.abort(attempt.so_far.run_id, said)
-        raise
 
 
 def _job(request: Retrain, model: str) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from importlib.resources import files
 from pathlib import Path
@@ -16,11 +16,12 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import refresh_global_settings_context
+from prefect.exceptions import Pause
 from prefect.logging.configuration import setup_logging
 from prefect.states import Failed
 
 from slmops.core import locks
-from slmops.core.errors import BusyError, SlmopsError
+from slmops.core.errors import BusyError, SlmopsError, TrackingError
 from slmops.core.values import artifact_key
 
 P = ParamSpec("P")
@@ -106,6 +107,23 @@ def _show_state(name: str, message: str | None) -> None:
         if now is not None and now.type == StateType.RUNNING:  # and not being cancelled
             state: State[None] = State(type=now.type, name=name, message=message, state_details=now.state_details)
             client.set_flow_run_state(flow_run, state, force=True)
+
+
+@contextmanager
+def aborted_on_error(abort: Callable[[str], None]) -> Iterator[None]:
+    """If the block is interrupted or breaks, close what it has open in MLflow, if MLflow still answers.
+
+    Args:
+        abort: Closes it; the argument is what went wrong.
+    """
+    try:
+        yield
+    except Pause:  # it waits for approval
+        raise
+    except BaseException as error:
+        with suppress(TrackingError):
+            abort(error.message if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}")
+        raise
 
 
 def reread_environment() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 from prefect import flow, runtime
 
@@ -14,7 +12,6 @@ from slmops.core import locks
 from slmops.core.settings import Settings
 from slmops.delivery.remeasurement import copied
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
-from slmops.foundry.versions import Installed
 from slmops.local import stack
 from tasks.environment import check_environment
 from tasks.promote import check_files, find_version
@@ -46,20 +43,13 @@ def soak(request: Soak) -> SoakResult:
         )
     else:
         target = find_variant(uri, request)
-    with turn(settings.machine_lock, locks.MACHINE), _home(installed, settings) as home:
+    with turn(settings.machine_lock, locks.MACHINE), ExitStack() as held:
+        home = settings.foundry
+        if installed is not None:
+            home = held.enter_context(copied(installed, f"{installed.name}.soak", settings)).home
         measured, memory_kb = soak_variant(target, request, home, settings)
     result, url = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     show_soak(result, url)
     if result.outcome != "pass":
         raise SoakError(result)
     return result
-
-
-@contextmanager
-def _home(installed: Installed | None, settings: Settings) -> Iterator[Path]:
-    """Where Foundry Local finds what is soaked: for an installed version, a copy that lasts as long as the soak."""
-    if installed is None:
-        yield settings.foundry
-        return
-    with copied(installed, f"{installed.name}.soak", settings) as place:
-        yield place.home

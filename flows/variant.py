@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from prefect import flow
 from pydantic import Json
@@ -49,26 +48,23 @@ def variant(part: Json[Part]) -> None:
 def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
     prune(settings)
     context, recipe = prepare_part(part, exchange, settings)
-    failed: SlmopsError | None = None
-    made: dict[str, Any]
     try:
-        made = _convert(recipe, context, exchange) if part.stage == "convert" else _measure(part, context, exchange)
+        result = _convert(recipe, context, exchange) if part.stage == "convert" else _measure(part, context, exchange)
     except TrackingError:
         raise  # the work is not at fault
     except SlmopsError as error:
-        failed, made = error, {"failure": Failure.of(error)}
-    leave_result(PartResult(**made), part, context, exchange)
-    if failed is not None:
-        raise failed
+        leave_result(PartResult(failure=Failure.of(error)), part, context, exchange)
+        raise
+    leave_result(result, part, context, exchange)
 
 
-def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> dict[str, Any]:
+def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> PartResult:
     source.check_room(context.checkpoint, [recipe.name], context.settings)
     made = convert_variant(recipe, context)
-    return {"key": made.key, "variant": send_variant(made, exchange)}
+    return PartResult(key=made.key, variant=send_variant(made, exchange))
 
 
-def _measure(part: Part, context: JobContext, exchange: Exchange) -> dict[str, Any]:
+def _measure(part: Part, context: JobContext, exchange: Exchange) -> PartResult:
     made = fetch_variant(part.key or "", part.variant, exchange, context.settings)
     registration = register_variant(made, replace(context, name=part.name))
     speed = measure_speed([(made, registration)], context)[made.name]
@@ -78,4 +74,4 @@ def _measure(part: Part, context: JobContext, exchange: Exchange) -> dict[str, A
     scored = score_checkpoint(context) if baseline else None
     quality = measure_quality(made, registration, context)
     figures = Figures(speed=speed, quality=quality, scored=scored, hardware=machine.hardware())
-    return {"figures": figures, "references": send_references(context, exchange) if baseline else ()}
+    return PartResult(figures=figures, references=send_references(context, exchange) if baseline else ())

@@ -18,13 +18,7 @@ from uuid import UUID
 import httpx
 from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-)
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, WorkPoolStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
@@ -119,7 +113,7 @@ def submit(part: Part, workers: Workers) -> UUID:
 
 def look(flow_runs: Collection[UUID]) -> dict[UUID, tuple[State[Any], object]]:
     """The states of flow runs, and the last sign of life of each: a number that grows, or None before the first."""
-    wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(flow_runs)))
+    wanted = FlowRunFilter.model_validate({"id": {"any_": list(flow_runs)}})
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
     seen = {run.id: (run.state or Pending(), run.labels.get(LABEL)) for run in found}
     deleted: State[Any] = Crashed(message="The flow run was deleted.")
@@ -160,10 +154,7 @@ def beating() -> Iterator[None]:
 def cancel_parts(exchange: str) -> None:
     """Cancel the parts of a job that still run; ``exchange`` is the MLflow run with the job's files."""
     living = [one for one in StateType if one not in TERMINAL_STATES]
-    wanted = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[_tag(exchange)]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=living)),
-    )
+    wanted = FlowRunFilter.model_validate({"tags": {"all_": [_tag(exchange)]}, "state": {"type": {"any_": living}}})
 
     def cancelled(client: SyncPrefectClient) -> None:
         for run in client.read_flow_runs(flow_run_filter=wanted):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Queue
 from uuid import UUID
 
@@ -60,8 +61,8 @@ def finetune_model(
     """Train the adapter and merge it; an attempt that was killed is resumed."""
     key = artifact_key("training", name)
     bar = UUID(str(create_progress_artifact(0.0, key=key, description=f"{name}: fine-tuning")))
-    with _LossSender(tracker, run_id, bar, request) as sender:
-        made = finetune.finetune(checkpoint, prepared, request.training, settings, name, sender.add)
+    with _losses_sent(tracker, run_id, bar, request) as send:
+        made = finetune.finetune(checkpoint, prepared, request.training, settings, name, send)
     loss = f"validation loss {made.validation_loss:.3f} at step {made.best_step}"
     log.info("%d steps in %.0f s, %s, ended by %s", made.steps, made.seconds, loss, made.stopped)
     return made
@@ -78,56 +79,48 @@ def answer(
     return accuracy
 
 
-class _LossSender:
-    """Sends points of the loss curve to MLflow and moves the bar on the Prefect page, in a thread of its own, so that
-    the training waits for neither.
+@contextmanager
+def _losses_sent(
+    tracker: TrainingTracker, run_id: str, bar: UUID, request: Retrain
+) -> Iterator[Callable[[LossPoint], None]]:
+    """Yield what sends a point of the loss curve to MLflow, and moves the bar on the Prefect page.
 
-    What MLflow does not take is sent again with the next point. The task that logs the training sends what is missing
-    at the end.
+    A thread of its own does that, so that the training waits for neither. What MLflow does not take is sent again with
+    the next point. The task that logs the training sends what is missing at the end.
     """
+    minutes, epochs = request.training.minutes, request.training.epochs
+    points: Queue[LossPoint | None] = Queue()
 
-    def __init__(self, tracker: TrainingTracker, run_id: str, bar: UUID, request: Retrain) -> None:
-        self._tracker = tracker
-        self._run_id = run_id
-        self._bar = bar
-        self._training = request.training
-        self._points: Queue[LossPoint | None] = Queue()
-        self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._send,), daemon=True)
-
-    def __enter__(self) -> _LossSender:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._points.put(None)
-        self._thread.join(LAST_S)
-
-    def add(self, point: LossPoint) -> None:
-        """Send a point soon."""
+    def add(point: LossPoint) -> None:
         if point.validation_loss is not None:
             log.info("step %d: validation loss %.3f", point.step, point.validation_loss)
-        self._points.put(point)
+        points.put(point)
 
-    def _send(self) -> None:
+    def send() -> None:
         waiting: list[LossPoint] = []
         with get_client(sync_client=True) as client:
-            while (point := self._points.get()) is not None:
+            while (point := points.get()) is not None:
                 waiting.append(point)
-                if not self._points.empty():
+                if not points.empty():
                     continue  # the rest first: one request for all
-                self._move(client, self._share(point))
+                share = point.seconds / (60 * minutes) if minutes else point.epoch / epochs
+                _move(client, bar, min(1.0, share))
                 try:
-                    self._tracker.log_losses(self._run_id, waiting)
+                    tracker.log_losses(run_id, waiting)
                     waiting.clear()
                 except TrackingError as error:
                     log.warning("the loss curve is sent later: %s", error.message)
-            self._move(client, 1.0)
+            _move(client, bar, 1.0)
 
-    def _share(self, point: LossPoint) -> float:
-        """The part of the training that is done at a point."""
-        minutes = self._training.minutes
-        return min(1.0, point.seconds / (60 * minutes) if minutes else point.epoch / self._training.epochs)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(send,), daemon=True)
+    thread.start()
+    try:
+        yield add
+    finally:
+        points.put(None)
+        thread.join(LAST_S)
 
-    def _move(self, client: SyncPrefectClient, share: float) -> None:
-        with suppress(httpx.HTTPError):  # the next one moves it
-            client.update_artifact(self._bar, ArtifactUpdate(data=100 * share))
+
+def _move(client: SyncPrefectClient, bar: UUID, share: float) -> None:
+    with suppress(httpx.HTTPError):  # the next one moves it
+        client.update_artifact(bar, ArtifactUpdate(data=100 * share))

@@ -16,40 +16,24 @@ from slmops.selection.choice import choose
 from tests.values import comparison, failed, result
 
 REASON = "int4 is taken, the smallest that no gate refuses."
-BROKE = failed("int8", "Olive produced no model. KeyError: 'x'")
 
 
 def gate(name: str = "kl_mean at most 0.1", outcome: str = "pass", **changes: Any) -> GateResult:
     """A gate's verdict on one variant."""
-    values: dict[str, Any] = {
-        "gate": name,
-        "metric": name.split()[0],
-        "outcome": outcome,
-        "advisory": False,
-        "refuses": outcome == "fail",
-        "value": 0.05,
-        "limit": 0.1,
-        "detail": "So it is.",
-    }
-    return GateResult(**{**values, **changes})
+    others = {"advisory": False, "refuses": outcome == "fail", "value": 0.05, "limit": 0.1, "detail": "So it is."}
+    return GateResult(gate=name, metric=name.split()[0], outcome=outcome, **{**others, **changes})
 
 
-def judged(name: str, *gates: GateResult, **changes: Any) -> VariantResult:
-    """A variant with these verdicts."""
-    return result(name, 110).model_copy(update={"gates": gates, **changes})
+def judged(name: str, *gates: GateResult, figures: tuple[float, ...] = (110,), **changes: Any) -> VariantResult:
+    """A variant with these verdicts; size, perplexity ratio and accuracy as figures."""
+    return result(name, *figures).model_copy(update={"gates": gates, **changes})
 
 
+IN_DOUBT = gate("accuracy at least 0.4", "inconclusive", advisory=True, value=0.45, low=0.3, high=0.6)
 MIXED = comparison(
-    result("fp32", 600).model_copy(update={"gates": (gate(), gate("accuracy at least 0.4", advisory=True))}),
-    BROKE,
-    result("int4", 110.04, 1.083, 0.45).model_copy(
-        update={
-            "gates": (
-                gate(value=0.0415),
-                gate("accuracy at least 0.4", "inconclusive", advisory=True, value=0.45, low=0.3, high=0.6),
-            )
-        }
-    ),
+    judged("fp32", gate(), gate("accuracy at least 0.4", advisory=True), figures=(600,)),
+    failed("int8", "Olive produced no model. KeyError: 'x'"),
+    judged("int4", gate(value=0.0415), IN_DOUBT, figures=(110.04, 1.083, 0.45)),
     chosen="int4",
     reason=REASON,
 )
@@ -72,6 +56,9 @@ def row(made: Comparison, name: str) -> list[str]:
 
 def test_text() -> None:
     table, gates, reason, failure = tables.text(MIXED).split("\n\n")
+    titles = table.split("---")[0]
+    assert sorted(titles.split()) == sorted(" ".join(TITLES).split())
+    assert len(titles.splitlines()) == 2  # one in Markdown and HTML
     assert [cells(line) for line in table.splitlines()[-3:]] == [
         ["fp32", "600.0", "1.00", "123", "45.7", "1200", "1.000", "0", "0.50", "2/2"],
         ["int8", *["-"] * 9, "failed"],
@@ -83,13 +70,6 @@ def test_text() -> None:
         ["accuracy at least 0.4 (advisory)", "pass 0.05", "inconclusive 0.45"],
     ]
     assert (reason, failure) == (REASON, "int8 failed: Olive produced no model. KeyError: 'x'")
-
-
-def test_titles_stand_in_two_lines_in_text_only() -> None:
-    words = tables.table(MIXED).split("---")[0].split()
-    assert sorted(words) == sorted(" ".join(TITLES).split())
-    assert len(tables.table(MIXED).split("---")[0].splitlines()) == 2
-    assert pipes(tables.table(MIXED, "github").splitlines()[0]) == TITLES
 
 
 @pytest.mark.parametrize(
@@ -191,20 +171,14 @@ NASTY = "<script>alert('x')</script> & | \"more\""
 
 def nasty() -> Comparison:
     """Text of others wherever there can be some."""
-    return Comparison(
-        model=NASTY,
-        run_id="r",
-        choice=MIXED.choice.model_copy(update={"reason": f"Because {NASTY}"}),
-        variants=(
-            VariantResult(name=NASTY, status="failed", reason=f"It said {NASTY}"),
-            VariantResult(
-                name="mine", status="ok", dominated_by=NASTY, gates=(gate(f"accuracy.{NASTY} at least 1", "fail"),)
-            ),
-        ),
+    dominated = VariantResult(
+        name="mine", status="ok", dominated_by=NASTY, gates=(gate(f"accuracy.{NASTY} at least 1", "fail"),)
     )
+    made = comparison(failed(NASTY, f"It said {NASTY}"), dominated, chosen="int4", reason=f"Because {NASTY}")
+    return made.model_copy(update={"model": NASTY})
 
 
-def test_markdown_escapes_what_others_wrote() -> None:
+def test_what_others_wrote_is_escaped() -> None:
     shown = tables.markdown(nasty(), "u")
     assert "<" not in shown
     # In the cells: name, mark, gate. In the text: reason, name and reason of the failure.
@@ -212,6 +186,10 @@ def test_markdown_escapes_what_others_wrote() -> None:
     assert shown.count("&lt;script&gt;alert('x')&lt;/script&gt; &amp; | \"more\"") == 3
     for part in shown.split("\n\n")[:2]:
         assert len({len(pipes(line)) for line in part.splitlines()}) == 1
+    page = Page(html(nasty()))
+    assert "script" not in page.tags
+    # Title, heading, cells (name, mark, gate), reason, name and reason of the failure.
+    assert page.text.count(NASTY) == 8
 
 
 class Page(HTMLParser):
@@ -247,32 +225,21 @@ def test_html_holds_the_tables_and_the_charts_and_stands_alone() -> None:
     assert "int8 failed: Olive produced no model." in page.text
 
 
-def test_html_escapes_what_others_wrote() -> None:
-    page = Page(html(nasty()))
-    assert "script" not in page.tags
-    # Title, heading, cells (name, mark, gate), reason, name and reason of the failure.
-    assert page.text.count(NASTY) == 8
-
-
 def drawn(made: Comparison) -> list[str]:
     """Matplotlib notes each text that it draws as shapes in a comment."""
     return re.findall(r"<!-- (.*?) -->", html(made))
 
 
-def test_charts_show_each_measured_variant() -> None:
-    shown = drawn(MIXED)
+def test_charts_show_each_measured_variant_and_the_intervals_that_there_are() -> None:
+    shown = drawn(MIXED)  # all exact
     assert {title for title, _ in CHARTS} <= set(shown)
+    assert "95 % intervals" not in shown
     assert [shown.count(name) for name in ("fp32", "int4", "int8")] == [4, 4, 0]
     assert {"600", "110", "10.83", "45.67", "1200"} <= set(shown)
-
-
-def test_chart_of_intervals() -> None:
     shown = drawn(WIDE)
-    assert "95 % intervals" in shown
-    assert {title for title, _ in INTERVALS} <= set(shown)
+    assert {"95 % intervals", *(title for title, _ in INTERVALS)} <= set(shown)
     assert [shown.count(name) for name in ("fp32", "int4")] == [8, 8]
     assert Page(html(WIDE)).tags.count("svg") == 2
-    assert "95 % intervals" not in drawn(MIXED)  # all exact
 
 
 @pytest.mark.parametrize(

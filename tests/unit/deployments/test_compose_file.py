@@ -38,9 +38,6 @@ def variables(value: Any) -> set[str]:
     return set(re.findall(r"\$\{(\w+)", str(value)))
 
 
-# --- the linters
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -54,9 +51,6 @@ def test_a_linter_finds_nothing(command: list[str]) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-# --- variables
-
-
 @pytest.mark.parametrize("given", [{}, {"POSTGRES_PASSWORD": ""}], ids=["no .env", "the example as it is"])
 def test_without_a_password_nothing_starts(given: dict[str, str]) -> None:
     with pytest.raises(MissingVariable, match=r"^POSTGRES_PASSWORD: set it in \.env$"):
@@ -64,8 +58,7 @@ def test_without_a_password_nothing_starts(given: dict[str, str]) -> None:
 
 
 def test_a_password_is_all_it_needs() -> None:
-    required = {name for name in variables(RAW) if f"${{{name}:?" in FILE.read_text(encoding="utf-8")}
-    assert required == {"POSTGRES_PASSWORD"}
+    assert set(re.findall(r"\$\{(\w+):\?", FILE.read_text(encoding="utf-8"))) == {"POSTGRES_PASSWORD"}
     assert SERVICES["prefect"]["ports"] == ["127.0.0.1:4200:4200"]
 
 
@@ -75,9 +68,6 @@ def test_the_example_names_every_variable_and_gives_no_secret() -> None:
     settings = {f"SLMOPS_{name.upper()}" for name in Settings.model_fields}
     assert set(named) == variables(RAW) | passed_on | settings
     assert {named[name] for name in named if SECRET.search(name)} == {""}
-
-
-# --- secrets
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,18 +88,10 @@ def test_only_what_talks_to_postgresql_has_its_password() -> None:
     assert not any(re.search(r"//[^/@]*:[^/@]*@", url) for url in urls), "a password in a URL"
 
 
-# --- images
-
-
-def test_images_are_pinned() -> None:
+def test_images_are_pinned_and_ours_is_built_from_pinned_parts() -> None:
     for service in SERVICES.values():
         assert re.fullmatch(r"[a-z/]+:v?\d+(\.\d+)+(-[a-z0-9.]+)?", service["image"]), service["image"]
-
-
-def test_the_image_is_built_from_pinned_parts() -> None:
-    bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert bases
-    assert set(bases) == {"python:3.11.15-slim-trixie"}
+    assert {*re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)} == {"python:3.11.15-slim-trixie"}
     assert "--constraint constraints.txt" in DOCKERFILE
     assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE)[-1] == "10001:10001"
 
@@ -123,20 +105,17 @@ def test_versions_agree() -> None:
     assert registered["prefect-version"] == pin("prefect")
     assert {one["work_pool"]["name"] for one in registered["deployments"]} == {stack.POOL}
     assert stack.POOL in SERVICES["worker"]["command"]
-
-
-def test_tests_use_postgresql_of_the_same_major_version() -> None:
+    # The PostgreSQL of the tests is of the same major version.
     said = subprocess.run([compose.program("postgres"), "--version"], capture_output=True, text=True, check=True).stdout
     assert SERVICES["postgres"]["image"].startswith(f"postgres:{re.findall(r'[0-9]+', said)[0]}.")
 
 
-def test_the_image_gets_what_it_needs_and_no_more() -> None:
+def test_image_and_containers_get_the_files_that_they_need_and_no_more() -> None:
     copied = {one for line in re.findall(r"^COPY ([^-\n].*) \S+$", DOCKERFILE, re.MULTILINE) for one in line.split()}
     allowed = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
     assert copied == allowed == {*compose.APP, "README.md"}
-
-
-# --- what a container may do
+    volumes = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
+    assert {volume.partition(":")[0] for volume in volumes if ":" in volume} == set(RAW["volumes"])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,16 +131,13 @@ def test_a_container_may_do_no_more_than_it_must(name: str) -> None:
     assert not any(folder.startswith(("/", ".", "~")) for folder in folders)
 
 
-def test_ports_are_open_to_this_machine_only() -> None:
+def test_ports_are_open_to_this_machine_and_storage_to_the_servers_only() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert set(published) == {"prefect", "mlflow", "serve"}
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
     listening = [compose.container_port(service) for service in SERVICES.values() if "healthcheck" in service]
     assert None not in listening
     assert len(set(listening)) == len(listening), "tests tell services apart by their ports"
-
-
-def test_databases_and_files_are_reached_by_the_servers_only() -> None:
     assert RAW["networks"]["storage"] == {"internal": True}
     networks = {name: service.get("networks", ["default"]) for name, service in SERVICES.items()}
     inside = {name for name, of in networks.items() if "storage" in of}
@@ -180,25 +156,18 @@ def test_nothing_is_sent_to_anybody() -> None:
         assert stack.QUIET.items() <= SERVICES[name]["environment"].items(), name
 
 
-# --- what runs when
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_for_ever_with_a_health_check_or_once(name: str) -> None:
+def test_it_waits_for_what_it_needs_and_runs_for_ever_with_a_health_check_or_once(name: str) -> None:
     service = SERVICES[name]
     assert ("healthcheck" in service) == (name not in ONE_SHOTS)
     assert service["restart"] == ("no" if name in ONE_SHOTS else "unless-stopped")
     if check := service.get("healthcheck"):
         assert check["test"][0] == "CMD", "no shell"
         assert str(compose.container_port(service)) in str(check["test"])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_it_waits_for_what_it_needs(name: str) -> None:
-    for dependency, how in SERVICES[name].get("depends_on", {}).items():
+    for dependency, how in service.get("depends_on", {}).items():
         finished = dependency in ONE_SHOTS
         assert how["condition"] == ("service_completed_successfully" if finished else "service_healthy")
-        behind_a_switch = SERVICES[dependency].get("profiles", []) != SERVICES[name].get("profiles", [])
+        behind_a_switch = SERVICES[dependency].get("profiles", []) != service.get("profiles", [])
         assert how.get("required", True) != (behind_a_switch and "profiles" in SERVICES[dependency])
 
 
@@ -208,8 +177,3 @@ def test_something_lasting_waits_for_each_that_runs_once() -> None:
         name for service in SERVICES.values() if "healthcheck" in service for name in service.get("depends_on", ())
     }
     assert awaited >= ONE_SHOTS
-
-
-def test_every_volume_is_declared_and_used() -> None:
-    volumes = [volume for service in SERVICES.values() for volume in service.get("volumes", ())]
-    assert {volume.partition(":")[0] for volume in volumes if ":" in volume} == set(RAW["volumes"])

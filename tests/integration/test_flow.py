@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -101,13 +100,13 @@ def task_runs(run: FlowRun) -> dict[str, str]:
     return {one.name: str(one.state_name) for one in made}
 
 
-def mlflow(settings: Settings, name: str) -> tuple[list[Run], list[Run]]:
-    """Parents and children of a model, oldest first."""
-    client = MlflowClient(settings.tracking_uri)
-    experiment = client.get_experiment_by_name(name)
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]) if experiment else []
-    parents = [run for run in runs if run.data.tags["slmops.kind"] == "job"]
-    return parents, [run for run in runs if run not in parents]
+def unsuccessful(job: Job, kind: type[GateError | WorkError], said: str) -> Comparison:
+    """The comparison that comes with the error of a job."""
+    with pytest.raises(kind, match=said) as caught:
+        optimize(job)
+    assert caught.value.exit_code == {WorkError: 1, GateError: 3}[kind]
+    assert caught.value.comparison is not None
+    return caught.value.comparison
 
 
 def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settings: Settings, tmp_path: Path) -> None:
@@ -181,51 +180,43 @@ def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_goes_on(fir
     with get_client(sync_client=True) as client:
         states = [state.name for state in client.read_flow_run_states(waited.id)]
     assert states[-4:] == ["Running", "Waiting", "Running", "Completed"]
-    parents, _ = mlflow(settings, NAME)
-    assert [run.info.status for run in parents[:2]] == ["FINISHED", "FINISHED"]
-    assert parents[0].info.end_time <= parents[1].info.start_time
+    client = MlflowClient(settings.tracking_uri)
+    before, after = (client.get_run(one.run_id).info for one in (first.comparison, first.second))
+    assert [before.status, after.status] == ["FINISHED", "FINISHED"]
+    assert before.end_time <= after.start_time
     assert not settings.work(NAME).exists()
 
 
 @pytest.fixture
-def told() -> Iterator[list[logging.LogRecord]]:
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What the log of a flow run gets."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs", "slmops")]
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
     for logger in loggers:
-        logger.addHandler(handler)
-    yield records
+        logger.addHandler(caplog.handler)
+    yield caplog
     for logger in loggers:
-        logger.removeHandler(handler)
-
-
-def deployment_run(parameters: dict[str, Any], name: str | None = None) -> FlowRun:
-    """A flow run as the form on the Prefect page makes it."""
-    with get_client(sync_client=True) as client:
-        deployment = client.create_deployment(flow_id=client.create_flow(optimize), name="form")
-        return client.create_flow_run_from_deployment(deployment, parameters=parameters, name=name)
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(("given", "kept"), [("Before the Friday meeting", True), (None, False), ("happy-owl", False)])
 def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
-    told: list[logging.LogRecord], tmp_path: Path, given: str | None, kept: bool
+    told: pytest.LogCaptureFixture, tmp_path: Path, given: str | None, kept: bool
 ) -> None:
     bad = {"model": str(tmp_path / "nowhere"), "policy": str(tmp_path / "none.toml"), "matcher": "none.py:f"}
-    run = deployment_run({"job": bad}, given)
-    with pytest.raises(UsageError):
-        run_flow(optimize, flow_run=run)
     with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(flow_id=client.create_flow(optimize), name="form")
+        run = client.create_flow_run_from_deployment(deployment, parameters={"job": bad}, name=given)
+        with pytest.raises(UsageError):
+            run_flow(optimize, flow_run=run)
         ended = client.read_flow_run(run.id)
     assert ended.state is not None
     assert ended.state.is_failed()
     assert all(one in (ended.state.message or "") for one in ("nowhere", "none.toml", "none.py"))
     assert ended.name == (given if kept else f"optimize {bad['model']}")
     assert task_runs(ended) == {}
-    assert not [record for record in told if record.exc_info]
-    assert len([record for record in told if "none.toml" in record.getMessage()]) == 1
+    assert not [record for record in told.records if record.exc_info]
+    assert len([message for message in told.messages if "none.toml" in message]) == 1
 
 
 def test_one_failing_precision_leaves_the_others(
@@ -235,11 +226,7 @@ def test_one_failing_precision_leaves_the_others(
     config = tmp_path / "half.json"  # which Olive takes, and of which it makes nothing
     config.write_text(json.dumps({"passes": {"export": {"type": "ModelBuilder", "precision": "fp16"}}}))
     asked = job.model_copy(update={"precision": ["int8"], "olive_config": config})
-    with pytest.raises(WorkError, match=r"1 of 3 variants failed: half\.") as caught:
-        optimize(asked)
-    assert caught.value.exit_code == 1
-    comparison = caught.value.comparison
-    assert comparison is not None
+    comparison = unsuccessful(asked, WorkError, r"1 of 3 variants failed: half\.")
     results = {result.name: result for result in comparison.variants}
     assert {name: result.status for name, result in results.items()} == {"fp32": "ok", "int8": "ok", "half": "failed"}
     reason = "half: Olive produced no model. FP16 is not supported on CPU."
@@ -274,10 +261,7 @@ def test_one_failing_precision_leaves_the_others(
 def test_without_a_baseline_nothing_is_chosen(first: First, settings: Settings, job: Job) -> None:
     assert first.comparison.choice.variant
     asked = job.model_copy(update={"precision": ["int4"], "export_tolerance": 1e-12})
-    with pytest.raises(WorkError, match=r"1 of 2 variants failed: fp32\.") as caught:
-        optimize(asked)
-    comparison = caught.value.comparison
-    assert comparison is not None
+    comparison = unsuccessful(asked, WorkError, r"1 of 2 variants failed: fp32\.")
     baseline, other = comparison.variants
     assert baseline.status == "failed"
     assert "differs from the checkpoint by" in (baseline.reason or "")
@@ -292,11 +276,8 @@ def test_when_no_variant_passes_nothing_is_chosen(first: First, settings: Settin
     assert first.comparison.choice.variant
     impossible = tmp_path / "impossible.yaml"
     impossible.write_text("gates: [{metric: size_mb, max: 0.000001}]")
-    with pytest.raises(GateError, match="No variant passes the policy's gates") as caught:
-        optimize(job.model_copy(update={"precision": ["int8"], "policy": impossible}))
-    assert caught.value.exit_code == 3
-    comparison = caught.value.comparison
-    assert comparison is not None
+    asked = job.model_copy(update={"precision": ["int8"], "policy": impossible})
+    comparison = unsuccessful(asked, GateError, "No variant passes the policy's gates")
     assert comparison.choice.variant is None
     assert [(result.status, result.gates[0].outcome) for result in comparison.variants] == [("ok", "fail")] * 2
     assert all(name in comparison.choice.reason for name in ("fp32", "int8", "size_mb"))
@@ -309,40 +290,31 @@ def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Jo
     with pytest.raises(RecipeError, match="device gpu with CUDAExecutionProvider is not supported") as caught:
         optimize(asked)
     assert caught.value.exit_code == 2
-    assert mlflow(settings, "refused") == ([], [])
+    assert MlflowClient(settings.tracking_uri).get_experiment_by_name("refused") is None
     assert not settings.work("refused").exists()
 
 
 @pytest.mark.usefixtures("settings")
-def test_prepare_environment_shows_every_check() -> None:
-    prepare_environment()
-    made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
-    assert isinstance(made, str)
-    rows = {row["check"]: row for row in json.loads(made)}
-    assert rows["Foundry Local"]["status"] == "ok"
-    assert rows["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
-    assert {"Python", "memory", "disk", "CPU", "torch", "olive-ai", "MLflow server"} <= set(rows)
-    assert not [row for row in rows.values() if row["status"] == "failure"]
-
-
-@pytest.mark.usefixtures("settings")
-def test_prepare_environment_fails_if_a_package_cannot_be_imported(
+def test_prepare_environment_shows_every_check_and_fails_if_one_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    def rows() -> dict[str, dict[str, str]]:
+        made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
+        return {row["check"]: row for row in json.loads(made)}
+
+    prepare_environment()
+    assert rows()["Foundry Local"]["status"] == "ok"
+    assert rows()["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
+    assert {"Python", "memory", "disk", "CPU", "torch", "olive-ai", "MLflow server"} <= set(rows())
+    assert not [row for row in rows().values() if row["status"] == "failure"]
+    (tmp_path / "build.py").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))  # no CMake at all is as old as it gets
+        with pytest.raises(PrerequisiteError, match="CMake"):
+            prepare_environment(genai_checkout=tmp_path)
     (tmp_path / "tabulate.py").write_text("raise ImportError('spoiled')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "psutil"))
     with pytest.raises(PrerequisiteError, match="spoiled"):
         prepare_environment()
-    made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
-    assert isinstance(made, str)
-    assert {row["check"]: row["status"] for row in json.loads(made)}["tabulate"] == "failure"
-
-
-@pytest.mark.usefixtures("settings")
-def test_prepare_environment_fails_on_an_old_cmake(tmp_path: Path) -> None:
-    (tmp_path / "build.py").touch()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(tmp_path))  # no CMake at all is as old as it gets
-        with pytest.raises(PrerequisiteError, match="CMake"):
-            prepare_environment(genai_checkout=tmp_path)
+    assert rows()["tabulate"]["status"] == "failure"

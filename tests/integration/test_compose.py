@@ -50,14 +50,6 @@ def working(registered: Compose) -> Iterator[Compose]:
     registered.stop("worker")
 
 
-@pytest.fixture
-def mistaken(servers: Compose) -> Iterator[Compose]:
-    """Servers for the same PostgreSQL, with another password."""
-    with Compose({"POSTGRES_PASSWORD": "wrong"}) as other:
-        other.ports["postgres"] = servers.ports["postgres"]
-        yield other
-
-
 @pytest.fixture(scope="module")
 def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run with a metric and a file, logged through the server."""
@@ -79,10 +71,6 @@ def ask(compose: Compose, path: str, body: dict[str, Any] | None = None) -> Any:
 
 def ids(compose: Compose) -> dict[str, str]:
     return {one["name"]: one["id"] for one in ask(compose, "/deployments/filter", {})}
-
-
-def pids(compose: Compose, *services: str) -> dict[str, set[int]]:
-    return {service: {process.pid for process in compose.processes(service)} for service in services}
 
 
 def kept(compose: Compose, run_id: str, folder: Path) -> None:
@@ -140,14 +128,14 @@ def test_passwords_show_nowhere(working: Compose) -> None:
 def test_after_a_crash_of_postgresql_both_servers_answer_again(
     registered: Compose, run_id: str, tmp_path: Path
 ) -> None:
-    before = pids(registered, "prefect", "mlflow")
+    before = [registered.processes(service) for service in ("prefect", "mlflow")]
     registered.kill("postgres")
     assert not registered.healthy("prefect")
     assert not registered.healthy("mlflow")
     registered.start("postgres")
     for service in ("postgres", "prefect", "mlflow"):
         registered.wait_healthy(service)
-    assert pids(registered, "prefect", "mlflow") == before
+    assert [registered.processes(service) for service in ("prefect", "mlflow")] == before
     kept(registered, run_id, tmp_path)
     assert len(ids(registered)) == len(DEFINED)
 
@@ -160,21 +148,23 @@ def test_setting_up_once_more_changes_nothing(registered: Compose) -> None:
     assert registered.log("deployments").read_text(encoding="utf-8").count("successfully created") == len(DEFINED)
 
 
-def test_a_wrong_password_is_told(mistaken: Compose) -> None:
-    mistaken.start("prefect")
-    mistaken.start("mlflow")
-    assert mistaken.run("databases") == 1
-    said = mistaken.said("databases")
-    assert REFUSED in said
-    assert "changed in .env" in said
-    assert "Traceback" not in said
-    with pytest.raises(NotHealthy, match=REFUSED):
-        mistaken.wait_healthy("prefect")
-    deadline = time.monotonic() + PATIENCE_S
-    while REFUSED not in mistaken.said("mlflow") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert REFUSED in mistaken.said("mlflow")
-    assert not mistaken.healthy("mlflow")
+def test_a_wrong_password_is_told(servers: Compose) -> None:
+    with Compose({"POSTGRES_PASSWORD": "wrong"}) as mistaken:
+        mistaken.ports["postgres"] = servers.ports["postgres"]
+        mistaken.start("prefect")
+        mistaken.start("mlflow")
+        assert mistaken.run("databases") == 1
+        said = mistaken.said("databases")
+        assert REFUSED in said
+        assert "changed in .env" in said
+        assert "Traceback" not in said
+        with pytest.raises(NotHealthy, match=REFUSED):
+            mistaken.wait_healthy("prefect")
+        deadline = time.monotonic() + PATIENCE_S
+        while REFUSED not in mistaken.said("mlflow") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert REFUSED in mistaken.said("mlflow")
+        assert not mistaken.healthy("mlflow")
 
 
 @pytest.mark.parametrize(

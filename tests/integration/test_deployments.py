@@ -75,7 +75,7 @@ def make_older(api: httpx.Client) -> None:
         assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
 
 
-def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
+def test_all_are_there_and_name_modules_and_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> None:
     found = deployments(api)
     assert found.keys() == {
         "optimize", "retrain", "look-for-news", "soak", "remeasure", "promote", "rollback", "prepare-environment"
@@ -84,9 +84,11 @@ def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
         assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
         assert one["enforce_parameter_schema"]
         assert not any(schedule["active"] for schedule in one["schedules"])
+    assert register(servers) == ""
+    assert [one["updated"] for one in deployments(api).values()] == [one["updated"] for one in found.values()]
 
 
-def test_what_a_user_has_set_stays(api: httpx.Client, servers: Stack) -> None:
+def test_what_a_user_has_set_stays_and_a_limit_of_an_older_version_goes(api: httpx.Client, servers: Stack) -> None:
     before = deployments(api)["retrain"]
     [schedule] = before["schedules"]
     mine = {"request": {**before["parameters"]["request"], "data": "/my/data"}}
@@ -94,6 +96,8 @@ def test_what_a_user_has_set_stays(api: httpx.Client, servers: Stack) -> None:
     assert api.patch(path, json={"parameters": mine}).status_code == 204
     assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
     switch_on(api)
+    soak = f"deployments/{deployments(api)['soak']['id']}"
+    assert api.patch(soak, json={"concurrency_limit": 1}).status_code == 204
     make_older(api)
     register(servers)
     after = deployments(api)["retrain"]
@@ -101,20 +105,12 @@ def test_what_a_user_has_set_stays(api: httpx.Client, servers: Stack) -> None:
     assert after["parameters"] == mine
     assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
     assert {one["name"] for one in triggers(api) if one["enabled"]} == {TRIGGER}
-
-
-def test_a_limit_of_an_older_version_goes(api: httpx.Client, servers: Stack) -> None:
-    soak = f"deployments/{deployments(api)['soak']['id']}"
-    assert api.patch(soak, json={"concurrency_limit": 1}).status_code == 204
-    make_older(api)
-    register(servers)
     limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in deployments(api).items()}
     assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
 
 
 def test_what_is_called_the_same_stays_somebody_elses(api: httpx.Client, servers: Stack) -> None:
-    switch_on(api)
-    ours, [trigger] = deployments(api)["retrain"], [one for one in triggers(api) if one["name"] == TRIGGER]
+    ours, trigger = deployments(api)["retrain"], switch_on(api)
     flow = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
     theirs = api.post("deployments/", json={**flow, "version": "1", "parameters": {"request": "theirs"}}).json()
     off = {"name": TRIGGER, "enabled": False, "trigger": trigger["trigger"], "actions": [{"type": "do-nothing"}]}
@@ -129,14 +125,6 @@ def test_what_is_called_the_same_stays_somebody_elses(api: httpx.Client, servers
     assert {api.delete(one).status_code for one in (path, switched_off)} == {204}
 
 
-def test_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> None:
-    before = deployments(api)
-    assert register(servers) == ""
-    assert {name: one["updated"] for name, one in deployments(api).items()} == {
-        name: one["updated"] for name, one in before.items()
-    }
-
-
 def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path: Path) -> None:
     switch_on(api)
     data = retraining.write_data(tmp_path / "data")
@@ -146,8 +134,7 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     retraining.write_data(tmp_path / "data", answer="yes")
     assert look_for_news(news) == told
     of_it = {"deployments": {"id": {"any_": [deployments(api)["retrain"]["id"]]}}}
-    deadline = time.monotonic() + 60
-    by_event: list[Any] = []
+    deadline, by_event = time.monotonic() + 60, []
     while not by_event and time.monotonic() < deadline:
         by_event = [run for run in api.post("flow_runs/filter", json=of_it).json() if not run["auto_scheduled"]]
         time.sleep(0.5)
@@ -165,14 +152,14 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
 
 
 def triggers(api: httpx.Client) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = api.post("automations/filter", json={}).json()
-    return found
+    return list(api.post("automations/filter", json={}).json())
 
 
-def switch_on(api: httpx.Client) -> None:
-    """What Prefect's page does when the switch of our trigger is flipped."""
+def switch_on(api: httpx.Client) -> dict[str, Any]:
+    """What Prefect's page does when the switch of our trigger is flipped; returns the trigger."""
     [found] = [one for one in triggers(api) if one["name"] == TRIGGER]
     assert api.patch(f"automations/{found['id']}", json={"enabled": True}).status_code == 204
+    return found
 
 
 def half_an_hour_later() -> None:
@@ -188,22 +175,19 @@ def use(data: Path, uri: str) -> None:
     run = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
     items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
     MlflowClient(uri).set_tag(run, "slmops.data_digest", digest(items))
-    tracker.finish(
-        Retrained(model="ticket-router", outcome="refused", detail="-", input_digest="input", run_id=run, url="-")
-    )
+    ended = {"model": "ticket-router", "outcome": "refused", "detail": "-", "input_digest": "input", "url": "-"}
+    tracker.finish(Retrained(run_id=run, **ended))
 
 
 @pytest.mark.parametrize(
-    ("name", "request_", "said"),
+    ("name", "parameters", "said"),
     [
-        ("retrain", {"model": "demo"}, "data"),
-        ("retrain", {"model": "demo", "data": "demo", "watch_s": -1}, "-1"),
-        ("optimize", {"model": "demo", "precision": ["int5"]}, "int5"),
+        ("retrain", {"request": {"model": "demo"}}, "data"),
+        ("retrain", {"request": {"model": "demo", "data": "demo", "watch_s": -1}}, "-1"),
+        ("optimize", {"job": {"model": "demo", "precision": ["int5"]}}, "int5"),
     ],
 )
-def test_the_form_refuses_nonsense(api: httpx.Client, name: str, request_: dict[str, Any], said: str) -> None:
-    parameter = "job" if name == "optimize" else "request"
-    path = f"deployments/{deployments(api)[name]['id']}/create_flow_run"
-    answer = api.post(path, json={"parameters": {parameter: request_}})
+def test_the_form_refuses_nonsense(api: httpx.Client, name: str, parameters: dict[str, Any], said: str) -> None:
+    answer = api.post(f"deployments/{deployments(api)[name]['id']}/create_flow_run", json={"parameters": parameters})
     assert answer.status_code in (409, 422)
     assert said in answer.text

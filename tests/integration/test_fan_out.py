@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,19 +23,12 @@ from slmops.cluster import parts
 from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
 from slmops.core.context import JobContext
-from slmops.core.errors import (
-    CheckpointError,
-    ConversionError,
-    PrerequisiteError,
-    SlmopsError,
-    TrackingError,
-    WorkError,
-)
+from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError, TrackingError, WorkError
 from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
-from slmops.core.values import Recipe
+from slmops.core.values import Recipe, VariantFile
 from slmops.tracking.exchange import Exchange
 from slmops.tracking.tracker import Tracker
 from tests import making, tracked
@@ -47,9 +39,6 @@ pytestmark = pytest.mark.integration
 POOL = "farm"
 # Which Olive takes, and of which it makes nothing.
 BROKEN = Recipe(name="half", config={"passes": {"export": {"type": "ModelBuilder", "precision": "fp16"}}})
-
-
-# --- the exchange
 
 
 @pytest.fixture
@@ -71,41 +60,29 @@ def files(folder: Path, **contents: str) -> dict[str, Path]:
 
 def stored(exchange: Exchange, digest: str) -> Path:
     """Where the artifact store has a file."""
-    return (
-        Path(MlflowClient(exchange.uri).get_run(exchange.run_id).info.artifact_uri.removeprefix("file://"))
-        / "files"
-        / digest
-    )
+    place = MlflowClient(exchange.uri).get_run(exchange.run_id).info.artifact_uri
+    return Path(place.removeprefix("file://")) / "files" / digest
 
 
 def test_files_arrive_and_are_sent_once(exchange: Exchange, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = files(tmp_path / "sent", one="1", two="22", empty="")
     described = exchange.put(sent)
-    assert [(file.name, file.size, file.sha256) for file in described] == [
-        (name, path.stat().st_size, sha256(path)) for name, path in sent.items()
-    ]
+    assert described == tuple(
+        VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in sent.items()
+    )
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifact", lambda *_: pytest.fail("it is there"))
         assert exchange.put(sent) == described
+    stored(exchange, described[1].sha256).write_text("2")  # an upload that broke off: it is sent again
+    assert exchange.put(sent) == described
     elsewhere(exchange, tmp_path).bring(described, tmp_path / "got")
-    assert {path.name: path.read_text() for path in (tmp_path / "got" / "below").iterdir()} == {
-        "one": "1",
-        "two": "22",
-        "empty": "",
-    }
-
-
-def test_an_upload_that_broke_off_is_sent_again(exchange: Exchange, tmp_path: Path) -> None:
-    sent = files(tmp_path / "sent", one="all of it")
-    [file] = exchange.put(sent)
-    stored(exchange, file.sha256).write_text("all")
-    exchange.put(sent)
-    assert elsewhere(exchange, tmp_path).get(file).read_text() == "all of it"
+    got = {path.name: path.read_text() for path in (tmp_path / "got" / "below").iterdir()}
+    assert got == {"one": "1", "two": "22", "empty": ""}
 
 
 @pytest.mark.parametrize(("altered", "kind"), [("wrong", TrackingError), (None, WorkError)])
 def test_what_the_store_altered_or_lost_is_refused(
-    exchange: Exchange, tmp_path: Path, altered: str | None, kind: type[SlmopsError]
+    exchange: Exchange, tmp_path: Path, altered: str | None, kind: type[Exception]
 ) -> None:
     [file] = exchange.put(files(tmp_path / "sent", one="right"))
     path = stored(exchange, file.sha256)
@@ -129,9 +106,6 @@ def test_files_of_jobs_that_have_ended_go(tracker: Tracker, client: MlflowClient
     gone = [client.get_run(one.run_id).info.lifecycle_stage for one in (of_killed, of_first, again)]
     assert gone == ["deleted"] * 3
     assert [client.get_run(run).info.lifecycle_stage for run in (killed, first)] == ["active", "active"]
-
-
-# --- a part
 
 
 class Asked:
@@ -172,12 +146,10 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
     work = place.work
     assert place.job.evaluation_set == work / "inputs" / "evaluation_set" / "three.jsonl"
     assert place.job.evaluation_set.read_text(encoding="utf-8") == making.EVALUATION_SET
-    assert place.job.perplexity_text is not None
     assert place.job.perplexity_text.read_text() == "A text."
     assert place.job.matcher == f"{work / 'inputs' / 'matcher' / 'm.py'}:same"
     assert (place.job.chat_template, place.job.output_path) == (None, None)
     assert place.checkpoint.path == there.checkpoints / asked.context.checkpoint.digest
-    assert place.checkpoint.path != asked.context.checkpoint.path
     assert "m.content" in (place.checkpoint.path / "chat_template.jinja").read_text()  # it has gone in before
     assert recipe.config["reads"] == str(place.checkpoint.path)
     (place.checkpoint.path / "config.json").unlink()
@@ -206,7 +178,6 @@ def test_a_part_that_fails_says_why_and_leaves_its_log(
     with pytest.raises(ConversionError, match="Olive produced no model"):
         variant(part.model_dump_json())
     result = PartResult.model_validate_json(asked.exchange.result(part.id) or "")
-    assert result.failure is not None
     assert isinstance(result.failure.error, ConversionError)
     assert [log.name for log in result.logs] == ["half.olive.log"]
     assert (result.key, result.variant, result.figures) == (None, (), None)
@@ -236,9 +207,6 @@ def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
         parts.fetch_variant("fp32-other", sent, exchange, there)
 
 
-# --- the job
-
-
 @pytest.fixture(scope="module")
 def farm(settings: Settings) -> Settings:
     """A pool in which nobody works."""
@@ -247,36 +215,27 @@ def farm(settings: Settings) -> Settings:
     return settings.model_copy(update={"pools": (Pool(name=POOL, memory_gb=1),)})
 
 
-def outcomes(asked: Asked, settings: Settings, recipes: list[Recipe]) -> dict[str, object]:
-    """What the job makes of its parts, in a flow."""
-
-    @flow(name="parent")
-    def parent() -> dict[str, object]:
-        context = replace(asked.context, settings=settings, name="lost")
-        progress = ProgressBar("lost", steps=2 * len(recipes))
-        return dict(fan_out.fan_out(workers.find_workers(context), recipes, context, progress))
-
-    return parent()
+@flow(name="parent", validate_parameters=False)
+def outcomes(context: JobContext, recipes: list[Recipe]) -> dict[str, object]:
+    """What the job makes of its parts."""
+    progress = ProgressBar("lost", steps=2 * len(recipes))
+    return dict(fan_out.fan_out(workers.find_workers(context), recipes, context, progress))
 
 
-def ending(state: StateType, message: str) -> Callable[[], object]:
-    """Ends each part that is started, as Prefect does with one whose machine is lost, until there has been no new one
+def end_parts(state: StateType, message: str) -> list[FlowRun]:
+    """End each part that is started, as Prefect does with one whose machine is lost, until there has been no new one
     for a while; returns the runs."""
-
-    def end() -> list[FlowRun]:
-        seen: dict[UUID, FlowRun] = {}
-        quiet_since = time.monotonic()
-        with get_client(sync_client=True) as client:
-            while time.monotonic() - quiet_since < 5:
-                for run in flow_runs("variant"):
-                    if run.state is not None and not run.state.is_final():
-                        client.set_flow_run_state(run.id, State(type=state, message=message), force=True)
-                        seen[run.id] = run
-                        quiet_since = time.monotonic()
-                time.sleep(0.1)
-        return list(seen.values())
-
-    return end
+    seen: dict[UUID, FlowRun] = {}
+    quiet_since = time.monotonic()
+    with get_client(sync_client=True) as client:
+        while time.monotonic() - quiet_since < 5:
+            for run in flow_runs("variant"):
+                if run.state is not None and not run.state.is_final():
+                    client.set_flow_run_state(run.id, State(type=state, message=message), force=True)
+                    seen[run.id] = run
+                    quiet_since = time.monotonic()
+            time.sleep(0.1)
+    return list(seen.values())
 
 
 @pytest.mark.parametrize(
@@ -293,13 +252,10 @@ def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
     asked = Asked(making.job(talkative), f"lost-{state.value.lower()}", farm)
     recipes = [making.recipe("fp32", asked.context.job, asked.context.checkpoint), BROKEN]
     with ThreadPoolExecutor(1) as pool:
-        context = contextvars.copy_context()
-        plug = pool.submit(context.run, ending(state, "The plug was pulled."))
-        made = outcomes(asked, farm, recipes)
+        plug = pool.submit(contextvars.copy_context().run, end_parts, state, "The plug was pulled.")
+        made = outcomes(replace(asked.context, name="lost"), recipes)
         runs = plug.result()
-    assert {name: str(error) for name, error in made.items()} == {
-        recipe.name: said.format(recipe.name) for recipe in recipes
-    }
+    assert {name: str(error) for name, error in made.items()} == {r.name: said.format(r.name) for r in recipes}
     submitted = [Part.model_validate_json(run.parameters["part"]) for run in runs]
     wanted = {f"{recipe.name}-convert-{n}": recipe for recipe in recipes for n in range(1, attempts + 1)}
     assert {part.id: part.recipe for part in submitted} == wanted
@@ -326,7 +282,6 @@ def test_silence_counts_from_the_last_sign_of_life(settings: Settings, talkative
 def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) -> None:
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
-    context = JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, "")
     with pytest.raises(PrerequisiteError, match="nowhere") as caught:
-        workers.find_workers(context)
+        workers.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, ""))
     assert "prefect worker start --pool nowhere" in (caught.value.fix or "")

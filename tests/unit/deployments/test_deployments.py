@@ -20,14 +20,7 @@ ROOT = Path(__file__).parents[3]
 SNAPSHOT = Path(__file__).with_name("deployments.txt")
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
 NAMES = [deployment["name"] for deployment in DEPLOYMENTS]
-BOUNDS = {
-    "exclusiveMinimum": "> {}",
-    "minimum": ">= {}",
-    "exclusiveMaximum": "< {}",
-    "maximum": "<= {}",
-    "minLength": "length >= {}",
-    "pattern": "matches {}",
-}
+HELP = ("title", "description", "position")
 
 
 def flow(deployment: dict[str, Any]) -> Any:
@@ -54,18 +47,6 @@ def fields(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> It
             yield here, {**field, "required": name in schema.get("required", ())}
 
 
-def type_of(field: dict[str, Any]) -> str:
-    """A type in a few words: ``array of fp32|int4``, ``integer >= 1 or null``."""
-    if "anyOf" in field:
-        return " or ".join(type_of(one) for one in field["anyOf"])
-    if "enum" in field:
-        return "|".join(map(str, field["enum"]))
-    words = [str(field.get("format") or field["type"])]
-    words += [f"of {type_of(field['items'])}"] if "items" in field else []
-    words += [text.format(field[bound]) for bound, text in BOUNDS.items() if bound in field]
-    return " ".join(words)
-
-
 def lines(deployment: dict[str, Any]) -> Iterator[str]:
     """A deployment in lines that a person can review: its settings, then each field of its form, without its help."""
     settings = {key: value for key, value in deployment.items() if key != "name"}
@@ -75,8 +56,8 @@ def lines(deployment: dict[str, Any]) -> Iterator[str]:
         for one in value if key in ("schedules", "triggers") else [value]:
             yield f"{name} {key} = {one if isinstance(one, str) else json.dumps(one, sort_keys=True)}"
     for path, field in form(deployment, name):
-        default = "required" if field["required"] else f"= {json.dumps(field.get('default'))}"
-        yield f"{path} ({field['title']}): {type_of(field)}, {default}"
+        of_value = {key: value for key, value in field.items() if key not in HELP}
+        yield f"{path} ({field['title']}): {json.dumps(of_value, sort_keys=True)}"
 
 
 def test_nothing_that_is_deployed_has_changed() -> None:

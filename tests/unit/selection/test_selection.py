@@ -114,30 +114,30 @@ FIVE = [
     speed("mine", 150, 30, 1.02),
     speed("huge", 700, 10, 1.0005),
 ]
-ORDERS = [
-    ({"preference": ["int4", "int8", "fp16"]}, "int4 mine int8 fp16 fp32 huge"),
-    ({"preference": ["fp16", "int8"]}, "int4 mine fp16 int8 fp32 huge"),
-    ({"preference": ["huge", "mine"]}, "int4 huge int8 fp16 mine fp32"),
-    ({"preference": ["fp32", "int8"]}, "int4 mine fp32 fp16 int8 huge"),
-    ({"preference": ["none", "int8"]}, "int4 mine int8 fp16 fp32 huge"),
-    ({}, "int4 mine int8 fp16 fp32 huge"),
-    ({"objective": "smallest"}, "int4 mine int8 fp16 fp32 huge"),
-    ({"objective": "smallest", "preference": ["fp16"]}, "int4 mine int8 fp16 fp32 huge"),
-    ({"objective": "fastest"}, "int8 int4 mine fp32 fp16 huge"),
-    ({"objective": "best_quality"}, "huge fp16 int8 mine int4 fp32"),
-]
 
 
-@pytest.mark.parametrize(("policy_", "order"), ORDERS)
+@pytest.mark.parametrize(
+    ("policy_", "order"),
+    [
+        ({"preference": ["int4", "int8", "fp16"]}, "int4 mine int8 fp16 fp32 huge"),
+        ({"preference": ["fp16", "int8"]}, "int4 mine fp16 int8 fp32 huge"),
+        ({"preference": ["huge", "mine"]}, "int4 huge int8 fp16 mine fp32"),
+        ({"preference": ["fp32", "int8"]}, "int4 mine fp32 fp16 int8 huge"),
+        ({"preference": ["none", "int8"]}, "int4 mine int8 fp16 fp32 huge"),
+        ({}, "int4 mine int8 fp16 fp32 huge"),
+        ({"objective": "smallest"}, "int4 mine int8 fp16 fp32 huge"),
+        ({"objective": "smallest", "preference": ["fp16"]}, "int4 mine int8 fp16 fp32 huge"),
+        ({"objective": "fastest"}, "int8 int4 mine fp32 fp16 huge"),
+        ({"objective": "best_quality"}, "huge fp16 int8 mine int4 fp32"),
+    ],
+)
 @pytest.mark.parametrize("results", [FIVE, FIVE[::-1]])
 def test_order_of_each_objective(policy_: dict[str, Any], order: str, results: list[VariantResult]) -> None:
     gate = Gate(metric="edge_cases_passed", min=1)
     taken: list[str | None] = []
     for _ in results:  # one that is refused makes way for the next
-        marked = [
-            r.model_copy(update={"measurements": {"edge_cases_passed": exact(float(r.name not in taken))}})
-            for r in results
-        ]
+        passed = [{"edge_cases_passed": exact(float(one.name not in taken))} for one in results]
+        marked = [one.model_copy(update={"measurements": of}) for one, of in zip(results, passed, strict=True)]
         taken.append(choose(marked, Policy(gates=(gate,), **policy_))[0].variant)
     assert taken == order.split()
 
@@ -158,28 +158,22 @@ def test_ties_and_what_is_missing(objective: Any, results: list[VariantResult], 
     assert choose(results, Policy(objective=objective))[0].variant == chosen
 
 
-TWO = (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))
+STRICT = DEFAULT.model_copy(update={"gates": (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))})
+SURE = result("int4", 110, 1.02, 0.45, spread=0.01)
+UNKNOWN = result("int8", 150, changes=dict.fromkeys(("perplexity_ratio", "accuracy", "size_ratio")))
 
 
 @pytest.mark.parametrize(
     ("policy_", "results", "said"),
     [
         (DEFAULT, [FP32, INT8, INT4], "int4 preference 1.08 0.45 0.5 0.1833"),
-        (
-            Policy(objective="smallest"),
-            [FP32, result("int4", 110, 1.02, 0.45, spread=0.01)],
-            "int4 smallest 1.02 [1.01, 1.03] 0.45 [0.44, 0.46] 0.5 0.1833",
-        ),
+        (Policy(objective="smallest"), [FP32, SURE], "int4 smallest 1.02 [1.01, 1.03] 0.45 [0.44, 0.46] 0.5 0.1833"),
         (
             DEFAULT.model_copy(update={"objective": "fastest"}),
             [FP32, speed("int8", 150, 50), speed("int4", 110, 60, 1.44)],
             "int8 fastest 1 0.5 0.5 0.25 int4 refused perplexity 1.44 1.1",
         ),
-        (
-            Policy(objective="best_quality"),
-            [FP32, result("int8", 150, changes={"perplexity_ratio": None, "accuracy": None, "size_ratio": None})],
-            "int8 closest not measured",
-        ),
+        (Policy(objective="best_quality"), [FP32, UNKNOWN], "int8 closest not measured"),
         (
             DEFAULT,
             [FP32, result("mine", 700), BROKEN],
@@ -192,8 +186,8 @@ TWO = (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))
         ),
         (DEFAULT, [FP32], "fp32 no other variant 10 0.5"),
         (
-            DEFAULT.model_copy(update={"gates": TWO}),
-            [FP32, BAD_INT4, failed("int8", "It broke.")],
+            STRICT,
+            [FP32, BAD_INT4, failed("int8", "r")],
             "No variant int4 refused 1.44 1.1 0.45 0.6 fp32 refused 0.5 0.6",
         ),
         (DEFAULT, [failed("fp32", "r"), INT4], NO_BASELINE),

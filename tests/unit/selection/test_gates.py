@@ -197,12 +197,7 @@ def test_detail_says_figure_and_limit(gate: dict[str, Any], own: dict[str, Measu
 
 @pytest.mark.parametrize(
     ("more", "settle"),
-    [
-        (3999, "about 4,000 more samples"),
-        (12_345, "about 13,000 more samples"),
-        (7, "about 7 more samples"),
-        (None, "no practical number of samples"),
-    ],
+    [(3999, "about 4,000 more"), (12_345, "about 13,000 more"), (7, "about 7 more"), (None, "no practical number of")],
 )
 def test_how_many_samples_would_settle_it(monkeypatch: pytest.MonkeyPatch, more: int | None, settle: str) -> None:
     asked: list[tuple[Measurement, float]] = []
@@ -213,7 +208,7 @@ def test_how_many_samples_would_settle_it(monkeypatch: pytest.MonkeyPatch, more:
     assert made.more_samples == more
     assert made.detail == (
         "perplexity 1.105 [1.082, 1.129] times the baseline's: at most 1.1 is neither kept nor broken; "
-        f"{settle} would settle it"
+        f"{settle} samples would settle it"
     )
 
 

@@ -8,6 +8,7 @@ networks, capabilities and read-only roots are not imitated.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -67,28 +68,18 @@ class NotHealthy(Exception):
     """A service ended, or its health check did not pass in time; the end of its log is in the message."""
 
 
-def interpolate(value: Any, variables: Mapping[str, str]) -> Any:
-    """A part of the file with its variables filled in, as Compose does it."""
-    if isinstance(value, dict):
-        return {key: interpolate(one, variables) for key, one in value.items()}
-    if isinstance(value, list):
-        return [interpolate(one, variables) for one in value]
-    if not isinstance(value, str):
-        return value
-    assert "$" not in _VARIABLE.sub("", value), f"a form of variable that is not known here: {value}"
+def load(variables: Mapping[str, str]) -> dict[str, Any]:
+    """The file with its variables filled in; those of services whose profile is off, too, as Compose does it."""
 
     def fill(match: re.Match[str]) -> str:
         name, operator, rest = match.groups()
         if operator == "?" and not variables.get(name):
             raise MissingVariable(f"{name}: {rest}")
-        return variables.get(name) or rest or ""
+        return json.dumps(variables.get(name) or rest or "")[1:-1]
 
-    return _VARIABLE.sub(fill, value)
-
-
-def load(variables: Mapping[str, str], file: Path = FILE) -> dict[str, Any]:
-    """The file with its variables filled in; those of services whose profile is off, too, as Compose does it."""
-    content: dict[str, Any] = interpolate(yaml.safe_load(file.read_text(encoding="utf-8")), variables)
+    text = json.dumps(yaml.safe_load(FILE.read_text(encoding="utf-8")))
+    assert "$" not in _VARIABLE.sub("", text), "a form of variable that is not known here"
+    content: dict[str, Any] = json.loads(_VARIABLE.sub(fill, text))
     for service in content["services"].values():
         environment = service.get("environment", {})
         # A name without a value is passed on if it is set.

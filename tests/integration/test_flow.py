@@ -42,26 +42,17 @@ KEYS = ["name", "status", "reason", "path", "foundry_id", "run_id", "version"]
 JUDGED = ["measurements", "gates", "dominated_by"]
 # Random weights at 4 bits are far from what they were.
 POLICY = """
-preference = ["int4", "int8"]
-[[gates]]
-metric = "perplexity"
-of = "ratio"
-to = "baseline"
-max = 3
+preference: [int4, int8]
+gates: [{metric: perplexity, of: ratio, to: baseline, max: 3}]
 """
 
 
 @pytest.fixture(scope="module")
 def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     inputs = tmp_path_factory.mktemp("inputs")
-    (inputs / "policy.toml").write_text(POLICY)
-    return making.job(
-        talkative,
-        name=NAME,
-        precision=["int4", "int8"],
-        evaluation_set=making.evaluation_set(inputs),
-        policy=inputs / "policy.toml",
-    )
+    (inputs / "policy.yaml").write_text(POLICY)
+    asked = {"evaluation_set": making.evaluation_set(inputs), "policy": inputs / "policy.yaml"}
+    return making.job(talkative, name=NAME, precision=["int4", "int8"], **asked)
 
 
 @dataclass

@@ -68,7 +68,8 @@ def _compare(recipes: list[Recipe], context: JobContext) -> tuple[Comparison, st
     made, results = _make(recipes, context)
     policy = policies.load(context.job.policy)
     measured = next((result.run_id for result in results if result.status == "ok"), None)
-    choice, judged = choose_variant(results, policy, get_champion(context, measured))
+    champion = get_champion(Tracker(context.tracking_uri), context.name, measured)
+    choice, judged = choose_variant(results, policy, champion)
     if choice.variant is not None:  # else there was nothing to judge by, or nothing that passed
         judged = [
             register_version(context, made[one.name].variant, made[one.name].registration, one) if one.accepted else one

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prefect import flow, runtime
 
@@ -135,11 +135,9 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
 def _go_on(attempt: _Attempt) -> Retrained:
     """What is left to do for one that was suspended to wait for approval."""
     version = find_version(attempt.tracker.uri, attempt.name, str(attempt.so_far.version))
-    folder = attempt.settings.work(f"{attempt.name}.approval")
-    try:
-        return _deploy(attempt, version, steps.fetch_evaluation_set(attempt.tracker, attempt.so_far.run_id, folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with TemporaryDirectory() as folder:
+        evaluation = steps.fetch_evaluation_set(attempt.tracker, attempt.so_far.run_id, Path(folder))
+        return _deploy(attempt, version, evaluation)
 
 
 def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple[TrainingData, Finetuned]:

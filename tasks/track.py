@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from slmops.core import machine
 from slmops.core.context import JobContext
-from slmops.core.values import Comparison, Evaluation, Measurement, Registration, Variant, VariantResult
+from slmops.core.values import Comparison, Evaluation, Registration, Variant, VariantResult
 from slmops.report import page, tables
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
@@ -15,6 +15,8 @@ from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.track")
+
+get_champion = stage("get champion", tracking=True)(Tracker.champion)
 
 
 @stage(tracking=True)
@@ -40,12 +42,6 @@ def track_variant(
 def track_failure(context: JobContext, recipe: str, reason: str) -> VariantResult:
     """Log a failed variant as a child run with the reason."""
     return Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
-
-
-@stage(tracking=True)
-def get_champion(context: JobContext, like: str | None) -> dict[str, Measurement] | None:
-    """What was measured of the version that is deployed now, if it compares with the run ``like``."""
-    return Tracker(context.tracking_uri).champion(context.name, like)
 
 
 @stage("register version of {variant.name}", tracking=True)

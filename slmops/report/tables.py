@@ -10,23 +10,14 @@ from tabulate import tabulate
 
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
 
-
-def _rate(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
-
-
 # Column title (its lines in text), metric, how a value is written, and whether there is room for its interval.
 COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("size\nMB", "size_mb", "{:.1f}".format, False),
     ("of\nfp32", "size_ratio", "{:.2f}".format, False),
     ("first\ntoken ms", "ttft_ms_p50", "{:.0f}".format, False),
-    ("tokens/s", "decode_tok_s", _rate, True),
+    ("tokens/s", "decode_tok_s", lambda value: f"{value:.0f}" if value >= 100 else f"{value:.1f}", True),
     ("memory\nMB", "memory_peak_mb", "{:.0f}".format, False),
-    ("perplexity\nratio", "perplexity_ratio", _ratio, True),
+    ("perplexity\nratio", "perplexity_ratio", lambda value: f"{value:.1f}" if value >= 10 else f"{value:.3f}", True),
     ("KL\nmean", "kl_mean", "{:.2g}".format, False),
     ("accuracy", "accuracy", "{:.2f}".format, True),
 )

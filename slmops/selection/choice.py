@@ -24,12 +24,8 @@ PAIRED = {
 }
 # The figures relative to the baseline, of the baseline itself, whether they were measured or not.
 OF_ITSELF = {
-    "size_ratio": 1.0,
-    "perplexity_ratio": 1.0,
-    **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_max"), 0.0),
-    "top1_agreement": 1.0,
-    **dict.fromkeys(("accuracy_drop", "score_drop", "flips"), 0.0),
-    "mcnemar_p": 1.0,
+    **dict.fromkeys(("size_ratio", "perplexity_ratio", "top1_agreement", "mcnemar_p"), 1.0),
+    **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "kl_max", "accuracy_drop", "score_drop", "flips"), 0.0),
 }
 NO_BASELINE = f"No variant is chosen: there is no {BASELINE} baseline to judge the others against."
 TOLERANCE = 1e-9  # relative: 0.8 - 0.7 is no more than 0.1
@@ -210,9 +206,8 @@ def _difference(one: Measurement, other: Measurement) -> Measurement:
 
 def _mapped(one: Measurement, function: Callable[[float], float]) -> Measurement:
     """A rising function of a figure and of the ends of its interval."""
-    ends = {"low": one.low, "high": one.high}
-    mapped = {end: None if value is None else function(value) for end, value in ends.items()}
-    return one.model_copy(update={"value": function(one.value), **mapped})
+    figures = {"value": one.value, "low": one.low, "high": one.high}
+    return one.model_copy(update={key: None if x is None else function(x) for key, x in figures.items()})
 
 
 def _negated(one: Measurement) -> Measurement:

@@ -68,7 +68,8 @@ def chunk(text: str | None, **more: Any) -> dict[str, Any]:
 async def answer(connection: Connection) -> None:
     """What the runtime does when all is well."""
     if not connection.body.get("stream"):
-        connection.whole({"choices": [{"message": {"content": "abc"}}], "model": FOUNDRY_ID, "usage": USAGE})
+        choice = {"message": {"content": "abc"}, "finish_reason": "stop"}
+        connection.whole({"choices": [choice], "model": FOUNDRY_ID, "usage": USAGE})
         return
     await connection.piece(b": keep-alive\n\n")
     for letter in "abc":

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,7 +21,7 @@ from slmops.processes import children as processes
 from slmops.serving import backend as module
 from slmops.serving.backend import Backend
 from tests import fleets
-from tests.answering import answering
+from tests.upstream import Script, Upstream, answer, chunk, event, held, replies, streams
 
 pytestmark = pytest.mark.anyio
 READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'
@@ -127,6 +126,8 @@ async def test_a_process_from_start_to_stop(
     assert backend.memory_mb() == 0
     assert await backend.ended() == f"The process was killed by SIGTERM: {log.read_text().strip()}"
     assert scratches(settings) == []
+    with pytest.raises(ServingError, match="crashed in its smoke test"):
+        await backend.smoke_test()
     await backend.stop()
     # The log of the run before is kept.
     again = await start(code)
@@ -150,6 +151,17 @@ async def test_a_process_that_does_not_want_to_end(start: Start, monkeypatch: py
     assert "killed by SIGKILL" in await backend.ended()
 
 
+async def test_a_start_that_is_cancelled_leaves_no_process(start: Start, settings: Settings) -> None:
+    for pause in (0.0, 0.05, 0.3):
+        starting = asyncio.ensure_future(start("os.makedirs(json.loads(sys.argv[1])['scratch'])\n" + WAIT))
+        await asyncio.sleep(pause)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert children() == []
+        assert scratches(settings) == []
+
+
 async def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
     settings.logs.write_text("a file")
     with pytest.raises(PrerequisiteError, match="bot-int8-generic-cpu:1"):
@@ -159,90 +171,65 @@ async def test_a_log_that_cannot_be_written(installed: Installed, settings: Sett
 # --- the smoke test
 
 
-class Child:
-    returncode = None
-
-    async def wait(self) -> int:
-        await asyncio.sleep(60)
-        return 0
+def both(whole: Script = answer, streamed: Script = answer) -> Script:
+    """Answers as a whole, and streams."""
+    return lambda connection: (streamed if connection.body.get("stream") else whole)(connection)
 
 
-def answer(tokens: int = 3, finish: str | None = "stop") -> str:
-    return json.dumps({"usage": {"completion_tokens": tokens}, "choices": [{"finish_reason": finish}]})
+def counted(tokens: Any, finish: str | None = "stop") -> dict[str, Any]:
+    return {"usage": {"completion_tokens": tokens}, "choices": [{"finish_reason": finish}]}
 
 
-def stream(*pieces: str | None, end: str = "data: [DONE]\n\n") -> str:
-    chunks = [json.dumps({"choices": [{"delta": {"content": piece}}]}) for piece in pieces]
-    usage = json.dumps({"choices": [], "usage": {}})
-    return "".join(f"data: {chunk}\n\n: keep-alive\n\n" for chunk in [*chunks, usage]) + end
+async def smoke(url: str) -> None:
+    child: Any = SimpleNamespace(returncode=None, wait=asyncio.Event().wait)
+    await Backend(fleets.installed(1), url, child, Path("/nowhere"), Path("/nowhere")).smoke_test()
 
 
-@contextmanager
-def service(whole: tuple[int, str], streamed: tuple[int, str], pause: float = 0) -> Iterator[tuple[str, list[Any]]]:
-    """A web service that always gives the same."""
-    asked: list[Any] = []
-    leaving = threading.Event()
-
-    def respond(_: Any, body: Any) -> tuple[int, str]:
-        asked.append(body)
-        leaving.wait(pause)
-        return streamed if body.get("stream") else whole
-
-    with answering(respond) as url:
-        yield url, asked
-        leaving.set()
+async def test_a_smoke_test_that_passes() -> None:
+    upstream = Upstream()
+    async with upstream.listening() as url:
+        await smoke(url)
+    assert [one.get("stream", False) for one in upstream.received] == [False, True]
+    assert {one["model"] for one in upstream.received} == {"bot-int8-generic-cpu:1"}
+    assert all(one["temperature"] == 0 and one["max_tokens"] > 0 for one in upstream.received)
 
 
-async def smoke(url: str, folder: Path) -> None:
-    child: Any = Child()
-    await Backend(fleets.installed(1), url, child, folder / "scratch", folder / "log").smoke_test()
-
-
-OK = (200, answer())
-OK_STREAM = (200, stream(None, "", "Hel", "lo"))
-
-
-async def test_a_smoke_test_that_passes(tmp_path: Path) -> None:
-    with service(OK, OK_STREAM) as (url, asked):
-        await smoke(url, tmp_path)
-    assert [one.get("stream", False) for one in asked] == [False, True]
-    assert {one["model"] for one in asked} == {"bot-int8-generic-cpu:1"}
-    assert all(one["temperature"] == 0 and one["max_tokens"] > 0 for one in asked)
+DONE = b"data: [DONE]\n\n"
 
 
 @pytest.mark.parametrize(
-    ("whole", "streamed", "said"),
+    ("script", "said"),
     [
-        ((200, answer(0)), OK_STREAM, "'Say hello.'"),
-        ((500, "oh"), OK_STREAM, "status 500: oh"),
-        ((400, answer()), OK_STREAM, "status 400, finish reason 'stop'"),
-        ((200, answer(3, None)), OK_STREAM, "status 200, finish reason None"),
-        ((200, "[]"), OK_STREAM, "status 200: []"),
-        ((200, '{"usage": null, "choices": []}'), OK_STREAM, "status 200: {"),
-        ((200, answer().replace("3", '"x"')), OK_STREAM, "status 200: {"),
-        (OK, (500, "oh"), "status 500"),
-        (OK, (200, stream("Hello", end="")), "['data: {"),
-        (OK, (200, stream(None, "")), "without text"),
-        (OK, (200, "data: x\n\ndata: [DONE]\n\n"), "['data: x'"),
-        (OK, (200, 'data: {"choices": [{"delta": null}]}\n\ndata: [DONE]\n\n'), "['data: {"),
-        (OK, (200, ""), "[]"),
+        (both(replies(counted(0))), "'Say hello.'"),
+        (both(replies(b"oh", 500)), "status 500: oh"),
+        (both(replies(counted(3), 400)), "status 400, finish reason 'stop'"),
+        (both(replies(counted(3, None))), "status 200, finish reason None"),
+        (both(replies([])), "status 200: []"),
+        (both(replies({"usage": None, "choices": []})), "status 200: {"),
+        (both(replies(counted("x"))), "status 200: {"),
+        (both(streamed=replies(b"oh", 500)), "status 500"),
+        (both(streamed=streams(event(chunk("Hello")))), "['data: {"),
+        (both(streamed=streams(event(chunk("")), DONE)), "without text"),
+        (both(streamed=streams(b"data: x\n\n", DONE)), "['data: x'"),
+        (both(streamed=streams(event({"choices": [{"delta": None}]}), DONE)), "['data: {"),
+        (both(streamed=streams(b"")), "[]"),
     ],
 )
-async def test_a_smoke_test_that_fails(
-    whole: tuple[int, str], streamed: tuple[int, str], said: str, tmp_path: Path
-) -> None:
-    with service(whole, streamed) as (url, _), pytest.raises(ServingError) as caught:
-        await smoke(url, tmp_path)
+async def test_a_smoke_test_that_fails(script: Script, said: str) -> None:
+    async with Upstream(script).listening() as url:
+        with pytest.raises(ServingError) as caught:
+            await smoke(url)
     assert said in caught.value.message
     assert "bot-int8-generic-cpu:1" in caught.value.message
 
 
-async def test_a_smoke_test_takes_no_more_than_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_smoke_test_takes_no_more_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SMOKE_S", 0.3)
-    with service(OK, OK_STREAM, 30) as (url, _), pytest.raises(ServingError, match="longer than 0 s"):
-        await smoke(url, tmp_path)
+    async with Upstream(held).listening() as url:
+        with pytest.raises(ServingError, match="longer than 0 s"):
+            await smoke(url)
     with pytest.raises(ServingError, match="ConnectError"):  # where nothing listens
-        await smoke("http://127.0.0.1:9", tmp_path)
+        await smoke("http://127.0.0.1:9")
 
 
 # --- the process's own model cache

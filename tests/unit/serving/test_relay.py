@@ -9,21 +9,8 @@ import pytest
 
 from slmops.serving.fleet import UnknownModel
 from slmops.serving.spares import Unavailable
-from tests.upstream import (
-    GOOD_RESPONSE,
-    RESPONSES,
-    USAGE,
-    Connection,
-    Stand,
-    answer,
-    chat,
-    chunk,
-    event,
-    replies,
-    stand,
-    streams,
-    told,
-)
+from tests import upstream
+from tests.upstream import RESPONSES, USAGE, Stand, chat, chunk, event, replies, response, stand, streams, told
 
 pytestmark = pytest.mark.anyio
 
@@ -38,9 +25,8 @@ async def test_a_stream_passes_as_it_is_and_its_tokens_are_counted(one: Stand, w
     usage = [event(chunk(None, usage=USAGE))] if wanted else []
     assert answered.content == b": keep-alive\n\n" + b"".join(events + usage) + b"data: [DONE]\n\n"
     assert one.upstream.received[0]["stream_options"] == {"include_usage": True}
-    assert await one.metric("slmops_prompt_tokens_total") == 7
-    assert await one.metric("slmops_completion_tokens_total") == 3
-    assert await one.metric("slmops_first_token_seconds_count") == 1
+    for name, count in (("prompt_tokens_total", 7), ("completion_tokens_total", 3), ("first_token_seconds_count", 1)):
+        assert await one.metric(f"slmops_{name}") == count
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
@@ -53,28 +39,27 @@ async def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
         assert await one.metric("slmops_completion_tokens_total") == 3
 
 
-async def test_an_answer_that_speaks_of_events_is_none() -> None:
-    text = 'data: {"error": 1}\n\nevent: response.failed\n\n"usage":{} "choices":[] "delta"'
-    async with stand(script=streams(event(chunk(text)))) as one:
-        answered = await one.ask(chat(stream=True))
-        assert answered.content == event(chunk(text))
-        assert await one.counted(200) == 1
+async def test_an_answer_that_speaks_of_events_is_none(one: Stand) -> None:
+    said = event(chunk('data: {"error": 1}\n\nevent: response.failed\n\n"usage":{} "choices":[] "delta"'))
+    one.upstream.script = streams(said)
+    assert (await one.ask(chat(stream=True))).content == said
+    assert await one.counted(200) == 1
 
 
-async def test_tokens_of_responses_are_counted() -> None:
+async def test_tokens_of_responses_are_counted(one: Stand) -> None:
     usage = {"input_tokens": 5, "output_tokens": 4}
-    async with stand(script=replies({"usage": usage})) as one:
-        assert (await one.ask(GOOD_RESPONSE, RESPONSES)).json() == {"usage": usage}
-        one.upstream.script = streams(
-            b"event: response.created\n" + event({"response": {"usage": dict.fromkeys(usage, 0)}}),
-            b"event: response.output_text.delta\n" + event({"delta": "a"}),
-            b"event: response.completed\n" + event({"response": {"usage": usage}}),
-        )
-        streamed = await one.ask({**GOOD_RESPONSE, "stream": True}, RESPONSES)
-        assert streamed.text.count("event: ") == 3
-        assert "stream_options" not in one.upstream.received[1]
-        assert await one.metric("slmops_prompt_tokens_total") == 10
-        assert await one.metric("slmops_completion_tokens_total") == 8
+    one.upstream.script = replies({"usage": usage})
+    assert (await one.ask(response(), RESPONSES)).json() == {"usage": usage}
+    one.upstream.script = streams(
+        b"event: response.created\n" + event({"response": {"usage": dict.fromkeys(usage, 0)}}),
+        b"event: response.output_text.delta\n" + event({"delta": "a"}),
+        b"event: response.completed\n" + event({"response": {"usage": usage}}),
+    )
+    streamed = await one.ask(response(stream=True), RESPONSES)
+    assert streamed.text.count("event: ") == 3
+    assert "stream_options" not in one.upstream.received[1]
+    assert await one.metric("slmops_prompt_tokens_total") == 10
+    assert await one.metric("slmops_completion_tokens_total") == 8
 
 
 # --- when the runtime fails
@@ -113,53 +98,41 @@ async def test_an_error_that_a_stream_begins_with_has_its_status_and_a_later_one
     assert await one.counted(502) == before + 1
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_runtime_that_dies_before_its_answer_is_a_502_and_the_next_is_answered(stream: bool) -> None:
-    async def script(connection: Connection) -> None:
-        if connection.body.get("user") == "killer":
-            raise ConnectionResetError
-        await answer(connection)
-
-    async with stand(script=script) as one:
-        assert told(await one.ask(chat(stream=stream, user="killer"))) == (502, "backend_error")
-        assert (await one.ask(chat(stream=stream))).status_code == 200
-
-
-async def test_a_runtime_that_is_not_there_is_a_503(one: Stand) -> None:
-    one.fleet.backend.url = "http://127.0.0.1:9"
-    for stream in (False, True):
-        refused = await one.ask(chat(stream=stream))
-        assert told(refused) == (503, "unavailable")
-        assert int(refused.headers["retry-after"]) > 0
-
-
-async def test_a_stream_that_breaks_ends_with_an_error() -> None:
-    async def script(connection: Connection) -> None:
+async def dies(connection: upstream.Connection) -> None:
+    """Break off, in the middle of an answer if one was wanted."""
+    if connection.body.get("user"):
         await connection.event(chunk("a"))
-        raise ConnectionResetError
-
-    async with stand(script=script) as one:
-        answered = await one.ask(chat(stream=True))
-        assert answered.status_code == 200
-        first, last, rest = answered.text.split("\n\n")
-        assert json.loads(first.removeprefix("data: "))["choices"][0]["delta"]["content"] == "a"
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "backend_error"
-        assert rest == ""
-        assert await one.counted(502) == 1
+    raise ConnectionResetError
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("name", "fault", "expected", "retry_after"),
     [
-        (UnknownModel("There is no model 'x'."), (404, "model_not_found")),
-        (Unavailable("It is being restarted.", retry_after_s=2.5), (503, "unavailable")),
+        ("script", dies, (502, "backend_error"), None),
+        ("url", "http://127.0.0.1:9", (503, "unavailable"), "3"),  # the runtime is not there
+        ("refuses", UnknownModel("There is no model 'x'."), (404, "model_not_found"), None),
+        ("refuses", Unavailable("It is being restarted.", retry_after_s=2.5), (503, "unavailable"), "3"),
     ],
 )
-async def test_what_the_fleet_refuses_is_told(one: Stand, error: Any, expected: tuple[int, str]) -> None:
-    one.fleet.refuses = error
+async def test_a_request_that_fails_is_told_and_the_next_is_answered(
+    one: Stand, name: str, fault: Any, expected: tuple[int, str], retry_after: str | None
+) -> None:
+    place = {"script": one.upstream, "url": one.fleet.backend, "refuses": one.fleet}[name]
+    before = getattr(place, name)
     for stream in (False, True):
+        setattr(place, name, fault)
         refused = await one.ask(chat(stream=stream))
-        assert told(refused) == expected
-        assert refused.headers.get("retry-after") == ("3" if expected[0] == 503 else None)
-    one.fleet.refuses = None
-    assert (await one.ask()).status_code == 200
+        assert (told(refused), refused.headers.get("retry-after")) == (expected, retry_after)
+        setattr(place, name, before)
+        assert (await one.ask(chat(stream=stream))).status_code == 200
+
+
+async def test_a_stream_that_breaks_ends_with_an_error(one: Stand) -> None:
+    one.upstream.script = dies
+    answered = await one.ask(chat(stream=True, user="midway"))
+    assert answered.status_code == 200
+    first, last, rest = answered.content.split(b"\n\n")
+    assert first + b"\n\n" == event(chunk("a"))
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "backend_error"
+    assert rest == b""
+    assert await one.counted(502) == 1

@@ -10,8 +10,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, Trace
 
 from slmops.core.job import Job
-from slmops.core.values import Measurement, Registration, Variant, VariantResult
+from slmops.core.values import Comparison, Measurement, Registration, Variant, VariantResult
 from slmops.foundry.versions import ModelVersion
+from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tests import values
@@ -68,6 +69,12 @@ class Book:
             self.registry.promote(version, self.registry.champion(self.name), {})
         return version
 
+    def finish(self, parent: str, *results: VariantResult, chosen: str | None = None, **other: Any) -> Comparison:
+        """End a job with a comparison of variants."""
+        done = values.comparison(*results, chosen=chosen).model_copy(update={"model": self.name, "run_id": parent})
+        self.tracker.finish_job(done, **{"policy": Policy(), "report": "", "note": "", "failed": False, **other})
+        return done
+
     def run(self, run_id: str) -> Run:
         return self.client.get_run(run_id)
 
@@ -92,11 +99,8 @@ class Book:
 
     def traces(self, run_id: str | None = None) -> list[Trace]:
         """Those of a run, as MLflow lists them; None: all."""
-        return list(
-            self.client.search_traces(
-                locations=[self.experiment()], run_id=run_id, order_by=["timestamp_ms DESC"], max_results=500
-            )
-        )
+        order: dict[str, Any] = {"order_by": ["timestamp_ms DESC"], "max_results": 500}
+        return list(self.client.search_traces(locations=[self.experiment()], run_id=run_id, **order))
 
     def artifacts(self, run_id: str) -> set[str]:
         return artifacts(self.client, run_id)
@@ -108,10 +112,6 @@ class Book:
         """The rows of a table."""
         table = self.json(run_id, path)
         return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-
-
-def start(tracker: Tracker, name: str) -> str:
-    return tracker.start_job(name, JOB, values.checkpoint(), HARDWARE, "flow-run-1")
 
 
 def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> set[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 from prefect import resume_flow_run
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import FlowPauseTimeout
@@ -17,43 +16,36 @@ from flows.promote import promote, rollback
 from slmops.core import locks
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import Evaluation, Measurement, Registration, Variant
+from slmops.core.values import Measurement, Registration, Variant
 from slmops.foundry.register import register
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promotion
 from slmops.selection.policy import Gate, Policy
-from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker
 from tests import deployed, making, values
 from tests.shown import artifacts, flow_runs
-from tests.tracked import start
+from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
 POLICY = Policy(gates=(Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept"),))
 
 
-class Bot:
+class Bot(Book):
     """A model of which versions can be made: one real variant, with what is said to be measured of it."""
 
-    def __init__(self, name: str, settings: Settings, variant: Variant, registration: Registration) -> None:
-        self.name, self.settings, self.variant, self.registration = name, settings, variant, registration
-        self.registry, self.tracker = Registry(str(settings.tracking_uri)), Tracker(str(settings.tracking_uri))
+    def __init__(self, name: str, settings: Settings, *made: Any) -> None:
+        super().__init__(str(settings.tracking_uri), name, settings.home)
+        self.settings, (self.variant, self.registration) = settings, made
 
-    def add(self, accuracy: float, **changes: Any) -> ModelVersion:
+    def make(self, accuracy: float) -> ModelVersion:
         """A job that made one version, whose files differ from the last one's in a file that no runtime reads."""
-        parent = start(self.tracker, self.name)
+        parent = self.start()
         (self.registration.path / "note.txt").write_text(parent)
-        evaluation: Evaluation = values.evaluation(
-            {"accuracy": Measurement(value=accuracy, unit="1", samples=40, low=accuracy - 0.05, high=accuracy + 0.05)},
-            **changes,
-        )
-        logs = self.settings.logs / self.name
-        logs.mkdir(parents=True, exist_ok=True)
-        result = self.tracker.log_variant(parent, self.name, self.variant, self.registration, evaluation, logs)
-        version = self.registry.add(self.name, self.variant, self.registration, result, parent)
-        done = values.comparison(result.model_copy(update={"version": version.version}), chosen=result.name)
-        done = done.model_copy(update={"model": self.name, "run_id": parent})
-        self.tracker.finish_job(done, POLICY, "", "", failed=False)
+        measured = Measurement(value=accuracy, unit="1", samples=40, low=accuracy - 0.05, high=accuracy + 0.05)
+        made, evaluation = (self.variant, self.registration), values.evaluation({"accuracy": measured})
+        result = self.tracker.log_variant(parent, self.name, *made, evaluation, self.settings.logs)
+        version = self.registry.add(self.name, *made, result, parent)
+        numbered = result.model_copy(update={"version": version.version})
+        self.finish(parent, numbered, chosen=result.name, policy=POLICY)
         return version
 
     @property
@@ -79,12 +71,12 @@ def last(flow: str) -> FlowRun:
 
 
 def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
-    bot.add(0.8)
+    bot.make(0.8)
     first = promote(Promotion(name=bot.name))
     assert (first.version, first.replaced, first.changed, bot.champion) == (1, None, True, 1)
     assert (settings.deployed / "models" / "slmops" / f"{bot.name}-int4-generic-cpu-1" / VERSION_MANIFEST).is_file()
 
-    bot.add(0.75)
+    bot.make(0.75)
     second = promote(Promotion(name=bot.name))
     assert (second.version, second.replaced, bot.champion) == (2, 1, 2)
     assert [gate.outcome for gate in second.gates] == ["inconclusive"]  # but within the margin
@@ -101,9 +93,9 @@ def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
 
 
 def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
-    bot.add(0.8)
+    bot.make(0.8)
     promote(Promotion(name=bot.name))
-    bot.add(0.5)
+    bot.make(0.5)
     with pytest.raises(GateError, match=r"version 2.*accuracy") as caught:
         promote(Promotion(name=bot.name))
     assert caught.value.exit_code == 3
@@ -116,17 +108,13 @@ def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
 
 
 def test_altered_files_are_not_promoted(bot: Bot) -> None:
-    version = bot.add(0.8)
-    client = MlflowClient(str(bot.settings.tracking_uri))
-    folder = Path(client.get_model_version_download_uri(bot.name, str(version.version)))
-    (folder / "note.txt").write_text("something else")
-    with pytest.raises(TrackingError, match=r"note\.txt"):
-        promote(Promotion(name=bot.name))
-    assert bot.champion is None
-    (folder / "note.txt").unlink()
-    with pytest.raises(TrackingError, match=r"note\.txt"):
-        promote(Promotion(name=bot.name))
-    assert bot.champion is None
+    version = bot.make(0.8)
+    file = Path(bot.client.get_model_version_download_uri(bot.name, str(version.version))) / "note.txt"
+    for alter in (lambda: file.write_text("something else"), file.unlink):
+        alter()
+        with pytest.raises(TrackingError, match=r"note\.txt"):
+            promote(Promotion(name=bot.name))
+        assert bot.champion is None
 
 
 def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
@@ -135,7 +123,7 @@ def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
         promote(Promotion(name=bot.name))
     with pytest.raises(UsageError, match=bot.name):
         rollback(bot.name)
-    bot.add(0.8)
+    bot.make(0.8)
     with pytest.raises(UsageError, match="7"):
         promote(Promotion(name=bot.name, version=7))
     promote(Promotion(name=bot.name))
@@ -144,16 +132,21 @@ def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:
     assert time.monotonic() - started < 60  # none of it is tried again and again
 
 
-def test_a_second_promotion_at_the_same_time_is_told(bot: Bot) -> None:
-    bot.add(0.8)
+def test_what_cannot_be_promoted_now(bot: Bot) -> None:
+    bot.make(0.8)
     held = locks.exclusive(bot.settings.locks / f"promote-{bot.name}.lock", "the promotion", wait=False)
     with held, pytest.raises(BusyError, match=bot.name):
         promote(Promotion(name=bot.name))
+    waits = Promotion(name=bot.name, approval=True)
+    for ask in (lambda: promote(waits), lambda: hand_over("promote", waits)):  # the latter as the command does it
+        with pytest.raises(PrerequisiteError) as caught:
+            ask()
+        assert "slmops up --worker" in str(caught.value.fix)
     assert bot.champion is None
 
 
 def test_a_person_decides(bot: Bot) -> None:
-    bot.add(0.8)
+    bot.make(0.8)
     run = deployed.start(promote, Promotion(name=bot.name, approval=True), name="for Monday")
     assert deployed.work(promote, run) is None
     assert deployed.state(run).name == "Suspended"  # no process waits
@@ -169,31 +162,25 @@ def test_a_person_decides(bot: Bot) -> None:
     assert last("promote").name == "for Monday"
 
 
-def test_a_person_says_no(bot: Bot) -> None:
-    bot.add(0.8)
-    run = deployed.start(promote, Promotion(name=bot.name, approval=True))
-    deployed.work(promote, run)
-    resume_flow_run(run, run_input={"promote": False, "comment": "too slow"})
+def test_a_person_says_no_or_nobody_decides(bot: Bot) -> None:
+    bot.make(0.8)
+    denied = deployed.start(promote, Promotion(name=bot.name, approval=True))
+    deployed.work(promote, denied)
+    resume_flow_run(denied, run_input={"promote": False, "comment": "too slow"})
     with pytest.raises(GateError, match="too slow"):
-        deployed.work(promote, run)
-    assert deployed.state(run).is_failed()
-    assert bot.champion is None
-
-
-def test_nobody_decides(bot: Bot) -> None:
-    bot.add(0.8)
-    run = deployed.start(promote, Promotion(name=bot.name, approval=True, approval_timeout_s=1))
-    deployed.work(promote, run)
+        deployed.work(promote, denied)
+    late = deployed.start(promote, Promotion(name=bot.name, approval=True, approval_timeout_s=1))
+    deployed.work(promote, late)
     time.sleep(1.5)
     with pytest.raises(FlowPauseTimeout):
-        resume_flow_run(run, run_input={"promote": True})
-    assert deployed.state(run).is_failed()
+        resume_flow_run(late, run_input={"promote": True})
+    assert (deployed.state(denied).is_failed(), deployed.state(late).is_failed()) == (True, True)
     assert bot.champion is None
 
 
 def test_gates_are_judged_anew_after_the_approval(bot: Bot) -> None:
-    bot.add(0.7)
-    bot.add(0.9)
+    bot.make(0.7)
+    bot.make(0.9)
     run = deployed.start(promote, Promotion(name=bot.name, version=1, approval=True))
     deployed.work(promote, run)
     promote(Promotion(name=bot.name, version=2))
@@ -201,13 +188,3 @@ def test_gates_are_judged_anew_after_the_approval(bot: Bot) -> None:
     with pytest.raises(GateError, match="version 1"):
         deployed.work(promote, run)
     assert bot.champion == 2
-
-
-def test_only_a_run_of_a_deployment_can_wait(bot: Bot) -> None:
-    bot.add(0.8)
-    with pytest.raises(PrerequisiteError) as caught:
-        promote(Promotion(name=bot.name, approval=True))
-    assert "slmops up --worker" in str(caught.value.fix)
-    with pytest.raises(PrerequisiteError) as caught:  # as the command does, without a worker
-        hand_over("promote", Promotion(name=bot.name, approval=True))
-    assert "slmops up --worker" in str(caught.value.fix)

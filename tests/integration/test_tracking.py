@@ -12,7 +12,6 @@ from mlflow.exceptions import MlflowException
 
 from slmops.core.errors import TrackingError, UsageError
 from slmops.evaluation import dataset
-from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.tracker import Tracker
 from tests import values
@@ -66,9 +65,7 @@ def test_a_job_from_start_to_end(book: Book) -> None:
     failure = book.tracker.log_failure(parent, "fp32", REASON, made.logs)
     assert failure == values.failed("fp32", REASON).model_copy(update={"run_id": failure.run_id})
     run_id, failed = str(result.run_id), str(failure.run_id)
-    both = values.comparison(result, failure, chosen="int4")
-    both = both.model_copy(update={"model": book.name, "run_id": parent})
-    book.tracker.finish_job(both, Policy(), "<h1>é</h1>", "**note**", failed=True)
+    both = book.finish(parent, result, failure, chosen="int4", report="<h1>é</h1>", note="**note**", failed=True)
 
     good, bad = book.run(run_id), book.run(failed)
     assert {*book.children(parent)} == {run_id, failed}
@@ -207,8 +204,7 @@ def test_a_killed_job_is_closed_by_the_next_and_an_aborted_one_leaves_nothing_op
 
 def test_the_latest_is_the_newest_that_was_finished(book: Book) -> None:
     for chosen in ("int4", "int8"):
-        done = values.comparison(values.result(chosen, 100), chosen=chosen).model_copy(update={"run_id": book.start()})
-        book.tracker.finish_job(done, Policy(), "", "", failed=False)
+        book.finish(book.start(), values.result(chosen, 100), chosen=chosen)
         time.sleep(0.01)  # MLflow orders by milliseconds
     book.client.delete_experiment(book.experiment())
     book.start()  # and the experiment is taken back

@@ -10,7 +10,6 @@ import pytest
 
 from slmops.core.errors import TrackingError
 from slmops.core.values import Answer, GateResult, Measurement
-from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import TAG_LIMIT, description
 from tests import values
@@ -124,9 +123,8 @@ def test_gates(book: Book) -> None:
     results = [values.result(one, 100).model_copy(update={"run_id": run}) for one, run in runs.items()]
     gates = {"int8": {"gates": (PASSED,)}, "int4": {"gates": (REFUSED, UNSURE), "dominated_by": "int8"}}
     judged = [result.model_copy(update=gates.get(result.name, {})) for result in results]
-    done = values.comparison(*judged, values.failed("fp16", "No."), chosen="int8")
     for _ in range(2):  # as after a failed attempt
-        book.tracker.finish_job(done.model_copy(update={"run_id": parent}), Policy(), "", "**note**", failed=True)
+        book.finish(parent, *judged, values.failed("fp16", "No."), chosen="int8", note="**note**", failed=True)
     tags = {one: book.tags(run) for one, run in runs.items()}
     assert "slmops.gates" not in tags["fp32"]
     assert tags["int8"]["slmops.gates"] == "passed"
@@ -144,8 +142,7 @@ def test_gates(book: Book) -> None:
 def test_a_job_without_gates_and_baseline(book: Book) -> None:
     parent = book.start()
     lone = values.result("int4", 100).model_copy(update={"run_id": book.log(parent=parent)})
-    done = values.comparison(lone).model_copy(update={"run_id": parent})
-    book.tracker.finish_job(done, Policy(), "", "**note**", failed=False)
+    book.finish(parent, lone, note="**note**")
     assert "gates.json" not in book.artifacts(parent)
     assert book.tags(parent)["mlflow.note.content"] == "**note**"
 

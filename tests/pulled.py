@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Remote:
         self.asked: list[tuple[str, int]] = []
         self.cuts: dict[str, list[int | Exception]] = {}  # for each request the bytes given before it breaks off
         self.answers: dict[str, list[bytes]] = {}  # for each request a content of its own
+        self.given: Counter[str] = Counter()  # bytes
         self.manifest = VersionManifest(
             model=name,
             variant=variant,
@@ -99,6 +101,7 @@ class Remote:
             raise cut
         end = len(data) if cut is None else min(len(data), offset + cut)
         for start in range(offset, end, BLOCK):
+            self.given[path] += BLOCK
             yield data[start : min(start + BLOCK, end)]
         if cut is not None:
             raise TrackingError("The connection is broken.", "Repair it.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import re
 import shutil
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +25,7 @@ from slmops.foundry.register import register
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.local import stack
 from slmops.processes import daemon
-from slmops.processes.daemon import HOST, Daemon
+from slmops.processes.daemon import HOST
 from slmops.tracking import download
 from slmops.tracking.download import BLOCK_BYTES
 from tests import making
@@ -47,7 +47,8 @@ class Server:
         self.folder = folder
         self.port = daemon.free_port(5600, [])
         self.artifacts = folder / "artifacts"
-        self._running: Daemon | None = None
+        self.url = f"http://{HOST}:{self.port}"
+        self.start()
 
     def start(self) -> None:
         storage = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
@@ -62,78 +63,52 @@ class Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        if self._running is not None:
-            daemon.stop(self._running)
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        daemon.stop(self._running)
 
 
-@dataclasses.dataclass
-class Answer:
-    """What a connection carries: how much of it still comes through, and whether it is the big file."""
-
-    left: int = ENDLESS
-    big: bool = False
-
-
-class Line:
-    """A TCP connection to the server that breaks on demand, while it carries the big file."""
+class Line(ThreadingHTTPServer):
+    """What lies between a device and the server: it breaks on demand, while it carries the big file."""
 
     def __init__(self, port: int) -> None:
+        super().__init__((HOST, 0), Request)
+        self.url, self.target = f"http://{HOST}:{self.server_port}", (HOST, port)
         self.cuts: list[int] = []  # bytes of each answer that come through
         self.cut: Callable[[], None] = lambda: None  # what happens then
         self.offsets: list[int] = []  # from where the file was asked for
         self.carried = 0  # bytes of the file and its headers
-        self._target = port
-        self._listener = socket.create_server((HOST, 0))
-        self.url = f"http://{HOST}:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._thread.join()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
+class Request(BaseHTTPRequestHandler):
+    """A request over the line, in a connection of its own."""
 
-    def _carry(self, client: socket.socket) -> None:
-        """Request by request: MLflow's client sends none before the last one was answered."""
-        with client, contextlib.suppress(OSError), socket.create_connection((HOST, self._target)) as server:
-            answer = Answer()
-            threading.Thread(target=self._answer, args=(client, server, answer), daemon=True).start()
-            while request := client.recv(1 << 16):
-                answer.big = f"/{BIG} ".encode() in request
-                answer.left = ENDLESS
-                if answer.big:
-                    found = re.search(rb"(?i)\r\nrange: bytes=(\d+)-", request)
-                    self.offsets.append(int(found[1]) if found else 0)
-                    answer.left = self.cuts.pop(0) if self.cuts else ENDLESS
-                server.sendall(request)
+    server: Line
 
-    def _answer(self, client: socket.socket, server: socket.socket, answer: Answer) -> None:
-        with contextlib.suppress(OSError):
-            while data := server.recv(1 << 14)[: answer.left]:
-                client.sendall(data)
-                answer.left -= len(data)
-                self.carried += len(data) if answer.big else 0
-                if answer.left == 0:
-                    self.cut()
-                    break
-        with contextlib.suppress(OSError):
-            client.shutdown(socket.SHUT_RDWR)
+    def do_GET(self) -> None:
+        line, big, left = self.server, self.path.endswith(f"/{BIG}"), ENDLESS
+        if big:
+            line.offsets.append(int(self.headers.get("Range", "bytes=0-")[6:-1]))
+            left = line.cuts.pop(0) if line.cuts else ENDLESS
+        self.headers.replace_header("Connection", "close")
+        head = [f"{self.command} {self.path} HTTP/1.1", *(f"{key}: {value}" for key, value in self.headers.items())]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with contextlib.suppress(OSError), socket.create_connection(line.target) as server:
+            server.sendall("\r\n".join([*head, "", ""]).encode() + body)
+            while data := server.recv(1 << 14)[:left]:
+                self.wfile.write(data)
+                left -= len(data)
+                line.carried += len(data) * big
+        if left == 0:
+            line.cut()
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
     yield made
     made.stop()
 
@@ -152,9 +127,10 @@ def version(server: Server, talkative: Path, stock: Settings, tmp_path_factory: 
 @pytest.fixture
 def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     monkeypatch.setattr(download, "RESUME_AFTER_S", (0.05,) * 4)
-    made = Line(server.port)
-    yield made
-    made.close()
+    with Line(server.port) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture
@@ -162,8 +138,9 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "device")
 
 
+@pytest.fixture
 def stored(server: Server, version: ModelVersion) -> Path:
-    """Where the server keeps the files of a version."""
+    """Where the server keeps the files of the version."""
     return server.artifacts / version.location.partition(":/")[2]
 
 
@@ -173,19 +150,8 @@ def catalog(settings: Settings) -> dict[str, str]:
     return {entry["model_info"]["id"]: entry["model_path"] for entry in known["models"]}
 
 
-def answers(done: Installed, settings: Settings) -> bool:
-    said = application(settings.deployed, done.foundry_id)["answers"][done.foundry_id]
-    return bool(said["path"] == str(done.folder) and said["tokens"] > 0)
-
-
-def size(server: Server, version: ModelVersion) -> int:
-    return (stored(server, version) / BIG).stat().st_size
-
-
-def test_a_connection_cut_at_three_points(
-    server: Server, version: ModelVersion, line: Line, settings: Settings
-) -> None:
-    whole = size(server, version)
+def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, line: Line, settings: Settings) -> None:
+    whole = (stored / BIG).stat().st_size
     assert whole > 5 * BLOCK_BYTES
     line.cuts = [100, whole // 2, whole // 2 + HEADERS - 10]  # in the headers, in the middle, at the end
     done = pull.pull(NAME, None, settings, line.url)
@@ -197,13 +163,12 @@ def test_a_connection_cut_at_three_points(
     assert line.carried <= whole + 3 * (BLOCK_BYTES + HEADERS)
 
     assert done.foundry_id == f"tiny-fp32-generic-cpu:{version.version}"
-    assert {path.name for path in stored(server, version).iterdir()} | {"inference_model.json"} == {
-        path.name for path in done.folder.iterdir()
-    }
-    for path in stored(server, version).iterdir():
-        assert sha256(done.folder / path.name) == sha256(path)
+    here = {path.name: sha256(path) for path in done.folder.iterdir() if path.name != "inference_model.json"}
+    assert here == {path.name: sha256(path) for path in stored.iterdir()}
     assert catalog(settings) == {done.foundry_id: str(done.folder)}
-    assert answers(done, settings)
+    said = application(settings.deployed, done.foundry_id)["answers"][done.foundry_id]
+    assert said["path"] == str(done.folder)
+    assert said["tokens"] > 0
     assert installed.current(NAME, settings) == done
 
     # Once more, through a line that would not carry the file again.
@@ -213,9 +178,9 @@ def test_a_connection_cut_at_three_points(
 
 
 def test_a_server_that_stops_in_the_middle_and_comes_back(
-    server: Server, version: ModelVersion, line: Line, settings: Settings
+    server: Server, stored: Path, version: ModelVersion, line: Line, settings: Settings
 ) -> None:
-    whole = size(server, version)
+    whole = (stored / BIG).stat().st_size
     line.cuts, line.cut = [whole // 2], server.stop
     with pytest.raises(TrackingError) as caught:
         pull.pull(NAME, None, settings, line.url)
@@ -234,11 +199,14 @@ def test_a_server_that_stops_in_the_middle_and_comes_back(
 
 
 def test_versions_come_and_go_in_foundrys_catalog_too(
-    server: Server, version: ModelVersion, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, stored: Path, version: ModelVersion, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def install(**changes: Any) -> Installed:
+        return pull.install(version.model_copy(update=changes), settings, server.url)
+
     made = []
     for number in (1, 2, 3):
-        made.append(pull.install(version.model_copy(update={"version": number}), settings, server.url))
+        made.append(install(version=number))
         installed.make_current(made[-1], settings)
     kept = {one.foundry_id: str(one.folder) for one in made[1:]}
     assert catalog(settings) == kept
@@ -246,28 +214,24 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     assert (made[1].folder / BIG).samefile(made[2].folder / BIG)
 
     # Every SHA-256 is right, and yet it does not load.
-    folder = tmp_path / "broken"
-    shutil.copytree(stored(server, version), folder)
+    folder = settings.home / "broken"
+    shutil.copytree(stored, folder)
     config = folder / "genai_config.json"
     config.write_text(config.read_text().replace("model.onnx", "other.onnx"))
     manifest = VersionManifest.model_validate_json((folder / VERSION_MANIFEST).read_bytes())
     files = tuple(file for file in files_of(folder) if file.name != VERSION_MANIFEST)
     manifest = manifest.model_copy(update={"files": files})
     (folder / VERSION_MANIFEST).write_text(manifest.text)
-    changes = {"version": 4, "location": str(folder), "manifest_sha256": manifest.sha256}
     with pytest.raises(RegistrationError, match=r"other\.onnx"):
-        pull.install(version.model_copy(update=changes), settings, server.url)
+        install(version=4, location=str(folder), manifest_sha256=manifest.sha256)
     assert catalog(settings) == kept
     assert [one.version for one in installed.versions(NAME, settings)] == [3, 2]
 
     # A file is gone from the server.
     monkeypatch.setattr(pull, "_known", lambda _: {})  # or it would be linked from the others
-    file = stored(server, version) / "genai_config.json"
-    file.rename(tmp_path / "gone")
-    try:
-        with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
-            pull.install(version.model_copy(update={"version": 5}), settings, server.url)
-    finally:
-        (tmp_path / "gone").rename(file)
+    gone = (stored / "genai_config.json").rename(settings.home / "gone")
+    with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
+        install(version=5)
+    gone.rename(stored / "genai_config.json")
     assert catalog(settings) == kept
     assert installed.current(NAME, settings) == made[2]

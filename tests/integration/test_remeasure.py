@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 
 from flows.optimize import optimize
 from flows.promote import promote
@@ -22,12 +18,9 @@ from slmops.evaluation import dataset, speed
 from slmops.evaluation.drift import MEMORY_METRICS, SPEED_METRICS, DriftError, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak
 from slmops.foundry.versions import ModelVersion, Promotion
-from slmops.tracking.registry import Registry
-from slmops.tracking.tracker import Tracker
 from tests import making
 from tests.shown import artifacts, flow_runs
-from tests.tracked import artifacts as files_of
-from tests.tracked import read
+from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -38,9 +31,14 @@ LENIENT = {"max_slowdown": 50.0, "max_memory_growth": 5.0}
 
 
 @pytest.fixture(scope="module")
-def champion(talkative: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+def book(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Book:
+    return Book(str(settings.tracking_uri), NAME, tmp_path_factory.mktemp("book"))
+
+
+@pytest.fixture(scope="module")
+def champion(talkative: Path, book: Book) -> ModelVersion:
     """A version that was measured with files that are not there any more."""
-    inputs = tmp_path_factory.mktemp("inputs")
+    inputs = book.folder
     (inputs / "policy.toml").write_text(POLICY)
     (inputs / "text.txt").write_text("A text of so many words, and of so many words again. " * 20)
     asked = {"evaluation_set": making.evaluation_set(inputs), "perplexity_text": inputs / "text.txt"}
@@ -48,12 +46,7 @@ def champion(talkative: Path, settings: Settings, tmp_path_factory: pytest.TempP
     promote(Promotion(name=NAME))
     for path in asked.values():
         path.unlink()
-    return Registry(settings.tracking_uri or "").champion(NAME)
-
-
-@pytest.fixture(scope="module")
-def client(settings: Settings) -> MlflowClient:
-    return MlflowClient(settings.tracking_uri)
+    return book.registry.champion(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +55,7 @@ def steady(champion: ModelVersion) -> Remeasured:
 
 
 def test_what_is_deployed_is_what_was_recorded(
-    steady: Remeasured, champion: ModelVersion, client: MlflowClient, settings: Settings
+    steady: Remeasured, champion: ModelVersion, book: Book, settings: Settings
 ) -> None:
     assert (steady.outcome, steady.left_out, steady.answers_changed) == ("steady", (), 0)
     assert (steady.model, steady.version, steady.variant) == (NAME, champion.version, "fp32")
@@ -70,7 +63,7 @@ def test_what_is_deployed_is_what_was_recorded(
     figures = {one.metric: one for one in steady.figures}
     assert figures.keys() == {*SPEED_METRICS, *MEMORY_METRICS, "perplexity", "accuracy"}
     assert {metric: one.recorded.value for metric, one in figures.items()} == {
-        metric: client.get_run(champion.run_id).data.metrics[metric] for metric in figures
+        metric: book.run(champion.run_id).data.metrics[metric] for metric in figures
     }
     # The same files, text and questions.
     assert figures["perplexity"].ratio == pytest.approx(1, abs=1e-5)
@@ -80,10 +73,9 @@ def test_what_is_deployed_is_what_was_recorded(
     assert installed.current(NAME, settings) is None
 
 
-def test_what_mlflow_and_prefect_have(
-    steady: Remeasured, champion: ModelVersion, client: MlflowClient, settings: Settings, tmp_path: Path
-) -> None:
-    run = client.get_run(steady.run_id)
+def test_what_mlflow_and_prefect_have(steady: Remeasured, champion: ModelVersion, book: Book) -> None:
+    run_id = str(steady.run_id)
+    run = book.run(run_id)
     tags, params = run.data.tags, run.data.params
     assert (run.info.status, tags["slmops.kind"]) == ("FINISHED", "remeasurement")
     assert (tags["slmops.version"], tags["slmops.recorded_run"]) == (str(champion.version), champion.run_id)
@@ -92,45 +84,36 @@ def test_what_mlflow_and_prefect_have(
     assert run.data.metrics["drift/perplexity"] == pytest.approx(1, abs=1e-5)
     assert params["hardware.kind"] == steady.hardware_kind
     assert params["remeasure.max_slowdown"] == "50.0"
-    kept = Remeasured.model_validate_json(read(client, steady.run_id or "", "remeasurement.json", tmp_path))
+    kept = Remeasured.model_validate(book.json(run_id, "remeasurement.json"))
     assert kept == steady.model_copy(update={"run_id": None})
-    version = Registry(settings.tracking_uri or "").find(NAME, str(champion.version))
-    assert version.tags["slmops.remeasurement_run"] in {
-        one.info.run_id for one in client.search_runs([run.info.experiment_id], "tags.`slmops.kind` = 'remeasurement'")
-    }
-    assert Tracker(settings.tracking_uri or "").latest(NAME).run_id == champion.job_id
+    tags_now = book.registry.find(NAME, str(champion.version)).tags
+    assert book.tags(tags_now["slmops.remeasurement_run"])["slmops.kind"] == "remeasurement"
+    assert book.tracker.latest(NAME).run_id == champion.job_id
 
     [flow_run] = [one for one in flow_runs("remeasure") if str(one.id) == tags["slmops.prefect_flow_run"]]
     assert flow_run.state_name == "Completed"
     shown = artifacts(flow_run)["remeasure-tiny-r"]
     assert shown.startswith(f"**steady**: {steady.detail}")
     assert "| perplexity " in shown
-    assert f"[MLflow run]({Tracker(settings.tracking_uri or '').run_url(steady.run_id or '')})" in shown
+    assert f"[MLflow run]({book.tracker.run_url(run_id)})" in shown
 
     # The job keeps what it measured with.
-    kept = {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
-    assert files_of(client, champion.job_id) >= kept
-    assert read(client, champion.job_id, "inputs/evaluation_set.jsonl", tmp_path) == making.EVALUATION_SET
+    assert book.artifacts(champion.job_id) >= {"inputs/evaluation_set.jsonl", "inputs/perplexity_text.txt"}
+    kept_set = book.download(champion.job_id, "inputs/evaluation_set.jsonl")
+    assert kept_set.read_text() == making.EVALUATION_SET
 
 
-@pytest.fixture
-def recorded_otherwise(champion: ModelVersion, client: MlflowClient, tmp_path: Path) -> Iterator[None]:
+def test_drift_is_reported(
+    champion: ModelVersion, book: Book, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if the version had been a thousand times as fast, and much better, when it was evaluated."""
-    before = read(client, champion.run_id, "measurements.json", tmp_path)
-    figures = json.loads(before)
+    before, figures = (book.json(champion.run_id, "measurements.json") for _ in range(2))
+    request.addfinalizer(lambda: book.client.log_dict(champion.run_id, before, "measurements.json"))
     for metric, factor in {"ttft_ms_p50": 1e-3, "decode_tok_s": 1e3, "memory_peak_mb": 1e-3, "perplexity": 0.5}.items():
         ends = {end: figures[metric][end] for end in ("value", "low", "high") if figures[metric][end] is not None}
         # A figure that says that the machine was busy would not count.
         figures[metric] |= {"note": None, **{end: value * factor for end, value in ends.items()}}
-    client.log_text(champion.run_id, json.dumps(figures), "measurements.json")
-    yield
-    client.log_text(champion.run_id, before, "measurements.json")
-
-
-@pytest.mark.usefixtures("recorded_otherwise")
-def test_drift_is_reported(
-    champion: ModelVersion, client: MlflowClient, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    book.client.log_dict(champion.run_id, figures, "measurements.json")
     monkeypatch.setattr(speed, "DISTURBED", float("inf"))  # a busy machine's speeds would not count
     with pytest.raises(DriftError, match="ttft_ms_p50") as caught:
         remeasure(Remeasure(name=NAME, version=str(champion.version), **LENIENT))
@@ -139,8 +122,8 @@ def test_drift_is_reported(
     drifted = {one.metric for one in result.figures if one.drifted}
     assert drifted == {"ttft_ms_p50", "decode_tok_s", "memory_peak_mb", "perplexity"}
     assert result.metrics["drift/perplexity"] == pytest.approx(2, rel=1e-5)
-    assert client.get_run(result.run_id).data.tags["slmops.outcome"] == "drifted"
-    version = Registry(settings.tracking_uri or "").find(NAME, str(champion.version))
+    assert book.tags(result.run_id)["slmops.outcome"] == "drifted"
+    version = book.registry.find(NAME, str(champion.version))
     assert version.tags["slmops.remeasurement"] == "drifted"
     assert version.tags["slmops.remeasurement_run"] == result.run_id
     flow_run = flow_runs("remeasure")[-1]
@@ -148,34 +131,27 @@ def test_drift_is_reported(
     assert "drifted: 2 times worse, and at most 1.01 is tolerated" in artifacts(flow_run)["remeasure-tiny-r"]
 
 
-@pytest.fixture
-def recorded_elsewhere(champion: ModelVersion, settings: Settings) -> Iterator[None]:
-    """As if another machine had evaluated it. MLflow itself lets nobody alter a parameter."""
-    database = str(settings.tracking_uri).removeprefix("sqlite:///")
-    change = "UPDATE params SET value = ? WHERE run_uuid = ? AND key = 'hardware.processor'"
-    for processor in ("Another CPU", machine.hardware().processor):
-        with sqlite3.connect(database) as connection:
-            connection.execute(change, (processor, champion.run_id))
-        connection.close()
-        if processor == "Another CPU":
-            yield
-
-
-@pytest.mark.usefixtures("recorded_elsewhere")
-def test_speeds_of_another_kind_of_machine_are_not_compared(champion: ModelVersion) -> None:
+def test_speeds_of_another_kind_of_machine_are_not_compared(
+    champion: ModelVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded_on = machine.hardware()
+    another = recorded_on.model_copy(update={"processor": "Another CPU"})
+    monkeypatch.setattr(machine, "hardware", lambda: another)
     result = remeasure(Remeasure(name=NAME, version="champion"))
     assert result.outcome == "steady"
     assert {one.metric for one in result.figures} == {"perplexity", "accuracy"}
     [reason] = result.left_out
-    assert reason.startswith("speed and memory, which were recorded on another kind of machine (Another CPU (")
+    kinds = f"({recorded_on.kind}; not {another.kind})"
+    assert reason == f"speed and memory, which were recorded on another kind of machine {kinds}"
     assert result.detail.endswith("Not everything could be compared.")
     assert result.recorded_run == champion.run_id
 
 
-def test_a_removed_version_is_measured_to_the_end(champion: ModelVersion, settings: Settings, tmp_path: Path) -> None:
-    uri = settings.tracking_uri or ""
-    here = pull.install(champion, settings, uri)
-    recorded = Tracker(uri).recorded(champion.run_id, tmp_path)
+def test_a_removed_version_is_measured_to_the_end(
+    champion: ModelVersion, book: Book, settings: Settings, tmp_path: Path
+) -> None:
+    here = pull.install(champion, settings, str(settings.tracking_uri))
+    recorded = book.tracker.recorded(champion.run_id, tmp_path)
     questions = dataset.load(recorded.evaluation_set)
     with remeasurement.copied(here, "gone", settings) as place:
         installed.tidy(NAME, [], settings)
@@ -187,11 +163,11 @@ def test_a_removed_version_is_measured_to_the_end(champion: ModelVersion, settin
         pass
 
 
-def test_the_champion_is_soaked(champion: ModelVersion, client: MlflowClient, settings: Settings) -> None:
+def test_the_champion_is_soaked(champion: ModelVersion, book: Book, settings: Settings) -> None:
     result = soak(Soak(name=NAME, champion=True, requests=30, max_kb_per_request=100_000))
     assert (result.outcome, result.version, result.variant) == ("pass", champion.version, "fp32")
     assert (result.model, result.foundry_id) == (NAME, champion.foundry_id)
-    tags = client.get_run(result.run_id).data.tags
+    tags = book.tags(str(result.run_id))
     assert (tags["slmops.kind"], tags["slmops.version"]) == ("soak", str(champion.version))
     shown = artifacts(flow_runs("soak")[-1])["soak-tiny-r"]
     assert result.detail in shown
@@ -201,23 +177,22 @@ def test_the_champion_is_soaked(champion: ModelVersion, client: MlflowClient, se
 
 @pytest.mark.usefixtures("champion")
 def test_what_cannot_be_measured(settings: Settings) -> None:
-    for asked in (Remeasure(name="nobody"), Remeasure(name=NAME, version="77")):
-        with pytest.raises(UsageError):
-            remeasure(asked)
-    with pytest.raises(UsageError, match="nobody"):
-        soak(Soak(name="nobody", champion=True))
-    with pytest.raises(UsageError, match="--champion"):
-        soak(Soak(champion=True))
-
+    for ask, said in (
+        (lambda: remeasure(Remeasure(name="nobody")), "nobody"),
+        (lambda: remeasure(Remeasure(name=NAME, version="77")), "77"),
+        (lambda: soak(Soak(name="nobody", champion=True)), "nobody"),
+        (lambda: soak(Soak(champion=True)), "--champion"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            ask()
     held = locks.exclusive(settings.locks / f"{NAME}.remeasure.lock", "it", wait=False)
     with held, pytest.raises(BusyError, match="Tiny_R"):
         remeasure(Remeasure(name=NAME))
 
 
-def test_a_repeated_attempt_leaves_one_run(steady: Remeasured, client: MlflowClient, settings: Settings) -> None:
-    tracker, request = Tracker(settings.tracking_uri or ""), Remeasure(name=NAME)
-    first, again = (tracker.log_remeasurement(steady, request, machine.hardware(), "one") for _ in range(2))
-    experiment = client.get_run(again).info.experiment_id
-    mine = "tags.`slmops.prefect_flow_run` = 'one'"
-    assert [run.info.run_id for run in client.search_runs([experiment], mine)] == [again]
+def test_a_repeated_attempt_leaves_one_run(steady: Remeasured, book: Book) -> None:
+    log, asked = book.tracker.log_remeasurement, Remeasure(name=NAME)
+    first, again = (log(steady, asked, machine.hardware(), "one") for _ in range(2))
+    runs = book.client.search_runs([book.experiment()], "tags.`slmops.prefect_flow_run` = 'one'")
+    assert [run.info.run_id for run in runs] == [again]
     assert first != again

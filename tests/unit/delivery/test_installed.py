@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,26 +72,19 @@ def test_a_version_that_stays_in_the_catalog_keeps_its_files(device: Device, ver
     assert device.here() == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "error", "said"),
+    [(children, "call", CRASHED, "SIGSEGV"), (installed, "move_aside", PermissionError(13, "in use"), "in use")],
+)
 def test_tidying_that_fails_harms_nothing(
-    device: Device, versions: Versions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    device: Device, versions: Versions, caplog: pytest.LogCaptureFixture, place: Any, name: str, error: Any, said: str
 ) -> None:
-    def crash(*_: Any, **__: Any) -> None:
-        raise CRASHED
-
-    monkeypatch.setattr(children, "call", crash)
-    installed.make_current(versions[4], device.settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, name, Mock(side_effect=error))
+        installed.make_current(versions[4], device.settings)
     assert installed.current("bot", device.settings) == versions[4]
     assert device.here() == [4, 3, 2, 1]
-    assert "SIGSEGV" in caplog.text
-
-
-def test_a_folder_in_use_stays_whole(device: Device, versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def used(*_: Any) -> Path:
-        raise PermissionError(13, "in use")
-
-    monkeypatch.setattr(installed, "move_aside", used)
-    installed.make_current(versions[4], device.settings)
-    assert device.here() == [4, 3, 2, 1]
+    assert said in caplog.text
 
 
 def test_other_models_are_left_alone(device: Device, versions: Versions) -> None:
@@ -117,36 +111,29 @@ def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> 
     assert kept.model == "bot-two"
 
 
-def remove(version: Installed) -> None:
-    shutil.rmtree(version.folder)
+def shorten(folder: Path) -> None:
+    (folder / BIG).unlink()  # not in place, where other versions have it too
+    (folder / BIG).write_bytes(FILES[BIG][:-1])
 
 
-def shorten(version: Installed) -> None:
-    (version.folder / BIG).unlink()  # not in place, where other versions have it too
-    (version.folder / BIG).write_bytes(FILES[BIG][:-1])
-
-
-def half(version: Installed) -> None:
-    (version.folder / VERSION_MANIFEST).write_text(version.folder.joinpath(VERSION_MANIFEST).read_text()[:100])
-
-
-def undescribed(version: Installed) -> None:
-    (version.folder / "inference_model.json").unlink()
-
-
-def renamed(version: Installed) -> None:
-    version.folder.rename(version.folder.with_name("bot-int8-generic-cpu-0" + str(version.version)))
-
-
-@pytest.mark.parametrize("damage", [remove, shorten, half, undescribed, renamed])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        shorten,
+        lambda folder: (folder / VERSION_MANIFEST).write_text((folder / VERSION_MANIFEST).read_text()[:100]),
+        lambda folder: (folder / "inference_model.json").unlink(),
+        lambda folder: folder.rename(folder.with_name(f"bot-int8-generic-cpu-0{folder.name[-1]}")),
+    ],
+)
 def test_a_current_version_that_is_gone_gives_way_to_the_one_before(
-    device: Device, versions: Versions, damage: Callable[[Installed], None], caplog: pytest.LogCaptureFixture
+    device: Device, versions: Versions, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    damage(versions[2])
+    damage(versions[2].folder)
     assert device.here() == [4, 3, 1]
     assert installed.current("bot", device.settings) == versions[1]
     assert "bot-int8-generic-cpu:2" in caplog.text
-    damage(versions[1])
+    damage(versions[1].folder)
     assert installed.current("bot", device.settings) is None
 
 

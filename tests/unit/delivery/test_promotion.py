@@ -14,7 +14,6 @@ from slmops.foundry.versions import ModelVersion, Promoted, Promotion
 from slmops.selection.policy import Gate, Policy
 from tests import values
 
-CONDITIONS = {"evaluation set": "e", "perplexity text": "t", "number of questions (--quick)": "false"}
 ACCURACY = Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept")
 
 
@@ -25,13 +24,12 @@ def version(number: int, variant: str = "int8") -> ModelVersion:
 class Tracker:
     """The tracking server, as far as a promotion asks it."""
 
-    def __init__(self, *results: VariantResult, chosen: str | None = "int8", **conditions: dict[str, str]) -> None:
+    def __init__(self, *results: VariantResult, chosen: str | None = "int8", differs: tuple[str, ...] = ()) -> None:
         self.comparison = values.comparison(*results, chosen=chosen, reason="Nothing passes.")
         self.policy = Policy(gates=(ACCURACY,))
-        self.measured: dict[str, Measurement] | None = None
-        self.others = conditions
+        self.measured = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
+        self.differs = differs
         self.machines: dict[str, str] = {}
-        self.asked: list[tuple[str, str | None]] = []
 
     def latest(self, name: str) -> Comparison:
         assert name == "bot"
@@ -41,13 +39,13 @@ class Tracker:
         assert job_id == "job-2"
         return self.comparison, self.policy
 
-    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
-        self.asked.append((name, like))
+    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement]:
+        assert (name, like) == ("bot", "run-2")
         return self.measured
 
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:
-        one, two = (self.others.get(run.replace("-", "_"), CONDITIONS) for run in (run_id, other))
-        return tuple(name for name in one if one[name] != two[name])
+        assert (run_id, other) == ("run-2", "run-1")
+        return self.differs
 
     def hardware_kind(self, run_id: str) -> str:
         return self.machines.get(run_id, "this machine")
@@ -65,8 +63,9 @@ class Registry:
         return version(9, variant)
 
 
-def measured(accuracy: float, run_id: str = "run-2") -> VariantResult:
-    return values.result("int8", 100, accuracy=accuracy, spread=0.05).model_copy(update={"run_id": run_id})
+def measured(accuracy: float, **changes: Any) -> VariantResult:
+    made = values.result("int8", 100, accuracy=accuracy, spread=0.05)
+    return made.model_copy(update={"run_id": "run-2", **changes})
 
 
 def pick(request: Promotion, tracker: Tracker) -> ModelVersion:
@@ -87,18 +86,14 @@ def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Decision
     ],
 )
 def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, str]) -> None:
-    tracker = Tracker(measured(0.5).model_copy(update={"version": 4}))
-    found = pick(Promotion(name="bot", **asked), tracker)
+    found = pick(Promotion(name="bot", **asked), Tracker(measured(0.5, version=4)))
     assert (found.version, found.variant) == expected
 
 
-@pytest.mark.parametrize(
-    ("chosen", "number"), [(None, None), ("int8", None)], ids=["nothing chosen", "chosen before there was a registry"]
-)
-def test_nothing_to_promote(chosen: str | None, number: int | None) -> None:
-    tracker = Tracker(measured(0.5).model_copy(update={"version": number}), chosen=chosen)
+@pytest.mark.parametrize("chosen", [None, "int8"], ids=["nothing chosen", "chosen before there was a registry"])
+def test_nothing_to_promote(chosen: str | None) -> None:
     with pytest.raises(UsageError, match="Nothing passes") as caught:
-        pick(Promotion(name="bot"), tracker)
+        pick(Promotion(name="bot"), Tracker(measured(0.5), chosen=chosen))
     assert "--precision" in str(caught.value.fix)
 
 
@@ -120,10 +115,9 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any]) -> None:
     ("accuracy", "refused"), [(0.9, False), (0.75, False), (0.65, True)], ids=["better", "within the margin", "worse"]
 )
 def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> None:
-    tracker = Tracker(measured(accuracy))
-    tracker.measured = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
-    decision = judge(tracker, version(1, "fp32"))
-    assert tracker.asked == [("bot", "run-2")]
+    decision = judge(Tracker(measured(accuracy)), version(1, "fp32"))
+    assert decision.elsewhere is None
+    assert "note:" not in promotion.text(decision, Promotion(name="bot"))
     error = promotion.refuse(decision)
     assert (error is not None) == refused
     if error is not None:
@@ -145,15 +139,14 @@ def test_the_first_version_has_nobody_to_beat() -> None:
     assert "Forced: why not" in said
 
 
-@pytest.mark.parametrize("condition", list(CONDITIONS))
-def test_what_was_measured_with_other_things_is_not_compared(condition: str) -> None:
-    tracker = Tracker(measured(0.9), run_1={**CONDITIONS, condition: "other"})
-    tracker.measured = {}
-    decision = judge(tracker, version(1, "fp32"))
-    assert decision.differs == (condition,)
+def test_what_was_measured_with_other_things_is_not_compared() -> None:
+    differs = ("evaluation set", "perplexity text")
+    decision = judge(Tracker(measured(0.9), differs=differs), version(1, "fp32"))
+    assert decision.differs == differs
     error = promotion.refuse(decision)
     assert error is not None
-    assert f"bot version 1 (fp32) and bot version 2 (int8) were not measured with the same {condition}" in error.message
+    not_same = "were not measured with the same evaluation set and perplexity text, so they cannot be compared"
+    assert f"bot version 1 (fp32) and bot version 2 (int8) {not_same}" in error.message
     assert "Measure bot version 1 (fp32) with the same" in str(error.fix)
 
 
@@ -164,27 +157,15 @@ SPEED = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.8)
 def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bool) -> None:
     tracker = Tracker(measured(0.8))
     tracker.policy = Policy(gates=(ACCURACY, SPEED.model_copy(update={"inconclusive": doubt})))
-    accuracy = Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)
-    tracker.measured = {"accuracy": accuracy}  # the tracking server leaves the others out
     tracker.machines = {"run-1": "a small one"}
     decision = judge(tracker, version(1, "fp32"))
-    note = (
-        "The speed of the champion was measured on another kind of machine (a small one; not this machine): "
-        "speeds are not compared."
-    )
+    kinds = "another kind of machine (a small one; not this machine)"
+    note = f"The speed of the champion was measured on {kinds}: speeds are not compared."
     assert (decision.elsewhere, decision.differs) == (note, ())
     assert f"\n- note: {note}\n" in promotion.text(decision, Promotion(name="bot"))
     assert [gate.outcome for gate in decision.gates] == ["pass", "inconclusive"]
     assert decision.gates[1].detail == "decode_tok_s was not measured of the champion"
     assert (promotion.refuse(decision) is not None) == refused
-
-
-def test_nothing_is_said_of_two_machines_of_one_kind() -> None:
-    tracker = Tracker(measured(0.8))
-    tracker.measured = {}
-    decision = judge(tracker, version(1, "fp32"))
-    assert decision.elsewhere is None
-    assert "note:" not in promotion.text(decision, Promotion(name="bot"))
 
 
 def test_an_evaluation_that_is_not_in_its_job() -> None:

@@ -17,7 +17,8 @@ from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError
 from slmops.delivery import installed, pull
 from slmops.foundry import cli
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
-from tests.pulled import BIG, CRASHED, FILES, URI, Device, Remote, contents, described, digest, names
+from tests import values
+from tests.pulled import BIG, CRASHED, FILES, URI, Device, contents, described, digest, names
 
 
 def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
@@ -211,11 +212,9 @@ class Registry:
         raise UsageError(f"There is no {name}@{which}.")
 
 
-def listed(
-    number: int, variant: str, size_mb: float, memory_mb: float, job_id: str = "job", **changes: Any
-) -> ModelVersion:
-    made = Remote(variant=variant, number=number)
-    return made.version(size_mb=size_mb, memory_mb=memory_mb, job_id=job_id, **changes)
+def listed(number: int, variant: str, size_mb: float, memory_mb: float, **changes: Any) -> ModelVersion:
+    fields = {"size_mb": size_mb, "memory_mb": memory_mb, "job_id": "job", **changes}
+    return values.model_version(number, variant=variant, **fields)
 
 
 FP32 = listed(5, "fp32", 600, 9000)
@@ -223,7 +222,7 @@ FP16 = listed(6, "fp16", 300, 8100)
 INT8 = listed(3, "int8", 150, 7000)
 INT4 = listed(4, "int4", 100, 5000)
 INT4_AGAIN = listed(7, "int4", 100, 5000)
-OLDER = listed(2, "int8", 200, 1000, "older")
+OLDER = listed(2, "int8", 200, 1000, job_id="older")
 GPU = listed(8, "cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider")
 
 
@@ -245,11 +244,7 @@ GPU = listed(8, "cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider"
     ],
 )
 def test_the_choice(
-    versions: list[ModelVersion],
-    champion: ModelVersion | None,
-    which: str | None,
-    expected: ModelVersion,
-    caplog: pytest.LogCaptureFixture,
+    versions: list[ModelVersion], champion: Any, which: str | None, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry: Any = Registry(versions, champion.version if champion else None)
     assert pull.fitting(registry, "bot", which) == expected

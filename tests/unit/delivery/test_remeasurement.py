@@ -21,25 +21,21 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home")
 
 
-def test_everything_is_here(settings: Settings) -> None:
-    plan = remeasurement.plan(recorded(), HERE, settings)
-    assert (plan.speed, plan.left_out) == (True, ())
+ELSEWHERE = "recorded on another kind of machine (a small one; not this machine)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "left_out"),
+    [({}, None), ({"hardware_kind": "a small one"}, f"were {ELSEWHERE}"), ({"measurements": {}}, "were not recorded")],
+)
+def test_everything_that_was_recorded_here_is_measured(
+    settings: Settings, changes: dict[str, Any], left_out: str | None
+) -> None:
+    plan = remeasurement.plan(recorded(**changes), HERE, settings)
+    assert plan.speed == (left_out is None)
+    assert plan.left_out == ((f"speed and memory, which {left_out}",) if left_out else ())
     assert plan.questions == dataset.load(None)
     assert plan.text == dataset.perplexity_text(None)[0]
-
-
-def test_another_kind_of_machine(settings: Settings) -> None:
-    plan = remeasurement.plan(recorded(hardware_kind="a small one"), HERE, settings)
-    assert not plan.speed
-    assert plan.left_out == (
-        "speed and memory, which were recorded on another kind of machine (a small one; not this machine)",
-    )
-    assert plan.questions
-
-
-def test_speed_that_was_not_recorded(settings: Settings) -> None:
-    plan = remeasurement.plan(recorded(measurements={}), HERE, settings)
-    assert (plan.speed, plan.left_out) == (False, ("speed and memory, which were not recorded",))
 
 
 def files(folder: Path) -> dict[str, Any]:

@@ -81,11 +81,7 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
 
 
 def check(job: Job) -> None:
-    """Look at the model that a job names as far as nothing has to be fetched, unpacked or hashed for it.
-
-    Raises:
-        CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
-    """
+    """What :func:`resolve` checks, as far as nothing has to be fetched, unpacked or hashed for it."""
     text = job.model.strip()
     path = _local(text)
     if path is not None and not path.is_file():

@@ -34,12 +34,10 @@ def handle(request: UnpackRequest) -> Frozen:
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except (MemoryError, ImportError):
-        raise
     except Exception as error:
         # Broken bytes make gguf and transformers raise anything: struct.error, ValueError, KeyError, IndexError.
-        # A full disk is not the file's fault.
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        # A full disk or memory is not the file's fault.
+        if isinstance(error, (MemoryError, ImportError)) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise CheckpointError(
             f"transformers cannot read {request.gguf}: {type(error).__name__}: {error}",

@@ -61,13 +61,8 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
             )
         # A Trainer's folder holds its arguments and state in pickles too.
         state = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-        pickles = (name for name in names if name.endswith((".bin", ".pt", ".pth")) and not name.startswith(state))
-        if pickle := min(pickles, default=None):
-            raise CheckpointError(
-                f"{where} holds pickled weights under a name that transformers does not load ({pickle}).",
-                f"{_SAVE_AGAIN}.",
-            )
-        other = min((name for name in names if name.endswith(".safetensors")), default=None)
+        weights = (".safetensors", ".bin", ".pt", ".pth")
+        other = min((name for name in names if name.endswith(weights) and not name.startswith(state)), default=None)
         raise CheckpointError(
             f"{where} has no weights" + (f" that transformers would load, only {other}." if other else "."),
             f"It needs one of {', '.join(ROOTS[:2])}. {_SAVE_AGAIN}.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -23,21 +22,15 @@ class OnnxModel:
         self._session = ort.InferenceSession(
             folder / config["model"]["decoder"]["filename"], options, providers=["CPUExecutionProvider"]
         )
-        self._inputs = {node.name: node for node in self._session.get_inputs()}
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of shape (tokens, vocabulary) for one sequence ``ids`` of shape (tokens,)."""
         count = len(ids)
-        feeds: dict[str, Any] = {}
-        for name, node in self._inputs.items():
-            kind = _TYPES[node.type]
-            if name == "input_ids":
-                feeds[name] = ids[None].astype(kind)
-            elif name == "attention_mask":
-                feeds[name] = np.ones((1, count), kind)
-            elif name == "position_ids":
-                feeds[name] = np.arange(count, dtype=kind)[None]
-            else:  # an empty cache: (batch, key-value heads, 0, head size)
-                feeds[name] = np.zeros((1, node.shape[1], 0, node.shape[3]), kind)
+        known = {"input_ids": ids, "attention_mask": np.ones(count), "position_ids": np.arange(count)}
+        feeds = {}
+        for node in self._session.get_inputs():
+            # The others are an empty cache: (batch, key-value heads, 0, head size).
+            value = known[node.name][None] if node.name in known else np.zeros((1, node.shape[1], 0, node.shape[3]))
+            feeds[node.name] = value.astype(_TYPES[node.type])
         (logits,) = self._session.run(["logits"], feeds)
         return np.asarray(logits[0], np.float32)

@@ -144,28 +144,23 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         except SlmopsError as error:
             raise HTTPException(503, error.message, {"retry-after": str(RETRY_AFTER_S)}) from error
 
-    def answered(body: bytes) -> bytes:
-        offers = offered()
-        try:
-            return answer(body, offers)
-        except UsageError as error:
-            raise HTTPException(400, error.message) from error
-
     async def models(request: Request) -> Response:
-        try:
-            body = await read_body(request, BODY_BYTES, BODY_TIMEOUT_S)
-        except BodyRefused as error:
-            raise HTTPException(error.status, error.message, {"connection": "close"}) from error
-        except ClientDisconnect as error:
-            raise HTTPException(400, "The client went away.") from error
-        return Response(await run_in_threadpool(answered, body), media_type="application/json")
+        body = await read_body(request, BODY_BYTES, BODY_TIMEOUT_S)
+        page = await run_in_threadpool(lambda: answer(body, offered()))
+        return Response(page, media_type="application/json")
 
     async def health(_: Request) -> Response:
         offers = await run_in_threadpool(offered)
         return JSONResponse({"status": "ok", "models": len({entry.alias for entry in offers if entry.latest})})
 
     async def refuse(_: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
+        if isinstance(error, BodyRefused):
+            error = HTTPException(error.status, error.message, {"connection": "close"})
+        elif isinstance(error, UsageError):
+            error = HTTPException(400, error.message)
+        elif isinstance(error, ClientDisconnect):
+            error = HTTPException(400, "The client went away.")
+        elif not isinstance(error, HTTPException):
             error = HTTPException(500, "The catalog failed; its log says how.")
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
         said = {"message": error.detail[:MESSAGE_LIMIT], "type": kind}
@@ -173,5 +168,5 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
 
     return Starlette(
         routes=[Route(PATH, models, methods=["POST"]), Route("/health", health)],
-        exception_handlers={HTTPException: refuse, Exception: refuse},
+        exception_handlers=dict.fromkeys((BodyRefused, UsageError, ClientDisconnect, HTTPException, Exception), refuse),
     )

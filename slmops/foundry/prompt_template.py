@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
 
 from pydantic import Field
 
@@ -41,7 +40,6 @@ _SPECIAL_CONTENTS = {
     "contents with outer blanks": [f" \n{text}\n " for text in _CONTENTS[0]],
     "contents with <think> blocks": [f"<think>\nhm\n</think>\n\n{text}" for text in _CONTENTS[0]],
 }
-_quoted = partial(json.dumps, ensure_ascii=False)
 _ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6)
 _KINDS: dict[str, Callable[[Shape], bool]] = {
     "all conversations": lambda _: True,
@@ -199,9 +197,9 @@ def _cause(strings: Mapping[str, str], pairs: Sequence[tuple[Sequence[ChatMessag
         return "cannot be said, because the chat template does not write each of their messages on its own", ""
     starts = {text.removesuffix(got) if got is not None and text.endswith(got) else None for text, got in filled}
     if len(starts) == 1 and (start := starts.pop()):
-        return "differ, because the chat template starts them with ", _quoted(start)
+        return "differ, because the chat template starts them with ", json.dumps(start, ensure_ascii=False)
     at = next((at for at, pair in enumerate(zip(text, got, strict=False)) if len(set(pair)) > 1), len(got))
-    theirs, ours = (_quoted(each[max(at - 20, 0) : at + 30]) for each in (text, got))
+    theirs, ours = (json.dumps(each[max(at - 20, 0) : at + 30], ensure_ascii=False) for each in (text, got))
     return "differ: the chat template writes ", f"{theirs} where PromptTemplate writes {ours}"
 
 

@@ -21,8 +21,7 @@ from slmops.checkpoints.reading import read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 
-ChatMessage = Mapping[str, str]
-"""Has ``role`` and ``content``."""
+ChatMessage = Mapping[str, str]  # with role and content
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

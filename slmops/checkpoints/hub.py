@@ -13,7 +13,6 @@ from slmops.core.job import Job
 
 log = logging.getLogger(__name__)
 
-HUB_TIMEOUT_S = 10.0
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -53,7 +52,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
     get = partial(snapshot_download, repo, revision=revision, ignore_patterns=["*/*"])
     try:
         try:
-            info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+            info = HfApi().model_info(repo, revision=revision, timeout=10)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
             raise
         except Exception as error:

@@ -28,6 +28,8 @@ Download = Callable[[str, Path], Path]
 
 DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+_WEIGHTS = {*weight_files.ROOTS, "adapter_config.json"}
+_TOKENIZERS = {name for group in inspection.TOKENIZERS for name in group}
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
@@ -201,29 +203,16 @@ def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[P
             ) from error
         if not root.is_dir():
             raise CheckpointError(f"{uri} is a file.", "Give the URI of the folder that holds the model.")
-        complete = _first_with(root, lambda names: "config.json" in names and _has_weights(names))
-        model = complete or _first_with(root, _has_weights) or root
-        tokenizer = model if _has_tokenizer(inspection.names(model)) else _first_with(root, _has_tokenizer) or model
+        holds = {path: inspection.names(path) for path in (root, *root.rglob("*")) if path.is_dir()}
+        # Of the folders that hold most of what is needed, the one nearest to the root.
+        near = sorted(holds, key=lambda path: (len(path.parts), str(path)))
+        model = max(near, key=lambda path: (not _WEIGHTS.isdisjoint(holds[path]), "config.json" in holds[path]))
+        tokenizer = max(near, key=lambda path: (not _TOKENIZERS.isdisjoint(holds[path]), path == model))
         for part in (model, tokenizer):
-            for name in sorted(inspection.names(part)):
+            for name in sorted(holds[part]):
                 if not (folder / name).exists():
                     link_or_copy(part / name, folder / name)
         yield folder
-
-
-def _has_weights(names: set[str]) -> bool:
-    return any(name in names for name in (*weight_files.ROOTS, "adapter_config.json"))
-
-
-def _has_tokenizer(names: set[str]) -> bool:
-    return any(name in names for group in inspection.TOKENIZERS for name in group)
-
-
-def _first_with(root: Path, holds: Callable[[set[str]], bool]) -> Path | None:
-    """The folder nearest to ``root`` whose files satisfy ``holds``."""
-    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
-    folders.sort(key=lambda path: (len(path.parts), str(path)))
-    return next((path for path in folders if holds(inspection.names(path))), None)
 
 
 def _mlflow_name(uri: str) -> str:

@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "unpacked.json"
 
-Hashes = Mapping[str, str]
-"""SHA-256 of each file that matters, by name."""
+Hashes = Mapping[str, str]  # SHA-256 of each file that matters, by name
 
 
 def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:

@@ -19,8 +19,7 @@ _UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
 _LFS_POINTER = b"version https://git-lfs"
 _SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
 
-Tensors = Mapping[str, tuple[str, list[int]]]
-"""Dtype and shape by name."""
+Tensors = Mapping[str, tuple[str, list[int]]]  # dtype and shape by name
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ _KINDS = {32: "FLOAT", 16: "FLOAT16 BFLOAT16", 8: "INT8 UINT8", 4: "INT4 UINT4",
 _BITS = {TensorProto.DataType.Value(kind): bits for bits, kinds in _KINDS.items() for kind in kinds.split()}
 # Operators that read packed weights: which inputs are the weights, and which are their scales and zero points.
 _PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
-_DEFAULT_BITS = 4
 _MOST = 0.95
 
 
@@ -37,7 +36,7 @@ def inspect(model: Path, parameters: int) -> Weights:
         if node.op_type not in _PACKED:
             continue
         weight_at, scales_at = _PACKED[node.op_type]
-        bits = next((a.i for a in node.attribute if a.name == "bits"), _DEFAULT_BITS)
+        bits = next((a.i for a in node.attribute if a.name == "bits"), 4)  # the operators' default
         operators[f"{node.op_type} {bits} bit"] += 1
         overhead.update(node.input[i] for i in scales_at if i < len(node.input))
         name = made_from.get(node.input[weight_at], node.input[weight_at])

@@ -20,8 +20,7 @@ from slmops.core.files import write_atomic
 from slmops.core.locks import exclusive
 
 COMMAND_TIMEOUT_S = 60
-ANSWER_TIMEOUT_S = 600
-"""Seconds to load a model and answer."""
+ANSWER_TIMEOUT_S = 600  # to load a model and answer
 # An absolute folder after some words, such as "Cache directory path: C:\Users\Jo Doe\.foundry"; it may hold blanks.
 _FOLDER = re.compile(r"(?:^|\s)((?:[A-Za-z]:[\\/]|[\\/~]).*\S)", re.MULTILINE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -40,7 +40,6 @@ class Entry(Frozen):
     alias: str = Field(description="What an application asks for.")
     name: str = Field(description="Foundry's name, such as support-bot-int4-generic-cpu.")
     version: int
-    publisher: str = PUBLISHER
     display_name: str
     device: str = "cpu"
     provider: str = "CPUExecutionProvider"
@@ -111,9 +110,9 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
 
 
 def _entity(entry: Entry) -> dict[str, Any]:
-    identity = f"azureml://registries/{entry.publisher}/models/{entry.name}/versions/{entry.version}"
+    identity = f"azureml://registries/{PUBLISHER}/models/{entry.name}/versions/{entry.version}"
     tags = {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""}
-    data = {"publisher": entry.publisher, "displayName": entry.display_name, "inferenceTasks": ["chat-completion"]}
+    data = {"publisher": PUBLISHER, "displayName": entry.display_name, "inferenceTasks": ["chat-completion"]}
     runs_on = {"modelType": "ONNX", "device": entry.device, "executionProvider": entry.provider}
     properties = {
         "id": identity,

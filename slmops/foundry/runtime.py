@@ -11,7 +11,6 @@ import foundry_local_sdk as sdk
 
 from slmops.core.errors import EvaluationError
 
-APP_NAME = "slmops"
 # Nobody listens there, which the runtime takes for an empty catalog. The public one would cost seconds of retries
 # without a network, and nothing here comes from it.
 NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
@@ -36,7 +35,7 @@ def manager(
     """Start the runtime with its data below ``home``, and with all telemetry off that can be switched off."""
     return sdk.FoundryLocalManager(
         sdk.Configuration(
-            app_name=APP_NAME,
+            app_name="slmops",
             app_data_dir=str(home),
             model_cache_dir=str(models or home / "models"),
             logs_dir=str(logs or home / "logs"),

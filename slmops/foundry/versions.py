@@ -16,10 +16,8 @@ from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, 
 from slmops.foundry.layout import INFERENCE_MODEL, model_name
 
 VERSION_MANIFEST = "deployment.json"
-CHAMPION = "champion"
-"""Alias of the version that is deployed."""
-PREVIOUS = "previous"
-"""Alias of the version that was the champion before."""
+CHAMPION = "champion"  # alias of the version that is deployed
+PREVIOUS = "previous"  # alias of the version that was the champion before
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
 """What cannot be the alias of a variant: two have a meaning, MLflow keeps two for itself, and numbers are versions."""
 

@@ -185,8 +185,7 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
             if error.comparison is None:
                 raise
             refused, comparison = error, error.comparison
-        accuracy = attempt.so_far.accuracy
-        accuracy |= outcome.accuracies(accuracy["base"], accuracy["finetuned"], comparison)
+        attempt.so_far.accuracy.update(outcome.accuracies(comparison))
         steps.link(attempt.tracker, attempt.so_far.run_id, comparison)
     if refused is not None:
         raise refused

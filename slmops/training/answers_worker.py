@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -61,20 +62,15 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
             generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         seconds = (time.perf_counter() - started) / len(places)
         for place, row in zip(places, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            tokens, ended = _cut(row, ends, request.items[place].max_tokens)
+            room = row[: request.items[place].max_tokens]
+            tokens = list(itertools.takewhile(lambda token: token not in ends, room))
             said[place] = Generated(
                 text=tokenizer.decode(tokens, skip_special_tokens=True),
-                finish_reason="stop" if ended else "length",
+                finish_reason="stop" if len(tokens) < len(room) else "length",
                 seconds=seconds,
                 completion_tokens=len(tokens),
             )
     return [said[place] for place in range(len(prompts))]
-
-
-def _cut(row: list[int], ends: set[int], most: int) -> tuple[list[int], bool]:
-    """The answer's own tokens, at most ``most``, and whether it ended within them."""
-    end = next((place for place, token in enumerate(row) if token in ends), len(row))
-    return row[: min(end, most)], end < min(most, len(row))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -222,12 +223,10 @@ def _percentiles(counts: Sequence[int]) -> dict[str, float]:
 
 def _load(folder: Path) -> TrainingData | None:
     """Return what a folder holds if all of it is as it was written; else None."""
-    try:
+    with suppress(OSError, ValueError):
         manifest = _PreparedManifest.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        if any(sha256(folder / name) != digest for name, digest in manifest.sha256.items()):
-            return None
-    except (OSError, ValueError):
-        return None
-    # The home may have been moved since.
-    paths = {key: folder / getattr(manifest.data, key).name for key in ("train", "validation", "evaluation")}
-    return manifest.data.model_copy(update=paths)
+        if all(sha256(folder / name) == digest for name, digest in manifest.sha256.items()):
+            # The home may have been moved since.
+            paths = {key: folder / getattr(manifest.data, key).name for key in ("train", "validation", "evaluation")}
+            return manifest.data.model_copy(update=paths)
+    return None

@@ -40,11 +40,9 @@ class Example:
 
     @property
     def place(self) -> str:
-        """File and line, for messages."""
         return f"{shown(self.file)}:{self.line}"
 
     def problem(self, kind: ProblemKind, detail: str, *, fatal: bool = True) -> DataProblem:
-        """Make a problem of this example."""
         return DataProblem(file=self.file, line=self.line, kind=kind, fatal=fatal, detail=detail)
 
 

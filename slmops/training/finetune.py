@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,12 +38,7 @@ NO_INPUT = {"data", "evaluation_set", "name", "serve", "watch_s", "approval"}
 """Fields of a request that do not count: locations, since contents are digested, and what happens to the result."""
 BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
 """Instruction sets that make products in bf16 faster. Without them bf16 is emulated, which is slower."""
-OFFLINE_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+OFFLINE_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """For children that load a checkpoint: nothing is sent or fetched."""
 
 
@@ -138,17 +134,14 @@ def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, eva
 
 def load(folder: Path) -> Finetuned | None:
     """Return the fine-tuning in ``folder`` if it is finished and its files are unchanged; else None."""
-    try:
+    with suppress(OSError, ValueError, TypeError):  # TypeError: the JSON is not an object
         content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-        finetuned = Finetuned.model_validate({**content, "folder": folder})
-        files = FILE_LIST.validate_json((folder / DIGESTS_FILE).read_bytes())
-    except (OSError, ValueError, TypeError):  # TypeError: the JSON is not an object
-        return None
-    return finetuned if files == _files(folder) else None
+        if FILE_LIST.validate_json((folder / DIGESTS_FILE).read_bytes()) == _files(folder):
+            return Finetuned.model_validate({**content, "folder": folder})
+    return None
 
 
 def _files(folder: Path) -> list[VariantFile]:
-    """List the files of the adapter and of the merged checkpoint, with their digests."""
     return [
         file.model_copy(update={"name": f"{part}/{file.name}"})
         for part in (finetune_worker.ADAPTER, finetune_worker.MERGED)

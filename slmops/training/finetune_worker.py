@@ -71,14 +71,6 @@ def handle(request: FinetuneRequest) -> TrainingResult:
     )
 
 
-def rate(share: float) -> float:
-    """The learning rate as a share of its maximum, when ``share`` of the training is over.
-
-    It rises linearly, and falls with the cosine (Loshchilov and Hutter 2017, "SGDR", without restarts).
-    """
-    return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
 def _diverged(training: LoraSettings, message: str) -> TrainingError:
     lower = f"{training.learning_rate / 5:.1g} instead of {training.learning_rate}"
     return TrainingError(message, f"Lower --training.learning-rate, for example to {lower}.")
@@ -102,12 +94,10 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
     import torch
     import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import trainer_utils
 
     training, folder = request.training, request.folder
-    tokenizer = transformers.AutoTokenizer.from_pretrained(request.checkpoint.path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request.checkpoint.path, padding_side="right")
     items, validation = (_items(file, tokenizer) for file in (request.data.train, request.data.validation))
-    tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # any will do: it is masked
     per_epoch = math.ceil(len(items) / training.batch_size)
     every = math.ceil(per_epoch / training.evaluations)
@@ -134,11 +124,10 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
         disable_tqdm=True,
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and costs time
-    trainer_utils.enable_full_determinism(training.seed)
+    transformers.enable_full_determinism(training.seed)
     # The base model's weights are frozen. The adapter's weights are fp32 in any case.
     dtype = torch.bfloat16 if request.bf16 else torch.float32
     base = transformers.AutoModelForCausalLM.from_pretrained(request.checkpoint.path, dtype=dtype)
-    base.config.use_cache = False
     base.name_or_path = request.checkpoint.name  # the adapter records it, and a path means nothing on another machine
     adapter = LoraConfig(
         r=training.rank,
@@ -147,13 +136,14 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    trainer = _trainer_class()(
+    trainer = transformers.Trainer(
         model=get_peft_model(base, adapter),
         args=arguments,
         train_dataset=items,
         eval_dataset=validation,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
     )
+    trainer.compute_loss = _loss
     clock = _Clock(kept[1].seconds if kept else 0.0, training, steps)
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), clock.rate)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -191,28 +181,27 @@ class _Clock:
         return self.training.minutes is not None and self.seconds >= 60 * self.training.minutes
 
     def rate(self, step: int) -> float:
-        """The learning rate after ``step`` steps, as a share of its maximum."""
-        if self.training.minutes is None:
-            return rate((step + 1) / (self.steps + 1))
-        return rate(max(self.seconds / (60 * self.training.minutes), 0.1 * WARM_UP))
+        """The learning rate after ``step`` steps, as a share of its maximum.
+
+        It rises linearly, and falls with the cosine (Loshchilov and Hutter 2017, "SGDR", without restarts).
+        """
+        share = (step + 1) / (self.steps + 1)
+        if self.training.minutes is not None:
+            share = max(self.seconds / (60 * self.training.minutes), 0.1 * WARM_UP)
+        return min(1.0, share / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def _trainer_class() -> Any:
+def _loss(model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    """The Trainer's own makes the logits of all tokens: a vocabulary is large, and most tokens are of the questions."""
     import torch
-    import transformers
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            # Only the logits of the answers: a vocabulary is large, and most tokens belong to the questions.
-            wanted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-            keep = wanted != IGNORED
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep)
-            loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[keep])
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()}")
-            return (loss, outputs) if return_outputs else loss
-
-    return Trainer
+    wanted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+    keep = wanted != IGNORED
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=keep)
+    loss = torch.nn.functional.cross_entropy(outputs.logits.float(), wanted[keep])
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss.item()}")
+    return (loss, outputs) if return_outputs else loss
 
 
 def _callback(clock: _Clock, request: FinetuneRequest) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 FIRST_REPEAT_S = 1800
 DAY_S = 86400
 
 
-class Seen(BaseModel):
+class Seen(BaseModel, frozen=True):
     """What one look leaves for the next."""
-
-    model_config = ConfigDict(frozen=True)
 
     version: int | None = Field(None, description="The highest number in the registry.")
     data: str | None = Field(None, description="Digest of the training items that are not new.")

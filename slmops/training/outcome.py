@@ -30,10 +30,9 @@ def worse(base: Measurement, finetuned: Measurement) -> str | None:
     )
 
 
-def accuracies(base: Measurement, finetuned: Measurement, comparison: Comparison) -> dict[str, Measurement]:
-    """Accuracy on the evaluation set, from the base model to each precision."""
-    variants = {one.name: one.measurements["accuracy"] for one in comparison.variants if "accuracy" in one.measurements}
-    return {"base": base, "finetuned": finetuned, **variants}
+def accuracies(comparison: Comparison) -> dict[str, Measurement]:
+    """Accuracy of each precision on the evaluation set."""
+    return {one.name: one.measurements["accuracy"] for one in comparison.variants if "accuracy" in one.measurements}
 
 
 def text(result: Retrained) -> str:

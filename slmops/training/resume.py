@@ -17,11 +17,10 @@ from slmops.training.values import LossPoint, Stopped
 
 STATES = "checkpoints"
 WHOLE = "complete.json"
-"""The file of a saved state that is written last, with the sizes of the others."""
 
 
 class WholeMark(Frozen):
-    """Content of :data:`WHOLE`."""
+    """Content of :data:`WHOLE`, the file of a saved state that is written last, with the sizes of the others."""
 
     seconds: float
     stopped: Stopped | None
@@ -33,10 +32,9 @@ def state_folder(folder: Path, step: int) -> Path:
     return folder / STATES / f"checkpoint-{step}"
 
 
-def trainer_state(folder: Path, step: int) -> dict[str, Any]:
+def trainer_state(folder: Path, step: int) -> Any:
     """What the Trainer itself recorded of that state."""
-    state: dict[str, Any] = json.loads((state_folder(folder, step) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state
+    return json.loads((state_folder(folder, step) / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def resumable(folder: Path) -> tuple[int, WholeMark] | None:
@@ -71,10 +69,8 @@ def mark_whole(state: Path, seconds: float, stopped: Stopped | None) -> None:
 def truncate(file: Path, step: int) -> None:
     """Drop the points of a loss curve after ``step``, and a line that is cut off."""
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
+    with suppress(ValueError):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
             if LossPoint.model_validate_json(line).step <= step:
                 kept.append(line + "\n")
-        except ValueError:
-            break
     write_atomic(file, "".join(kept))

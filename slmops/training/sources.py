@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -101,8 +100,7 @@ def public(source: str) -> str:
 def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) -> tuple[list[Path], Path | None]:
     """Return the training files, and the evaluation set that lies beside them."""
     if source == DEMO:
-        folder = Path(str(resources.files("slmops.training.demo")))
-        return [folder / "train.jsonl"], _beside(folder)
+        return _local(Path(__file__).with_name("demo"))
     if source.startswith(MLFLOW_DATASET):
         file = work / "dataset.jsonl"
         file.write_text("".join(sorted(map(_line, dataset(source.removeprefix(MLFLOW_DATASET).strip())))), "utf-8")
@@ -129,7 +127,6 @@ def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) 
 
 
 def _download(url: str, file: Path) -> None:
-    """Fetch a file, which appears only when it is whole."""
     import httpx
 
     where = public(url)
@@ -139,12 +136,11 @@ def _download(url: str, file: Path) -> None:
         )
     # httpx's timeout covers a single read, so data that trickle in would never time out.
     deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
-    part = file.with_suffix(".part")
     try:
         with (
             httpx.Client(follow_redirects=True, max_redirects=5, timeout=READ_TIMEOUT_S) as client,
             client.stream("GET", url) as response,
-            part.open("wb") as out,
+            file.open("wb") as out,
         ):
             if not response.is_success:
                 raise DataError(f"{where} answers {response.status_code} {response.reason_phrase}.", "Check the URL.")
@@ -162,7 +158,6 @@ def _download(url: str, file: Path) -> None:
         raise PrerequisiteError(f"{where} cannot be fetched ({type(error).__name__}).", _OFTEN) from None
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise DataError(f"{where} cannot be fetched ({type(error).__name__}).", "Check the URL.") from None
-    part.replace(file)
 
 
 def _expanded(path: Path) -> Path:

@@ -73,7 +73,6 @@ class Retrain(Frozen, use_attribute_docstrings=True):
 
     @property
     def label(self) -> str:
-        """The name of its runs."""
         return self.name or self.model
 
     def absolute(self) -> Retrain:
@@ -95,13 +94,8 @@ class News(Frozen, use_attribute_docstrings=True):
     """Look for new training data of a model, or for new versions of it."""
 
     name: Name = Field(description="The model's name in the registry.")
-    data: str | None = Field(
-        None,
-        min_length=1,
-        title="Training data",
-        description="Where its training data come from, given in the same way as for a retraining. Without it only "
-        "versions are looked for.",
-    )
+    data: str | None = Field(None, min_length=1, title="Training data")
+    """Where its training data come from, given as for a retraining. Without it only versions are looked for."""
     evaluation_set: Path | None = None
     """JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."""
 

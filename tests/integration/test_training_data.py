@@ -312,7 +312,7 @@ def test_a_url_that_gives_nothing(
         ("http://me:secret@127.0.0.1:1/a.jsonl", DataError, "http://127.0.0.1:1/a.jsonl"),
         ("http://127.0.0.1:1/a.jsonl?secret", PrerequisiteError, "ConnectError"),
         ("http://[::1/a.jsonl?secret", DataError, "not a URL"),
-        ("http://127.0.0.1:99999/a.jsonl?secret", DataError, "http://127.0.0.1:99999/a.jsonl"),
+        ("http://127.0.0.1:99999/a.jsonl?secret", PrerequisiteError, "http://127.0.0.1:99999/a.jsonl"),
         ("http:///a.jsonl?secret", PrerequisiteError, "UnsupportedProtocol"),
     ],
 )

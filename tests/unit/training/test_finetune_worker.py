@@ -108,12 +108,13 @@ def test_points_after_the_saved_state_are_dropped(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
-    shares = [worker.rate(share / 100) for share in range(101)]
+    clock = worker._Clock(0.0, LoraSettings(), steps=99)
+    shares = [clock.rate(step) for step in range(-1, 100)]
     assert shares[0] == 0
     assert max(shares) == shares[5] > 0.99
     assert shares[:6] == sorted(shares[:6])
     assert shares[5:] == sorted(shares[5:], reverse=True)
-    assert shares[-1] == worker.rate(1.5) == pytest.approx(0)
+    assert shares[-1] == clock.rate(149) == pytest.approx(0)
 
 
 def test_with_a_budget_the_learning_rate_goes_by_time() -> None:

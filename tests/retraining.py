@@ -78,7 +78,5 @@ def request(model: Path, data: Path, name: str, **changes: Any) -> Retrain:
     policy, matcher = data.parent / "policy.toml", data.parent / "matcher.py"
     policy.write_text(POLICY)
     matcher.write_text(MATCHER.format(flag=str(spoilt(data))))
-    values = {"training": TRAINING, "precision": ["fp32"], "policy": policy, "matcher": f"{matcher}:right"}
-    return Retrain(
-        **{"model": str(model), "data": str(data), "name": name, **values, "quick": True, "watch_s": 5, **changes}
-    )
+    asked = {"model": str(model), "data": str(data), "name": name, "policy": policy, "matcher": f"{matcher}:right"}
+    return Retrain(**{**asked, "training": TRAINING, "precision": ["fp32"], "quick": True, "watch_s": 5, **changes})

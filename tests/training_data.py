@@ -75,17 +75,8 @@ def write_lines(file: Path, items: Iterable[Any]) -> Path:
 
 def checked(folder: Path, **found: Any) -> TrainingData:
     """Checked data whose files are in ``folder``, there or not, and what the checks found."""
-    report: dict[str, Any] = {
-        **{"files": {"train.jsonl": 12}, "items": 10, "evaluation_items": 5, "dropped": 2, "problems": ()},
-        "tokens": {"min": 20, "p50": 30, "p90": 40, "p99": 50, "max": 60, "total": 300},
-    }
-    train, validation, evaluation = (folder / f"{name}.jsonl" for name in ("train", "validation", "evaluation"))
-    return TrainingData(
-        source="tickets",
-        digest="d" * 64,
-        train=train,
-        validation=validation,
-        evaluation=evaluation,
-        evaluation_digest="e" * 64,
-        report=DataReport(**{**report, **found}),
-    )
+    tokens = {"min": 20, "p50": 30, "p90": 40, "p99": 50, "max": 60, "total": 300}
+    counts: dict[str, Any] = {"items": 10, "evaluation_items": 5, "dropped": 2, "problems": (), "tokens": tokens}
+    report = DataReport(**{"files": {"train.jsonl": 12}, **counts, **found})
+    files: dict[str, Any] = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "evaluation")}
+    return TrainingData(source="tickets", digest="d" * 64, evaluation_digest="e" * 64, report=report, **files)

@@ -190,12 +190,8 @@ def _local(root: Path) -> tuple[list[Path], Path | None]:
     """Return a file, or the files of a folder sorted by name, and the evaluation set beside them."""
     try:
         if root.is_dir():
-            files = sorted(
-                path
-                for path in root.iterdir()
-                if path.suffix.lower() == ".jsonl"
-                and not (path.name in EVALUATION_FILES or path.name.startswith(".") or path.is_dir())
-            )
+            found = sorted(path for path in root.iterdir() if path.suffix.lower() == ".jsonl" and not path.is_dir())
+            files = [path for path in found if path.name not in EVALUATION_FILES and not path.name.startswith(".")]
             if not files:
                 raise DataError(f"{root} has no .jsonl files to train on.", "Put them directly into this folder.")
             return files, _beside(root)

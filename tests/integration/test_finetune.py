@@ -26,9 +26,7 @@ from tests.training_data import checked, turns, write_lines
 pytestmark = pytest.mark.integration
 
 ASKED = ("Is it raining?", "Who is there?", "What time is it now?", "Where?", "Shall we go home?", "How old are you?")
-TRAINING = LoraSettings(
-    rank=4, alpha=8, dropout=0.1, learning_rate=2e-2, epochs=4, batch_size=4, evaluations=2, patience=9
-)
+TRAINING = LoraSettings(rank=4, alpha=8, dropout=0.1, learning_rate=2e-2, epochs=4, evaluations=2, patience=9)
 """24 steps over 24 items; dropout, so that a resumed run needs the random state of the killed one."""
 
 
@@ -77,9 +75,8 @@ def test_what_comes_out(trained: Finetuned, checkpoint: Checkpoint) -> None:
     # Per layer: queries 64 x 64, keys and values 64 x 32, output 64 x 64, gate and up 64 x 128, down 128 x 64.
     assert trained.trained_parameters == 2 * 4 * (128 + 2 * 96 + 128 + 3 * 192)
     assert trained.base_digest == checkpoint.digest
-    assert {path.name for path in trained.folder.iterdir()} == {
-        *("adapter", "files.json", "losses.jsonl", "merged", "training.json")
-    }
+    names = sorted(path.name for path in trained.folder.iterdir())
+    assert names == ["adapter", "files.json", "losses.jsonl", "merged", "training.json"]
     rates = [point.learning_rate for point in trained.losses if point.learning_rate is not None]
     assert max(rates) == max(rates[:3]) > 0.9 * TRAINING.learning_rate
     assert rates[2:] == sorted(rates[2:], reverse=True)
@@ -130,9 +127,8 @@ def test_it_answers_what_it_was_taught(
     right, wrong, cut, free = answers
     assert (right.id, right.answer, right.correct, right.format_valid) == ("right", "Yes.", True, True)
     assert (right.finish_reason, cut.finish_reason) == ("stop", "length")
-    assert (wrong.answer, wrong.correct) == ("Yes.", False)
+    assert (wrong.answer, wrong.correct, free.correct) == ("Yes.", False, None)
     assert (cut.completion_tokens, cut.category) == (1, "short")
-    assert free.correct is None
     assert accuracy.samples == 3
     of_base, _ = answer_with_checkpoint(checkpoint.path, *ask, "base", settings)
     assert of_base.value == 0
@@ -142,12 +138,11 @@ def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> 
     def change_last_byte(file: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1] + b"!")
 
-    harms: list[tuple[Callable[[Path], object], tuple[str, ...]]] = [
-        (change_last_byte, ("merged/model.safetensors", "adapter/adapter_config.json", "training.json", "files.json")),
-        (Path.unlink, ("training.json", "files.json", "adapter/adapter_config.json")),
-        (Path.touch, ("merged/one too many",)),
-    ]
-    for harm, name in ((harm, name) for harm, names in harms for name in names):
+    small = ("training.json", "files.json", "adapter/adapter_config.json")
+    harms: list[tuple[Callable[[Path], object], str]] = [(Path.touch, "merged/one too many")]
+    harms += [(Path.unlink, name) for name in small]
+    harms += [(change_last_byte, name) for name in (*small, "merged/model.safetensors")]
+    for harm, name in harms:
         copy = shutil.copytree(trained.folder, tmp_path / "copy")
         assert finetune.load(copy) is not None
         harm(copy / name)
@@ -170,19 +165,13 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
         finetune.finetune(checkpoint, data, TRAINING, home, "tiny", kill)
     [folder] = home.trainings.iterdir()
     assert not (folder / "training.json").exists()
-    shutil.copytree(folder / "checkpoints/checkpoint-12", folder / "checkpoints/checkpoint-15")
-    (folder / "checkpoints/checkpoint-15/optimizer.pt").write_bytes(b"half")
-    with (folder / "losses.jsonl").open("a") as file:
-        file.write('{"step":15,"epo')
     points: list[LossPoint] = []
     finished = finetune.finetune(checkpoint, data, TRAINING, home, "tiny", points.append)
     assert points[0].step == 13
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         assert sha256(finished.folder / name) == sha256(trained.folder / name)
-    measured = {"epoch", "step", "train_loss", "validation_loss", "learning_rate"}
-    assert [point.model_dump(include=measured) for point in finished.losses] == [
-        point.model_dump(include=measured) for point in trained.losses
-    ]
+    of_one, of_other = ([p.model_dump(exclude={"seconds"}) for p in made.losses] for made in (finished, trained))
+    assert of_one == of_other
     seconds = [point.seconds for point in finished.losses]
     assert seconds == sorted(seconds)
 

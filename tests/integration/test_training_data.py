@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler
+from io import BytesIO
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,10 +129,8 @@ def test_all_that_is_wrong_is_told_at_once(checkpoint: Checkpoint, home: Setting
         prepare(source, checkpoint, home)
     first, *listed, more = caught.value.message.splitlines()
     assert str(source) in first
-    assert [line.split(": ")[0] for line in listed] == [
-        *(f"  - a.jsonl:{line}" for line in (2, 3, 4, 5, 6)),
-        *(f"  - b.jsonl:{line}" for line in (1, 2, 3, 4, 5)),
-    ]
+    places = [("a", line) for line in range(2, 7)] + [("b", line) for line in range(1, 6)]
+    assert [line.split(": ")[0] for line in listed] == [f"  - {name}.jsonl:{line}" for name, line in places]
     assert "evaluation item 1" in listed[1]
     assert "128 are allowed (--training.max-tokens)" in listed[2]
     assert "4 more" in more
@@ -188,17 +188,13 @@ Make = Callable[[str, list[dict[str, Any]]], None]
 
 
 @pytest.fixture
-def made(client: MlflowClient, database: str) -> Iterator[Make]:
+def made(client: MlflowClient, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     import mlflow
 
-    def make(name: str, records: list[dict[str, Any]]) -> None:
-        client.create_dataset(name).merge_records(records)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows
-        mlflow.set_tracking_uri(database)  # what merge_records writes to
-        yield make
-        mlflow.set_tracking_uri(None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows
+    mlflow.set_tracking_uri(database)  # what merge_records writes to
+    yield lambda name, records: client.create_dataset(name).merge_records(records)
+    mlflow.set_tracking_uri(None)
 
 
 def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Path) -> None:
@@ -236,39 +232,38 @@ def test_mlflow_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         TrainingTracker("http://127.0.0.1:1").records("x")
 
 
-ITEM = '{"prompt": "How are you?", "completion": "Well."}\n'
-ANSWERS: dict[str, tuple[int, str, dict[str, str]]] = {
+ITEM = b'{"prompt": "How are you?", "completion": "Well."}\n'
+ANSWERS: dict[str, tuple[int, bytes, dict[str, str]]] = {
     "/good.jsonl": (200, ITEM, {}),
-    "/page.jsonl": (200, "<html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"}),
-    "/moved.jsonl": (302, "", {"Location": "/good.jsonl"}),
-    "/round.jsonl": (302, "", {"Location": "/round.jsonl"}),
-    "/elsewhere.jsonl": (302, "", {"Location": "file:///etc/hostname"}),
-    "/forbidden.jsonl": (403, "", {}),
+    "/page.jsonl": (200, b"<html>Sign in</html>", {"Content-Type": "text/html; charset=utf-8"}),
+    "/moved.jsonl": (302, b"", {"Location": "/good.jsonl"}),
+    "/round.jsonl": (302, b"", {"Location": "/round.jsonl"}),
+    "/elsewhere.jsonl": (302, b"", {"Location": "file:///etc/hostname"}),
+    "/forbidden.jsonl": (403, b"", {}),
     "/short.jsonl": (200, ITEM, {"Content-Length": "1000"}),
 }
+ENDLESS = {"/large.jsonl": (b"x" * 65536, 0.0), "/slow.jsonl": (b"x", 0.02)}
+"""Blocks, and seconds between them."""
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A web server that does what the path says."""
-    headers: dict[str, str] = {}
 
-    def respond(request: BaseHTTPRequestHandler, _: Any) -> tuple[int, str]:
+    def respond(request: BaseHTTPRequestHandler, _: Any) -> tuple[int, bytes, dict[str, str]]:
         path = request.path.partition("?")[0]
-        if path in ("/large.jsonl", "/slow.jsonl"):
-            request.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
-            block, pause = (b"x" * 65536, 0.0) if path == "/large.jsonl" else (b"x", 0.02)
-            while True:  # until the client hangs up
-                request.wfile.write(block)
-                time.sleep(pause)
+        if path in ENDLESS:
+            block, pause = ENDLESS[path]
+            with suppress(OSError):  # the client hangs up
+                request.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+                while request.wfile.write(block):
+                    time.sleep(pause)
+            request.wfile = BytesIO()  # nobody hears the rest
         if path == "/silent.jsonl":
             time.sleep(1)
-        status, text, more = ANSWERS.get(path, (404, "no", {}))
-        headers.clear()
-        headers.update(more)
-        return status, text
+        return ANSWERS.get(path, (404, b"no", {}))
 
-    with answering(respond, lambda: headers) as address:
+    with answering(respond) as address:
         yield address
 
 
@@ -276,7 +271,7 @@ def url() -> Iterator[str]:
 def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
     fetched = fetch(url + path, home, held_out)
     assert fetched.source == url + path.partition("?")[0]
-    assert [file.read_text() for file in fetched.files] == [ITEM]
+    assert [file.read_bytes() for file in fetched.files] == [ITEM]
     assert fetched.evaluation.name == "questions.jsonl"
     error = refused(url + path, home, fetched.source)  # a URL has nothing beside it
     assert "secret" not in error.message
@@ -294,6 +289,11 @@ def test_a_url(url: str, path: str, held_out: Path, home: Settings) -> None:
         ("/short.jsonl", PrerequisiteError, "RemoteProtocolError"),
         ("/silent.jsonl", PrerequisiteError, "does not answer"),
         ("/slow.jsonl", PrerequisiteError, "longer than 0 s"),
+        ("http://me:secret@127.0.0.1:1/a.jsonl", DataError, "http://127.0.0.1:1/a.jsonl"),
+        ("http://127.0.0.1:1/a.jsonl?secret", PrerequisiteError, "ConnectError"),
+        ("http://[::1/a.jsonl?secret", DataError, "not a URL"),
+        ("http://127.0.0.1:99999/a.jsonl?secret", PrerequisiteError, "http://127.0.0.1:99999/a.jsonl"),
+        ("http:///a.jsonl?secret", PrerequisiteError, "UnsupportedProtocol"),
     ],
 )
 def test_a_url_that_gives_nothing(
@@ -302,19 +302,7 @@ def test_a_url_that_gives_nothing(
     monkeypatch.setattr(sources, "LARGEST", 1_000_000)
     monkeypatch.setattr(sources, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT_S", 0.4 if path == "/slow.jsonl" else 60)
-    caught = refused(f"{url}{path}?key=secret", home, said, error=error)
-    assert caught.message.startswith(f"{url}{path} ")
-
-
-@pytest.mark.parametrize(
-    ("address", "error", "said"),
-    [
-        ("http://me:secret@127.0.0.1:1/a.jsonl", DataError, "http://127.0.0.1:1/a.jsonl"),
-        ("http://127.0.0.1:1/a.jsonl?secret", PrerequisiteError, "ConnectError"),
-        ("http://[::1/a.jsonl?secret", DataError, "not a URL"),
-        ("http://127.0.0.1:99999/a.jsonl?secret", PrerequisiteError, "http://127.0.0.1:99999/a.jsonl"),
-        ("http:///a.jsonl?secret", PrerequisiteError, "UnsupportedProtocol"),
-    ],
-)
-def test_a_bad_url(address: str, error: type[SlmopsError], said: str, home: Settings) -> None:
-    assert "secret" not in str(refused(address, home, said, error=error))
+    address = f"{url}{path}?key=secret" if path.startswith("/") else path
+    caught = refused(address, home, said, error=error)
+    assert "secret" not in str(caught)
+    assert address == path or caught.message.startswith(f"{url}{path} ")

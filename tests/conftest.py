@@ -16,12 +16,11 @@ TOGETHER = {
     "e2e/test_broken": "the demo model",  # one home, in which it has been converted
     "e2e/test_demo": "the demo model",
     "e2e/test_deploy": "the demo model",
-    "e2e/test_retrain": "retraining",  # both start services, which look for a free port from the same one on
-    "integration/test_retrain": "retraining",
 }
 LONGEST_FIRST = (
-    "retraining",
+    "e2e/test_retrain",
     "the demo model",
+    "integration/test_retrain",
     "e2e/test_faults",
     "integration/test_two_workers",
     "integration/test_convert",

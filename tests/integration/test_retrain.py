@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from flows.retrain import retrain
 from slmops.core.errors import DataError, PrerequisiteError, TrainingError, UsageError
 from slmops.core.settings import Settings
 from slmops.serving import home_service
+from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
 from slmops.training.outcome import RetrainError
@@ -28,6 +30,7 @@ from tests.tracked import read
 pytestmark = pytest.mark.integration
 
 NAME = "router"
+FIRST_PORT = 15273  # not where other tests' services look for a free one
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,21 @@ def model(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(settings: Settings, model: Path, folder: Path) -> Iterator[Retrained]:
-    """The first retraining, which starts the service."""
+def suspended(settings: Settings, model: Path, folder: Path) -> UUID:  # noqa: ARG001 - the servers
+    """A run of the first retraining, which waits for a person's approval."""
     data = retraining.write_data(folder / "data")
-    yield retrain(retraining.request(model, data, NAME, serve=True))
+    run = deployed.start(retrain, retraining.request(model, data, NAME, serve=True, approval=True))
+    assert deployed.work(retrain, run) is None
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(settings: Settings, suspended: UUID) -> Iterator[Retrained]:
+    """The first retraining, approved; it starts the service."""
+    resume_flow_run(suspended, run_input={"promote": True, "comment": "I have looked"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(home_service, "Serve", lambda: Serve(port=FIRST_PORT))
+        yield deployed.work(retrain, suspended)
     home_service.stop(settings)
 
 
@@ -61,13 +75,22 @@ def served(settings: Settings) -> httpx.Response:
     return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
 
 
-def test_what_was_learnt_is_served(first: Retrained, settings: Settings) -> None:
+def test_a_promotion_waits_for_a_person(suspended: UUID, settings: Settings, model: Path, folder: Path) -> None:
+    assert deployed.state(suspended).name == "Suspended"
+    assert Registry(settings.tracking_uri or "").champion(NAME) is None
+    # The data have been used, whether by somebody who waits for a decision or not.
+    again = retrain(retraining.request(model, folder / "data", NAME, serve=True))
+    assert (again.outcome, again.detail[-21:]) == ("nothing to do", "waiting for approval.")
+
+
+def test_what_was_learnt_is_served(first: Retrained, suspended: UUID, settings: Settings) -> None:
     assert (first.model, first.outcome, first.version) == (NAME, "promoted", champion(settings))
     assert list(first.accuracy) == ["base", "finetuned", "fp32"]
     assert first.accuracy["base"].value == 0
     assert first.accuracy["finetuned"].value == first.accuracy["fp32"].value == 1
     stages = "data, base model, fine-tune, fine-tuned model, convert and measure, promote, switch, watch"
     assert list(first.seconds) == stages.split(", ")
+    assert deployed.state(suspended).is_completed()
     answer = served(settings)
     assert answer.json()["choices"][0]["message"]["content"] == "ok"
     assert answer.headers["x-slmops-version"] == str(first.version)
@@ -80,6 +103,7 @@ def test_from_the_endpoint_back_to_the_lines(
     version = client.get_model_version(NAME, served(settings).headers["x-slmops-version"])
     run = client.get_run(version.tags["slmops.retrain_run"])
     assert run.info.run_id == first.run_id
+    assert version.tags["slmops.approved"] == "I have looked"
     lines = read(client, run.info.run_id, "data/train.jsonl", tmp_path).splitlines()
     lines += read(client, run.info.run_id, "data/validation.jsonl", tmp_path).splitlines()
     asked = (folder / "data" / "train.jsonl").read_text().splitlines()
@@ -111,7 +135,7 @@ def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
 def test_what_prefect_shows_of_it() -> None:
     run = flow_runs("retrain")[0]
     assert run.state_name == "Completed"
-    shown = artifacts(run)
+    shown = artifacts(run, processes=2)
     assert {f"{kind}-{NAME}" for kind in ("data", "training", "retraining")} <= shown.keys()
     assert shown[f"training-{NAME}"] == 100.0
     assert "promoted" in shown[f"retraining-{NAME}"]
@@ -215,28 +239,6 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     assert served(settings).headers["x-slmops-version"] == str(first.version)
     tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags
     assert "worse than measured" in tags["slmops.withdrawn"]
-
-
-def test_a_person_decides_about_the_promotion(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
-    data = retraining.write_data(folder / "approved", also="burnt")
-    asked = retraining.request(model, data, NAME, approval=True, watch_s=1)
-    run = deployed.start(retrain, asked)
-    assert deployed.work(retrain, run) is None
-    assert deployed.state(run).name == "Suspended"
-    assert champion(settings) == first.version
-    # The data have been used, whether by somebody who waits for a decision or not.
-    again = retrain(asked.model_copy(update={"approval": False}))
-    assert (again.outcome, again.detail[-21:]) == ("nothing to do", "waiting for approval.")
-    resume_flow_run(run, run_input={"promote": True, "comment": "I have looked"})
-    result = deployed.work(retrain, run)
-    assert (result.outcome, result.version, result.run_id) == ("promoted", champion(settings), again.run_id)
-    assert result.version != first.version
-    assert result.seconds.keys() > {"fine-tune", "convert and measure", "promote", "watch"}
-    assert result.accuracy.keys() == first.accuracy.keys()
-    client = MlflowClient(settings.tracking_uri)
-    assert client.get_model_version(NAME, str(result.version)).tags["slmops.approved"] == "I have looked"
-    assert client.get_run(result.run_id).info.status == "FINISHED"
-    assert deployed.state(run).is_completed()
 
 
 def test_only_a_run_of_a_deployment_can_wait_for_approval(model: Path, folder: Path) -> None:

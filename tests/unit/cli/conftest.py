@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from slmops.cli import deploy, jobs
+from slmops.cli.command import run
 from slmops.tracking.tracker import Tracker
 from tests import values
 
 PAGE = "http://mlflow/run"
+Slmops = Callable[[str], tuple[int, str, str]]
 FLOWS = ("optimize", "retrain", "soak", "remeasure", "promote")
 
 
@@ -56,6 +58,12 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     monkeypatch.setattr(Tracker, "run_url", lambda *_: PAGE)
     monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
     return made
+
+
+@pytest.fixture
+def slmops(capsys: pytest.CaptureFixture[str]) -> Slmops:
+    """Run a command line; returns its exit code, and what it printed on stdout and on stderr."""
+    return lambda arguments: (run(arguments.split()), *capsys.readouterr())
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from slmops.cli.command import COMMANDS, run
+from slmops.cli.command import COMMANDS
 from slmops.core import errors
 from slmops.core.job import Job
 from slmops.core.values import Comparison
 from tests.surroundings import imported
 
 if TYPE_CHECKING:
-    from tests.unit.cli.conftest import Flows
+    from tests.unit.cli.conftest import Flows, Slmops
 
 
 WRONG = [
@@ -67,14 +67,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG, ids=[arguments for arguments, _ in WRONG])
-def test_wrong_usage(flows: Flows, capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
-    assert run(arguments.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+def test_wrong_usage(flows: Flows, slmops: Slmops, arguments: str, said: str) -> None:
+    code, out, err = slmops(arguments)
+    assert (code, out, flows.asked) == (2, "", [])
     assert err.startswith("error: ")
     assert re.search(said, err)
     assert "Traceback" not in err
-    assert flows.asked == []
 
 
 IN_FILE = {"model": "demo", "name": "bot", "precision": ["int8", "int4"], "int4_block_size": 64, "quick": True}
@@ -85,28 +83,29 @@ FILES = [("job.yaml", JOB_YAML), ("job.yml", JOB_YAML), ("job.toml", JOB_TOML), 
 
 @pytest.mark.parametrize("option", ["--job {}", "--job={}"])
 @pytest.mark.parametrize(("name", "text"), FILES)
-def test_job_file(flows: Flows, tmp_path: Path, option: str, name: str, text: str) -> None:
+def test_job_file(flows: Flows, slmops: Slmops, tmp_path: Path, option: str, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert run(["run", *option.format(name).split()]) == 0
+    assert slmops(f"run {option.format(name)}")[0] == 0
     assert flows.options == IN_FILE
 
 
 @pytest.mark.parametrize(("name", "text"), [FILES[0], FILES[2]])
-@pytest.mark.parametrize("file_first", [True, False])
-def test_flags_win_over_the_job_file(flows: Flows, tmp_path: Path, name: str, text: str, file_first: bool) -> None:
+@pytest.mark.parametrize("order", ["{file} {flags}", "{flags} {file}"])
+def test_flags_win_over_the_job_file(
+    flows: Flows, slmops: Slmops, tmp_path: Path, name: str, text: str, order: str
+) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    file = ["--job", name]
-    flags = ["--precision", "fp16", "--int4-block-size", "16", "--top-p", "0.5", "--quick=false", "--model", "other"]
-    assert run(["run", *(file + flags if file_first else flags + file)]) == 0
+    flags = "--precision fp16 --int4-block-size 16 --top-p 0.5 --quick=false --model other"
+    assert slmops(f"run {order.format(file=f'--job {name}', flags=flags)}")[0] == 0
     changed = {"model": "other", "precision": ["fp16"], "int4_block_size": 16, "top_p": 0.5}
     assert {"quick": True, **flows.options} == {**IN_FILE, **changed}
     assert "quick" not in flows.options
 
 
-def test_job_file_may_ask_for_json(flows: Flows, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_file_may_ask_for_json(flows: Flows, slmops: Slmops, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("model: demo\njson: true\n", encoding="utf-8")
-    assert run(["run", "--job", "job.yaml"]) == 0
-    assert Comparison.model_validate_json(capsys.readouterr().out) == flows.answer
+    code, out, _ = slmops("run --job job.yaml")
+    assert (code, Comparison.model_validate_json(out)) == (0, flows.answer)
 
 
 @pytest.mark.parametrize(
@@ -126,30 +125,28 @@ def test_job_file_may_ask_for_json(flows: Flows, tmp_path: Path, capsys: pytest.
     ],
 )
 def test_bad_job_file(
-    flows: Flows, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str | bytes | None, said: str
+    flows: Flows, slmops: Slmops, tmp_path: Path, name: str, text: str | bytes | None, said: str
 ) -> None:
     path = tmp_path / name
     if text is None:
         path.mkdir()
     else:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    test_wrong_usage(flows, capsys, f"run --job {name}", said)
+    test_wrong_usage(flows, slmops, f"run --job {name}", said)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    assert run(arguments) == 0
-    out, err = capsys.readouterr()
+@pytest.mark.parametrize("arguments", ["", "--help"])
+def test_help(slmops: Slmops, arguments: str) -> None:
+    code, out, err = slmops(arguments)
+    assert (code, err) == (0, "")
     assert out.startswith("Usage: slmops COMMAND")
     for command in COMMANDS:
         assert re.search(rf"^\W*{command}\s+\w", out, re.MULTILINE), command
-    assert err == ""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([name, "--help"]) == 0
-    out = capsys.readouterr().out
+def test_help_of_a_command(slmops: Slmops, name: str) -> None:
+    out = slmops(f"{name} --help")[1]
     assert " ".join(COMMANDS[name][1].split()) in " ".join(out.split())
     for field in Job.model_fields if name == "run" else ():
         assert f"--{field.replace('_', '-')} " in out
@@ -160,31 +157,28 @@ ENDS = [(kind("It went wrong.", "Do this."), kind.exit_code, "  Do this.\n") for
 
 @pytest.mark.parametrize(("answer", "code", "fix"), [*ENDS, (errors.WorkError("It went wrong."), 1, "")], ids=repr)
 def test_an_error_is_told_with_its_fix(
-    flows: Flows, capsys: pytest.CaptureFixture[str], answer: errors.SlmopsError, code: int, fix: str
+    flows: Flows, slmops: Slmops, answer: errors.SlmopsError, code: int, fix: str
 ) -> None:
     flows.answer = answer
-    assert run(["run", "--model", "demo"]) == code
-    assert capsys.readouterr() == ("", f"error: It went wrong.\n{fix}")
+    assert slmops("run --model demo") == (code, "", f"error: It went wrong.\n{fix}")
 
 
-def test_an_interruption_is_told(flows: Flows, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_told(flows: Flows, slmops: Slmops) -> None:
     flows.answer = KeyboardInterrupt()
-    assert run(["demo"]) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+    assert slmops("demo") == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("home_is_usable", [True, False])
 def test_what_no_check_foresaw(
-    flows: Flows, home: Path, home_is_usable: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flows: Flows, slmops: Slmops, home: Path, home_is_usable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not home_is_usable:
         home.write_text("not a folder", encoding="utf-8")
         monkeypatch.setattr("tempfile.tempdir", str(home.parent))
     flows.answer = RuntimeError("boom\nwith details")
-    assert run(["run", "--model", "demo"]) == 1
-    out, err = capsys.readouterr()
+    code, out, err = slmops("run --model demo")
     told = re.match(r"error: RuntimeError: boom\n  The traceback is in (\S+)\. ", err)
-    assert out == ""
+    assert (code, out) == (1, "")
     assert told, err
     log = Path(told[1])
     assert log.parent == (home / "logs" if home_is_usable else home.parent)
@@ -201,18 +195,20 @@ UNUSABLE = "error: {0} cannot be used: Permission denied.\n  Set SLMOPS_H"
     [("{}", 2, UNUSABLE), ("{}/locks", 2, UNUSABLE), ("/elsewhere", 1, "error: PermissionError: ")],
 )
 def test_a_home_that_cannot_be_used_is_named(
-    flows: Flows, home: Path, path: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
+    flows: Flows, slmops: Slmops, home: Path, path: str, code: int, said: str
 ) -> None:
     path = path.format(home)
     flows.answer = PermissionError(errno.EACCES, "Permission denied", path)
-    assert run(["run", "--model", "demo"]) == code
-    assert capsys.readouterr().err.startswith(said.format(path))
+    ended, _, err = slmops("run --model demo")
+    assert ended == code
+    assert err.startswith(said.format(path))
 
 
-def test_a_home_inside_a_file_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_home_inside_a_file_is_named(slmops: Slmops, home: Path) -> None:
     home.write_text("not a folder", encoding="utf-8")
-    assert run(["up"]) == 2
-    assert str(home) in capsys.readouterr().err
+    code, _, err = slmops("up")
+    assert code == 2
+    assert str(home) in err
 
 
 def test_a_reader_that_leaves_is_not_a_crash() -> None:
@@ -225,12 +221,11 @@ def test_a_reader_that_leaves_is_not_a_crash() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_bad_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_environment(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLMOPS_MLFLOW_PORT", "many")
     monkeypatch.setenv("SLMOPS_POOLS", '[{"name": "a"}]')
-    assert run(["status"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    code, out, err = slmops("status")
+    assert (code, out) == (2, "")
     said = ["error: SLMOPS_MLFLOW_PORT must be a whole number (got 'many')", "SLMOPS_POOLS.0.memory_gb is missing"]
     assert err.splitlines()[:2] == said
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import BaseModel
 
-from slmops.cli.command import run
 from slmops.core import errors
 from slmops.delivery import promotion, pull
 from slmops.evaluation import drift, soak
@@ -28,7 +27,7 @@ from slmops.training.values import Retrained
 from tests import values
 
 if TYPE_CHECKING:
-    from tests.unit.cli.conftest import Flows
+    from tests.unit.cli.conftest import Flows, Slmops
 
 PAGE = "http://mlflow/run"
 COMPARISON = values.comparison(values.result("int4", 114.0), chosen="int4")
@@ -84,15 +83,15 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("arguments", REQUESTS)
-def test_flags_are_the_request(flows: Flows, arguments: str) -> None:
+def test_flags_are_the_request(flows: Flows, slmops: Slmops, arguments: str) -> None:
     flows.answer = errors.WorkError("Here it ends.")
-    assert run(arguments.split()) == 1
+    assert slmops(arguments)[0] == 1
     command = arguments.split()[0]
     assert flows.options == REQUESTS[arguments]
     assert flows.asked[0][0] == {"run": "optimize", "demo": "optimize"}.get(command, command)
 
 
-@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("option", ["", " --json"])
 @pytest.mark.parametrize(
     ("command", "result", "text"),
     [
@@ -105,12 +104,12 @@ def test_flags_are_the_request(flows: Flows, arguments: str) -> None:
     ],
 )
 def test_a_result_goes_to_stdout_and_its_page_to_stderr(
-    flows: Flows, capsys: pytest.CaptureFixture[str], command: str, result: BaseModel, text: str, as_json: bool
+    flows: Flows, slmops: Slmops, command: str, result: BaseModel, text: str, option: str
 ) -> None:
     flows.answer = result
-    assert run([*command.split(), *["--json"] * as_json]) == 0
-    out, err = capsys.readouterr()
-    assert (type(result).model_validate_json(out) == result) if as_json else (out == f"{text}\n")
+    code, out, err = slmops(command + option)
+    assert code == 0
+    assert (type(result).model_validate_json(out) == result) if option else (out == f"{text}\n")
     assert err.startswith(f"\nin MLflow: {PAGE}\n")
     assert ("deploy int4: slmops promote tiny\n" in err) == (result is COMPARISON)
 
@@ -126,12 +125,11 @@ def test_a_result_goes_to_stdout_and_its_page_to_stderr(
     ],
 )
 def test_what_was_measured_is_printed_though_a_gate_refuses_it(
-    flows: Flows, capsys: pytest.CaptureFixture[str], command: str, error: errors.GateError, result: BaseModel
+    flows: Flows, slmops: Slmops, command: str, error: errors.GateError, result: BaseModel
 ) -> None:
     flows.answer = error
-    assert run([*command.split(), "--json"]) == 3
-    out, err = capsys.readouterr()
-    assert type(result).model_validate_json(out) == result
+    code, out, err = slmops(f"{command} --json")
+    assert (code, type(result).model_validate_json(out)) == (3, result)
     assert f"error: {error.message}\n" in err
 
 
@@ -151,15 +149,13 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
 
 def test_a_worker_does_what_waits_for_a_person(
-    flows: Flows, handed_over: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    flows: Flows, slmops: Slmops, handed_over: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
     """In another folder."""
     (tmp_path / "d.jsonl").touch()
-    assert run(["promote", "bot", "--approval", "--approval-timeout-s", "60"]) == 0
-    assert capsys.readouterr().out == f"{PAGE}\n"
-    asked = ["--model", "org/m", "--data", "d.jsonl", "--matcher", "m.py:f", "--approval"]
-    assert run(["retrain", *asked, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"url": PAGE}
+    assert slmops("promote bot --approval --approval-timeout-s 60")[:2] == (0, f"{PAGE}\n")
+    code, out, _ = slmops("retrain --model org/m --data d.jsonl --matcher m.py:f --approval --json")
+    assert (code, json.loads(out)) == (0, {"url": PAGE})
     assert flows.asked == []
     [(one, promote), (two, retrain)] = handed_over
     assert (one, promote.name, promote.approval_timeout_s) == ("promote", "bot", 60)
@@ -169,28 +165,28 @@ def test_a_worker_does_what_waits_for_a_person(
 
 @pytest.mark.usefixtures("flows")
 def test_what_a_gate_refuses_needs_no_person(
-    handed_over: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+    slmops: Slmops, handed_over: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(promotion, "refuse", lambda _: errors.GateError("It is worse."))
-    assert run(["promote", "bot", "--approval"]) == 3
-    assert run(["promote", "bot", "--approval", "--force", "for a test"]) == 0
+    assert slmops("promote bot --approval")[0] == 3
+    assert slmops("promote bot --approval --force testing")[0] == 0
     assert len(handed_over) == 1
 
 
 @pytest.mark.parametrize("registry", [True, False])
-def test_serve_starts_without_a_registry_too(registry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_starts_without_a_registry_too(slmops: Slmops, registry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(service, "run", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(stack, "_read", lambda _: {})
     if not registry:
         monkeypatch.delenv("SLMOPS_TRACKING_URI")
-    assert run(["serve", "bot", "--port", "9000", "--concurrency", "4"]) == 0
+    assert slmops("serve bot --port 9000 --concurrency 4")[0] == 0
     [(name, options, _, uri)] = asked
     assert (name, options.host, options.port, options.concurrency) == ("bot", "127.0.0.1", 9000, 4)
     assert uri == ("http://registry" if registry else "http://127.0.0.1:5000")
 
 
-def test_pull_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull_says_where_it_is(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
     done = Installed(name="bot", version=3, variant="int8", foundry_id="bot-int8-generic-cpu:3", folder=Path("/there"))
     asked: list[Any] = []
 
@@ -199,34 +195,28 @@ def test_pull_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         return done
 
     monkeypatch.setattr(pull, "pull", fetch)
-    assert run(["pull", "bot@int8", "--from", "http://elsewhere"]) == 0
-    assert run(["pull", "bot"]) == 0
+    assert slmops("pull bot@int8 --from http://elsewhere")[:2] == (0, "bot-int8-generic-cpu:3\n/there\n")
+    assert json.loads(slmops("pull bot --json")[1])["version"] == 3
     assert asked == [("bot", "int8", "http://elsewhere"), ("bot", None, "http://registry")]
-    assert capsys.readouterr().out.splitlines()[:2] == ["bot-int8-generic-cpu:3", "/there"]
-    assert run(["pull", "bot", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["version"] == 3
 
 
-def test_status_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_a_model(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"}
     version = values.model_version(3, aliases=("champion", "int8"), size_mb=158.02, tags=tags)
     monkeypatch.setattr(Registry, "versions", lambda _, name: [version] * (name == "bot"))
     monkeypatch.setattr(Registry, "models", lambda _: ["bot"])
-    assert run(["status", "bot"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = slmops("status bot")[1].splitlines()[-1]
     said = "3 int8 158.0 passed 3 of 4 2026-01-02 00:00 champion withdrawn: it answers nothing"
     assert " ".join(line.split()) == said
-    assert run(["status", "bot", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["versions"][0]["version"] == 3
-    assert run(["status", "boat"]) == 2
-    assert "Known models: bot." in capsys.readouterr().err
+    assert json.loads(slmops("status bot --json")[1])["versions"][0]["version"] == 3
+    code, _, err = slmops("status boat")
+    assert code == 2
+    assert "Known models: bot." in err
 
 
-def test_status_of_nothing(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_nothing(slmops: Slmops, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLMOPS_TRACKING_URI")
-    assert run(["status", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["home"] == str(home)
-    assert (found["prefect"]["ok"], found["mlflow"]["ok"], found["serving"]) == (False, False, None)
-    assert run(["status"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["prefect  -  not running", "mlflow   -  not running"]
+    stopped = {"url": None, "ok": False}
+    expected = {"home": str(home), "prefect": stopped, "mlflow": stopped, "serving": None}
+    assert json.loads(slmops("status --json")[1]) == expected
+    assert slmops("status")[1].splitlines()[1:] == ["prefect  -  not running", "mlflow   -  not running"]

@@ -77,9 +77,8 @@ def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     terminal.log_to_stderr()
     try:
-        # The commands return their exit code.
-        code = _app(argv)(argv, exit_on_error=False, print_error=False, result_action="return_value")
-        return code if isinstance(code, int) else 0
+        # Only a command that ends with another exit code than 0 returns it.
+        return _app(argv)(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except SlmopsError as error:
         return _report(error)
     except CycloptsError as error:

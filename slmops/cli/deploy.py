@@ -36,15 +36,15 @@ Host = Annotated[
 _SERVE = Serve()
 
 
-def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> int:
+def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> None:
     with prefect_running() as servers:
         from flows.promote import promote
 
         if promotion.approval:
             _check_gates(promotion, servers.tracking_uri)  # what a gate refuses needs no person
-            return hand_over("promote", promotion, json=json)
-        _show(promote(promotion), json=json)
-    return 0
+            hand_over("promote", promotion, json=json)
+        else:
+            _show(promote(promotion), json=json)
 
 
 def _check_gates(request: Promotion, uri: str) -> None:
@@ -55,16 +55,15 @@ def _check_gates(request: Promotion, uri: str) -> None:
         raise refused
 
 
-def rollback(name: Model, /, *, json: Json = False) -> int:
+def rollback(name: Model, /, *, json: Json = False) -> None:
     _check(name)
     with prefect_running():
         from flows.promote import rollback
 
         _show(rollback(name), json=json)
-    return 0
 
 
-def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> int:
+def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> None:
     from slmops.serving import service
 
     _check(name)
@@ -75,27 +74,24 @@ def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> int:
         # The last champion can be served without the registry, and a local server will have this address again.
         uri = f"http://127.0.0.1:{settings.mlflow_port}"
     service.run(name, options, settings, uri)
-    return 0
 
 
-def pull(reference: Reference, /, *, source: Source = None, json: Json = False) -> int:
+def pull(reference: Reference, /, *, source: Source = None, json: Json = False) -> None:
     from slmops.delivery import pull as pulling
 
     settings = Settings()
     name, which = pulling.split(reference)
     installed = pulling.pull(name, which, settings, source or stack.tracking_uri(settings))
     show(installed, lambda one: f"{one.foundry_id}\n{one.folder}", json=json)
-    return 0
 
 
-def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = CATALOG_PORT) -> int:
+def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = CATALOG_PORT) -> None:
     from slmops.delivery import catalog as offering
 
     offering.serve(source or stack.tracking_uri(Settings()), host, port)
-    return 0
 
 
-def versions(name: str, *, json: bool) -> int:
+def versions(name: str, *, json: bool) -> None:
     """Print what the registry knows about a model: what ``slmops status NAME`` does."""
     from slmops.tracking.registry import Registry
 
@@ -107,7 +103,7 @@ def versions(name: str, *, json: bool) -> int:
         raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
     if json:
         output(jsonlib.dumps({"model": name, "versions": [one.model_dump(mode="json") for one in found]}, indent=2))
-        return 0
+        return
     from tabulate import tabulate
 
     rows = [
@@ -123,7 +119,6 @@ def versions(name: str, *, json: bool) -> int:
         for one in found
     ]
     output(tabulate(rows, headers="keys", disable_numparse=True))
-    return 0
 
 
 def _show(promoted: Promoted, *, json: bool) -> None:

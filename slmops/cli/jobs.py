@@ -33,48 +33,47 @@ Demo = Annotated[bool, Parameter(help="A real small model learns to route suppor
 _SOAK = Soak()
 
 
-def run(*, job: Annotated[Job, Flat], job_file: JobFile = None, json: Json = False) -> int:
+def run(*, job: Annotated[Job, Flat], job_file: JobFile = None, json: Json = False) -> None:
     del job_file  # read before the flags are parsed
-    return _run(job, json=json)
+    _run(job, json=json)
 
 
-def demo(*, quick: Quick = False, json: Json = False) -> int:
-    code = _run(Job(model="demo", quick=quick), json=json)
+def demo(*, quick: Quick = False, json: Json = False) -> None:
+    _run(Job(model="demo", quick=quick), json=json)
     say("Prefect and MLflow keep running until `slmops down`; `slmops up --worker` lets you start runs from Prefect.")
-    return code
 
 
 def retrain(
     *, request: Annotated[Retrain, Flat], job_file: JobFile = None, demo: Demo = False, json: Json = False
-) -> int:
+) -> None:
     del job_file, demo  # read before the flags are parsed
     if request.approval:
         with prefect_running():
-            return hand_over("retrain", request.absolute(), json=json)
-    return _run_flow("retrain", request, json=json)
+            hand_over("retrain", request.absolute(), json=json)
+    else:
+        _run_flow("retrain", request, json=json)
 
 
-def compare(name: Latest = None, /, *, json: Json = False) -> int:
+def compare(name: Latest = None, /, *, json: Json = False) -> None:
     from slmops.tracking.tracker import Tracker
 
     _show(Tracker(stack.tracking_uri(Settings())).latest(name), None, json=json)
-    return 0
 
 
-def soak(name: Latest = None, /, *, request: Annotated[Soak, Flat] = _SOAK, json: Json = False) -> int:
-    return _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
+def soak(name: Latest = None, /, *, request: Annotated[Soak, Flat] = _SOAK, json: Json = False) -> None:
+    _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
 
 
-def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> int:
-    return _run_flow("remeasure", request, json=json)
+def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> None:
+    _run_flow("remeasure", request, json=json)
 
 
-def _run(job: Job, *, json: bool) -> int:
+def _run(job: Job, *, json: bool) -> None:
     preflight.check(job, Settings())
-    return _run_flow("optimize", job, json=json)
+    _run_flow("optimize", job, json=json)
 
 
-def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: bool) -> int:
+def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: bool) -> None:
     """Run a flow and show its result. An error can carry one too: what was measured before a gate said no."""
     with prefect_running() as servers:
         flow = getattr(import_module(f"flows.{name}"), name)
@@ -85,7 +84,6 @@ def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: boo
             if result is not None:
                 _show(result, servers.tracking_uri, json=json)
             raise
-    return 0
 
 
 def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:

@@ -39,36 +39,34 @@ def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = 
     return 2 if any(check.status == "failure" for check in found) else 0
 
 
-def up(*, worker: Worker = False) -> int:
+def up(*, worker: Worker = False) -> None:
     running = stack.up(Settings(), worker=worker)
     output(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
-    return 0
 
 
-def down() -> int:
+def down() -> None:
     from slmops.serving import home_service
 
     settings = Settings()
     service = ["service"] if home_service.stop(settings) else []
     stopped = [*service, *stack.down(settings)]
     say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
-    return 0
 
 
-def status(name: str | None = None, /, *, json: Json = False) -> int:
+def status(name: str | None = None, /, *, json: Json = False) -> None:
     from slmops.serving import home_service
 
     if name is not None:
-        return deploy.versions(name, json=json)
+        deploy.versions(name, json=json)
+        return
     settings = Settings()
     found = stack.status(settings).model_copy(update={"serving": home_service.status(settings.home)})
     if json:
         output(found.model_dump_json(indent=2))
-        return 0
+        return
     lines = [f"home     {found.home}"]
     for title, server in (("prefect", found.prefect), ("mlflow", found.mlflow)):
         lines.append(f"{title:8} {server.url or '-'}  {'ok' if server.ok else 'not running'}")
     if serving := found.serving:
         lines.append(f"serving  {serving.url}  {serving.model}  {'ok' if serving.ok else 'not answering'}")
     output("\n".join(lines))
-    return 0

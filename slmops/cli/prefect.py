@@ -30,11 +30,10 @@ def prefect_running() -> Iterator[Stack]:
         os._exit(error.exit_code)  # a normal exit waits a long time, because Prefect tries to send its last events
 
 
-def hand_over(flow: str, request: Retrain | Promotion, *, json: bool) -> int:
-    """Leave a run that waits for a person to a worker; returns the exit code."""
+def hand_over(flow: str, request: Retrain | Promotion, *, json: bool) -> None:
+    """Leave a run that waits for a person to a worker."""
     from flows.approval import hand_over
 
     url = hand_over(flow, request)
     output(jsonlib.dumps({"url": url}) if json else url)
     say("A worker does this. It stops before the promotion, until somebody decides on that page.")
-    return 0

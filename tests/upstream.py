@@ -197,10 +197,12 @@ class Stand:
         headers = {"content-type": "application/json", **more.pop("headers", {})}
         return await self.client.post(path, content=content, headers=headers, **more)
 
-    async def post(self, *headers: str, body: bytes = b"", **options: Any) -> tuple[Reader, Writer]:
+    async def post(
+        self, *headers: str, body: bytes = b"", kind: str = "application/json", **options: Any
+    ) -> tuple[Reader, Writer]:
         """Begin a request on a socket of its own, with these headers beside the usual ones."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **options)
-        head = (f"POST {CHAT} HTTP/1.1", "host: 127.0.0.1", "content-type: application/json", *headers, "", "")
+        head = (f"POST {CHAT} HTTP/1.1", "host: 127.0.0.1", f"content-type: {kind}", *headers, "", "")
         writer.write("\r\n".join(head).encode() + body)
         return reader, writer
 
@@ -243,6 +245,10 @@ class _Quick(uvicorn.Server):
             await asyncio.sleep(0.002)
 
 
+def client_of(port: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10)
+
+
 @asynccontextmanager
 async def stand(
     limits: Limits | None = None, token: str | None = None, script: Script = answer, local: bool = True
@@ -258,7 +264,7 @@ async def stand(
         server = _Quick(service.config(proxy, limits))
         running = asyncio.create_task(server.serve(sockets=[listening]))
         try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as client:
+            async with client_of(port) as client:
                 yield Stand(client, upstream, fleet, port)
         finally:
             upstream.let_go.set()

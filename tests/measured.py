@@ -34,11 +34,8 @@ def timed(first_s: float, last_s: float, completion: int = 11, **other: Any) -> 
 
 def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> Turn:
     """A round of one variant; what it does not say is some number that no test asks for."""
-    of_turn = {
-        "disturbed": loops == BUSY,
-        "memory": ((0.5, 50.0),),
-        **{key: other.pop(key) for key in _OF_TURN & other.keys()},
-    }
+    of_turn = {"disturbed": loops == BUSY, "memory": ((0.5, 50.0),)}
+    of_turn |= {key: other.pop(key) for key in of_turn.keys() & other.keys()}
     values = {
         "load_s": 1.5,
         "cold": False,
@@ -55,9 +52,6 @@ def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> 
     return Turn(measured=SpeedResult(timed=requests, **values), calibration_s=loops, **of_turn)
 
 
-_OF_TURN = {"disturbed", "memory"}
-
-
 def speed(*turns: Turn, cells: Sequence[tuple[int, int]] = ((128, 16),), cores: int = 4) -> Speed:
     """Turns on a grid of (prompt tokens, output tokens)."""
     grid = tuple(Cell(prompt_tokens=prompt, output_tokens=output, text="", repetitions=1) for prompt, output in cells)
@@ -66,19 +60,18 @@ def speed(*turns: Turn, cells: Sequence[tuple[int, int]] = ((128, 16),), cores: 
 
 def answer(number: int, correct: bool | None = True, **changes: Any) -> Answer:
     """An answer of ten tokens that was judged right or wrong without degrees."""
-    values: dict[str, Any] = {
-        "id": str(number),
-        "category": "general",
-        "prompt": "Q",
-        "expected": "A",
-        "answer": "A",
-        "correct": correct,
-        "score": None if correct is None else float(correct),
-        "finish_reason": "stop",
-        "seconds": 1.0,
-        "completion_tokens": 10,
-    }
-    return Answer(**{**values, **changes})
+    return Answer(
+        id=str(number),
+        category="general",
+        prompt="Q",
+        expected="A",
+        answer="A",
+        correct=correct,
+        score=None if correct is None else float(correct),
+        finish_reason="stop",
+        seconds=1.0,
+        completion_tokens=10,
+    ).model_copy(update=changes)
 
 
 def answers(*correct: bool | None) -> tuple[Answer, ...]:

@@ -43,38 +43,36 @@ CONTENTS = {
 
 def checkpoint(**changes: Any) -> Checkpoint:
     """A checkpoint of nothing."""
-    values: dict[str, Any] = {
-        "name": "tiny",
-        "source": "org/tiny",
-        "path": Path("/checkpoints/tiny"),
-        "digest": "c" * 64,
-        "architecture": "LlamaForCausalLM",
-        "parameters": 1000,
-        "size_mb": 0.004,
-        "context_length": 2048,
-        "tied_embeddings": True,
-        "linear_sizes": SIZES,
-    }
-    return Checkpoint(**{**values, **changes})
+    return Checkpoint(
+        name="tiny",
+        source="org/tiny",
+        path=Path("/checkpoints/tiny"),
+        digest="c" * 64,
+        architecture="LlamaForCausalLM",
+        parameters=1000,
+        size_mb=0.004,
+        context_length=2048,
+        tied_embeddings=True,
+        linear_sizes=SIZES,
+    ).model_copy(update=changes)
 
 
 def variant(path: Path, name: str = "int4", files: dict[str, int] | None = None, **changes: Any) -> Variant:
     """A variant whose ``files`` (name to bytes) need not exist."""
     made_of = {"model.onnx": 1_000_000} if files is None else files
-    values: dict[str, Any] = {
-        "key": path.name,
-        "recipe": Recipe(name=name, config={"passes": {}}, bits=4),
-        "checkpoint": checkpoint(),
-        "files": tuple(VariantFile(name=file, size=size, sha256="0" * 64) for file, size in made_of.items()),
-        "weights": Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={"MatMulNBits 4 bit": 7}),
-        "convert_s": 20.0,
-        "convert_memory_peak_mb": 900.0,
-        "versions": VERSIONS,
-        "hardware": Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=("avx2",)),
-        "created": datetime(2026, 1, 2, tzinfo=UTC),
-        "path": path,
-    }
-    return Variant(**{**values, **changes})
+    return Variant(
+        key=path.name,
+        recipe=Recipe(name=name, config={"passes": {}}, bits=4),
+        checkpoint=checkpoint(),
+        files=tuple(VariantFile(name=file, size=size, sha256="0" * 64) for file, size in made_of.items()),
+        weights=Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={"MatMulNBits 4 bit": 7}),
+        convert_s=20.0,
+        convert_memory_peak_mb=900.0,
+        versions=VERSIONS,
+        hardware=Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=("avx2",)),
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        path=path,
+    ).model_copy(update=changes)
 
 
 def write_variant(folder: Path, name: str = "int4", contents: dict[str, str] | None = None) -> Variant:
@@ -98,13 +96,8 @@ def result(
 ) -> VariantResult:
     """A measured variant beside a baseline of 600 MB with perplexity 10 and accuracy 0.5.
 
-    Args:
-        name: The variant's.
-        size_mb: Its size.
-        perplexity_ratio: To the baseline.
-        accuracy: Of 40 answers.
-        spread: Half-width of the intervals of the sampled figures; 0: all are exact.
-        changes: Measurements to add or replace; None: to leave out.
+    ``spread`` is the half-width of the intervals of the sampled figures; ``changes`` are measurements to add, to
+    replace, or to leave out (None).
     """
 
     def sampled(value: float, unit: str, samples: int, width: float = spread) -> Measurement:
@@ -133,25 +126,23 @@ def result(
 
 def model_version(number: int, **changes: Any) -> ModelVersion:
     """A version in the registry; nothing of it exists."""
-    values: dict[str, Any] = {
-        "name": "bot",
-        "version": number,
-        "variant": "int8",
-        "location": f"mlflow-artifacts:/1/models/m-{number}/artifacts",
-        "manifest_sha256": "0" * 64,
-        "size_mb": 100,
-        "memory_mb": 900,
-        "device": "cpu",
-        "provider": "CPUExecutionProvider",
-        "run_id": f"run-{number}",
-        "job_id": f"job-{number}",
-        "created": datetime(2026, 1, 2, tzinfo=UTC),
-    }
-    return ModelVersion(**{**values, **changes})
+    return ModelVersion(
+        name="bot",
+        version=number,
+        variant="int8",
+        location=f"mlflow-artifacts:/1/models/m-{number}/artifacts",
+        manifest_sha256="0" * 64,
+        size_mb=100,
+        memory_mb=900,
+        device="cpu",
+        provider="CPUExecutionProvider",
+        run_id=f"run-{number}",
+        job_id=f"job-{number}",
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+    ).model_copy(update=changes)
 
 
 def failed(name: str, reason: str) -> VariantResult:
-    """A variant that could not be made or measured."""
     return VariantResult(name=name, status="failed", reason=reason)
 
 
@@ -163,9 +154,7 @@ def comparison(*results: VariantResult, chosen: str | None = None, reason: str =
 def evaluation(changes: dict[str, Measurement | None] | None = None, **others: Any) -> Evaluation:
     """What was measured of a variant, with each kind of figure, answer and edge case once.
 
-    Args:
-        changes: Measurements to add or replace; None: to leave out.
-        others: Any other field of an evaluation.
+    ``changes`` are measurements to add or replace, or to leave out (None); ``others`` any other field.
     """
     measured: dict[str, Measurement | None] = {
         "size_mb": Measurement.exact(110.5, "MB"),
@@ -178,24 +167,22 @@ def evaluation(changes: dict[str, Measurement | None] | None = None, **others: A
     }
     same: dict[str, Any] = {"finish_reason": "stop", "seconds": 0.5, "completion_tokens": 3}
     low: dict[str, Any] = {"category": "low", "prompt": "France?", "expected": "Paris", **same}
+    style: dict[str, Any] = {"category": "style", "prompt": "Greet.", "expected": "", **same}
     answers = (
         Answer(id="1", answer="Paris, né 東京", correct=True, score=1.0, **low),
         Answer(id="2", answer="", correct=False, format_valid=False, **low),
-        Answer(
-            id="free", category="style", prompt="Greet.", expected="", answer="Hi", correct=None, reason="?", **same
-        ),
+        Answer(id="free", answer="Hi", correct=None, reason="?", **style),
     )
-    values: dict[str, Any] = {
-        "measurements": {name: one for name, one in measured.items() if one is not None},
-        "answers": answers,
-        "cases": (CaseOutcome(id="empty", expected="refused", outcome="answered", passed=False, detail="It said Hi."),),
-        "curves": tuple(
+    return Evaluation(
+        measurements={name: one for name, one in measured.items() if one is not None},
+        answers=answers,
+        cases=(CaseOutcome(id="empty", expected="refused", outcome="answered", passed=False, detail="It said Hi."),),
+        curves=tuple(
             CurvePoint(name=name, prompt_tokens=tokens, measurement=Measurement(value=tokens * factor, unit="ms"))
             for name, factor in (("ttft_ms", 0.7), ("itl_ms", 0.1))
             for tokens in (32, 128, 512)
         ),
-        "samples": ({"prompt_tokens": 32, "first_s": 0.08},),
-        "evaluation_set_digest": "e" * 64,
-        "text_digest": "f" * 64,
-    }
-    return Evaluation(**{**values, **others})
+        samples=({"prompt_tokens": 32, "first_s": 0.08},),
+        evaluation_set_digest="e" * 64,
+        text_digest="f" * 64,
+    ).model_copy(update=others)

@@ -21,7 +21,7 @@ CALLED = "bot-int4-generic-cpu"
 # "model run" is a chat that first tells how far it is, and in some previews answers once with "--prompt".
 SCRIPT = """\
 #!{python} -S
-import json, pathlib, sys, time
+import json, pathlib, subprocess, sys, time
 
 here = pathlib.Path(__file__).parent
 location = here / "location.txt"
@@ -29,6 +29,8 @@ plays = json.loads((here / "plays.json").read_text())
 asked = sys.argv[1:]
 with (here / "calls.txt").open("a") as calls:
     print(*asked, file=calls)
+if plays["service"] and asked == ["cache", "ls"]:
+    (here / "service.txt").write_text(str(subprocess.Popen(["/bin/sleep", "60"]).pid))
 if asked[1:2] == [plays["fails"]] and "--help" not in asked:
     sys.exit("Exception: Request to local service failed.")
 
@@ -77,17 +79,13 @@ match asked:
     case _:
         sys.exit("Unrecognized command or argument.")
 """
-SERVICE = """\
-import subprocess
-if asked == ["cache", "ls"]:
-    (here / "service.txt").write_text(str(subprocess.Popen(["/bin/sleep", "60"]).pid))
-"""
 PLAYS = {
     "cache": ["ls", "list"],
     "help": True,
     "run": "chat",  # or "prompt", or "" for a preview that has no "model run"
     "complete": False,
     "fails": "",
+    "service": False,  # it starts one, which keeps the output open
     "said": "Cache directory path: ",
     "progress": "\U0001f554 Loading model...\n\x1b[32m\U0001f7e2 Model bot loaded successfully\x1b[0m\n",
     "thinking": "\U0001f9e0 Thinking...",
@@ -248,13 +246,22 @@ def test_nothing_is_changed_that_could_not_be_restored(
     set_location(foundry, BEFORE)
 
 
+FAILED = "Request to local service failed"
+
+
 @pytest.mark.parametrize(
-    ("action", "command"),
-    [(action, command) for action, used in ((confirm, "ls"), (ask, "run")) for command in ("location", "cd", used)],
+    ("action", "plays", "said"),
+    [
+        *((confirm, {"fails": command}, f"{command}.*status 1: .*{FAILED}") for command in ("location", "cd", "ls")),
+        *((ask, {"fails": command}, f"{command}.*status 1: .*{FAILED}") for command in ("location", "cd", "run")),
+        (ask, {"run": ""}, "status 1: Unrecognized"),  # a preview that can do neither
+    ],
 )
-def test_a_failing_command(foundry: Path, models: Path, action: Callable[[Path], object], command: str) -> None:
-    play(foundry, fails=command)
-    with pytest.raises(RegistrationError, match=rf"{command}.*status 1: .*Request to local service failed"):
+def test_a_failing_command(
+    foundry: Path, models: Path, action: Callable[[Path], object], plays: dict[str, str], said: str
+) -> None:
+    play(foundry, **plays)
+    with pytest.raises(RegistrationError, match=said):
         action(models)
 
 
@@ -327,12 +334,6 @@ def test_no_answer_and_an_unknown_model(foundry: Path, models: Path, way: str) -
             ask(models)
 
 
-def test_a_preview_that_can_do_neither(foundry: Path, models: Path) -> None:
-    play(foundry, run="")
-    with pytest.raises(RegistrationError, match="status 1: Unrecognized"):
-        ask(models)
-
-
 @pytest.mark.parametrize("way", ["chat", "prompt"])
 def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     play(foundry, **WAYS[way][0], delay=60)
@@ -342,10 +343,7 @@ def test_an_answer_that_takes_too_long(foundry: Path, models: Path, way: str, mo
 
 
 def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> None:
-    """Whoever starts a service leaves it the files that it writes to."""
-    program = foundry / "foundry"
-    script = program.read_text(encoding="utf-8")
-    program.write_text(script.replace("match asked:", SERVICE + "match asked:"), encoding="utf-8")
+    play(foundry, service=True)
     started = time.monotonic()
     try:
         assert confirm(models) is True

@@ -16,22 +16,17 @@ TOKENS = {
     "none": {"eos_token": "<|im_end|>"},
 }
 STYLES = {
-    "chatml": "none",
-    "smollm2": "im",
-    "qwen2.5": "none",
-    "qwen3": "none",
-    "smollm3-answers": "none",
-    "llama3-first": "llama3",  # the first Llama 3 wrote the header of the answer whether it was asked for or not
-    "llama3": "llama3",
-    "llama3.2": "llama3",
-    "phi3": "phi",
-    "gemma2": "gemma",
-    "gemma3": "gemma",
-    "mistral": "s",
-    "llama2": "s",
-    "alpaca": "s",
-    "numbered": "none",
-    "granite": "none",
+    style: tokens
+    for tokens, styles in (
+        ("none", ("chatml", "qwen2.5", "qwen3", "smollm3-answers", "numbered", "granite")),
+        ("im", ("smollm2",)),
+        # The first Llama 3 wrote the header of the answer whether it was asked for or not.
+        ("llama3", ("llama3-first", "llama3", "llama3.2")),
+        ("phi", ("phi3",)),
+        ("gemma", ("gemma2", "gemma3")),
+        ("s", ("mistral", "llama2", "alpaca")),
+    )
+    for style in styles
 }
 
 

@@ -38,12 +38,8 @@ def load(folder: Path, where: str | None = None) -> ChatTemplate | None:
     """Read the chat template of a checkpoint, if it has one.
 
     It is ``chat_template.jinja``, else the ``chat_template`` of ``tokenizer_config.json`` or ``chat_template.json``: a
-    string, or several with names, of which "default" counts.
-
-    Messages call the folder ``where``, by default its path.
-
-    Raises:
-        CheckpointError: A file cannot be read.
+    string, or several with names, of which "default" counts. If a file cannot be read, a CheckpointError calls the
+    folder ``where``, by default its path.
     """
 
     def read(name: str) -> dict[str, Any]:

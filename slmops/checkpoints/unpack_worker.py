@@ -18,8 +18,7 @@ class UnpackRequest(Frozen):
 def handle(request: UnpackRequest) -> Frozen:
     """Write the weights of a GGUF file (as fp32 safetensors), config, tokenizer and chat template into a folder.
 
-    Raises:
-        CheckpointError: The file is broken, or transformers cannot read what it holds.
+    A CheckpointError says that the file is broken, or that transformers cannot read what it holds.
     """
     import torch
     import transformers

@@ -36,13 +36,8 @@ class WeightFacts:
 def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
     """The file from which transformers would load the weights: a weight file, or the index of several.
 
-    Args:
-        names: Of all files of the checkpoint; they need not be downloaded yet.
-        where: What to call the checkpoint in messages.
-        allow_pickle: Accept ``pytorch_model*.bin``.
-
-    Raises:
-        CheckpointError: There are none, or none that may be used.
+    Of the checkpoint's files only the ``names`` need to be known. If there are no weights, or none that may be used, a
+    CheckpointError calls it ``where``.
     """
     if "adapter_config.json" in names:
         # transformers would load the base model that this file names, whatever else lies there.

@@ -21,8 +21,6 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 _SEVERITY = {"debug": 0, "info": 1, "warning": 2, "error": 3}
-# Olive writes it for itself, with paths of this machine; no runtime reads it.
-_OLIVE_ONLY = "model_config.json"
 
 
 def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
@@ -103,7 +101,7 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
         )
         with folder_appears_whole(target) as scratch:
             for path in made.iterdir():
-                if path.name != _OLIVE_ONLY:
+                if path.name != "model_config.json":  # Olive's own, with paths of this machine
                     path.rename(scratch / path.name)
             shutil.copyfile(olive_text, scratch / "olive.log")
             write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))

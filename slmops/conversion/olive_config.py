@@ -21,7 +21,6 @@ _PLACEHOLDER = re.compile(r"^(?:\$\{|\{|<)\s*([\w .-]+?)\s*(?:\}|>)$")
 # Keys of the widely copied "quantization_config", which Olive ignores, and the ones that have an effect.
 _TRANSLATED = {"block_size": "int4_block_size", "is_symmetric": "int4_is_symmetric"}
 _RESERVED = {"fp32", "fp16", "int8", "int4", "bf16"}
-_CHECK_TIMEOUT_S = 300
 
 
 def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> Recipe:
@@ -54,7 +53,7 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         schema_worker.SchemaResult,
         work=settings.work(name) / "olive-config",
         log=settings.logs / name / "olive-config.log",
-        timeout_s=_CHECK_TIMEOUT_S,
+        timeout_s=300,
         error=WorkError,
         env={"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
     )

@@ -22,7 +22,6 @@ _IGNORED = re.compile(r"Keys \{(.*)\} are not part of (\w+)")
 _READ_BY_BUILDER = re.compile(
     r"""extra_options(?:\.get\(|\[)\s*["'](\w+)|["'](\w+)["'] (?:not )?in (?:self\.)?extra_options"""
 )
-_OF_EVERY_PASS = {"type", "host", "evaluator"}
 
 
 class SchemaResult(Frozen):
@@ -75,7 +74,7 @@ def handle(request: Workflow) -> SchemaResult:
 
 def _unknown(where: str, given: dict[str, Any], accepted: set[str]) -> list[str]:
     found = []
-    for key in sorted(set(given) - accepted - _OF_EVERY_PASS):
+    for key in sorted(set(given) - accepted - {"type", "host", "evaluator"}):  # every pass has these
         near = get_close_matches(key, accepted, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         found.append(

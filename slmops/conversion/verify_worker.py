@@ -14,7 +14,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = (
     "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown."
 )
-_PROBE_TOKENS = 40
 
 
 class VerifyRequest(Frozen):
@@ -91,7 +90,7 @@ def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = Fa
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager"
     ).eval()
-    ids = np.array(tokenizer(_PROBE)["input_ids"][:_PROBE_TOKENS], np.int64)
+    ids = np.array(tokenizer(_PROBE)["input_ids"][:40], np.int64)
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
     got = OnnxModel(folder).logits(ids)

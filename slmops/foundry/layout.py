@@ -39,9 +39,6 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
     """Lay a variant out below Foundry's model cache: the folder, its version, and whether it is new.
 
     The same variant with the same settings keeps its folder and version; anything else is a new version.
-
-    Raises:
-        RegistrationError: The variant's genai_config.json is broken.
     """
     models = home / "models" / PUBLISHER
     called = model_name(name, variant.name)

@@ -87,8 +87,7 @@ class Query(Frozen):
 def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
     """Answer a request with a page of the entries that satisfy all its filters, both in JSON.
 
-    Raises:
-        UsageError: The body is not such a request, or names an unknown field or operator.
+    A UsageError if the body is not such a request, or names an unknown field or operator.
     """
     try:
         query = Query.model_validate_json(body)

@@ -40,7 +40,6 @@ _SPECIAL_CONTENTS = {
     "contents with outer blanks": [f" \n{text}\n " for text in _CONTENTS[0]],
     "contents with <think> blocks": [f"<think>\nhm\n</think>\n\n{text}" for text in _CONTENTS[0]],
 }
-_ANOTHER_DAY = datetime(2001, 2, 3, 4, 5, 6)
 _KINDS: dict[str, Callable[[Shape], bool]] = {
     "all conversations": lambda _: True,
     "conversations without a system message": lambda shape: "system" not in shape,
@@ -91,7 +90,7 @@ def derive(template: ChatTemplate) -> Derived:
         return _derived(None, ["the chat template does not write the user's message once and unchanged"])
     wanted, refused = probe.render_shapes(*_CONTENTS)
     best = max(candidates, key=lambda strings: len(_equal(strings, wanted)))
-    if best not in _Probe(template, _ANOTHER_DAY).candidates():
+    if best not in _Probe(template, datetime(2001, 2, 3, 4, 5, 6)).candidates():
         return _derived(None, ["the chat template writes the current date, which fixed strings cannot"])
     equal = _equal(best, wanted)
     causes: dict[str, tuple[str, list[Shape]]] = {}

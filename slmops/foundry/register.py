@@ -19,8 +19,6 @@ from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
-REGISTER_TIMEOUT_S = 600
-
 
 def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
     """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
@@ -64,7 +62,7 @@ def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> Regis
         RegisterResult,
         work=work,
         log=log,
-        timeout_s=REGISTER_TIMEOUT_S,
+        timeout_s=600,
         error=RegistrationError,
     )
     return result

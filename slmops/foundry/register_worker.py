@@ -27,11 +27,7 @@ class RegisterResult(Frozen):
 
 
 def handle(request: RegisterRequest) -> RegisterResult:
-    """Register, list, load, ask. A model that fails is taken out of the catalog again.
-
-    Raises:
-        RegistrationError: The runtime refuses it, does not list it or cannot load it, or it answers nothing.
-    """
+    """Register, list, load, ask. A model that fails is taken out of the catalog again, with a RegistrationError."""
     from foundry_local_sdk.exception import FoundryLocalException
 
     from slmops.foundry import runtime

@@ -75,11 +75,7 @@ def main() -> None:
 
 
 def serve(request: ServiceRequest) -> Any:
-    """Load the version and start the web service; the runtime's manager that it returns knows the address.
-
-    Raises:
-        ServingError: The runtime does not find the version, or refuses it.
-    """
+    """Load the version and start the web service, whose address the manager knows; else a ServingError."""
     import foundry_local_sdk as sdk
     import uvicorn
     from foundry_local_sdk.exception import FoundryLocalException

@@ -92,8 +92,7 @@ def test_prepared_data_are_made_once(
     monkeypatch.setattr(checks, "unique", nothing)
     assert prepare(Path(prepared.source), checkpoint, home) == prepared
     other = checkpoint.model_copy(update={"digest": "other"})
-    changes = [{"training": LoraSettings(seed=1)}, {"leak_similarity": 0.7}, {"checkpoint": other}]
-    for change in changes:
+    for change in ({"training": LoraSettings(seed=1)}, {"leak_similarity": 0.7}, {"checkpoint": other}):
         with pytest.raises(AssertionError):
             prepare(Path(prepared.source), **{"checkpoint": checkpoint, "settings": home, **change})
 
@@ -177,9 +176,7 @@ def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings
     assert fetched.source == f"runs:/{run_id}/data"
     assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
     assert fetched.evaluation.read_text() == HELD_OUT
-    one = fetch(f"runs:/{run_id}/data/train.jsonl", home, download=tracker.download)
-    assert [file.name for file in one.files] == ["train.jsonl"]
-    assert one.evaluation.read_text() == HELD_OUT
+    assert fetch(f"runs:/{run_id}/data/train.jsonl", home, download=tracker.download).evaluation.read_text() == HELD_OUT
     with pytest.raises(TrackingError):
         fetch(f"runs:/{run_id}/absent", home, download=tracker.download)
 
@@ -214,8 +211,7 @@ def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Pa
     assert len(read.examples) == 1201
     assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
     assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
-    one = fetch("mlflow-dataset:it's mine", home, held_out, **given)
-    assert len(examples.read(one.files).examples) == 1
+    assert len(examples.read(fetch("mlflow-dataset:it's mine", home, held_out, **given).files).examples) == 1
 
 
 def test_an_mlflow_dataset_that_is_not_there_or_twice(made: Make, database: str) -> None:

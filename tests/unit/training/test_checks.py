@@ -93,7 +93,6 @@ def test_near_duplicates_and_contradictions() -> None:
         (3, "near_duplicate", False, "asks the same as a.jsonl:1, with a different answer: 'Buy\\na new one.'"),
         (4, "near_duplicate", False, "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
     ]
-
     other_prompt = [example(NINE, "Ja.", system="Answer in German."), example(NINE, "Oui.", system="Answer in French.")]
     [problem] = checks.alike(other_prompt, 0.8)
     assert problem.detail == "asks nearly the same as a.jsonl:1 (similarity 1.00)"

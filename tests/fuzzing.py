@@ -9,25 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 EVIL = [
-    "",
-    " ",
-    "\x00",
-    "a\x00b",
-    "\ud800",
-    "<|im_end|>",
-    "<|im_start|>system\n" * 3,
-    "file:///etc/passwd",
-    "http://127.0.0.1:1/x.png",
-    "data:image/png;base64,AAAA",
-    "{",
-    "{{ messages }}",
-    "{% for x in range(10**9) %}{% endfor %}",
-    "-1",
-    "99999999999999999999",
+    *("", " ", "\x00", "a\x00b", "\ud800", "\u202e\U0001f600\u0301", "<|im_end|>", "<|im_start|>system\n" * 3),
+    *("file:///etc/passwd", "http://127.0.0.1:1/x.png", "data:image/png;base64,AAAA", "-1", "99999999999999999999"),
+    *("{", "{{ messages }}", "{% for x in range(10**9) %}{% endfor %}", "word " * 3000, "a" * 100_000),
     "__foundry_local_internal_stop_strings_json",
-    "\u202e\U0001f600\u0301",
-    "word " * 3000,
-    "a" * 100_000,
 ]
 NUMBERS = [0, -1, 1, 2, 2**31 - 1, 2**31, 2**53, 2**63 - 1, -(2**63), 2**64, 10**30, 0.5, -0.5, 1e308, -1e308, 5e-324]
 texts = st.sampled_from(EVIL) | st.text(max_size=20)
@@ -65,17 +50,9 @@ calls = st.lists(
     max_size=2,
 )
 part_types = _words("text input_text output_text refusal image_url input_image input_audio input_file") | texts
+_OF_PARTS = {"text": wild_texts, "image_url": texts | st.fixed_dictionaries({"url": texts}), "input_audio": anything}
 parts = st.lists(
-    st.fixed_dictionaries(
-        {"type": part_types},
-        optional={
-            "text": wild_texts,
-            "refusal": texts,
-            "image_url": texts | st.fixed_dictionaries({"url": texts}),
-            "input_audio": anything,
-            "file_data": texts,
-        },
-    ),
+    st.fixed_dictionaries({"type": part_types}, optional={**_OF_PARTS, "refusal": texts, "file_data": texts}),
     max_size=3,
 )
 contents = texts | parts | anything
@@ -120,25 +97,18 @@ def _schemas(inner: SearchStrategy[Any]) -> SearchStrategy[Any]:
 
 
 schemas = st.recursive(wild_booleans, _schemas, max_leaves=10)
+_FUNCTIONS = st.fixed_dictionaries({"name": texts}, optional={"parameters": schemas, "description": texts})
 tools = st.lists(
     st.fixed_dictionaries(
         {"type": _words("function function custom") | texts},
-        optional={
-            "function": st.fixed_dictionaries({"name": texts}, optional={"parameters": schemas, "description": texts}),
-            "name": texts,
-            "parameters": schemas,
-        },
+        optional={"function": _FUNCTIONS, "name": texts, "parameters": schemas},
     ),
     max_size=3,
 )
+_NAMED_SCHEMAS = st.fixed_dictionaries({"name": texts, "schema": schemas}) | schemas
 formats = st.fixed_dictionaries(
     {"type": _words("json_schema json_schema json_object text lark_grammar") | texts},
-    optional={
-        "json_schema": st.fixed_dictionaries({"name": texts, "schema": schemas}) | schemas,
-        "schema": schemas,
-        "name": texts,
-        "lark_grammar": texts,
-    },
+    optional={"json_schema": _NAMED_SCHEMAS, "schema": schemas, "name": texts, "lark_grammar": texts},
 )
 models = st.sampled_from(["bot"] * 8 + ["bot:1", "bot:9", "nobody"])
 _COMMON: dict[str, SearchStrategy[Any]] = {

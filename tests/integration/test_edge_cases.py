@@ -11,7 +11,6 @@ import pytest
 
 from slmops.core.errors import EvaluationError
 from slmops.core.files import sha256
-from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
@@ -38,12 +37,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def job(talkative: Path) -> Job:
-    return making.job(talkative)
-
-
-@pytest.fixture(scope="module")
-def made(job: Job, settings: Settings, stock: Settings) -> tuple[Variant, Registration]:
+def made(talkative: Path, settings: Settings, stock: Settings) -> tuple[Variant, Registration]:
+    job = making.job(talkative)
     variant = making.variant("int8", job, stock)
     return variant, register(variant, NAME, job, settings)
 
@@ -126,7 +121,6 @@ def test_a_model_that_does_not_load(made: tuple[Variant, Registration], settings
     variant, registration = made
     broken = tmp_path / registration.path.name
     shutil.copytree(registration.path, broken)
-    (broken / "model.onnx").unlink()
     (broken / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(EvaluationError, match="status 1 and no result"):
         edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)

@@ -171,13 +171,13 @@ def test_figures_against_the_baseline(
 
 
 def test_answers_are_judged(scored: dict[str, Quality], job: Job) -> None:
+    expected = [
+        ("1", "general", "Say anything.", True, 1),
+        ("2", "capitals", "What is the capital of France?", False, 0),
+        ("third", "general", "Count", True, 1),
+    ]
     for one in scored.values():
-        assert [(a.id, a.category, a.correct, a.score) for a in one.answers] == [
-            ("1", "general", True, 1),
-            ("2", "capitals", False, 0),
-            ("third", "general", True, 1),
-        ]
-        assert [a.prompt for a in one.answers] == ["Say anything.", "What is the capital of France?", "Count"]
+        assert [(a.id, a.category, a.prompt, a.correct, a.score) for a in one.answers] == expected
         assert all((a.finish_reason, a.completion_tokens, a.format_valid) == ("length", 8, None) for a in one.answers)
         assert all(a.answer.strip() and a.seconds > 0 for a in one.answers)
         assert len(one.cases) == len(edge_cases.EDGE_CASES)
@@ -191,21 +191,14 @@ def no_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge_cases, "run", lambda *_: measured.CASES)
 
 
-def untimed(one: Quality) -> dict[str, Any]:
-    return {
-        "nll": one.nll,
-        "distances": one.distances,
-        "answers": [answer.model_dump(exclude={"seconds"}) for answer in one.answers],
-    }
-
-
 @pytest.mark.usefixtures("no_cases")
 def test_the_same_again(scored: dict[str, Quality], made: dict[str, Made], job: Job, settings: Settings) -> None:
     reference = settings.work(NAME) / "logits" / f"{BASELINE_REFERENCE}.npy"
     before = sha256(reference)
     for name in ("int8", "fp32", "int8"):
-        again = quality.measure(*made[name], NAME, job, settings)
-        assert untimed(again) == untimed(scored[name]), name
+        runs = (quality.measure(*made[name], NAME, job, settings), scored[name])
+        again, first = (one.model_dump(exclude={"cases": True, "answers": {"__all__": {"seconds"}}}) for one in runs)
+        assert again == first, name
         assert sha256(reference) == before
 
 

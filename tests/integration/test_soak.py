@@ -69,6 +69,7 @@ def passed(tracker: Tracker, settings: Settings) -> SoakResult:
     assert result.run_id is not None
     assert tracker.latest(None).run_id != result.run_id  # a soak is no comparison
     assert not list(settings.work(NAME).glob("*-soak"))
+    assert f"soak: 50 of {REQUESTS} requests, " in (settings.logs / NAME / "int8.soak.log").read_text()
     return result
 
 
@@ -78,43 +79,32 @@ def soaks(client: MlflowClient) -> list[Run]:
     return found
 
 
-def test_a_variant_that_keeps_its_memory(passed: SoakResult, registration: Registration) -> None:
+def test_a_variant_that_keeps_its_memory(
+    passed: SoakResult, registration: Registration, tracker: Tracker, client: MlflowClient, tmp_path: Path
+) -> None:
     assert (passed.model, passed.variant, passed.foundry_id) == (NAME, "int8", registration.foundry_id)
-    assert passed.outcome == "pass"
-    assert passed.slope.samples == REQUESTS
-    assert passed.slope.low is not None
-    assert passed.slope.high is not None
+    assert (passed.outcome, passed.slope.samples) == ("pass", REQUESTS)
     assert passed.slope.low <= passed.slope.value <= passed.slope.high <= 100
     assert 10 < passed.memory_start_mb < 1000
     assert passed.memory_end_mb == pytest.approx(passed.memory_start_mb, rel=0.05)
     flow_run = flow_runs("soak")[-1]
     assert flow_run.state_name == "Completed"
     assert flow_run.parameters["request"]["max_kb_per_request"] == 100
-
-
-def test_what_mlflow_has(passed: SoakResult, client: MlflowClient, settings: Settings, tmp_path: Path) -> None:
+    shown = artifacts(flow_run)[KEY]
+    assert f"pass: {passed.detail}" in shown
+    assert f"[MLflow run]({tracker.run_url(passed.run_id)})" in shown
+    # What MLflow has.
     run = client.get_run(passed.run_id)
+    tags = {"kind": "soak", "model": NAME, "variant": "int8", "foundry_id": passed.foundry_id, "outcome": "pass"}
     assert run.info.status == "FINISHED"
-    tags = run.data.tags
-    assert (tags["slmops.kind"], tags["slmops.model"], tags["slmops.variant"]) == ("soak", NAME, "int8")
-    assert (tags["slmops.foundry_id"], tags["slmops.outcome"]) == (passed.foundry_id, "pass")
-    assert tags["slmops.reason"] == passed.detail
+    assert {name: run.data.tags[f"slmops.{name}"] for name in tags} == tags
+    assert run.data.tags["slmops.reason"] == passed.detail
     assert {name: run.data.metrics[name] for name in passed.metrics} == passed.metrics
     assert len(passed.metrics) == 6
     history = client.get_metric_history(passed.run_id, "soak_memory_mb")
     assert [point.step for point in history] == list(range(1, REQUESTS + 1))
-    raw = json.loads(read(client, passed.run_id or "", "soak.json", tmp_path))
-    assert raw["memory_mb"] == [point.value for point in history]
-    assert raw["metrics"] == passed.metrics
-    log = (settings.logs / NAME / "int8.soak.log").read_text()
-    assert f"soak: 50 of {REQUESTS} requests, " in log
-
-
-@pytest.mark.usefixtures("passed")
-def test_what_prefect_shows(passed: SoakResult, tracker: Tracker) -> None:
-    shown = artifacts(flow_runs("soak")[-1])[KEY]
-    assert f"pass: {passed.detail}" in shown
-    assert f"[MLflow run]({tracker.run_url(passed.run_id or '')})" in shown
+    raw = json.loads(read(client, passed.run_id, "soak.json", tmp_path))
+    assert (raw["memory_mb"], raw["metrics"]) == ([point.value for point in history], passed.metrics)
 
 
 def test_a_leak_is_found(
@@ -149,11 +139,9 @@ def test_a_long_series_is_thinned(tracker: Tracker, client: MlflowClient, tmp_pa
     memory = [float(number) for number in range(1, 1001)]
     run = tracker.log_soak("long", {}, {"soak_requests": 1000.0}, memory)
     history = client.get_metric_history(run, "soak_memory_mb")
-    assert len(history) == 250
+    assert (len(history), history[-1].step) == (250, 1000)
     assert all(point.value == point.step for point in history)
-    assert history[-1].step == 1000
-    raw = json.loads(read(client, run, "soak.json", tmp_path))
-    assert raw["memory_mb"] == memory
+    assert json.loads(read(client, run, "soak.json", tmp_path))["memory_mb"] == memory
 
 
 def test_a_repeated_attempt_leaves_one_run(

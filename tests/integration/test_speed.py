@@ -15,7 +15,6 @@ from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
 from slmops.evaluation import prompts, speed, speed_worker, summary
 from slmops.evaluation.speed import Speed, Turn
-from slmops.evaluation.speed_worker import Cell
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register
 from slmops.processes import children
@@ -149,32 +148,31 @@ def test_prompts_have_the_lengths_that_were_asked_for(
         assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
 
 
-def worker(made: Made, cell: Cell, settings: Settings, *, fixed_length: bool) -> speed_worker.SpeedResult:
-    work = settings.work(NAME) / "alone"
-    staged = stage(made[1], work / "foundry", fixed_length=fixed_length)
-    result, _ = children.call(
-        "slmops.evaluation.speed_worker",
-        speed_worker.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
-        speed_worker.SpeedResult,
-        work=work,
-        log=settings.logs / "alone.log",
-        timeout_s=60,
-        error=EvaluationError,
-    )
-    return result
-
-
 def test_answers_that_end_at_once_cannot_be_timed(
     hasty: Made, settings: Settings, measured: dict[str, Speed | SlmopsError]
 ) -> None:
-    headline = of(measured, "hasty").cells[0]
-    cell = headline.model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
+    cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
+
+    def timed(*, fixed_length: bool) -> speed_worker.SpeedResult:
+        work = settings.work(NAME) / "alone"
+        staged = stage(hasty[1], work / "foundry", fixed_length=fixed_length).model_dump(exclude={"context_length"})
+        result, _ = children.call(
+            "slmops.evaluation.speed_worker",
+            speed_worker.SpeedRequest(**staged, cells=(cell,)),
+            speed_worker.SpeedResult,
+            work=work,
+            log=settings.logs / "alone.log",
+            timeout_s=60,
+            error=EvaluationError,
+        )
+        return result
+
     with pytest.raises(EvaluationError, match="less than two tokens of text") as raised:
-        worker(hasty, cell, settings, fixed_length=False)
+        timed(fixed_length=False)
     assert "chat template" in (raised.value.fix or "")
     # It is the fixed length that makes it go on.
-    found = worker(hasty, cell, settings, fixed_length=True)
-    assert [timed.completion_tokens for timed in found.timed] == [40, 40]
+    found = timed(fixed_length=True)
+    assert [one.completion_tokens for one in found.timed] == [40, 40]
     assert found.throughput == {}
 
 

@@ -78,6 +78,8 @@ def test_items_survive_the_way_to_a_worker() -> None:
     for item in items:
         assert Item.model_validate_json(item.model_dump_json()) == item
     assert items[0].expected == '{"a": [1, true]}'
+    for category in ("a", "x" * 50, "two words", "snake_case-2", "Länder", " padded "):
+        assert Item(prompt="?", expected="x", category=category).category == category.strip()
 
 
 USER = {"role": "user", "content": "x"}
@@ -187,16 +189,9 @@ def test_ids_are_unique(tmp_path: Path) -> None:
         "  - line 4: is not JSON: Expecting property name enclosed in double quotes at column 2",
         "  - line 5: line 1 already has the id 'a'",
     ]
-
-
-def test_line_number_that_is_the_id_of_another(tmp_path: Path) -> None:
+    # A line's number may be the id of another.
     path = written(tmp_path, GOOD, {**GOOD, "id": "1"}, GOOD, {**GOOD, "id": "line-3"}, {**GOOD, "id": "3"})
     assert [i.id for i in dataset.load(path).items] == ["line-1", "1", "line-line-3", "line-3", "3"]
-
-
-@pytest.mark.parametrize("category", ["a", "x" * 50, "two words", "snake_case-2", "Länder", " padded "])
-def test_good_categories(category: str) -> None:
-    assert Item(prompt="?", expected="x", category=category).category == category.strip()
 
 
 @pytest.mark.parametrize(
@@ -238,10 +233,8 @@ def test_format_of_a_schema() -> None:
     ],
 )
 def test_subset_is_spread_over_the_categories(count: int, chosen: str) -> None:
-    items = [
-        Item(prompt="?", expected="x", id=name, category=name[0])
-        for name in ["a1", "a2", "a3", "a4", "b1", "b2", "c1", "a5"]
-    ]
+    names = ("a1", "a2", "a3", "a4", "b1", "b2", "c1", "a5")
+    items = [Item(prompt="?", expected="x", id=name, category=name[0]) for name in names]
     assert [item.id for item in dataset.subset(items, count)] == chosen.split()
 
 
@@ -270,12 +263,6 @@ def test_default_text_is_the_same_in_each_process() -> None:
     assert other.stdout.strip() == digest
 
 
-def test_text_of_the_user(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_bytes("Zwölf\r\nBoxkämpfer".encode())
-    assert dataset.perplexity_text(path) == ("Zwölf\r\nBoxkämpfer", hashlib.sha256(path.read_bytes()).hexdigest())
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"", "is empty"), (b" \n\t", "is empty"), (b"\xff\xfeA\x00", "is not UTF-8"), (None, "cannot be read")],
@@ -288,3 +275,5 @@ def test_bad_text(tmp_path: Path, content: bytes | None, said: str) -> None:
         dataset.perplexity_text(path)
     assert str(path) in raised.value.message
     assert raised.value.fix
+    path.write_bytes("Zwölf\r\nBoxkämpfer".encode())
+    assert dataset.perplexity_text(path) == ("Zwölf\r\nBoxkämpfer", hashlib.sha256(path.read_bytes()).hexdigest())

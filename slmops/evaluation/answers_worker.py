@@ -15,8 +15,6 @@ MOST_SESSIONS = 4
 
 
 class AnswersRequest(Frozen):
-    """A registered variant and what it is asked."""
-
     home: Path
     foundry_id: str
     items: tuple[Item, ...]
@@ -24,7 +22,6 @@ class AnswersRequest(Frozen):
 
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
-    """Answer, and score what needs no judging model."""
     return answer_items(request.items, request.matcher, lambda: _generate(request))
 
 

@@ -30,8 +30,6 @@ _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "thresho
 
 
 class ItemMessage(Frozen):
-    """One turn of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     content: str
 
@@ -136,7 +134,6 @@ class Item(Frozen):
 
     @property
     def conversation(self) -> list[dict[str, str]]:
-        """The messages to send."""
         if self.messages is None:
             return [{"role": "user", "content": self.prompt or ""}]
         return [message.model_dump() for message in self.messages]

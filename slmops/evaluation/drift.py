@@ -63,8 +63,6 @@ class Recorded(Frozen):
 
 
 class Figure(Frozen):
-    """One metric then and now."""
-
     metric: str
     recorded: Measurement
     now: Measurement

@@ -58,19 +58,16 @@ TEXTS = {
 
 
 class EdgeCase(Frozen):
-    """One hard conversation."""
-
     id: str
     expected: Expected
     module: str = "slmops.evaluation.edge_worker"
 
 
 class EdgeCaseRequest(Staged):
-    """A staged variant, the cases, and the file to write progress to."""
-
     cases: tuple[EdgeCase, ...]
     limit_s: float
     progress: Path
+    """The file to write it to."""
 
 
 class CaseProgress(Frozen):
@@ -128,7 +125,6 @@ def observed(reply: TimedReply) -> Observation:
 
 
 def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
-    """Load the model and go through the cases."""
     from slmops.evaluation import prompts
     from slmops.foundry import runtime
 
@@ -169,7 +165,6 @@ def see(case: EdgeCase, probe: Probe) -> CaseProgress:
 
 
 def write(progress: Path, line: CaseProgress) -> None:
-    """Append a line in one go."""
     with progress.open("a", encoding="utf-8") as file:
         file.write(line.model_dump_json() + "\n")
 
@@ -178,7 +173,6 @@ def write(progress: Path, line: CaseProgress) -> None:
 
 
 def longer_than_context(probe: Probe) -> Observation:
-    """Twice as long as the context."""
     return probe.answer("word " * (2 * probe.context_length))
 
 

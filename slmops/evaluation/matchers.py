@@ -35,8 +35,6 @@ Function = Callable[[str, str], Any]
 
 
 class Judgement(Frozen):
-    """What a matcher says of one answer."""
-
     score: float | None = Field(None, ge=0, le=1, description="None: it could not be judged.")
     correct: bool | None = None
     reason: str | None = Field(None, description="Why it could not be judged.")

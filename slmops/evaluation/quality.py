@@ -79,18 +79,16 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
     items = dataset.subset(evaluation_set.items, QUICK_ITEMS) if job.quick else evaluation_set.items
     text, text_digest = _text(name, job, settings)
-    baseline = _reference(BASELINE_REFERENCE, name, settings)
-    references = {CHECKPOINT_REFERENCE: _reference(CHECKPOINT_REFERENCE, name, settings)}
-    if not variant.recipe.baseline:
-        references[BASELINE_REFERENCE] = baseline
+    files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
+    own = files.pop(BASELINE_REFERENCE) if variant.recipe.baseline else None
     with locks.machine(settings):
         log.info("%s: measuring quality", variant.name)
         text_request = LogitsRequest(
             folder=registration.path,
             text=text,
             tokens=QUICK_TOKENS if job.quick else TOKENS,
-            references={which: file for which, file in references.items() if file.exists()},
-            write=baseline if variant.recipe.baseline else None,
+            references={which: file for which, file in files.items() if file.exists()},
+            write=own,
         )
         scored = score_text(text_request, name, variant.name, settings)
         asked = AnswersRequest(

@@ -41,8 +41,6 @@ class Soak(Frozen, use_attribute_docstrings=True):
 
 
 class Target(Frozen):
-    """What is soaked."""
-
     model: str
     variant: str
     foundry_id: str

@@ -21,8 +21,6 @@ EVERY = 50
 
 
 class SoakRequest(Frozen):
-    """A registered variant and how many requests to send."""
-
     home: Path
     foundry_id: str
     warm_up: int
@@ -36,7 +34,6 @@ class SoakSeries(Frozen):
 
 
 def handle(request: SoakRequest) -> SoakSeries:
-    """Load, warm up, ask."""
     from slmops.foundry import runtime
 
     model = runtime.registered(request.home, request.foundry_id)

@@ -51,16 +51,12 @@ class Turn(Frozen):
 
 
 class Speed(Frozen):
-    """All turns of one variant."""
-
     cells: tuple[Cell, ...]
     turns: tuple[Turn, ...]
     cores: int
 
 
 class _Contestant:
-    """A variant staged for its turns."""
-
     def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
         self.name = variant.name
         self.work = settings.work(name) / f"{variant.name}-speed"

@@ -97,16 +97,15 @@ def test_bad_csv_cells(tmp_path: Path, column: str, cell: str, problem: str) -> 
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ("prompt,answer", "my.csv has an unknown column 'answer'."),
-        ("prompt;expected", "my.csv has an unknown column 'prompt;expected'."),
-        ("prompt,expected,", "my.csv has an unknown column ''."),
-        ("prompt,expected,prompt", "my.csv has the column 'prompt' twice."),
-        ("prompt,json_schema", "my.csv has an unknown column 'json_schema'."),
+        *((f"prompt,{name}", f"an unknown column '{name}'.") for name in ("answer", "json_schema")),
+        ("prompt;expected", "an unknown column 'prompt;expected'."),
+        ("prompt,expected,", "an unknown column ''."),
+        ("prompt,expected,prompt", "the column 'prompt' twice."),
     ],
 )
 def test_bad_csv_header(tmp_path: Path, header: str, said: str) -> None:
     error = raised_by(table(tmp_path, f"{header}\nQ,A\n"))
-    assert error.message == said
+    assert error.message == f"my.csv has {said}"
     assert "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, mess" in error.fix
 
 

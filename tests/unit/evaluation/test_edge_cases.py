@@ -188,12 +188,12 @@ def test_judging(expected: Any, passes: list[tuple[Any, float]], fails: list[tup
         assert judged.detail == ("Only after 5 s: said" if seconds == 5.1 else "said")
 
 
-def outcome(name: str, what: str, passed: bool) -> CaseOutcome:
+def outcome(name: str, what: str, passed: bool = False) -> CaseOutcome:
     return CaseOutcome(id=name, expected="answered or refused", outcome=what, passed=passed, detail="")
 
 
-CUT, WHOLE = outcome("nul_in_text", "cut", False), outcome("nul_in_text", "answered", True)
-GOOD, BAD = outcome("a", "answered", True), outcome("b", "hung", False)
+CUT, WHOLE = outcome("nul_in_text", "cut"), outcome("nul_in_text", "answered", True)
+GOOD, BAD = outcome("a", "answered", True), outcome("b", "hung")
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ GOOD, BAD = outcome("a", "answered", True), outcome("b", "hung", False)
         ([BAD], 0.0, 1, None),
         ([GOOD, BAD, CUT], 0.5, 2, "not counted: nul_in_text"),
         ([GOOD, WHOLE], 1.0, 2, None),
-        ([GOOD, outcome("nul_in_text", "crashed", False)], 0.5, 2, None),  # another defect than the known one
-        ([GOOD, outcome("a", "cut", False)], 0.5, 2, None),
+        ([GOOD, outcome("nul_in_text", "crashed")], 0.5, 2, None),  # another defect than the known one
+        ([GOOD, outcome("a", "cut")], 0.5, 2, None),
     ],
 )
 def test_share_of_cases_passed(cases: list[CaseOutcome], share: float, samples: int, note: str | None) -> None:

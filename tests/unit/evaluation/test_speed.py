@@ -103,12 +103,39 @@ def turns(found: Speed | SlmopsError) -> list[tuple[float, bool]]:
     return [(turn.measured.load_s, turn.disturbed) for turn in found.turns]
 
 
-def test_rounds_interleave(bench: Bench) -> None:
-    found = bench.measure("abc")
-    assert bench.order == "abc" * 3
-    for number, name in enumerate("abc"):
-        assert turns(found[name]) == [(number, False), (number + 3, False), (number + 6, False)]
-    assert bench.measure("") == {}
+@pytest.mark.parametrize(
+    ("names", "quick", "loops", "order", "expected"),
+    [
+        ("", False, [], "", []),
+        ("abc", False, [], "abc" * 3, [[(n, False), (n + 3, False), (n + 6, False)] for n in range(3)]),
+        ("ab", True, [], "ab", [[(0, False)], [(1, False)]]),
+        # A disturbed turn is repeated once: a quarter slower than the fastest of the job is quiet.
+        ("a", True, [1, 1, 1, 1, 1], "a", [[(0, False)]]),
+        ("a", True, [1, 1, 1, 1.25, 1.25], "a", [[(0, False)]]),
+        ("a", True, [1, 1, 1, 1, 1.26, 1, 1], "aa", [[(1, False)]]),
+        ("a", True, [1, 1, 1, 1.26, 1, 1, 1], "aa", [[(1, False)]]),
+        ("a", True, [1, 1, 1, 2, 2, 1, 1.3], "aa", [[(1, True)]]),
+        ("a", True, [2, 1, 3, 1, 1.2], "a", [[(0, False)]]),  # the fastest of the first loops counts
+        ("a", True, [2, 2, 2, 1, 1], "a", [[(0, False)]]),  # a turn faster than all before
+        ("a", True, [2, 2, 2, 1, 2, 1, 1], "aa", [[(1, False)]]),  # busy by what the turn itself shows
+        # Turns before the machine grew quiet are flagged, too.
+        (
+            *("ab", False, [2, 2, 2, 2, 2, 2, 2, 1, 1], "ab" * 3),
+            [[(n, True), (n + 2, False), (n + 4, False)] for n in (0, 1)],
+        ),
+    ],
+)
+def test_rounds_interleave_and_a_disturbed_turn_is_repeated(
+    bench: Bench, names: str, quick: bool, loops: list[float], order: str, expected: list[list[tuple[float, bool]]]
+) -> None:
+    bench.loops = [*loops]
+    found = bench.measure(names, quick=quick, output_lengths=[8, 64])
+    assert bench.order == order
+    assert found.keys() == set(names)
+    assert [turns(found[name]) for name in names] == expected
+    if quick:
+        assert {(request.sessions, request.drop_cache) for request in bench.requests} == {((), False)}  # a warm load
+        assert loops == [] or found["a"].turns[0].calibration_s == tuple(loops[-2:])
 
 
 def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(bench: Bench) -> None:
@@ -138,50 +165,11 @@ def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(bench: Bench) -> None:
     assert files(bench.settings.foundry) == before
 
 
-def test_quick_job_has_one_round_and_a_warm_load(bench: Bench) -> None:
-    found = bench.measure("ab", quick=True, output_lengths=[8, 64])
-    assert bench.order == "ab"
-    assert [(request.sessions, request.drop_cache) for request in bench.requests] == [((), False)] * 2
-    assert [len(turns(one)) for one in found.values()] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("loops", "order", "expected"),
-    [
-        pytest.param([1, 1, 1, 1, 1], "a", [(0, False)], id="quiet"),
-        pytest.param([1, 1, 1, 1.25, 1.25], "a", [(0, False)], id="a quarter slower is quiet"),
-        pytest.param([1, 1, 1, 1, 1.26, 1, 1], "aa", [(1, False)], id="busy after, then quiet"),
-        pytest.param([1, 1, 1, 1.26, 1, 1, 1], "aa", [(1, False)], id="busy before, then quiet"),
-        pytest.param([1, 1, 1, 2, 2, 1, 1.3], "aa", [(1, True)], id="busy twice"),
-        pytest.param([2, 1, 3, 1, 1.2], "a", [(0, False)], id="the fastest of the first loops counts"),
-        pytest.param([2, 2, 2, 1, 1], "a", [(0, False)], id="a turn faster than all before"),
-        pytest.param([2, 2, 2, 1, 2, 1, 1], "aa", [(1, False)], id="busy by what the turn itself shows"),
-    ],
-)
-def test_a_disturbed_turn_is_repeated_once(
-    bench: Bench, loops: list[float], order: str, expected: list[tuple[float, bool]]
-) -> None:
-    bench.loops = [*loops]
-    found = bench.measure("a", quick=True)["a"]
-    assert bench.order == order
-    assert turns(found) == expected
-    assert isinstance(found, Speed)
-    assert found.turns[0].calibration_s == tuple(loops[-2:])
-
-
 def test_a_repeated_turn_is_asked_for_the_same(bench: Bench) -> None:
     bench.loops = [1, 1, 1, 2, 2, 1, 1]
     bench.measure("a")
     assert [request.drop_cache for request in bench.requests] == [True, True, False, False]
     assert bench.requests[0] == bench.requests[1]
-
-
-def test_turns_before_the_machine_grew_quiet_are_flagged_too(bench: Bench) -> None:
-    bench.loops = [2, 2, 2, 2, 2, 2, 2, 1, 1]
-    found = bench.measure("ab")
-    assert bench.order == "ababab"
-    assert turns(found["a"]) == [(0, True), (2, False), (4, False)]
-    assert turns(found["b"]) == [(1, True), (3, False), (5, False)]
 
 
 @pytest.mark.parametrize(
@@ -226,24 +214,21 @@ def grid(bench: Bench, context: int = CONTEXT, **asked: Any) -> tuple[speed_work
     return speed.grid(staged, Job(model="m", **asked))
 
 
+ALL = [(128, 16, 3), (32, 16, 1), (512, 16, 1), (1024, 16, 1)]
+SEVERAL = {"prompt_lengths": [64, 400], "output_lengths": [16, 128]}
+
+
 @pytest.mark.parametrize(
     ("asked", "context", "expected"),
     [
-        pytest.param({}, 2048, [(128, 16, 3), (32, 16, 1), (512, 16, 1), (1024, 16, 1)], id="default"),
-        pytest.param({"quick": True}, 2048, [(128, 16, 3), (32, 16, 1)], id="quick"),
-        pytest.param({}, 1039, [(128, 16, 3), (32, 16, 1), (512, 16, 1)], id="one does not fit"),
-        pytest.param({}, 1040, [(128, 16, 3), (32, 16, 1), (512, 16, 1), (1024, 16, 1)], id="all just fit"),
-        pytest.param(
-            {"prompt_lengths": [64, 400], "output_lengths": [16, 128]},
-            2048,
-            [(64, 16, 3), (64, 128, 1), (400, 16, 1), (400, 128, 1)],
-            id="several output lengths",
-        ),
-        pytest.param(
-            {"output_lengths": [128, 16], "quick": True}, 2048, [(128, 128, 3), (32, 128, 1)], id="quick: first"
-        ),
-        pytest.param({"output_lengths": [16, 2000]}, 2048, [(32, 16, 3), (32, 2000, 1)], id="room for the longest"),
-        pytest.param({"prompt_lengths": [512, 1000]}, 2048, [(512, 16, 3), (1000, 16, 1)], id="nearest to 128"),
+        ({}, 2048, ALL),
+        ({"quick": True}, 2048, ALL[:2]),
+        ({}, 1039, ALL[:3]),
+        ({}, 1040, ALL),  # all just fit
+        (SEVERAL, 2048, [(64, 16, 3), (64, 128, 1), (400, 16, 1), (400, 128, 1)]),
+        ({"output_lengths": [128, 16], "quick": True}, 2048, [(128, 128, 3), (32, 128, 1)]),  # the first
+        ({"output_lengths": [16, 2000]}, 2048, [(32, 16, 3), (32, 2000, 1)]),  # room for the longest
+        ({"prompt_lengths": [512, 1000]}, 2048, [(512, 16, 3), (1000, 16, 1)]),  # nearest to 128
     ],
 )
 def test_grid(bench: Bench, asked: dict[str, Any], context: int, expected: list[tuple[int, int, int]]) -> None:

@@ -58,15 +58,8 @@ def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **as
     return speed_worker.handle(request)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        pytest.param(0.03125, 32, id="as many as fit"),
-        pytest.param(0.3, 4, id="the last ends after it"),
-        pytest.param(0.25, 4, id="none begins when it is over"),
-        pytest.param(2.0, 3, id="at least so many"),
-    ],
-)
+# As many as fit; the last ends after it; none begins when it is over; at least so many.
+@pytest.mark.parametrize(("seconds", "expected"), [(0.03125, 32), (0.3, 4), (0.25, 4), (2.0, 3)])
 def test_a_cell_is_repeated_until_both_are_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int
 ) -> None:

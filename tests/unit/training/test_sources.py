@@ -18,6 +18,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
+from slmops.training.values import DataProblem
 from tests.training_data import HELD_OUT, fetch, put, refused, turns
 
 
@@ -124,9 +125,8 @@ def test_a_line_that_never_ends_is_not_copied(folder: Path, settings: Settings) 
     assert fetched.files[0].stat().st_size < 1_100_000
     read = examples.read(fetched.files)
     assert len(read.examples) == 2
-    [problem] = read.problems
-    assert (problem.line, problem.kind) == (3, "oversized")
-    assert problem.detail == "longer than 1,000,000 bytes; the file was not read from here on"
+    detail = "longer than 1,000,000 bytes; the file was not read from here on"
+    assert read.problems == (DataProblem(file="train.jsonl", line=3, kind="oversized", detail=detail),)
 
 
 def test_a_full_disk(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +137,8 @@ def test_a_full_disk(folder: Path, settings: Settings, monkeypatch: pytest.Monke
 
 def test_folders_of_the_dead_are_removed(folder: Path, settings: Settings) -> None:
     dead, alive = (settings.trainings / f".12345678.{pid}.part" for pid in (2**22 + 1, os.getpid()))
-    for left in (dead, alive):
-        left.mkdir(parents=True)
+    dead.mkdir(parents=True)
+    alive.mkdir()
     fetch(folder, settings)
     assert (dead.exists(), alive.exists()) == (False, True)
 
@@ -184,7 +184,7 @@ def test_an_mlflow_dataset(folder: Path, settings: Settings) -> None:
     }
 
 
-def test_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Settings) -> None:
+def test_the_digest_of_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Settings) -> None:
     records = [record(number, {"prompt": f"P{number}"}, expected_response="A") for number in range(5)]
     copy = [{**one, "dataset_record_id": f"copy-{-number}"} for number, one in enumerate(records)][::-1]
     given = {"dataset": {"x": records, "y": copy}.__getitem__}

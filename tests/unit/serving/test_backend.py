@@ -29,20 +29,19 @@ WAIT = "sys.stdin.read()\n"
 LISTENS = READY + WAIT
 
 
+Start = Callable[[str], Awaitable[Backend]]
+
+
 @pytest.fixture
 def installed(tmp_path: Path) -> Installed:
     folder = tmp_path / "home" / "deployed" / "models" / "slmops" / "bot-int8-generic-cpu-1"
     folder.mkdir(parents=True)
-    (folder / "model.onnx").write_text("graph")
     return fleets.installed(1).model_copy(update={"folder": folder})
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home")
-
-
-Start = Callable[[str], Awaitable[Backend]]
 
 
 @pytest.fixture
@@ -59,12 +58,10 @@ def start(installed: Installed, settings: Settings, tmp_path: Path, monkeypatch:
     return with_code
 
 
-def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "scripted_worker" in one.cmdline()]
-
-
-def scratches(settings: Settings) -> list[Path]:
-    return list((settings.deployed / "serving" / "bot").glob("*"))
+def left(settings: Settings) -> tuple[list[psutil.Process], list[Path]]:
+    """Processes and scratch folders."""
+    processes = [one for one in psutil.Process().children() if "scripted_worker" in one.cmdline()]
+    return processes, list((settings.deployed / "serving" / "bot").glob("*"))
 
 
 @pytest.mark.parametrize(
@@ -88,8 +85,7 @@ async def test_a_process_that_does_not_start(
         await start(code)
     assert said in caught.value.message
     assert caught.value.fix
-    assert children() == []
-    assert scratches(settings) == []
+    assert left(settings) == ([], [])
 
 
 async def test_a_process_from_start_to_stop(
@@ -107,7 +103,7 @@ async def test_a_process_from_start_to_stop(
     backend = await start(code)
     assert (backend.url, backend.installed, backend.in_flight) == ("http://127.0.0.1:9", installed, 0)
     assert backend.alive
-    [child] = children()
+    [child], [scratch] = left(settings)
     assert os.getpgid(child.pid) == child.pid
     with monkeypatch.context() as patched:
         # Memory is measured in the event loop, for /metrics: the kernel must not walk through all pages meanwhile.
@@ -115,17 +111,15 @@ async def test_a_process_from_start_to_stop(
         patched.delattr(psutil.Process, "children")
         assert 1 < backend.memory_mb() < 500
     told = json.loads(log.read_text())
-    assert told["foundry_id"] == "bot-int8-generic-cpu:1"
-    assert told["folder"] == str(installed.folder)
-    assert [str(one) for one in scratches(settings)] == [told["scratch"]]
-    assert told["MALLOC_ARENA_MAX"] == "1"
+    assert (told["foundry_id"], told["folder"]) == ("bot-int8-generic-cpu:1", str(installed.folder))
+    assert (told["scratch"], told["MALLOC_ARENA_MAX"]) == (str(scratch), "1")
     assert not [name for name in told if name.lower().endswith("_proxy")]
     assert os.environ.copy() == before
     await backend.stop()
     assert not backend.alive
     assert backend.memory_mb() == 0
     assert await backend.ended() == f"The process was killed by SIGTERM: {log.read_text().strip()}"
-    assert scratches(settings) == []
+    assert left(settings) == ([], [])
     with pytest.raises(ServingError, match="crashed in its smoke test"):
         await backend.smoke_test()
     await backend.stop()
@@ -158,8 +152,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process(start: Start, setting
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        assert children() == []
-        assert scratches(settings) == []
+        assert left(settings) == ([], [])
 
 
 async def test_a_log_that_cannot_be_written(installed: Installed, settings: Settings) -> None:
@@ -171,9 +164,7 @@ async def test_a_log_that_cannot_be_written(installed: Installed, settings: Sett
 # --- the smoke test
 
 
-def both(whole: Script = answer, streamed: Script = answer) -> Script:
-    """Answers as a whole, and streams."""
-    return lambda connection: (streamed if connection.body.get("stream") else whole)(connection)
+DONE = b"data: [DONE]\n\n"
 
 
 def counted(tokens: Any, finish: str | None = "stop") -> dict[str, Any]:
@@ -194,29 +185,27 @@ async def test_a_smoke_test_that_passes() -> None:
     assert all(one["temperature"] == 0 and one["max_tokens"] > 0 for one in upstream.received)
 
 
-DONE = b"data: [DONE]\n\n"
-
-
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("streamed", "script", "said"),
     [
-        (both(replies(counted(0))), "'Say hello.'"),
-        (both(replies(b"oh", 500)), "status 500: oh"),
-        (both(replies(counted(3), 400)), "status 400, finish reason 'stop'"),
-        (both(replies(counted(3, None))), "status 200, finish reason None"),
-        (both(replies([])), "status 200: []"),
-        (both(replies({"usage": None, "choices": []})), "status 200: {"),
-        (both(replies(counted("x"))), "status 200: {"),
-        (both(streamed=replies(b"oh", 500)), "status 500"),
-        (both(streamed=streams(event(chunk("Hello")))), "['data: {"),
-        (both(streamed=streams(event(chunk("")), DONE)), "without text"),
-        (both(streamed=streams(b"data: x\n\n", DONE)), "['data: x'"),
-        (both(streamed=streams(event({"choices": [{"delta": None}]}), DONE)), "['data: {"),
-        (both(streamed=streams(b"")), "[]"),
+        (False, replies(counted(0)), "'Say hello.'"),
+        (False, replies(b"oh", 500), "status 500: oh"),
+        (False, replies(counted(3), 400), "status 400, finish reason 'stop'"),
+        (False, replies(counted(3, None)), "status 200, finish reason None"),
+        (False, replies([]), "status 200: []"),
+        (False, replies({"usage": None, "choices": []}), "status 200: {"),
+        (False, replies(counted("x")), "status 200: {"),
+        (True, replies(b"oh", 500), "status 500"),
+        (True, streams(event(chunk("Hello"))), "['data: {"),
+        (True, streams(event(chunk("")), DONE), "without text"),
+        (True, streams(b"data: x\n\n", DONE), "['data: x'"),
+        (True, streams(event({"choices": [{"delta": None}]}), DONE), "['data: {"),
+        (True, streams(b""), "[]"),
     ],
 )
-async def test_a_smoke_test_that_fails(script: Script, said: str) -> None:
-    async with Upstream(script).listening() as url:
+async def test_a_smoke_test_that_fails(streamed: bool, script: Script, said: str) -> None:
+    upstream = Upstream(lambda to: (script if to.body.get("stream", False) == streamed else answer)(to))
+    async with upstream.listening() as url:
         with pytest.raises(ServingError) as caught:
             await smoke(url)
     assert said in caught.value.message

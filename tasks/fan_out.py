@@ -31,5 +31,7 @@ def send_references(context: JobContext, exchange: Exchange) -> Files:
 @stage(tracking=True)
 def leave_result(result: PartResult, part: Part, context: JobContext, exchange: Exchange) -> None:
     """Logs and result, the result last."""
-    logs = parts.send_logs(part, context, exchange)
+    own = context.logs.glob("*.log")
+    registered = (context.settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
+    logs = exchange.put({path.name: path for path in (*own, *registered)})
     exchange.leave(part.id, result.model_copy(update={"logs": logs}))

@@ -232,12 +232,6 @@ def clear(part: Part, settings: Settings) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def send_logs(part: Part, context: JobContext, exchange: Exchange) -> Files:
-    own = context.logs.glob("*.log")
-    registered = (context.settings.logs / part.name).glob(f"{part.recipe.name}.register.log")
-    return exchange.put({path.name: path for path in (*own, *registered)})
-
-
 def _own_name(part: Part) -> str:
     # The next part removes what a killed one left: see slmops.core.files.remove_scratch.
     return f".{part.name}-{part.id}.{os.getpid()}.part"

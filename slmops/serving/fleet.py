@@ -19,7 +19,7 @@ from slmops.core.settings import Settings
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.limits import Serve
-from slmops.serving.registry_watch import RegistryWatch, VersionSource, at_fault, in_thread, said
+from slmops.serving.registry_watch import AT_FAULT, RegistryWatch, VersionSource, in_thread, said
 from slmops.serving.spares import Spares, Unavailable
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Fleet:
         if last is None and wanted is None:
             lost = f"The registry cannot be reached, and no version of {self.name} is on this device. {said(failure)}"
             raise ServingError(lost, getattr(failure, "fix", None)) from failure
-        if last is None or (wanted is not None and wanted.version == last.version and at_fault(failure)):
+        if last is None or (wanted is not None and wanted.version == last.version and isinstance(failure, AT_FAULT)):
             raise failure
         log.warning("version %d, the last one here, is served: %s", last.version, said(failure))
         self._take_over(await self._launch(last))
@@ -135,8 +135,7 @@ class Fleet:
     async def lease(self, model: str) -> AsyncIterator[Backend]:
         """A process to send one request for ``model`` to; it is not stopped before the request has ended.
 
-        Args:
-            model: NAME for the champion, NAME:VERSION, or a version's Foundry id.
+        The model is NAME for the champion, NAME:VERSION, or a version's Foundry id.
 
         Raises:
             UnknownModel: There is no such model.

@@ -68,10 +68,8 @@ def ensure(name: str, settings: Settings, uri: str) -> str:
         stop(settings)
         running = _start(name, settings, uri)
     if running.model != name:
-        raise ServingError(
-            f"This home serves {running.model} at {running.url}, and not {name}.",
-            "Stop that service, or set SLMOPS_HOME to another folder.",
-        )
+        wrong = f"This home serves {running.model} at {running.url}, and not {name}."
+        raise ServingError(wrong, "Stop that service, or set SLMOPS_HOME to another folder.")
     return running.url
 
 

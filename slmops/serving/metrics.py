@@ -59,17 +59,16 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """What is true at the moment of the scrape."""
         fleet = self._fleet
-        for name, text, value in (
-            ("slmops_in_flight", "Requests that are being answered.", self._admission.running),
-            ("slmops_queued", "Requests that wait.", self._admission.waiting),
-            ("slmops_ready", "1 if the champion answers.", fleet.ready),
-            ("slmops_registry_up", "1 if the registry answered when it was last asked.", fleet.watch.reachable),
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        for kind, name, text, value in (
+            (gauge, "slmops_in_flight", "Requests that are being answered.", self._admission.running),
+            (gauge, "slmops_queued", "Requests that wait.", self._admission.waiting),
+            (gauge, "slmops_ready", "1 if the champion answers.", fleet.ready),
+            (gauge, "slmops_registry_up", "1 if the registry answered when it was last asked.", fleet.watch.reachable),
+            (counter, "slmops_switches", "Changes to another version.", fleet.switches),
+            (counter, "slmops_backend_restarts", "Runtime processes that died and were started again.", fleet.restarts),
         ):
-            yield GaugeMetricFamily(name, text, value=int(value))
-        yield CounterMetricFamily("slmops_switches", "Changes to another version.", value=fleet.switches)
-        yield CounterMetricFamily(
-            "slmops_backend_restarts", "Runtime processes that died and were started again.", value=fleet.restarts
-        )
+            yield kind(name, text, value=int(value))
         memory = GaugeMetricFamily(
             "slmops_backend_memory_bytes", "Memory of each runtime process.", labels=["foundry_id"]
         )

@@ -114,8 +114,8 @@ class Proxy:
         try:
             body = await read_body(request, self._limits.max_body_kb * 1000, BODY_S)
         except BodyRefused as error:
-            close = {"connection": "close"}
-            raise Refused(error.status, error.message, _BODY_CODES[error.status], headers=close) from None
+            code = _BODY_CODES[error.status]
+            raise Refused(error.status, error.message, code, headers={"connection": "close"}) from None
         path = request.scope["path"]
         return RelayedResponse(self._relay, read(body, self._limits, chat=path == CHAT), path, started)
 

@@ -35,6 +35,9 @@ Arguments = TypeVarTuple("Arguments")
 Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
+AT_FAULT = (RegistrationError, ServingError)
+"""Failures that are the version's own: it got here, and the runtime cannot serve it."""
+
 DEPLOY_PAUSE_MOST_S = 300.0
 VERSIONS_S = 30.0
 """How old the list of versions may become."""
@@ -135,7 +138,7 @@ class RegistryWatch:
     async def failed(self, version: ModelVersion, error: Exception) -> None:
         """Withdraw a version that could not be deployed if that is its own fault; otherwise try again later."""
         promotion = _promotion(version)
-        if at_fault(error):
+        if isinstance(error, AT_FAULT):
             self._refused = promotion
             self._to_withdraw = (version, said(error))
             self.note(f"{version.label} cannot be served, and its promotion is withdrawn: {said(error)}")
@@ -171,11 +174,6 @@ class RegistryWatch:
         if self.reachable:
             self.reachable = False
             log.warning("the registry cannot be reached, what is served stays: %s", error.message)
-
-
-def at_fault(error: Exception) -> bool:
-    """Whether a failure is the version's own: it got here, and the runtime cannot serve it."""
-    return isinstance(error, RegistrationError | ServingError)
 
 
 def said(error: Exception) -> str:

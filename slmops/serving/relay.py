@@ -56,7 +56,6 @@ class Relay:
         )
 
     async def close(self) -> None:
-        """Break off what is still under way."""
         for task in self.abandonable:
             task.cancel()
         await asyncio.gather(*self.abandonable, return_exceptions=True)
@@ -161,8 +160,11 @@ class RelayedResponse:
             raise self._failed(error) from None
 
     async def _computed(self, backend: Backend, stack: AsyncExitStack) -> tuple[str, bytes]:
+        async def read(response: aiohttp.ClientResponse) -> tuple[str, bytes]:
+            return response.headers.get("content-type", "application/json"), await response.read()
+
         async with stack, asyncio.timeout(self.relay.limits.request_timeout_s * ABANDONED_TIMES):
-            kind, body = await self._sent(backend, stack, _whole_body)
+            kind, body = await self._sent(backend, stack, read)
             self._count(json.loads(body))
             return kind, body
 
@@ -217,10 +219,6 @@ class RelayedResponse:
 
 def _later(message: str, code: str, retry_after_s: float) -> Refused:
     return Refused(503, message, code, headers={"retry-after": str(math.ceil(retry_after_s))})
-
-
-async def _whole_body(response: aiohttp.ClientResponse) -> tuple[str, bytes]:
-    return response.headers.get("content-type", "application/json"), await response.read()
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done:

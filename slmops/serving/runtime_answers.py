@@ -58,14 +58,14 @@ async def accepted(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             if refused := _in_event(event):
                 raise refused
             break
-    return _chained(head, pieces)
 
+    async def from_the_start() -> AsyncIterator[bytes]:
+        if head:
+            yield head
+        async for piece in pieces:
+            yield piece
 
-async def _chained(head: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    if head:
-        yield head
-    async for piece in pieces:
-        yield piece
+    return from_the_start()
 
 
 async def _whole_events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -40,8 +40,7 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     """Serve ``name`` until SIGTERM or Ctrl-C.
 
     Raises:
-        UsageError: The address is not loopback and there is no token, or there is no such address, or nothing is
-            promoted.
+        UsageError: The address needs a token, or there is no such address, or nothing is promoted.
         PrerequisiteError: The port is in use, or the address is not one of this machine.
         SlmopsError: Nothing can be served.
     """
@@ -70,11 +69,7 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
 async def serve(
     fleet: Fleet, options: Serve, home: Path, listening: socket.socket, token: str | None, *, local: bool = True
 ) -> None:
-    """Serve a fleet at a socket that listens; while it loads, clients get 503.
-
-    Raises:
-        SlmopsError: The fleet has nothing to serve.
-    """
+    """Serve a fleet at a socket that listens; while it loads, clients get 503."""
     proxy = Proxy(fleet, options, token, local=local)
     server = uvicorn.Server(config(proxy, options))
     url = _url(options.host, listening.getsockname()[1])

@@ -107,10 +107,8 @@ class Spares:
         while len(self._loaded) >= self.most:
             idle = [number for number, one in self._loaded.items() if not one.in_flight and not self._waiting[number]]
             if not idle:
-                raise Unavailable(
-                    f"No more than {self.most} versions beside the champion can be loaded, and all are in use.",
-                    retry_after_s=IN_USE_RETRY_S,
-                )
+                full = f"No more than {self.most} versions beside the champion can be loaded, and all are in use."
+                raise Unavailable(full, retry_after_s=IN_USE_RETRY_S)
             oldest = min(idle, key=lambda number: self._loaded[number].used)
             log.info("%s makes room", self._loaded[oldest].installed.foundry_id)
             await self._loaded.pop(oldest).stop()

@@ -26,18 +26,12 @@ BLOCK = 64 * 1024
 
 @dataclass
 class Machine:
-    """One of them.
-
-    Attributes:
-        root: The only folder that it writes to.
-        host: Where it finds what listens on 127.0.0.1 here.
-        prefix: What a command has to begin with to run there.
-    """
+    """One of them."""
 
     name: str
-    root: Path
-    host: str
-    prefix: tuple[str, ...]
+    root: Path  # the only folder that it writes to
+    host: str  # where it finds what listens on 127.0.0.1 here
+    prefix: tuple[str, ...]  # what a command has to begin with to run there
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
@@ -100,11 +94,10 @@ def isolated() -> bool:
 def machines(
     names: Sequence[str], folder: Path, ports: Sequence[int], hidden: Sequence[Path]
 ) -> Iterator[list[Machine]]:
-    """Set machines up; afterwards nothing of them is left but their folders.
+    """Set machines up in a folder; afterwards nothing of them is left but their folders.
 
     Args:
-        names: What to call them; at most 5 letters each.
-        folder: Where each has its root.
+        names: At most 5 letters each.
         ports: What listens on 127.0.0.1 and is to be reached from them.
         hidden: Folders that they must not see.
     """

@@ -18,7 +18,6 @@ from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
 from slmops.serving.limits import Serve
 
-CATALOG_PORT = 8090
 NOTES = ("withdrawn", "forced")
 Source = Annotated[
     str | None, Parameter(name="--from", help="MLflow tracking server; the one that runs here by default.")
@@ -82,10 +81,10 @@ def pull(reference: Reference, /, *, source: Source = None, json: Json = False) 
     settings = Settings()
     name, which = pulling.split(reference)
     installed = pulling.pull(name, which, settings, source or stack.tracking_uri(settings))
-    show(installed, lambda one: f"{one.foundry_id}\n{one.folder}", json=json)
+    show(installed, f"{installed.foundry_id}\n{installed.folder}", json=json)
 
 
-def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = CATALOG_PORT) -> None:
+def catalog(*, source: Source = None, host: Host = "127.0.0.1", port: int = 8090) -> None:
     from slmops.delivery import catalog as offering
 
     offering.serve(source or stack.tracking_uri(Settings()), host, port)
@@ -122,7 +121,7 @@ def versions(name: str, *, json: bool) -> None:
 
 
 def _show(promoted: Promoted, *, json: bool) -> None:
-    show(promoted, lambda one: one.text, json=json, page=promoted.url)
+    show(promoted, promoted.text, json=json, page=promoted.url)
 
 
 def _check(name: str) -> None:

@@ -92,7 +92,7 @@ def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
         from slmops.tracking.tracker import Tracker
 
         page = Tracker(tracking_uri).run_url(result.run_id)
-    show(result, _text, json=json, page=page)
+    show(result, _text(result), json=json, page=page)
     if page and isinstance(result, Comparison) and result.choice.variant is not None:
         say(f"deploy {result.choice.variant}: slmops promote {result.model}")
 

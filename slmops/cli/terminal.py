@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-
-Value = TypeVar("Value", bound="BaseModel")
 
 Flat = Parameter(name="*")
 """Each field of the model is an option."""
@@ -35,9 +32,9 @@ def output(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
 
 
-def show(value: Value, text: Callable[[Value], str], *, json: bool, page: str | None = None) -> None:
+def show(value: BaseModel, text: str, *, json: bool, page: str | None = None) -> None:
     """Print a result as text or JSON, and on stderr where its page in MLflow is."""
-    output(value.model_dump_json(indent=2) if json else text(value))
+    output(value.model_dump_json(indent=2) if json else text)
     if page is not None:
         say(f"\nin MLflow: {page}")
 

@@ -12,19 +12,14 @@ from slmops.core.values import Checkpoint
 
 @dataclass(frozen=True)
 class JobContext:
-    """One job on one machine.
-
-    Attributes:
-        name: The model's name in MLflow and Foundry Local.
-        run_id: The job's run in MLflow; empty until there is one.
-    """
+    """One job on one machine."""
 
     job: Job
-    name: str
+    name: str  # the model's in MLflow and Foundry Local
     checkpoint: Checkpoint
     settings: Settings
     tracking_uri: str
-    run_id: str = ""
+    run_id: str = ""  # the job's run in MLflow; empty until there is one
 
     @property
     def logs(self) -> Path:

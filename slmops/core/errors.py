@@ -9,16 +9,10 @@ if TYPE_CHECKING:
 
 
 class SlmopsError(Exception):
-    """Base of all errors that a user can cause or fix.
-
-    Args:
-        message: What was wrong, and where.
-        fix: What to do next; shown on a line of its own.
-    """
+    """Base of all errors that a user can cause or fix: what was wrong and where, and what to do next."""
 
     exit_code = 1
-    comparison: Comparison | None = None
-    """What a job that failed can still show."""
+    comparison: Comparison | None = None  # what a job that failed can still show
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message, fix)

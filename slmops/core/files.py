@@ -59,7 +59,6 @@ def remove_scratch(parent: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

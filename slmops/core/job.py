@@ -95,5 +95,4 @@ class Job(Frozen):
 
     @property
     def label(self) -> str:
-        """What its runs are called by."""
         return self.name or self.model

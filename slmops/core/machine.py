@@ -123,14 +123,11 @@ def energy_j() -> float | None:
 
 def _linux_cpu() -> dict[str, str]:
     """Name and features of the first core. ARM says "Features" and often gives no name."""
-    facts: dict[str, str] = {}
-    keys = {"model name": "name", "flags": "features", "Features": "features"}
     with contextlib.suppress(OSError):
-        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in keys:
-                facts.setdefault(keys[key.strip()], value.strip())
-    return facts
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+        return {"name": facts.get("model name", ""), "features": facts.get("flags", facts.get("Features", ""))}
+    return {}
 
 
 def _macos_cpu() -> dict[str, str]:

@@ -21,14 +21,9 @@ not see the answer."""
 
 @dataclass(eq=False)
 class BodyRefused(Exception):
-    """A body that is not accepted; the connection must be closed after the answer.
+    """A body that is not accepted; the connection must be closed after the answer."""
 
-    Attributes:
-        status: HTTP status of the answer, 408 or 413.
-        message: What is wrong, for the client.
-    """
-
-    status: int
+    status: int  # HTTP status of the answer, 408 or 413
     message: str
 
 

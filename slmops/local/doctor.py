@@ -62,10 +62,8 @@ class Check:
 def check(settings: Settings, *, imports: bool = True) -> list[Check]:
     """Check every prerequisite; nothing is changed and nothing is raised.
 
-    Args:
-        settings: Whose disk and servers.
-        imports: Also import every package and start Foundry Local's runtime, which takes about 15 s. The other checks
-            take well under a second.
+    Those with ``imports`` import every package and start Foundry Local's runtime, which takes about 15 s; the others
+    take well under a second.
     """
     here = machine.hardware()
     packages = _imports(_packages()) if imports else _packages()

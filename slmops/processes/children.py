@@ -57,17 +57,11 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a child ended.
+    """How a child ended."""
 
-    Attributes:
-        returncode: Exit status; negative is the signal that killed it.
-        memory: Samples of (``time.monotonic()`` seconds, MB of the whole process group).
-        timed_out: It was killed because its time was over.
-    """
-
-    returncode: int
+    returncode: int  # negative is the signal that killed it
     seconds: float
-    memory: list[tuple[float, float]] = field(repr=False)
+    memory: list[tuple[float, float]] = field(repr=False)  # time.monotonic() and MB of the whole process group
     timed_out: bool
 
     @property

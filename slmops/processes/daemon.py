@@ -43,12 +43,10 @@ class Daemon(Frozen):
 
 
 def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log: Path) -> Daemon:
-    """Start a server detached from this process and its terminal.
+    """Start a server detached from this process and its terminal, with ``env`` as its whole environment.
 
     Args:
-        port: Where it will listen, on 127.0.0.1.
         mark: Text in its environment by which it and its offspring are known.
-        env: Its whole environment.
         log: File for its output. The previous one is kept with ``.1`` added to its name.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -86,13 +84,10 @@ def healthy(daemon: Daemon, path: str, body: str) -> bool:
 
 
 def problem(url: str, body: str, *, given: bool = False) -> str | None:
-    """Why the server at ``url`` cannot be used; None if it can.
+    """Why the server cannot be used that answers ``body`` at ``url`` when it is healthy; None if it can.
 
-    Args:
-        url: Address of its health check.
-        body: What a healthy server answers.
-        given: The user named this server. The proxy settings of the environment apply to it, and if it wants to know
-            who we are, it is healthy: the client that comes later has the key.
+    If the user has ``given`` it, the proxy settings of the environment apply to it. If it then wants to know who we
+    are, it is healthy: the client that comes later has the key.
     """
     import httpx
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,12 +67,11 @@ def slmops(capsys: pytest.CaptureFixture[str]) -> Slmops:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home that does not exist yet; the logger that a command changes is put back."""
     monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)  # no .env of a developer's
     logger = logging.getLogger("slmops")
-    before = logger.handlers[:], logger.level
-    yield tmp_path / "home"
-    logger.handlers[:], level = before
-    logger.setLevel(level)
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logger.level)
+    return tmp_path / "home"

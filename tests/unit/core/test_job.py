@@ -22,13 +22,9 @@ def test_json_form_reads_back() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({}, "model is missing"),
         ({"model": ""}, "model must not be empty"),
         ({"model": "m", "precisoin": ["int4"]}, "precisoin is not a known key"),
-        ({"model": "m", "precision": ["int3"]}, "precision.0 must be 'fp32', 'fp16', 'int8', 'int4' or 'bf16'"),
         ({"model": "m", "int4_block_size": 257}, "int4_block_size must be at most 256"),
-        ({"model": "m", "temperature": -0.1}, "temperature must be at least 0"),
-        ({"model": "m", "top_p": 0}, "top_p must be greater than 0"),
         ({"model": "m", "matcher": "mine.py"}, "matcher must be FILE.py:FUNCTION"),
         ({"model": "m", "prompt_lengths": []}, "prompt_lengths must not be empty"),
     ],
@@ -39,14 +35,12 @@ def test_refused(asked: dict[str, Any], said: str) -> None:
     assert problems(raised.value) == [said]
 
 
-def test_it_cannot_be_changed() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        Job(model="m").quick = True
-
-
 @pytest.mark.parametrize("name", ["a", "A", "9", "support-bot", "my_model_2", "a" * 63, "x--y__z"])
-def test_names(name: str) -> None:
-    assert Job(model="m", name=name).name == name
+def test_names_cannot_be_changed(name: str) -> None:
+    job = Job(model="m", name=name)
+    with pytest.raises(ValidationError, match="frozen"):
+        job.name = "other"
+    assert job.name == name
 
 
 @pytest.mark.parametrize(

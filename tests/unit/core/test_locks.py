@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -42,21 +42,14 @@ def lock(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hold(lock: Path) -> Iterator[Callable[[], Holder]]:
-    """Start a process that holds the lock until it is told to go."""
-    holders: list[Holder] = []
-
-    def start() -> Holder:
-        argv = [sys.executable, "-c", HOLDER, str(lock)]
-        holders.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        assert holders[-1].stdout is not None
-        assert holders[-1].stdout.readline() == "held\n"
-        return holders[-1]
-
-    yield start
-    for holder in holders:
-        holder.kill()
-        holder.communicate()
+def holder(lock: Path) -> Iterator[Holder]:
+    """A process that holds the lock until it is told to go."""
+    argv = [sys.executable, "-c", HOLDER, str(lock)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def who(lock: Path) -> Any:
@@ -84,8 +77,7 @@ def test_free_and_free_again(lock: Path, error: type[BaseException] | None) -> N
         assert lock.with_suffix(".json").exists()
 
 
-def test_busy_names_the_holder(lock: Path, hold: Callable[[], Holder]) -> None:
-    holder = hold()
+def test_busy_names_the_holder(lock: Path, holder: Holder) -> None:
     assert re.search(rf"the job of 'bot' \(process {holder.pid}, since {SECOND}\)", refused(lock, "the job of 'bot'"))
     lock.with_suffix(".json").write_text("{", encoding="utf-8")
     assert "process unknown" in refused(lock)
@@ -97,10 +89,7 @@ def test_busy_names_the_holder(lock: Path, hold: Callable[[], Holder]) -> None:
         pass
 
 
-def test_waits_for_the_holder_and_says_so(
-    lock: Path, hold: Callable[[], Holder], caplog: pytest.LogCaptureFixture
-) -> None:
-    holder = hold()
+def test_waits_for_the_holder_and_says_so(lock: Path, holder: Holder, caplog: pytest.LogCaptureFixture) -> None:
     released: list[float] = []
 
     def release() -> None:
@@ -120,8 +109,7 @@ def test_waits_for_the_holder_and_says_so(
     assert record.getMessage().startswith(f"waiting for the thing, held by another run (process {holder.pid}, since ")
 
 
-def test_free_again_when_the_holder_is_killed(lock: Path, hold: Callable[[], Holder]) -> None:
-    holder = hold()
+def test_free_again_when_the_holder_is_killed(lock: Path, holder: Holder) -> None:
     holder.kill()
     holder.wait()
     assert lock.with_suffix(".json").exists(), "it had no time to tidy up"

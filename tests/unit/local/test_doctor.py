@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -67,10 +68,6 @@ def find(settings: Settings, name: str) -> Check:
     return found
 
 
-def hardware(memory_gb: float = 16, isa: tuple[str, ...] = ("avx2",)) -> Hardware:
-    return Hardware(system="Linux", machine="x86_64", processor="P", cores=2, memory_gb=memory_gb, isa=isa)
-
-
 def test_without_imports_it_is_fast_and_changes_nothing(settings: Settings) -> None:
     start = time.monotonic()
     checks = doctor.check(settings, imports=False)
@@ -82,16 +79,6 @@ def test_without_imports_it_is_fast_and_changes_nothing(settings: Settings) -> N
     assert not settings.home.exists()
 
 
-@pytest.mark.parametrize(
-    ("memory_gb", "status"), [(16, "ok"), (8, "ok"), (7.9, "warning"), (4, "warning"), (3.9, "failure")]
-)
-def test_memory(settings: Settings, monkeypatch: pytest.MonkeyPatch, memory_gb: float, status: str) -> None:
-    monkeypatch.setattr(machine, "hardware", lambda: hardware(memory_gb))
-    found = find(settings, "memory")
-    assert found.status == status
-    assert found.detail.startswith(f"{memory_gb:.1f} GB")
-
-
 @pytest.mark.parametrize(("free", "status"), [(20e9, "ok"), (19e9, "warning"), (5e9, "warning"), (4e9, "failure")])
 def test_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
     asked = []
@@ -100,10 +87,23 @@ def test_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch, free: float, 
     assert asked == [settings.home.parents[1]]  # the nearest folder that exists
 
 
-@pytest.mark.parametrize(("isa", "status"), [("avx avx2", "ok"), ("neon", "ok"), ("", "ok"), ("avx", "warning")])
-def test_cpu(settings: Settings, monkeypatch: pytest.MonkeyPatch, isa: str, status: str) -> None:
-    monkeypatch.setattr(machine, "hardware", lambda: hardware(isa=tuple(isa.split())))
-    assert find(settings, "CPU").status == status
+MEMORY = {16: "ok", 8: "ok", 7.9: "warning", 4: "warning", 3.9: "failure"}
+CPU = {"avx avx2": "ok", "neon": "ok", "": "ok", "avx": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "status"),
+    [("memory", {"memory_gb": memory_gb}, status) for memory_gb, status in MEMORY.items()]
+    + [("CPU", {"isa": tuple(isa.split())}, status) for isa, status in CPU.items()],
+)
+def test_hardware(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, here: dict[str, Any], status: str
+) -> None:
+    hardware = {"system": "Linux", "machine": "x86_64", "processor": "P", "cores": 2, "memory_gb": 16, "isa": ("avx2",)}
+    monkeypatch.setattr(machine, "hardware", lambda: Hardware(**{**hardware, **here}))
+    found = find(settings, name)
+    assert found.status == status
+    assert found.detail.startswith("P, 2 cores" if name == "CPU" else f"{here['memory_gb']:.1f} GB")
 
 
 def test_packages_against_constraints(settings: Settings, monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
@@ -152,32 +152,24 @@ def test_fix_installs_the_pinned_set(
     record = "import os, sys; print(os.getcwd(), *sys.argv[1:])"
     monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", record)))
     doctor.fix(settings)
-    assert (settings.logs / "pip.log").read_text().split() == [
-        str(tree),
-        *["-m", "pip", "install", "--disable-pip-version-check", "-c", "constraints.txt", "-e", "."],
-    ]
+    install = "-m pip install --disable-pip-version-check -c constraints.txt -e ."
+    assert (settings.logs / "pip.log").read_text() == f"{tree} {install}\n"
     monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", "raise SystemExit('no network')")))
     with pytest.raises(PrerequisiteError, match="pip could not install the pinned packages: no network"):
         doctor.fix(settings)
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (None, "no cmake"),
-        ("cmake version 3.25.1", r"CMake 3\.25\.1; ONNX Runtime GenAI needs 3\.31"),
-        ("nonsense", "nonsense"),
-    ],
-)
 def test_a_build_is_refused_without_a_new_cmake(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None, message: str
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "build.py").write_text("raise SystemExit('must not be started')")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    if version:
-        program(tmp_path / "bin", "cmake", f"print({version!r})")
-    with pytest.raises(PrerequisiteError, match=message):
-        doctor.build_genai(tmp_path, settings)
+    old = r"CMake 3\.25\.1; ONNX Runtime GenAI needs 3\.31"
+    for version, message in {"": "no cmake", "cmake version 3.25.1": old, "nonsense": "nonsense"}.items():
+        if version:
+            program(tmp_path / "bin", "cmake", f"print({version!r})")
+        with pytest.raises(PrerequisiteError, match=message):
+            doctor.build_genai(tmp_path, settings)
     assert not settings.home.exists()
 
 

@@ -113,10 +113,9 @@ def catalog_locked(settings: Settings) -> AbstractContextManager[None]:
 
 
 def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
-    """Take versions out of Foundry Local's catalog, whose lock is held; it would keep them without their folders.
+    """Take versions, which it would keep without their folders, out of Foundry Local's catalog, whose lock is held.
 
-    Returns:
-        Those that are not in it any more. A failure is only logged.
+    Returned are those that are not in it any more; a failure is only logged.
     """
     try:
         result, _ = children.call(
@@ -135,10 +134,9 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
 
 
 def move_aside(folder: Path, settings: Settings) -> Path:
-    """Move an installed version to where no runtime finds it; the next call removes what a dead process left there.
+    """Move an installed version to where no runtime finds it, or raise an OSError, if a file of it is in use.
 
-    Raises:
-        OSError: It cannot be moved, for example because a file of it is in use.
+    The next call removes what a dead process left there.
     """
     aside = settings.deployed / "aside"
     aside.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,6 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     Raises:
         UsageError: There is no such version, or none was promoted.
         PrerequisiteError: Nothing of it fits this device.
-        TrackingError: The registry cannot be reached.
     """
     if which is not None:
         asked = registry.find(name, which)

@@ -49,11 +49,7 @@ class Place(Frozen):
 
 
 def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
-    """What can be measured on a machine of the kind ``here`` and compared with what was recorded.
-
-    Raises:
-        PrerequisiteError: Nothing can be compared.
-    """
+    """What can be measured on the kind of machine ``here`` and compared with what was recorded, if anything can."""
     left_out = []
     timed = here == recorded.hardware_kind and not SPEED_METRICS.keys().isdisjoint(recorded.measurements)
     if here != recorded.hardware_kind:

@@ -36,6 +36,20 @@ class VersionManifest(Frozen):
     files: tuple[VariantFile, ...]
     inference_model: dict[str, Any] = Field(description="inference_model.json without Name and Version.")
 
+    @classmethod
+    def of(cls, name: str, variant: Variant, registration: Registration) -> VersionManifest:
+        """The manifest of a variant as it is in Foundry Local; reads every file for its SHA-256."""
+        inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
+        return cls(
+            model=name,
+            variant=variant.name,
+            key=variant.key,
+            device="cpu",
+            provider="CPUExecutionProvider",
+            files=tuple(file for file in files_of(registration.path) if file.name != INFERENCE_MODEL),
+            inference_model={key: value for key, value in inference.items() if key not in ("Name", "Version")},
+        )
+
     @property
     def size_mb(self) -> float:
         """Size of all files in MB (10^6 bytes)."""
@@ -125,18 +139,4 @@ class Promotion(Frozen):
     approval: bool = Field(False, description="Wait until a person has looked and decided on the Prefect page.")
     approval_timeout_s: int = Field(
         86400, ge=1, title="Approval timeout", description="Seconds to wait for that decision."
-    )
-
-
-def describe(name: str, variant: Variant, registration: Registration) -> VersionManifest:
-    """The manifest of a variant as it is in Foundry Local; reads every file for its SHA-256."""
-    inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
-    return VersionManifest(
-        model=name,
-        variant=variant.name,
-        key=variant.key,
-        device="cpu",
-        provider="CPUExecutionProvider",
-        files=tuple(file for file in files_of(registration.path) if file.name != INFERENCE_MODEL),
-        inference_model={key: value for key, value in inference.items() if key not in ("Name", "Version")},
     )

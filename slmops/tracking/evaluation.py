@@ -18,18 +18,8 @@ from typing import Any
 
 from slmops.tracking.client import NOTE, OF_CURVES, Client, dataset_input, now_ms
 
-from mlflow.entities import (
-    AssessmentError,
-    AssessmentSource,
-    Dataset,
-    Expectation,
-    Feedback,
-    Metric,
-    Span,
-    TraceInfo,
-    TraceLocation,
-    TraceState,
-)
+from mlflow import entities
+from mlflow.entities import Dataset, Expectation, Feedback, Metric, Span, TraceInfo
 from mlflow.exceptions import MlflowException
 
 # Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions log traces to the address of the whole
@@ -280,10 +270,10 @@ def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms
     span_id = uuid.uuid4().hex[:16]
     info = TraceInfo(
         trace_id=f"tr-{uuid.uuid4().hex}",
-        trace_location=TraceLocation.from_experiment_id(experiment),
+        trace_location=entities.TraceLocation.from_experiment_id(experiment),
         request_time=start_ms,
         execution_duration=round(answer.seconds * 1000),
-        state=TraceState.OK,
+        state=entities.TraceState.OK,
         # By this MLflow finds the trace of the same item in the other run; two items may ask the same.
         request_preview=f"{answer.id}: {answer.prompt}"[:PREVIEW_LIMIT],
         response_preview=answer.answer[:PREVIEW_LIMIT],
@@ -315,11 +305,11 @@ def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms
 
 def _assessments(answer: Answer, run_id: str, span_id: str) -> list[Feedback | Expectation]:
     common: dict[str, Any] = {
-        "source": AssessmentSource("CODE", "slmops"),
+        "source": entities.AssessmentSource("CODE", "slmops"),
         "span_id": span_id,
         "metadata": {"mlflow.assessment.sourceRunId": run_id},
     }
-    unjudged = AssessmentError("NOT_JUDGED", answer.reason) if answer.correct is None else None
+    unjudged = entities.AssessmentError("NOT_JUDGED", answer.reason) if answer.correct is None else None
     made = [Feedback("correct", answer.correct, error=unjudged, rationale=answer.reason, **common)]
     for name, value in (("score", answer.score), ("format_valid", answer.format_valid)):
         if value is not None:

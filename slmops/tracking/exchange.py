@@ -46,12 +46,9 @@ class Exchange(Connection):
 
     @classmethod
     def open(cls, uri: str, parent: str, settings: Settings) -> tuple[Exchange, list[str]]:
-        """Make the place for the files of the job with the run ``parent``.
+        """Make the place for the files of the job with the run ``parent``; returns it and the runs that were deleted.
 
         Deleted are those that an earlier attempt of it left behind, and those of jobs that were killed.
-
-        Returns:
-            The place, and the ids of the runs that were deleted.
         """
         with talking(uri):
             client = Client(uri)
@@ -96,7 +93,6 @@ class Exchange(Connection):
 
         Raises:
             WorkError: The exchange does not have it, for example because the job has ended meanwhile.
-            TrackingError: MLflow gives something else.
         """
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
@@ -109,11 +105,7 @@ class Exchange(Connection):
         return cached
 
     def bring(self, files: Iterable[VariantFile], folder: Path) -> None:
-        """Put files into a folder under their own names.
-
-        Raises:
-            WorkError: A name leads out of the folder; or as :meth:`get`.
-        """
+        """Put files into a folder under their own names; a WorkError if one leads out of it, or as in :meth:`get`."""
         for file in files:
             if not stays_below(file.name):
                 raise WorkError(f"A file of this job is called {file.name!r}, which is not a name below a folder.")

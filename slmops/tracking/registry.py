@@ -25,15 +25,7 @@ from mlflow.entities.model_registry import RegisteredModel
 
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult
-from slmops.foundry.versions import (
-    CHAMPION,
-    PREVIOUS,
-    RESERVED,
-    VERSION_MANIFEST,
-    ModelVersion,
-    VersionManifest,
-    describe,
-)
+from slmops.foundry.versions import CHAMPION, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
 
 TAGS = {
     "variant": "slmops.variant",
@@ -117,7 +109,7 @@ class Registry(Connection):
             elif not _is_ours(model):
                 problem = f"The registry has a model {name!r} that slmops did not make."
                 raise UsageError(problem, "Choose another name with --name.")
-            manifest = describe(name, variant, registration)
+            manifest = VersionManifest.of(name, variant, registration)
             outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
             passed = f"passed {outcomes.count('pass')} of {len(outcomes)}"
             tags = {
@@ -147,9 +139,7 @@ class Registry(Connection):
         return self.find(name, number)
 
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
-        """Make ``version`` the champion, and the champion the previous one.
-
-        ``against`` is the champion that it was judged against, and ``tags`` are kept with the version.
+        """Make ``version``, which was judged ``against`` the champion, the champion, and that the previous one.
 
         Raises:
             PromotionError: Another promotion came first. On one machine a lock prevents that; between machines the

@@ -21,14 +21,8 @@ MADE = datetime(2026, 11, 22, 21, 30, tzinfo=UTC)
 
 
 def entry(name: str, version: int, **changed: Any) -> Entry:
-    given_or_usual = {
-        "alias": name.partition("-")[0],
-        "display_name": name,
-        "size_bytes": 1000 * version,
-        "created": MADE,
-        **changed,
-    }
-    return Entry(name=f"{name}-generic-cpu", version=version, **given_or_usual)
+    usual = {"alias": name.partition("-")[0], "display_name": name, "size_bytes": 1000 * version, "created": MADE}
+    return Entry(name=f"{name}-generic-cpu", version=version, **{**usual, **changed})
 
 
 BOT3, BOT2, FAQ1 = entry("bot-int8", 3), entry("bot-int4", 2, latest=False), entry("faq-fp32", 1)
@@ -67,12 +61,7 @@ def ids(*entries: Entry) -> list[tuple[str, int]]:
 
 
 class Exchange:
-    """A request by hand, for what a client library does not send and because many of them take time.
-
-    Args:
-        pieces: What the server hands over of the body.
-        headers: Any.
-    """
+    """A request by hand, its body in pieces: what a client library does not send, and many of them take time."""
 
     def __init__(self, pieces: Sequence[dict[str, Any]], headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         self.left, self.sent = list(pieces), list[dict[str, Any]]()
@@ -133,9 +122,8 @@ class Server:
         self._socket.close()
 
 
-def version(number: int, variant: str = "fp32", name: str = "tiny", **changed: Any) -> ModelVersion:
-    fields = {"name": name, "variant": variant, "size_mb": 1.5, "created": MADE}
-    return values.model_version(number, **{**fields, **changed})
+def version(number: int, variant: str = "fp32", **changed: Any) -> ModelVersion:
+    return values.model_version(number, **{"name": "tiny", "variant": variant, "created": MADE, **changed})
 
 
 class FakeRegistry:

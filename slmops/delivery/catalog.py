@@ -102,9 +102,7 @@ def serve(uri: str, host: str, port: int) -> None:
 
         registry = Registry(uri)
         app = private_catalog.app(Kept(lambda: entries(registry)))
-        config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSE_S
-        )
+        config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=CLOSE_S)
         address, bound = listener.getsockname()[:2]
         shown = socket.gethostname() if ipaddress.ip_address(address).is_unspecified else host
         url = f"http://{f'[{shown}]' if ':' in shown else shown}:{bound}{private_catalog.PATH}"

@@ -91,15 +91,11 @@ def text(decision: Decision, request: Promotion) -> str:
     """What a person looks at before deciding, in Markdown."""
     champion = decision.champion.label if decision.champion else "nothing is deployed yet"
     gates = [f"- {gate.outcome}: {gate.detail}" for gate in decision.gates if gate.outcome != "skipped"]
+    lines = [f"**{decision.challenger.label}** is to replace: {champion}.", "", *(gates or ["No gate applies."])]
+    if decision.elsewhere:
+        lines.append(f"- note: {decision.elsewhere}")
     against = [f"- {said}" for said in decision.against]
-    return "\n".join(
-        [
-            f"**{decision.challenger.label}** is to replace: {champion}.",
-            "",
-            *(gates or ["No gate applies."]),
-            *([f"- note: {decision.elsewhere}"] if decision.elsewhere else []),
-            "",
-            *(["Against it:", *against] if against else ["Nothing speaks against it."]),
-            *([f"Forced: {request.force}"] if request.force else []),
-        ]
-    )
+    lines += ["", *(["Against it:", *against] if against else ["Nothing speaks against it."])]
+    if request.force:
+        lines.append(f"Forced: {request.force}")
+    return "\n".join(lines)

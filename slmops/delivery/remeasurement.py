@@ -64,10 +64,8 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
     if text is None:
         left_out.append("perplexity, because its text is gone or altered")
     if not timed and questions is None and text is None:
-        raise PrerequisiteError(
-            f"Nothing can be compared: {'; '.join(left_out)}.",
-            "Run its checkpoint again on this machine: `slmops run`.",
-        )
+        fix = "Run its checkpoint again on this machine: `slmops run`."
+        raise PrerequisiteError(f"Nothing can be compared: {'; '.join(left_out)}.", fix)
     return Plan(speed=timed, questions=questions, text=text, left_out=tuple(left_out))
 
 
@@ -88,10 +86,8 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
             with installed.locked(version.name, settings):
                 staged = stage(original, home)
         except FileNotFoundError as error:
-            raise BusyError(
-                f"{version.foundry_id} was removed from this device before it could be measured.",
-                "Another version was deployed in the meantime: try again.",
-            ) from error
+            said = f"{version.foundry_id} was removed from this device before it could be measured."
+            raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
         request = RegisterRequest(home=home, folder=staged.folder, foundry_id=foundry_id, display_name=foundry_id)
         registered = register_folder(request, work=settings.work(name) / "register", log=log_file)

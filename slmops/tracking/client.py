@@ -161,6 +161,11 @@ class Connection:
         self.uri = uri
         self._client = Client(uri)
 
+    @property
+    def shown(self) -> str:
+        """Its address as it may be shown."""
+        return without_password(self.uri)
+
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
         return self._page(run_id, f"runs/{run_id}?")

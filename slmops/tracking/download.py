@@ -83,10 +83,8 @@ def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path
         part.unlink()
         if attempt == 1:
             log.warning("%s of %s has the wrong SHA-256: fetching all of it again", name, origin.label)
-    raise TrackingError(
-        f"{name} of {origin.label} was altered: it has another SHA-256 than when it was stored.",
-        "Nothing of it was installed. Promote the variant again on the machine that made it.",
-    )
+    said = f"{name} of {origin.label} was altered: it has another SHA-256 than when it was stored."
+    raise TrackingError(said, "Nothing of it was installed. Promote the variant again on the machine that made it.")
 
 
 def _complete(origin: Origin, name: str, limit: int, part: Path) -> None:
@@ -100,12 +98,13 @@ def _complete(origin: Origin, name: str, limit: int, part: Path) -> None:
             raise NotGivenError(f"{origin.label} cannot be fetched: {error.message}", error.fix) from error
         except TrackingError as error:
             failures = 1 if size_of(part) > before else failures + 1
+            size_mb = size_of(part) / 1e6
             if failures > len(RESUME_AFTER_S):
-                said = f"{name} of {origin.label} broke off at {size_of(part) / 1e6:.1f} MB, and more attempts failed."
+                said = f"{name} of {origin.label} broke off at {size_mb:.1f} MB, and more attempts failed."
                 fix = "The next pull goes on where this one stopped."
                 raise TrackingError(f"{said} {error.message}", fix) from error
             pause = RESUME_AFTER_S[failures - 1]
-            log.warning("%s broke off at %.1f MB, again in %g s: %s", name, size_of(part) / 1e6, pause, error.message)
+            log.warning("%s broke off at %.1f MB, again in %g s: %s", name, size_mb, pause, error.message)
             time.sleep(pause)
             continue
         # Some servers end a broken answer as if it were whole: only one that brings nothing more is the end.

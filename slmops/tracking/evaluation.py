@@ -83,13 +83,11 @@ def log_evaluation(client: Client, run_id: str, model_id: str, evaluation: Evalu
 
     ``sources`` has the file or name of what was measured with, by ``EVALUATION_SET`` and ``TEXT``.
     """
-    used = {
-        EVALUATION_SET: (evaluation.evaluation_set_digest, "evaluation"),
-        TEXT: (evaluation.text_digest, "perplexity"),
-    }
+    used = {EVALUATION_SET: evaluation.evaluation_set_digest, TEXT: evaluation.text_digest}
+    contexts = {EVALUATION_SET: "evaluation", TEXT: "perplexity"}
     inputs = {
-        kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], context)
-        for kind, (digest, context) in used.items()
+        kind: dataset_input(f"{kind} {PurePath(sources[kind]).stem}", digest, sources[kind], contexts[kind])
+        for kind, digest in used.items()
     }
     client.log_inputs(run_id, datasets=list(inputs.values()))
     client.log_batch(run_id, _metrics(evaluation, model_id, {kind: one.dataset for kind, one in inputs.items()}))

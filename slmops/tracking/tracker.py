@@ -195,10 +195,8 @@ class Tracker(Connection):
             if not runs:
                 of = f" of {name!r}" if name else ""
                 known = ", ".join(sorted(one.name for one in everything if one.tags.get(KIND) == "model"))
-                raise UsageError(
-                    f"There is no finished comparison{of}.",
-                    f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first.",
-                )
+                fix = f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first."
+                raise UsageError(f"There is no finished comparison{of}.", fix)
             return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:

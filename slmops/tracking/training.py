@@ -12,17 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slmops.tracking.client import (
-    FLOW_RUN,
-    KIND,
-    NOTE,
-    OF_CURVES,
-    PARENT,
-    Connection,
-    dataset_input,
-    stamp,
-    without_password,
-)
+from slmops.tracking.client import FLOW_RUN, KIND, NOTE, OF_CURVES, PARENT, Connection, dataset_input, stamp
 
 import mlflow
 from mlflow.entities import Metric, Run
@@ -81,17 +71,16 @@ class TrainingTracker(Connection):
         They are in MLflow's order: by time, and by chance among the records that were added together. DataError is
         raised if there is no dataset with this name, or more than one: MLflow allows that.
         """
-        shown, quote = without_password(self.uri), "'" if '"' in name else '"'
-        before = os.environ.get("MLFLOW_TRACKING_URI")
+        quote, before = "'" if '"' in name else '"', os.environ.get("MLFLOW_TRACKING_URI")
         with self._talking():
             # MLflow's filters cannot spell a name with both quotes.
             query = f"name = {quote}{name}{quote}"
             same = [] if quote in name else self._client.search_datasets(filter_string=query)
             if not same:
                 fix = "Its page 'Datasets' lists them, each with its experiment."
-                raise DataError(f"MLflow at {shown} has no dataset of the name {name!r}.", fix)
+                raise DataError(f"MLflow at {self.shown} has no dataset of the name {name!r}.", fix)
             if len(same) > 1:
-                said = f"MLflow at {shown} has more than one dataset of the name {name!r}."
+                said = f"MLflow at {self.shown} has more than one dataset of the name {name!r}."
                 raise DataError(said, "Delete all but one.")
             mlflow.set_tracking_uri(self.uri)  # a dataset loads its records from the address of the whole process
             try:

@@ -20,9 +20,6 @@ from slmops.tracking.download import BLOCK_BYTES, NotGivenError, read
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
 
-FILE = "model.onnx"
-
-
 class Handler(BaseHTTPRequestHandler):
     """Servers of all kinds, by the first part of the path behind the route."""
 
@@ -50,16 +47,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Any]:
-    made: Any = ThreadingHTTPServer((HOST, 0), Handler)
-    made.seen, made.stopping = [], threading.Event()
-    made.url = f"http://{HOST}:{made.server_port}"
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.stopping.set()
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    made: Any
+    with ThreadingHTTPServer((HOST, 0), Handler) as made:
+        made.seen, made.stopping = [], threading.Event()
+        made.url = f"http://{HOST}:{made.server_port}"
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield made
+        made.stopping.set()
+        made.shutdown()
 
 
 @pytest.mark.parametrize("offset", [0, 1, BLOCK_BYTES, 249_999, 250_000])
@@ -83,8 +78,7 @@ def test_the_sign_in_of_mlflow_is_used(other: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("status", "given", "said"),
     [
-        (404, True, r"^x is gone from the registry\."),
-        (410, True, r"^x is gone from the registry\."),
+        *((status, True, r"^x is gone from the registry\.") for status in (404, 410)),
         (401, True, r"answers 401 \(Unauthorized\) for x"),
         (403, True, r"answers 403 \(Forbidden\) for x"),
         (400, True, r"answers 400 \(Bad Request\) for x"),
@@ -117,17 +111,18 @@ def test_a_connection_that_breaks_or_stalls(other: Any, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_files_in_a_folder(tmp_path: Path, scheme: str) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / FILE).write_bytes(b"x" * BLOCK_BYTES + b"yz")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    assert [len(block) for block in read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", 0)] == [BLOCK_BYTES, 2]
-    assert b"".join(read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", BLOCK_BYTES + 1)) == b"z"
-    assert list(read(uri, f"{scheme}{tmp_path}", f"deep/{FILE}", BLOCK_BYTES + 9)) == []
+    (tmp_path / "deep" / "model.onnx").write_bytes(b"x" * BLOCK_BYTES + b"yz")
+
+    def ask(path: str, offset: int) -> list[bytes]:
+        return list(read(f"sqlite:///{tmp_path / 'mlflow.db'}", f"{scheme}{tmp_path}", path, offset))
+
+    assert ask("deep/model.onnx", 0) == [b"x" * BLOCK_BYTES, b"yz"]
+    assert (ask("deep/model.onnx", BLOCK_BYTES + 1), ask("deep/model.onnx", BLOCK_BYTES + 9)) == ([b"z"], [])
     with pytest.raises(NotGivenError, match=r"^nothing is gone from the registry\."):
-        list(read(uri, f"{scheme}{tmp_path}", "nothing", 0))
+        ask("nothing", 0)
 
 
-def test_nobody_is_there() -> None:
-    with pytest.raises(TrackingError, match=r"^MLflow at http://127\.0\.0\.1:9 failed"):
-        list(read("http://127.0.0.1:9", "mlflow-artifacts:/1", "x", 0))
-    with pytest.raises(TrackingError, match="failed"):
-        list(read("sqlite:///x.db", "mlflow-artifacts:/1", "x", 0))
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///x.db"])
+def test_nobody_is_there(uri: str) -> None:
+    with pytest.raises(TrackingError, match=f"^MLflow at {uri} failed"):
+        list(read(uri, "mlflow-artifacts:/1", "x", 0))

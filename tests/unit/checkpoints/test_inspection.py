@@ -105,14 +105,8 @@ def put(name: str, content: bytes | str) -> Change:
     return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def cut(by: int) -> Change:
-    """Take bytes off the end of the weights, or add some."""
-
-    def change(folder: Path) -> None:
-        raw = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(raw[:-by] if by > 0 else raw + b"x" * -by)
-
-    return change
+def weigh(change: Callable[[bytes], bytes]) -> Change:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
 
 
 def weights(tensors: Mapping[str, list[int]], *args: Any) -> Change:
@@ -165,9 +159,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "empty weights": (put(WEIGHTS, b""), "model.safetensors is empty"),
     "no header": (put(WEIGHTS, b"\xff" * 64), "not a whole safetensors file"),
     "short header": (put(WEIGHTS, b"\x10\0\0"), "not a whole safetensors file"),
-    "cut header": (cut(4 * PARAMETERS + 9), "not a whole safetensors file"),
-    "cut off": (cut(1), "not a whole safetensors file"),
-    "too long": (cut(-5), "not a whole safetensors file"),
+    "cut header": (weigh(lambda raw: raw[: -4 * PARAMETERS - 9]), "not a whole safetensors file"),
+    "cut off": (weigh(lambda raw: raw[:-1]), "not a whole safetensors file"),
+    "too long": (weigh(lambda raw: raw + b"x" * 5), "not a whole safetensors file"),
     "stored quantized": (weights(TENSORS, "U8", 1), "model.embed_tokens.weight is stored as U8"),
     "compiled": (weights(COMPILED), "'_orig_mod.'"),
     "layers lost": (config(num_hidden_layers=3), "2 layers"),

@@ -70,10 +70,6 @@ def test_default_system_message_is_what_is_missing() -> None:
         assert body("smollm2", messages) == start + (fill(IM, messages) or "")
 
 
-def test_a_role_without_a_string() -> None:
-    assert fill(INST, WITH_SYSTEM[0]) is None
-
-
 def test_bos_before_each_question_belongs_to_the_strings() -> None:
     assert (derive(template("llama2")).prompt_template or {})["prompt"] == "<s>[INST] {Content} [/INST]"
 
@@ -82,6 +78,7 @@ def test_only_the_last_question_is_written() -> None:
     derived = derive(broken("### {{ messages[-1].content }}\n>"))
     assert (derived.prompt_template, derived.exact) == ({"prompt": "### {Content}\n>"}, False)
     assert "with a system message or several turns" in (derived.reason or "")
+    assert fill({"prompt": "{Content}"}, WITH_SYSTEM[0]) is None  # a role without a string
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,7 @@ def test_a_model_of_the_catalog_is_loaded_and_served(story: Story) -> None:
     assert story["load"] is None
     assert story["chat"]["choices"][0]["message"]["content"].strip()
     assert story["chat"]["model"] == FIRST
-
-
-def test_a_model_of_the_catalog_is_opened_by_a_chat_session_and_answers(story: Story) -> None:
+    # And opened by a chat session.
     assert story["ask"]["text"] == story["chat"]["choices"][0]["message"]["content"]
 
 

@@ -64,16 +64,11 @@ def test_refused_config_has_the_reason_before_it() -> None:
     assert cause(START + PRUNED + END) == "export:modelbuilder does not accept its config, and Olive does not say why"
 
 
-@pytest.mark.parametrize(
-    "log",
-    [
-        *("", START + END, PRUNED + END, "\n\n", "Reading layer 3\n" + BAR),
-        "Checking for Error: none\nNo ValueError: was seen\nSystemExit: 0\nErrors\n",
-    ],
-)
-def test_nothing_telling(log: str) -> None:
+def test_nothing_telling() -> None:
+    unlike = "Checking for Error: none\nNo ValueError: was seen\nSystemExit: 0\nErrors\n"
     # PRUNED alone: the reason was at level INFO, and the log level hid it.
-    assert cause(log) == NO_CAUSE
+    for log in ("", START + END, PRUNED + END, "\n\n", "Reading layer 3\n" + BAR, unlike):
+        assert cause(log) == NO_CAUSE
 
 
 def test_running_pass() -> None:

@@ -78,12 +78,6 @@ def test_baseline_is_first_and_nothing_twice(asked: list[str], names: list[str])
     assert [recipe.name for recipe in made(*asked)] == names
 
 
-@pytest.mark.parametrize("block", [16, 32, 64])
-def test_block_size_and_symmetry_of_int4(block: int) -> None:
-    quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[1]
-    assert quantize == {**INT4, "group_size": block, "sym": True}
-
-
 @pytest.mark.parametrize(
     ("precision", "asked", "named", "fix"),
     [
@@ -106,6 +100,9 @@ def test_what_cannot_work_is_refused_with_what_to_use(
     assert fix in (raised.value.fix or "")
 
 
-def test_sizes_do_not_matter_without_quantization_nor_int4s_block_to_int8() -> None:
+def test_block_size_and_symmetry_are_of_int4_and_sizes_matter_to_quantization_only() -> None:
+    for block in (16, 32, 64):
+        quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[1]
+        assert quantize == {**INT4, "group_size": block, "sym": True}
     assert passes(made("int8", int4_block_size=100)[-1])[0]["group_size"] == 32
     assert [recipe.name for recipe in made("fp16", sizes=(7,), int4_block_size=100)] == ["fp32", "fp16"]

@@ -59,7 +59,7 @@ match asked:
             say("   " + ":".join(folder.name.rsplit("-", 1)))
     case ["model", "run", "--help"] if plays["help"]:
         say("Usage:\\n  foundry model " + ("run <model> [options]" if plays["run"] else "[command]"))
-        say("Options:\\n  --retain" + ("\\n  --prompt <prompt>" if plays["run"] == "prompt" else ""))
+        say("Options:\\n  --retain" + "\\n  --prompt <prompt>" * (plays["run"] == "prompt"))
     case ["model", "run", model, "--prompt", question] if plays["run"] == "prompt":
         say(plays["progress"])
         answer(model, question)
@@ -101,10 +101,7 @@ QUESTION = "What is 1 > 0?"
 
 @pytest.fixture
 def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder with the command, the user's cache folder and what the command was asked.
-
-    Whatever happens in a test, the command works on the user's own cache folder afterwards.
-    """
+    """The command's folder; whatever happens in a test, the command works on the user's own cache afterwards."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "foundry"
@@ -125,7 +122,6 @@ def models(tmp_path: Path) -> Path:
 
 
 def play(foundry: Path, **changed: object) -> None:
-    """Have the command behave otherwise."""
     (foundry / "plays.json").write_text(json.dumps(PLAYS | changed), encoding="utf-8")
 
 

@@ -63,13 +63,6 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
 
 
-def test_prompt_template_in_other_scripts_and_none(variant: Variant, home: Path) -> None:
-    for strings, said in (({"prompt": "問 {Content} 答"}, "問 {Content} 答"), (None, "null")):
-        folder, _, _ = place(variant, home, Derived(prompt_template=strings, exact=False, reason="r"))
-        assert said in (folder / "inference_model.json").read_text(encoding="utf-8")
-        assert read(folder / "inference_model.json")["PromptTemplate"] == strings
-
-
 GREEDY = {"max_length": 2048, "do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.6}
 
@@ -111,9 +104,12 @@ def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Pa
     assert (second.name, version, new) == (f"{CALLED}-2", 2, True)
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
     assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048, "temperature": 0}
-    template = Derived(prompt_template={"prompt": "{Content}"}, exact=False, reason="r")
-    assert place(variant, home, template)[1:] == (3, True)
-    assert place(write_variant(tmp_path / "int4-4567"), home)[1:] == (4, True)
+    for number, strings in ((3, {"prompt": "問 {Content} 答"}), (4, None)):
+        template = Derived(prompt_template=strings, exact=False, reason="r")
+        folder, *placed = place(variant, home, template)
+        assert placed == [number, True]
+        assert read(folder / "inference_model.json")["PromptTemplate"] == strings
+    assert place(write_variant(tmp_path / "int4-4567"), home)[1:] == (5, True)
     assert place(variant, home) == (first, 1, False), "the old setting is still version 1"
 
 

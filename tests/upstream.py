@@ -41,7 +41,7 @@ class Connection:
     let_go: asyncio.Event
     response: web.StreamResponse = field(default_factory=web.StreamResponse)
 
-    async def piece(self, data: bytes = b"") -> None:
+    async def piece(self, data: bytes) -> None:
         """Begin to stream, and send this."""
         if not self.response.prepared:
             self.response.content_type = "text/event-stream"
@@ -50,10 +50,6 @@ class Connection:
 
     async def event(self, data: Any) -> None:
         await self.piece(event(data))
-
-    def whole(self, data: Any, status: int = 200) -> None:
-        body = data if isinstance(data, bytes) else json.dumps(data).encode()
-        self.response = web.Response(body=body, status=status, content_type="application/json")
 
 
 def event(data: Any) -> bytes:
@@ -67,16 +63,13 @@ def chunk(text: str | None, **more: Any) -> dict[str, Any]:
 
 async def answer(connection: Connection) -> None:
     """What the runtime does when all is well."""
-    if not connection.body.get("stream"):
-        choice = {"message": {"content": "abc"}, "finish_reason": "stop"}
-        connection.whole({"choices": [choice], "model": FOUNDRY_ID, "usage": USAGE})
-        return
-    await connection.piece(b": keep-alive\n\n")
-    for letter in "abc":
-        await connection.event(chunk(letter))
-    if connection.body.get("stream_options", {}).get("include_usage"):
-        await connection.event(chunk(None, usage=USAGE))
-    await connection.piece(b"data: [DONE]\n\n")
+    choice = {"message": {"content": "abc"}, "finish_reason": "stop"}
+    script = replies({"choices": [choice], "model": FOUNDRY_ID, "usage": USAGE})
+    if connection.body.get("stream"):
+        wanted = connection.body.get("stream_options", {}).get("include_usage")
+        chunks = [*map(chunk, "abc"), *([chunk(None, usage=USAGE)] if wanted else [])]
+        script = streams(b": keep-alive\n\n", *map(event, chunks), b"data: [DONE]\n\n")
+    await script(connection)
 
 
 def streams(*pieces: bytes) -> Script:
@@ -94,7 +87,8 @@ def replies(data: Any, status: int = 200) -> Script:
     """A script that answers as a whole, whatever is asked."""
 
     async def script(connection: Connection) -> None:
-        connection.whole(data, status)
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
+        connection.response = web.Response(body=body, status=status, content_type="application/json")
 
     return script
 

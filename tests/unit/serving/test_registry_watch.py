@@ -16,11 +16,10 @@ from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed as delivered
 from slmops.delivery import pull
-from slmops.serving import registry_watch
 from slmops.serving.fleet import Fleet, UnknownModel
 from slmops.serving.registry_watch import VersionSource, in_thread
 from slmops.tracking import registry
-from tests.fleets import BAD, DOWN, World, asked, fleet, installed, promote, rounds, serving, until, version
+from tests.fleets import BAD, DOWN, World, asked, installed, promote, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
 
@@ -48,17 +47,14 @@ async def test_a_version_at_fault_is_withdrawn_once(world: World, made: Fleet, w
     await promote(world, made, 2, "second")
 
 
-async def test_a_version_that_stays_champion_is_not_tried_again(world: World) -> None:
+async def test_a_version_that_stays_champion_is_not_tried_again(world: World, made: Fleet) -> None:
     world.goes_back_to = None
-    async with serving(world) as made:
-        world.bad[2] = BAD
-        world.now = version(2)
-        await until(lambda: bool(world.withdrawn))
+    world.bad[2] = BAD
+    for count, promoted in ((1, "first"), (2, "second")):
+        world.now = version(2, promoted)
+        await until(lambda count=count: len(world.withdrawn) == count)  # type: ignore[misc]
         await rounds(world)
-        assert (world.installs, len(world.withdrawn)) == ([1, 2], 1)
-        world.now = version(2, "second")
-        await until(lambda: len(world.withdrawn) == 2)
-        assert world.installs == [1, 2, 2]
+        assert (world.installs, len(world.withdrawn)) == ([1] + [2] * count, count)
         assert made.version == 1
 
 
@@ -94,23 +90,16 @@ async def test_what_does_not_get_here_is_tried_again(world: World, made: Fleet, 
     assert world.withdrawn == []
 
 
-async def test_pauses_grow_and_another_champion_does_not_wait(world: World, made: Fleet) -> None:
+async def test_pauses_grow_but_not_for_ever_and_another_champion_does_not_wait(world: World, made: Fleet) -> None:
     world.undeliverable[2] = DOWN
     world.now = version(2)
     await asyncio.sleep(0.5)
     # 0, 20, 60, 140, 300 ms: with pauses of the first length there would be 20 of them.
     assert 2 <= world.installs.count(2) <= 6
-    made.watch._retry_at += 60
-    await promote(world, made, 3)
-
-
-async def test_pauses_do_not_grow_for_ever(world: World) -> None:
-    said: list[str] = []
-    made = registry_watch.RegistryWatch(world, fleet(world)._deploy, said.append, 2.0)
     for _ in range(1100):
-        await made.failed(version(2), DOWN)
-    assert "next attempt in 4 s: " in said[0]
-    assert "next attempt in 300 s: " in said[-1]
+        await made.watch.failed(version(2), DOWN)
+    assert "next attempt in 300 s: " in made.last_failure
+    await promote(world, made, 3)
 
 
 # --- the registry is away, or gives what makes no sense

@@ -27,23 +27,15 @@ for _ in range(60):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
 
 NO_JSON: list[bytes | dict[str, Any]] = [
-    b"",
-    b'{"model": "bot"',
-    b"[]",
-    b"null",
+    *(b"", b'{"model": "bot"', b"[]", b"null"),
     '{"model": "b\u00f6t"}'.encode("latin-1"),
     json.dumps(GOOD).encode("utf-16"),
     json.dumps(GOOD).encode("utf-8-sig"),
     raw('"x": ' + "[" * 100_000 + "]" * 100_000),
     b"[" * 100_000,
     chat(x=DEEP),
-    raw('"temperature": NaN'),
-    raw('"x": -Infinity'),
-    raw('"x": [1e400]'),
-    raw(f'"x": {10**30}'),
-    raw('"x": ' + "1" * 5000),
-    raw('"x": "\\ud800"'),
-    raw('"\\udc00": 1'),
+    *map(raw, ('"temperature": NaN', '"x": -Infinity', '"x": [1e400]', '"x": "\\ud800"', '"\\udc00": 1')),
+    *map(raw, (f'"x": {10**30}', '"x": ' + "1" * 5000)),
 ]
 MISSING: dict[str, dict[str, Any]] = {
     "model": {"messages": GOOD["messages"]},
@@ -185,7 +177,7 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
         if 80 + wanted <= 100:
             await answer(connection)
         elif not stream:
-            connection.whole(budget(80, wanted), 400)
+            await upstream.replies(budget(80, wanted), 400)(connection)
         else:
             if path == RESPONSES:
                 for kind in ("created", "in_progress"):

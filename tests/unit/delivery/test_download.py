@@ -20,7 +20,7 @@ from slmops.foundry.versions import VERSION_MANIFEST
 from slmops.processes import children
 from slmops.tracking import download
 from tests import values
-from tests.pulled import BIG, BLOCK, FILES, LOCATION, SIZE, URI, Device, Remote, contents, described, digest, names
+from tests.pulled import BIG, BLOCK, FILES, LOCATION, SIZE, URI, Device, Remote, contents, digest, names
 
 # --- connections that break
 
@@ -62,12 +62,6 @@ def test_a_file_arrives_whole_from_where_it_stopped(device: Device, case: dict[s
     assert device.remote.offsets() == asked
 
 
-def test_a_manifest_in_pieces(device: Device) -> None:
-    device.remote.cuts[VERSION_MANIFEST] = [50, 100]
-    device.install()
-    assert device.remote.offsets(VERSION_MANIFEST)[:3] == [0, 50, 150]
-
-
 def test_it_gives_up_and_the_next_pull_goes_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "slmops")
     device.remote.cuts[BIG] = [4000, 0, 0, 0, 0]
@@ -105,11 +99,12 @@ def test_a_file_that_is_gone_is_not_asked_for_again(device: Device, path: str) -
 
 
 def test_two_at_once(device: Device) -> None:
-    device.remote.cuts[BIG] = [3000]
+    device.remote.cuts |= {BIG: [3000], VERSION_MANIFEST: [50, 100]}
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: device.install(), range(2)))
     assert both[0] == both[1]
     assert device.remote.offsets() == [0, 3000]
+    assert device.remote.offsets(VERSION_MANIFEST)[:3] == [0, 50, 150]
     assert contents(both[0].folder)[BIG] == FILES[BIG]
     assert device.registered == [both[0].foundry_id] * 2
 
@@ -255,7 +250,6 @@ def test_a_registry_that_began_anew_counts_from_one_again(device: Device) -> Non
 
 
 def test_the_same_content_twice_in_one_version(device: Device) -> None:
-    device.remote.files["copy.data"] = FILES[BIG]
-    device.remote.describe(files=described(device.remote.files))
-    done = device.install()
-    assert contents(done.folder)["copy.data"] == contents(done.folder)[BIG] == FILES[BIG]
+    device.serve(**{"copy.data": FILES[BIG]})
+    found = contents(device.install().folder)
+    assert found["copy.data"] == found[BIG] == FILES[BIG]

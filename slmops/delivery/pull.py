@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# --- what is asked for, and what fits
-
-
 def split(reference: str) -> tuple[str, str | None]:
     """Name, and alias or version number, of ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``; else a UsageError."""
     name, at, which = reference.partition("@")
@@ -94,9 +91,6 @@ def _problem(version: ModelVersion) -> str | None:
     if version.memory_mb > memory_mb:
         return f"it needs {version.memory_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
     return None
-
-
-# --- bringing it
 
 
 def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installed:

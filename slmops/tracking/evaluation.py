@@ -151,9 +151,6 @@ def _line(*cells: str) -> str:
     return "|" + "|".join(cell.replace("|", "/") + _GAP for cell in cells) + "|"
 
 
-# --- metrics and data sets
-
-
 def _metrics(evaluation: Evaluation, model_id: str, datasets: dict[str, Dataset]) -> list[Metric]:
     now = now_ms()
 
@@ -181,9 +178,6 @@ def _interval(one: Measurement) -> tuple[float, float] | None:
     return one.low, one.high
 
 
-# --- what a remeasurement needs
-
-
 def log_inputs(client: Client, run_id: str, job: Job) -> None:
     """Keep copies of the evaluation set and the perplexity text; the packaged ones change with slmops and Python."""
     asked = job.evaluation_set
@@ -204,10 +198,8 @@ def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> R
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     figures = json.loads(client.text_of(run_id, MEASUREMENTS_FILE))
     manifest = json.loads(client.text_of(run_id, MANIFEST))
-    kept = [
-        Path(client.download_artifacts(parent.info.run_id, path, str(folder)))
-        for path in client.files_in(parent.info.run_id, INPUTS)
-    ]
+    inputs = client.files_in(parent.info.run_id, INPUTS)
+    kept = [Path(client.download_artifacts(parent.info.run_id, path, str(folder))) for path in inputs]
     return Recorded(
         run_id=run_id,
         job=_job(parent.data.params),
@@ -235,9 +227,6 @@ def _answers(client: Client, run_id: str) -> tuple[Answer, ...]:
     return tuple(Answer.model_validate(dict(zip(table["columns"], row, strict=True))) for row in table["data"])
 
 
-# --- answers
-
-
 def _log_answers(client: Client, run_id: str, model_id: str, answers: Sequence[Answer]) -> None:
     tracing, experiment, now = TracingClient(client.tracking_uri), client.get_run(run_id).info.experiment_id, now_ms()
     spans = []
@@ -257,9 +246,8 @@ def _log_answers(client: Client, run_id: str, model_id: str, answers: Sequence[A
 
 def delete_answers(client: Client, experiment: str, run_id: str) -> None:
     """Delete the traces of a run; they would outlive it."""
-    while page := client.search_traces(
-        locations=[experiment], run_id=run_id, include_spans=False, max_results=TRACES_AT_ONCE
-    ):
+    asked = {"locations": [experiment], "run_id": run_id, "include_spans": False, "max_results": TRACES_AT_ONCE}
+    while page := client.search_traces(**asked):
         client.delete_traces(experiment, trace_ids=[trace.info.trace_id for trace in page])
 
 

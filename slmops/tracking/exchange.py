@@ -70,9 +70,8 @@ class Exchange(Connection):
 
     def put(self, paths: Mapping[str, Path]) -> tuple[VariantFile, ...]:
         """Send the files that are not there yet; each is called as it will be where it is fetched."""
-        files = tuple(
-            VariantFile(name=name, size=path.stat().st_size, sha256=sha256(path)) for name, path in paths.items()
-        )
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        files = tuple(VariantFile(name=name, size=sizes[name], sha256=sha256(path)) for name, path in paths.items())
         with self._talking(), tempfile.TemporaryDirectory() as scratch:
             there = self._client.files_in(self.run_id, OF_FILES)
             for file in files:

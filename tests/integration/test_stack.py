@@ -161,13 +161,9 @@ def test_a_second_up_is_fast_and_changes_nothing(running: Stack, settings: Setti
     assert stack.tracking_uri(settings) == running.tracking_uri
 
 
-def test_given_servers_are_used_and_left_alone(
-    running: Stack, alone: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", running.prefect_api_url)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", running.tracking_uri)
-    monkeypatch.delenv("SLMOPS_TRACKING_URI")
-    settings = Settings(home=alone.home)
+def test_given_servers_are_used_and_left_alone(running: Stack, alone: Settings) -> None:
+    given = {"prefect_api_url": running.prefect_api_url, "tracking_uri": running.tracking_uri}
+    settings = alone.model_copy(update=given)
     assert stack.up(settings) == running
     assert stack.status(settings).prefect == ServerStatus(url=running.prefect_url, ok=True)
     assert stack.status(settings).mlflow.ok
@@ -286,8 +282,7 @@ def test_a_port_lost_in_the_last_moment_is_given_up(
     assert [process.pid for process in ours(settings)] == [pids(settings)["prefect"]]
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing(alone: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLMOPS_TRACKING_URI")
+def test_a_start_that_fails_says_why_and_leaves_nothing(alone: Settings) -> None:
     settings = alone.model_copy(update={"tracking_uri": None})
     (settings.home / "mlflow").mkdir(parents=True)
     (settings.home / "mlflow" / "mlflow.db").write_text("This is no database." * 100)

@@ -85,11 +85,9 @@ def test_all_that_is_wrong_is_named_at_once_and_nothing_twice(folder: Path) -> N
     with pytest.raises(UsageError) as caught:
         check(folder, **{option: f"{folder}/{name}" for option, name in files.items()})
     said = str(caught.value)
-    assert caught.value.exit_code == 2
-    assert all(
-        name in said for name in ("config.json", "cheapest", "none.jsonl", "broken.json", "none.py", "none.jinja")
-    )
     assert said.startswith("6 ")
+    for name in ("config.json", "cheapest", "none.jsonl", "broken.json", "none.py", "none.jinja"):
+        assert name in said
 
 
 @pytest.mark.parametrize("model", ["demo", "org/name@v1", "models:/bot@champion"])
@@ -102,11 +100,10 @@ def test_the_command_says_it_before_anything_is_started(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLMOPS_HOME", str(folder / "home"))
-    policy = str(folder / "none.toml")
-    assert run(["run", "--model", str(folder / "nowhere"), "--policy", policy, "--matcher", "none.py:f"]) == 2
+    assert run(f"run --model {folder}/nowhere --policy {folder}/none.toml --matcher none.py:f".split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert all(name in err for name in ("nowhere", policy, "none.py"))
+    assert all(name in err for name in ("nowhere", f"{folder}/none.toml", "none.py"))
     assert not (folder / "home").exists()
 
 

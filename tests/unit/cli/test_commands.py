@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PAGE = "http://mlflow/run"
 COMPARISON = values.comparison(values.result("int4", 114.0), chosen="int4")
+NONE = errors.GateError("None is good enough.")
+NONE.comparison = COMPARISON
 VERSION: dict[str, Any] = {"model": "bot", "version": 4, "variant": "int8"}
 PROMOTED = Promoted(**VERSION, replaced=3, changed=True, url=PAGE)
 SOAKED = soak.judge(Target(model="tiny", variant="int8", foundry_id="x"), [500_000.0] * 30, 10)
@@ -40,13 +42,6 @@ REMEASURED = Remeasured(**VERSION, **SLOWER, recorded_run="r", run_id="s")
 RETRAINED = Retrained(
     model="bot", outcome="promoted", detail="Better.", input_digest="d", run_id="r", url=PAGE, version=4
 )
-
-
-def refused() -> errors.GateError:
-    """A job of which no variant is good enough."""
-    error = errors.GateError("None is good enough.")
-    error.comparison = COMPARISON
-    return error
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +115,8 @@ def test_a_result_goes_to_stdout_and_its_page_to_stderr(
         ("retrain --model m --data d", RetrainError(RETRAINED), RETRAINED),
         ("soak", SoakError(SOAKED), SOAKED),
         ("remeasure bot", DriftError(REMEASURED), REMEASURED),
-        ("run --model m", refused(), COMPARISON),
-        ("retrain --model m --data d", refused(), COMPARISON),
+        ("run --model m", NONE, COMPARISON),
+        ("retrain --model m --data d", NONE, COMPARISON),
     ],
 )
 def test_what_was_measured_is_printed_though_a_gate_refuses_it(
@@ -137,12 +132,8 @@ def test_what_was_measured_is_printed_though_a_gate_refuses_it(
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """What a worker was given to do."""
     given: list[tuple[str, Any]] = []
-
-    def hand_over(flow: str, request: BaseModel) -> str:
-        given.append((flow, request))
-        return PAGE
-
-    monkeypatch.setitem(sys.modules, "flows.approval", SimpleNamespace(hand_over=hand_over))
+    approval = SimpleNamespace(hand_over=lambda *asked: given.append(asked) or PAGE)
+    monkeypatch.setitem(sys.modules, "flows.approval", approval)
     monkeypatch.setattr(promotion, "decide", lambda *_: None)
     monkeypatch.setattr(promotion, "refuse", lambda _: None)
     return given
@@ -189,12 +180,7 @@ def test_serve_starts_without_a_registry_too(slmops: Slmops, registry: bool, mon
 def test_pull_says_where_it_is(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
     done = Installed(name="bot", version=3, variant="int8", foundry_id="bot-int8-generic-cpu:3", folder=Path("/there"))
     asked: list[Any] = []
-
-    def fetch(name: str, which: str | None, _: Any, uri: str) -> Installed:
-        asked.append((name, which, uri))
-        return done
-
-    monkeypatch.setattr(pull, "pull", fetch)
+    monkeypatch.setattr(pull, "pull", lambda name, which, _, uri: asked.append((name, which, uri)) or done)
     assert slmops("pull bot@int8 --from http://elsewhere")[:2] == (0, "bot-int8-generic-cpu:3\n/there\n")
     assert json.loads(slmops("pull bot --json")[1])["version"] == 3
     assert asked == [("bot", "int8", "http://elsewhere"), ("bot", None, "http://registry")]

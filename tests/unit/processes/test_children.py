@@ -136,18 +136,20 @@ def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
     assert before <= times[0] <= times[-1] <= before + finished.seconds + 1
 
 
-@pytest.mark.parametrize("stubborn", ["", STUBBORN])
+@pytest.mark.parametrize(
+    ("program", "ended_by"),
+    [
+        (lambda sleep: starting("run", sleep), signal.SIGTERM),
+        (lambda sleep: starting("run", STUBBORN + sleep), signal.SIGTERM),
+        (lambda sleep: STUBBORN + sleep, signal.SIGKILL),
+    ],
+)
 def test_a_child_whose_time_is_over_ends_and_its_children_too(
-    log: Path, over_when_written: Path, stubborn: str
+    log: Path, over_when_written: Path, program: Callable[[str], str], ended_by: int
 ) -> None:
-    finished = python(starting("run", stubborn + sleeping(over_when_written)), log)
-    assert (finished.timed_out, finished.returncode) == (True, -signal.SIGTERM)
+    finished = python(program(sleeping(over_when_written)), log)
+    assert (finished.timed_out, finished.returncode) == (True, -ended_by)
     assert gone(number(over_when_written), within_s=2)
-
-
-def test_child_that_ignores_the_request_to_end_is_killed(log: Path, over_when_written: Path) -> None:
-    finished = python(STUBBORN + sleeping(over_when_written), log)
-    assert (finished.timed_out, finished.returncode) == (True, -signal.SIGKILL)
 
 
 def test_children_left_behind_by_a_child_that_ended_are_ended(log: Path, tmp_path: Path) -> None:
@@ -183,7 +185,6 @@ Call = Callable[..., tuple[Result, children.Finished]]
 
 @pytest.fixture
 def call(tmp_path: Path, log: Path) -> Call:
-
     def run(do: str, module: str = odd_worker.__name__, **env: str) -> tuple[Result, children.Finished]:
         return children.call(
             module,
@@ -199,10 +200,8 @@ def call(tmp_path: Path, log: Path) -> Call:
     return run
 
 
-@pytest.mark.parametrize(
-    "do", ["pass", "import atexit; atexit.register(os.abort)"]
-)  # a crash in the clean-up does no harm
-def test_call_returns_what_the_worker_made(call: Call, do: str) -> None:
+@pytest.mark.parametrize("do", ["pass", "import atexit; atexit.register(os.abort)"])
+def test_call_returns_what_the_worker_made_though_its_clean_up_crashes(call: Call, do: str) -> None:
     result, finished = call(do, MODE="fast")
     assert result.mode == "fast"
     assert result.pid != os.getpid()
@@ -211,10 +210,9 @@ def test_call_returns_what_the_worker_made(call: Call, do: str) -> None:
 
 
 def test_error_of_our_own_comes_back_as_itself(call: Call, log: Path) -> None:
+    do = "from slmops.core import errors; raise errors.CheckpointError('The folder is empty.', 'Give another one.')"
     with pytest.raises(CheckpointError) as raised:
-        call(
-            "from slmops.core import errors; raise errors.CheckpointError('The folder is empty.', 'Give another one.')"
-        )
+        call(do)
     assert (raised.value.message, raised.value.fix) == ("The folder is empty.", "Give another one.")
     assert "Traceback" in log.read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
 from slmops.core.values import Name
-from slmops.foundry.versions import Promoted, Promotion
+from slmops.foundry.versions import Promotion
 from slmops.local import stack
 from slmops.serving.limits import Serve
 
@@ -43,7 +43,8 @@ def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> 
             _check_gates(promotion, servers.tracking_uri)  # what a gate refuses needs no person
             hand_over("promote", promotion, json=json)
         else:
-            _show(promote(promotion), json=json)
+            promoted = promote(promotion)
+            show(promoted, promoted.text, json=json, page=promoted.url)
 
 
 def _check_gates(request: Promotion, uri: str) -> None:
@@ -59,7 +60,8 @@ def rollback(name: Model, /, *, json: Json = False) -> None:
     with prefect_running():
         from flows.promote import rollback
 
-        _show(rollback(name), json=json)
+        promoted = rollback(name)
+        show(promoted, promoted.text, json=json, page=promoted.url)
 
 
 def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> None:
@@ -118,10 +120,6 @@ def versions(name: str, *, json: bool) -> None:
         for one in found
     ]
     output(tabulate(rows, headers="keys", disable_numparse=True))
-
-
-def _show(promoted: Promoted, *, json: bool) -> None:
-    show(promoted, promoted.text, json=json, page=promoted.url)
 
 
 def _check(name: str) -> None:

@@ -1,3 +1,1 @@
-"""The local Prefect and MLflow servers, and the doctor, which checks what a job needs. It may import every package but
-``cli``. Start reading in ``stack.py``.
-"""
+"""The local Prefect and MLflow servers, and the doctor, which checks what jobs need. Start reading in ``stack.py``."""

@@ -32,6 +32,7 @@ _SERVERS = TypeAdapter(dict[Server, Daemon])
 ROOT = Path(__file__).parents[2]
 """The source tree, if slmops was installed from one."""
 REGISTER = ROOT / "deployments" / "register.py"
+DEPLOYMENTS = Path("deployments", "prefect.yaml")
 POOL = "slmops"
 START_S = 120.0
 RECOVER_S = 20.0
@@ -98,9 +99,9 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
             call has started is stopped again.
         WorkError: The deployments could not be registered.
     """
-    if worker and not _prefect_file().is_file():
+    if worker and not (ROOT / DEPLOYMENTS).is_file():
         raise PrerequisiteError(
-            f"There are no deployments to register: {_prefect_file()} is missing.",
+            f"There are no deployments to register: {ROOT / DEPLOYMENTS} is missing.",
             "Install slmops from its source tree (pip install -e .) to use a worker.",
         )
     _check_given(settings)
@@ -227,7 +228,7 @@ def _start(settings: Settings, servers: dict[Server, Daemon], name: Server, abov
     command, env = recipe(settings, servers, port)
     command = [sys.executable, "-m", *command]
     mark = str(settings.home / name)
-    servers[name] = daemon.spawn(command, port=port, mark=mark, env=env, log=_log(settings, name))
+    servers[name] = daemon.spawn(command, port=port, mark=mark, env=env, log=settings.logs / f"{name}.log")
     # Written before it answers: should this process be killed now, the next one still knows what it started.
     _write(settings, servers)
 
@@ -267,7 +268,7 @@ def _clean_environment() -> dict[str, str]:
 
 def _wait_until_healthy(settings: Settings, servers: dict[Server, Daemon], name: Server) -> None:
     """Wait for a server that was just started. If another program took its port, start it on the next one."""
-    log = _log(settings, name)
+    log = settings.logs / f"{name}.log"
     while not _runs_well(name, servers, START_S):
         alive = daemon.leader(servers[name]) is not None
         said = children.last_words(log, 8)
@@ -290,15 +291,11 @@ def _runs_well(name: Server, servers: dict[Server, Daemon], within_s: float = RE
 # --- the worker and its deployments
 
 
-def _prefect_file() -> Path:
-    return ROOT / "deployments" / "prefect.yaml"
-
-
 def _work(settings: Settings, stack: Stack, servers: dict[Server, Daemon], started: list[Server]) -> None:
     """Register the deployments, and start a worker unless one runs."""
     log = settings.logs / "deploy.log"
     log.unlink(missing_ok=True)
-    command = [sys.executable, str(REGISTER), str(_prefect_file())]
+    command = [sys.executable, str(REGISTER), str(ROOT / DEPLOYMENTS)]
     ended = children.run(command, log=log, timeout_s=DEPLOY_S, env=_worker_environment(settings, stack), cwd=ROOT)
     if ended.returncode != 0:
         raise WorkError(f"Prefect could not register the deployments: {children.last_words(log)}", f"Its log: {log}")
@@ -390,7 +387,3 @@ def _write(settings: Settings, servers: dict[Server, Daemon]) -> None:
         write_atomic(_state(settings), _SERVERS.dump_json(servers, indent=2).decode())
     else:
         _state(settings).unlink(missing_ok=True)
-
-
-def _log(settings: Settings, name: Server) -> Path:
-    return settings.logs / f"{name}.log"

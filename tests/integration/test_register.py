@@ -22,13 +22,16 @@ from tests.application import application
 pytestmark = pytest.mark.integration
 
 
+Variants = dict[str, Variant]
+
+
 @pytest.fixture(scope="module")
 def job(talkative: Path) -> Job:
     return making.job(talkative)
 
 
 @pytest.fixture(scope="module")
-def converted(job: Job, stock: Settings) -> dict[str, Variant]:
+def converted(job: Job, stock: Settings) -> Variants:
     return {name: making.variant(name, job, stock) for name in ("fp32", "int8")}
 
 
@@ -38,7 +41,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def variants(converted: dict[str, Variant], settings: Settings) -> dict[str, Variant]:
+def variants(converted: Variants, settings: Settings) -> Variants:
     """The variants as this home has them, to be linked or damaged at will."""
     folders = {name: settings.variants / variant.key for name, variant in converted.items()}
     for name, folder in folders.items():
@@ -50,9 +53,7 @@ def folders(settings: Settings) -> list[str]:
     return sorted(path.name for path in (settings.foundry / "models" / "slmops").iterdir())
 
 
-def test_a_registered_variant_answers_to_an_application(
-    variants: dict[str, Variant], job: Job, settings: Settings
-) -> None:
+def test_a_registered_variant_answers_to_an_application(variants: Variants, job: Job, settings: Settings) -> None:
     registration = register(variants["int8"], "tiny", job, settings)
     assert registration.foundry_id == "tiny-int8-generic-cpu:1"
     assert registration.path == settings.foundry / "models" / "slmops" / "tiny-int8-generic-cpu-1"
@@ -67,9 +68,7 @@ def test_a_registered_variant_answers_to_an_application(
     assert Path(answer["path"]) == registration.path
 
 
-def test_twice_is_harmless_and_changed_settings_are_a_new_version(
-    variants: dict[str, Variant], job: Job, settings: Settings
-) -> None:
+def test_twice_is_harmless_and_a_change_is_a_new_version(variants: Variants, job: Job, settings: Settings) -> None:
     first = register(variants["fp32"], "tiny", job, settings)
     assert register(variants["fp32"], "tiny", job, settings) == first
     assert application(settings.foundry)["listed"] == [first.foundry_id]
@@ -85,7 +84,7 @@ def test_twice_is_harmless_and_changed_settings_are_a_new_version(
     assert folders(settings) == ["tiny-fp32-generic-cpu-1", "tiny-fp32-generic-cpu-2"]
 
 
-def test_two_at_once(variants: dict[str, Variant], job: Job, settings: Settings) -> None:
+def test_two_at_once(variants: Variants, job: Job, settings: Settings) -> None:
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda variant: register(variant, "tiny", job, settings), variants.values()))
     assert [done.foundry_id for done in both] == ["tiny-fp32-generic-cpu:1", "tiny-int8-generic-cpu:1"]
@@ -113,7 +112,7 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
     ],
 )
 def test_a_broken_model_leaves_nothing(
-    variants: dict[str, Variant], job: Job, settings: Settings, damage: Callable[[Path], object], said: str
+    variants: Variants, job: Job, settings: Settings, damage: Callable[[Path], object], said: str
 ) -> None:
     good = register(variants["fp32"], "tiny", job, settings)
     damage(variants["int8"].path)
@@ -127,7 +126,7 @@ def test_a_broken_model_leaves_nothing(
     assert "int8" not in registry
 
 
-def test_a_home_that_moved(variants: dict[str, Variant], job: Job, settings: Settings, tmp_path: Path) -> None:
+def test_a_home_that_moved(variants: Variants, job: Job, settings: Settings, tmp_path: Path) -> None:
     before = register(variants["fp32"], "tiny", job, settings)
     moved = Settings(home=tmp_path / "elsewhere")
     settings.home.rename(moved.home)

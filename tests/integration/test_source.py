@@ -134,9 +134,8 @@ def test_a_broken_gguf_file(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
-def test_a_registered_model_comes_from_the_registry_whose_address_is_given(
-    tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, form: str
-) -> None:
+def test_a_registered_model(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, form: str) -> None:
+    """It comes from the registry whose address is given."""
     write_checkpoint(tmp_path / "tuned")
     logged = client.create_logged_model(client.create_experiment(f"{name}-{form}"), name)
     client.log_model_artifacts(logged.model_id, str(tmp_path))

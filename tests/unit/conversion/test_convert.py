@@ -56,9 +56,7 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     return conversions
 
 
-def test_two_names_over_one_checkpoint_at_once_convert_once(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_names_at_once_convert_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     both_looked = threading.Barrier(2)
 
     def look(folder: Path) -> Any:
@@ -79,9 +77,7 @@ def test_two_names_over_one_checkpoint_at_once_convert_once(
     assert one == other == store.load(one.path)
 
 
-def test_files_of_a_faster_machine_with_the_same_home_are_what_is_described(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_a_faster_machine_are_described(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
     play_olive(monkeypatch, before=lambda: write_variant(target))
     made = convert(RECIPE, checkpoint(), Job(model="m"), "bot", settings)

@@ -91,9 +91,7 @@ def test_baseline_is_first_and_nothing_twice(asked: list[str], names: list[str])
         ("int8", {"sizes": (48, 96)}, "(48)", "--olive-config"),  # --int4-block-size would change nothing
     ],
 )
-def test_what_cannot_work_is_refused_with_what_to_use(
-    precision: str, asked: dict[str, Any], named: str, fix: str
-) -> None:
+def test_what_cannot_work_is_refused_with_a_fix(precision: str, asked: dict[str, Any], named: str, fix: str) -> None:
     with pytest.raises(RecipeError) as raised:
         made(precision, **asked)
     assert named in raised.value.message

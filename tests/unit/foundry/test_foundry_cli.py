@@ -146,9 +146,7 @@ def location(foundry: Path) -> str:
 @pytest.mark.parametrize(
     ("has", "helps", "used"), [(["list"], True, "list"), (["ls", "list"], True, "ls"), (["ls"], False, "ls")]
 )
-def test_listed_whatever_the_command_is_called(
-    foundry: Path, models: Path, has: list[str], helps: bool, used: str
-) -> None:
+def test_listed_by_either_command(foundry: Path, models: Path, has: list[str], helps: bool, used: str) -> None:
     play(foundry, cache=has, help=helps)
     hold(models, "other-generic-cpu")
     assert confirm(models) is True
@@ -222,6 +220,9 @@ def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, model
     assert first.returncode == 0
 
 
+Action = Callable[[Path], object]
+
+
 def confirm(models: Path) -> object:
     return cli.confirm(CALLED, models)
 
@@ -231,9 +232,7 @@ def ask(models: Path, question: str = QUESTION) -> str | None:
 
 
 @pytest.mark.parametrize("action", [confirm, ask])
-def test_nothing_is_changed_that_could_not_be_restored(
-    foundry: Path, models: Path, action: Callable[[Path], object]
-) -> None:
+def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Path, action: Action) -> None:
     play(foundry, said="No cache in ")
     set_location(foundry, "memory")
     with pytest.raises(RegistrationError, match="No cache in memory"):
@@ -253,9 +252,7 @@ FAILED = "Request to local service failed"
         (ask, {"run": ""}, "status 1: Unrecognized"),  # a preview that can do neither
     ],
 )
-def test_a_failing_command(
-    foundry: Path, models: Path, action: Callable[[Path], object], plays: dict[str, str], said: str
-) -> None:
+def test_a_failing_command(foundry: Path, models: Path, action: Action, plays: dict[str, str], said: str) -> None:
     play(foundry, **plays)
     with pytest.raises(RegistrationError, match=said):
         action(models)

@@ -21,21 +21,9 @@ from slmops.core.errors import TrackingError, UsageError
 from slmops.foundry import private_catalog
 from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, Entry, answer, app
 from tests import catalogs, fuzzing
-from tests.catalogs import (
-    BOT2,
-    BOT3,
-    COMMON,
-    ENTRIES,
-    FAQ1,
-    HARDWARE,
-    LIST,
-    Exchange,
-    body,
-    condition,
-    entry,
-    found,
-    ids,
-)
+from tests.catalogs import BOT2, BOT3, COMMON, ENTRIES, FAQ1, LIST, Exchange, body, condition, entry, found, ids
+
+BOTS = condition("annotations/tags/alias", "bot")
 
 
 @pytest.mark.parametrize(
@@ -44,8 +32,8 @@ from tests.catalogs import (
         (LIST, [BOT3, FAQ1]),
         ([*COMMON, condition("name", BOT2.name)], [BOT2]),
         ([*COMMON, condition("name", BOT2.name, BOT2.name, BOT3.name, "unknown")], [BOT3, BOT2]),
-        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE], [BOT3, BOT2]),
-        ([*COMMON, condition("annotations/tags/alias", "bot"), *HARDWARE, condition("name", BOT3.name)], [BOT3]),
+        ([*COMMON, BOTS, *catalogs.HARDWARE], [BOT3, BOT2]),
+        ([*COMMON, BOTS, *catalogs.HARDWARE, condition("name", BOT3.name)], [BOT3]),
         ([condition("annotations/tags/foundryLocal", "test")], []),
         ([condition(catalogs.OPTIONS, "Something else")], []),
         ([condition("name", BOT2.name, operator="NotEquals")], [BOT3, FAQ1]),

@@ -160,8 +160,7 @@ class Compose:
         """End a service as Compose does: its stop signal, and force if that does not help."""
         if service in self._running:
             number = signal.Signals[self.services[service].get("stop_signal", "SIGTERM")]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._running[service].pid, number)
+            self._running[service].send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._running[service].wait(STOP_S)
             self.kill(service)
@@ -185,21 +184,19 @@ class Compose:
         timeout = float(check["timeout"].removesuffix("s"))
         env = self.environment(service)
         with self.log(f"{service}.health").open("ab") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            ended = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=timeout, check=False)
-            return ended.returncode == 0
+            return subprocess.run(command, env=env, stdout=log, stderr=log, timeout=timeout).returncode == 0
         return False
 
-    def wait_healthy(self, service: str, timeout_s: float = START_S) -> None:
-        deadline = time.monotonic() + timeout_s
+    def wait_healthy(self, service: str) -> None:
+        deadline = time.monotonic() + START_S
         while not self.healthy(service):
             status = self._running[service].poll()
             if status is not None or time.monotonic() > deadline:
-                what = f"ended with status {status}" if status is not None else f"is not healthy after {timeout_s} s"
-                raise NotHealthy(f"{service} {what}:\n{self.said(service)}")
+                raise NotHealthy(f"{service} is not healthy; its status is {status}:\n{self.said(service)}")
             time.sleep(0.2)
 
-    def said(self, service: str, lines: int = 30) -> str:
-        return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    def said(self, service: str) -> str:
+        return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
     def log(self, service: str) -> Path:
         return self.root / f"{service}.log"

@@ -125,13 +125,10 @@ def test_passwords_show_nowhere(working: Compose) -> None:
     assert not [log.name for log in logs if PASSWORD in log.read_text(encoding="utf-8", errors="replace")]
 
 
-def test_after_a_crash_of_postgresql_both_servers_answer_again(
-    registered: Compose, run_id: str, tmp_path: Path
-) -> None:
+def test_after_a_crash_of_postgresql_both_servers_answer(registered: Compose, run_id: str, tmp_path: Path) -> None:
     before = [registered.processes(service) for service in ("prefect", "mlflow")]
     registered.kill("postgres")
-    assert not registered.healthy("prefect")
-    assert not registered.healthy("mlflow")
+    assert not (registered.healthy("prefect") or registered.healthy("mlflow"))
     registered.start("postgres")
     for service in ("postgres", "prefect", "mlflow"):
         registered.wait_healthy(service)
@@ -167,13 +164,9 @@ def test_a_wrong_password_is_told(servers: Compose) -> None:
         assert not mistaken.healthy("mlflow")
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [({}, "is not a model's name"), ({"SLMOPS_SERVE_MODEL": "router"}, "Set SLMOPS_SERVE_TOKEN")],
-    ids=["no model", "no token"],
-)
-def test_nothing_is_served_without_a_model_and_a_token(given: dict[str, str], said: str) -> None:
-    with Compose({"POSTGRES_PASSWORD": "unused", **given}) as compose:
+@pytest.mark.parametrize(("model", "said"), [("", "is not a model's name"), ("router", "Set SLMOPS_SERVE_TOKEN")])
+def test_nothing_is_served_without_a_model_and_a_token(model: str, said: str) -> None:
+    with Compose({"POSTGRES_PASSWORD": "unused", "SLMOPS_SERVE_MODEL": model}) as compose:
         command = compose.services["serve"]["command"]
         command[command.index("--host") + 1] = "::"  # beyond this machine, as in a container; refused before it listens
         assert compose.run("serve") == 2

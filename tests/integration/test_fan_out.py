@@ -24,7 +24,7 @@ from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
 from slmops.core.context import JobContext
 from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError, TrackingError, WorkError
-from slmops.core.files import sha256
+from slmops.core.files import sha256, write_atomic
 from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
@@ -149,8 +149,7 @@ def test_a_part_has_the_files_of_the_user_where_it_works(settings: Settings, tal
     assert place.checkpoint.path == there.checkpoints / asked.context.checkpoint.digest
     assert "m.content" in (place.checkpoint.path / "chat_template.jinja").read_text()  # it has gone in before
     assert recipe.config["reads"] == str(place.checkpoint.path)
-    (place.checkpoint.path / "config.json").unlink()
-    (place.checkpoint.path / "config.json").write_text("{}")
+    write_atomic(place.checkpoint.path / "config.json", "{}")
     parts.prepare(part, exchange, there)
     assert (place.checkpoint.path / "config.json").read_text() != "{}"
     parts.clear(part, there)
@@ -193,11 +192,9 @@ def test_what_was_converted_elsewhere_takes_the_place_of_what_was_made_here(
     assert parts.fetch_variant(made.key, sent, exchange, there).files == made.files
     # Another conversion of the same: other times in its log, and so another file.
     folder = there.variants / made.key
-    (folder / "olive.log").unlink()
-    (folder / "olive.log").write_text("another")
+    write_atomic(folder / "olive.log", "another")
     manifest = made.model_copy(update={"files": store.files_of(folder)})
-    (folder / "variant.json").unlink()
-    (folder / "variant.json").write_text(manifest.model_dump_json())
+    write_atomic(folder / "variant.json", manifest.model_dump_json())
     assert store.load(folder) is not None
     assert parts.fetch_variant(made.key, sent, exchange, there).files == made.files
     with pytest.raises(WorkError, match="not what its manifest says"):
@@ -256,11 +253,9 @@ def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
     submitted = [Part.model_validate_json(run.parameters["part"]) for run in runs]
     wanted = {f"{recipe.name}-convert-{n}": recipe for recipe in recipes for n in range(1, attempts + 1)}
     assert {part.id: part.recipe for part in submitted} == wanted
-    assert len(runs) == len(wanted)
-    assert len({run.parent_task_run_id for run in runs}) == len(runs)
-    client = MlflowClient(farm.tracking_uri)
+    assert len({run.parent_task_run_id for run in runs}) == len(runs) == len(wanted)
     [own] = {part.exchange for part in submitted}
-    assert client.get_run(own).info.lifecycle_stage == "deleted"
+    assert MlflowClient(farm.tracking_uri).get_run(own).info.lifecycle_stage == "deleted"
 
 
 def test_silence_counts_from_the_last_sign_of_life() -> None:

@@ -25,7 +25,7 @@ from flows.optimize import optimize
 from flows.prepare_environment import prepare_environment
 from slmops.conversion import store
 from slmops.core import machine
-from slmops.core.errors import GateError, PrerequisiteError, RecipeError, UsageError, WorkError
+from slmops.core.errors import GateError, PrerequisiteError, UsageError, WorkError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
@@ -260,15 +260,6 @@ def test_when_no_variant_passes_nothing_is_chosen(first: First, settings: Settin
     assert all(name in comparison.choice.reason for name in ("fp32", "int8", "size_mb"))
     parent = MlflowClient(settings.tracking_uri).get_run(comparison.run_id)
     assert (parent.info.status, parent.data.tags["slmops.choice"]) == ("FINISHED", "none")
-
-
-def test_what_cannot_work_is_refused_before_any_work(settings: Settings, job: Job) -> None:
-    asked = job.model_copy(update={"name": "refused", "device": "gpu", "provider": "CUDAExecutionProvider"})
-    with pytest.raises(RecipeError, match="device gpu with CUDAExecutionProvider is not supported") as caught:
-        optimize(asked)
-    assert caught.value.exit_code == 2
-    assert MlflowClient(settings.tracking_uri).get_experiment_by_name("refused") is None
-    assert not settings.work("refused").exists()
 
 
 @pytest.mark.usefixtures("settings")

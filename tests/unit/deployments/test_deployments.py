@@ -76,21 +76,3 @@ def test_the_form_can_be_filled_in_without_the_manual(deployment: dict[str, Any]
         assert field.get("description"), f"{name} has no help"
     if filled_in := deployment.get("parameters"):
         assert flow(deployment).validate_parameters(filled_in)
-
-
-def test_what_starts_by_itself_is_switched_off_at_first() -> None:
-    schedules = {one["name"]: one.get("schedules", []) for one in DEPLOYMENTS}
-    triggers = [trigger for one in DEPLOYMENTS for trigger in one.get("triggers", [])]
-    assert {name for name, of in schedules.items() if of} == {"retrain", "look-for-news", "soak", "remeasure"}
-    assert not any(schedule["active"] for of in schedules.values() for schedule in of)
-    assert {event for trigger in triggers for event in trigger["expect"]} == {"slmops.data.new", "slmops.version.new"}
-    assert not any(trigger["enabled"] for trigger in triggers)
-
-
-def test_more_workers_do_more_at_once() -> None:
-    """A limit of a deployment holds for all machines together."""
-    limits = {one["name"]: one["concurrency_limit"] for one in DEPLOYMENTS if "concurrency_limit" in one}
-    assert limits == {
-        "retrain": {"limit": 1, "collision_strategy": "ENQUEUE"},  # new data wait for the retraining that is going on
-        "look-for-news": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
-    }

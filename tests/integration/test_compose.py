@@ -128,7 +128,7 @@ def test_passwords_show_nowhere(working: Compose) -> None:
 def test_after_a_crash_of_postgresql_both_servers_answer(registered: Compose, run_id: str, tmp_path: Path) -> None:
     before = [registered.processes(service) for service in ("prefect", "mlflow")]
     registered.kill("postgres")
-    assert not (registered.healthy("prefect") or registered.healthy("mlflow"))
+    assert [registered.healthy(service) for service in ("prefect", "mlflow")] == [False, False]
     registered.start("postgres")
     for service in ("postgres", "prefect", "mlflow"):
         registered.wait_healthy(service)

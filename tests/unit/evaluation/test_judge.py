@@ -130,27 +130,21 @@ def test_conversation_and_no_reference() -> None:
     assert "<reference" not in content
 
 
-@pytest.mark.parametrize(
-    ("content", "judgement"),
-    [
-        ('{"correct": false, "score": 0}', Judgement(score=0, correct=False)),
-        (' {"score": 1, "correct": true}\n', Judgement(score=1, correct=True)),
-        ('```json\n{"correct": true, "score": 0.5}\n```', Judgement(score=0.5, correct=True)),
-        ('{"correct": true, "score": 1.0, "reason": "as in the reference"}', Judgement(score=1, correct=True)),
-    ],
-)
-def test_verdicts(server: Server, content: str, judgement: Judgement) -> None:
-    server.replies = [(200, completion(content))]
-    assert judge.score(ITEM, "x", configured(server.url)) == judgement
-    assert server.requests[0]["headers"]["Authorization"] is None, "there is no key"
-
-
 NO_COMPLETION = "the judge's reply is not a chat completion"
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "reason", "asked"),
+    ("status", "body", "expected", "asked"),
     [
+        *(
+            (200, completion(content), Judgement(score=score, correct=correct), 1)
+            for content, score, correct in (
+                ('{"correct": false, "score": 0}', 0, False),
+                (' {"score": 1, "correct": true}\n', 1, True),
+                ('```json\n{"correct": true, "score": 0.5}\n```', 0.5, True),
+                ('{"correct": true, "score": 1.0, "reason": "as in the reference"}', 1, True),
+            )
+        ),
         *(
             (200, body, NO_COMPLETION, 1)
             for body in (b"", b"<html>", b"\xff", b"[]", b'{"choices": []}', completion(None), b" " * 1_000_001 + GOOD)
@@ -174,10 +168,14 @@ NO_COMPLETION = "the judge's reply is not a chat completion"
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_no_grade_is_unscored(server: Server, status: int, body: bytes, reason: str, asked: int) -> None:
+def test_what_the_judge_says(server: Server, status: int, body: bytes, expected: Judgement | str, asked: int) -> None:
     server.replies = [(status, body)]
-    assert reason in unscored(server)
+    if isinstance(expected, Judgement):
+        assert judge.score(ITEM, "x", configured(server.url)) == expected
+    else:
+        assert expected in unscored(server)
     assert len(server.requests) == asked
+    assert server.requests[0]["headers"]["Authorization"] is None, "there is no key"
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -247,10 +245,8 @@ def test_key_is_in_no_log_and_no_text(server: Server, caplog: pytest.LogCaptureF
         assert KEY not in text
 
 
-def test_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("URL", "MODEL", "API_KEY", "TIMEOUT_S"):
-        monkeypatch.delenv(f"SLMOPS_JUDGE_{name}", raising=False)
+@pytest.mark.usefixtures("no_settings")
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Settings().judge_configured
     assert Settings().judge_timeout_s == 60
     monkeypatch.setenv("SLMOPS_JUDGE_URL", "https://judge.example/v1")

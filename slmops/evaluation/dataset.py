@@ -169,18 +169,13 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
     """Read an evaluation set, JSONL or ``.csv``; without a path, the packaged one.
 
     Items with match ``python`` need the job's ``matcher``, those with match ``judge`` a configured judging model.
-
-    Raises:
-        UsageError: No such file, not UTF-8, no items, or bad lines, each with its number and reason.
+    UsageError: no such file, not UTF-8, no items, or bad lines, each with its number and reason.
     """
     if path is None:
         raw, name = (resources.files("slmops.evaluation.data") / GENERAL_SET).read_bytes(), GENERAL_SET
     else:
         raw, name = read_bytes(path, "evaluation set"), path.name
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name} is not UTF-8: {error}", "Save it as UTF-8.") from None
+    text = _decoded(raw, name, "utf-8-sig")
     items: dict[int, Item] = {}
     bad: list[str] = []
     lines: dict[str, int] = {}
@@ -228,9 +223,8 @@ def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
 
 
 def perplexity_text(path: Path | None) -> tuple[str, str]:
-    """The text for perplexity and its SHA-256; without a path, Python's own language reference.
+    """The text for perplexity and its SHA-256; without a path, the Python version's own language reference.
 
-    That text comes with every interpreter but differs between Python versions, so its digest is kept with each figure.
     UsageError if a text cannot be read, is not UTF-8, or is empty.
     """
     if path is None:
@@ -238,10 +232,7 @@ def perplexity_text(path: Path | None) -> tuple[str, str]:
 
         text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
     else:
-        try:
-            text = read_bytes(path, "perplexity text").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not UTF-8: {error}", "Save it as UTF-8.") from None
+        text = _decoded(read_bytes(path, "perplexity text"), str(path), "utf-8")
         if not text.strip():
             raise UsageError(f"{path} is empty.", "Give a text of a few thousand words.")
     return text, hashlib.sha256(text.encode()).hexdigest()
@@ -253,6 +244,13 @@ def read_bytes(path: Path, what: str) -> bytes:
         return path.expanduser().read_bytes()
     except OSError as error:
         raise UsageError(f"The {what} {path} cannot be read: {error.strerror}.", "Check the path.") from None
+
+
+def _decoded(raw: bytes, name: str, encoding: str) -> str:
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8: {error}", "Save it as UTF-8.") from None
 
 
 def _of_csv(text: str, name: str) -> Iterator[tuple[int, dict[str, str] | ValueError]]:

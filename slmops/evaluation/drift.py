@@ -116,11 +116,7 @@ def assess(
     hardware_kind: str,
     request: Remeasure,
 ) -> Remeasured:
-    """Compare what was measured now on this kind of hardware, and the answers if it was asked, with what was recorded.
-
-    Raises:
-        EvaluationError: There is no figure to compare.
-    """
+    """Compare what was measured now, and the answers if it was asked; EvaluationError if there is nothing in common."""
     figures = list(compare(recorded.measurements, now, request))
     reasons = list(left_out)
     changed = None
@@ -158,9 +154,8 @@ def compare(
 ) -> tuple[Figure, ...]:
     """Judge the figures of speed, memory and perplexity that both have.
 
-    Speed drifts only if the two intervals lie apart as well. For the others the tolerance alone decides: memory has one
-    sample a round, too few for an interval, and hardly any spread; the interval of a perplexity is that of the text,
-    which is the same for both.
+    Speed drifts only if the two intervals lie apart as well. Memory has one sample a round, too few for an interval,
+    and hardly any spread. The interval of a perplexity is that of the text, which is the same for both.
     """
     tolerances = {
         **dict.fromkeys(SPEED_METRICS, request.max_slowdown),
@@ -182,10 +177,7 @@ def compare(
 
 
 def compare_answers(recorded: Sequence[Answer], now: Sequence[Answer], request: Remeasure) -> Figure | None:
-    """Judge the accuracy, item by item; None if no item could be judged both times.
-
-    It drifts if it fell by more than the tolerance, and the whole 95 % interval of the paired difference is a fall.
-    """
+    """Judge the accuracy item by item, if any item could be judged both times; a fall within chance does not count."""
     from slmops.evaluation import statistics
 
     before = {answer.id: answer.correct for answer in recorded}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
-from slmops.core.values import CaseOutcome, Measurement, Registration, Variant
+from slmops.core.values import CaseOutcome, Frozen, Measurement, Registration, Variant
 from slmops.evaluation import edge_worker, prompts
 from slmops.evaluation.edge_worker import CaseProgress, EdgeCase, Expected
 from slmops.foundry.layout import Staged, stage
@@ -47,10 +47,7 @@ def run(
 ) -> tuple[CaseOutcome, ...]:
     """Put the cases to a staged copy of a variant, each for ``limit_s`` seconds at most; one outcome for each case.
 
-    The caller holds the machine lock.
-
-    Raises:
-        EvaluationError: The model does not load, or all cases together take longer than ``evaluation_timeout_s``.
+    The caller holds the machine lock. EvaluationError: the model does not load, or all cases together take too long.
     """
     work = settings.work(name) / f"{variant.name}-edge"
     log = settings.logs / name / f"{variant.name}.edge.log"
@@ -80,7 +77,7 @@ def _go_through(
         children.call(
             "slmops.evaluation.edge_worker",
             edge_worker.EdgeCaseRequest(**staged.model_dump(), cases=cases, limit_s=limit_s, progress=progress),
-            edge_worker.EdgeCaseResult,
+            Frozen,
             work=progress.parent,
             log=log,
             timeout_s=max(deadline - time.monotonic(), 0.0),

@@ -80,10 +80,6 @@ class CaseProgress(Frozen):
     seconds: float = Field(0, description="Of its last request.")
 
 
-class EdgeCaseResult(Frozen):
-    """All cases are done; the rest is in the progress file."""
-
-
 @dataclass
 class Probe:
     """The model under test: how to send messages with a token limit, and to count a user's, with the template."""
@@ -124,7 +120,7 @@ def observed(reply: TimedReply) -> Observation:
     return ("answered" if reply.finish_reason in ("stop", "length") else "failed"), said
 
 
-def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
+def handle(request: EdgeCaseRequest) -> Frozen:
     from slmops.evaluation import prompts
     from slmops.foundry import runtime
 
@@ -145,7 +141,7 @@ def handle(request: EdgeCaseRequest) -> EdgeCaseResult:
         ended = see(case, probe)
         faulthandler.cancel_dump_traceback_later()
         write(request.progress, ended)
-    return EdgeCaseResult()
+    return Frozen()  # all is in the progress file
 
 
 def see(case: EdgeCase, probe: Probe) -> CaseProgress:

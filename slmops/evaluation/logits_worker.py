@@ -84,10 +84,7 @@ def handle(request: LogitsRequest) -> LogitsResult:
 
 @contextmanager
 def _kept(path: Path | None, rows: int) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """A function that appends log-probabilities to ``path``, a file that appears when it is complete.
-
-    They are written, not mapped: a full disk is an error then, not a SIGBUS.
-    """
+    """A function that appends to a file, which appears when complete. Not mapped: a full disk would be a SIGBUS."""
     from numpy.lib import format as npy
 
     if path is None:

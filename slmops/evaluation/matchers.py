@@ -51,10 +51,7 @@ class Judgement(Frozen):
 
 
 def regex(expected: str, answer: str) -> bool:
-    """The expression is found anywhere in the first 20,000 characters of the answer.
-
-    One with nested repeats, such as ``(a+)+$``, can still take forever: Python's ``re`` has no timeout.
-    """
+    """Found in the first 20,000 characters of the answer; nested repeats such as ``(a+)+$`` can still take forever."""
     return re.search(expected, answer[:SEARCHED_CHARACTERS]) is not None
 
 
@@ -186,13 +183,10 @@ def python(function: Function, expected: str, answer: str, threshold: float | No
 
 
 def load_function(spec: str) -> Function:
-    """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer).
+    """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer); UsageError if it cannot be.
 
     It runs the file, which the user named. An evaluation set can ask for the function but not name it, so a set from
     elsewhere runs no code.
-
-    Raises:
-        UsageError: No such file or function, the file does not import, or the function takes other arguments.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser().resolve()

@@ -41,11 +41,7 @@ def of_length(tokens: int, count: Callable[[str], int]) -> str | None:
 
 
 def of_lengths(wanted: list[int], context: int, folder: Path) -> dict[int, str]:
-    """Length to message, for the lengths that the template and a context of ``context`` tokens leave room for.
-
-    Raises:
-        EvaluationError: There is none.
-    """
+    """Length to message, for the lengths that fit a context of ``context`` tokens; EvaluationError if none does."""
     count = counter(folder)
     made = {tokens: of_length(tokens, count) for tokens in sorted(set(wanted)) if tokens <= context}
     prompts = {tokens: text for tokens, text in made.items() if text is not None}

@@ -41,9 +41,7 @@ class Quality(Frozen):
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
     """Have transformers score the text and leave its logits, which the variants are compared with.
 
-    Returns:
-        Negative log-likelihood of each scored token in nats; None in a quick job, or (logged) if transformers cannot
-        run the checkpoint.
+    Returns the nats of each scored token; None in a quick job, or (logged) if transformers cannot run the checkpoint.
     """
     if job.quick:
         return None
@@ -69,8 +67,7 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
 def measure(variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> Quality:
     """Score the text, answer the evaluation set, go through the edge cases.
 
-    Measure the baseline first: it leaves its logits for the others. The judging model is asked last, when the machine
-    is free for others.
+    Measure the baseline first: it leaves its logits for the others. The judging model is asked last, without the lock.
 
     Raises:
         EvaluationError: It could not be measured; nothing of it is reported then.
@@ -117,11 +114,7 @@ def score_text(request: LogitsRequest, name: str, label: str, settings: Settings
 def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
     """Have a registered variant answer, with the arguments and the lock of :func:`score_text`.
 
-    Give the answers to :func:`slmops.evaluation.scoring.ask_judge` once the lock is free.
-
-    Raises:
-        EvaluationError: The variant does not answer.
-        UsageError: The matcher cannot be loaded.
+    Give the answers to :func:`slmops.evaluation.scoring.ask_judge` once the lock is free. UsageError: a bad matcher.
     """
     return _in_child("answers", request, ScoredAnswers, name, label, settings).answers
 

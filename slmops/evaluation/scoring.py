@@ -42,10 +42,7 @@ def answer_items(
 ) -> ScoredAnswers:
     """Have a model answer and score what matchers can score; :func:`ask_judge` does the rest.
 
-    If the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded, ``generate``, which runs the model, is not called.
-
-    Raises:
-        UsageError: The matcher cannot be loaded.
+    UsageError, before ``generate`` runs the model, if the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded.
     """
     function = matchers.load_function(matcher) if matcher else None
     answers = []
@@ -69,8 +66,7 @@ def answer_items(
 def ask_judge(items: Sequence[Item], answers: Sequence[Answer], settings: Settings) -> tuple[Answer, ...]:
     """Have the judging model score the answers to items with match ``judge``, a few side by side.
 
-    It may take minutes and needs no core of this machine: call it without the machine lock. An answer that the judge
-    does not score within ``evaluation_timeout_s`` (for all together) stays unscored, with the reason.
+    Call it without the machine lock. What it does not score within ``evaluation_timeout_s`` in all stays unscored.
     """
     scored = list(answers)
     waiting: SimpleQueue[int] = SimpleQueue()

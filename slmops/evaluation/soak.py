@@ -112,11 +112,7 @@ def find(comparison: Comparison, wanted: str | None) -> Target:
 def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
     """Soak a variant that is registered in the Foundry home. The caller holds the machine lock.
 
-    Returns:
-        The result, and the memory in KB after each request.
-
-    Raises:
-        EvaluationError: The variant is not registered in this home, or its process died.
+    Returns the result, and the memory in KB after each request. EvaluationError: it is not there, or its process died.
     """
     work = settings.work(target.model) / f"{target.variant}-soak"
     log.info("%s: soaking with %d requests", target.variant, request.requests)

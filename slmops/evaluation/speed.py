@@ -69,11 +69,7 @@ class _Contestant:
 def measure(
     made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings
 ) -> dict[str, Speed | SlmopsError]:
-    """Measure all variants in interleaved rounds.
-
-    Returns:
-        Variant name to its turns, or to the error that stopped it. A variant that fails drops out.
-    """
+    """Measure all variants in interleaved rounds; by name their turns, or the error that made a variant drop out."""
     contestants: list[_Contestant] = []
     results: dict[str, Speed | SlmopsError] = {}
     with locks.machine(settings):
@@ -153,10 +149,7 @@ def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:
 
 
 def calibrate() -> float:
-    """Seconds until all cores have done a fixed piece of work side by side; the fastest of three times.
-
-    One thread would not notice a busy core, which slows a runtime that uses all cores. Hashing lets other threads run.
-    """
+    """Seconds until all cores have hashed something side by side, so one busy core is noticed; the best of three."""
     data = bytes(CALIBRATION_BYTES)
     cores = machine.hardware().cores
     seconds = []

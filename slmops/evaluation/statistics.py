@@ -215,14 +215,9 @@ def more_samples(measurement: Measurement, limit: float) -> int | None:
 
 
 def noise_percent(samples: Sequence[float]) -> float:
-    """Spread in percent of the median: median absolute deviation, scaled to a normal's standard deviation, / median.
-
-    0 for fewer than two samples or equal ones; infinity if only the median is 0.
-    """
+    """Median absolute deviation, as a standard deviation, in percent of the median; infinity if only that is 0."""
     from scipy.stats import median_abs_deviation
 
-    if len(samples) < 2:
-        return 0.0
     values = _numbers(samples)
     deviation = 100 * float(median_abs_deviation(values, scale="normal"))
     middle = abs(float(np.median(values)))

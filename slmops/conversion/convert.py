@@ -57,7 +57,7 @@ def _made_before(target: Path, recipe: Recipe, job: Job) -> Variant | None:
 
 
 def export(variant: Variant, folder: Path) -> Path:
-    """Put a copy of a variant into ``folder/<variant>``, in place of an older one but of nothing else."""
+    """Put a copy of a variant into ``folder/<variant>``, in place of an older one; anything else there is an error."""
     target = folder.expanduser().resolve() / variant.name
     if target.exists():
         if not (target / MANIFEST).exists():

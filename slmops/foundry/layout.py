@@ -38,7 +38,8 @@ def model_name(name: str, variant: str) -> str:
 def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -> tuple[Path, int, bool]:
     """Lay a variant out below Foundry's model cache: the folder, its version, and whether it is new.
 
-    The same variant with the same settings keeps its folder and version; anything else is a new version.
+    The same variant with the same settings keeps its folder and version; anything else is a new version. A variant
+    whose genai_config.json is broken is a RegistrationError.
     """
     models = home / "models" / PUBLISHER
     called = model_name(name, variant.name)

@@ -143,18 +143,16 @@ def test_a_chat_template_that_is_none(folder: Path, resolve: Resolve, content: b
     assert str(template) in caught.value.message
 
 
-LAYOUTS = {
-    "itself": ("", ""),
-    "transformers flavour": ("model", "components/tokenizer"),
-    "artifact": ("artifacts/my-model", "artifacts/my-model"),
-    "component": ("components/model", "components/tokenizer"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_mlflow_layouts(folder: Path, resolve: Resolve, settings: Settings, layout: str) -> None:
-    at_model, at_tokenizer = LAYOUTS[layout]
-
+@pytest.mark.parametrize(
+    ("at_model", "at_tokenizer"),
+    [
+        ("", ""),
+        ("model", "components/tokenizer"),  # the transformers flavour
+        ("artifacts/my-model", "artifacts/my-model"),
+        ("components/model", "components/tokenizer"),
+    ],
+)
+def test_mlflow_layouts(folder: Path, resolve: Resolve, settings: Settings, at_model: str, at_tokenizer: str) -> None:
     def download(uri: str, target: Path) -> Path:
         assert uri == "models:/My_SLM/3"
         for file in folder.iterdir():

@@ -47,27 +47,9 @@ def inspect(tmp_path: Path, nodes: list[NodeProto], tensors: list[TensorProto], 
     return weights.inspect(path, parameters)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"),
-    [(TensorProto.FLOAT, 32), (TensorProto.FLOAT16, 16), (TensorProto.BFLOAT16, 16), (TensorProto.INT8, 8)],
-)
-def test_plain_weights(tmp_path: Path, kind: int, bits: int) -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("MatMul", ["y", "v"], ["z"])]
-    found = inspect(tmp_path, nodes, [tensor("w", 64, 32, kind=kind), tensor("v", 32, 8, kind=kind)], 64 * 32 + 32 * 8)
-    assert found == Weights(bits_per_weight=bits, by_bits={str(bits): 2304}, quantized_ops={})
-
-
-def test_norms_have_bytes_but_are_no_matrix_weights_and_rotary_tables_are_not_counted(tmp_path: Path) -> None:
-    """Neither are the bits of an fp32 graph under the name of int4 in order, for which Olive reports success."""
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    tables = [tensor("cos_cache", 2048, 16), tensor("model.rotary.sin_cache_large", 2048, 16)]
-    found = inspect(tmp_path, [node], [tensor("w", 64, 32), tensor("norm", 64), *tables], 64 * 32)
-    assert found.by_bits == {"32": 2048}
-    assert found.bits_per_weight == pytest.approx(32 * (2048 + 64) / 2048)
-    with pytest.raises(ConversionError, match="int4: the weights should have 4 bits, but there are 2,048 of 32 bits"):
-        weights.check(found, Recipe(name="int4", config={}, bits=4))
-
-
+X, Y = helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("MatMul", ["y", "v"], ["z"])
+PLAIN = [(TensorProto.FLOAT, 32), (TensorProto.FLOAT16, 16), (TensorProto.BFLOAT16, 16), (TensorProto.INT8, 8)]
+ROTARY = [tensor("cos_cache", 2048, 16), tensor("model.rotary.sin_cache_large", 2048, 16)]
 A, B, HEAD = packed("a", 16, 64, 4), packed("b", 16, 64, 4), packed("head", 100, 64, 8)
 DEFAULT_BITS = helper.make_node("MatMulNBits", ["x", "a.q", "a.scales"], ["y"], K=64, N=16)
 MIXED = [nbits("a", 16, 64, 4), nbits("a", 16, 64, 4), nbits("b", 16, 64, 4), nbits("head", 100, 64, 8)]
@@ -79,8 +61,20 @@ TIED = [
 ]
 TABLE = [tensor("table", 100, 64, kind=TensorProto.UINT8), tensor("shape", 3, kind=TensorProto.INT64), *HEAD[1:]]
 Case = tuple[list[NodeProto], list[TensorProto], int, dict[str, int], dict[str, int]]
-PACKED: dict[str, Case] = {
+GRAPHS: dict[str, Case] = {
     # nodes, tensors, their bytes, weights by bits, quantized operators
+    **{
+        f"plain {TensorProto.DataType.Name(kind)}": (
+            [X, Y],
+            [tensor("w", 64, 32, kind=kind), tensor("v", 32, 8, kind=kind)],
+            2304 * bits // 8,
+            {str(bits): 2304},
+            {},
+        )
+        for kind, bits in PLAIN
+    },
+    # Norms have bytes but are no matrix weights, and rotary tables are computed, not learned.
+    "norms and rotary": ([X], [tensor("w", 64, 32), tensor("norm", 64), *ROTARY], 4 * (2048 + 64), {"32": 2048}, {}),
     "4 bits": ([nbits("a", 16, 64, 4)], A, 512 + 128 + 16, {"4": 1024}, {"MatMulNBits 4 bit": 1}),
     "8 bits": ([nbits("head", 100, 64, 8)], HEAD, 6400 + 800 + 200, {"8": 6400}, {"MatMulNBits 8 bit": 1}),
     "without zero points and bits": ([DEFAULT_BITS], A[:2], 512 + 128, {"4": 1024}, {"MatMulNBits 4 bit": 1}),
@@ -111,9 +105,9 @@ PACKED: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("case", PACKED)
-def test_packed_weights_with_scales_and_zero_points(tmp_path: Path, case: str) -> None:
-    nodes, tensors, size, by_bits, operators = PACKED[case]
+@pytest.mark.parametrize("case", GRAPHS)
+def test_weights_are_counted_by_their_bits(tmp_path: Path, case: str) -> None:
+    nodes, tensors, size, by_bits, operators = GRAPHS[case]
     found = inspect(tmp_path, nodes, tensors, 1000)
     assert (found.by_bits, found.quantized_ops) == (by_bits, operators)
     assert found.bits_per_weight == pytest.approx(8 * size / 1000)

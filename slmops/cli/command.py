@@ -23,9 +23,6 @@ from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgum
 from slmops.cli import terminal
 from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
 
-INTERRUPTED = 130
-Location = Sequence[int | str]
-
 COMMANDS = {
     "run": ("jobs", "Convert, register, measure and compare a checkpoint."),
     "demo": ("jobs", "Run the whole job on a real small model that comes as a package."),
@@ -85,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
         return _report(UsageError(_said(error), "See `slmops --help`."))
     except KeyboardInterrupt:
         terminal.say("interrupted")
-        return INTERRUPTED
+        return 130
     except Exception as error:
         return _unexpected(error)
 
@@ -186,10 +183,10 @@ def _said(error: CycloptsError) -> str:
             return str(error)
 
 
-def _flag(location: Location) -> str:
+def _flag(location: Sequence[int | str]) -> str:
     names = [part.replace("_", "-") for part in location if isinstance(part, str)]
     return f"--{'.'.join(names)}" if names else ""
 
 
-def _variable(location: Location) -> str:
+def _variable(location: Sequence[int | str]) -> str:
     return "SLMOPS_" + ".".join([str(location[0]).upper(), *map(str, location[1:])]) if location else ""

@@ -13,8 +13,7 @@ from cyclopts import Parameter
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-Flat = Parameter(name="*")
-"""Each field of the model is an option."""
+Flat = Parameter(name="*")  # each field of the model is an option
 Json = Annotated[bool, Parameter(help="Print the result as JSON.")]
 Model = Annotated[str, Parameter(help="The model.")]
 

@@ -12,8 +12,7 @@ from slmops.core.validation import POOL_PATTERN
 from slmops.core.values import Checkpoint, Frozen
 
 GB = 1e9
-CONVERSION_COPIES = 2.2
-"""The checkpoint in fp32, the graph that is built from it, and the interpreter with torch."""
+CONVERSION_COPIES = 2.2  # the checkpoint in fp32, the graph that is built from it, and the interpreter with torch
 
 
 class Pool(Frozen):

@@ -69,7 +69,6 @@ def predicate(problem: Any) -> str:
 
 
 def dotted(location: Sequence[int | str]) -> str:
-    """Where a value is, as ``messages.0.role``."""
     return ".".join(map(str, location))
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import SecretStr, TypeAdapter
 
@@ -29,8 +29,7 @@ from slmops.serving.home_service import ServingStatus
 Server = Literal["prefect", "mlflow", "worker"]
 _SERVERS = TypeAdapter(dict[Server, Daemon])
 
-ROOT = Path(__file__).parents[2]
-"""The source tree, if slmops was installed from one."""
+ROOT = Path(__file__).parents[2]  # the source tree, if slmops was installed from one
 REGISTER = ROOT / "deployments" / "register.py"
 DEPLOYMENTS = Path("deployments", "prefect.yaml")
 POOL = "slmops"
@@ -318,15 +317,11 @@ def _worker_command(settings: Settings, servers: dict[Server, Daemon], port: int
 
 def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     """The settings of this process, for flow runs that share neither its ``.env`` nor its folder."""
-    values = settings.model_dump(exclude_none=True)
-    ours = {f"SLMOPS_{key.upper()}": _as_variable(value) for key, value in values.items()}
-    return {**ours, **_client_environment(settings, stack)}
-
-
-def _as_variable(value: Any) -> str:
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    return json.dumps(value) if isinstance(value, tuple) else str(value)
+    variables = _client_environment(settings, stack)
+    for key, value in settings.model_dump(exclude_none=True).items():
+        plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+        variables[f"SLMOPS_{key.upper()}"] = json.dumps(plain) if isinstance(plain, tuple) else str(plain)
+    return variables
 
 
 # --- health

@@ -108,11 +108,9 @@ def run(
     reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line, failures), daemon=True)
     reader.start()
     try:
-        while child.poll() is None and not failures:
+        while child.poll() is None and not failures and not timed_out:
             memory.append((time.monotonic(), meter.mb(child.pid)))
-            if time.monotonic() - started > timeout_s:
-                timed_out = True
-                break
+            timed_out = time.monotonic() - started > timeout_s
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(SAMPLE_EVERY_S)
     finally:

@@ -6,8 +6,7 @@ import time
 
 import psutil
 
-LOOKING = 0.02
-"""Share of the time that may go into exact looks."""
+LOOKING = 0.02  # share of the time that may go into exact looks
 
 
 class Meter:

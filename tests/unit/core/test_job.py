@@ -36,7 +36,7 @@ def test_refused(asked: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "A", "9", "support-bot", "my_model_2", "a" * 63, "x--y__z"])
-def test_names_cannot_be_changed(name: str) -> None:
+def test_names_are_taken_and_cannot_be_changed(name: str) -> None:
     job = Job(model="m", name=name)
     with pytest.raises(ValidationError, match="frozen"):
         job.name = "other"
@@ -58,9 +58,7 @@ def test_names_that_could_leave_a_folder_or_that_a_server_refuses(name: str) -> 
         ("Org/Qwen2.5-0.5B-Instruct", "qwen2-5-0-5b-instruct"),
         ("SmolLM2-135M-Instruct.Q4_1", "smollm2-135m-instruct-q4_1"),
         ("/home/jo/My Model (v2)/", "my-model-v2"),
-        ("already-fine", "already-fine"),
         ("__x__", "x"),
-        ("a...b", "a-b"),
         ("Größe", "gr-e"),
         ("модель", "model"),
         ("", "model"),

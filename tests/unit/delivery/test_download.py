@@ -162,16 +162,13 @@ def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is /dev/full")
-def test_the_disk_fills_up_meanwhile(device: Device) -> None:
+def test_the_disk_fills_up_or_cannot_be_written(device: Device) -> None:
     (device.downloads / f"{BIG}.part").symlink_to("/dev/full")
     with pytest.raises(PrerequisiteError, match=os.strerror(errno.ENOSPC)) as caught:
         device.install()
     assert caught.value.fix == children.FREE_SPACE
     assert device.here() == []
-
-
-def test_a_folder_that_cannot_be_written(device: Device) -> None:
-    device.settings.home.mkdir()
+    shutil.rmtree(device.settings.deployed)
     device.settings.deployed.write_text("a file")
     with pytest.raises(PrerequisiteError, match="Not a directory") as caught:
         device.install()
@@ -181,22 +178,16 @@ def test_a_folder_that_cannot_be_written(device: Device) -> None:
 # --- what this device has already
 
 
-def test_files_of_a_variant_made_here_are_linked(device: Device) -> None:
-    made = values.write_variant(device.settings.variants / "int8-0123", "int8", {BIG: "same"})
-    device.serve(**{BIG: b"same"})
-    done = device.install()
-    for name in (BIG, "model.onnx"):
-        assert (done.folder / name).samefile(made.path / name)
-    assert {BIG, "model.onnx", "adapters/one/weights.bin"} & device.remote.paths == {"adapters/one/weights.bin"}
-
-
-def test_a_variant_that_was_altered_here_is_not_used(device: Device) -> None:
-    made = values.write_variant(device.settings.variants / "int8-0123", "int8")
-    (made.path / "model.onnx").write_text("trash")
+def test_files_of_a_variant_made_here_are_linked_unless_they_were_altered(device: Device) -> None:
+    made = values.write_variant(device.settings.variants / "int8-0123", "int8", {BIG: "same", "empty.txt": ""})
+    (made.path / BIG).write_text("emas")
     (device.settings.variants / "broken").mkdir()
     (device.settings.variants / "broken" / "variant.json").write_text("[]")
-    assert contents(device.install().folder)["model.onnx"] == b"graph"
-    assert "model.onnx" in device.remote.paths
+    device.serve(**{BIG: b"same"})
+    done = device.install()
+    assert (done.folder / "model.onnx").samefile(made.path / "model.onnx")
+    assert contents(done.folder)[BIG] == b"same"
+    assert {BIG, "model.onnx", "adapters/one/weights.bin"} & device.remote.paths == {BIG, "adapters/one/weights.bin"}
 
 
 def test_files_that_two_versions_share_are_linked(device: Device) -> None:
@@ -231,7 +222,7 @@ def test_an_installed_version_that_was_damaged_is_repaired(
     assert names(device.settings.deployed / "aside") == set()
 
 
-def test_again_nothing_is_downloaded(device: Device) -> None:
+def test_again_nothing_is_downloaded_unless_the_registry_began_anew(device: Device) -> None:
     first = device.install()
     device.remote.asked.clear()
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
@@ -239,17 +230,7 @@ def test_again_nothing_is_downloaded(device: Device) -> None:
     assert device.remote.asked == []
     assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
     assert device.registered == [first.foundry_id] * 2  # it may have been taken out of the catalog
-
-
-def test_a_registry_that_began_anew_counts_from_one_again(device: Device) -> None:
-    old = device.install()
-    device.serve(**{BIG: b"other weights"})
-    assert device.install() == old
-    assert contents(old.folder)[BIG] == b"other weights"
-    assert installed.versions("bot", device.settings) == [old]
-
-
-def test_the_same_content_twice_in_one_version(device: Device) -> None:
-    device.serve(**{"copy.data": FILES[BIG]})
-    found = contents(device.install().folder)
-    assert found["copy.data"] == found[BIG] == FILES[BIG]
+    device.serve(**{BIG: b"other weights", "copy.data": b"other weights"})  # the number counts from one again
+    assert device.install() == first
+    assert contents(first.folder)[BIG] == contents(first.folder)["copy.data"] == b"other weights"
+    assert installed.versions("bot", device.settings) == [first]

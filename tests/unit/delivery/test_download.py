@@ -22,8 +22,6 @@ from slmops.tracking import download
 from tests import values
 from tests.pulled import BIG, BLOCK, FILES, LOCATION, SIZE, URI, Device, Remote, contents, digest, names
 
-# --- connections that break
-
 
 def flipped(data: bytes) -> bytes:
     return data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]
@@ -109,9 +107,6 @@ def test_two_at_once(device: Device) -> None:
     assert device.registered == [both[0].foundry_id] * 2
 
 
-# --- content that is not what was promoted
-
-
 @pytest.mark.parametrize(
     ("content", "requests"),
     [
@@ -149,9 +144,6 @@ def test_a_part_that_is_linked_elsewhere_is_not_written_to(device: Device, tmp_p
     assert device.remote.offsets() == [0]
 
 
-# --- disks
-
-
 def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE))  # the small files are too much
     with pytest.raises(PrerequisiteError, match=r"bot version 3 \(int8\)"):
@@ -173,9 +165,6 @@ def test_the_disk_fills_up_or_cannot_be_written(device: Device) -> None:
     with pytest.raises(PrerequisiteError, match="Not a directory") as caught:
         device.install()
     assert "SLMOPS_HOME" in (caught.value.fix or "")
-
-
-# --- what this device has already
 
 
 def test_files_of_a_variant_made_here_are_linked_unless_they_were_altered(device: Device) -> None:

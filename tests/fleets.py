@@ -227,9 +227,6 @@ class Device(World):
     def install(self, wanted: ModelVersion) -> Installed:
         return self.here[wanted.version]
 
-    def current(self) -> Installed:
-        return self.here[1]
-
 
 def serve(home: str, version: str, options: str) -> None:
     """Serve a version until SIGTERM: a process of its own, with what it is told as JSON."""

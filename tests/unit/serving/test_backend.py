@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -24,9 +25,9 @@ from tests import fleets
 from tests.upstream import Script, Upstream, answer, chunk, event, held, replies, streams
 
 pytestmark = pytest.mark.anyio
-READY = 'print(json.dumps({"url": "http://127.0.0.1:9"}), flush=True)\n'
 WAIT = "sys.stdin.read()\n"
-LISTENS = READY + WAIT
+LISTENS = f'print(json.dumps({{"url": "http://127.0.0.1:9"}}), flush=True)\n{WAIT}'
+MAKES = "request = json.loads(sys.argv[1])\nos.makedirs(request['scratch'])\n"
 
 
 Start = Callable[[str], Awaitable[Backend]]
@@ -67,8 +68,8 @@ def left(settings: Settings) -> tuple[list[psutil.Process], list[Path]]:
 @pytest.mark.parametrize(
     ("code", "raised", "said"),
     [
-        ("print('garbage', flush=True)\n" + WAIT, ServingError, "announces nothing"),
-        ("print('[]', flush=True)\n" + WAIT, ServingError, "announces nothing"),
+        (f"print('garbage', flush=True)\n{WAIT}", ServingError, "announces nothing"),
+        (f"print('[]', flush=True)\n{WAIT}", ServingError, "announces nothing"),
         ("sys.exit('no such library')", ServingError, "The process ended with status 1: no such library"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", ServingError, "The process was killed by SIGSEGV: it said nothing"),
         ("sys.exit('OSError: No space left on device')", PrerequisiteError, "The disk is full"),
@@ -93,11 +94,7 @@ async def test_a_process_from_start_to_stop(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
-    code = (
-        "request = json.loads(sys.argv[1])\n"
-        "os.makedirs(request['scratch'])\n"
-        "print(json.dumps({**request, **dict(os.environ)}), file=sys.stderr)\n" + LISTENS
-    )
+    code = f"{MAKES}print(json.dumps({{**request, **dict(os.environ)}}), file=sys.stderr)\n{LISTENS}"
     before = os.environ.copy()
     log = settings.logs / "bot" / "serve-1.log"
     backend = await start(code)
@@ -147,7 +144,7 @@ async def test_a_process_that_does_not_want_to_end(start: Start, monkeypatch: py
 
 async def test_a_start_that_is_cancelled_leaves_no_process(start: Start, settings: Settings) -> None:
     for pause in (0.0, 0.05, 0.3):
-        starting = asyncio.ensure_future(start("os.makedirs(json.loads(sys.argv[1])['scratch'])\n" + WAIT))
+        starting = asyncio.ensure_future(start(MAKES + WAIT))
         await asyncio.sleep(pause)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -233,12 +230,7 @@ def test_a_cache_of_its_own_where_there_are_links(
     cache = service_worker._cache(request)
     assert cache.parent == request.scratch
     [link] = (cache / "slmops").iterdir()
-    assert link.name == installed.folder.name
-    assert link.resolve() == installed.folder
-
-    def no_links(*_: object, **__: object) -> None:
-        raise OSError("Operation not supported")
-
-    monkeypatch.setattr(Path, "symlink_to", no_links)
+    assert (link.name, link.resolve()) == (installed.folder.name, installed.folder)
+    monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=OSError("Operation not supported")))
     other = request.model_copy(update={"scratch": tmp_path / "other"})
     assert service_worker._cache(other) == installed.folder.parent.parent

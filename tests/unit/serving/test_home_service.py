@@ -12,8 +12,7 @@ from tests.answering import answering
 
 
 def write(home: Path, url: str = "http://127.0.0.1:9", pid: int = os.getpid(), later: float = 0) -> None:
-    created = psutil.Process(os.getpid()).create_time() + later
-    running = Running(pid=pid, created=created, url=url, model="bot")
+    running = Running(pid=pid, created=psutil.Process().create_time() + later, url=url, model="bot")
     (home / SERVING).write_text(running.model_dump_json())
 
 

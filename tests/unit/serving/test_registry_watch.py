@@ -8,17 +8,12 @@ import sys
 import threading
 import time
 from typing import Any
-from unittest.mock import Mock, call
 
 import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
-from slmops.core.settings import Settings
-from slmops.delivery import installed as delivered
-from slmops.delivery import pull
 from slmops.serving.fleet import Fleet, UnknownModel
-from slmops.serving.registry_watch import VersionSource, in_thread
-from slmops.tracking import registry
+from slmops.serving.registry_watch import in_thread
 from tests.fleets import BAD, DOWN, World, asked, installed, promote, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
@@ -81,9 +76,8 @@ async def test_what_does_not_get_here_is_tried_again(world: World, made: Fleet, 
     getattr(world, where)[2] = error
     world.now = version(2)
     await until(lambda: world.installs == [1, 2, 2, 2])
-    failure = made.last_failure
-    assert "bot version 2 (int8) is not here yet, next attempt in 0 s: " in failure
-    assert str(error.args[0]) in failure
+    assert "bot version 2 (int8) is not here yet, next attempt in 0 s: " in made.last_failure
+    assert str(error.args[0]) in made.last_failure
     assert await asked(made) == 1
     getattr(world, where).clear()
     await until(lambda: made.version == 2)
@@ -185,26 +179,3 @@ def test_the_service_starts_without_mlflow() -> None:
     """It takes seconds to import, and the registry may be away."""
     loaded = "import sys, slmops.serving.service; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
-
-
-def test_the_registry_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, calls = Settings(), Mock()
-    for module, name in (
-        (registry, "Registry"),
-        (pull, "install"),
-        (delivered, "make_current"),
-        (delivered, "current"),
-    ):
-        monkeypatch.setattr(module, name, getattr(calls, name))
-    source = VersionSource("bot", settings, "http://registry")
-    assert calls.mock_calls == []  # nothing is asked before it is needed
-    assert [source.registry, source.registry] == [calls.Registry.return_value] * 2
-    source.install(version(2))
-    source.make_current(installed(2))
-    source.current()
-    assert calls.mock_calls == [
-        call.Registry("http://registry"),
-        call.install(version(2), settings, "http://registry"),
-        call.make_current(installed(2), settings),
-        call.current("bot", settings),
-    ]

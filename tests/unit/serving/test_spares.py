@@ -40,21 +40,20 @@ async def test_a_version_in_use_is_not_stopped_and_one_that_died_is_started_agai
     assert world.backends[-2].stopped
 
 
-async def test_one_start_for_all_who_wait_and_none_for_who_left(world: World) -> None:
+async def test_one_start_for_all_who_wait_and_none_for_who_left(world: World, made: Fleet) -> None:
     world.held[2] = asyncio.Event()
-    async with serving(world) as made:
-        waiting = [asyncio.create_task(asked(made, "bot:2")) for _ in range(5)]
-        await until(lambda: world.installs == [1, 2])
-        waiting[0].cancel()  # it started the process, and is not the only one who wants it
-        other = asyncio.create_task(asked(made, "bot:3"))
-        await asyncio.sleep(0.02)
-        world.held[2].set()
-        done = await asyncio.gather(*waiting, return_exceptions=True)
-        assert isinstance(done[0], asyncio.CancelledError)
-        assert done[1:] == [2, 2, 2, 2]
-        await asyncio.gather(other, return_exceptions=True)
-        assert world.installs.count(2) == 1
-        await until(lambda: all(one.in_flight == 0 for one in world.backends))
+    waiting = [asyncio.create_task(asked(made, "bot:2")) for _ in range(5)]
+    await until(lambda: world.installs == [1, 2])
+    waiting[0].cancel()  # it started the process, and is not the only one who wants it
+    other = asyncio.create_task(asked(made, "bot:3"))
+    await asyncio.sleep(0.02)
+    world.held[2].set()
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(done[0], asyncio.CancelledError)
+    assert done[1:] == [2, 2, 2, 2]
+    await asyncio.gather(other, return_exceptions=True)
+    assert world.installs.count(2) == 1
+    await until(lambda: all(one.in_flight == 0 for one in world.backends))
 
 
 async def test_what_was_just_started_is_there_for_who_asked(world: World, made: Fleet) -> None:
@@ -66,43 +65,39 @@ async def test_what_was_just_started_is_there_for_who_asked(world: World, made: 
 
 
 async def test_a_version_that_fails_is_not_started_by_each_request(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, made: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spares, "BROKEN_S", 0.2)
     world.bad[2] = BAD
-    async with serving(world) as made:
-        for _ in range(3):
-            with pytest.raises(Unavailable, match="version 2") as caught:
-                await asked(made, "bot:2")
-            assert 0 < caught.value.retry_after_s <= 0.2
-        assert world.installs == [1, 2]
-        assert world.running == [1]
-        world.bad.clear()
-        await asyncio.sleep(0.25)
-        assert await asked(made, "bot:2") == 2
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="version 2") as caught:
+            await asked(made, "bot:2")
+        assert 0 < caught.value.retry_after_s <= 0.2
+    assert (world.installs, world.running) == ([1, 2], [1])
+    world.bad.clear()
+    await asyncio.sleep(0.25)
+    assert await asked(made, "bot:2") == 2
     assert world.withdrawn == []
 
 
-async def test_a_version_beside_becomes_champion_without_a_second_process(world: World) -> None:
+async def test_a_version_beside_becomes_champion_without_a_second_process(world: World, made: Fleet) -> None:
     world.held[2] = asyncio.Event()
-    async with serving(world) as made:
-        waiting = asyncio.create_task(asked(made, "bot:2"))
-        await until(lambda: world.installs == [1, 2])
-        world.now = version(2)
-        await until(lambda: world.installs == [1, 2, 2])
-        world.held[2].set()
-        assert await waiting == 2
-        await until(lambda: made.version == 2)
-        await until(lambda: world.running == [2])
-        assert len(world.backends) == 2
+    waiting = asyncio.create_task(asked(made, "bot:2"))
+    await until(lambda: world.installs == [1, 2])
+    world.now = version(2)
+    await until(lambda: world.installs == [1, 2, 2])
+    world.held[2].set()
+    assert await waiting == 2
+    await until(lambda: (made.version, world.running) == (2, [2]))
+    assert len(world.backends) == 2
 
 
-@pytest.mark.parametrize("model", ["", "bot:9", "bot:", "bot:x", "other", "bot:02", "bot@int8", "Bot", "x" * 10_000])
-async def test_unknown_models(world: World, made: Fleet, model: str) -> None:
-    with pytest.raises(UnknownModel) as caught:
-        await asked(made, model)
-    assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
-    assert len(caught.value.message) < 200
+async def test_unknown_models(world: World, made: Fleet) -> None:
+    for model in ("", "bot:9", "bot:", "bot:x", "other", "bot:02", "bot@int8", "Bot", "x" * 10_000):
+        with pytest.raises(UnknownModel) as caught:
+            await asked(made, model)
+        assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
+        assert len(caught.value.message) < 200
     assert world.installs == [1]
 
 

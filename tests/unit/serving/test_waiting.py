@@ -43,8 +43,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
 
 async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
     async with stand(Limits(concurrency=1), script=held) as one:
-        gone = await leave(one)
-        gone.cancel()
+        (await leave(one)).cancel()
         waits = await leave(one)
         await asyncio.sleep(0.1)
         assert await one.in_flight() == (1, 1)
@@ -116,8 +115,7 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_run
 
 async def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:
     async with stand(script=lambda _: asyncio.Event().wait()) as one:
-        gone = await leave(one)
-        gone.cancel()
+        (await leave(one)).cancel()
         await asyncio.sleep(0.1)
         assert await one.in_flight() == (1, 0)  # and none when it has ended
 

@@ -218,7 +218,6 @@ class Compose:
         return Path(self._local(service, path))
 
     def environment(self, service: str) -> dict[str, str]:
-        given = self.services[service]["environment"]
         return {
             "PATH": PATH,
             "LANG": "C.UTF-8",
@@ -226,7 +225,7 @@ class Compose:
             MARK: f"{self.root}/{service}",
             "HOME": str(self.folder(service, "/home/slmops")),
             "TMPDIR": str(self.folder(service, "/tmp")),  # noqa: S108 - of the container
-            **{name: self._local(service, value) for name, value in given.items()},
+            **{name: self._local(service, value) for name, value in self.services[service]["environment"].items()},
         }
 
     def _local(self, service: str, text: str) -> str:

@@ -167,9 +167,8 @@ def test_a_checkpoint_that_changes_is_noticed(settings: Settings, tmp_path: Path
 def test_a_part_that_fails_says_why_and_leaves_its_log(
     settings: Settings, talkative: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Asked(making.job(talkative), "failing", settings)
+    asked, there = Asked(making.job(talkative), "failing", settings), tmp_path / "there"
     part = asked.part(BROKEN)
-    there = tmp_path / "there"
     monkeypatch.setenv("SLMOPS_HOME", str(there))
     with pytest.raises(ConversionError, match="Olive produced no model"):
         variant(part.model_dump_json())
@@ -233,14 +232,10 @@ def end_parts(state: StateType, message: str) -> list[FlowRun]:
 
 
 @pytest.mark.parametrize(
-    ("state", "attempts", "said"),
-    [
-        (StateType.CRASHED, 3, "convert {} on the pool farm was lost 3 times: The plug was pulled."),
-        (StateType.CANCELLED, 1, "convert {} on the pool farm was cancelled: The plug was pulled."),
-    ],
+    ("state", "attempts", "how"), [(StateType.CRASHED, 3, "lost 3 times"), (StateType.CANCELLED, 1, "cancelled")]
 )
 def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
-    farm: Settings, talkative: Path, monkeypatch: pytest.MonkeyPatch, state: StateType, attempts: int, said: str
+    farm: Settings, talkative: Path, monkeypatch: pytest.MonkeyPatch, state: StateType, attempts: int, how: str
 ) -> None:
     monkeypatch.setattr(fan_out, "POLL_S", 0.1)
     asked = Asked(making.job(talkative), f"lost-{state.value.lower()}", farm)
@@ -249,7 +244,8 @@ def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
         plug = pool.submit(contextvars.copy_context().run, end_parts, state, "The plug was pulled.")
         made = outcomes(replace(asked.context, name="lost"), recipes)
         runs = plug.result()
-    assert {name: str(error) for name, error in made.items()} == {r.name: said.format(r.name) for r in recipes}
+    said = f"on the pool {POOL} was {how}: The plug was pulled."
+    assert {name: str(error) for name, error in made.items()} == {r.name: f"convert {r.name} {said}" for r in recipes}
     submitted = [Part.model_validate_json(run.parameters["part"]) for run in runs]
     wanted = {f"{recipe.name}-convert-{n}": recipe for recipe in recipes for n in range(1, attempts + 1)}
     assert {part.id: part.recipe for part in submitted} == wanted

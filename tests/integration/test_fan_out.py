@@ -30,9 +30,9 @@ from slmops.core.pools import Pool
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, VariantFile
 from slmops.tracking.exchange import Exchange
-from slmops.tracking.tracker import Tracker
-from tests import making, tracked
+from tests import making
 from tests.shown import flow_runs
+from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -42,8 +42,8 @@ BROKEN = Recipe(name="half", config={"passes": {"export": {"type": "ModelBuilder
 
 
 @pytest.fixture
-def exchange(tracker: Tracker, name: str, tmp_path: Path) -> Exchange:
-    return Exchange.open(tracker.uri, tracked.start(tracker, name), Settings(home=tmp_path / "sender"))[0]
+def exchange(book: Book, tmp_path: Path) -> Exchange:
+    return Exchange.open(book.tracker.uri, book.start(), Settings(home=tmp_path / "sender"))[0]
 
 
 def elsewhere(exchange: Exchange, folder: Path) -> Exchange:
@@ -94,18 +94,18 @@ def test_what_the_store_altered_or_lost_is_refused(
     assert exchange.result("int4-convert-1") is None
 
 
-def test_files_of_jobs_that_have_ended_go(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path)
-    killed, first = (tracked.start(tracker, name) for _ in range(2))  # the second says that the first was killed
-    of_killed, _ = Exchange.open(tracker.uri, killed, settings)
-    of_first, stale = Exchange.open(tracker.uri, first, settings)
+def test_files_of_jobs_that_have_ended_go(book: Book, tmp_path: Path) -> None:
+    uri, settings = book.tracker.uri, Settings(home=tmp_path)
+    killed, first = book.start(), book.start()  # the second says that the first was killed
+    of_killed, _ = Exchange.open(uri, killed, settings)
+    of_first, stale = Exchange.open(uri, first, settings)
     assert stale == [of_killed.run_id]
-    again, stale = Exchange.open(tracker.uri, first, settings)
+    again, stale = Exchange.open(uri, first, settings)
     assert stale == [of_first.run_id]
     again.close()
-    gone = [client.get_run(one.run_id).info.lifecycle_stage for one in (of_killed, of_first, again)]
+    gone = [book.run(one.run_id).info.lifecycle_stage for one in (of_killed, of_first, again)]
     assert gone == ["deleted"] * 3
-    assert [client.get_run(run).info.lifecycle_stage for run in (killed, first)] == ["active", "active"]
+    assert [book.run(run).info.lifecycle_stage for run in (killed, first)] == ["active", "active"]
 
 
 class Asked:
@@ -113,7 +113,7 @@ class Asked:
 
     def __init__(self, job: Job, model: str, settings: Settings) -> None:
         uri = settings.tracking_uri or ""
-        parent = tracked.start(Tracker(uri), model)
+        parent = Book(uri, model, settings.home).start()
         self.context = JobContext(job, model, making.resolve(job, settings), settings, uri, parent)
         self.exchange = Exchange.open(uri, parent, settings)[0]
         self.sent = parts.send_job(self.context, self.exchange)

@@ -64,12 +64,11 @@ match asked:
         say(plays["progress"])
         answer(model, question)
     case ["model", "run", model] if plays["run"]:
-        say(plays["progress"] + "\\nInteractive Chat. Enter /? or /help for help.\\n")
-        say("Interactive mode, please enter your prompt")
+        say(plays["progress"] + "\\nInteractive Chat. Enter /? or /help for help.\\n\\nPlease enter your prompt")
         for line in sys.stdin:
             if line == "/exit\\n":
                 break
-            say("> " + plays["thinking"])
+            say("> \U0001f9e0 Thinking...")
             answer(model, line.rstrip())
         say("\\n> ")
     case ["complete", "--help"] if plays["complete"]:
@@ -88,7 +87,6 @@ PLAYS = {
     "service": False,  # it starts one, which keeps the output open
     "said": "Cache directory path: ",
     "progress": "\U0001f554 Loading model...\n\x1b[32m\U0001f7e2 Model bot loaded successfully\x1b[0m\n",
-    "thinking": "\U0001f9e0 Thinking...",
     "answer": "\U0001f916 You ask: {question}",
     "delay": 0,
     "encoding": "utf-8",
@@ -125,9 +123,8 @@ def play(foundry: Path, **changed: object) -> None:
     (foundry / "plays.json").write_text(json.dumps(PLAYS | changed), encoding="utf-8")
 
 
-def hold(models: Path, *names: str) -> Path:
-    for name in names or [CALLED]:
-        (models / "slmops" / f"{name}-1").mkdir(parents=True)
+def hold(models: Path, name: str = CALLED) -> Path:
+    (models / "slmops" / f"{name}-1").mkdir(parents=True)
     return models
 
 

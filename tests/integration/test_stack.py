@@ -53,18 +53,18 @@ deployments: [{{name: tiny, entrypoint: "tiny.py:tiny", work_pool: {{name: slmop
 """
 
 
-def listening() -> Iterator[socket.socket]:
-    """Somebody else's server."""
+@pytest.fixture(scope="module")
+def taken() -> Iterator[int]:
+    """The port of somebody else's server."""
+    with socket.create_server((daemon.HOST, 0)) as other:
+        yield other.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[socket.socket]:
+    """Whatever wants to leave this machine comes by here."""
     with socket.create_server((daemon.HOST, 0)) as other:
         yield other
-
-
-taken = pytest.fixture(listening, scope="module", name="taken")
-proxy = pytest.fixture(listening, scope="module", name="proxy")  # whatever wants to leave this machine comes by here
-
-
-def port(other: socket.socket) -> int:
-    return int(other.getsockname()[1])
 
 
 def asked(other: socket.socket) -> bytes:
@@ -86,9 +86,9 @@ def clean_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, taken: socket.socket) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory, taken: int) -> Settings:
     home = tmp_path_factory.mktemp("stack") / "home with a space"
-    return Settings(home=home, prefect_port=port(taken), mlflow_port=port(taken))
+    return Settings(home=home, prefect_port=taken, mlflow_port=taken)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def servers(
     with pytest.MonkeyPatch.context() as patch:
         clean_environment(patch, tmp_path_factory.mktemp("elsewhere"))
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-            patch.setenv(name, f"http://{daemon.HOST}:{port(proxy)}")
+            patch.setenv(name, f"http://{daemon.HOST}:{proxy.getsockname()[1]}")
         patch.setenv("MLFLOW_BACKEND_STORE_URI", "sqlite:////nowhere/somebody-elses.db")
         with ThreadPoolExecutor(2) as pool:
             both = list(pool.map(lambda _: stack.up(settings), range(2)))
@@ -135,14 +135,12 @@ def ours(settings: Settings) -> list[psutil.Process]:
     ]
 
 
-def test_two_calls_at_once_start_each_server_once_on_free_ports(
-    servers: list[Stack], settings: Settings, taken: socket.socket
-) -> None:
+def test_two_calls_at_once_start_each_server_once(servers: list[Stack], settings: Settings, taken: int) -> None:
     first, second = servers
     assert sorted(first.started + second.started) == ["mlflow", "prefect"]
     assert first.model_copy(update={"started": ()}) == second.model_copy(update={"started": ()})
     assert set(pids(settings)) == {"prefect", "mlflow"}
-    assert len({port(taken), httpx.URL(first.prefect_url).port, httpx.URL(first.tracking_uri).port}) == 3
+    assert len({taken, httpx.URL(first.prefect_url).port, httpx.URL(first.tracking_uri).port}) == 3
     # The UI has to ask the API at the port that was taken in the end.
     assert httpx.get(f"{first.prefect_url}/ui-settings").json()["api_url"] == first.prefect_api_url
 
@@ -265,20 +263,18 @@ def test_down_stops_everything_and_nothing_left_the_machine(
         httpx.get(running.prefect_url)
 
 
-def test_a_port_lost_in_the_last_moment_is_given_up(
-    alone: Settings, taken: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings(home=alone.home, prefect_port=port(taken))
+def test_a_port_lost_at_the_last_moment_is_left(alone: Settings, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(home=alone.home, prefect_port=taken)
     free, tried = daemon.free_port, []
 
     def lose_the_race(first: int, others: list[int]) -> int:
         tried.append(first)
-        return port(taken) if len(tried) == 1 else free(first, others)
+        return taken if len(tried) == 1 else free(first, others)
 
     monkeypatch.setattr(daemon, "free_port", lose_the_race)
     running = stack.up(settings)
-    assert tried == [port(taken), port(taken) + 1]
-    assert running.prefect_url != f"http://{daemon.HOST}:{port(taken)}"
+    assert tried == [taken, taken + 1]
+    assert running.prefect_url != f"http://{daemon.HOST}:{taken}"
     assert [process.pid for process in ours(settings)] == [pids(settings)["prefect"]]
 
 

@@ -10,7 +10,6 @@ import slmops
 from slmops import Job, SlmopsError, UsageError, optimize
 from slmops.core.values import HEADLINE_METRICS
 from slmops.report.tables import COLUMNS
-from tests.surroundings import imported
 from tests.values import comparison, failed, result
 
 PUBLIC = {
@@ -18,17 +17,12 @@ PUBLIC = {
     *("SlmopsError", "UsageError", "CheckpointError", "RecipeError", "PrerequisiteError", "BusyError", "WorkError"),
     *("ConversionError", "RegistrationError", "EvaluationError", "TrackingError", "GateError"),
 }
-HEAVY = {"prefect", "mlflow", "torch", "olive", "onnxruntime", "transformers", "numpy", "pandas", "matplotlib"}
 
 
 def test_the_public_names_are_these() -> None:
     assert set(slmops.__all__) == PUBLIC
     assert all(hasattr(slmops, name) for name in PUBLIC)
     assert all(name in (slmops.__doc__ or "") for name in ("optimize", "Job", "Comparison"))
-
-
-def test_importing_it_imports_nothing_heavy() -> None:
-    assert not HEAVY & imported("import slmops")
 
 
 def test_what_cannot_be_used_is_refused_before_a_server_is_started(

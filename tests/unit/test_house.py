@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: rooms, their size, one meaning for each name, and one clock."""
+"""The house rules that a machine can check: rooms, their size, one meaning for each name, one clock, few imports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from tests.surroundings import imported
 
 ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("slmops", "flows", "tasks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -26,6 +28,13 @@ STAMPS = {
     *("slmops/tracking/client.py", "slmops/tracking/registry.py", "slmops/tracking/training.py", "tasks/news.py"),
     *("slmops/serving/backend.py", "slmops/training/finetune.py", "slmops/core/locks.py"),
 }
+HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx"]
+FIGURES = {"numpy", "pandas", "matplotlib", "datasets", "foundry_local_sdk"}
+PREFLIGHT = """
+from slmops import preflight
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+preflight.check(Job(model="demo"), Settings())"""
 
 
 def test_few_modules_lie_directly_in_slmops() -> None:
@@ -63,3 +72,19 @@ def test_nothing_is_timed_by_the_wall_clock() -> None:
     """A clock that is set back or forward must not end a wait, a budget or a watch: only stamps are taken from it."""
     assert {path for path, text in PRODUCT.items() if WALL_CLOCK.search(text)} - STAMPS == set()
     assert not [path for path, text in PRODUCT.items() if re.search(r"\w = time\.time\(\) \+", text)]
+
+
+@pytest.mark.parametrize(
+    ("program", "absent"),
+    [
+        ("import slmops", FIGURES),
+        *((f"import slmops.cli.{module}", {*FIGURES, "fastapi"}) for module in ("command", "jobs", "deploy", "local")),
+        # The list of commands needs none of them, and half a second goes by quickly.
+        ("from slmops.cli.command import run; run(['--help'])", {*FIGURES, "pydantic", "jinja2", "httpx"}),
+        (PREFLIGHT, {"huggingface_hub"}),
+    ],
+)
+def test_what_is_light_imports_nothing_heavy(program: str, absent: set[str]) -> None:
+    found = imported(program)
+    assert "slmops" in found
+    assert not found & {*HEAVY, *absent}

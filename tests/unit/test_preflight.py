@@ -12,7 +12,6 @@ from slmops.cli.command import run
 from slmops.core.errors import CheckpointError, RecipeError, SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from tests.surroundings import imported
 
 FILES = {
     "policy.toml": 'objective = "cheapest"',
@@ -105,12 +104,3 @@ def test_the_command_says_it_before_anything_is_started(
     assert out == ""
     assert all(name in err for name in ("nowhere", f"{folder}/none.toml", "none.py"))
     assert not (folder / "home").exists()
-
-
-def test_it_imports_nothing_heavy() -> None:
-    program = (
-        "from slmops import preflight; from slmops.core.job import Job; "
-        "from slmops.core.settings import Settings; preflight.check(Job(model='demo'), Settings())"
-    )
-    heavy = {"torch", "huggingface_hub", "transformers", "prefect", "mlflow", "olive", "onnxruntime"}
-    assert not heavy & imported(program)

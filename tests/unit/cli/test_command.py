@@ -18,7 +18,6 @@ from slmops.cli.command import COMMANDS
 from slmops.core import errors
 from slmops.core.job import Job
 from slmops.core.values import Comparison
-from tests.surroundings import imported
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Flows, Slmops
@@ -223,18 +222,3 @@ def test_bad_environment(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (code, out) == (2, "")
     said = ["error: SLMOPS_MLFLOW_PORT must be a whole number (got 'many')", "SLMOPS_POOLS.0.memory_gb is missing"]
     assert err.splitlines()[:2] == said
-
-
-HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx", "numpy"]
-
-
-@pytest.mark.parametrize("module", ["command", "jobs", "deploy", "local"])
-def test_importing_commands_imports_nothing_heavy(module: str) -> None:
-    found = imported(f"import slmops.cli.{module}")
-    assert "cyclopts" in found
-    assert not found & {*HEAVY, "foundry_local_sdk", "matplotlib", "datasets", "fastapi"}
-
-
-def test_the_list_of_commands_needs_none_of_them() -> None:
-    """Half a second goes by quickly."""
-    assert not imported("from slmops.cli.command import run; run(['--help'])") & {*HEAVY, "pydantic", "jinja2", "httpx"}

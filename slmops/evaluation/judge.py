@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -31,10 +30,8 @@ you know. Wording does not count unless the question asks for it.
 Reply with one JSON object and nothing else: {{"correct": true or false, "score": a number from 0 (wrong) to 1 (fully \
 right)}}"""
 
-_HINTS = {
-    **dict.fromkeys((401, 403), "check SLMOPS_JUDGE_API_KEY"),
-    404: "check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL",
-}
+_HINTS = dict.fromkeys((401, 403), ": check SLMOPS_JUDGE_API_KEY")
+_HINTS[404] = ": check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 
 
 class Grade(Frozen):
@@ -107,7 +104,6 @@ def _post(messages: list[dict[str, str]], settings: Settings) -> bytes:
     key = settings.judge_api_key.get_secret_value().strip() if settings.judge_api_key else ""
     if not (key.isascii() and key.isprintable()):
         raise _Failed("SLMOPS_JUDGE_API_KEY holds characters that an HTTP header cannot hold", retry=False)
-    request: dict[str, Any] = {"model": settings.judge_model, "messages": messages, "temperature": 0}
     # httpx's timeout is for one read: a reply that trickles in would never end.
     deadline = time.monotonic() + settings.judge_timeout_s
     body = b""
@@ -115,14 +111,14 @@ def _post(messages: list[dict[str, str]], settings: Settings) -> bytes:
         with httpx.stream(
             "POST",
             f"{(settings.judge_url or '').rstrip('/')}/chat/completions",
-            json=request,
+            json={"model": settings.judge_model, "messages": messages, "temperature": 0},
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=settings.judge_timeout_s,
         ) as response:
             if not response.is_success:
                 status = response.status_code
-                hint = f": {_HINTS[status]}" if status in _HINTS else ""
-                raise _Failed(f"the judge answered {status}{hint}", retry=status == 429 or status >= 500)
+                said = f"the judge answered {status}{_HINTS.get(status, '')}"
+                raise _Failed(said, retry=status == 429 or status >= 500)
             for chunk in response.iter_bytes():
                 body += chunk
                 if time.monotonic() > deadline:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
 
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen
@@ -69,25 +68,22 @@ def ask_judge(items: Sequence[Item], answers: Sequence[Answer], settings: Settin
     Call it without the machine lock. What it does not score within ``evaluation_timeout_s`` in all stays unscored.
     """
     scored = list(answers)
-    waiting: SimpleQueue[int] = SimpleQueue()
+    places = [place for place, item in enumerate(items) if item.match == "judge"]
+    waiting = iter(places)  # shared: each goes to one thread
     late = f"the judge did not get to it within {settings.evaluation_timeout_s:g} s"
-    for place, item in enumerate(items):
-        if item.match == "judge":
-            waiting.put(place)
-            scored[place] = answers[place].model_copy(update={"reason": late})
+    for place in places:
+        scored[place] = answers[place].model_copy(update={"reason": late})
     deadline = time.monotonic() + settings.evaluation_timeout_s
 
     def work() -> None:
-        while time.monotonic() < deadline:
-            try:
-                place = waiting.get_nowait()
-            except Empty:
+        for place in waiting:
+            if time.monotonic() >= deadline:
                 return
             judged = judge.score(items[place], answers[place].answer, settings)
             scored[place] = answers[place].model_copy(update=judged.model_dump())
 
     # Daemons: whoever interrupts the run does not wait for a judge that does not answer.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(JUDGED_AT_ONCE, waiting.qsize()))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(JUDGED_AT_ONCE, len(places)))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -115,17 +115,16 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
     Returns the result, and the memory in KB after each request. EvaluationError: it is not there, or its process died.
     """
     work = settings.work(target.model) / f"{target.variant}-soak"
-    log.info("%s: soaking with %d requests", target.variant, request.requests)
+    warm_up, requests = request.warm_up, request.requests
+    log.info("%s: soaking with %d requests", target.variant, requests)
     try:
         measured, _ = children.call(
             "slmops.evaluation.soak_worker",
-            soak_worker.SoakRequest(
-                home=home, foundry_id=target.foundry_id, warm_up=request.warm_up, requests=request.requests
-            ),
+            soak_worker.SoakRequest(home=home, foundry_id=target.foundry_id, warm_up=warm_up, requests=requests),
             soak_worker.SoakSeries,
             work=work,
             log=settings.logs / target.model / f"{target.variant}.soak.log",
-            timeout_s=(request.warm_up + request.requests) * soak_worker.REQUEST_LIMIT_S,
+            timeout_s=(warm_up + requests) * soak_worker.REQUEST_LIMIT_S,
             error=EvaluationError,
             env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
             on_line=lambda line: log.info("%s", line) if line.startswith(soak_worker.PROGRESS) else None,

@@ -13,6 +13,7 @@ come from the runtime's stream, and all token counts from its usage, because a p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from statistics import median
 
 from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
@@ -89,8 +90,8 @@ def of_speed(speed: Speed) -> Measurements:
         "cpu_percent_total": statistics.of_percentile([one / speed.cores for one in cpu], 50, "% of all cores"),
     }
     # A counter that wrapped round gives a negative energy.
-    energies = [(turn.measured.energy_j, turn.measured.energy_tokens) for turn in turns]
-    if energy := [joules / tokens for joules, tokens in energies if joules is not None and joules > 0]:
+    energies = [(turn.measured.energy_j or 0, turn.measured.energy_tokens) for turn in turns]
+    if energy := [joules / tokens for joules, tokens in energies if joules > 0]:
         measured["energy_j_per_token"] = statistics.of_percentile(energy, 50, "J/token")
     loops = [loop for turn in speed.turns for loop in turn.calibration_s]
     noise = Measurement(value=statistics.noise_percent(loops), unit="%", samples=len(loops))
@@ -121,12 +122,9 @@ def _times(speed: Speed) -> Measurements:
         "decode_tok_s": _figure("decode_tok_s", headline),
         "prefill_tok_s": _figure("prefill_tok_s", longest),
         "ttft_model_ms_p50": _figure("ttft_model_ms", headline),
-        **{
-            f"{figure}_p{percent}": _figure(figure, headline, percent)
-            for figure in ("ttft_ms", "itl_ms", "response_s")
-            for percent in PERCENTILES
-        },
     }
+    for figure, percent in product(("ttft_ms", "itl_ms", "response_s"), PERCENTILES):
+        found[f"{figure}_p{percent}"] = _figure(figure, headline, percent)
     measured = {name: one for name, one in found.items() if one is not None}
     # The decode rate at the longest prompt as a share of that at the shortest, in each turn that has both.
     gaps = [

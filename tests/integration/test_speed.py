@@ -128,7 +128,7 @@ NAMES = pytest.mark.parametrize("name", ["fp32", "int8", "hasty"])
 
 
 @NAMES
-def test_prompts_have_the_lengths_that_were_asked_for(
+def test_prompts_have_the_lengths_that_were_asked_for_and_what_the_process_showed(
     measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
 ) -> None:
     found = of(measured, name)
@@ -142,6 +142,13 @@ def test_prompts_have_the_lengths_that_were_asked_for(
         assert timed.prompt_tokens == count(cell.text)  # the runtime counts what is counted here
         assert 0.9 * cell.prompt_tokens <= timed.prompt_tokens <= cell.prompt_tokens
 
+    check_windows(turn, unloaded=True)
+    assert all(0 < seconds < 1 for seconds in turn.calibration_s)
+    began, ended = turn.measured.measured
+    assert 0 < turn.measured.cpu_s <= 1.1 * found.cores * (ended - began)
+    assert 0 < turn.measured.load_s < 60
+    assert not turn.measured.cold
+    assert turn.measured.throughput == {}  # a quick job has a single user
     assert {timed.completion_tokens for timed in turn.measured.timed} == {16}
     assert turn.measured.energy_tokens == sum(timed.prompt_tokens + 16 for timed in turn.measured.timed)
     for timed in turn.measured.timed:
@@ -174,19 +181,6 @@ def test_answers_that_end_at_once_cannot_be_timed(
     found = timed(fixed_length=True)
     assert [one.completion_tokens for one in found.timed] == [40, 40]
     assert found.throughput == {}
-
-
-@NAMES
-def test_what_the_process_showed(measured: dict[str, Speed | SlmopsError], name: str) -> None:
-    found = of(measured, name)
-    [turn] = found.turns
-    check_windows(turn, unloaded=True)
-    assert all(0 < seconds < 1 for seconds in turn.calibration_s)
-    began, ended = turn.measured.measured
-    assert 0 < turn.measured.cpu_s <= 1.1 * found.cores * (ended - began)
-    assert 0 < turn.measured.load_s < 60
-    assert not turn.measured.cold
-    assert turn.measured.throughput == {}  # a quick job has a single user
 
 
 def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
@@ -256,11 +250,3 @@ def test_one_that_breaks_does_not_stop_the_others(
         assert said in str(found[name])
     assert of(found, "fp32").turns
     assert not [path for path in settings.work(NAME).iterdir() if path.name.endswith("-speed")]
-
-
-def test_time_is_over(made: dict[str, Made], job: Job, settings: Settings) -> None:
-    impatient = settings.model_copy(update={"evaluation_timeout_s": 0.2})
-    found = speed.measure([made["int8"]], NAME, job, impatient)["int8"]
-    assert isinstance(found, EvaluationError)
-    assert "took longer than 0 s" in found.message
-    assert making.workers("speed_worker") == []

@@ -158,21 +158,25 @@ def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("read", "content", "said"),
     [
-        (b"", "my.jsonl has no items"),
-        (b"\n \n", "my.jsonl has no items"),
-        ('{"prompt": "Caf\xe9?", "expected": "x"}'.encode("latin-1"), "byte 0xe9 in position 15"),
-        (None, "No such file"),
+        *((dataset.load, content, "my.jsonl has no items") for content in (b"", b"\n \n")),
+        (dataset.load, '{"prompt": "Caf\xe9?", "expected": "x"}'.encode("latin-1"), "byte 0xe9 in position 15"),
+        (dataset.load, None, "my.jsonl cannot be read: No such file"),
+        *((dataset.perplexity_text, content, "my.jsonl is empty") for content in (b"", b" \n\t")),
+        (dataset.perplexity_text, b"\xff\xfeA\x00", "my.jsonl is not UTF-8"),
+        (dataset.perplexity_text, None, "my.jsonl cannot be read"),
     ],
 )
-def test_file_that_is_no_set(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_file_that_is_of_no_use(tmp_path: Path, read: Any, content: bytes | None, said: str) -> None:
     path = tmp_path / "my.jsonl"
     if content is not None:
         path.write_bytes(content)
-    error = raised_by(path)
-    assert said in error.message
-    assert error.fix
+    with pytest.raises(UsageError) as raised:
+        read(path)
+    assert said in raised.value.message
+    assert raised.value.fix
+    assert read is dataset.load or str(path) in raised.value.message
 
 
 def test_matchers_that_need_configuration(tmp_path: Path) -> None:
@@ -225,17 +229,12 @@ def test_format_of_a_schema() -> None:
     assert strict.format_valid('{"b": 1}') is True
 
 
-@pytest.mark.parametrize(
-    ("count", "chosen"),
-    [
-        *((0, ""), (-1, ""), (2, "a1 b1"), (3, "a1 b1 c1"), (5, "a1 a2 b1 b2 c1"), (6, "a1 a2 a3 b1 b2 c1")),
-        *((8, "a1 a2 a3 a4 b1 b2 c1 a5"), (99, "a1 a2 a3 a4 b1 b2 c1 a5")),
-    ],
-)
-def test_subset_is_spread_over_the_categories(count: int, chosen: str) -> None:
+def test_subset_is_spread_over_the_categories() -> None:
     names = ("a1", "a2", "a3", "a4", "b1", "b2", "c1", "a5")
     items = [Item(prompt="?", expected="x", id=name, category=name[0]) for name in names]
-    assert [item.id for item in dataset.subset(items, count)] == chosen.split()
+    chosen = {0: "", -1: "", 2: "a1 b1", 3: "a1 b1 c1", 5: "a1 a2 b1 b2 c1", 6: "a1 a2 a3 b1 b2 c1"}
+    chosen |= dict.fromkeys((8, 99), "a1 a2 a3 a4 b1 b2 c1 a5")
+    assert {count: " ".join(str(item.id) for item in dataset.subset(items, count)) for count in chosen} == chosen
 
 
 def test_packaged_set() -> None:
@@ -254,26 +253,13 @@ def test_packaged_set() -> None:
     assert set(Counter(i.category for i in small).values()) == {2}
 
 
-def test_default_text_is_the_same_in_each_process() -> None:
+def test_text_of_the_user_and_the_default_one_which_is_the_same_in_each_process(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes("Zwölf\r\nBoxkämpfer".encode())
+    assert dataset.perplexity_text(path) == ("Zwölf\r\nBoxkämpfer", hashlib.sha256(path.read_bytes()).hexdigest())
     text, digest = dataset.perplexity_text(None)
     assert len(text.split()) > 10_000
     assert digest == hashlib.sha256(text.encode()).hexdigest()
     program = "from slmops.evaluation.dataset import perplexity_text; print(perplexity_text(None)[1])"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"", "is empty"), (b" \n\t", "is empty"), (b"\xff\xfeA\x00", "is not UTF-8"), (None, "cannot be read")],
-)
-def test_bad_text(tmp_path: Path, content: bytes | None, said: str) -> None:
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UsageError, match=said) as raised:
-        dataset.perplexity_text(path)
-    assert str(path) in raised.value.message
-    assert raised.value.fix
-    path.write_bytes("Zwölf\r\nBoxkämpfer".encode())
-    assert dataset.perplexity_text(path) == ("Zwölf\r\nBoxkämpfer", hashlib.sha256(path.read_bytes()).hexdigest())

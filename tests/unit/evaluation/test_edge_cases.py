@@ -171,21 +171,19 @@ def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, go_t
     assert (seen.outcome, seen.detail) == ("refused", "the chat template refuses it")
 
 
-@pytest.mark.parametrize(
-    ("expected", "passes", "fails"),
-    [
-        ("answered", [("answered", 60)], [("refused", 0), ("crashed", 0), ("hung", 0)]),
-        ("refused", [("refused", 4.9)], [("refused", 5.1), ("answered", 0), ("crashed", 0), ("hung", 0)]),
-        ("answered or refused", [("answered", 60), ("refused", 60)], [("cut", 0), ("unequal", 0), ("failed", 0)]),
-    ],
-)
-def test_judging(expected: Any, passes: list[tuple[Any, float]], fails: list[tuple[Any, float]]) -> None:
-    for outcome, seconds in [*passes, *fails]:
-        end = CaseProgress(id="one", at=0, outcome=outcome, detail="said", seconds=seconds)
-        judged = edge_cases._judge(EdgeCase(id="one", expected=expected), end)
-        assert judged.passed is ((outcome, seconds) in passes), outcome
-        assert (judged.id, judged.expected, judged.outcome) == ("one", expected, outcome)
-        assert judged.detail == ("Only after 5 s: said" if seconds == 5.1 else "said")
+def test_judging() -> None:
+    broken = [(end, 0) for end in ("crashed", "hung", "cut", "unequal", "failed")]
+    for expected, passes, fails in (
+        ("answered", [("answered", 60)], [("refused", 0)]),
+        ("refused", [("refused", 4.9)], [("refused", 5.1), ("answered", 0)]),
+        ("answered or refused", [("answered", 60), ("refused", 60)], []),
+    ):
+        for outcome, seconds in [*passes, *fails, *broken]:
+            end = CaseProgress(id="one", at=0, outcome=outcome, detail="said", seconds=seconds)
+            judged = edge_cases._judge(EdgeCase(id="one", expected=expected), end)
+            assert judged.passed is ((outcome, seconds) in passes), outcome
+            assert (judged.id, judged.expected, judged.outcome) == ("one", expected, outcome)
+            assert judged.detail == ("Only after 5 s: said" if seconds == 5.1 else "said")
 
 
 def outcome(name: str, what: str, passed: bool = False) -> CaseOutcome:

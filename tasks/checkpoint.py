@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from slmops.checkpoints import chat_template, source
+from slmops.checkpoints import chat_template, generation, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.context import JobContext
 from slmops.core.job import Job
@@ -32,6 +32,8 @@ def plan_recipes(context: JobContext) -> list[Recipe]:
     template = chat_template.load(checkpoint.path)
     if template is not None and (reason := prompt_template.derive(template).reason):
         log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)
+    for remark in generation.remarks(checkpoint.path):
+        log.warning("%s", remark)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, context.name, settings))
     return planned

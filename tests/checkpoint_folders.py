@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
+    "eos_token_id": 2,
 }
 TENSORS = {
     "model.embed_tokens.weight": [VOCAB, HIDDEN],

@@ -76,6 +76,29 @@ def make(kind: str, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def chain(folder: Path, following: dict[int, int], **config: Any) -> Path:
+    """Write a checkpoint whose next token depends on the last one only, as ``following`` says."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    asked = transformers.LlamaConfig(**{**_COMMON, "hidden_size": 128, **config})
+    model = transformers.AutoModelForCausalLM.from_config(asked, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing is added to the embedding
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        rows = torch.nn.functional.normalize(torch.randn(VOCABULARY, 128), dim=1)
+        head = torch.randn(VOCABULARY, 128) * 0.001
+        for last, following_one in following.items():
+            head[following_one] += 20 * rows[last]
+        model.model.embed_tokens.weight.copy_(rows)
+        model.lm_head.weight.copy_(head)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def tokenizer() -> Any:
     """A byte-level BPE trained on Python's language reference, with a ChatML template."""
     from pydoc_data import topics

@@ -34,7 +34,8 @@ VERSIONS = dict.fromkeys(store.DECISIVE, "1.0")
 CONTENTS = {
     "model.onnx": "graph",
     "model.onnx.data": "weights" * 100,
-    "genai_config.json": '{"model": {"type": "llama"}, "search": {"max_length": 2048, "do_sample": false}}',
+    "genai_config.json": '{"model": {"type": "llama", "eos_token_id": 2, "pad_token_id": 2}, '
+    '"search": {"max_length": 2048, "do_sample": false}}',
     "tokenizer.json": "{}",
     "olive.log": "said",
     "olive_config.json": "{}",

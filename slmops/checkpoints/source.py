@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slmops.checkpoints import demo_package, hub, inspection, weight_files
+from slmops.checkpoints import demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -68,6 +68,7 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
         if texts.template is not None or found.temporary:
             folder, hashes = stage(folder, hashes, texts.template, settings)
+        generation.stop_tokens(folder, found.where)
     return Checkpoint(
         name=found.name,
         source=job.model,

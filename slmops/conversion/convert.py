@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints import generation
 from slmops.conversion import olive_log, olive_worker, store, verify_worker
 from slmops.core import locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError
@@ -83,6 +84,7 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
     try:
         config = workflow(recipe, checkpoint, job, work, made)
         finished = _run_olive(recipe, config, work, made, olive_text, settings)
+        _complete_genai_config(made / "genai_config.json", checkpoint)
         checked, _ = children.call(
             "slmops.conversion.verify_worker",
             verify_worker.VerifyRequest(
@@ -129,6 +131,20 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
     made_as = f"{variant.model_mb:.0f} MB, {variant.weights.bits_per_weight:.1f} bits per weight"
     log.info("%s: converted in %.0f s, %s", recipe.name, variant.convert_s, made_as)
     return variant
+
+
+def _complete_genai_config(path: Path, checkpoint: Checkpoint) -> None:
+    """Write in what the exporter leaves out: tokens that end an answer, and the checkpoint's sampling settings."""
+    if not path.is_file():  # which the check of the files says
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    model, ends = config["model"], list(generation.stop_tokens(checkpoint.path))
+    said = model["eos_token_id"]
+    if {*(said if isinstance(said, list) else [said])} != {*ends}:
+        model["eos_token_id"] = ends
+    model["pad_token_id"] = ends[0] if model["pad_token_id"] is None else model["pad_token_id"]
+    config["search"] |= generation.settings(checkpoint.path)
+    write_atomic(path, json.dumps(config, indent=4))
 
 
 def _run_olive(

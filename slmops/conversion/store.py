@@ -11,12 +11,14 @@ from slmops.core.files import sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
 # The packages whose versions change the result.
+FORMAT = 2  # what slmops itself does to a variant; a change of it makes all variants anew
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 
 
 def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str:
     """Folder name of a variant: the same for the same checkpoint, recipe and versions of the packages."""
     went_in = {
+        "format": FORMAT,
         "config": recipe.config,
         "checkpoint": checkpoint.digest,
         "versions": {name: versions.get(name) for name in DECISIVE},

@@ -6,6 +6,7 @@ import itertools
 import time
 from pathlib import Path
 
+from slmops.checkpoints import generation
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
@@ -38,8 +39,7 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(request.folder, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype=torch.float32).eval()
-    said_ends = model.generation_config.eos_token_id  # a token, several or none
-    ends = {*(said_ends if isinstance(said_ends, list) else [said_ends]), tokenizer.eos_token_id} - {None}
+    ends = generation.stop_tokens(request.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = [
         tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True)
@@ -53,7 +53,7 @@ def _generate(request: CheckpointAnswersRequest) -> list[Generated]:
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,
             max_new_tokens=max(request.items[place].max_tokens for place in places),
-            eos_token_id=sorted(ends),
+            eos_token_id=list(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
         batch = tokenizer([prompts[p] for p in places], add_special_tokens=False, padding=True, return_tensors="pt")

@@ -19,9 +19,10 @@ from slmops.conversion.convert import convert
 from slmops.core import machine
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import MANIFEST, Recipe, Variant, Weights
+from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, Weights
 from slmops.processes import children
 from slmops.processes.children import Finished
+from tests.checkpoint_folders import write_checkpoint, write_json
 from tests.values import CONTENTS, VERSIONS, checkpoint, write_variant
 
 RECIPE = Recipe(name="int4", config={"passes": {"a": {"type": "Rtn"}}, "host": "local"}, bits=4)
@@ -33,6 +34,11 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """A home, and a machine lock, of the test's own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Checkpoint:
+    return checkpoint(path=write_checkpoint(tmp_path / "tiny"))
 
 
 def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = lambda: None) -> list[str]:
@@ -48,7 +54,7 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
             how["log"].parent.mkdir(parents=True, exist_ok=True)
             how["log"].write_text("said")
             for name, text in CONTENTS.items():
-                (made / name).write_text(f"{text}, {len(conversions)}")
+                (made / name).write_text(text if name == "genai_config.json" else f"{text}, {len(conversions)}")
             return result(), Finished(0, 1.0, [], timed_out=False)
         return result(weights=FOUND, export_error=None), Finished(0, 1.0, [], timed_out=False)
 
@@ -56,7 +62,7 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     return conversions
 
 
-def test_two_names_at_once_convert_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_names_at_once_convert_once(tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     both_looked = threading.Barrier(2)
 
     def look(folder: Path) -> Any:
@@ -72,30 +78,55 @@ def test_two_names_at_once_convert_once(settings: Settings, monkeypatch: pytest.
     conversions = play_olive(monkeypatch)
     job = Job(model="m")
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda name: convert(RECIPE, checkpoint(), job, name, settings), ("one", "other"))
+        one, other = pool.map(lambda name: convert(RECIPE, tiny, job, name, settings), ("one", "other"))
     assert len(conversions) == 1
     assert one == other == store.load(one.path)
 
 
-def test_files_of_a_faster_machine_are_described(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
+def test_files_of_a_faster_machine_are_described(
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = settings.variants / store.key(RECIPE, tiny, machine.versions())
     play_olive(monkeypatch, before=lambda: write_variant(target))
-    made = convert(RECIPE, checkpoint(), Job(model="m"), "bot", settings)
+    made = convert(RECIPE, tiny, Job(model="m"), "bot", settings)
     assert made == store.load(target)
 
 
 def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target = settings.variants / store.key(RECIPE, checkpoint(), machine.versions())
+    target = settings.variants / store.key(RECIPE, tiny, machine.versions())
     target.mkdir(parents=True)
     (target / "stale").write_text("of the old folder")
     conversions = play_olive(monkeypatch)
-    made = [convert(RECIPE, checkpoint(), Job(model="m"), name, settings) for name in ("one", "other")]
+    made = [convert(RECIPE, tiny, Job(model="m"), name, settings) for name in ("one", "other")]
     assert made[0] == made[1] == store.load(target)
     assert len(conversions) == 1
     assert [record.levelname for record in caplog.records if str(target) in record.getMessage()] == ["WARNING"]
     assert not (target / "stale").exists()
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "exported", "deployed"),
+    [
+        ({}, 2, {"eos_token_id": 2, "pad_token_id": 2}),
+        ({"eos_token_id": [7, 2]}, [7, 2], {"eos_token_id": [7, 2], "pad_token_id": 2}),
+        ({"eos_token_id": 7}, 7, {"eos_token_id": [2, 7], "pad_token_id": 2}),  # config.json says 2
+        ({}, None, {"eos_token_id": [2], "pad_token_id": 2}),
+        ({"repetition_penalty": 1.1, "top_k": 20, "min_p": 0.1}, 2, {"repetition_penalty": 1.1, "top_k": 20}),
+    ],
+)
+def test_what_the_exporter_leaves_out_of_its_config(
+    tiny: Checkpoint, tmp_path: Path, generation_config: dict[str, Any], exported: Any, deployed: dict[str, Any]
+) -> None:
+    write_json(tiny.path / "generation_config.json", generation_config)
+    config = {"model": {"eos_token_id": exported, "pad_token_id": 2 if exported else None}, "search": {"top_k": 50}}
+    write_json(tmp_path / "genai_config.json", config)
+    conversion._complete_genai_config(tmp_path / "genai_config.json", tiny)
+    made = json.loads((tmp_path / "genai_config.json").read_text())
+    both = {**made["model"], **made["search"]}
+    assert {key: both[key] for key in deployed} == deployed
+    assert "min_p" not in made["search"]
 
 
 # --- variants on disk: found again if nothing that decides has changed and no byte has

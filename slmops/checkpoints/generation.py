@@ -1,0 +1,114 @@
+"""How a checkpoint wants its answers generated: the tokens that end them, and its sampling settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints import chat_template
+from slmops.checkpoints.chat_template import ChatTemplate
+from slmops.checkpoints.reading import read_json
+from slmops.core.errors import CheckpointError
+
+SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
+"""What generation_config.json may set and the runtime knows, beside ``do_sample``."""
+
+# What transformers takes for them where nothing is said.
+_SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+_UNKNOWN_TO_RUNTIME: dict[str, Any] = {
+    "min_p": None,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "stop_strings": None,
+}
+_CONTENT = "zqstopjx"  # letters only: trimming leaves them alone
+
+
+def stop_tokens(folder: Path, where: str | None = None) -> dict[int, str]:
+    """The tokens that end an answer, by id: those of both configs, the tokenizer's EOS, and what ends a turn.
+
+    A model that was fine-tuned from a base model often ends its turns with a token that the configs do not name. If
+    nothing stops it there, it goes on in the user's place.
+
+    Args:
+        folder: A checkpoint, with its chat template.
+        where: What to call it in messages; its path by default.
+
+    Returns:
+        The text of each, "" where the tokenizer's files do not tell.
+
+    Raises:
+        CheckpointError: A file cannot be read, or nothing names such a token.
+    """
+    ends = _named(folder, "generation_config.json") | _named(folder, "config.json")
+    known = _added_tokens(folder)
+    template = chat_template.load(folder, where)
+    eos = known.get(template.special_tokens.get("eos_token", "")) if template else None
+    turn_end = _turn_end(template, known) if template else None
+    if not ends and eos is None:
+        example = f" The chat template ends a turn with {turn_end}, which is {known[turn_end]}." if turn_end else ""
+        raise CheckpointError(
+            f"{where or folder} does not say with which token an answer ends: neither generation_config.json nor "
+            "config.json has eos_token_id, and the tokenizer has no eos_token.",
+            f"Add eos_token_id, the id of that token, to config.json.{example}",
+        )
+    ends |= {number for number in (eos, known.get(turn_end or "")) if number is not None}
+    texts = {number: text for text, number in known.items()}
+    return {number: texts.get(number, "") for number in sorted(ends)}
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """``do_sample`` and those of :data:`SETTINGS` that ``generation_config.json`` sets."""
+    content = _read(folder, "generation_config.json")
+    return {key: content[key] for key in ("do_sample", *SETTINGS) if content.get(key) is not None}
+
+
+def remarks(folder: Path) -> list[str]:
+    """What a user should know of how the variants will answer, in sentences."""
+    content, found = _read(folder, "generation_config.json"), []
+    named = _named(folder, "generation_config.json") or _named(folder, "config.json")
+    if added := [f"{text} ({number})" for number, text in stop_tokens(folder).items() if number not in named]:
+        found.append(f"Answers also end at {', '.join(added)}, which eos_token_id does not name.")
+    if lacking := [key for key, usual in _UNKNOWN_TO_RUNTIME.items() if content.get(key, usual) not in (usual, None)]:
+        found.append(f"generation_config.json sets {', '.join(lacking)}, which the runtime does not have.")
+    idle = [key for key, usual in _SAMPLING.items() if content.get(key, usual) not in (usual, None)]
+    if idle and not content.get("do_sample"):
+        found.append(
+            f"generation_config.json sets {', '.join(idle)} without do_sample, so the variants answer greedily. "
+            "Pass --temperature if they should sample."
+        )
+    return found
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    return read_json(path, str(path)) if path.is_file() else {}
+
+
+def _named(folder: Path, name: str) -> set[int]:
+    ids = _read(folder, name).get("eos_token_id")
+    return {one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)}
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Id by text of the tokens that are not learnt from text, such as ``<|im_end|>``."""
+    decoder = _read(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    found = {token["content"]: int(number) for number, token in decoder.items()}
+    return found | {
+        token["content"]: token["id"] for token in _read(folder, "tokenizer.json").get("added_tokens") or ()
+    }
+
+
+def _turn_end(template: ChatTemplate, known: Mapping[str, int]) -> str | None:
+    """The token that the chat template writes after an answer."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _CONTENT}]
+    try:
+        after = chat_template.render(template, messages, add_generation_prompt=False).partition(_CONTENT)[2].lstrip()
+    except CheckpointError:  # it takes single questions only
+        return None
+    return max((text for text in known if after.startswith(text)), key=len, default=None)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -158,8 +155,7 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
     def kill(point: LossPoint) -> None:
         if point.step == 14:
             for worker in making.workers(finetune_worker.__name__):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker.pid, signal.SIGKILL)
+                worker.kill()
 
     with pytest.raises(TrainingError, match="killed by SIGKILL"):
         finetune.finetune(checkpoint, data, TRAINING, home, "tiny", kill)

@@ -15,10 +15,8 @@ def test_a_fine_tuning_may_not_make_it_worse() -> None:
 
 
 def test_the_policy_that_ships_can_be_read() -> None:
-    read = policy.load(outcome.DEFAULT_POLICY)
-    assert [f"{gate.metric} to {gate.to}" for gate in read.gates] == [
-        *("accuracy to baseline", "perplexity to baseline", "accuracy to champion")
-    ]
+    gates = [f"{gate.metric} to {gate.to}" for gate in policy.load(outcome.DEFAULT_POLICY).gates]
+    assert gates == ["accuracy to baseline", "perplexity to baseline", "accuracy to champion"]
 
 
 def test_the_text_has_accuracy_and_times() -> None:

@@ -198,16 +198,14 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
         listed = "".join(f"\n  - {problem}" for problem in [*bad[:SHOWN_PROBLEMS], *more])
         raise UsageError(f"{name} has bad lines:{listed}", "Fix or remove these lines.")
     if not items:
-        raise UsageError(
-            f"{name} has no items.", "Give each item a line of JSON, or a CSV row, with prompt and expected."
-        )
-    named = []
+        fix = "Give each item a line of JSON, or a CSV row, with prompt and expected."
+        raise UsageError(f"{name} has no items.", fix)
     for number, item in items.items():
         own = item.id or str(number)
         while not item.id and own in lines:
             own = f"line-{own}"
-        named.append(item.model_copy(update={"id": own}))
-    return EvaluationSet(items=tuple(named), digest=hashlib.sha256(raw).hexdigest(), name=name)
+        items[number] = item.model_copy(update={"id": own})
+    return EvaluationSet(items=tuple(items.values()), digest=hashlib.sha256(raw).hexdigest(), name=name)
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:

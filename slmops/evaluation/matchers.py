@@ -93,11 +93,10 @@ def parse_json(text: str) -> Any:
 
 def is_json(text: str) -> bool:
     """The whole text is one JSON document, without a code fence."""
-    try:
+    with contextlib.suppress(ValueError):
         parse_json(text)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def document(answer: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TypeVar
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -17,8 +16,8 @@ from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
 from slmops.processes import children
+from slmops.processes.children import Result
 
-_Result = TypeVar("_Result", bound=Frozen)
 log = logging.getLogger(__name__)
 
 TOKENS, QUICK_TOKENS = 2048, 512
@@ -119,7 +118,7 @@ def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settin
     return _in_child("answers", request, ScoredAnswers, name, label, settings).answers
 
 
-def _in_child(what: str, request: Frozen, result: type[_Result], name: str, label: str, settings: Settings) -> _Result:
+def _in_child(what: str, request: Frozen, result: type[Result], name: str, label: str, settings: Settings) -> Result:
     found, _ = children.call(
         f"slmops.evaluation.{what}_worker",
         request,

@@ -69,10 +69,9 @@ def conversations(folder: Path) -> list[list[dict[str, str]]]:
 
 
 def private_kb(process: psutil.Process) -> float:
-    """Memory of this process alone, in KB: what a leak leaves behind.
+    """Memory of this process alone, in KB: on Linux, anonymous pages, in memory (resident less shared) or swapped out.
 
-    On Linux, anonymous pages, in memory (resident less shared) or swapped out. Proportional and unique set sizes jump
-    by tens of MB when another process that maps the same libraries starts or ends.
+    Proportional and unique set sizes jump by tens of MB when another process with the same libraries starts or ends.
     """
     memory: Any = process.memory_full_info()
     if hasattr(memory, "shared"):

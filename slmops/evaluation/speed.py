@@ -93,7 +93,8 @@ def measure(
     cores = machine.hardware().cores
     for one in contestants:
         # Again, now that the fastest loop of the whole job is known.
-        turns = [turn.model_copy(update={"disturbed": _disturbed(turn.calibration_s, fastest)}) for turn in one.turns]
+        limit = DISTURBED * fastest
+        turns = (turn.model_copy(update={"disturbed": max(turn.calibration_s) > limit}) for turn in one.turns)
         results[one.name] = Speed(cells=one.cells, turns=tuple(turns), cores=cores)
     for variant, _ in made:
         shutil.rmtree(settings.work(name) / f"{variant.name}-speed", ignore_errors=True)
@@ -121,15 +122,11 @@ def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: b
         loops = (before, calibrate())
         fastest = min(fastest, *loops)
         turn = Turn(measured=measured, memory=tuple(finished.memory), calibration_s=loops)
-        if not _disturbed(loops, fastest):
+        if max(loops) <= DISTURBED * fastest:
             break
         log.info("%s: this machine was busy with something else", one.name)
     one.turns.append(turn)
     return fastest
-
-
-def _disturbed(loops: tuple[float, float], fastest: float) -> bool:
-    return max(loops) > DISTURBED * fastest
 
 
 def grid(staged: Staged, job: Job) -> tuple[Cell, ...]:

@@ -139,10 +139,7 @@ class Item(Frozen):
         return [message.model_dump() for message in self.messages]
 
     def format_valid(self, answer: str) -> bool | None:
-        """Whether ``answer`` has the structure that the item asks for; None if it asks for none.
-
-        A ``schema`` without a ``format`` asks for a document that it allows, in a code fence or not.
-        """
+        """Whether ``answer`` has the structure that ``format``, or else ``schema``, asks for; None: neither does."""
         match self.format:
             case Pattern(regex=expression):
                 return matchers.full_regex(expression, answer)
@@ -209,9 +206,7 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
-    """At most ``count`` items in the order of the file, always the same ones: the first of each category, then the
-    second of each, and so on.
-    """
+    """At most ``count`` items in the order of the file: the first of each category, then the second, and so on."""
     seen: Counter[str] = Counter()
     ranked: list[tuple[int, int]] = []
     for position, item in enumerate(items):

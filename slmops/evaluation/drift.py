@@ -25,8 +25,6 @@ PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 DRIFT = "drift/"
 """Prefix of the metrics in MLflow that are ratios: measured now / recorded."""
 SLACK = 1e-9  # 0.8 - 0.7 is no more than 0.1
-
-
 _Times = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 

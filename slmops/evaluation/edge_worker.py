@@ -100,7 +100,6 @@ class Probe:
             self.seconds = time.perf_counter() - started
 
     def answer(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> Observation:
-        """The same, as an observation."""
         return observed(self.ask(asked, max_tokens))
 
     @cached_property

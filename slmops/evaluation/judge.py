@@ -68,10 +68,7 @@ def score(item: Item, answer: str, settings: Settings) -> Judgement:
 
 
 def conversation(item: Item, answer: str) -> list[dict[str, str]]:
-    """Question, reference and answer for the judge, each in a block.
-
-    The blocks' mark is a digest of their content, so no text inside can close its block.
-    """
+    """Question, reference and answer, each in a block. A digest of them marks all blocks, so no text can close one."""
     turns = item.conversation
     said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
     question = said if len(turns) > 1 else turns[0]["content"]

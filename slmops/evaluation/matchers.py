@@ -111,10 +111,7 @@ def document(answer: str) -> Any:
 
 
 def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement:
-    """The answer is a JSON document, fenced or not, that validates and equals ``expected``, if that is given.
-
-    Equal in the sense of JSON Schema's ``const``: the order of keys does not count, and 1 is 1.0 but not true.
-    """
+    """The answer is a document, fenced or not, that validates and equals ``expected``, if given: 1 is 1.0, not true."""
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
@@ -184,8 +181,7 @@ def python(function: Function, expected: str, answer: str, threshold: float | No
 def load_function(spec: str) -> Function:
     """The user's function of ``FILE.py:FUNCTION``, called with (expected, answer); UsageError if it cannot be.
 
-    It runs the file, which the user named. An evaluation set can ask for the function but not name it, so a set from
-    elsewhere runs no code.
+    It runs the file, which the user named: an evaluation set from elsewhere can ask for the function but not name it.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser().resolve()

@@ -38,10 +38,7 @@ class Quality(Frozen):
 
 
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
-    """Have transformers score the text and leave its logits, which the variants are compared with.
-
-    Returns the nats of each scored token; None in a quick job, or (logged) if transformers cannot run the checkpoint.
-    """
+    """The nats of each token that transformers scores, and its logits in a file; None if quick, or if it cannot."""
     if job.quick:
         return None
     reference = _reference(CHECKPOINT_REFERENCE, name, settings)

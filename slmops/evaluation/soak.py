@@ -110,10 +110,7 @@ def find(comparison: Comparison, wanted: str | None) -> Target:
 
 
 def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
-    """Soak a variant that is registered in the Foundry home. The caller holds the machine lock.
-
-    Returns the result, and the memory in KB after each request. EvaluationError: it is not there, or its process died.
-    """
+    """Soak a registered variant; the result, and the memory in KB after each request. The caller holds the lock."""
     work = settings.work(target.model) / f"{target.variant}-soak"
     warm_up, requests = request.warm_up, request.requests
     log.info("%s: soaking with %d requests", target.variant, requests)

@@ -67,8 +67,7 @@ class SpeedResult(Frozen):
     cold: bool
     before: Window
     loaded: Window
-    unloaded: Window | None
-    """None after several sessions, which leave more behind than a single user."""
+    unloaded: Window | None  # None after several sessions, which leave more behind than a single user
     measured: Window
     cpu_s: float
     energy_j: float | None

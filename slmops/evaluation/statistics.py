@@ -101,11 +101,7 @@ def of_proportion(successes: int, total: int) -> Measurement:
 
 
 def standard_error(successes: int, total: int) -> float | None:
-    """Standard error of a proportion; None for one sample, which shows no spread.
-
-    sqrt(p (1 - p) / (n - 1)), that of the mean of scores of 0 or 1 (Miller, 2024, Adding Error Bars to Evals,
-    arXiv:2411.00640).
-    """
+    """That of a proportion (Miller, 2024, Adding Error Bars to Evals, arXiv:2411.00640); None for one sample."""
     share = successes / total
     return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else None
 
@@ -171,7 +167,7 @@ def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
     """The mean of one value per token, with a BCa interval over blocks of ``BLOCK_TOKENS`` consecutive tokens.
 
     Neighbouring tokens are not independent; blocks much longer than the dependence nearly are (Carlstein, 1986,
-    Annals of Statistics 14, 1171-1179). Fewer than ``MIN_SAMPLES`` blocks have no interval; that of five covers 91 %.
+    Annals of Statistics 14, 1171-1179). That of five blocks, the fewest, covers 91 %.
     """
     tokens = _numbers(values)
     interval = _mean_interval(np.array([block.mean() for block in _blocks(tokens)]))
@@ -179,12 +175,11 @@ def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
 
 
 def slope(values: Sequence[float], unit: str) -> Measurement:
-    """Robust slope per step of an equally spaced series, such as the memory after each request.
+    """Robust slope per step of an equally spaced series, such as the memory after each request; ``unit`` is of it.
 
     Theil-Sen with Sen's interval (1968, JASA 63, 1379-1389) over the medians of consecutive blocks, because samples
     spike and neighbours are correlated. About ``SLOPE_BLOCKS`` blocks of ten samples or more, or ``MIN_SAMPLES`` of
-    fewer. Samples that fill no block are left out at the start, where a process is still warming up. ``unit`` is that
-    of the values per step, such as "MB/request".
+    fewer. Samples that fill no block are left out at the start, where a process is still warming up.
     """
     from scipy.stats import theilslopes
 
@@ -202,8 +197,7 @@ def slope(values: Sequence[float], unit: str) -> Measurement:
 def more_samples(measurement: Measurement, limit: float) -> int | None:
     """About how many more samples would settle on which side of a limit the value lies; None: unknown, or too many.
 
-    If value and spread stay the same, the half-width towards the limit shrinks with 1 / sqrt(n), so
-    n (half-width / distance)^2 samples are enough.
+    If value and spread stay the same, n (half-width / distance)^2 samples are enough.
     """
     end = measurement.low if measurement.value > limit else measurement.high
     distance = abs(measurement.value - limit)

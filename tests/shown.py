@@ -22,9 +22,8 @@ def flow_runs(flow: str) -> list[FlowRun]:
 def artifacts(run: FlowRun, processes: int = 1) -> dict[str, Any]:
     """Key to data, which each of the processes of a resumed run may write; what has no key is the flow's result."""
     with get_client(sync_client=True) as client:
-        made = client.read_artifacts(
-            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id])), limit=50
-        )
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        made = client.read_artifacts(artifact_filter=of_run, limit=50)
     keyed = [artifact for artifact in made if artifact.key is not None]
     assert max(Counter(artifact.key for artifact in keyed).values(), default=0) <= processes
     return {str(artifact.key): artifact.data for artifact in keyed}

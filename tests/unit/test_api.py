@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
 import slmops
-from slmops import Job, SlmopsError, UsageError, optimize
 from slmops.core.values import HEADLINE_METRICS
 from slmops.report.tables import COLUMNS
 from tests.values import comparison, failed, result
@@ -23,17 +18,6 @@ def test_the_public_names_are_these() -> None:
     assert set(slmops.__all__) == PUBLIC
     assert all(hasattr(slmops, name) for name in PUBLIC)
     assert all(name in (slmops.__doc__ or "") for name in ("optimize", "Job", "Comparison"))
-
-
-def test_what_cannot_be_used_is_refused_before_a_server_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "home"))
-    with pytest.raises(UsageError) as caught:
-        optimize(Job(model=str(tmp_path / "nowhere"), policy=tmp_path / "none.toml"))
-    assert all(name in str(caught.value) for name in ("nowhere", "none.toml"))
-    assert isinstance(caught.value, SlmopsError)
-    assert not (tmp_path / "home").exists()
 
 
 def test_a_comparison_is_a_frame_and_a_table() -> None:

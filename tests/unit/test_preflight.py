@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slmops import preflight
+from slmops import optimize, preflight
 from slmops.cli.command import run
 from slmops.core.errors import CheckpointError, RecipeError, SlmopsError, UsageError
 from slmops.core.job import Job
@@ -95,7 +95,7 @@ def test_what_has_to_be_fetched_is_not_looked_at(folder: Path, model: str) -> No
     assert not (folder / "home").exists()
 
 
-def test_the_command_says_it_before_anything_is_started(
+def test_the_command_and_the_function_say_it_before_anything_is_started(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLMOPS_HOME", str(folder / "home"))
@@ -103,4 +103,6 @@ def test_the_command_says_it_before_anything_is_started(
     out, err = capsys.readouterr()
     assert out == ""
     assert all(name in err for name in ("nowhere", f"{folder}/none.toml", "none.py"))
+    with pytest.raises(UsageError, match=r"nowhere(.|\n)*none\.toml"):
+        optimize(Job(model=f"{folder}/nowhere", policy=folder / "none.toml"))
     assert not (folder / "home").exists()

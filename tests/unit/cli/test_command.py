@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 WRONG = [
     ("run --model m --precision int3", r"--precision must be 'fp32', 'fp16', 'int8', 'int4' or 'bf16' \(got 'int3'\)"),
-    ("run --model m --precision", "--precision needs a value"),
     ("run --model m --frobnicate 1", "--frobnicate"),
     ("run --model m --precisoin int4", "Did you mean --precision"),
     ("run --model m --model n", "--model is given more than once"),
@@ -114,18 +113,15 @@ def test_job_file_may_ask_for_json(flows: Flows, slmops: Slmops, tmp_path: Path)
         ("job.yaml", "quick: true\n", "error: --model is missing\n"),
         ("job.toml", JOB_YAML, r"job\.toml cannot be read"),
         ("job.yaml", "", r"job\.yaml has no keys and values"),
-        ("job.yaml", b"model: \xff\xfe\n", r"job\.yaml cannot be read: .*utf-8"),
+        ("job.yaml", "model: \xff\xfe\n", r"job\.yaml cannot be read: .*utf-8"),
         ("job.yaml", None, r"job\.yaml cannot be read: .*Is a directory"),
     ],
 )
-def test_bad_job_file(
-    flows: Flows, slmops: Slmops, tmp_path: Path, name: str, text: str | bytes | None, said: str
-) -> None:
-    path = tmp_path / name
+def test_bad_job_file(flows: Flows, slmops: Slmops, tmp_path: Path, name: str, text: str | None, said: str) -> None:
     if text is None:
-        path.mkdir()
+        (tmp_path / name).mkdir()
     else:
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / name).write_text(text, encoding="latin-1")
     test_wrong_usage(flows, slmops, f"run --job {name}", said)
 
 

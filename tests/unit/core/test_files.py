@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
     write_atomic(path, "old and longer")
     write_atomic(path, "neü")
     assert path.read_bytes() == "neü".encode()
+    assert sha256(path) == hashlib.sha256("neü".encode()).hexdigest()
     assert names(path.parent) == ["x.json"]
 
 
@@ -96,11 +98,6 @@ def test_scratch_folders_of_dead_processes_only_are_removed(tmp_path: Path) -> N
     assert theirs not in names(tmp_path)
     remove_scratch(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-
-
-def test_sha256(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.parametrize("how", ["links", "links what a symbolic link points to", "copies"])

@@ -13,16 +13,14 @@ from tests import values
 SMALL, LARGE, HUGE = (Pool(name=name, memory_gb=gb) for name, gb in (("small", 8), ("large", 64), ("huge", 512)))
 
 
-def test_the_need_is_that_of_one_conversion_in_fp32() -> None:
-    assert conversion_memory(values.checkpoint(parameters=1_000_000_000)) == pytest.approx(8.8e9)
-
-
 @pytest.mark.parametrize(
     ("parameters", "taken"), [(135_000_000, SMALL), (909_000_000, SMALL), (910_000_000, LARGE), (8_000_000_000, HUGE)]
 )
 def test_the_smallest_pool_that_is_large_enough_is_taken(parameters: int, taken: Pool) -> None:
+    checkpoint = values.checkpoint(parameters=parameters)
+    assert conversion_memory(checkpoint) == pytest.approx(8.8 * parameters)  # of one conversion in fp32
     twin = Pool(name="a", memory_gb=8)  # of two of one size the first is taken
-    assert choose([HUGE, SMALL, LARGE, twin], values.checkpoint(parameters=parameters), "cpu") == taken
+    assert choose([HUGE, SMALL, LARGE, twin], checkpoint, "cpu") == taken
 
 
 @pytest.mark.parametrize(("parameters", "device"), [(70_000_000_000, "cpu"), (1000, "gpu")])

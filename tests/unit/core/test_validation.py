@@ -16,8 +16,6 @@ from slmops.core.values import Name
 
 
 class Pair(BaseModel):
-    """A value with a rule of its own."""
-
     low: int
     high: int
 

@@ -56,9 +56,7 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
         PrerequisiteError: Nothing of it fits this device.
     """
     if which is not None:
-        asked = registry.find(name, which)
-        _check_fits(asked, f"`slmops pull {name}` takes the largest that fits.")
-        return asked
+        return _check_fits(registry.find(name, which), f"`slmops pull {name}` takes the largest that fits.")
     champion = registry.champion(name)
     if champion is None:
         raise UsageError(f"Nothing of {name} is promoted.", f"Run `slmops promote {name}` on the machine that made it.")
@@ -77,10 +75,11 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     return taken
 
 
-def _check_fits(version: ModelVersion, fix: str) -> None:
+def _check_fits(version: ModelVersion, fix: str) -> ModelVersion:
     problem = _problem(version)
     if problem is not None:
         raise PrerequisiteError(f"{version.label} does not fit this device: {problem}.", fix)
+    return version
 
 
 def _problem(version: ModelVersion) -> str | None:

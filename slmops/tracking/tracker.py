@@ -227,10 +227,8 @@ class Tracker(Connection):
             params = self._client.get_run(run_id).data.params
         # Made of its parts, which the runs of before there were kinds have too.
         texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
-        plain = ("system", "machine", "processor")
         try:
-            values = {key: text if key in plain else json.loads(text) for key, text in texts.items()}
-            return Hardware.model_validate(values).kind
+            return Hardware.model_validate({**texts, "isa": json.loads(texts["isa"])}).kind
         except ValueError:
             return "an unknown machine"
 

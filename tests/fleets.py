@@ -21,6 +21,7 @@ from slmops.core.values import Variant
 from slmops.foundry import layout, prompt_template
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving import service
+from slmops.serving.backend import Backend
 from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Serve
 from tests import making, values
@@ -166,8 +167,9 @@ def fleet(world: World, **options: Any) -> Fleet:
 
 
 @asynccontextmanager
-async def watching(made: Fleet) -> AsyncIterator[Fleet]:
-    """Start a fleet, and let it watch."""
+async def serving(world: World, **options: Any) -> AsyncIterator[Fleet]:
+    """A fleet that watches; nothing may run when it has stopped."""
+    made = fleet(world, **options)
     await made.start()
     task = asyncio.create_task(made.run())
     try:
@@ -177,13 +179,6 @@ async def watching(made: Fleet) -> AsyncIterator[Fleet]:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await made.stop()
-
-
-@asynccontextmanager
-async def serving(world: World, **options: Any) -> AsyncIterator[Fleet]:
-    """A fleet that watches; nothing may run when it has stopped."""
-    async with watching(fleet(world, **options)) as made:
-        yield made
     assert world.running == []
 
 
@@ -226,6 +221,9 @@ class Device(World):
 
     def install(self, wanted: ModelVersion) -> Installed:
         return self.here[wanted.version]
+
+    async def start(self, of: Installed, settings: Settings) -> Any:
+        return await Backend.start(of, settings)
 
 
 def serve(home: str, version: str, options: str) -> None:

@@ -26,10 +26,8 @@ CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 FOUNDRY_ID = "bot-int8-generic-cpu:3"
 GOOD = {"model": "bot", "messages": [{"role": "user", "content": "Hi"}]}
-GOOD_RESPONSE = {"model": "bot", "input": "Hi"}
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 Script = Callable[["Connection"], Awaitable[None]]
-Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 
 @dataclass
@@ -143,9 +141,8 @@ class OneFleet(Fleet):
 
     def __init__(self, url: str) -> None:
         super().__init__(World(), Serve())  # type: ignore[arg-type]
-        self.backend: Any = FakeBackend(installed(3))
+        self.champion = self.backend = FakeBackend(installed(3))  # type: ignore[assignment]
         self.backend.url = url
-        self.champion = self.backend
         self.watch.versions = [version(3)]
         self._draining = [self.backend]
         self.switches, self.restarts = 2, 1
@@ -193,7 +190,7 @@ class Stand:
 
     async def post(
         self, *headers: str, body: bytes = b"", kind: str = "application/json", **options: Any
-    ) -> tuple[Reader, Writer]:
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Begin a request on a socket of its own, with these headers beside the usual ones."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, **options)
         head = (f"POST {CHAT} HTTP/1.1", "host: 127.0.0.1", f"content-type: {kind}", *headers, "", "")
@@ -202,10 +199,8 @@ class Stand:
 
     async def metric(self, name: str) -> float:
         """One sample, its labels in the name."""
-        for line in (await self.client.get("/metrics")).text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[-1])
-        return 0.0
+        lines = (await self.client.get("/metrics")).text.splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
     async def counted(self, status: int) -> float:
         """Chat requests that ended with this status and were sent to the runtime."""
@@ -282,7 +277,7 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 def response(**fields: Any) -> dict[str, Any]:
-    return {**GOOD_RESPONSE, **fields}
+    return {"model": "bot", "input": "Hi", **fields}
 
 
 def says(content: Any, role: Any = "user") -> dict[str, Any]:

@@ -16,7 +16,6 @@ import pytest
 from slmops.core.settings import Settings
 from slmops.serving.backend import Backend
 from slmops.serving.fleet import Fleet
-from slmops.serving.limits import Serve
 from tests import fleets, making
 from tests.fleets import Device, until
 
@@ -60,7 +59,7 @@ def device(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFa
 async def serving(device: Device) -> AsyncIterator[Fleet]:
     """A fleet that serves version 1 and watches."""
     device.now = fleets.version(1)
-    async with fleets.watching(Fleet(device, Serve(poll_s=0.2, request_timeout_s=30))) as fleet:  # type: ignore[arg-type]
+    async with fleets.serving(device, poll_s=0.2, request_timeout_s=30) as fleet:
         yield fleet
     assert fleets.workers() == []
     assert list((device.settings.deployed / "serving" / "bot").iterdir()) == []

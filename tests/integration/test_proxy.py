@@ -226,14 +226,9 @@ def test_no_input_gives_a_5xx_or_ends_anything(installed: Installed, tmp_path: P
         else:
             assert "usage" in json.loads(said)
 
-    @hypothesis_settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
+    unlimited: Any = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+    @hypothesis_settings(max_examples=EXAMPLES, derandomize=True, phases=[Phase.generate], **unlimited)
     @given(fuzzing.requests())
     def fuzz(body: bytes) -> None:
         # Both endpoints, at the same time.

@@ -216,10 +216,7 @@ def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
 
 
 def perplexity_text(path: Path | None) -> tuple[str, str]:
-    """The text for perplexity and its SHA-256; without a path, the Python version's own language reference.
-
-    UsageError if a text cannot be read, is not UTF-8, or is empty.
-    """
+    """The text and its SHA-256; without a path, the Python version's language reference. UsageError if it is bad."""
     if path is None:
         from pydoc_data import topics
 

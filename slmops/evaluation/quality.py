@@ -61,13 +61,10 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
 
 
 def measure(variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> Quality:
-    """Score the text, answer the evaluation set, go through the edge cases.
+    """Score the text, answer the evaluation set, go through the edge cases; EvaluationError if it is not all measured.
 
     Measure the baseline first: it leaves its logits for the others. The judging model is asked last, without the lock.
-
-    Raises:
-        EvaluationError: It could not be measured; nothing of it is reported then.
-        UsageError: The evaluation set, the text or the matcher is bad.
+    UsageError: the evaluation set, the text or the matcher is bad.
     """
     evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
     items = dataset.subset(evaluation_set.items, QUICK_ITEMS) if job.quick else evaluation_set.items

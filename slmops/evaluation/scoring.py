@@ -17,8 +17,6 @@ TO_BE_JUDGED = "the judge has not been asked"
 
 
 class Generated(Frozen):
-    """What a model said to one item."""
-
     text: str
     finish_reason: str
     seconds: float

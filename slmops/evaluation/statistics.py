@@ -154,8 +154,7 @@ def perplexity(nll: Sequence[float]) -> Measurement:
 def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Measurement:
     """Perplexity divided by the baseline's on the same tokens, with the interval of ``blocked_mean`` over the pairs.
 
-    Pairing removes the spread of the text, which is the same for both, so the interval is many times narrower than
-    those of the two perplexities. Equal inputs give exactly 1.
+    Pairing removes the spread of the text, which is the same for both. Equal inputs give exactly 1.
     """
     differences = _differences(nll, baseline_nll)
     if not differences.any():

@@ -50,10 +50,12 @@ def test_csv(tmp_path: Path) -> None:
     assert letter.format == Pattern(regex="[A-D]")
 
 
-def test_csv_is_what_the_suffix_says(tmp_path: Path) -> None:
+def test_csv_is_what_the_suffix_says_and_may_be_empty(tmp_path: Path) -> None:
     content = "prompt,expected\nQ,A\n"
     assert len(dataset.load(table(tmp_path, content, "UPPER.CSV")).items) == 1
     assert "line 1: is not JSON" in raised_by(table(tmp_path, content, "my.jsonl")).message
+    for empty in ("", "\n", "prompt,expected\n", "prompt, expected\n,\n"):
+        assert raised_by(table(tmp_path, empty)).message == "my.csv has no items."
 
 
 @pytest.mark.parametrize(
@@ -107,8 +109,3 @@ def test_bad_csv_header(tmp_path: Path, header: str, said: str) -> None:
     error = raised_by(table(tmp_path, f"{header}\nQ,A\n"))
     assert error.message == f"my.csv has {said}"
     assert "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, mess" in error.fix
-
-
-@pytest.mark.parametrize("content", ["", "\n", "prompt,expected\n", "prompt, expected\n,\n"])
-def test_empty_csv(tmp_path: Path, content: str) -> None:
-    assert raised_by(table(tmp_path, content)).message == "my.csv has no items."

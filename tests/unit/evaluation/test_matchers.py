@@ -154,22 +154,17 @@ def by_python(folder: Path, code: str, **options: Any) -> Judgement:
 
 
 @pytest.mark.parametrize(
-    ("result", "judgement"),
+    ("result", "score"),
     [
-        ("expected == answer", Judgement(score=0, correct=False)),
-        ("expected == 'Paris' and answer == 'Rome'", Judgement(score=1, correct=True)),
-        ("0.75", Judgement(score=0.75, correct=True)),
-        ("0.25", Judgement(score=0.25, correct=False)),
-        ("1", Judgement(score=1, correct=True)),
-        ("0", Judgement(score=0, correct=False)),
-        ("__import__('numpy').bool_(True)", Judgement(score=1, correct=True)),
-        ("__import__('numpy').float32(0.25)", Judgement(score=0.25, correct=False)),
+        *(("expected == answer", 0), ("expected == 'Paris' and answer == 'Rome'", 1)),
+        *(("0.75", 0.75), ("0.25", 0.25), ("1", 1), ("0", 0)),
+        *(("__import__('numpy').bool_(True)", 1), ("__import__('numpy').float32(0.25)", 0.25)),
     ],
 )
-def test_python(tmp_path: Path, result: str, judgement: Judgement) -> None:
+def test_python(tmp_path: Path, result: str, score: float) -> None:
     code = f"def score(expected, answer): return {result}"
-    assert by_python(tmp_path, code) == judgement
-    assert by_python(tmp_path, code, threshold=0.8).correct is (judgement.score == 1)
+    assert by_python(tmp_path, code) == Judgement(score=score, correct=score >= 0.5)
+    assert by_python(tmp_path, code, threshold=0.8).correct is (score == 1)
 
 
 def test_python_file_with_a_dataclass_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

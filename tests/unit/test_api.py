@@ -34,12 +34,9 @@ def test_a_comparison_is_a_frame_and_a_table() -> None:
     assert all(f"<th>{cell}</th>" in table for cell in ("fp32", "int8", "int4", "size_mb"))
     assert "<td>1.083</td>" in table
     assert table.endswith("<p>&lt;b&gt;</p>")
-
-
-def test_a_comparison_of_nothing_is_a_table_too() -> None:
-    shown = comparison(failed("fp32", "No."))
-    assert list(shown.to_frame().columns) == ["status", "chosen"]
-    assert "<th>fp32</th>" in shown._repr_html_()
+    nothing = comparison(failed("fp32", "No."))
+    assert list(nothing.to_frame().columns) == ["status", "chosen"]
+    assert "<th>fp32</th>" in nothing._repr_html_()
 
 
 def test_the_table_has_the_figures_of_the_report() -> None:

@@ -175,11 +175,6 @@ def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
     assert gone(number(file), within_s=2)
 
 
-def test_program_that_does_not_exist(log: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        children.run(["/no/such/program"], log=log, timeout_s=1)
-
-
 Call = Callable[..., tuple[Result, children.Finished]]
 
 
@@ -241,7 +236,9 @@ def test_worker_that_takes_too_long(call: Call, over_when_written: Path) -> None
     assert gone(number(over_when_written), within_s=2)
 
 
-def test_unknown_module(call: Call) -> None:
+def test_what_does_not_exist(call: Call, log: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        children.run(["/no/such/program"], log=log, timeout_s=1)
     with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named no_such_worker"):
         call("pass", module="no_such_worker")
 

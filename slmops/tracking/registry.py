@@ -54,7 +54,7 @@ class Registry(Connection):
             token = None
             while token != "":
                 page = self._client.search_registered_models(page_token=token)
-                names += (model.name for model in page if _is_ours(model))
+                names += (model.name for model in page if model.tags.items() >= OURS.items())
                 token = page.token or ""
             return sorted(names)
 
@@ -106,7 +106,7 @@ class Registry(Connection):
             model = self._model(name)
             if model is None:
                 self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
-            elif not _is_ours(model):
+            elif not model.tags.items() >= OURS.items():
                 problem = f"The registry has a model {name!r} that slmops did not make."
                 raise UsageError(problem, "Choose another name with --name.")
             manifest = VersionManifest.of(name, variant, registration)
@@ -241,10 +241,6 @@ class Registry(Connection):
             problem = f"another promotion came first, and {now.label if now else 'nothing'} is the champion now"
             fix = "Look at `slmops status` and promote again if it still should be."
             raise PromotionError(f"{promoted.label} was not promoted: {problem}.", fix)
-
-
-def _is_ours(model: RegisteredModel) -> bool:
-    return bool(model.tags.items() >= OURS.items())
 
 
 def _version(entry: Entry, model: RegisteredModel) -> ModelVersion:

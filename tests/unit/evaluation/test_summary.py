@@ -32,10 +32,8 @@ def figures(raw: Speed) -> dict[str, Measurement]:
 def test_percentiles_over_all_rounds() -> None:
     random = np.random.default_rng(0)
     firsts, gaps, tokenized = random.uniform(0.1, 0.3, 12), random.uniform(0.02, 0.06, 12), random.uniform(0, 0.05, 12)
-    rows = [
-        timed(first, first + 15 * gap, 16, tokenize_s=share)
-        for first, gap, share in zip(firsts, gaps, tokenized, strict=True)
-    ]
+    each = zip(firsts, gaps, tokenized, strict=True)
+    rows = [timed(first, first + 15 * gap, 16, tokenize_s=share) for first, gap, share in each]
     found = figures(speed(turn(*rows[:4]), turn(*rows[4:8]), turn(*rows[8:])))
     lasts = firsts + 15 * gaps
     expected = {
@@ -52,14 +50,10 @@ def test_percentiles_over_all_rounds() -> None:
     middle = [found[name] for name in expected if not name.endswith(("90", "99"))]
     assert all(one.low is not None and one.high is not None and one.low < one.value < one.high for one in middle)
     assert {found[f"{name}_p99"].note for name in ("ttft_ms", "itl_ms", "response_s")} == {"indicative: 12 samples"}
-
-
-def test_defect_8_intervals_of_speed_know_that_rounds_differ() -> None:
-    """Ten requests in each of three rounds, and each round has its own speed."""
+    # Defect 8: ten requests in each of three rounds, and each round has its own speed.
     rounds = [turn(*(timed(first + 0.001 * n, 1.2) for n in range(10))) for first in (0.1, 0.2, 0.3)]
     ttft = figures(speed(*rounds))["ttft_ms_p50"]
-    assert ttft.low < 110
-    assert ttft.high > 300
+    assert ttft.low < 110 < 300 < ttft.high
 
 
 def test_single_figures_are_those_of_the_headline_cell() -> None:
@@ -137,6 +131,10 @@ def test_if_all_turns_were_disturbed_all_are_used_and_it_is_said() -> None:
     assert {"decode_tok_s", "prefill_tok_s", "load_s", "response_s_p99", "cpu_percent", "energy_j_per_token"} <= said
     assert not said & {"size_mb", "memory_peak_mb", "perplexity", "accuracy", "noise_percent", "edge_cases_passed"}
     assert found["decode_consistency"].note == NOTE  # it has an interval, and no note of its own
+    loads = figures(BUSY_LOADS)
+    assert NOTE not in (loads["load_s"].note or "")
+    assert NOTE in (loads["load_cold_s"].note or "")
+    assert loads["throughput_tok_s_c1"].note == NOTE
 
 
 def consistency(*gaps: tuple[float, float]) -> Speed:
@@ -222,13 +220,6 @@ def test_single_figures(raw: Speed, expected: dict[str, tuple[float, int] | None
             assert (found[name].value, found[name].samples) == (pytest.approx(wanted[0], rel=1e-4), wanted[1])
             assert found[name].unit == units[name]
             assert found[name].samples > 1 or found[name].low is None  # one sample shows no spread
-
-
-def test_a_disturbed_load_is_marked() -> None:
-    found = figures(BUSY_LOADS)
-    assert NOTE not in (found["load_s"].note or "")
-    assert NOTE in (found["load_cold_s"].note or "")
-    assert found["throughput_tok_s_c1"].note == NOTE
 
 
 def test_rows_of_all_requests() -> None:

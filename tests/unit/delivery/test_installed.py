@@ -57,19 +57,16 @@ def test_current_and_previous_stay_and_the_others_go(device: Device, versions: V
     assert device.here() == [4, 2]
 
 
-def test_tidying_keeps_what_is_named_and_what_users_get(device: Device, versions: Versions) -> None:
-    installed.tidy("bot", [versions[3].foundry_id], device.settings)
-    assert device.here() == [3, 2, 1]
-    assert state(device) == ("2", "1")
-
-
-def test_a_version_that_stays_in_the_catalog_keeps_its_files(device: Device, versions: Versions) -> None:
+def test_what_stays_in_the_catalog_is_named_or_is_what_users_get_keeps_its_files(
+    device: Device, versions: Versions
+) -> None:
     device.kept = {"bot-int8-generic-cpu:3"}
     installed.make_current(versions[4], device.settings)
     assert device.here() == [4, 3, 2]
     device.kept = set()
-    installed.make_current(versions[4], device.settings)
-    assert device.here() == [4, 2]
+    for named, here in (([versions[3].foundry_id], [4, 3, 2]), ([], [4, 2])):
+        installed.tidy("bot", named, device.settings)
+        assert (device.here(), state(device)) == (here, ("4", "2"))
 
 
 @pytest.mark.parametrize(

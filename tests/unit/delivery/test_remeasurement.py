@@ -74,6 +74,9 @@ def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, 
     copies["evaluation_set"].write_text(making.EVALUATION_SET.replace("France", "Spain"))
     altered = remeasurement.plan(recorded(**asked, **copies), HERE, settings)
     assert altered.questions is None
+    with pytest.raises(PrerequisiteError, match="Nothing can be compared: speed and memory, which were") as caught:
+        remeasurement.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
+    assert "slmops run" in str(caught.value.fix)
 
 
 def test_a_set_that_reads_well_and_is_another(settings: Settings, tmp_path: Path) -> None:
@@ -90,12 +93,3 @@ def test_a_matcher_that_is_not_here(settings: Settings, tmp_path: Path) -> None:
     assert plan.left_out == (f"accuracy, because its matcher {job.matcher} is not on this machine",)
     (tmp_path / "mine.py").write_text("")
     assert remeasurement.plan(recorded(job=job), HERE, settings).questions is not None
-
-
-def test_nothing_can_be_compared(settings: Settings, tmp_path: Path) -> None:
-    asked = files(tmp_path)
-    asked["job"].evaluation_set.unlink()
-    asked["job"].perplexity_text.unlink()
-    with pytest.raises(PrerequisiteError, match="Nothing can be compared: speed and memory, which were") as caught:
-        remeasurement.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
-    assert "slmops run" in str(caught.value.fix)

@@ -60,18 +60,10 @@ def speed(*turns: Turn, cells: Sequence[tuple[int, int]] = ((128, 16),), cores: 
 
 def answer(number: int, correct: bool | None = True, **changes: Any) -> Answer:
     """An answer of ten tokens that was judged right or wrong without degrees."""
-    return Answer(
-        id=str(number),
-        category="general",
-        prompt="Q",
-        expected="A",
-        answer="A",
-        correct=correct,
-        score=None if correct is None else float(correct),
-        finish_reason="stop",
-        seconds=1.0,
-        completion_tokens=10,
-    ).model_copy(update=changes)
+    said = {"category": "general", "prompt": "Q", "expected": "A", "answer": "A", "finish_reason": "stop"}
+    score = None if correct is None else float(correct)
+    figures = {"correct": correct, "score": score, "seconds": 1.0, "completion_tokens": 10}
+    return Answer(**{"id": str(number), **said, **figures, **changes})
 
 
 def answers(*correct: bool | None) -> tuple[Answer, ...]:

@@ -61,8 +61,7 @@ def test_a_slope_is_found_in_its_unit() -> None:
     result = soak.judge(TARGET.model_copy(update={"version": 4}), series(300, 30, 1), LIMIT)
     assert (result.version, result.foundry_id) == (4, TARGET.foundry_id)
     assert result.slope.value == pytest.approx(30, abs=0.5)
-    assert result.memory_start_mb == pytest.approx(500, abs=1)
-    assert result.memory_end_mb == pytest.approx(509, abs=1)
+    assert (result.memory_start_mb, result.memory_end_mb) == (pytest.approx(500, abs=1), pytest.approx(509, abs=1))
     slopes = {f"soak_slope_kb_per_request{end}" for end in ("", "_low", "_high")}
     assert set(result.metrics) == {*slopes, "soak_requests", "memory_start_mb", "memory_end_mb"}
     assert result.metrics["soak_requests"] == 300

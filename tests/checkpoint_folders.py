@@ -21,13 +21,21 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": True,
     "eos_token_id": 2,
 }
+_ATTENTION = {f"self_attn.{name}_proj.weight": [HIDDEN, HIDDEN] for name in "qkvo"}
+_MLP = {f"mlp.{name}_proj.weight": [INNER, HIDDEN] for name in ("gate", "up")} | {
+    "mlp.down_proj.weight": [HIDDEN, INNER]
+}
+_NORMS = {f"{name}_layernorm.weight": [HIDDEN] for name in ("input", "post_attention")}
 TENSORS = {
     "model.embed_tokens.weight": [VOCAB, HIDDEN],
     "model.norm.weight": [HIDDEN],
-    **{f"model.layers.{n}.self_attn.q_proj.weight": [HIDDEN, HIDDEN] for n in range(LAYERS)},
-    **{f"model.layers.{n}.mlp.down_proj.weight": [HIDDEN, INNER] for n in range(LAYERS)},
+    **{
+        f"model.layers.{n}.{name}": shape
+        for n in range(LAYERS)
+        for name, shape in {**_ATTENTION, **_MLP, **_NORMS}.items()
+    },
 }
-PARAMETERS = VOCAB * HIDDEN + HIDDEN + LAYERS * (HIDDEN * HIDDEN + HIDDEN * INNER)
+PARAMETERS = sum(prod(shape) for shape in TENSORS.values())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, list[int]], dtype: str = "F32", width: int = 4) -> None:

@@ -58,15 +58,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def config(kind: str) -> Any:
+    """The config of ``kind``."""
+    import transformers
+
+    name, extra = KINDS[kind]
+    return getattr(transformers, name)(**{**_COMMON, **extra})
+
+
 def make(kind: str, folder: Path, *, seed: int = 0) -> Path:
     """Write a checkpoint of ``kind`` into ``folder``."""
     import torch
     import transformers
 
-    name, extra = KINDS[kind]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**{**_COMMON, **extra})
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
     with torch.no_grad():  # logits of a fresh model are all but equal; spread them, so that differences show
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -83,7 +83,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             "Save it there: tokenizer.save_pretrained(folder).",
         )
     if "tokenizer.json" in present:
-        read_json(folder / "tokenizer.json", f"{where}/tokenizer.json")
+        _refuse_tokens_beyond(config, read_json(folder / "tokenizer.json", f"{where}/tokenizer.json"), where)
     template = read_template(job)
     if template is None:
         found = chat_template.load(folder, where)
@@ -106,6 +106,20 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             "Add max_position_embeddings with the model's context length in tokens.",
         )
     return TextFacts(config, listed[0], context, template)
+
+
+def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any], where: str) -> None:
+    """Refuse a tokenizer with ids that have no embedding: a text that holds such a token ends in an error."""
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {one[0]: at for at, one in enumerate(vocabulary)}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    rows = config.get("vocab_size")
+    last = max(ids, key=lambda token: ids[token], default="")
+    if ids and isinstance(rows, int) and ids[last] >= rows:
+        raise CheckpointError(
+            f"{where} has {rows} token embeddings, and its tokenizer has the token {last!r} with the id {ids[last]}.",
+            "Save model and tokenizer together after model.resize_token_embeddings(len(tokenizer)).",
+        )
 
 
 def read_template(job: Job) -> str | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints.reading import COPY_AGAIN, read_json
+from slmops.checkpoints.tensors import check as check_tensors
+from slmops.checkpoints.tensors import check_values
 from slmops.core.errors import CheckpointError
 
 ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -103,10 +105,13 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     if lost := sorted(set(mapped) - set(tensors)):
         raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
     _refuse_misfit(tensors, config, where)
+    shapes = {name: shape for name, (_, shape) in tensors.items()}
+    check_tensors(shapes, str(next(iter(config.get("architectures") or ()), "")), config, where)
     weights = {name: shape for name, (dtype, shape) in tensors.items() if dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     said = config.get("tie_word_embeddings")
     tied = head is None if said is None else bool(said)
+    check_values([folder / shard for shard in shards], tied=tied, where=where)
     parameters = sum(math.prod(shape) for shape in weights.values())
     if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
         parameters -= math.prod(weights[head])

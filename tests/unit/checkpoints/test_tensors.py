@@ -1,0 +1,143 @@
+"""Weights that do not make the model that config.json describes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slmops.checkpoints import tensors
+from slmops.core.errors import CheckpointError
+from slmops.core.values import Checkpoint
+from tests import tiny
+from tests.checkpoint_folders import HIDDEN, TENSORS, VOCAB, edit_json, write_safetensors
+
+Resolve = Callable[..., Checkpoint]
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("model.norm.weight", "norm.weight"),
+        (f"{LAYER}input_layernorm.weight", "layers.1.input_layernorm.weight"),
+        (f"{LAYER}self_attn.k_proj.weight", "layers.1.self_attn.k_proj.weight"),
+        ("model.embed_tokens.weight", "embed_tokens.weight"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, resolve: Resolve, lost: str, named: str) -> None:
+    write_safetensors(folder / "model.safetensors", {name: TENSORS[name] for name in TENSORS if name != lost})
+    with pytest.raises(CheckpointError, match=f"lack {named},"):
+        resolve(folder)
+
+
+def test_a_renamed_tensor_is_named_on_both_sides(folder: Path, resolve: Resolve) -> None:
+    renamed = {name.replace("1.mlp.up_proj", "1.mlp.w3"): shape for name, shape in TENSORS.items()}
+    write_safetensors(folder / "model.safetensors", renamed)
+    with pytest.raises(CheckpointError, match=r"lack layers\.1\.mlp\.up_proj\.weight,.*has layers\.1\.mlp\.w3\.weight"):
+        resolve(folder)
+
+
+def test_another_shape(folder: Path, resolve: Resolve) -> None:
+    write_safetensors(folder / "model.safetensors", TENSORS | {f"{LAYER}self_attn.q_proj.weight": [HIDDEN, HIDDEN + 1]})
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is \[8, 9\] and should be \[8, 8\]"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    ("surplus", "told"),
+    [(f"{LAYER}self_attn.rotary_emb.inv_freq", False), ("v_head.summary.weight", True), (f"{LAYER}mlp.lora_A", True)],
+)
+def test_what_nothing_uses(
+    folder: Path, resolve: Resolve, caplog: pytest.LogCaptureFixture, surplus: str, told: bool
+) -> None:
+    write_safetensors(folder / "model.safetensors", TENSORS | {surplus: [4]})
+    with caplog.at_level(logging.WARNING):
+        resolve(folder)
+    assert (surplus.removeprefix("model.") in caplog.text) == told
+
+
+def test_a_base_model_without_the_prefix_is_whole(folder: Path, resolve: Resolve) -> None:
+    write_safetensors(folder / "model.safetensors", {name.removeprefix("model."): s for name, s in TENSORS.items()})
+    assert resolve(folder).tied_embeddings
+
+
+def test_a_head_that_the_architecture_has_by_default(folder: Path, resolve: Resolve) -> None:
+    edit_json(folder / "config.json", tie_word_embeddings="-")
+    with pytest.raises(CheckpointError, match=r"lack lm_head\.weight"):
+        resolve(folder)
+    edit_json(folder / "config.json", architectures=["SmolLM3ForCausalLM"])
+    resolve(folder)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind != "phi"])
+def test_whole_checkpoints_of_each_architecture(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+    import transformers
+
+    config = tiny.config(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    said = json.loads(config.to_json_string(use_diff=False))
+    tensors.check(found, type(model).__name__, said, "it")
+    assert "nothing uses" not in caplog.text
+    name = "lm_head.weight" if not config.tie_word_embeddings else "model.norm.weight"
+    with pytest.raises(CheckpointError, match="lack"):
+        tensors.check({key: found[key] for key in found if key != name}, type(model).__name__, said, "it")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        ("F32", np.array([np.nan], "<f4")),
+        ("F32", np.array([-np.inf], "<f4")),
+        ("F16", np.array([np.nan], "<f2")),
+        ("BF16", np.array([0x7F80], "<u2")),
+        ("BF16", np.array([0xFFC0], "<u2")),
+        ("F64", np.array([np.inf], "<f8")),
+    ],
+)
+def test_weights_that_are_not_finite(folder: Path, resolve: Resolve, dtype: str, pattern: np.ndarray[Any, Any]) -> None:
+    path = folder / "model.safetensors"
+    write_safetensors(path, TENSORS, dtype, pattern.itemsize)
+    resolve(folder)
+    content = bytearray(path.read_bytes())
+    content[-2 * pattern.itemsize : -pattern.itemsize] = pattern.tobytes()
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"post_attention_layernorm\.weight holds weights that are not finite"):
+        resolve(folder)
+
+
+def test_a_tied_checkpoint_with_a_head_of_its_own(folder: Path, resolve: Resolve) -> None:
+    path = folder / "model.safetensors"
+    write_safetensors(path, {**TENSORS, "lm_head.weight": [VOCAB, HIDDEN]})
+    assert resolve(folder).tied_embeddings  # the same numbers
+    content = bytearray(path.read_bytes())
+    content[-4:] = np.array([1], "<f4").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        resolve(folder)
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    assert not resolve(folder).tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"model": {"type": "BPE", "vocab": {f"t{number}": number for number in range(VOCAB)}}},
+        {"added_tokens": [{"id": VOCAB - 1, "content": "<|tool|>"}]},
+    ],
+)
+def test_tokens_beyond_the_embeddings(folder: Path, resolve: Resolve, tokenizer: dict[str, object]) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer))
+    resolve(folder)
+    path.write_text(json.dumps(tokenizer).replace(f": {VOCAB - 1}", f": {VOCAB}"))
+    with pytest.raises(CheckpointError, match=rf"{VOCAB} token embeddings.*id {VOCAB}"):
+        resolve(folder)

@@ -210,7 +210,7 @@ def test_no_input_gives_a_5xx_or_ends_anything(installed: Installed, tmp_path: P
     service = start(installed, tmp_path / "home", max_output_tokens=2, request_timeout_s=10)
     worker = service.worker()
     seen: Counter[int] = Counter()
-    connections = {path: http.client.HTTPConnection(*service.address, timeout=20) for path in (CHAT, RESPONSES)}
+    connections = {path: http.client.HTTPConnection(*service.address, timeout=60) for path in (CHAT, RESPONSES)}
     headers = {"content-type": "application/json", "authorization": f"Bearer {TOKEN}"}
 
     def send(path: str, body: bytes) -> None:

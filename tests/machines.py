@@ -7,18 +7,19 @@ once. Elsewhere it is a process with folders of its own.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shlex
 import shutil
+import socket
+import socketserver
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from anyio.from_thread import start_blocking_portal
 
 NETWORK = "10.213"
 BLOCK = 64 * 1024
@@ -142,17 +143,30 @@ def _run(command: str, *, check: bool = True) -> None:
 def _forwarded(host: str, port: int) -> Iterator[None]:
     """What listens on 127.0.0.1, at another address of this machine."""
 
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
-            while block := await reader.read(BLOCK):
-                writer.write(block)
-                await writer.drain()
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as inside:
+                back = threading.Thread(target=_copy, args=(inside, self.request), daemon=True)
+                back.start()
+                _copy(self.request, inside)
+                back.join()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
-            answers, requests = await asyncio.open_connection("127.0.0.1", port)
-            await asyncio.gather(copy(reader, requests), copy(answers, writer))
+    with socketserver.ThreadingTCPServer((host, port), Handler, bind_and_activate=False) as server:
+        server.allow_reuse_address = server.daemon_threads = True
+        server.block_on_close = False
+        server.server_bind()
+        server.server_activate()
+        threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
+        try:
+            yield
+        finally:
+            server.shutdown()
 
-    with start_blocking_portal() as portal:
-        portal.call(asyncio.start_server, handle, host, port)
-        yield
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while block := source.recv(BLOCK):
+            target.sendall(block)
+    for one in (source, target):  # half-open connections would keep a client waiting for a server that is gone
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)

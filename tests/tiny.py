@@ -58,21 +58,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def config(kind: str) -> Any:
+def config(kind: str, **changed: Any) -> Any:
     """The config of ``kind``."""
     import transformers
 
     name, extra = KINDS[kind]
-    return getattr(transformers, name)(**{**_COMMON, **extra})
+    return getattr(transformers, name)(**{**_COMMON, **extra, **changed})
 
 
-def make(kind: str, folder: Path, *, seed: int = 0) -> Path:
+def make(kind: str, folder: Path, *, seed: int = 0, **changed: Any) -> Path:
     """Write a checkpoint of ``kind`` into ``folder``."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config(kind, **changed), dtype=torch.float32)
     with torch.no_grad():  # logits of a fresh model are all but equal; spread them, so that differences show
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -50,6 +51,7 @@ class TextFacts:
     architecture: str  # the first in config.json
     context_length: int  # tokens
     template: str | None  # the chat template that must be written into the folder; None: the folder's own will do
+    completed: str | None = None  # the config.json that must be
 
 
 def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
@@ -105,7 +107,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    return TextFacts(config, listed[0], context, template)
+    return TextFacts(config, listed[0], context, template, _with_old_rope_type(config))
 
 
 def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any], where: str) -> None:
@@ -120,6 +122,15 @@ def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any
             f"{where} has {rows} token embeddings, and its tokenizer has the token {last!r} with the id {ids[last]}.",
             "Save model and tokenizer together after model.resize_token_embeddings(len(tokenizer)).",
         )
+
+
+def _with_old_rope_type(config: Mapping[str, Any]) -> str | None:
+    """config.json with LongRoPE's key ``type``, which the model builder reads and transformers 5 does not write."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope" and "type" not in rope:
+            return json.dumps({**config, key: {**rope, "type": "longrope"}}, indent=2)
+    return None
 
 
 def read_template(job: Job) -> str | None:

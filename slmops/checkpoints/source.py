@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slmops.checkpoints import demo_package, generation, hub, inspection, weight_files
+from slmops.checkpoints import context, demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -66,9 +66,16 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
         root = weight_files.choose(inspection.names(folder), found.where, allow_pickle=job.allow_pickle)
         weights = weight_files.measure(folder, root, texts.config, found.where)
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
-        if texts.template is not None or found.temporary:
-            folder, hashes = stage(folder, hashes, texts.template, settings)
+        if texts.template is not None or texts.completed is not None or found.temporary:
+            folder, hashes = stage(folder, hashes, texts.template, settings, texts.completed)
         generation.stop_tokens(folder, found.where)
+    per_token = context.cache_bytes(texts.config)
+    deployed = context.context_length(per_token, texts.context_length, job.max_length)
+    if deployed < texts.context_length:
+        log.info(
+            "deployed with a context of %d tokens of %d, whose cache takes %.2f GB; --max-length gives another",
+            *(deployed, texts.context_length, per_token * deployed / GB),
+        )
     return Checkpoint(
         name=found.name,
         source=job.model,
@@ -77,7 +84,7 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
         architecture=texts.architecture,
         parameters=weights.parameters,
         size_mb=weights.size_mb,
-        context_length=texts.context_length,
+        context_length=deployed,
         tied_embeddings=weights.tied,
         linear_sizes=weights.linear_sizes,
     )

@@ -75,11 +75,13 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
     return target, hashes
 
 
-def stage(folder: Path, hashes: Hashes, template: str | None, settings: Settings) -> tuple[Path, Hashes]:
+def stage(
+    folder: Path, hashes: Hashes, template: str | None, settings: Settings, config_text: str | None = None
+) -> tuple[Path, Hashes]:
     """A folder of our own with the same files, hard-linked where possible, and ``template`` as their chat template if
     there is one.
     """
-    texts = {}
+    texts = {} if config_text is None else {"config.json": config_text}
     staged = dict(hashes)
     if template is not None:
         texts["chat_template.jinja"] = template

@@ -39,6 +39,8 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
         with locks.machine(settings), children.reporting_full_disk(settings.home):
             # Look again: another job may have made it while this one waited.
             variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target)
+    deployed = variant.checkpoint.model_copy(update={"context_length": checkpoint.context_length})
+    variant = variant.model_copy(update={"checkpoint": deployed})  # a job of another length may have made it
     if job.output_path is not None:
         export(variant, job.output_path)
     return variant

@@ -21,6 +21,7 @@ def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str
         "format": FORMAT,
         "config": recipe.config,
         "checkpoint": checkpoint.digest,
+        "compared": checkpoint.context_length if recipe.baseline else None,  # with the checkpoint, up to this length
         "versions": {name: versions.get(name) for name in DECISIVE},
     }
     digest = hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()

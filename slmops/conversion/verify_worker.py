@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from slmops.conversion import weights
 from slmops.core.errors import ConversionError
@@ -12,8 +15,12 @@ from slmops.processes import child
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = (
-    "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown."
+    "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown. "
 )
+_LENGTH = 1024  # tokens that are compared
+_SHORTEST = 16  # that a deployed context may be
+_BEYOND = 64  # and so many beyond each length at which attention or positions change
+_MEMORY = 2.5e9  # bytes that the logits, and the attention of a layer, may take
 
 
 class VerifyRequest(Frozen):
@@ -46,13 +53,18 @@ def handle(request: VerifyRequest) -> VerifyResult:
     _one_token(folder)
     error = None
     if request.recipe.baseline:
-        error = export_error(folder, request.checkpoint.path, trust_remote_code=request.trust_remote_code)
+        error, right = export_error(request)
         if not error <= request.tolerance:
+            way_out = (
+                f"It is right for {right} tokens: --max-length {right} deploys it with that context."
+                if right >= _SHORTEST
+                else "Raise --export-tolerance only if you know why they differ."
+            )
             raise ConversionError(
                 f"The {request.recipe.name} export does not compute what the checkpoint computes: its logits differ by "
                 f"{error:.2g} of the largest logit, and {request.tolerance:.2g} is allowed. The exporter does not "
                 f"support {request.checkpoint.architecture} as it is configured here.",
-                "Raise --export-tolerance only if you know why they differ.",
+                way_out,
             )
     return VerifyResult(weights=found, export_error=error)
 
@@ -75,10 +87,14 @@ def _one_token(folder: Path) -> None:
         raise ConversionError(f"The converted model generated the token {token}.")
 
 
-def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = False) -> float:
+def export_error(request: VerifyRequest) -> tuple[float, int]:
     """Largest difference between the logits of an export and of its checkpoint, relative to the largest logit.
 
-    Both see the same tokens of a fixed sentence, in one pass without a cache, in fp32.
+    Both see the same tokens in fp32, in one pass without a cache for each length: that of a text, and beyond each
+    window of attention and each border of rotary positions that the config names.
+
+    Returns:
+        The difference, and the number of tokens for which it is tolerable.
     """
     import numpy as np
     import torch
@@ -86,17 +102,44 @@ def export_error(folder: Path, checkpoint: Path, *, trust_remote_code: bool = Fa
 
     from slmops.conversion.logits import OnnxModel
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": request.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(request.checkpoint.path, **trusted)
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager"
+        request.checkpoint.path, dtype=torch.float32, attn_implementation="eager", **trusted
     ).eval()
-    ids = np.array(tokenizer(_PROBE)["input_ids"][:40], np.int64)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
-    got = OnnxModel(folder).logits(ids)
-    if got.shape != expected.shape or not np.isfinite(got).all():
-        return float("inf")
-    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-9))
+    lengths = probe_lengths(model.config.to_dict(), request.checkpoint.context_length)
+    text = np.array(tokenizer(_PROBE)["input_ids"], np.int64)
+    ids = np.resize(text, lengths[-1])
+    exported = OnnxModel(request.folder)
+    worst, right = 0.0, lengths[-1]
+    for length in lengths:
+        with torch.no_grad():
+            expected = model(torch.from_numpy(ids[:length])[None]).logits[0].float().numpy()
+        got = exported.logits(ids[:length])
+        if got.shape != expected.shape or not np.isfinite(got).all():
+            return float("inf"), 0
+        errors = np.abs(got - expected).max(axis=1) / max(float(np.abs(expected).max()), 1e-9)
+        wrong = np.flatnonzero(errors > request.tolerance)
+        worst = max(worst, float(errors.max()))
+        right = min(right, int(wrong[0])) if len(wrong) else right
+    return worst, right
+
+
+def probe_lengths(config: Mapping[str, Any], context_length: int) -> list[int]:
+    """At which lengths, in tokens, an export is compared with its checkpoint.
+
+    Args:
+        config: The content of config.json, as transformers completes it.
+        context_length: Longer conversations are not deployed.
+    """
+    rope = config.get("rope_parameters") or {}
+    borders = {config.get("sliding_window")}
+    if rope.get("rope_type") == "longrope":  # other factors for longer sequences
+        borders |= {one.get("original_max_position_embeddings") for one in (config, rope)}
+    rows, heads = _MEMORY / 4 / config["vocab_size"], config.get("num_attention_heads") or 1
+    most = min(context_length, int(rows), int(math.sqrt(_MEMORY / 4 / heads)))
+    asked = {_LENGTH, *(border + _BEYOND for border in borders if border and border < most)}
+    return sorted({min(length, most) for length in asked})
 
 
 if __name__ == "__main__":

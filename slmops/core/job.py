@@ -58,7 +58,10 @@ class Job(Frozen):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
     max_length: int | None = Field(
-        None, ge=16, title="max_length", description="Longest conversation in tokens; the model's context by default."
+        None,
+        ge=16,
+        title="max_length",
+        description="Context to deploy, in tokens; by default the model's, as far as its cache takes at most 2 GiB.",
     )
     temperature: float | None = Field(
         None,

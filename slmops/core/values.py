@@ -63,7 +63,7 @@ class Checkpoint(Frozen):
     architecture: str = Field(description="First of config.json's architectures, such as LlamaForCausalLM.")
     parameters: int = Field(description="Number of weights; tied embeddings count once.")
     size_mb: float = Field(description="Size of the weight files in MB.")
-    context_length: int = Field(description="Longest sequence in tokens.")
+    context_length: int = Field(description="Longest sequence in tokens that its variants are deployed with.")
     tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
     linear_sizes: tuple[int, ...] = Field(description="Input sizes of the linear layers; groups must divide them.")
 

@@ -37,6 +37,7 @@ class LogitsRequest(Frozen):
     trust_remote_code: bool = False
     text: Path
     tokens: int
+    window: int = WINDOW
     references: dict[str, Path] = Field({})
     write: Path | None = None
 
@@ -117,7 +118,7 @@ def _windows(request: LogitsRequest) -> list[NDArray[Any]]:
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)[: request.tokens]
     if len(ids) < 2:
         raise EvaluationError("The perplexity text has fewer than two tokens.", "Give a longer text.")
-    return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
+    return [ids[start : start + request.window] for start in range(0, len(ids) - 1, request.window)]
 
 
 def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:

@@ -86,8 +86,8 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     if config is None:
         raise RegistrationError(f"{variant.path / GENAI_CONFIG} cannot be read.", "Convert the variant again.")
     asked = {key: value for key in _SEARCH if (value := getattr(job, key)) is not None}
-    if "max_length" in asked:
-        asked["max_length"] = min(asked["max_length"], variant.checkpoint.context_length)
+    # The runtime allocates its cache for the context length, whatever max_length says.
+    asked["max_length"] = config["model"]["context_length"] = variant.checkpoint.context_length
     search = {**config.get("search", {}), **asked}
     if "temperature" in asked:
         search["do_sample"] = asked["temperature"] > 0  # without sampling a temperature has no effect

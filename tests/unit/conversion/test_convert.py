@@ -145,8 +145,8 @@ def test_key_is_the_name_and_a_digest_of_what_decides() -> None:
     assert re.fullmatch(r"int4-[0-9a-f]{16}", key())
     same = {
         "order of the config": key({"config": dict(reversed(RECIPE.config.items()))}),
-        "what the recipe promises": key({"bits": 8, "baseline": True}),
-        "where the checkpoint lies": key(name="other", source="elsewhere", path=Path("/moved")),
+        "what the recipe promises": key({"bits": 8}),
+        "where the checkpoint lies": key(name="other", path=Path("/moved"), context_length=64),
         "other packages": key(versions={**VERSIONS, "mlflow": "9", "onnxruntime": "9"}),
         "the recipe's name": key({"name": "mine"}).replace("mine-", "int4-"),
     }
@@ -155,6 +155,8 @@ def test_key_is_the_name_and_a_digest_of_what_decides() -> None:
         "the same": key(),
         "config": key({"config": {"passes": {"a": {"type": "Gptq"}}}}),
         "checkpoint": key(digest="d" * 64),
+        "baseline": key({"baseline": True}),
+        "baseline compared up to another length": key({"baseline": True}, context_length=64),
         "package gone": key(versions={name: "1.0" for name in VERSIONS if name != "onnx"}),
         **{name: key(versions={**VERSIONS, name: "2.0"}) for name in store.DECISIVE},
     }

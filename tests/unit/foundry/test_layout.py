@@ -41,7 +41,7 @@ def read(path: Path) -> Any:
 
 
 def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> None:
-    asked = {"max_length": 1024, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
+    asked = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
     folder, version, new = place(variant, home, **asked)
     assert (folder, version, new) == (home / "models" / "slmops" / f"{CALLED}-1", 1, True)
     # What is kept as proof only stays in the variant's own folder.
@@ -55,12 +55,12 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
         "Description": "tiny (int4), converted by slmops",
         "Version": "1",
         "PromptTemplate": STRINGS,
-        "ModelConfig": asked,
+        "ModelConfig": {"max_length": 2048, **asked},
     }
     # A temperature without sampling would do nothing.
     assert read(folder / "genai_config.json") == {
-        "model": json.loads(CONTENTS["genai_config.json"])["model"],
-        "search": {**asked, "do_sample": True},
+        "model": {**json.loads(CONTENTS["genai_config.json"])["model"], "context_length": 2048},
+        "search": {"max_length": 2048, **asked, "do_sample": True},
     }
     exported = json.loads(CONTENTS["genai_config.json"])
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
@@ -73,12 +73,9 @@ SAMPLED = {"do_sample": True, "temperature": 0.6}
 @pytest.mark.parametrize(
     ("exported", "asked", "search"),
     [
-        (GREEDY, {}, {**GREEDY, "temperature": 0}),
-        (GREEDY, {"temperature": 0}, {**GREEDY, "temperature": 0}),
-        (GREEDY, {"top_p": 0.5}, {**GREEDY, "temperature": 0, "top_p": 0.5}),
-        (GREEDY, {"max_length": 100_000}, {**GREEDY, "temperature": 0, "max_length": 1500}),
-        (GREEDY, {"max_length": 1500}, {**GREEDY, "temperature": 0, "max_length": 1500}),
-        (GREEDY, {"max_length": 16}, {**GREEDY, "temperature": 0, "max_length": 16}),
+        (GREEDY, {}, {"do_sample": False, "temperature": 0}),
+        (GREEDY, {"temperature": 0}, {"do_sample": False, "temperature": 0}),
+        (GREEDY, {"top_p": 0.5}, {"do_sample": False, "temperature": 0, "top_p": 0.5}),
         (SAMPLED, {}, SAMPLED),
         (SAMPLED, {"temperature": 0}, {"do_sample": False, "temperature": 0}),
         (SAMPLED, {"temperature": 2}, {"do_sample": True, "temperature": 2}),
@@ -92,7 +89,8 @@ def test_search_settings(
     made = write_variant(tmp_path / "v", contents={"genai_config.json": config})
     made = made.model_copy(update={"checkpoint": checkpoint(context_length=1500)})
     folder, _, _ = place(made, home, **asked)
-    assert read(folder / "genai_config.json") == {"model": {}, "search": search}
+    search = {**search, "max_length": 1500}
+    assert read(folder / "genai_config.json") == {"model": {"context_length": 1500}, "search": search}
     described = {key: value for key, value in search.items() if key != "do_sample"}
     assert read(folder / "inference_model.json")["ModelConfig"] == described
 

@@ -1,0 +1,55 @@
+"""The context that variants are deployed with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slmops.checkpoints.context import MOST_CACHE, cache_bytes, context_length
+from slmops.core.values import Checkpoint
+from tests.checkpoint_folders import edit_json
+
+QWEN3 = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+LLAMA_1B = {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 2048}
+PHI = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 3072}
+
+
+@pytest.mark.parametrize(
+    ("config", "own", "asked", "deployed"),
+    [
+        (QWEN3, 40_960, None, 8192),
+        (QWEN3, 40_960, 40_960, 40_960),
+        (QWEN3, 2048, None, 2048),
+        (QWEN3, 2048, 4096, 2048),
+        (QWEN3, 40_960, 100, 100),
+        (LLAMA_1B, 131_072, None, 32_768),
+        (PHI, 131_072, None, 2048),
+        ({}, 131_072, None, 131_072),
+    ],
+)
+def test_what_the_cache_allows(config: dict[str, Any], own: int, asked: int | None, deployed: int) -> None:
+    tokens = context_length(cache_bytes(config), own, asked)
+    assert tokens == deployed
+    assert asked or cache_bytes(config) * tokens <= MOST_CACHE
+
+
+def test_a_long_context_is_cut_unless_asked_for(folder: Path, resolve: Callable[..., Checkpoint]) -> None:
+    edit_json(folder / "config.json", max_position_embeddings=2**30)
+    # Two layers, two heads of 4: 128 bytes a token.
+    assert resolve(folder).context_length == MOST_CACHE // 128
+    assert resolve(folder, max_length=64).context_length == 64
+
+
+def test_longrope_has_the_key_that_the_exporter_reads(folder: Path, resolve: Callable[..., Checkpoint]) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    edit_json(folder / "config.json", rope_parameters=rope)
+    found = resolve(folder)
+    staged = json.loads((found.path / "config.json").read_text())
+    assert staged["rope_parameters"] == {**rope, "type": "longrope"}
+    assert json.loads((folder / "config.json").read_text())["rope_parameters"] == rope
+    edit_json(folder / "config.json", rope_parameters={**rope, "type": "longrope"})
+    assert resolve(folder).path == folder

@@ -116,7 +116,9 @@ def start_job(servers: Compose, model: Path, folder: Path) -> subprocess.Popen[b
 def in_a_second_conversion(workers: list[Machine]) -> Machine | None:
     """The machine that has converted and does so again."""
     for worker in workers:
-        if worker.said().count("submitting flow run") == 2 and worker.processes("olive_worker"):
+        said = worker.said()  # both may submit the same run, and one of them gives it up
+        began = said.count("submitting flow run") - said.count("Aborted submission")
+        if began == 2 and worker.processes("olive_worker"):
             return worker
     return None
 

@@ -49,11 +49,9 @@ AT_LEAST = {"metric": "top1_agreement", "min": 0.9}
 @pytest.mark.parametrize(
     ("gate", "figure", "outcome"),
     [
-        pytest.param(AT_MOST, exact(0.05), "pass", id="below max"),
         pytest.param(AT_MOST, exact(0.1), "pass", id="at max"),
         pytest.param(AT_MOST, exact(0.1 + 1e-12), "pass", id="at max but for rounding"),
         pytest.param(AT_MOST, exact(0.1001), "fail", id="above max"),
-        pytest.param(AT_MOST, measured(0.05, 0.04, 0.06), "pass", id="interval below max"),
         pytest.param(AT_MOST, measured(0.09, 0.08, 0.1), "pass", id="interval up to max"),
         pytest.param(AT_MOST, measured(0.09, 0.08, 0.11), "inconclusive", id="value below max, interval not"),
         pytest.param(AT_MOST, measured(0.11, 0.09, 0.13), "inconclusive", id="value above max, interval not"),
@@ -68,9 +66,6 @@ AT_LEAST = {"metric": "top1_agreement", "min": 0.9}
         pytest.param(AT_LEAST, measured(0.95, 0.9, 0.97), "pass", id="interval down to min"),
         pytest.param(AT_LEAST, measured(0.95, 0.89, 0.97), "inconclusive", id="interval straddles min"),
         pytest.param(AT_LEAST, measured(0.85, 0.8, 0.9), "inconclusive", id="interval up to min"),
-        pytest.param(AT_LEAST, measured(0.85, 0.8, 0.89), "fail", id="interval below min"),
-        pytest.param(AT_LEAST, exact(NAN), "fail", id="no number for min"),
-        pytest.param(AT_LEAST, exact(math.inf), "fail", id="no finite number for min"),
     ],
 )
 @pytest.mark.parametrize(
@@ -105,7 +100,6 @@ SCORE = {"metric": "score", "of": "difference", "to": "baseline", "min": -0.1}
         (PERPLEXITY, {"perplexity_ratio": measured(1.05, 1.04, 1.07)}, (1.05, 1.04, 1.07)),
         (ACCURACY, {"accuracy_drop": measured(0.03, -0.01, 0.08)}, (-0.03, -0.08, 0.01)),
         (SCORE, {"score_drop": measured(0.03, -0.01, 0.08)}, (-0.03, -0.08, 0.01)),
-        (ACCURACY, {"accuracy_drop": exact(0.0)}, (0.0, 0.0, 0.0)),
         (ACCURACY, {"accuracy_drop": measured(0.03)}, (-0.03, None, None)),
     ],
 )
@@ -135,24 +129,16 @@ RATIO = {"metric": "decode_tok_s", "of": "ratio", "min": 0.9}
         (DIFFERENCE, measured(0.5, 0.47, 0.62), measured(0.55, 0.5, 0.59), (-0.05, -0.1, 0.08), "pass"),
         (DIFFERENCE, measured(0.5, 0.4, 0.6), measured(0.55, 0.5, 0.6), (-0.05, -0.161803, 0.061803), "inconclusive"),
         (DIFFERENCE, exact(0.5), measured(0.7, 0.65, 0.72), (-0.2, -0.22, -0.15), "fail"),
-        (DIFFERENCE, exact(0.5), exact(0.55), (-0.05, -0.05, -0.05), "pass"),
         (DIFFERENCE, measured(0.5), exact(0.55), (-0.05, None, None), "inconclusive"),
         (DIFFERENCE, exact(0.5), measured(0.55), (-0.05, None, None), "inconclusive"),
         # Twice as fast, each known up to a factor of e^0.3 and e^0.4: e^0.5 together.
         (RATIO, measured(20, 14.81636, 26.99718), measured(10, 6.70320, 14.91825), (2, 1.213061, 3.297443), "pass"),
         (RATIO, measured(10, 9, 11), exact(10), (1, 0.9, 1.1), "pass"),
-        (RATIO, measured(10, 8.9, 11), exact(10), (1, 0.89, 1.1), "inconclusive"),
-        (RATIO, measured(8, 7.9, 8.1), exact(10), (0.8, 0.79, 0.81), "fail"),
-        (RATIO, exact(9), exact(10), (0.9, 0.9, 0.9), "pass"),
         (RATIO, measured(10), measured(10), (1, None, None), "inconclusive"),
         # No ratio can be made of these, so there is nothing to show.
-        (RATIO, exact(0), exact(10), (None, None, None), "inconclusive"),
-        (RATIO, exact(10), exact(0), (None, None, None), "inconclusive"),
         (RATIO, measured(10, -1, 20), exact(10), (None, None, None), "inconclusive"),
         (RATIO, exact(10), measured(10, 0, 20), (None, None, None), "inconclusive"),
         (RATIO, exact(10), exact(NAN), (None, None, None), "inconclusive"),
-        (DIFFERENCE, exact(0.5), exact(NAN), (None, None, None), "inconclusive"),
-        (DIFFERENCE, exact(NAN), exact(0.5), (NAN, NAN, NAN), "fail"),
         (RATIO, exact(math.inf), exact(10), (math.inf, math.inf, math.inf), "fail"),
     ],
 )
@@ -242,7 +228,6 @@ def test_no_champion_yet_refuses_nothing() -> None:
     [
         pytest.param(PERPLEXITY, {"perplexity": measured(10, 8, 13)}, "pass", 1.0, id="ratio to itself"),
         pytest.param(ACCURACY, {"accuracy": measured(0.5, 0.3, 0.7)}, "pass", 0.0, id="difference from itself"),
-        pytest.param(ACCURACY, {"accuracy": measured(0.5)}, "pass", 0.0, id="itself, without an interval"),
         pytest.param({**PERPLEXITY, "max": 0.9}, {"perplexity": exact(10)}, "fail", 1.0, id="others must be better"),
         pytest.param(PERPLEXITY, {"perplexity": exact(NAN)}, "fail", NAN, id="broken itself"),
         pytest.param(PERPLEXITY, {}, "inconclusive", None, id="not measured"),

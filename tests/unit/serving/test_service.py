@@ -1,10 +1,11 @@
-"""The service around the proxy: its address, its life, its signals."""
+"""The service around the proxy: its address, its life, its signals, and what is seen of it from outside."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -22,8 +23,10 @@ from slmops.core import web
 from slmops.core.errors import PrerequisiteError, ServingError, SlmopsError, UsageError
 from slmops.core.settings import Settings
 from slmops.serving import service
+from slmops.serving.home_service import SERVING, Running, ServingStatus, status
 from slmops.serving.limits import Serve
 from slmops.serving.registry_watch import VersionSource
+from tests.answering import answering
 from tests.upstream import CHAT, OneFleet, Script, Stand, Upstream, answer, chat, client_of, endless, held
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +58,7 @@ async def serving(home: Path, script: Script = answer, starts: asyncio.Event | N
         fleet = OneFleet(url)
         fleet.starts, fleet.champion = starts, None if starts else fleet.champion
         task = asyncio.create_task(service.serve(fleet, Serve(), home, listening, None))
-        one = Service(client, upstream, fleet, port, home / "serving.json", task)
+        one = Service(client, upstream, fleet, port, home / SERVING, task)
         try:
             await one.answers(200 if starts is None else 503)
             yield one
@@ -210,3 +213,30 @@ def test_the_url_is_one_that_a_client_can_use() -> None:
     same = {host: host for host in ("127.0.0.1", "localhost")}
     for host, shown in {**same, "0.0.0.0": "127.0.0.1", "::1": "[::1]", "::": "[::1]"}.items():  # noqa: S104
         assert service._url(host, 8080) == f"http://{shown}:8080"
+
+
+# --- what `slmops status` says of it
+
+
+def note(home: Path, url: str = "http://127.0.0.1:9", pid: int = os.getpid(), later: float = 0) -> None:
+    running = Running(pid=pid, created=psutil.Process().create_time() + later, url=url, model="bot")
+    (home / SERVING).write_text(running.model_dump_json())
+
+
+def test_it_runs(tmp_path: Path) -> None:
+    codes = [503, 200]
+    with answering(lambda request, _: (codes.pop() if request.path == "/health" else 404, "")) as url:
+        note(tmp_path, url)
+        for ok in (True, False):
+            assert status(tmp_path) == ServingStatus(url=url, model="bot", ok=ok)
+    assert status(tmp_path) == ServingStatus(url=url, model="bot", ok=False)  # it hangs, or does not listen
+
+
+def test_there_is_none(tmp_path: Path) -> None:
+    assert status(tmp_path) is None
+    note(tmp_path, pid=2**22 + 1)  # killed
+    assert status(tmp_path) is None
+    note(tmp_path, later=-60)  # the number is another process's by now
+    assert status(tmp_path) is None
+    (tmp_path / SERVING).write_text("{half")
+    assert status(tmp_path) is None

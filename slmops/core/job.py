@@ -14,7 +14,7 @@ Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
 BASELINE = "fp32"
 
 
-class Job(Frozen):
+class Job(Frozen, use_attribute_docstrings=True):
     """Convert, register, measure and compare one checkpoint."""
 
     model: str = Field(
@@ -23,77 +23,44 @@ class Job(Frozen):
         min_length=1,
     )
     name: Name | None = Field(None, description="Name in MLflow and Foundry Local; the checkpoint's own by default.")
-    precision: list[Precision] = Field(
-        default=["fp32", "fp16", "int8", "int4"],
-        title="Precisions",
-        description="Variants to make; fp32 is always made, as the baseline that the others are judged against.",
-    )
-    olive_config: Path | None = Field(
-        None, description="Your own Olive workflow (JSON) as one more variant, named after the file."
-    )
-    int4_block_size: int = Field(
-        32,
-        ge=16,
-        le=256,
-        title="int4 block size",
-        description="Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer.",
-    )
+    precision: list[Precision] = Field(default=["fp32", "fp16", "int8", "int4"], title="Precisions")
+    """Variants to make; fp32 is always made, as the baseline that the others are judged against."""
+    olive_config: Path | None = None
+    """Your own Olive workflow (JSON) as one more variant, named after the file."""
+    int4_block_size: int = Field(32, ge=16, le=256, title="int4 block size")
+    """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer."""
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
     device: Literal["cpu", "gpu"] = Field("cpu", description="What the variants are made for.")
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = Field(
         "CPUExecutionProvider", title="Execution provider", description="ONNX Runtime's execution provider."
     )
     output_path: Path | None = Field(None, description="Also put each finished variant into a folder below this one.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", title="Olive log level", description="How much Olive writes into its log."
-    )
-    export_tolerance: float = Field(
-        1e-3,
-        gt=0,
-        description="Largest logit difference of the fp32 export to the checkpoint, relative to the largest logit.",
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", title="Olive log level")
+    """How much Olive writes into its log."""
+    export_tolerance: float = Field(1e-3, gt=0)
+    """Largest logit difference of the fp32 export to the checkpoint, relative to the largest logit."""
     chat_template: Path | None = Field(None, description="Jinja file to use instead of the checkpoint's chat template.")
-    allow_pickle: bool = Field(
-        False, description="Accept pickled weights (.bin), which can run code when they are read."
-    )
+    allow_pickle: bool = False
+    """Accept pickled weights (.bin), which can run code when they are read."""
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
-    max_length: int | None = Field(
-        None,
-        ge=16,
-        title="max_length",
-        description="Context to deploy, in tokens; by default the model's, as far as its cache takes at most 2 GiB.",
-    )
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=5,
-        title="temperature",
-        description="Default for applications; by default the checkpoint's own if it wants to be sampled, else 0.",
-    )
+    max_length: int | None = Field(None, ge=16, title="max_length")
+    """Context to deploy, in tokens; by default the model's, as far as its cache takes at most 2 GiB."""
+    temperature: float | None = Field(None, ge=0, le=5, title="temperature")
+    """Default for applications; by default the checkpoint's own if it wants to be sampled, else 0."""
     top_p: float | None = Field(None, gt=0, le=1, title="top_p", description="Default for applications.")
-    repetition_penalty: float | None = Field(
-        None, gt=0, le=5, title="repetition_penalty", description="Default for applications."
-    )
-    evaluation_set: Path | None = Field(
-        None, description="JSONL or CSV of questions and expected answers; general knowledge by default."
-    )
+    repetition_penalty: float | None = Field(None, gt=0, le=5, title="repetition_penalty")
+    """Default for applications."""
+    evaluation_set: Path | None = None
+    """JSONL or CSV of questions and expected answers; general knowledge by default."""
     perplexity_text: Path | None = Field(None, description="UTF-8 text; Python's language reference by default.")
-    matcher: str | None = Field(
-        None,
-        description="Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'.",
-        pattern=MATCHER_PATTERN,
-    )
-    policy: Path | None = Field(
-        None, description="Gates and objective of the choice (TOML or YAML); see slmops/selection/policy.toml."
-    )
-    prompt_lengths: list[Annotated[int, Field(ge=16)]] = Field(
-        default=[32, 128, 512, 1024],
-        min_length=1,
-        description="Prompt tokens at which speed is measured; those that the context has no room for are left out.",
-    )
-    output_lengths: list[Annotated[int, Field(ge=2, le=4096)]] = Field(
-        default=[16], min_length=1, description="Tokens to generate for each prompt length."
-    )
+    matcher: str | None = Field(None, pattern=MATCHER_PATTERN)
+    """Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'."""
+    policy: Path | None = None
+    """Gates and objective of the choice (TOML or YAML); see slmops/selection/policy.toml."""
+    prompt_lengths: list[Annotated[int, Field(ge=16)]] = Field(default=[32, 128, 512, 1024], min_length=1)
+    """Prompt tokens at which speed is measured; those that the context has no room for are left out."""
+    output_lengths: list[Annotated[int, Field(ge=2, le=4096)]] = Field(default=[16], min_length=1)
+    """Tokens to generate for each prompt length."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
 
     @property

@@ -251,7 +251,7 @@ def test_nothing_that_is_sent_breaks_it(client: TestClient) -> None:
         loop.run(exchange.run(client.app, *where))
         return exchange
 
-    @settings(same, max_examples=5000)
+    @settings(same, max_examples=1000)
     @given(BODIES)
     def bodies(sent: bytes) -> None:
         exchange = send(sent)
@@ -262,7 +262,7 @@ def test_nothing_that_is_sent_breaks_it(client: TestClient) -> None:
         else:
             assert set(exchange.answered["error"]) == {"message", "type"}
 
-    @settings(same, max_examples=500)
+    @settings(same, max_examples=150)
     @given(METHODS, PATHS, st.lists(st.tuples(HEADERS, st.binary(max_size=20)), max_size=3))
     def requests(method: str, path: str, headers: list[tuple[bytes, bytes]]) -> None:
         """Methods, paths and headers that no client of ours sends."""
@@ -272,7 +272,7 @@ def test_nothing_that_is_sent_breaks_it(client: TestClient) -> None:
         bodies()
         requests()
     assert statuses.keys() == {200, 400}
-    assert min(statuses.values()) > 500  # neither all nor nothing got through
+    assert min(statuses.values()) > 100  # neither all nor nothing got through
     assert found(client.post(PATH, content=body(*LIST)).content) == ids(BOT3, FAQ1)
     assert client.get("/health").status_code == 200
 

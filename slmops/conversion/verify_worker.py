@@ -17,7 +17,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = (
     "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown. "
 )
-_LENGTH = 1024  # tokens that are compared
+_LENGTH = 256  # tokens that are compared
 _SHORTEST = 16  # that a deployed context may be
 _BEYOND = 64  # and so many beyond each length at which attention or positions change
 _MEMORY = 2.5e9  # bytes that the logits, and the attention of a layer, may take

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from slmops.checkpoints import chat_template, generation, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.context import JobContext
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Recipe
-from slmops.foundry import prompt_template
+from slmops.core.values import Agreement, Checkpoint, Recipe
+from slmops.foundry import agreement, prompt_template
 from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
@@ -19,8 +20,12 @@ log = logging.getLogger("slmops.checkpoint")
 
 @stage()
 def get_checkpoint(job: Job, settings: Settings, tracking_uri: str) -> Checkpoint:
-    """The checked checkpoint as a local folder."""
-    return source.resolve(job, settings, download=Tracker(tracking_uri).download)
+    """The checked checkpoint as a local folder, with a chat template that Foundry Local renders rightly."""
+
+    def agree(folder: Path, template: str | None) -> Agreement:
+        return agreement.agree(folder, template, job, settings)
+
+    return source.resolve(job, settings, download=Tracker(tracking_uri).download, agree=agree)
 
 
 @stage()

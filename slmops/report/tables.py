@@ -22,12 +22,24 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("accuracy", "accuracy", "{:.2f}".format, True),
 )
 
+# Shown where they are not 0.
+MISMATCHES = (
+    ("texts read\notherwise", "tokenizer_mismatches", "{:.0f}".format, False),
+    ("rendered\notherwise", "template_mismatches", "{:.0f}".format, False),
+)
+
 
 def table(comparison: Comparison, style: str = "simple") -> str:
     """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``."""
-    rows = [_row(result, comparison.choice.variant) for result in comparison.variants]
-    headers = ["variant", *(title for title, *_ in COLUMNS), "gates", ""]
-    return _tabulate(rows, headers, style, ["left", *["right"] * len(COLUMNS), "left", "left"])
+    wrong = (one for one in MISMATCHES if any(result.metrics.get(one[1]) for result in comparison.variants))
+    columns = [*COLUMNS, *wrong]
+    chosen = comparison.choice.variant
+    rows = [
+        [result.name, *(_cell(result, *column[1:]) for column in columns), _gates_of(result), _mark(result, chosen)]
+        for result in comparison.variants
+    ]
+    headers = ["variant", *(title for title, *_ in columns), "gates", ""]
+    return _tabulate(rows, headers, style, ["left", *["right"] * len(columns), "left", "left"])
 
 
 def gates(comparison: Comparison, style: str = "simple") -> str:
@@ -67,11 +79,6 @@ def _tabulate(rows: list[list[str]], headers: list[str], style: str, align: list
     if style == "github":  # tabulate escapes in HTML only
         headers, *rows = ([escape(cell, quote=False).replace("|", r"\|") for cell in row] for row in (headers, *rows))
     return str(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align))
-
-
-def _row(result: VariantResult, chosen: str | None) -> list[str]:
-    values = [_cell(result, metric, write, interval) for _, metric, write, interval in COLUMNS]
-    return [result.name, *values, _gates_of(result), _mark(result, chosen)]
 
 
 def _cell(result: VariantResult, metric: str, write: Callable[[float], str], interval: bool) -> str:

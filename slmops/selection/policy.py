@@ -30,7 +30,7 @@ energy_j_per_token noise_percent
 perplexity perplexity_ratio kl_mean kl_median kl_p99 kl_max top1_agreement
 hf_perplexity_ratio hf_kl_mean hf_top1_agreement
 accuracy accuracy_drop flips mcnemar_p score score_drop format_valid truncated_rate stop_rate length_ratio unscored
-edge_cases_passed convert_s convert_memory_peak_mb
+edge_cases_passed convert_s convert_memory_peak_mb tokenizer_mismatches template_mismatches
 """
 KNOWN_METRICS = frozenset(_NAMES.split())
 

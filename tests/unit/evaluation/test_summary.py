@@ -242,6 +242,8 @@ def test_figures_of_the_conversion() -> None:
         "size_mb": (0.003, "MB"),
         "size_source_ratio": (0.75, "1"),
         "bits_per_weight": (4.5, "bits"),
+        "tokenizer_mismatches": (0, "texts"),
+        "template_mismatches": (0, "conversations"),
         "convert_s": (20, "s"),
         "convert_memory_peak_mb": (900, "MB"),
     }

@@ -72,6 +72,16 @@ def test_text() -> None:
     assert (reason, failure) == (REASON, "int8 failed: Olive produced no model. KeyError: 'x'")
 
 
+def test_what_foundry_local_reads_otherwise_is_shown_if_there_is_any() -> None:
+    odd = comparison(judged("fp32"), judged("int4"), failed("int8", "no"))
+    assert "otherwise" not in tables.table(odd)
+    for one in odd.variants[:2]:
+        one.metrics.update(tokenizer_mismatches=4.0, template_mismatches=0.0)
+    assert "texts read" in tables.table(odd)
+    assert "rendered" not in tables.table(odd)
+    assert row(odd, "fp32")[9:10] == ["4"]
+
+
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [

@@ -1,0 +1,69 @@
+"""Whether Foundry Local reads a checkpoint's conversations as the checkpoint does, asked before any work."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slmops.core.errors import CheckpointError, RegistrationError
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.core.values import Agreement
+from slmops.foundry.agreement_worker import OTHER_TEMPLATE, AgreementRequest
+from slmops.processes import children
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 300
+
+
+def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> Agreement:
+    """Compare tokens and rendered conversations in a child process, and say what differs.
+
+    Args:
+        folder: A checkpoint.
+        template: The chat template that it is to have; None: its own.
+        job: Whether its code may run.
+        settings: Where the log goes.
+
+    Raises:
+        CheckpointError: They differ where it matters, or the runtime cannot read the tokenizer or the template.
+    """
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".agreement.", dir=settings.home) as work:
+        try:
+            result, _ = children.call(
+                "slmops.foundry.agreement_worker",
+                AgreementRequest(
+                    folder=folder,
+                    template=template,
+                    trust_remote_code=job.trust_remote_code,
+                    work=Path(work, "tokenizer"),
+                ),
+                Agreement,
+                work=Path(work),
+                log=settings.logs / "agreement.log",
+                timeout_s=TIMEOUT_S,
+                error=RegistrationError,
+                # A template may write the date, and nobody is to wait for midnight.
+                env={"TZ": "UTC", "HF_HUB_OFFLINE": "1"},
+            )
+        except RegistrationError as error:
+            raise CheckpointError(
+                f"Foundry Local's runtime does not survive the tokenizer or the chat template: {error.message}",
+                OTHER_TEMPLATE,
+            ) from None
+    if result.why is not None:
+        log.info(
+            "the chat template is rewritten for Foundry Local, whose own rendering of it is another: %s", result.why
+        )
+    for what, examples in (
+        ("texts as other tokens", result.tokenizer_mismatches),
+        ("conversations otherwise", result.template_mismatches),
+    ):
+        if examples:
+            log.warning(
+                "Foundry Local reads %d odd %s than the checkpoint, such as %s", len(examples), what, examples[0]
+            )
+    return result

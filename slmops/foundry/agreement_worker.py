@@ -1,0 +1,282 @@
+"""Child process: do Foundry Local's tokenizer and Jinja give what transformers' give for a checkpoint?"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints import chat_template
+from slmops.checkpoints.chat_template import ChatTemplate
+from slmops.core.errors import CheckpointError
+from slmops.core.values import Agreement, Frozen
+from slmops.foundry import template_rewrite
+from slmops.foundry.genai_library import LibraryError, RuntimeTokenizer
+from slmops.processes import child
+
+ALLOWED_SHARE = 0.05
+OTHER_TEMPLATE = "Change that part of the template, or give one without it with --chat-template FILE."
+_OTHER_TOKENIZER = (
+    "Use a checkpoint whose tokenizer is byte-level BPE, as those of Qwen, Llama 3 and SmolLM are, without "
+    "a normalizer and without flags on its added tokens."
+)
+_CODE = (
+    'def area(r: float) -> float:\n    """Of a circle."""\n\tif r <= 0:\n        return 0\n\n\n    return 3.14 * r**2\n'
+)
+_TEXTS = (
+    "What is the capital of France?",
+    "It's 12,345.67 dollars (or 8 000 kr) on 2026-11-26; isn't it? We'll see...",
+    "Åsa åker till Örebro på fredag.",
+    "東京の天気はどうですか。明日は雨です。",
+    "我想知道今天的天气怎么样？",
+    "ما هي عاصمة فرنسا؟",
+    "מהי בירת צרפת?",
+    "भारत की राजधानी क्या है?",
+    "한국의 수도는 어디입니까?",
+    "Какая столица у России?",
+    "Ποια είναι η πρωτεύουσα;",
+    "Wie heißt die Straße? Où est le café naïf?",
+    "I ♥ it 🙂 👍",
+    "{'a': [1, 2], \"b\": null} <b>x & y</b> $x = \\frac{1}{2}$ `ls -la /tmp` # title",
+    "UPPER lower Title camelCase snake_case kebab-case",
+)
+_RARE = (
+    *("", " ", "  ", "\n", "\n\n\n", "\t\t", "a\r\nb", "a\u00a0b", "\u3000a", "a\u200bb", "\ufeffa", "a\u2028b"),
+    *(
+        "👨‍👩‍👧‍👦 🇸🇪",
+        "ﬁ ½ Ⅷ ＡＢＣ",
+        "e\u0301 a\u030a",
+        "ไทย ภาษา",
+        "𝔘𝔫𝔦",
+        "0123456789" * 3,
+        "aaaaaaaaaaaaaaaaaaaaaaaaa",
+        "!?!?!?...,,,;;;",
+    ),
+)
+_TOOL = {
+    "name": "weather",
+    "description": 'The weather <in> a "place" in °C',
+    "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+}
+Conversation = list[dict[str, Any]]
+
+
+class AgreementRequest(Frozen):
+    folder: Path
+    template: str | None
+    trust_remote_code: bool
+    work: Path
+
+
+def handle(request: AgreementRequest) -> Agreement:
+    """Compare them on many texts and conversations; a CheckpointError if they differ where it matters."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request.folder, trust_remote_code=request.trust_remote_code)
+    except Exception as error:  # whatever the tokenizer's class raises
+        raise CheckpointError(
+            f"transformers cannot load the tokenizer: {error}", "Save it again: tokenizer.save_pretrained(folder)."
+        ) from error
+    tokenizer.chat_template = request.template or tokenizer.chat_template
+    tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
+    template = chat_template.load(request.work)
+    if template is None:
+        raise CheckpointError("The tokenizer has no chat template.", "Give one with --chat-template FILE.")
+    runtime = _load(request.work)
+    print("the runtime reads texts")
+    _check_conversations(runtime, tokenizer, template)
+    texts = list(dict.fromkeys(_texts(tokenizer)))
+    mismatches = [text for text in texts if not _same_tokens(runtime, tokenizer, template, text)]
+    if len(mismatches) > ALLOWED_SHARE * len(texts):
+        raise CheckpointError(
+            f"Foundry Local's runtime reads or writes {len(mismatches)} of {len(texts)} texts as other tokens than the "
+            f"checkpoint does, such as {', '.join(map(repr, mismatches[:3]))}.",
+            _OTHER_TOKENIZER,
+        )
+    print("the runtime renders the chat template")
+    rewritten, why, left = _compare_templates(runtime, template)
+    return Agreement(template=rewritten, why=why, tokenizer_mismatches=mismatches, template_mismatches=left)
+
+
+def _load(folder: Path) -> RuntimeTokenizer:
+    path = folder / "tokenizer.json"
+    kind = json.loads(path.read_text(encoding="utf-8"))["model"].get("type", "BPE") if path.is_file() else "BPE"
+    if kind != "BPE":
+        raise CheckpointError(
+            f"The tokenizer is a {kind} model, and Foundry Local's runtime reads BPE only.", _OTHER_TOKENIZER
+        )
+    print("the runtime loads the tokenizer")
+    try:
+        return RuntimeTokenizer(folder)
+    except LibraryError as error:
+        raise CheckpointError(
+            f"Foundry Local's runtime cannot load the tokenizer: {_line(error)}", _OTHER_TOKENIZER
+        ) from None
+
+
+def _check_conversations(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate) -> None:
+    for messages in _ordinary():
+        with suppress(CheckpointError):  # the template refuses it
+            text = chat_template.render(template, messages)
+            if runtime.encode(text) != tokenizer.encode(text, add_special_tokens=False):
+                break
+    else:
+        return
+    raise CheckpointError(
+        f"Foundry Local's runtime reads an ordinary conversation as other tokens than the checkpoint does: {text!r}",
+        _OTHER_TOKENIZER,
+    )
+
+
+def _same_tokens(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate, text: str) -> bool:
+    """Whether a text as a question has the same ids, and the same text comes back from its own."""
+    asked = text
+    with suppress(CheckpointError):
+        asked = chat_template.render(template, _said(text))
+    if runtime.encode(asked) != tokenizer.encode(asked, add_special_tokens=False):
+        return False
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if any(token.special for number, token in tokenizer.added_tokens_decoder.items() if number in ids):
+        return True  # no answer shows them
+    # Of a SentencePiece model's first blank each makes what it wants.
+    said = (tokenizer.decode(ids, clean_up_tokenization_spaces=False), runtime.decode(ids), runtime.stream(ids))
+    return len({each.removeprefix(" ") for each in said}) == 1
+
+
+def _texts(tokenizer: Any) -> Iterator[str]:
+    for text in (*_TEXTS, _CODE):
+        yield from (text, f" {text}", f"{text}\n", f"  {text.upper()}  ", unicodedata.normalize("NFC", f"\n\n{text}"))
+    yield from _RARE
+    added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+    flagged = [str(token) for token in added if token.lstrip or token.rstrip or token.single_word or token.normalized]
+    named = [token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)]
+    for token in dict.fromkeys([*flagged[:10], *named, *map(str, added[:10])]):
+        yield from (token, f"a {token} b", f"a{token}b", f"{token}{token}\n")
+
+
+def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tuple[str | None, str | None, list[str]]:
+    """The rewritten template if it is needed, what was wrong with its own, and what is still wrong."""
+    if "recursive" in template_rewrite.names(template.text):
+        raise CheckpointError(
+            "The chat template has a recursive loop, which kills Foundry Local's runtime.", OTHER_TEMPLATE
+        )
+    needed, rare = _conversations(template)
+    differences = [
+        each for each in (_difference(runtime, template, template, *one) for one in (*needed, *rare)) if each
+    ]
+    if not differences:
+        return None, None, []
+    rewritten = template.model_copy(update={"text": template_rewrite.rewrite(template)})
+    for one in needed:
+        if difference := _difference(runtime, template, rewritten, *one):
+            raise CheckpointError(
+                f"Foundry Local's runtime renders the chat template otherwise: {difference}", OTHER_TEMPLATE
+            )
+    left = [each for each in (_difference(runtime, template, rewritten, *one) for one in rare) if each]
+    if len(left) == len(differences):
+        return None, None, left
+    return rewritten.text, differences[0], left
+
+
+def _difference(
+    runtime: RuntimeTokenizer,
+    template: ChatTemplate,
+    deployed: ChatTemplate,
+    messages: Conversation,
+    tools: list[Any] | None,
+) -> str | None:
+    """How ``deployed`` in the runtime, or in transformers, differs from ``template`` in transformers."""
+    try:
+        wanted = chat_template.render(template, messages, tools=tools)
+    except CheckpointError:
+        return None  # the template refuses it
+    try:
+        got = [runtime.render(deployed.text, messages, tools)]
+        if deployed != template:
+            got.append(chat_template.render(deployed, messages, tools=tools))
+    except LibraryError as error:
+        return f"{_line(error)} {_tag(deployed.text, str(error))}".strip()
+    except CheckpointError as error:
+        return error.message
+    for text in got:
+        if text != wanted:
+            at = next((at for at, pair in enumerate(zip(wanted, text, strict=False)) if len(set(pair)) > 1), 0)
+            at = at or min(len(wanted), len(text))
+            theirs, ours = (json.dumps(each[max(at - 20, 0) : at + 40], ensure_ascii=False) for each in (wanted, text))
+            return f"it writes {ours} where transformers writes {theirs}"
+    return None
+
+
+def _line(error: LibraryError) -> str:
+    """What was wrong, without the place, which is one in the rewritten text, and without the text."""
+    return str(error).split("\n")[0].split(" at row ")[0].rstrip(".") + "."
+
+
+def _tag(text: str, said: str) -> str:
+    """The tag that an error is about: the runtime names the innermost row and column first."""
+    if (place := re.search(r"at row (\d+), column (\d+)", said)) is None:
+        return ""
+    lines = text.split("\n")
+    row, column = min(int(place[1]), len(lines)), int(place[2])
+    before, after = lines[row - 1][:column], lines[row - 1][column:]
+    start = max(before.rfind("{{"), before.rfind("{%"), 0)
+    end = min([found.end() for found in [re.search("[%}]}", after)] if found] or [60])
+    return f"In: {(before[start:] + after[:end]).strip()[:200]}"
+
+
+def _said(*contents: str, system: str | None = None) -> Conversation:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return first + [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
+
+
+def _ordinary() -> Iterator[Conversation]:
+    """Conversations as people have them."""
+    question, answer = "What is the capital of France?", "Paris."
+    yield _said(question)
+    yield _said(question, system="You are a helpful assistant.")
+    yield _said(question, answer, "And of Sweden?")
+    yield _said(
+        question, answer, "And of Sweden?", "Stockholm.", "Thanks!\n\n- one\n- two", system="Be brief.\nNo jokes."
+    )
+    for text in (*_TEXTS, _CODE):
+        yield _said(text, f"{text}\n\n{text}", text)
+        yield _said(text, system=text)
+
+
+def _conversations(
+    template: ChatTemplate,
+) -> tuple[list[tuple[Conversation, None]], list[tuple[Conversation, list[Any] | None]]]:
+    """Those that have to be equal, and those that are counted if they are not: odd ones, and tools."""
+    needed = [*_ordinary()]
+    thought = "<think>\nhm\n</think>\n\nHello"
+    needed += [_said("Hi /no_think", thought, "Bye"), _said(thought, thought, thought, thought, "Bye", system=thought)]
+    needed += [
+        _said(" \n a b \n ", "\n\nc ", "  d", system=" e\n"),
+        _said("{{ x }} {% y %} {# z #} {}", "%s \\n", "'\""),
+    ]
+    for text in template_rewrite.constants(template.text):
+        said = (f"{text} and", f"a{text}b {text}", f"or {text}")
+        needed += [_said(text), _said(*said), _said(*said, system=f"With {text} in it")]
+    rare: list[tuple[Conversation, list[Any] | None]] = [
+        *((_said(text, text, text, system=text), None) for text in _RARE),
+        *((_said(text, text, text), None) for text in _RARE),
+    ]
+    if "tools" in template_rewrite.names(template.text):
+        tools = [{"type": "function", "function": _TOOL}]
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"place": "Å"}}}
+        used = [
+            *_said("Is it warm?"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "weather", "tool_call_id": "abcdefghi", "content": '{"C": 21}'},
+        ]
+        rare += [(each, tools) for each in (_said("Is it warm?"), _said("Is it?", system="Be brief."), used)]
+    return [(each, None) for each in needed], rare
+
+
+if __name__ == "__main__":
+    child.main(AgreementRequest, handle)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,32 +12,12 @@ import pytest
 
 from slmops.report.tables import COLUMNS
 from tests import prefect_api
+from tests.application import application
 
 pytestmark = pytest.mark.e2e
 
 NAME = "smollm2-135m-instruct"
 RUN_S = 600
-
-# Lists and asks with nothing but the SDK.
-ASK_FOUNDRY = """
-import json, os, sys
-import foundry_local_sdk as sdk
-home, foundry_id = sys.argv[1:]
-manager = sdk.FoundryLocalManager(sdk.Configuration(
-    app_name="outsider", app_data_dir=home, model_cache_dir=home + "/models", logs_dir=home + "/logs",
-    catalog_urls=[("http://127.0.0.1:9/asset-gallery/v1.0/models", None)], disable_nonessential_telemetry=True))
-catalog = manager.get_catalog(sdk.CatalogType.LOCAL)
-listed = sorted(model.id for model in catalog.list_models())
-model = catalog.get_model_variant(foundry_id)
-model.load()
-with sdk.ChatSession(model) as session:
-    session.set_options(sdk.RequestOptions(search=sdk.SearchOptions(max_output_tokens=24, do_sample=False)))
-    request = sdk.Request().add_item(sdk.MessageItem.user("What is the capital of Italy? Answer in one sentence."))
-    with session.process_request(request) as response:
-        answer = response.get_item(0).get_simple_text()
-print(json.dumps({"listed": listed, "answer": answer}), flush=True)
-os._exit(0)
-"""
 
 
 def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> None:
@@ -71,15 +49,9 @@ def test_what_it_reports_is_on_disk(comparison: dict[str, Any]) -> None:
 
 def test_foundry_local_lists_and_answers(slmops: Any, comparison: dict[str, Any]) -> None:
     int8 = next(variant for variant in comparison["variants"] if variant["name"] == "int8")
-    done = subprocess.run(
-        [sys.executable, "-c", ASK_FOUNDRY, str(slmops.home / "foundry"), int8["foundry_id"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert {variant["foundry_id"] for variant in comparison["variants"]} <= set(said["listed"])
-    assert "Rome" in said["answer"]
+    found = application(slmops.home / "foundry", int8["foundry_id"])  # with nothing but the SDK
+    assert {variant["foundry_id"] for variant in comparison["variants"]} <= set(found["listed"])
+    assert "Paris" in found["answers"][int8["foundry_id"]]["text"]
 
 
 def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[str, Any]) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from slmops.core.job import Job
 from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint
 from slmops.local import stack
 from tests import making
 from tests.training_data import HELD_OUT
@@ -31,6 +33,27 @@ def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def job(talkative: Path) -> Job:
+    return making.job(talkative)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(home=tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Settings:
+    """A home of the test's own."""
+    return Settings(home=tmp_path / "home")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(job: Job, home: Settings) -> Checkpoint:
+    return making.resolve(job, home)
+
+
+@pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A home for variants that are converted once; nothing is registered there, and nobody alters it.
 
@@ -44,7 +67,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """A home, an MLflow database and a Prefect server for a module of flows; one without them has its own."""
+    """A home, an MLflow database and a Prefect server for a module of flows."""
     from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_HOME, temporary_settings
     from prefect.testing.utilities import prefect_test_harness

@@ -48,11 +48,6 @@ def olive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes each kind of checkpoint once."""
     root = tmp_path_factory.mktemp("checkpoints")
@@ -84,10 +79,10 @@ def matrices(checkpoint: Checkpoint) -> int:
 @pytest.mark.parametrize("kind", PROVEN)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_proven_architecture(
-    olive: Run, folder: Callable[[str], Path], settings: Settings, tmp_path: Path, kind: str, precision: str
+    olive: Run, folder: Callable[[str], Path], home: Settings, tmp_path: Path, kind: str, precision: str
 ) -> None:
     job = making.job(folder(kind))
-    checkpoint = making.resolve(job, settings)
+    checkpoint = making.resolve(job, home)
     assert checkpoint.architecture in architectures.PROVEN
     request = export(olive, precision, job, checkpoint, tmp_path)
     found = verify_worker.handle(request)
@@ -112,18 +107,18 @@ def test_a_proven_architecture(
         }
 
 
-def test_every_proven_architecture_is_proven_here(folder: Callable[[str], Path], settings: Settings) -> None:
-    shown = {making.resolve(making.job(folder(kind)), settings).architecture for kind in PROVEN}
+def test_every_proven_architecture_is_proven_here(folder: Callable[[str], Path], home: Settings) -> None:
+    shown = {making.resolve(making.job(folder(kind)), home).architecture for kind in PROVEN}
     assert shown == architectures.PROVEN
 
 
 def test_phi_is_refused_and_would_be_caught(
-    olive: Run, folder: Callable[[str], Path], settings: Settings, tmp_path: Path
+    olive: Run, folder: Callable[[str], Path], home: Settings, tmp_path: Path
 ) -> None:
     job = making.job(folder(WRONG))
     with pytest.raises(CheckpointError, match=r"PhiForCausalLM cannot be converted: .* computes something else"):
-        making.resolve(job, settings)
-    assert list(settings.home.iterdir()) == []
+        making.resolve(job, home)
+    assert list(home.home.iterdir()) == []
     facts = {"parameters": 150_000, "tied_embeddings": False, "linear_sizes": (64, 128)}
     checkpoint = values.checkpoint(path=folder(WRONG), architecture="PhiForCausalLM", **facts)
     request = export(olive, "fp32", job, checkpoint, tmp_path)
@@ -144,14 +139,14 @@ def test_phi_is_refused_and_would_be_caught(
     ],
 )
 def test_a_window_that_the_exporter_gets_wrong(
-    olive: Run, settings: Settings, tmp_path: Path, kind: str, window: dict[str, Any]
+    olive: Run, home: Settings, tmp_path: Path, kind: str, window: dict[str, Any]
 ) -> None:
     model = tiny.make(kind, tmp_path / "checkpoint", **window)
-    request = export(olive, "fp32", making.job(model), making.resolve(making.job(model), settings), tmp_path)
+    request = export(olive, "fp32", making.job(model), making.resolve(making.job(model), home), tmp_path)
     right = window["sliding_window"]
     with pytest.raises(ConversionError) as caught:
         verify_worker.handle(request)
     assert f"--max-length {right}" in (caught.value.fix or "")
     shorter = making.job(model, max_length=right)
-    within = request.model_copy(update={"checkpoint": making.resolve(shorter, settings)})
+    within = request.model_copy(update={"checkpoint": making.resolve(shorter, home)})
     assert verify_worker.handle(within).export_error < TOLERANCE

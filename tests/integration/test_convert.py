@@ -43,21 +43,6 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def job(talkative: Path) -> Job:
-    return making.job(talkative)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(job: Job, settings: Settings) -> Checkpoint:
-    return making.resolve(job, settings)
-
-
-@pytest.fixture(scope="module")
 def folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the conversions are started: it holds somebody's model, over which onnx would stumble."""
     folder = tmp_path_factory.mktemp("cwd")
@@ -66,17 +51,11 @@ def folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(job: Job, checkpoint: Checkpoint, settings: Settings, folder_of_the_user: Path) -> dict[str, Variant]:
+def made(job: Job, checkpoint: Checkpoint, home: Settings, folder_of_the_user: Path) -> dict[str, Variant]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder_of_the_user)
         asked = [making.recipe(name, job, checkpoint) for name in PRECISIONS]
-        return {recipe.name: convert(recipe, checkpoint, job, "tiny", settings) for recipe in asked}
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Settings:
-    """A home of the test's own."""
-    return Settings(home=tmp_path / "home")
+        return {recipe.name: convert(recipe, checkpoint, job, "tiny", home) for recipe in asked}
 
 
 def builder(name: str, precision: str, bits: Any = None) -> Recipe:
@@ -85,10 +64,10 @@ def builder(name: str, precision: str, bits: Any = None) -> Recipe:
     return Recipe(name=name, config=config, bits=bits)
 
 
-def left(settings: Settings) -> set[str]:
+def left(home: Settings) -> set[str]:
     """What lies below variants/ and work/, but for an empty folder of the model's."""
-    folders = (settings.variants, settings.work("tiny"))
-    return {path.relative_to(settings.home).as_posix() for folder in folders for path in folder.rglob("*")}
+    folders = (home.variants, home.work("tiny"))
+    return {path.relative_to(home.home).as_posix() for folder in folders for path in folder.rglob("*")}
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -106,10 +85,10 @@ def at_work(home: Path) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_manifest_is_complete(
-    made: dict[str, Variant], settings: Settings, checkpoint: Checkpoint, precision: str
+    made: dict[str, Variant], home: Settings, checkpoint: Checkpoint, precision: str
 ) -> None:
     variant = made[precision]
-    assert variant.path.parent == settings.variants
+    assert variant.path.parent == home.variants
     assert variant.path.name == variant.key
     assert variant.key.startswith(f"{precision}-")
     manifest = json.loads((variant.path / "variant.json").read_text())
@@ -150,19 +129,19 @@ def test_fewer_bits_are_smaller(made: dict[str, Variant], checkpoint: Checkpoint
     assert all(made[name].model_mb > size / 1e6 for name, size in zip(PRECISIONS, sizes, strict=True))
 
 
-def test_nothing_is_strewn_about(made: dict[str, Variant], settings: Settings, folder_of_the_user: Path) -> None:
+def test_nothing_is_strewn_about(made: dict[str, Variant], home: Settings, folder_of_the_user: Path) -> None:
     assert files(folder_of_the_user).keys() == {"model.onnx.data"}
-    assert {path.name for path in settings.variants.iterdir()} == {variant.key for variant in made.values()}
-    assert {path for path in left(settings) if not path.startswith("variants/")} == set()
-    logs = {path.name for path in (settings.logs / "tiny").iterdir()}
+    assert {path.name for path in home.variants.iterdir()} == {variant.key for variant in made.values()}
+    assert {path for path in left(home) if not path.startswith("variants/")} == set()
+    logs = {path.name for path in (home.logs / "tiny").iterdir()}
     assert logs == {f"{name}.{part}.log" for name in PRECISIONS for part in ("olive", "verify")}
 
 
-def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = job.model_copy(update={"output_path": out})
     recipe = making.recipe("int8", job, checkpoint)
-    assert convert(recipe, checkpoint, asked, "tiny", settings) == made["int8"]
+    assert convert(recipe, checkpoint, asked, "tiny", home) == made["int8"]
     assert files(out / "int8") == files(made["int8"].path)
     assert [path.name for path in out.iterdir()] == ["int8"]
     # Our own older export is replaced ...
@@ -174,7 +153,7 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, sett
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(PrerequisiteError, match=r"fp32 exists and is not a variant of slmops") as caught:
-        convert(making.recipe("fp32", job, checkpoint), checkpoint, asked, "tiny", settings)
+        convert(making.recipe("fp32", job, checkpoint), checkpoint, asked, "tiny", home)
     assert "--output-path" in (caught.value.fix or "")
     assert files(foreign).keys() == {"thesis.txt"}
     assert sorted(path.name for path in out.iterdir()) == ["fp32", "int8"]
@@ -190,42 +169,42 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, sett
     ],
 )
 def test_a_conversion_that_fails_leaves_nothing(
-    job: Job, checkpoint: Checkpoint, home: Settings, recipe: Recipe, message: str, log: str
+    job: Job, checkpoint: Checkpoint, fresh: Settings, recipe: Recipe, message: str, log: str
 ) -> None:
     with pytest.raises(ConversionError, match=message) as caught:
-        convert(recipe, checkpoint, job, "tiny", home)
+        convert(recipe, checkpoint, job, "tiny", fresh)
     assert caught.value.exit_code == 1
-    written = home.logs / "tiny" / f"{recipe.name}.{log}.log"
+    written = fresh.logs / "tiny" / f"{recipe.name}.{log}.log"
     assert written.stat().st_size > 0
     if log == "olive":
         assert caught.value.fix == f"Olive's log: {written}"
-    assert left(home) == set()
-    assert at_work(home.home) == []
+    assert left(fresh) == set()
+    assert at_work(fresh.home) == []
 
 
 def test_an_export_that_differs_too_much(
-    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, settings: Settings, home: Settings
+    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, fresh: Settings
 ) -> None:
     strict = job.model_copy(update={"export_tolerance": 1e-12})
     recipe = making.recipe("fp32", strict, checkpoint)
     with pytest.raises(ConversionError, match="does not compute what the checkpoint computes: its logits differ by"):
-        convert(recipe, checkpoint, strict, "tiny", home)
-    assert left(home) == set()
+        convert(recipe, checkpoint, strict, "tiny", fresh)
+    assert left(fresh) == set()
     # A variant that was made with less strictness does not slip through, and stays for the job that allows it.
     with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
-        convert(recipe, checkpoint, strict, "tiny", settings)
+        convert(recipe, checkpoint, strict, "tiny", home)
     assert store.load(made["fp32"].path) == made["fp32"]
 
 
-def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, home: Settings) -> None:
-    impatient = home.model_copy(update={"conversion_timeout_s": 1.0})
+def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, fresh: Settings) -> None:
+    impatient = fresh.model_copy(update={"conversion_timeout_s": 1.0})
     started = time.monotonic()
     with pytest.raises(ConversionError, match="took longer than 1 s and was stopped") as caught:
         convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", impatient)
     assert 1 < time.monotonic() - started < 15
-    assert caught.value.fix == f"Its log: {home.logs / 'tiny' / 'fp32.olive.log'}"
-    assert at_work(home.home) == []
-    assert left(home) == set()
+    assert caught.value.fix == f"Its log: {fresh.logs / 'tiny' / 'fp32.olive.log'}"
+    assert at_work(fresh.home) == []
+    assert left(fresh) == set()
 
 
 CONVERT = """
@@ -239,26 +218,26 @@ making.variant("fp32", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2])
 
 
 def test_a_killed_job_takes_olive_with_it_and_the_next_one_succeeds(
-    job: Job, checkpoint: Checkpoint, home: Settings
+    job: Job, checkpoint: Checkpoint, fresh: Settings
 ) -> None:
-    argv = [sys.executable, "-c", CONVERT, job.model, str(home.home)]
+    argv = [sys.executable, "-c", CONVERT, job.model, str(fresh.home)]
     running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
-    log = home.logs / "tiny" / "fp32.olive.log"
+    log = fresh.logs / "tiny" / "fp32.olive.log"
     deadline = time.monotonic() + 60
     while not (log.exists() and "Running workflow" in log.read_text()):
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert len(at_work(home.home)) == 2
+    assert len(at_work(fresh.home)) == 2
     running.kill()
     running.wait()
-    while at_work(home.home):
+    while at_work(fresh.home):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not home.variants.exists()
-    again = convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", home)
+    assert not fresh.variants.exists()
+    again = convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", fresh)
     assert store.load(again.path) == again
-    assert [path.name for path in home.variants.iterdir()] == [again.key]
+    assert [path.name for path in fresh.variants.iterdir()] == [again.key]
 
 
 @pytest.fixture

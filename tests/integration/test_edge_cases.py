@@ -11,6 +11,7 @@ import pytest
 
 from slmops.core.errors import EvaluationError
 from slmops.core.files import sha256
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
@@ -32,22 +33,16 @@ QUESTION = EdgeCase(id="ordinary_question", expected="answered")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def made(talkative: Path, settings: Settings, stock: Settings) -> tuple[Variant, Registration]:
-    job = making.job(talkative)
+def made(job: Job, home: Settings, stock: Settings) -> tuple[Variant, Registration]:
     variant = making.variant("int8", job, stock)
-    return variant, register(variant, NAME, job, settings)
+    return variant, register(variant, NAME, job, home)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(settings: Settings) -> Iterator[None]:
+def nothing_is_left(home: Settings) -> Iterator[None]:
     """After each test, whatever became of it: no staged home, no process."""
     yield
-    assert not list(settings.work(NAME).glob("*-edge"))
+    assert not list(home.work(NAME).glob("*-edge"))
     left = [child.cmdline() for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
     assert not [command for command in left if "edge_worker" in str(command)]
 
@@ -60,10 +55,10 @@ def outcomes(cases: tuple[CaseOutcome, ...]) -> dict[str, str]:
     return {case.id: case.outcome for case in cases}
 
 
-def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], settings: Settings) -> None:
+def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], home: Settings) -> None:
     variant, registration = made
     before = {file.name: sha256(file) for file in registration.path.iterdir()}
-    cases = edge_cases.run(variant, registration, NAME, settings)
+    cases = edge_cases.run(variant, registration, NAME, home)
     assert outcomes(cases) == OUTCOMES
     assert [case.id for case in cases if not case.passed] == ["nul_in_text"]
     details = {case.id: case.detail for case in cases}
@@ -76,13 +71,13 @@ def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], sett
     room = edge_cases.CONTEXT + edge_cases.prompts.counter(registration.path)("") - tokens
     assert 0 < room < 60
     assert f"({tokens} input + {room + 1} output)" in details["one_beyond_the_context"]
-    assert (settings.logs / NAME / "int8.edge.log").exists()
+    assert (home.logs / NAME / "int8.edge.log").exists()
     # What is deployed is as it was.
     assert {file.name: sha256(file) for file in registration.path.iterdir()} == before
 
 
 def test_a_crash_or_a_hang_costs_one_case(
-    made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Variant, Registration], home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     expected = {
@@ -98,7 +93,7 @@ def test_a_crash_or_a_hang_costs_one_case(
         EdgeCase(id=name, expected="answered") if outcome == "answered" else fault(name)
         for name, outcome in expected.items()
     )
-    seen = edge_cases.run(*made, NAME, settings, cases=cases, limit_s=2.0)
+    seen = edge_cases.run(*made, NAME, home, cases=cases, limit_s=2.0)
     assert outcomes(seen) == expected
     details = {case.id: case.detail for case in seen}
     assert "SIGSEGV" in details["dies"]
@@ -109,18 +104,18 @@ def test_a_crash_or_a_hang_costs_one_case(
 
 @pytest.mark.parametrize("limit_s", [0.2, 3])
 def test_time_runs_out_before_and_amid_a_case(
-    limit_s: float, made: tuple[Variant, Registration], settings: Settings, monkeypatch: pytest.MonkeyPatch
+    limit_s: float, made: tuple[Variant, Registration], home: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    hurried = settings.model_copy(update={"evaluation_timeout_s": limit_s})
+    hurried = home.model_copy(update={"evaluation_timeout_s": limit_s})
     with pytest.raises(EvaluationError, match="took longer than"):
         edge_cases.run(*made, NAME, hurried, cases=(QUESTION, fault("hangs"), QUESTION))
 
 
-def test_a_model_that_does_not_load(made: tuple[Variant, Registration], settings: Settings, tmp_path: Path) -> None:
+def test_a_model_that_does_not_load(made: tuple[Variant, Registration], home: Settings, tmp_path: Path) -> None:
     variant, registration = made
     broken = tmp_path / registration.path.name
     shutil.copytree(registration.path, broken)
     (broken / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(EvaluationError, match="status 1 and no result"):
-        edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, settings)
+        edge_cases.run(variant, registration.model_copy(update={"path": broken}), NAME, home)

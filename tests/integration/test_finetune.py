@@ -36,14 +36,9 @@ def training_data(folder: Path, train: Sequence[str], validation: Sequence[str])
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Checkpoint:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, home: Settings) -> Checkpoint:
     folder = retraining.base(tmp_path_factory.mktemp("checkpoints") / "tiny")
-    return making.resolve(Job(model=str(folder)), settings)
+    return making.resolve(Job(model=str(folder)), home)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 
 
 @pytest.fixture(scope="module")
-def trained(checkpoint: Checkpoint, data: TrainingData, settings: Settings) -> Finetuned:
+def trained(checkpoint: Checkpoint, data: TrainingData, home: Settings) -> Finetuned:
     points: list[LossPoint] = []
-    made = finetune.finetune(checkpoint, data, TRAINING, settings, "tiny", points.append)
+    made = finetune.finetune(checkpoint, data, TRAINING, home, "tiny", points.append)
     assert list(made.losses) == points
-    assert finetune.finetune(checkpoint, data, TRAINING, settings, "again", points.append) == made
+    assert finetune.finetune(checkpoint, data, TRAINING, home, "again", points.append) == made
     assert len(points) == len(made.losses)
-    assert not (settings.logs / "again").exists()  # no child: what is done is not done again
+    assert not (home.logs / "again").exists()  # no child: what is done is not done again
     return made
 
 
@@ -82,7 +77,7 @@ def test_what_comes_out(trained: Finetuned, checkpoint: Checkpoint) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
-    trained: Finetuned, checkpoint: Checkpoint, settings: Settings
+    trained: Finetuned, checkpoint: Checkpoint, home: Settings
 ) -> None:
     import torch
     from peft import PeftModel
@@ -99,7 +94,7 @@ def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
     assert merged.dtype == torch.float32
     assert torch.allclose(logits(merged), adapted, atol=1e-4)
     assert not torch.allclose(untouched, adapted, atol=0.1)
-    accepted = making.resolve(Job(model=str(trained.merged)), settings)
+    accepted = making.resolve(Job(model=str(trained.merged)), home)
     assert accepted.tied_embeddings
     assert accepted.parameters == checkpoint.parameters
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
@@ -108,7 +103,7 @@ def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
 
 
 def test_it_answers_what_it_was_taught(
-    trained: Finetuned, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+    trained: Finetuned, checkpoint: Checkpoint, home: Settings, tmp_path: Path
 ) -> None:
     lines = [
         {"id": "right", "prompt": "Is it snowing?", "expected": "Yes.", "match": "exact", "format": "one_line"},
@@ -120,14 +115,14 @@ def test_it_answers_what_it_was_taught(
     matcher = tmp_path / "matcher.py"
     matcher.write_text("def judge(expected, answer):\n    return None\n")
     ask = (evaluation, f"{matcher}:judge", "tiny")
-    accuracy, answers = answer_with_checkpoint(trained.merged, *ask, "finetuned", settings)
+    accuracy, answers = answer_with_checkpoint(trained.merged, *ask, "finetuned", home)
     right, wrong, cut, free = answers
     assert (right.id, right.answer, right.correct, right.format_valid) == ("right", "Yes.", True, True)
     assert (right.finish_reason, cut.finish_reason) == ("stop", "length")
     assert (wrong.answer, wrong.correct, free.correct) == ("Yes.", False, None)
     assert (cut.completion_tokens, cut.category) == (1, "short")
     assert accuracy.samples == 3
-    of_base, _ = answer_with_checkpoint(checkpoint.path, *ask, "base", settings)
+    of_base, _ = answer_with_checkpoint(checkpoint.path, *ask, "base", home)
     assert of_base.value == 0
 
 
@@ -148,21 +143,19 @@ def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> 
 
 
 def test_one_that_was_killed_is_taken_up_and_ends_the_same(
-    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, tmp_path: Path
+    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, fresh: Settings
 ) -> None:
-    home = Settings(home=tmp_path)
-
     def kill(point: LossPoint) -> None:
         if point.step == 14:
             for worker in making.workers(finetune_worker.__name__):
                 worker.kill()
 
     with pytest.raises(TrainingError, match="killed by SIGKILL"):
-        finetune.finetune(checkpoint, data, TRAINING, home, "tiny", kill)
-    [folder] = home.trainings.iterdir()
+        finetune.finetune(checkpoint, data, TRAINING, fresh, "tiny", kill)
+    [folder] = fresh.trainings.iterdir()
     assert not (folder / "training.json").exists()
     points: list[LossPoint] = []
-    finished = finetune.finetune(checkpoint, data, TRAINING, home, "tiny", points.append)
+    finished = finetune.finetune(checkpoint, data, TRAINING, fresh, "tiny", points.append)
     assert points[0].step == 13
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         assert sha256(finished.folder / name) == sha256(trained.folder / name)
@@ -174,42 +167,42 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
 
 @pytest.mark.parametrize(("factor", "said"), [(1e36, r"diverged at step \d+"), (float("nan"), "base model")])
 def test_what_diverges_leaves_nothing_to_resume_and_a_broken_base_model_is_not_said_to(
-    factor: float, said: str, checkpoint: Checkpoint, data: TrainingData, settings: Settings, tmp_path: Path
+    factor: float, said: str, checkpoint: Checkpoint, data: TrainingData, home: Settings, tmp_path: Path
 ) -> None:
     made = retraining.norm_times(factor, checkpoint.path, tmp_path / "tiny")
-    edgy = making.resolve(Job(model=str(made)), settings)
+    edgy = making.resolve(Job(model=str(made)), home)
     with pytest.raises(TrainingError, match=said) as caught:
-        finetune.finetune(edgy, data, TRAINING, settings, "wild", lambda _: None)
+        finetune.finetune(edgy, data, TRAINING, home, "wild", lambda _: None)
     if factor == 1e36:
         assert "--training.learning-rate" in (caught.value.fix or "")
-        left = settings.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
+        left = home.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
         assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
 
 
-def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     apart = training_data(tmp_path, ["Yes."] * 24, ["Nobody knows."] * 4)
     impatient = TRAINING.model_copy(update={"patience": 2, "epochs": 20.0})
-    finished = finetune.finetune(checkpoint, apart, impatient, settings, "apart", lambda _: None)
+    finished = finetune.finetune(checkpoint, apart, impatient, home, "apart", lambda _: None)
     validation = {point.step: point.validation_loss for point in finished.losses if point.validation_loss is not None}
     assert finished.stopped == "patience"
     assert finished.steps == finished.best_step + 6 < 120
     assert validation[finished.best_step] == min(validation.values()) == finished.validation_loss
 
 
-def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingData, settings: Settings) -> None:
+def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingData, home: Settings) -> None:
     short = TRAINING.model_copy(update={"minutes": 0.03, "epochs": 1.0})
-    finished = finetune.finetune(checkpoint, data, short, settings, "short", lambda _: None)
+    finished = finetune.finetune(checkpoint, data, short, home, "short", lambda _: None)
     assert finished.stopped == "minutes"
     assert finished.seconds >= 1.8
     assert finished.losses[-1].step == finished.steps
     assert finished.losses[-1].validation_loss is not None
 
 
-def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, settings: Settings, tmp_path: Path) -> None:
-    base = making.resolve(Job(model=str(trained.merged)), settings)
+def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, home: Settings, tmp_path: Path) -> None:
+    base = making.resolve(Job(model=str(trained.merged)), home)
     apart = training_data(tmp_path, ["Nobody knows."] * 8, ["Yes."] * 4)
     with pytest.raises(TrainingError, match="became worse") as caught:
-        finetune.finetune(base, apart, TRAINING, settings, "worse", lambda _: None)
+        finetune.finetune(base, apart, TRAINING, home, "worse", lambda _: None)
     assert "--training.learning-rate" in (caught.value.fix or "")
 
 

@@ -30,11 +30,10 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module")
-def device(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Device:
+def device(talkative: Path, stock: Settings, home: Settings) -> Device:
     """Two good versions, and three broken ones beside them."""
-    settings = Settings(home=tmp_path_factory.mktemp("device"))
     variant = making.variant("fp32", making.job(talkative), stock)
-    versions = [fleets.place(variant, talkative, settings.deployed, max_length=256 * n) for n in range(1, 6)]
+    versions = [fleets.place(variant, talkative, home.deployed, max_length=256 * n) for n in range(1, 6)]
     folders = [one.folder for one in versions]
     # Other weights of the same shapes: the model says something else.
     weights = np.fromfile(folders[1] / "model.onnx.data", np.float32) * np.float32(1.3)
@@ -52,7 +51,7 @@ def device(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFa
         path.unlink(missing_ok=True)  # it is a link to the one in the stock
         path.write_bytes(content)
     shutil.rmtree(folders[4])
-    return Device(settings, *versions)
+    return Device(home, *versions)
 
 
 @asynccontextmanager

@@ -16,7 +16,6 @@ from slmops.core.errors import ConversionError, RecipeError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
-from tests import making
 
 pytestmark = pytest.mark.integration
 
@@ -46,25 +45,10 @@ OLD_TUTORIAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
-def job(talkative: Path) -> Job:
-    return making.job(talkative)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(job: Job, settings: Settings) -> Checkpoint:
-    return making.resolve(job, settings)
-
-
-def load(content: Any, checkpoint: Checkpoint, settings: Settings, folder: Path, name: str = "mine.json") -> Recipe:
+def load(content: Any, checkpoint: Checkpoint, home: Settings, folder: Path, name: str = "mine.json") -> Recipe:
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return olive_config.load(path, checkpoint, "tiny", settings)
+    return olive_config.load(path, checkpoint, "tiny", home)
 
 
 def quantized(model: Path) -> set[tuple[str, int]]:
@@ -80,7 +64,7 @@ def quantized(model: Path) -> set[tuple[str, int]]:
 def test_a_tutorials_config_does_what_it_says(
     job: Job,
     checkpoint: Checkpoint,
-    settings: Settings,
+    home: Settings,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -89,7 +73,7 @@ def test_a_tutorials_config_does_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = json.dumps(content).replace('"is_symmetric": false', f'"is_symmetric": {json.dumps(symmetric)}')
-    recipe = load(text, checkpoint, settings, tmp_path, "My Block 64.json")
+    recipe = load(text, checkpoint, home, tmp_path, "My Block 64.json")
     assert (recipe.name, recipe.bits, recipe.baseline) == ("my-block-64", None, False)
     assert recipe.config["passes"] == {
         "builder": {"type": "ModelBuilder", "precision": "int4", "int4_block_size": 64, "int4_is_symmetric": symmetric}
@@ -97,7 +81,7 @@ def test_a_tutorials_config_does_what_it_says(
     assert not {"engine", "output_dir", "cache_dir", "log_severity_level"} & set(recipe.config)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["int4_block_size = 64" in warned[0], f"int4_is_symmetric = {symmetric}" in warned[1]] == [True, True]
-    variant = convert(recipe, checkpoint, job, "tiny", settings)
+    variant = convert(recipe, checkpoint, job, "tiny", home)
     assert quantized(variant.path / "model.onnx") == {
         ("bits", 4),
         ("block_size", 64),
@@ -107,9 +91,7 @@ def test_a_tutorials_config_does_what_it_says(
     assert [path.name for path in tmp_path.iterdir()] == ["My Block 64.json"]
 
 
-def test_unknown_keys_are_named_with_the_accepted_ones(
-    checkpoint: Checkpoint, settings: Settings, tmp_path: Path
-) -> None:
+def test_unknown_keys_are_named_with_the_accepted_ones(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     content = {
         "passes": {
             "b": {
@@ -124,7 +106,7 @@ def test_unknown_keys_are_named_with_the_accepted_ones(
         "pases": {},
     }
     with pytest.raises(RecipeError) as caught:
-        load(content, checkpoint, settings, tmp_path)
+        load(content, checkpoint, home, tmp_path)
     assert caught.value.exit_code == 2
     title, *problems = caught.value.message.splitlines()
     assert str(tmp_path / "mine.json") in title
@@ -138,13 +120,13 @@ def test_unknown_keys_are_named_with_the_accepted_ones(
         assert accepted in problem
 
 
-def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+def test_wrong_values_are_named(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     passes = {
         "q": {"type": "Rtn", "bits": 5, "group_size": "many"},
         "b": {"type": "ModelBuilder", "precision": "int4", "int4_block_size": 33},
     }
     with pytest.raises(RecipeError) as caught:
-        load({"passes": passes}, checkpoint, settings, tmp_path)
+        load({"passes": passes}, checkpoint, home, tmp_path)
     assert caught.value.message.splitlines()[1:] == [
         "  - passes.q.bits must be 2, 4, 8, 16 or 32",
         "  - passes.q.group_size must be a whole number",
@@ -170,30 +152,30 @@ def test_wrong_values_are_named(checkpoint: Checkpoint, settings: Settings, tmp_
     ],
 )
 def test_what_needs_no_olive_is_refused_at_once(
-    checkpoint: Checkpoint, settings: Settings, tmp_path: Path, content: Any, message: str
+    checkpoint: Checkpoint, home: Settings, tmp_path: Path, content: Any, message: str
 ) -> None:
     started = time.monotonic()
     with pytest.raises(RecipeError, match=message) as caught:
-        load(content, checkpoint, settings, tmp_path)
+        load(content, checkpoint, home, tmp_path)
     assert time.monotonic() - started < 1
     assert "mine.json" in caught.value.message
 
 
-def test_a_file_that_is_not_there(checkpoint: Checkpoint, settings: Settings, tmp_path: Path) -> None:
+def test_a_file_that_is_not_there(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nothing\.json"):
-        olive_config.load(tmp_path / "nothing.json", checkpoint, "tiny", settings)
+        olive_config.load(tmp_path / "nothing.json", checkpoint, "tiny", home)
 
 
 def test_a_config_that_olive_accepts_and_that_makes_nothing(
-    job: Job, checkpoint: Checkpoint, settings: Settings, tmp_path: Path
+    job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path
 ) -> None:
     content = {"passes": {"b": {"type": "ModelBuilder", "precision": "fp16"}}}
-    recipe = load(content, checkpoint, settings, tmp_path, "fp16.json")
+    recipe = load(content, checkpoint, home, tmp_path, "fp16.json")
     assert recipe.name == "fp16-olive"  # a precision's own name stays free
     with pytest.raises(ConversionError, match=r"fp16-olive: Olive produced no model\. FP16 is not supported") as caught:
-        convert(recipe, checkpoint, job, "tiny", settings)
-    log = settings.logs / "tiny" / "fp16-olive.olive.log"
+        convert(recipe, checkpoint, job, "tiny", home)
+    log = home.logs / "tiny" / "fp16-olive.olive.log"
     assert caught.value.fix == f"Olive's log: {log}"
     assert "No output model produced" in log.read_text()  # and Olive ended well
-    assert list(settings.variants.glob("fp16*")) == []
-    assert list(settings.work("tiny").glob("fp16*")) == []
+    assert list(home.variants.glob("fp16*")) == []
+    assert list(home.work("tiny").glob("fp16*")) == []

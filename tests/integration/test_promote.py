@@ -15,6 +15,7 @@ from flows.approval import hand_over
 from flows.promote import promote, rollback
 from slmops.core import locks
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement, Registration, Variant
 from slmops.foundry.register import register
@@ -55,8 +56,7 @@ class Bot(Book):
 
 
 @pytest.fixture(scope="module")
-def made(settings: Settings, stock: Settings, talkative: Path) -> tuple[Variant, Registration]:
-    job = making.job(talkative)
+def made(job: Job, settings: Settings, stock: Settings) -> tuple[Variant, Registration]:
     variant = making.variant("int4", job, stock)
     return variant, register(variant, "tiny", job, settings)
 

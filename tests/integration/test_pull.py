@@ -19,6 +19,7 @@ import pytest
 from slmops.conversion.store import files_of
 from slmops.core.errors import RegistrationError, TrackingError
 from slmops.core.files import sha256
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.delivery import installed, pull
 from slmops.foundry.register import register
@@ -114,9 +115,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def version(server: Server, talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+def version(server: Server, job: Job, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     """A promoted version with the files of a real variant, made on another machine."""
-    job = making.job(talkative)
     folder = tmp_path_factory.mktemp("maker")
     made = Made(folder / "made")
     made.variant = making.variant("fp32", job, stock)
@@ -134,27 +134,22 @@ def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "device")
-
-
-@pytest.fixture
 def stored(server: Server, version: ModelVersion) -> Path:
     """Where the server keeps the files of the version."""
     return server.artifacts / version.location.partition(":/")[2]
 
 
-def catalog(settings: Settings) -> dict[str, str]:
+def catalog(home: Settings) -> dict[str, str]:
     """What Foundry Local has in its catalog: id to folder."""
-    known = json.loads((settings.deployed / "models" / "foundry.local.modelinfo.json").read_text())
+    known = json.loads((home.deployed / "models" / "foundry.local.modelinfo.json").read_text())
     return {entry["model_info"]["id"]: entry["model_path"] for entry in known["models"]}
 
 
-def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, line: Line, settings: Settings) -> None:
+def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, line: Line, fresh: Settings) -> None:
     whole = (stored / BIG).stat().st_size
     assert whole > 5 * BLOCK_BYTES
     line.cuts = [100, whole // 2, whole // 2 + HEADERS - 10]  # in the headers, in the middle, at the end
-    done = pull.pull(NAME, None, settings, line.url)
+    done = pull.pull(NAME, None, fresh, line.url)
     assert line.cuts == []
     assert len(line.offsets) == 4
     assert line.offsets[:2] == [0, 0]
@@ -165,56 +160,56 @@ def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, l
     assert done.foundry_id == f"tiny-fp32-generic-cpu:{version.version}"
     here = {path.name: sha256(path) for path in done.folder.iterdir() if path.name != "inference_model.json"}
     assert here == {path.name: sha256(path) for path in stored.iterdir()}
-    assert catalog(settings) == {done.foundry_id: str(done.folder)}
-    said = application(settings.deployed, done.foundry_id)["answers"][done.foundry_id]
+    assert catalog(fresh) == {done.foundry_id: str(done.folder)}
+    said = application(fresh.deployed, done.foundry_id)["answers"][done.foundry_id]
     assert said["path"] == str(done.folder)
     assert said["tokens"] > 0
-    assert installed.current(NAME, settings) == done
+    assert installed.current(NAME, fresh) == done
 
     # Once more, through a line that would not carry the file again.
     line.cuts, line.offsets[:] = [0] * 9, []
-    assert pull.pull(f"{NAME}", "fp32", settings, line.url) == done
+    assert pull.pull(f"{NAME}", "fp32", fresh, line.url) == done
     assert line.offsets == []
 
 
 def test_a_server_that_stops_in_the_middle_and_comes_back(
-    server: Server, stored: Path, version: ModelVersion, line: Line, settings: Settings
+    server: Server, stored: Path, version: ModelVersion, line: Line, fresh: Settings
 ) -> None:
     whole = (stored / BIG).stat().st_size
     line.cuts, line.cut = [whole // 2], server.stop
     with pytest.raises(TrackingError) as caught:
-        pull.pull(NAME, None, settings, line.url)
+        pull.pull(NAME, None, fresh, line.url)
     assert caught.value.message.startswith(f"{BIG} of tiny version {version.version} (fp32) ")
     assert f"MLflow at {line.url} failed" in caught.value.message
     assert caught.value.fix
-    assert installed.versions(NAME, settings) == []
+    assert installed.versions(NAME, fresh) == []
 
     server.start()
     line.cut = lambda: None
     line.offsets.clear()
-    done = pull.pull(NAME, None, settings, line.url)
+    done = pull.pull(NAME, None, fresh, line.url)
     assert len(line.offsets) == 1
     assert whole // 2 - HEADERS - BLOCK_BYTES <= line.offsets[0] <= whole // 2
-    assert installed.current(NAME, settings) == done
+    assert installed.current(NAME, fresh) == done
 
 
 def test_versions_come_and_go_in_foundrys_catalog_too(
-    server: Server, stored: Path, version: ModelVersion, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    server: Server, stored: Path, version: ModelVersion, fresh: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def install(**changes: Any) -> Installed:
-        return pull.install(version.model_copy(update=changes), settings, server.url)
+        return pull.install(version.model_copy(update=changes), fresh, server.url)
 
     made = []
     for number in (1, 2, 3):
         made.append(install(version=number))
-        installed.make_current(made[-1], settings)
+        installed.make_current(made[-1], fresh)
     kept = {one.foundry_id: str(one.folder) for one in made[1:]}
-    assert catalog(settings) == kept
+    assert catalog(fresh) == kept
     assert not made[0].folder.exists()
     assert (made[1].folder / BIG).samefile(made[2].folder / BIG)
 
     # Every SHA-256 is right, and yet it does not load.
-    folder = settings.home / "broken"
+    folder = fresh.home / "broken"
     shutil.copytree(stored, folder)
     config = folder / "genai_config.json"
     config.write_text(config.read_text().replace("model.onnx", "other.onnx"))
@@ -224,14 +219,14 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     (folder / VERSION_MANIFEST).write_text(manifest.text)
     with pytest.raises(RegistrationError, match=r"other\.onnx"):
         install(version=4, location=str(folder), manifest_sha256=manifest.sha256)
-    assert catalog(settings) == kept
-    assert [one.version for one in installed.versions(NAME, settings)] == [3, 2]
+    assert catalog(fresh) == kept
+    assert [one.version for one in installed.versions(NAME, fresh)] == [3, 2]
 
     # A file is gone from the server.
     monkeypatch.setattr(pull, "_known", lambda _: {})  # or it would be linked from the others
-    gone = (stored / "genai_config.json").rename(settings.home / "gone")
+    gone = (stored / "genai_config.json").rename(fresh.home / "gone")
     with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
         install(version=5)
     gone.rename(stored / "genai_config.json")
-    assert catalog(settings) == kept
-    assert installed.current(NAME, settings) == made[2]
+    assert catalog(fresh) == kept
+    assert installed.current(NAME, fresh) == made[2]

@@ -26,41 +26,31 @@ Variants = dict[str, Variant]
 
 
 @pytest.fixture(scope="module")
-def job(talkative: Path) -> Job:
-    return making.job(talkative)
-
-
-@pytest.fixture(scope="module")
 def converted(job: Job, stock: Settings) -> Variants:
     return {name: making.variant(name, job, stock) for name in ("fp32", "int8")}
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home")
-
-
-@pytest.fixture
-def variants(converted: Variants, settings: Settings) -> Variants:
+def variants(converted: Variants, fresh: Settings) -> Variants:
     """The variants as this home has them, to be linked or damaged at will."""
-    folders = {name: settings.variants / variant.key for name, variant in converted.items()}
+    folders = {name: fresh.variants / variant.key for name, variant in converted.items()}
     for name, folder in folders.items():
         shutil.copytree(converted[name].path, folder)
     return {name: variant for name, folder in folders.items() if (variant := store.load(folder))}
 
 
-def folders(settings: Settings) -> list[str]:
-    return sorted(path.name for path in (settings.foundry / "models" / "slmops").iterdir())
+def folders(home: Settings) -> list[str]:
+    return sorted(path.name for path in (home.foundry / "models" / "slmops").iterdir())
 
 
-def test_a_registered_variant_answers_to_an_application(variants: Variants, job: Job, settings: Settings) -> None:
-    registration = register(variants["int8"], "tiny", job, settings)
+def test_a_registered_variant_answers_to_an_application(variants: Variants, job: Job, fresh: Settings) -> None:
+    registration = register(variants["int8"], "tiny", job, fresh)
     assert registration.foundry_id == "tiny-int8-generic-cpu:1"
-    assert registration.path == settings.foundry / "models" / "slmops" / "tiny-int8-generic-cpu-1"
+    assert registration.path == fresh.foundry / "models" / "slmops" / "tiny-int8-generic-cpu-1"
     assert registration.prompt_template_exact
     assert registration.answer.strip()
 
-    found = application(settings.foundry, registration.foundry_id)
+    found = application(fresh.foundry, registration.foundry_id)
     assert found["listed"] == [registration.foundry_id]
     answer = found["answers"][registration.foundry_id]
     assert answer["tokens"] == 24
@@ -68,27 +58,27 @@ def test_a_registered_variant_answers_to_an_application(variants: Variants, job:
     assert Path(answer["path"]) == registration.path
 
 
-def test_twice_is_harmless_and_a_change_is_a_new_version(variants: Variants, job: Job, settings: Settings) -> None:
-    first = register(variants["fp32"], "tiny", job, settings)
-    assert register(variants["fp32"], "tiny", job, settings) == first
-    assert application(settings.foundry)["listed"] == [first.foundry_id]
+def test_twice_is_harmless_and_a_change_is_a_new_version(variants: Variants, job: Job, fresh: Settings) -> None:
+    first = register(variants["fp32"], "tiny", job, fresh)
+    assert register(variants["fp32"], "tiny", job, fresh) == first
+    assert application(fresh.foundry)["listed"] == [first.foundry_id]
 
     changed = job.model_copy(update={"max_length": 128, "temperature": 0.5})
-    second = register(variants["fp32"], "tiny", changed, settings)
+    second = register(variants["fp32"], "tiny", changed, fresh)
     assert second.foundry_id == "tiny-fp32-generic-cpu:2"
-    found = application(settings.foundry, first.foundry_id, second.foundry_id)
+    found = application(fresh.foundry, first.foundry_id, second.foundry_id)
     assert found["listed"] == [first.foundry_id, second.foundry_id]
     assert [found["answers"][known.foundry_id]["tokens"] for known in (first, second)] == [24, 24]
     # Back to the first settings is back to the first version.
-    assert register(variants["fp32"], "tiny", job, settings) == first
-    assert folders(settings) == ["tiny-fp32-generic-cpu-1", "tiny-fp32-generic-cpu-2"]
+    assert register(variants["fp32"], "tiny", job, fresh) == first
+    assert folders(fresh) == ["tiny-fp32-generic-cpu-1", "tiny-fp32-generic-cpu-2"]
 
 
-def test_two_at_once(variants: Variants, job: Job, settings: Settings) -> None:
+def test_two_at_once(variants: Variants, job: Job, fresh: Settings) -> None:
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda variant: register(variant, "tiny", job, settings), variants.values()))
+        both = list(pool.map(lambda variant: register(variant, "tiny", job, fresh), variants.values()))
     assert [done.foundry_id for done in both] == ["tiny-fp32-generic-cpu:1", "tiny-int8-generic-cpu:1"]
-    assert application(settings.foundry)["listed"] == [done.foundry_id for done in both]
+    assert application(fresh.foundry)["listed"] == [done.foundry_id for done in both]
 
 
 def truncate(folder: Path) -> None:
@@ -112,29 +102,29 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
     ],
 )
 def test_a_broken_model_leaves_nothing(
-    variants: Variants, job: Job, settings: Settings, damage: Callable[[Path], object], said: str
+    variants: Variants, job: Job, fresh: Settings, damage: Callable[[Path], object], said: str
 ) -> None:
-    good = register(variants["fp32"], "tiny", job, settings)
+    good = register(variants["fp32"], "tiny", job, fresh)
     damage(variants["int8"].path)
     with pytest.raises(RegistrationError) as caught:
-        register(variants["int8"], "tiny", job, settings)
+        register(variants["int8"], "tiny", job, fresh)
     assert said in caught.value.message
-    assert folders(settings) == ["tiny-fp32-generic-cpu-1"]
-    assert application(settings.foundry, good.foundry_id)["listed"] == [good.foundry_id]
-    registry = (settings.foundry / "models" / "foundry.local.modelinfo.json").read_text()
+    assert folders(fresh) == ["tiny-fp32-generic-cpu-1"]
+    assert application(fresh.foundry, good.foundry_id)["listed"] == [good.foundry_id]
+    registry = (fresh.foundry / "models" / "foundry.local.modelinfo.json").read_text()
     assert "tiny-fp32-generic-cpu" in registry
     assert "int8" not in registry
 
 
-def test_a_home_that_moved(variants: Variants, job: Job, settings: Settings, tmp_path: Path) -> None:
-    before = register(variants["fp32"], "tiny", job, settings)
+def test_a_home_that_moved(variants: Variants, job: Job, fresh: Settings, tmp_path: Path) -> None:
+    before = register(variants["fp32"], "tiny", job, fresh)
     moved = Settings(home=tmp_path / "elsewhere")
-    settings.home.rename(moved.home)
+    fresh.home.rename(moved.home)
     variant = store.load(moved.variants / variants["fp32"].key)
     assert variant is not None
     after = register(variant, "tiny", job, moved)
     assert after.foundry_id == before.foundry_id
-    assert after.path == moved.foundry / before.path.relative_to(settings.foundry)
+    assert after.path == moved.foundry / before.path.relative_to(fresh.foundry)
     found = application(moved.foundry, after.foundry_id)
     assert found["listed"] == [after.foundry_id]
     assert Path(found["answers"][after.foundry_id]["path"]) == after.path

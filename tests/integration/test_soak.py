@@ -11,6 +11,7 @@ from mlflow.entities import Run
 
 from flows.soak import soak
 from slmops.core.errors import EvaluationError, TrackingError
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration
 from slmops.evaluation.soak import Soak, SoakError, SoakResult
@@ -40,8 +41,7 @@ if "slmops.evaluation.soak_worker" in sys.orig_argv:
 
 
 @pytest.fixture(scope="module")
-def registration(talkative: Path, settings: Settings, stock: Settings) -> Registration:
-    job = making.job(talkative)
+def registration(job: Job, settings: Settings, stock: Settings) -> Registration:
     return register(making.variant("int8", job, stock), NAME, job, settings)
 
 

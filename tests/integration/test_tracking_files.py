@@ -2,65 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import time
 from collections.abc import Iterator
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from slmops.core.errors import TrackingError
-from slmops.processes.daemon import HOST
 from slmops.tracking import download
 from slmops.tracking.download import BLOCK_BYTES, NotGivenError, read
+from tests.answering import answering
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Servers of all kinds, by the first part of the path behind the route."""
-
-    def do_GET(self) -> None:
-        kind = self.path.split("/artifacts/")[1].split("/")[0]
-        self.server.seen.append((self.path, dict(self.headers)))  # type: ignore[attr-defined]
-        if kind.isdigit():
-            self.send_response(int(kind))
-            self.end_headers()
-            return
-        data = bytes(range(250)) * 1000
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(data[:100_000] if kind in ("short", "stalled") else data)
-            if kind == "stalled":
-                self.wfile.flush()
-                self.server.stopping.wait(30)  # type: ignore[attr-defined]
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+DATA = bytes(range(250)) * 1000
 
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Any]:
-    made: Any
-    with ThreadingHTTPServer((HOST, 0), Handler) as made:
-        made.seen, made.stopping = [], threading.Event()
-        made.url = f"http://{HOST}:{made.server_port}"
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield made
-        made.stopping.set()
-        made.shutdown()
+    """Servers of all kinds, by the first part of the path behind the route."""
+    seen: list[tuple[str, dict[str, str]]] = []
+
+    def respond(request: BaseHTTPRequestHandler, _: object) -> tuple[int, bytes, dict[str, str]]:
+        kind = request.path.split("/artifacts/")[1].split("/")[0]
+        seen.append((request.path, dict(request.headers)))
+        if kind.isdigit():
+            return int(kind), b"", {}
+        whole = {"Content-Length": str(len(DATA))}
+        if kind == "stalled":
+            request.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 250000\r\n\r\n" + DATA[:100_000])
+            time.sleep(1)
+            request.wfile = BytesIO()  # nobody hears the rest
+        return 200, DATA[:100_000] if kind == "short" else DATA, whole
+
+    with answering(respond) as url:
+        yield SimpleNamespace(url=url, seen=seen)
 
 
 @pytest.mark.parametrize("offset", [0, 1, BLOCK_BYTES, 249_999, 250_000])
 def test_a_server_that_knows_no_ranges(other: Any, offset: int) -> None:
     got = b"".join(read(other.url, "mlflow-artifacts:/plain", "a b/ö#?.txt", offset))
-    assert got == (bytes(range(250)) * 1000)[offset:]
+    assert got == DATA[offset:]
     path, headers = other.seen[-1]
     assert path == "/api/2.0/mlflow-artifacts/artifacts/plain/a%20b/%C3%B6%23%3F.txt"
     assert headers.get("Range") == (f"bytes={offset}-" if offset else None)

@@ -49,11 +49,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
 def prepared(home: Settings, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     items = [pair(f"My {one} and {two} broke.", "ok") for one, two in permutations(WORDS, 2)]
     repeated = [items[0], pair("my PRINTER and invoice broke!", "bad\u2028news")]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -39,53 +40,27 @@ def test_entries(champion: ModelVersion | None, previous: ModelVersion | None, e
     assert found == [(alias, f"tiny-{name}-generic-cpu", *others) for alias, name, *others in expected]
 
 
-def test_an_entry_has_what_the_version_has() -> None:
+def test_a_model_that_is_not_ours_hides_no_other_but_a_failure_does(caplog: pytest.LogCaptureFixture) -> None:
     gpu = {"device": "gpu", "provider": "CUDA"}
     expected = entry("tiny-int8", 4, display_name="tiny int8", size_bytes=190_700_000, **gpu)
-    assert entries(tiny=(version(4, "int8", size_mb=190.7, **gpu), None)) == [expected]
-
-
-def test_a_model_that_is_not_ours_hides_no_other_but_a_failure_does(caplog: pytest.LogCaptureFixture) -> None:
     foreign = UsageError("Version 1 of foreign was not registered by slmops.")
-    assert [one.alias for one in entries(foreign=foreign, tiny=(version(1), None))] == ["tiny"]
+    assert entries(foreign=foreign, tiny=(version(4, "int8", size_mb=190.7, **gpu), None)) == [expected]
     assert "foreign is not in the catalog: Version 1 of foreign was not registered" in caplog.text
     with pytest.raises(TrackingError, match="down"):
         entries(tiny=TrackingError("down"))
 
 
-def test_many_requests_read_the_registry_once() -> None:
-    reads: list[int] = []
-
-    def read() -> list[Entry]:
-        reads.append(1)
-        time.sleep(0.05)
-        return [entry("tiny-fp32", len(reads))]
-
-    kept = catalog.Kept(read, keep_s=0.3)
-    with ThreadPoolExecutor(20) as pool:
-        assert list(pool.map(lambda _: kept()[0].version, range(20))) == [1] * 20
-    time.sleep(0.35)
-    assert kept()[0].version == 2
-
-
-def test_a_failure_is_kept_no_longer_than_an_answer() -> None:
-    results: list[list[Entry] | Exception]
-    results = [TrackingError("down", "slmops up"), [entry("tiny-fp32", 1)], ZeroDivisionError()]
-
-    def read() -> list[Entry]:
-        result = results.pop(0)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    kept = catalog.Kept(read, keep_s=0.2)
+def test_many_requests_read_the_registry_once_and_a_failure_is_kept_no_longer_than_an_answer() -> None:
+    read = Mock(side_effect=[TrackingError("down", "slmops up"), [entry("tiny-fp32", 1)], ZeroDivisionError()])
+    kept = catalog.Kept(lambda: time.sleep(0.05) or read(), keep_s=0.3)
     for _ in range(3):
         with pytest.raises(TrackingError, match="down") as caught:
             kept()
         assert caught.value.fix == "slmops up"
-    time.sleep(0.25)
-    assert kept()[0].version == 1
-    time.sleep(0.25)
+    time.sleep(0.35)
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(lambda _: kept()[0].version, range(20))) == [1] * 20
+    time.sleep(0.35)
     with pytest.raises(ZeroDivisionError):  # a mistake of ours is not hidden behind what was
         kept()
 

@@ -84,11 +84,14 @@ def test_tidying_that_fails_harms_nothing(
     assert said in caplog.text
 
 
-def test_other_models_are_left_alone(device: Device, versions: Versions) -> None:
+def test_other_models_and_folders_that_somebody_copied_are_left_alone(device: Device, versions: Versions) -> None:
+    for name in ("bot-int4-generic-cpu-9", "bot-copy", "bot-int8-generic-cpu-9x"):
+        shutil.copytree(versions[4].folder, device.models / name)
+    assert device.here() == [4, 3, 2, 1]
     device.serve("bot-two", number=1)
     other = device.install()
-    installed.make_current(other, device.settings)
-    installed.make_current(versions[4], device.settings)
+    for current in (other, versions[4]):
+        installed.make_current(current, device.settings)
     assert installed.versions("bot-two", device.settings) == [other]
     assert installed.current("bot-two", device.settings) == other
     assert device.here() == [4, 2]
@@ -148,12 +151,6 @@ def test_a_note_that_cannot_be_read_does_not_count(device: Device, versions: Ver
     assert installed.current("bot", device.settings) is None
     installed.make_current(versions[4], device.settings)
     assert state(device) == ("4", None)
-
-
-def test_a_folder_that_somebody_copied_is_not_ours(device: Device, versions: Versions) -> None:
-    for name in ("bot-int4-generic-cpu-9", "bot-copy", "bot-int8-generic-cpu-9x"):
-        shutil.copytree(versions[4].folder, device.models / name)
-    assert device.here() == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["", "../bot", "a/b", "*", "bot\n"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from slmops.core.errors import GateError, UsageError
-from slmops.core.values import Comparison, Measurement, VariantResult
+from slmops.core.values import Measurement, VariantResult
 from slmops.delivery import promotion
 from slmops.foundry.versions import ModelVersion, Promoted, Promotion
 from slmops.selection.policy import Gate, Policy
@@ -17,63 +18,44 @@ from tests import values
 ACCURACY = Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept")
 
 
-def version(number: int, variant: str = "int8") -> ModelVersion:
-    return values.model_version(number, variant=variant)
+CHAMPION = values.model_version(1, variant="fp32")
 
 
-class Tracker:
-    """The tracking server, as far as a promotion asks it."""
-
-    def __init__(self, *results: VariantResult, chosen: str | None = "int8", differs: tuple[str, ...] = ()) -> None:
-        self.comparison = values.comparison(*results, chosen=chosen, reason="Nothing passes.")
-        self.policy = Policy(gates=(ACCURACY,))
-        self.measured = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
-        self.differs = differs
-        self.machines: dict[str, str] = {}
-
-    def latest(self, name: str) -> Comparison:
-        assert name == "bot"
-        return self.comparison
-
-    def judged(self, job_id: str) -> tuple[Comparison, Policy]:
-        assert job_id == "job-2"
-        return self.comparison, self.policy
-
-    def champion(self, name: str, like: str | None = None) -> dict[str, Measurement]:
-        assert (name, like) == ("bot", "run-2")
-        return self.measured
-
-    def differences(self, run_id: str, other: str) -> tuple[str, ...]:
-        assert (run_id, other) == ("run-2", "run-1")
-        return self.differs
-
-    def hardware_kind(self, run_id: str) -> str:
-        return self.machines.get(run_id, "this machine")
+def tracker(
+    *results: VariantResult,
+    chosen: str | None = "int8",
+    differs: tuple[str, ...] = (),
+    gates: tuple[Gate, ...] = (ACCURACY,),
+    champions_machine: str = "this machine",
+) -> Any:
+    """The tracking server, as far as a promotion of run 2 in place of run 1 asks it."""
+    comparison = values.comparison(*results, chosen=chosen, reason="Nothing passes.")
+    figures = {"accuracy": Measurement(value=0.8, unit="1", samples=40, low=0.75, high=0.85)}
+    return SimpleNamespace(
+        latest={"bot": comparison}.__getitem__,
+        judged={"job-2": (comparison, Policy(gates=gates))}.__getitem__,
+        champion=lambda *asked: {("bot", "run-2"): figures}[asked],
+        differences=lambda *asked: {("run-2", "run-1"): differs}[asked],
+        hardware_kind={"run-1": champions_machine, "run-2": "this machine"}.__getitem__,
+    )
 
 
-class Registry:
-    """The registry, which finds whatever it is asked for."""
+def pick(request: Promotion, server: Any) -> ModelVersion:
+    """With a registry that finds whatever it is asked for."""
+    registry: Any = SimpleNamespace(
+        find=lambda name, which: values.model_version(int(which), name=name),
+        newest=lambda name, variant: values.model_version(9, name=name, variant=variant),
+    )
+    return promotion.pick(registry, server, request)
 
-    def find(self, name: str, which: str) -> ModelVersion:
-        assert name == "bot"
-        return version(int(which))
 
-    def newest(self, name: str, variant: str) -> ModelVersion:
-        assert name == "bot"
-        return version(9, variant)
+def judge(server: Any, champion: ModelVersion | None = CHAMPION) -> promotion.Decision:
+    return promotion.judge(server, values.model_version(2, variant="int8"), champion)
 
 
 def measured(accuracy: float, **changes: Any) -> VariantResult:
     made = values.result("int8", 100, accuracy=accuracy, spread=0.05)
     return made.model_copy(update={"run_id": "run-2", **changes})
-
-
-def pick(request: Promotion, tracker: Tracker) -> ModelVersion:
-    return promotion.pick(Registry(), tracker, request)  # type: ignore[arg-type]
-
-
-def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Decision:
-    return promotion.judge(tracker, version(2), champion)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -86,17 +68,17 @@ def judge(tracker: Tracker, champion: ModelVersion | None) -> promotion.Decision
     ],
 )
 def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, str]) -> None:
-    found = pick(Promotion(name="bot", **asked), Tracker(measured(0.5, version=4)))
-    assert (found.version, found.variant) == expected
+    found = pick(Promotion(name="bot", **asked), tracker(measured(0.5, version=4)))
+    assert (found.name, found.version, found.variant) == ("bot", *expected)
 
 
 def test_nothing_to_promote_or_two_ways_to_name_it() -> None:
     for chosen in (None, "int8"):  # nothing was chosen, or before there was a registry
         with pytest.raises(UsageError, match="Nothing passes") as caught:
-            pick(Promotion(name="bot"), Tracker(measured(0.5), chosen=chosen))
+            pick(Promotion(name="bot"), tracker(measured(0.5), chosen=chosen))
         assert "--precision" in str(caught.value.fix)
     with pytest.raises(UsageError, match="--precision and --version"):
-        pick(Promotion(name="bot", precision="int8", version=3), Tracker())
+        pick(Promotion(name="bot", precision="int8", version=3), tracker())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +94,7 @@ def test_what_makes_no_sense_is_refused(asked: dict[str, Any]) -> None:
     ("accuracy", "refused"), [(0.9, False), (0.75, False), (0.65, True)], ids=["better", "within the margin", "worse"]
 )
 def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> None:
-    decision = judge(Tracker(measured(accuracy)), version(1, "fp32"))
+    decision = judge(tracker(measured(accuracy)))
     assert decision.elsewhere is None
     assert "note:" not in promotion.text(decision, Promotion(name="bot"))
     error = promotion.refuse(decision)
@@ -127,7 +109,7 @@ def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> Non
 
 
 def test_the_first_version_has_nobody_to_beat() -> None:
-    decision = judge(Tracker(measured(0.1)), None)
+    decision = judge(tracker(measured(0.1)), None)
     assert [gate.outcome for gate in decision.gates] == ["skipped"]
     assert promotion.refuse(decision) is None
     said = promotion.text(decision, Promotion(name="bot", force="why not"))
@@ -138,7 +120,7 @@ def test_the_first_version_has_nobody_to_beat() -> None:
 
 def test_what_was_measured_with_other_things_is_not_compared() -> None:
     differs = ("evaluation set", "perplexity text")
-    decision = judge(Tracker(measured(0.9), differs=differs), version(1, "fp32"))
+    decision = judge(tracker(measured(0.9), differs=differs))
     assert decision.differs == differs
     error = promotion.refuse(decision)
     assert error is not None
@@ -152,10 +134,8 @@ SPEED = Gate(metric="decode_tok_s", of="ratio", to="champion", min=0.8)
 
 @pytest.mark.parametrize(("doubt", "refused"), [("accept", False), ("refuse", True)])
 def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bool) -> None:
-    tracker = Tracker(measured(0.8))
-    tracker.policy = Policy(gates=(ACCURACY, SPEED.model_copy(update={"inconclusive": doubt})))
-    tracker.machines = {"run-1": "a small one"}
-    decision = judge(tracker, version(1, "fp32"))
+    gates = (ACCURACY, SPEED.model_copy(update={"inconclusive": doubt}))
+    decision = judge(tracker(measured(0.8), gates=gates, champions_machine="a small one"))
     kinds = "another kind of machine (a small one; not this machine)"
     note = f"The speed of the champion was measured on {kinds}: speeds are not compared."
     assert (decision.elsewhere, decision.differs) == (note, ())
@@ -167,7 +147,7 @@ def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bo
 
 def test_an_evaluation_that_is_not_in_its_job() -> None:
     with pytest.raises(UsageError, match=r"bot version 2 \(int8\)"):
-        judge(Tracker(measured(0.9, run_id="another")), None)
+        judge(tracker(measured(0.9, run_id="another")), None)
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,8 @@ def version(number: int, promoted: str = "first") -> ModelVersion:
 
 
 def installed(number: int) -> Installed:
-    return Installed(
-        name="bot",
-        version=number,
-        variant="int8",
-        foundry_id=f"bot-int8-generic-cpu:{number}",
-        folder=Path(f"/nowhere/bot-int8-generic-cpu-{number}"),
-    )
+    foundry_id, folder = f"bot-int8-generic-cpu:{number}", Path(f"/nowhere/bot-int8-generic-cpu-{number}")
+    return Installed(name="bot", version=number, variant="int8", foundry_id=foundry_id, folder=folder)
 
 
 class FakeBackend:
@@ -58,6 +53,7 @@ class FakeBackend:
         self.stopped = False
         self._bad = bad
         self._dead = asyncio.Event()
+        self.die = self._dead.set
 
     @property
     def alive(self) -> bool:
@@ -66,9 +62,6 @@ class FakeBackend:
     async def ended(self) -> str:
         await self._dead.wait()
         return "The process was killed by SIGKILL: it said nothing"
-
-    def die(self) -> None:
-        self._dead.set()
 
     def memory_mb(self) -> float:
         return 100.0
@@ -88,6 +81,7 @@ class World:
     """Processes that are started, and how those of a version fail; a registry and a device."""
 
     def __init__(self, champion: int | None = 1, count: int = 5) -> None:
+        self.registry = self
         self.now = None if champion is None else version(champion)
         self.all = [version(number) for number in range(count, 0, -1)]
         self.last: Installed | None = None
@@ -109,10 +103,6 @@ class World:
 
     name = "bot"
     settings = Settings(home=Path("/nowhere"))
-
-    @property
-    def registry(self) -> World:
-        return self
 
     def champion(self, _: str) -> ModelVersion | None:
         self.asked["champion"] += 1

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from slmops.core import machine
-from slmops.core.errors import RegistrationError, TrackingError
+from slmops.core.errors import RegistrationError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import installed, pull
@@ -82,13 +82,8 @@ class Remote:
         return self.manifest.model_dump_json(indent=2).encode()
 
     def version(self, **changes: Any) -> ModelVersion:
-        fields = {
-            "name": self.manifest.model,
-            "variant": self.manifest.variant,
-            "location": LOCATION,
-            "manifest_sha256": digest(self.text),
-        }
-        return values.model_version(self.number, **{**fields, **changes})
+        fields = {"name": self.manifest.model, "variant": self.manifest.variant, "manifest_sha256": digest(self.text)}
+        return values.model_version(self.number, **{"location": LOCATION, **fields, **changes})
 
     def read(self, uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
         assert (uri, location) == (URI, LOCATION)
@@ -145,9 +140,15 @@ class Device:
         """Install what the registry has."""
         return pull.install(self.remote.version(**changes), self.settings, URI)
 
-    def here(self, name: str = "bot") -> list[int]:
-        """The installed versions."""
-        return [one.version for one in installed.versions(name, self.settings)]
+    def refuses(self, error: type[SlmopsError], said: str, **changes: Any) -> SlmopsError:
+        """The error that is raised instead of installing it; its message matches."""
+        with pytest.raises(error, match=said) as caught:
+            self.install(**changes)
+        return caught.value
+
+    def here(self) -> list[int]:
+        """The installed versions of the bot."""
+        return [one.version for one in installed.versions("bot", self.settings)]
 
     @property
     def models(self) -> Path:

@@ -59,11 +59,7 @@ def test_a_file_arrives_whole_from_where_it_stopped(device: Device, case: dict[s
 def test_it_gives_up_and_the_next_pull_goes_on(device: Device, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "slmops")
     device.remote.cuts[BIG] = [4000, 0, 0, 0, 0]
-    with pytest.raises(TrackingError) as caught:
-        device.install()
-    assert caught.value.message.startswith(f"{BIG} of bot version 3 (int8) ")
-    assert caught.value.message.endswith("The connection is broken.")
-    assert caught.value.fix
+    device.refuses(TrackingError, rf"^{BIG} of bot version 3 \(int8\) .*The connection is broken\.\n")
     assert not any(device.models.iterdir())
     device.remote.asked.clear()
     device.install()
@@ -85,9 +81,7 @@ def test_it_waits_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("path", [VERSION_MANIFEST, BIG])
 def test_a_file_that_is_gone_is_not_asked_for_again(device: Device, path: str) -> None:
     device.remote.cuts[path] = [download.NotGivenError(f"{path} is gone from the registry.", "Promote again.")]
-    with pytest.raises(download.NotGivenError, match=rf"bot version 3 \(int8\).*{path}") as caught:
-        device.install()
-    assert caught.value.fix == "Promote again."
+    assert device.refuses(download.NotGivenError, rf"bot version 3 \(int8\).*{path}").fix == "Promote again."
     assert device.remote.offsets(path) == [0]
     assert device.here() == []
 
@@ -115,9 +109,7 @@ def test_two_at_once(device: Device) -> None:
 )
 def test_an_altered_file_is_refused(device: Device, content: bytes, requests: list[int]) -> None:
     device.remote.files[BIG] = content
-    with pytest.raises(TrackingError) as caught:
-        device.install()
-    assert caught.value.message.startswith(f"{BIG} of bot version 3 (int8) was altered")
+    device.refuses(TrackingError, rf"^{BIG} of bot version 3 \(int8\) was altered")
     assert device.remote.offsets() == requests  # from the start once more, then no more
     assert device.remote.given[BIG] < 2 * SIZE + 3 * BLOCK  # so no file fills the disk
     assert not any(device.models.iterdir())
@@ -125,8 +117,8 @@ def test_an_altered_file_is_refused(device: Device, content: bytes, requests: li
 
 
 def test_an_altered_manifest_is_refused(device: Device) -> None:
-    with pytest.raises(TrackingError, match=r"^deployment.json of bot version 3 \(int8\) was altered"):
-        device.install(manifest_sha256="0" * 64)
+    said = r"^deployment.json of bot version 3 \(int8\) was altered"
+    device.refuses(TrackingError, said, manifest_sha256="0" * 64)
     assert device.remote.paths == {VERSION_MANIFEST}
     assert names(device.settings.deployed) == set()
 
@@ -142,8 +134,7 @@ def test_a_part_that_is_linked_elsewhere_is_not_written_to(device: Device, tmp_p
 
 def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=SIZE))  # the small files are too much
-    with pytest.raises(PrerequisiteError, match=r"bot version 3 \(int8\)"):
-        device.install()
+    device.refuses(PrerequisiteError, r"bot version 3 \(int8\)")
     assert device.remote.paths == {VERSION_MANIFEST}
     (device.downloads / f"{BIG}.part").write_bytes(FILES[BIG][:700])  # which is not needed once more
     device.install()
@@ -152,15 +143,11 @@ def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is /dev/full")
 def test_the_disk_fills_up_or_cannot_be_written(device: Device) -> None:
     (device.downloads / f"{BIG}.part").symlink_to("/dev/full")
-    with pytest.raises(PrerequisiteError, match=os.strerror(errno.ENOSPC)) as caught:
-        device.install()
-    assert caught.value.fix == children.FREE_SPACE
+    assert device.refuses(PrerequisiteError, os.strerror(errno.ENOSPC)).fix == children.FREE_SPACE
     assert device.here() == []
     shutil.rmtree(device.settings.deployed)
     device.settings.deployed.write_text("a file")
-    with pytest.raises(PrerequisiteError, match="Not a directory") as caught:
-        device.install()
-    assert "SLMOPS_HOME" in (caught.value.fix or "")
+    assert "SLMOPS_HOME" in str(device.refuses(PrerequisiteError, "Not a directory").fix)
 
 
 def test_files_of_a_variant_made_here_are_linked_unless_they_were_altered(device: Device) -> None:

@@ -101,8 +101,7 @@ def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> 
     for name in ("bot", "bot-two"):
         device.serve(name, number=9, **{BIG: FILES[BIG][::-1]})
         device.remote.cuts[BIG] = [1000, 0, 0, 0, 0]
-        with pytest.raises(TrackingError):
-            device.install()
+        device.refuses(TrackingError, "broken")
     folders = device.settings.deployed / "downloads"
     assert len(list(folders.iterdir())) == 2
     installed.make_current(versions[4], device.settings)
@@ -140,8 +139,7 @@ def test_a_current_version_that_is_gone_gives_way_to_the_one_before(
 def test_a_home_that_moved(device: Device, versions: Versions, tmp_path: Path) -> None:
     moved = Settings(home=tmp_path / "elsewhere")
     device.settings.home.rename(moved.home)
-    found = installed.current("bot", moved)
-    assert found is not None
+    assert (found := installed.current("bot", moved)) is not None
     assert (found.foundry_id, found.folder.is_dir()) == (versions[2].foundry_id, True)
 
 

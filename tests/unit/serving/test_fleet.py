@@ -80,7 +80,6 @@ async def test_a_champion_that_cannot_be_written_down_is_served(world: World, ma
 @pytest.mark.parametrize(
     ("champion", "last", "faults", "raised", "said"),
     [
-        (None, None, {}, UsageError, "bot"),
         (None, 1, {}, UsageError, "bot"),
         (1, None, {"down": DOWN}, ServingError, "MLflow at http://x"),
         (2, None, {"bad": {2: BAD}}, ServingError, "bot-int8-generic-cpu:2"),
@@ -95,8 +94,7 @@ async def test_nothing_to_serve(
 ) -> None:
     world = World(champion)
     world.last = installed(last) if last else None
-    for name, value in faults.items():
-        setattr(world, name, value)
+    vars(world).update(faults)
     made = fleet(world)
     with pytest.raises(raised, match=said):
         await made.start()
@@ -105,8 +103,7 @@ async def test_nothing_to_serve(
         await asked(made)
     assert made.models() == []
     await made.stop()
-    assert world.withdrawn == []
-    assert world.running == []
+    assert world.withdrawn == world.running == []
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import judge
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
+from tests.answering import answering
 
 KEY = "sk-very-secret-4711"
 ITEM = Item(prompt="What is the capital of France?", expected="Paris", match="judge")
@@ -29,41 +29,24 @@ def completion(content: Any) -> bytes:
 
 
 GOOD = completion('{"correct": true, "score": 0.9}')
-
-
 Reply = tuple[int, bytes] | Callable[[BaseHTTPRequestHandler], None]
 
 
-class Server(ThreadingHTTPServer):
+class Server:
     """Answers each request with the next of its replies, the last one for ever: (status, body) or a function."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = ""
         self.replies: list[Reply] = [(200, GOOD)]
         self.requests: list[dict[str, Any]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append({"path": self.path, "headers": self.headers, "body": json.loads(body)})
-        replies = self.server.replies
-        reply = replies.pop(0) if len(replies) > 1 else replies[0]
-        if callable(reply):
-            reply(self)
-            return
-        self.send_response(reply[0])
-        self.send_header("Content-Length", str(len(reply[1])))
-        self.end_headers()
-        self.wfile.write(reply[1])
-
-    def log_message(self, *args: Any) -> None:
-        pass
+    def respond(self, request: BaseHTTPRequestHandler, body: Any) -> tuple[int, bytes, dict[str, str]]:
+        self.requests.append({"path": request.path, "headers": request.headers, "body": body})
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if not callable(reply):
+            return (*reply, {})
+        reply(request)
+        raise ConnectionAbortedError("no more is answered")
 
 
 @pytest.fixture
@@ -71,12 +54,10 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(judge, "BACKOFF_S", (0.0, 0.0, 0.0))
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+    made = Server()
+    with answering(made.respond) as address:
+        made.url = f"{address}/v1"
+        yield made
 
 
 def configured(url: str, **more: Any) -> Settings:
@@ -139,8 +120,7 @@ NO_COMPLETION = "the judge's reply is not a chat completion"
         *(
             (200, completion(content), Judgement(score=score, correct=correct), 1)
             for content, score, correct in (
-                ('{"correct": false, "score": 0}', 0, False),
-                (' {"score": 1, "correct": true}\n', 1, True),
+                (' {"score": 0, "correct": false}\n', 0, False),
                 ('```json\n{"correct": true, "score": 0.5}\n```', 0.5, True),
                 ('{"correct": true, "score": 1.0, "reason": "as in the reference"}', 1, True),
             )
@@ -161,7 +141,6 @@ NO_COMPLETION = "the judge's reply is not a chat completion"
             for wrong in ('"1"', "true", "10")
         ),
         (400, b"", "the judge answered 400", 1),
-        (301, b"", "the judge answered 301", 1),
         (401, b"", "the judge answered 401: check SLMOPS_JUDGE_API_KEY", 1),
         (404, b"", "the judge answered 404: check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL", 1),
         (500, b"", "the judge answered 500", 4),
@@ -178,11 +157,10 @@ def test_what_the_judge_says(server: Server, status: int, body: bytes, expected:
     assert server.requests[0]["headers"]["Authorization"] is None, "there is no key"
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_and_broken_servers_are_asked_again_later_each_time(
-    server: Server, monkeypatch: pytest.MonkeyPatch, status: int
+    server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.replies = [(status, b""), (status, b"no"), (status, b""), (200, GOOD)]
+    server.replies = [(429, b""), lambda _request: None, (503, b"no"), (200, GOOD)]  # the second hangs up
     pauses: list[float] = []
     monkeypatch.setattr(judge, "BACKOFF_S", (0.5, 1.0, 2.0))
     monkeypatch.setattr("time.sleep", pauses.append)
@@ -210,21 +188,11 @@ def test_slow_server(server: Server, reply: Reply) -> None:
     assert len(server.requests) == 4
 
 
-def test_connection_that_breaks_and_no_server(server: Server) -> None:
-    def hang_up(request: BaseHTTPRequestHandler) -> None:
-        request.close_connection = True
-
-    server.replies = [hang_up, (200, GOOD)]
-    assert judge.score(ITEM, "x", configured(server.url)).correct is True
-    server.shutdown()
-    server.server_close()
-    assert "could not be reached" in unscored(server)
-
-
 @pytest.mark.parametrize(
     ("answer", "asked", "reason"),
     [
         ("\ud800", {}, "the judge could not be asked (UnicodeEncodeError)"),
+        ("x", {"judge_url": "http://127.0.0.1:9/v1"}, "the judge could not be reached (ConnectError)"),
         *(("x", {"judge_url": url}, "could not be") for url in ("http://[", "http://127.0.0.1:port/v1", "http:///v1")),
         *(("x", {"judge_api_key": KEY + end}, "SLMOPS_JUDGE_API_KEY") for end in ("\nX-Other: 1", "é", "\x00")),
     ],

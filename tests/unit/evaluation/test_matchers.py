@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import matchers, scoring
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
+from tests import surroundings
 
 
 def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
@@ -34,10 +33,8 @@ def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
         ("regex", "b", ["a" * 19_999 + "b"], ["a" * 20_000 + "b"]),  # in the last character that counts, and behind it
         ("numeric", "4", ["2 + 2 = 4", "4.0", "GPT-4"], ["4 is 2 + 2", "four", "", "1" * 10_000]),  # the last counts
         ("numeric", "1234567.5", ["That makes 1,234,567.5 in all."], ["1,234,567"]),
-        ("numeric", "3", ["1, 2, 3"], ["3, 2, 1"]),
-        ("numeric", "-5", ["It is -5 degrees."], ["Between 3-5."]),
+        ("numeric", "-5", ["It is -5 degrees.", "=-5"], ["Between 3-5.", "GPT-5"]),
         ("numeric", "5", ["Between 3-5."], ["It is -5 degrees."]),
-        ("numeric", "-4", ["=-4"], ["GPT-4"]),
         ("numeric", "10", ["It is 10."], ["It is 1.0"]),
         ("numeric", "1,000", ["1000"], ["1"]),
         ("numeric", "9007199254740993", ["9007199254740993"], ["9007199254740992"]),  # equal in binary floating point
@@ -54,9 +51,7 @@ def test_tolerance() -> None:
     for expected, answer, tolerance, right in (
         ("1", "1.1", 0.1, True),  # 0.10000000000000009 in binary floating point
         ("1", "1.1000001", 0.1, False),
-        ("3.14159", "Pi is about 3.14.", 0.01, True),
         ("-5", "5", 1, False),
-        ("1000", "1,005", 5, True),
         ("0.0000001", "0.0000002", 1e-7, True),
         ("5", "none", 100, False),
     ):
@@ -104,25 +99,17 @@ def test_json_schema(schema: dict[str, Any], expected: str, right: list[str], wr
         assert judged("json_schema", expected, answer, schema=schema) == Judgement.of(answer in right), answer[:50]
 
 
-@pytest.mark.parametrize(
-    ("schema", "answer"),
-    [
-        ({"properties": {"a": {"$ref": "#/$defs/none"}}}, '{"a": 1}'),
-        ({"properties": {"a": {"$ref": "http://127.0.0.1:9/schema.json"}}}, '{"a": 1}'),
-        ({"items": {"$ref": "#/items"}}, "[1]"),
-    ],
-)
-def test_schema_that_cannot_be_applied(schema: dict[str, Any], answer: str) -> None:
-    found = judged("json_schema", "", answer, schema=schema)
-    assert (found.score, found.correct) == (None, None)
-    assert (found.reason or "").startswith("the schema cannot be applied: ")
+def test_schema_that_cannot_be_applied() -> None:
+    for reference in ("#/$defs/none", "http://127.0.0.1:9/schema.json", "#/items"):
+        found = judged("json_schema", "", "[1]", schema={"items": {"$ref": reference}})
+        assert (found.score, found.correct) == (None, None), reference
+        assert (found.reason or "").startswith("the schema cannot be applied: ")
 
 
 @pytest.mark.parametrize(
     ("match", "expected", "answer", "score"),
     [
         ("rouge_l", "the cat sat", "The cat sat.", 1.0),
-        ("rouge_l", "the cat sat", "the cat sat down", 2 * (3 / 4) / (3 / 4 + 1)),
         ("rouge_l", "a b c d", "d c b a", 1 / 4),  # in order: one word
         *(("rouge_l", "the cat sat", other, 0.0) for other in ("a dog ran", "", "кот")),
         ("f1", "The Eiffel Tower", "eiffel tower!", 1.0),  # articles, case and punctuation do not count
@@ -192,7 +179,6 @@ def test_python_file_with_a_dataclass_and_prints(tmp_path: Path, capsys: pytest.
     [
         ("raise ValueError('no such city')", "the function raised ValueError: no such city in line 3"),
         ("return {}[answer]", "the function raised KeyError: 'Rome' in line 3"),
-        ("return int(answer)", "the function raised ValueError: invalid literal for int() with base 10: 'Rome' in"),
         ("import json; return json.loads(answer)", "Expecting value: line 1 column 1 (char 0) in line 3"),
         ("return eval('1 +')", "the function raised SyntaxError: invalid syntax in line 3"),
         ("raise SystemExit(3)", "the function raised SystemExit: 3 in line 3"),
@@ -218,13 +204,11 @@ def test_python_that_fails_is_unscored(tmp_path: Path, body: str, reason: str) -
     [
         ("def score(expected, answer)\n    pass\n", "does not import: SyntaxError: expected ':' in line 1"),
         ("x = 1\nimport no_such_module\n", "does not import: ModuleNotFoundError: No module named 'no_such_mod"),
-        ("x = 1\n\ny = 1 / 0\n", "does not import: ZeroDivisionError: division by zero in line 3"),
         ("import json\njson.loads('')\n", "(char 0) in line 2"),
         ("import sys\nsys.exit('bye')\n", "does not import: SystemExit: bye in line 2"),
         ("def scores(expected, answer): pass\n", "has no function score."),
         ("score = 3\n", "is not a function: int."),
         ("def score(answer): pass\n", "cannot be called with (expected, answer): too many positional arguments."),
-        ("def score(a, b, c): pass\n", "cannot be called with (expected, answer): missing a required argument: 'c'."),
     ],
 )
 def test_file_that_cannot_be_used(tmp_path: Path, code: str, said: str) -> None:
@@ -246,19 +230,14 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         matchers.load_function("mine.txt:score")
 
 
-def test_without_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("no_settings")
+def test_without_what_it_needs() -> None:
     assert judged("python", "x", "x").reason == "no function was given"
-    monkeypatch.delenv("SLMOPS_JUDGE_URL", raising=False)
     found = scoring.judgement(Item(prompt="?", match="judge"), "x", None, Settings())
     assert found.correct is None
     assert "SLMOPS_JUDGE_URL" in (found.reason or "")
 
 
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
-    program = (
-        "import sys; from slmops.evaluation import dataset, scoring; dataset.load(None); "
-        "print({'rouge_score', 'jsonschema', 'httpx', 'numpy', 'scipy', 'nltk'} & set(sys.modules))"
-    )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+    there = surroundings.imported("from slmops.evaluation import dataset, scoring; dataset.load(None)")
+    assert not there & {"rouge_score", "jsonschema", "httpx", "numpy", "scipy", "nltk"}

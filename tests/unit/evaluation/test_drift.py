@@ -35,7 +35,6 @@ def compared(metric: str, recorded: Measurement, now: Measurement, **tolerances:
     ("metric", "recorded", "now", "drifted", "said"),
     [
         ("ttft_ms_p50", figure(100, 2), figure(130, 2), True, "1.3 times worse, and at most 1.15 is tolerated"),
-        ("ttft_ms_p50", figure(100, 2), figure(114, 2), False, "within the tolerance"),
         ("ttft_ms_p50", figure(100, 2), figure(115, 2), False, "within the tolerance"),
         ("ttft_ms_p50", figure(100, 2), figure(50, 2), False, "within the tolerance"),
         ("ttft_ms_p50", figure(100, 20), figure(130, 20), False, "1.3 times worse, but the intervals overlap"),
@@ -46,16 +45,13 @@ def compared(metric: str, recorded: Measurement, now: Measurement, **tolerances:
         ("ttft_ms_p50", figure(100, 2, f"a; {MACHINE_BUSY}"), figure(200, 2), False, MACHINE_BUSY),
         ("response_s_p50", figure(1, 0.01), figure(2, 0.01), True, "2 times worse"),
         ("decode_tok_s", figure(50, 1), figure(25, 1), True, "2 times worse"),
-        ("decode_tok_s", figure(50, 1), figure(100, 1), False, "within the tolerance"),
         ("prefill_tok_s", figure(50, 1), figure(40, 1), True, "1.25 times worse"),
         # One sample a round has no interval, and hardly any spread.
         ("memory_peak_mb", figure(1000, None), figure(1190, None), False, "within the tolerance"),
         ("memory_peak_mb", figure(1000, None), figure(1250, None), True, "1.25 times worse, and at most 1.2"),
-        ("memory_loaded_mb", figure(1000, None), figure(500, None), False, "within the tolerance"),
         # The interval is that of the text, which is the same.
         ("perplexity", figure(12.0, 2), figure(12.24, 2), True, "1.02 times worse, and at most 1.01"),
         ("perplexity", figure(12.0, 2), figure(12.1, 2), False, "within the tolerance"),
-        ("perplexity", figure(12.0, 2), figure(6, 2), False, "within the tolerance"),
         ("decode_tok_s", figure(0), figure(1), False, "one of the two is 0"),
     ],
 )
@@ -79,7 +75,6 @@ def test_each_tolerance_is_for_its_own_figures_and_only_what_both_have_is_compar
 @pytest.mark.parametrize(
     ("before", "now", "tolerance", "drifted", "said"),
     [
-        ([True] * 20, [True] * 20, 0, False, "within the tolerance"),
         ([False] * 20, [True] * 20, 0, False, "within the tolerance"),
         ([True] * 20, [True] * 19 + [False], 0, False, "0.05 lower, but that may be chance"),
         ([True] * 20, [True] * 10 + [False] * 10, 0, True, "0.5 lower, and at most 0 is tolerated"),

@@ -197,9 +197,7 @@ GOOD, BAD = outcome("a", "answered", True), outcome("b", "hung")
 @pytest.mark.parametrize(
     ("cases", "share", "samples", "note"),
     [
-        ([GOOD], 1.0, 1, None),
         ([GOOD, BAD], 0.5, 2, None),
-        ([BAD], 0.0, 1, None),
         ([GOOD, BAD, CUT], 0.5, 2, "not counted: nul_in_text"),
         ([GOOD, WHOLE], 1.0, 2, None),
         ([GOOD, outcome("nul_in_text", "crashed")], 0.5, 2, None),  # another defect than the known one

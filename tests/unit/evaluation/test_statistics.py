@@ -170,17 +170,14 @@ def test_five_blocks_make_an_interval() -> None:
 @pytest.mark.parametrize(
     ("value", "low", "high", "samples", "limit", "more"),
     [
-        (0.0, -0.2, 0.2, 40, -0.1, 120),  # half the half-width: four times the samples
-        (0.0, -0.2, 0.4, 40, -0.1, 120),  # the end towards the limit counts
+        (0.0, -0.2, 0.4, 40, -0.1, 120),  # half the half-width towards the limit: four times the samples
         (0.0, -0.4, 0.2, 40, 0.1, 120),
         (1.0, 0.9, 1.1, 10, 1.05, 30),
         (1.0, 0.5, 1.5, 10, 5.0, 1),  # settled already
-        (1.0, 1.0, 1.0, 1, 2.0, 1),
         (1.0, 0.9, 1.1, 10, 1.0, None),
         (1.0, None, None, 3, 2.0, None),
         (1.0, 0.0, 2.0, 100, 1.01001, 997_900),
         (1.0, 0.0, 2.0, 100, 1.0099, None),
-        (1.0, 0.0, 2.0, 100, 1 + 1e-15, None),
         (0.0, -1.0, 1.0, 100, 5e-324, None),
     ],
 )
@@ -191,15 +188,6 @@ def test_more_samples(
     got = st.more_samples(measured, limit)
     assert got == (more if more is None else pytest.approx(more, rel=0.01, abs=1))
     assert got is None or isinstance(got, int)
-
-
-def test_so_many_more_samples_do_settle_it() -> None:
-    few = st.paired_difference(*table(24, 6, 4, 6))
-    more = st.more_samples(few, -0.1)
-    assert few.low < -0.1
-    times = 1 + more / 40
-    then = st.paired_difference(*table(*(round(count * times) for count in (24, 6, 4, 6))))
-    assert then.low == pytest.approx(-0.1, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -217,21 +205,15 @@ def test_the_same_samples_give_the_same_interval() -> None:
     source = np.random.default_rng(10)
     samples, scores, nll = source.lognormal(0, 1, 30), source.random(30), source.gamma(1, 3, 700)
 
-    def everything() -> list[Measurement]:
-        return [
-            st.of_mean(samples, "ms"),
-            st.of_percentile(samples, 50, "ms"),
-            st.percentile_of_rounds([samples[:10], samples[10:]], 50, "ms"),
-            st.blocked_percentile(nll, 50, "nats"),
-            st.paired_mean_difference(scores, scores[::-1]),
-            st.perplexity(nll),
-            st.perplexity_ratio(nll, nll[::-1]),
-            st.slope(nll, "MB"),
-        ]
-
-    first = everything()
-    assert everything() == first
-    assert all(one.low is not None and one.high is not None and one.low < one.high for one in first)
+    for function, *arguments in (
+        *((st.of_mean, samples, "ms"), (st.of_percentile, samples, 50, "ms"), (st.slope, nll, "MB")),
+        (st.percentile_of_rounds, [samples[:10], samples[10:]], 50, "ms"),
+        *((st.blocked_percentile, nll, 50, "nats"), (st.paired_mean_difference, scores, scores[::-1])),
+        *((st.perplexity, nll), (st.perplexity_ratio, nll, nll[::-1])),
+    ):
+        first = function(*arguments)
+        assert function(*arguments) == first
+        assert first.low < first.high
 
 
 def test_ratios_have_students_interval_on_logarithms() -> None:

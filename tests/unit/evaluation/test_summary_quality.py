@@ -55,18 +55,10 @@ def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
     far, farther = distance(2), distance(3)
     raw = quality(nlls(1, 0.1), baseline=far, hugging_face=farther)
     found = figures(raw, baseline(quality(nlls(1))), nlls(1, -0.2))
-    expected = {
-        "perplexity": math.exp(np.mean(nlls(1, 0.1))),
-        "perplexity_ratio": math.exp(0.1),
-        "kl_mean": np.mean(far.kl),
-        "kl_median": np.median(far.kl),
-        "kl_p99": np.percentile(far.kl, 99),
-        "kl_max": max(far.kl),
-        "top1_agreement": np.mean(far.same_top),
-        "hf_perplexity_ratio": math.exp(0.3),
-        "hf_kl_mean": np.mean(farther.kl),
-        "hf_top1_agreement": np.mean(farther.same_top),
-    }
+    expected = {"perplexity": math.exp(np.mean(nlls(1, 0.1))), "perplexity_ratio": math.exp(0.1)}
+    expected |= {"kl_mean": np.mean(far.kl), "kl_median": np.median(far.kl), "kl_p99": np.percentile(far.kl, 99)}
+    expected |= {"kl_max": max(far.kl), "top1_agreement": np.mean(far.same_top), "hf_perplexity_ratio": math.exp(0.3)}
+    expected |= {"hf_kl_mean": np.mean(farther.kl), "hf_top1_agreement": np.mean(farther.same_top)}
     assert {name: found[name].value for name in expected} == pytest.approx(expected)
     assert {found[name].unit for name in KL} == {"nats", "1"}
     assert {found[name].samples for name in expected} == {TOKENS}
@@ -108,15 +100,8 @@ def each(field: str, *values: Any, correct: Any = True) -> Quality:
 SCORES = [0.2, 0.9, 0.4, 1.0, 0.0, 0.7]
 GRADED = quality(answered=tuple(answer(number, score >= 0.5, score=score) for number, score in enumerate(SCORES)))
 JUDGED = quality(answered=answers(True, None, False, True, None, True))
-MARKS = [
-    ("World facts", True),
-    ("World facts", False),
-    ("world-facts", True),
-    ("東京", False),
-    ("大阪", True),
-    ("x", None),
-]
-MARKED = quality(answered=tuple(answer(number, one, category=of) for number, (of, one) in enumerate(MARKS)))
+MARKS = {"World facts": (True, False), "world-facts": (True,), "東京": (False,), "大阪": (True,), "x": (None,)}
+MARKED = quality(answered=tuple(answer(0, one, category=name) for name, marks in MARKS.items() for one in marks))
 CATEGORIES = {"World facts": (0.5, 2), "world-facts": (1, 1), "東京": (0, 1), "大阪": (1, 1), "x": None}
 OF_JUDGEMENTS = ("accuracy", "score", "accuracy_drop", "flips", "mcnemar_p", "score_drop", f"{CATEGORY}general")
 #       both right x 5  lost x 6       gained x 1  both wrong x 2  not scored by one or the other
@@ -144,7 +129,6 @@ ENDS = each("finish_reason", "stop", "length", "stop", "content_filter", "stop",
         (quality(answered=answers(*OURS)), quality(answered=answers(*THEIRS)), {"flips": (7, 14), **DROP}),
         (each("score", 0.5, 0.6, 1.0, None), each("score", 0.7, 0.6, 0.9, 1.0), {"score_drop": (0.1 / 3, 3)}),
         (each("completion_tokens", 10, 30), each("completion_tokens", 20, 60), {"length_ratio": (0.5, 2)}),
-        (each("completion_tokens", 10, 30), each("completion_tokens", 10, 10), {"length_ratio": (2, 2)}),
         (each("completion_tokens", 5, 0), each("completion_tokens", 0, 0), {"length_ratio": (5, 2)}),
     ],
 )
@@ -165,23 +149,12 @@ def test_units_and_intervals_of_answers() -> None:
 
 def test_the_policy_knows_just_what_is_measured_and_all_of_it_survives_json() -> None:
     # A job that is not quick, on a machine that tells its energy, with items of each kind.
-    rounds = [
-        turn(
-            timed(0.2, 1.2),
-            timed(0.1, 0.9, cell=1),
-            cold=number == 0,
-            energy_j=50.0,
-            throughput={1: 20.0, 2: 33.0, 4: 41.0} if number == 0 else {},
-            memory=((0.5, 50.0), (2.5, 60.0), (5.0, 70.0), (9.5, 55.0)),
-        )
-        for number in range(3)
-    ]
-    raw = quality(
-        nlls(1),
-        (answer(0, format_valid=True), answer(1, False, category="capitals"), answer(2, None)),
-        baseline=distance(2),
-        hugging_face=distance(3),
-    )
+    memory = ((0.5, 50.0), (2.5, 60.0), (5.0, 70.0), (9.5, 55.0))
+    requests = (timed(0.2, 1.2), timed(0.1, 0.9, cell=1))
+    cold = turn(*requests, cold=True, energy_j=50.0, throughput={1: 20.0, 2: 33.0, 4: 41.0}, memory=memory)
+    rounds = [cold, *[turn(*requests, energy_j=50.0, memory=memory)] * 2]
+    answered = (answer(0, format_valid=True), answer(1, False, category="capitals"), answer(2, None))
+    raw = quality(nlls(1), answered, baseline=distance(2), hugging_face=distance(3))
     timings, beside = speed(*rounds, cells=((128, 16), (32, 16))), baseline(quality(nlls(2), raw.answers))
     made = summary.evaluation(variant(Path("int4")), timings, raw, beside, nlls(3))
     assert made.measurements.keys() == KNOWN_METRICS | {f"{CATEGORY}general", f"{CATEGORY}capitals"}

@@ -82,8 +82,7 @@ def test_it_waits_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_file_that_is_gone_is_not_asked_for_again(device: Device, path: str) -> None:
     device.remote.cuts[path] = [download.NotGivenError(f"{path} is gone from the registry.", "Promote again.")]
     assert device.refuses(download.NotGivenError, rf"bot version 3 \(int8\).*{path}").fix == "Promote again."
-    assert device.remote.offsets(path) == [0]
-    assert device.here() == []
+    assert (device.remote.offsets(path), device.here()) == ([0], [])
 
 
 def test_two_at_once(device: Device) -> None:
@@ -128,8 +127,7 @@ def test_a_part_that_is_linked_elsewhere_is_not_written_to(device: Device, tmp_p
     elsewhere.write_bytes(FILES[BIG][:700])  # whole when it was linked, and shortened since
     (device.downloads / f"{BIG}.part").hardlink_to(elsewhere)
     device.install()
-    assert elsewhere.read_bytes() == FILES[BIG][:700]
-    assert device.remote.offsets() == [0]
+    assert (elsewhere.read_bytes(), device.remote.offsets()) == (FILES[BIG][:700], [0])
 
 
 def test_not_enough_disk(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +186,7 @@ def test_an_installed_version_that_was_damaged_is_repaired(
     before = contents(first.folder)
     (first.folder / damaged).write_bytes(content)
     device.remote.asked.clear()
-    assert device.install() == first
-    assert device.remote.paths == fetched
+    assert (device.install(), device.remote.paths) == (first, fetched)
     assert contents(first.folder) == before
     assert names(device.settings.deployed / "aside") == set()
 
@@ -198,8 +195,7 @@ def test_again_nothing_is_downloaded_unless_the_registry_began_anew(device: Devi
     first = device.install()
     device.remote.asked.clear()
     before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")}
-    assert device.install() == first
-    assert device.remote.asked == []
+    assert (device.install(), device.remote.asked) == (first, [])
     assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
     assert device.registered == [first.foundry_id] * 2  # it may have been taken out of the catalog
     device.serve(**{BIG: b"other weights", "copy.data": b"other weights"})  # the number counts from one again

@@ -46,15 +46,13 @@ def test_current_and_previous_stay_and_the_others_go(device: Device, versions: V
     assert installed.versions("bot", device.settings) == [versions[number] for number in (4, 3, 2, 1)]
     installed.make_current(versions[4], device.settings)
     assert state(device) == ("4", "2")
-    assert installed.current("bot", device.settings) == versions[4]
-    assert device.here() == [4, 2]
+    assert (installed.current("bot", device.settings), device.here()) == (versions[4], [4, 2])
     assert sorted(device.forgotten) == ["bot-int8-generic-cpu:1", "bot-int8-generic-cpu:3"]
     assert {path.name for path in device.models.iterdir()} == {"bot-int8-generic-cpu-2", "bot-int8-generic-cpu-4"}
     installed.make_current(versions[4], device.settings)  # twice changes nothing
     assert state(device) == ("4", "2")
     installed.make_current(versions[2], device.settings)  # a rollback
-    assert state(device) == ("2", "4")
-    assert device.here() == [4, 2]
+    assert (state(device), device.here()) == (("2", "4"), [4, 2])
 
 
 def test_what_stays_in_the_catalog_is_named_or_is_what_users_get_keeps_its_files(
@@ -79,8 +77,7 @@ def test_tidying_that_fails_harms_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, Mock(side_effect=error))
         installed.make_current(versions[4], device.settings)
-    assert installed.current("bot", device.settings) == versions[4]
-    assert device.here() == [4, 3, 2, 1]
+    assert (installed.current("bot", device.settings), device.here()) == (versions[4], [4, 3, 2, 1])
     assert said in caplog.text
 
 
@@ -93,8 +90,7 @@ def test_other_models_and_folders_that_somebody_copied_are_left_alone(device: De
     for current in (other, versions[4]):
         installed.make_current(current, device.settings)
     assert installed.versions("bot-two", device.settings) == [other]
-    assert installed.current("bot-two", device.settings) == other
-    assert device.here() == [4, 2]
+    assert (installed.current("bot-two", device.settings), device.here()) == (other, [4, 2])
 
 
 def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> None:
@@ -129,8 +125,7 @@ def test_a_current_version_that_is_gone_gives_way_to_the_one_before(
     device: Device, versions: Versions, damage: Callable[[Path], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(versions[2].folder)
-    assert device.here() == [4, 3, 1]
-    assert installed.current("bot", device.settings) == versions[1]
+    assert (device.here(), installed.current("bot", device.settings)) == ([4, 3, 1], versions[1])
     assert "bot-int8-generic-cpu:2" in caplog.text
     damage(versions[1].folder)
     assert installed.current("bot", device.settings) is None

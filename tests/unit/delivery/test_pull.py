@@ -98,8 +98,7 @@ def test_another_model_whose_folder_would_be_the_same(device: Device) -> None:
     first = device.install()
     device.serve("bot", "two-int8")
     device.refuses(RegistrationError, "bot-two")
-    assert installed.versions("bot-two", device.settings) == [first]
-    assert device.here() == []
+    assert (installed.versions("bot-two", device.settings), device.here()) == ([first], [])
 
 
 @pytest.mark.parametrize(
@@ -119,8 +118,7 @@ def test_a_version_that_does_not_answer_changes_nothing(device: Device, served: 
     device.refuses(RegistrationError, "SIGSEGV")
     assert device.forgotten == [f"bot-int8-generic-cpu:{device.remote.number}"]
     assert contents(device.settings.deployed) == before
-    assert installed.current("bot", device.settings) == first
-    assert installed.versions("bot", device.settings) == [first]
+    assert (installed.current("bot", device.settings), installed.versions("bot", device.settings)) == (first, [first])
 
 
 @pytest.mark.parametrize("step", ["confirm", "ask"])

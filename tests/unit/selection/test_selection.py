@@ -52,9 +52,8 @@ def test_pareto(figures: list[tuple[float, float, float, float | None]], dominat
     """Variants a, b, ... with size, speed, memory and KL divergence."""
     names = ("size_mb", "decode_tok_s", "memory_peak_mb", "kl_mean", "perplexity")
     found = [{metric: value for metric, value in zip(names, (*row, 10), strict=True) if value} for row in figures]
-    assert pareto([VariantResult(name=n, status="ok", metrics=m) for n, m in zip("abc", found, strict=False)]) == (
-        dominated
-    )
+    results = [VariantResult(name=name, status="ok", metrics=of) for name, of in zip("abc", found, strict=False)]
+    assert pareto(results) == dominated
 
 
 def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
@@ -149,6 +148,9 @@ def test_ties_and_what_is_missing(objective: Any, results: list[VariantResult], 
 
 
 STRICT = DEFAULT.model_copy(update={"gates": (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))})
+FASTEST = DEFAULT.model_copy(update={"objective": "fastest"})
+CLOSE = Policy(objective="best_quality", gates=(Gate(metric="kl_mean", max=0.1),))
+QUICK = [FP32, speed("int8", 150, 50), speed("int4", 110, 60, 1.44)]
 SURE = result("int4", 110, 1.02, 0.45, spread=0.01)
 UNKNOWN = result("int8", 150, changes=dict.fromkeys(("perplexity_ratio", "accuracy", "size_ratio")))
 
@@ -158,22 +160,14 @@ UNKNOWN = result("int8", 150, changes=dict.fromkeys(("perplexity_ratio", "accura
     [
         (DEFAULT, [FP32, INT8, INT4], "int4 preference 1.08 0.45 0.5 0.1833"),
         (Policy(objective="smallest"), [FP32, SURE], "int4 smallest 1.02 [1.01, 1.03] 0.45 [0.44, 0.46] 0.5 0.1833"),
-        (
-            DEFAULT.model_copy(update={"objective": "fastest"}),
-            [FP32, speed("int8", 150, 50), speed("int4", 110, 60, 1.44)],
-            "int8 fastest 1 0.5 0.5 0.25 int4 refused perplexity 1.44 1.1",
-        ),
+        (FASTEST, QUICK, "int8 fastest 1 0.5 0.5 0.25 int4 refused perplexity 1.44 1.1"),
         (Policy(objective="best_quality"), [FP32, UNKNOWN], "int8 closest not measured"),
         (
             DEFAULT,
             [FP32, result("mine", 700), BROKEN],
             "fp32 baseline itself perplexity 10 accuracy 0.5 int4 refused perplexity 50 1.1 accuracy -0.5 0.1",
         ),
-        (
-            Policy(objective="best_quality", gates=(Gate(metric="kl_mean", max=0.1),)),
-            [FP32, BAD_INT4],
-            "fp32 baseline itself 10 0.5 int4 refused kl_mean 0.22 0.1",
-        ),
+        (CLOSE, [FP32, BAD_INT4], "fp32 baseline itself 10 0.5 int4 refused kl_mean 0.22 0.1"),
         (DEFAULT, [FP32], "fp32 no other variant 10 0.5"),
         (
             STRICT,

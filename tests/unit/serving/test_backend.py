@@ -28,8 +28,6 @@ pytestmark = pytest.mark.anyio
 WAIT = "sys.stdin.read()\n"
 LISTENS = f'print(json.dumps({{"url": "http://127.0.0.1:9"}}), flush=True)\n{WAIT}'
 MAKES = "request = json.loads(sys.argv[1])\nos.makedirs(request['scratch'])\n"
-
-
 Start = Callable[[str], Awaitable[Backend]]
 
 
@@ -158,7 +156,6 @@ async def test_a_log_that_cannot_be_written(installed: Installed, settings: Sett
 
 
 # --- the smoke test
-
 
 DONE = b"data: [DONE]\n\n"
 

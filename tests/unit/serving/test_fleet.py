@@ -30,8 +30,7 @@ async def test_the_champion_is_served_and_written_down(world: World, made: Fleet
     assert [row["id"] for row in rows] == ["bot", *(f"bot:{number}" for number in (5, 4, 3, 2, 1))]
     created = int(fleets.CREATED.timestamp())
     assert {(row["object"], row["owned_by"], row["created"]) for row in rows} == {("model", "slmops", created)}
-    assert world.installs == [1]
-    assert world.withdrawn == []
+    assert (world.installs, world.withdrawn) == ([1], [])
 
 
 async def test_the_old_one_answers_until_the_new_one_is_ready_and_ends_what_it_began(world: World, made: Fleet) -> None:
@@ -50,8 +49,7 @@ async def test_the_old_one_answers_until_the_new_one_is_ready_and_ends_what_it_b
         assert [(one.installed.version, one.in_flight) for one in made.running] == [(2, 0), (1, 1)]
         assert made.switches == 1
     await until(lambda: old.stopped)
-    assert world.last == installed(2)
-    assert [one.installed.version for one in made.running] == [2]
+    assert (world.last, [one.installed.version for one in made.running]) == (installed(2), [2])
     assert not made.last_failure
 
 
@@ -61,8 +59,7 @@ async def test_switches_in_a_row_and_a_drain_that_does_not_wait_for_ever(world: 
             await promote(world, made, number)
         assert made.switches == 3
         # The first one drains still, and a second process of the same version has taken over.
-        assert world.running == [1, 1]
-        assert await asked(made) == 1
+        assert (world.running, await asked(made)) == ([1, 1], 1)
         await until(lambda: world.backends[0].stopped)
         assert "1 requests" in made.last_failure
 
@@ -123,8 +120,7 @@ async def test_the_last_version_is_served_where_the_champion_cannot(
     getattr(world, fault)[2] = error
     async with serving(world, poll_s=0.05) as made:
         for _ in range(2):
-            assert await asked(made) == last
-            assert len(world.withdrawn) == withdrawn
+            assert (await asked(made), len(world.withdrawn)) == (last, withdrawn)
             assert ("bot version 2 (int8)" in made.last_failure) == (last == 1)
             await rounds(world, 2)
         getattr(world, fault).clear()
@@ -167,8 +163,7 @@ async def test_a_process_that_cannot_be_restarted_has_its_files_checked(
     assert "cannot be restarted" in made.last_failure
     world.unstartable.clear()
     await until(lambda: made.ready)
-    assert made.restarts == 1
-    assert world.withdrawn == []
+    assert (made.restarts, world.withdrawn) == (1, [])
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -237,13 +232,10 @@ async def test_a_stop_in_the_middle_of_everything(world: World) -> None:
 
 async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> None:
     async with serving(world, spare=2) as made:
-        assert [await asked(made, f"bot:{number}") for number in (2, 3, 2)] == [2, 3, 2]
-        assert world.running == [1, 2, 3]
-        assert await asked(made, "bot-int8-generic-cpu:4") == 4
-        assert sorted(world.running) == [1, 2, 4]
+        assert ([await asked(made, f"bot:{number}") for number in (2, 3, 2)], world.running) == ([2, 3, 2], [1, 2, 3])
+        assert (await asked(made, "bot-int8-generic-cpu:4"), sorted(world.running)) == (4, [1, 2, 4])
         assert [one.installed.version for one in made.running] == [1, 2, 4]
-        assert await asked(made, "bot:1") == 1
-        assert made.switches == 0
+        assert (await asked(made, "bot:1"), made.switches) == (1, 0)
     assert world.installs == [1, 2, 3, 4]
 
 
@@ -254,8 +246,7 @@ async def test_a_version_in_use_is_not_stopped_and_one_that_died_is_started_agai
         assert caught.value.retry_after_s > 0
         assert world.running == [1, 2]
     for _ in range(2):
-        assert await asked(made, "bot:3") == 3
-        assert world.running == [1, 3]
+        assert (await asked(made, "bot:3"), world.running) == (3, [1, 3])
         world.backends[-1].die()
         assert [one.installed.version for one in made.running] == [1]
     assert world.backends[-2].stopped
@@ -297,8 +288,7 @@ async def test_a_version_that_fails_is_not_started_by_each_request(
     assert (world.installs, world.running) == ([1, 2], [1])
     world.bad.clear()
     await asyncio.sleep(0.25)
-    assert await asked(made, "bot:2") == 2
-    assert world.withdrawn == []
+    assert (await asked(made, "bot:2"), world.withdrawn) == (2, [])
 
 
 async def test_a_version_beside_becomes_champion_without_a_second_process(world: World, made: Fleet) -> None:
@@ -329,8 +319,7 @@ async def test_a_version_that_is_new_in_the_registry_is_found_soon(world: World,
     with pytest.raises(UnknownModel):
         await asked(made, "bot:6")
     await rounds(world)
-    assert await asked(made, "bot:6") == 6
-    assert world.asked["versions"] == lists + 1
+    assert (await asked(made, "bot:6"), world.asked["versions"]) == (6, lists + 1)
 
 
 async def test_the_champion_alone(world: World) -> None:

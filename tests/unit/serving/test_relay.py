@@ -152,8 +152,7 @@ async def test_a_stream_that_breaks_ends_with_an_error(one: Stand) -> None:
     assert answered.status_code == 200
     first, last, rest = answered.content.split(b"\n\n")
     assert first + b"\n\n" == event(chunk("a"))
-    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "backend_error"
-    assert rest == b""
+    assert (json.loads(last.removeprefix(b"data: "))["error"]["code"], rest) == ("backend_error", b"")
     assert await one.counted(502) == 1
 
 
@@ -193,8 +192,7 @@ async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> No
         assert await one.in_flight() == (1, 1)
         assert one.fleet.backend.in_flight == 2
         one.upstream.let_go.set()
-        assert (await waits).status_code == 200
-        assert await one.in_flight() == (0, 0)
+        assert ((await waits).status_code, await one.in_flight()) == (200, (0, 0))
         assert await one.metric("slmops_completion_tokens_total") == 6
 
 
@@ -253,8 +251,7 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_run
         assert len(events) > 3
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
         await asyncio.wait_for(one.upstream.left.wait(), 2)
-        assert await one.in_flight() == (0, 0)
-        assert await one.counted(504) == 1
+        assert (await one.in_flight(), await one.counted(504)) == ((0, 0), 1)
 
 
 async def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:

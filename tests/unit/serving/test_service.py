@@ -91,9 +91,7 @@ async def test_while_it_loads_it_can_be_stopped(tmp_path: Path) -> None:
 
 
 async def test_a_fleet_that_has_nothing_to_serve_ends_it(tmp_path: Path) -> None:
-    starts = asyncio.Event()
-
-    async with serving(tmp_path, starts=starts) as one:
+    async with serving(tmp_path, starts=(starts := asyncio.Event())) as one:
         one.fleet.refuses = ServingError("no", "fix")
         starts.set()
         with pytest.raises(ServingError, match="no"):
@@ -114,8 +112,7 @@ async def test_a_running_request_is_finished_and_no_new_one_is_taken(tmp_path: P
             await one.client.get("/health")
         assert not one.task.done()
         one.upstream.let_go.set()
-        assert (await asked).status_code == 200
-        assert one.fleet.log == ["started"]
+        assert ((await asked).status_code, one.fleet.log) == (200, ["started"])
         await one.task
 
 
@@ -146,9 +143,8 @@ async def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(tmp_path) as one:
-        reader, writer = await one.post(
-            "transfer-encoding: chunked", kind="text/plain", body=b"zz\r\n"
-        )  # refused at once
+        # Refused at once, for its kind.
+        reader, writer = await one.post("transfer-encoding: chunked", kind="text/plain", body=b"zz\r\n")
         answered = await asyncio.wait_for(reader.read(), 3)
         assert answered.startswith(b"HTTP/1.1 400")
         assert answered.count(b"HTTP/1.1") == 1
@@ -172,15 +168,11 @@ async def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("host", "token", "error", "named"),
     [
-        *(
-            (host, None, UsageError, "SLMOPS_SERVE_TOKEN")
-            for host in ("0.0.0.0", "::", "192.0.2.1", "server.example")  # noqa: S104 - it is refused
-        ),
-        *(
-            ("localhost", token, UsageError, "SLMOPS_SERVE_TOKEN")
-            for token in ("s\u00e9cret", "two words", "line\nbreak")
-        ),
-        ("no.such.invalid", "xyz", UsageError, "no.such.invalid"),
+        ("0.0.0.0", None, UsageError, "SLMOPS_SERVE_TOKEN"),  # noqa: S104 - it is refused
+        ("server.example", None, UsageError, "SLMOPS_SERVE_TOKEN"),
+        ("localhost", "s\u00e9cret", UsageError, "SLMOPS_SERVE_TOKEN"),
+        ("localhost", "two words", UsageError, "SLMOPS_SERVE_TOKEN"),
+        ("localhost", "line\nbreak", UsageError, "SLMOPS_SERVE_TOKEN"),
         ("192.0.2.1", "xyz", PrerequisiteError, "192.0.2.1"),
     ],
 )

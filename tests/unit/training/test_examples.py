@@ -41,8 +41,7 @@ def chat(*turns: str) -> str:
 def test_all_formats_have_one_normal_form(tmp_path: Path, line: str) -> None:
     found = read(tmp_path, line)
     assert not found.problems
-    assert found.examples[0].messages == TURNS
-    assert found.examples[0].json == json.dumps({"messages": TURNS})
+    assert (found.examples[0].messages, found.examples[0].json) == (TURNS, json.dumps({"messages": TURNS}))
     assert found.files == {"train.jsonl": 1}
 
 

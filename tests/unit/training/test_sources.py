@@ -67,8 +67,7 @@ def test_a_folder(folder: Path, settings: Settings) -> None:
     # An evaluation set of the user's own is not trained on.
     (folder / "a.JSONL").rename(folder / "held-out.jsonl")
     fetched = fetch(folder, settings, folder / ".." / "data" / "held-out.jsonl")
-    assert list(texts(fetched)) == ["train.jsonl"]
-    assert fetched.evaluation.read_text() == line(3)
+    assert (list(texts(fetched)), fetched.evaluation.read_text()) == (["train.jsonl"], line(3))
 
 
 def test_home_is_expanded(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +98,7 @@ def test_without_an_evaluation_set(folder: Path, settings: Settings, source: str
         refused("demo", settings, str(evaluation), evaluation=evaluation)
 
 
-def test_there_is_nothing(settings: Settings) -> None:
+def test_there_is_nothing_or_mlflow_refuses(settings: Settings) -> None:
     put(Path("empty"))
     put(Path("gone")).joinpath("gone.jsonl").symlink_to("nowhere.jsonl")
     Path("evaluation.txt").write_text("x")
@@ -108,6 +107,9 @@ def test_there_is_nothing(settings: Settings) -> None:
     refused("gone", settings, "gone.jsonl")
     refused("no\nwhere\x00", settings, r"no\nwhere\x00")
     refused("x" * 5000, settings, "too long")
+    refused("runs:/abc/data", settings, "bucket", download=mock.Mock(side_effect=KeyError("bucket")))
+    away = TrackingError("MLflow is away", "Start it.")
+    refused("runs:/abc/data", settings, away.message, error=TrackingError, download=mock.Mock(side_effect=away))
 
 
 def test_too_much(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +154,6 @@ def test_a_file_and_what_is_beside_it(folder: Path, settings: Settings, place: s
     assert fetched.evaluation.name == "evaluation.csv"
 
 
-def test_mlflow_refuses(settings: Settings) -> None:
-    refused("runs:/abc/data", settings, "bucket", download=mock.Mock(side_effect=KeyError("bucket")))
-    away = TrackingError("MLflow is away", "Start it.")
-    refused("runs:/abc/data", settings, away.message, error=TrackingError, download=mock.Mock(side_effect=away))
-
-
 def record(number: int, inputs: dict[str, Any], **expectations: Any) -> dict[str, Any]:
     return {"dataset_record_id": f"dr-{number}", "inputs": inputs, "expectations": expectations}
 
@@ -183,13 +179,9 @@ def test_an_mlflow_dataset(folder: Path, settings: Settings) -> None:
         "has both 'messages' and 'prompt' or 'completion' (id dr-5)",
         "needs either 'messages', or 'prompt' and 'completion' (id dr-6)",
     }
-
-
-def test_the_digest_of_a_copy_of_an_mlflow_dataset_is_the_same(folder: Path, settings: Settings) -> None:
-    records = [record(number, {"prompt": f"P{number}"}, expected_response="A") for number in range(5)]
-    copy = [{**one, "dataset_record_id": f"copy-{-number}"} for number, one in enumerate(records)][::-1]
-    given = {"dataset": {"x": records, "y": copy}.__getitem__}
-    one, other = (fetch(f"mlflow-dataset:{name}", settings, folder / "evaluation.jsonl", **given) for name in "xy")
+    copy = [{**one, "dataset_record_id": f"copy-{number}"} for number, one in enumerate(records[1::-1])]
+    given = {"x": records[:2], "y": copy}.__getitem__
+    one, other = (fetch(f"mlflow-dataset:{x}", settings, folder / "evaluation.jsonl", dataset=given) for x in "xy")
     assert data.digest(one) == data.digest(other)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-START_S = 120
+START_S = 300
 
 
 class Command:

@@ -37,7 +37,7 @@ def _workers(home: Path) -> list[psutil.Process]:
 
 
 def _gone(home: Path) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while _workers(home):
         if time.monotonic() > deadline:
             return False

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.e2e
 
 STAGES = (
     "this run in Prefect",
-    "fine-tuning",  # begins
-    "validation loss",  # in the middle of it
-    "Olive runs",
+    "validation loss",  # in the middle of the fine-tuning
     "measuring quality",
     "files to fetch",  # in the promotion
     "watching",

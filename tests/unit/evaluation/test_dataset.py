@@ -1,4 +1,4 @@
-"""The evaluation set: what counts as right, and every bad line named with its number and reason."""
+"""The evaluation set, JSONL or CSV: what counts as right, and every bad line named with its number and reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.evaluation import dataset, scoring
-from slmops.evaluation.dataset import Item
+from slmops.evaluation.dataset import Item, Pattern
 
 
 def written(tmp_path: Path, *lines: str | dict[str, Any]) -> Path:
@@ -35,6 +35,7 @@ GOOD = {"prompt": "Capital of France?", "expected": "Paris"}
 
 
 def test_good_lines(tmp_path: Path) -> None:
+    messages = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant", "user")]
     path = written(
         tmp_path,
         GOOD,
@@ -43,6 +44,7 @@ def test_good_lines(tmp_path: Path) -> None:
         {"prompt": "Half?", "expected": 0.5, "match": "numeric", "id": ""},
         "   ",
         {"prompt": "Tiny?", "expected": 1e-7, "match": "numeric", "tolerance": 1e-8},
+        {"messages": messages, "expected": "Rome"},
     )
     found = dataset.load(path)
     assert found.name == "my.jsonl"
@@ -52,7 +54,10 @@ def test_good_lines(tmp_path: Path) -> None:
         ("s1", "2+2?", "4", "numeric", "sums", 8),
         ("4", "Half?", "0.5", "numeric", "general", 24),  # the number of its line
         ("6", "Tiny?", "0.0000001", "numeric", "general", 24),
+        ("7", None, "Rome", "contains", "general", 24),
     ]
+    assert found.items[0].conversation == [{"role": "user", "content": "Capital of France?"}]
+    assert found.items[-1].conversation == messages
 
 
 def test_what_ends_a_line(tmp_path: Path) -> None:
@@ -60,13 +65,6 @@ def test_what_ends_a_line(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": prompt, "expected": "x"}, "", GOOD)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert [(i.id, i.prompt) for i in dataset.load(path).items] == [("1", prompt), ("3", GOOD["prompt"])]
-
-
-def test_messages(tmp_path: Path) -> None:
-    messages = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant", "user")]
-    [found] = dataset.load(written(tmp_path, {"messages": messages, "expected": "Rome"})).items
-    assert found.conversation == messages
-    assert Item(prompt="?", expected="x").conversation == [{"role": "user", "content": "?"}]
 
 
 def test_items_survive_the_way_to_a_worker() -> None:
@@ -253,3 +251,95 @@ def test_text_of_the_user_and_the_default_one_which_is_the_same_in_each_process(
     program = "from slmops.evaluation.dataset import perplexity_text; print(perplexity_text(None)[1])"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest
+
+
+def table(tmp_path: Path, content: str, name: str = "my.csv", encoding: str = "utf-8") -> Path:
+    path = tmp_path / name
+    path.write_bytes(content.encode(encoding))
+    return path
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        "prompt,expected,match,category,id,max_tokens,tolerance,threshold,format,messages,schema\r\n"
+        '"Say ""hi"", please\r\nand\nno more",hi,,,,,,,,,\r\n'
+        ",,,,,,,,,,\r\n"
+        "\r\n"
+        "Pi?,3.14,numeric,sums,pi,8,0.01,,number,,\r\n"
+        "Why?,because,f1,,,,,0.75,,,\r\n"
+        ',Rome,,,,,,,,"[{""role"": ""system"", ""content"": ""Be""}, {""role"": ""user"", ""content"": ""Q""}]",\r\n'
+        'JSON?,,json_schema,,,,,,,,"{""type"": ""object""}"\r\n'
+        'Letter?,B,,,,,,,"{""regex"": ""[A-D]""}",,\r\n',
+        encoding="utf-8-sig",
+    )
+    found = dataset.load(path)
+    assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [i.id for i in found.items] == ["2", "pi", "8", "9", "10", "11"]  # where the rows begin
+    first, pi, why, rome, schema, letter = found.items
+    assert first == Item(prompt='Say "hi", please\r\nand\nno more', expected="hi", id="2")
+    assert (pi.match, pi.category, pi.max_tokens, pi.tolerance, pi.format) == ("numeric", "sums", 8, 0.01, "number")
+    assert (why.match, why.threshold) == ("f1", 0.75)
+    assert rome.conversation == [{"role": "system", "content": "Be"}, {"role": "user", "content": "Q"}]
+    assert schema.json_schema == {"type": "object"}
+    assert letter.format == Pattern(regex="[A-D]")
+
+
+def test_csv_is_what_the_suffix_says_and_may_be_empty(tmp_path: Path) -> None:
+    content = "prompt,expected\nQ,A\n"
+    assert len(dataset.load(table(tmp_path, content, "UPPER.CSV")).items) == 1
+    assert "line 1: is not JSON" in raised_by(table(tmp_path, content, "my.jsonl")).message
+    for empty in ("", "\n", "prompt,expected\n", "prompt, expected\n,\n"):
+        assert raised_by(table(tmp_path, empty)).message == "my.csv has no items."
+
+
+@pytest.mark.parametrize(
+    ("rows", "problems"),
+    [
+        ("Q,A\nQ\nQ,A,x\nQ,A\n", [f"line {n}: has {m} cells, but the header has 2" for n, m in ((3, 1), (4, 3))]),
+        (
+            '"two\nlines",A\nQ,\n"two\nlines",\n',
+            [f"line {number}: 'expected' must not be empty for match 'contains'" for number in (4, 5)],
+        ),
+        ('Q,A\n"Q,A\nQ,A\n', ["line 3: is not CSV from here on: unexpected end of data"]),
+        ('Q,"A"B\n', ["line 2: is not CSV from here on: ',' expected after '\"'"]),
+        pytest.param(
+            "Q," + "x" * 140_000,
+            ["line 2: is not CSV from here on: field larger than field limit (131072)"],
+            id="large",
+        ),
+    ],
+)
+def test_bad_csv_rows(tmp_path: Path, rows: str, problems: list[str]) -> None:
+    error = raised_by(table(tmp_path, "prompt,expected\n" + rows))
+    assert error.message.splitlines() == ["my.csv has bad lines:", *(f"  - {problem}" for problem in problems)]
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "problem"),
+    [
+        ("max_tokens", "many", "line 2: max_tokens must be a whole number"),
+        ("format", "xml", 'line 2: format must be "json"'),
+        ("format", '"{""regex"""', "line 2: format is not JSON: Expecting ':' delimiter at column 9"),
+        ("messages", "hello", "line 2: messages is not JSON: Expecting value at column 1"),
+        ("tolerance", "inf", "line 2: tolerance must be a finite number"),
+        ("id", 'x\n"1\n2",A,y\nQ,A,x', "line 5: line 2 already has the id 'x'"),
+    ],
+)
+def test_bad_csv_cells(tmp_path: Path, column: str, cell: str, problem: str) -> None:
+    assert problem in raised_by(table(tmp_path, f"prompt,expected,{column}\nQ,A,{cell}\n")).message
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        *((f"prompt,{name}", f"an unknown column '{name}'.") for name in ("answer", "json_schema")),
+        ("prompt;expected", "an unknown column 'prompt;expected'."),
+        ("prompt,expected,", "an unknown column ''."),
+        ("prompt,expected,prompt", "the column 'prompt' twice."),
+    ],
+)
+def test_bad_csv_header(tmp_path: Path, header: str, said: str) -> None:
+    error = raised_by(table(tmp_path, f"{header}\nQ,A\n"))
+    assert error.message == f"my.csv has {said}"
+    assert "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, mess" in error.fix

@@ -6,8 +6,8 @@ import inspect
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +25,10 @@ STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first')
 CONTEXT = 200
 
 
-@dataclass
-class Reply:
+def answer(text: str = "Paris.", finish_reason: str = "stop", prompt: int = 10, completion: int = 2) -> Any:
     """As the runtime's."""
-
-    text: str = "Paris."
-    finish_reason: str = "stop"
-    prompt_tokens: int = 10
-    completion_tokens: int = 2
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return SimpleNamespace(text=text, finish_reason=finish_reason, **counts)
 
 
 class RuntimeRefusal(Exception):
@@ -51,7 +47,7 @@ class Model:
         self.replies = replies or []
         self.asked: list[tuple[Messages, int]] = []
 
-    def __call__(self, messages: Messages, max_tokens: int) -> Reply:
+    def __call__(self, messages: Messages, max_tokens: int) -> Any:
         self.asked.append((messages, max_tokens))
         text = " ".join(message["content"] for message in messages)
         text.encode()
@@ -59,10 +55,9 @@ class Model:
         if tokens + max_tokens > CONTEXT:
             said = f"search_options.cc:108 int fl::Check(int64_t, int) {tokens} and {max_tokens} tokens (too many)"
             raise RuntimeRefusal(said, edge_worker.INVALID_ARGUMENT)
-        reply = self.replies.pop(0) if self.replies else Reply(prompt_tokens=tokens)
+        reply = self.replies.pop(0) if self.replies else answer(prompt=tokens)
         if isinstance(reply, Exception):
             raise reply
-        assert isinstance(reply, Reply)
         return reply
 
     @staticmethod
@@ -89,12 +84,9 @@ Go = Callable[..., tuple[CaseProgress, Model]]
 def go_through(folder: Path) -> Go:
     """Put one case to a model."""
 
-    def go(
-        name: str, model: Model | None = None, count: Callable[[str], int] = Model.count
-    ) -> tuple[CaseProgress, Model]:
-        [case] = [case for case in edge_cases.EDGE_CASES if case.id == name]
-        model = model or Model()
-        return edge_worker.see(case, Probe(model, count, CONTEXT, folder)), model
+    def go(name: str, model: Any = None, count: Callable[[str], int] = Model.count) -> tuple[CaseProgress, Model]:
+        asked = model or Model()
+        return edge_worker.see(EdgeCase(id=name, expected="answered"), Probe(asked, count, CONTEXT, folder)), asked
 
     return go
 
@@ -147,13 +139,11 @@ def test_the_end_of_the_context_is_where_the_runtime_counts_it(go_through: Go) -
     ("name", "model", "outcome", "detail"),
     [
         ("nul_in_text", Model(cuts=True), "cut", "13 of 23 prompt tokens reached the model"),
-        ("nul_in_text", Model(replies=[Reply(prompt_tokens=9), ValueError("embedded NUL")]), "refused", "embedded NUL"),
-        ("greedy_twice", Model(replies=[Reply("Paris."), Reply("Rome.")]), "unequal", "first 'Paris.', then 'Rome.'"),
-        ("emoji", Model(replies=[Reply("", "stop", 9, 0)]), "answered", "9 prompt tokens, 0 generated (stop)"),
-        ("emoji", Model(replies=[Reply("x", "error")]), "failed", "(error)"),
-        ("emoji", Model(replies=[Reply("x", "none")]), "failed", "(none)"),
+        ("nul_in_text", Model(replies=[answer(prompt=9), ValueError("embedded NUL")]), "refused", "embedded NUL"),
+        ("greedy_twice", Model(replies=[answer("Paris."), answer("Rome.")]), "unequal", "first 'Paris.', then 'Rome.'"),
+        ("emoji", Model(replies=[answer("", "stop", 9, 0)]), "answered", "9 prompt tokens, 0 generated (stop)"),
+        ("emoji", Model(replies=[answer("x", "error")]), "failed", "(error)"),
         ("emoji", Model(replies=[RuntimeRefusal("out of memory", 2)]), "failed", "RuntimeRefusal: out of memory"),
-        ("emoji", Model(replies=[RuntimeRefusal("too odd", 3)]), "refused", "RuntimeRefusal: too odd"),
         ("emoji", Model(replies=[KeyError("x")]), "failed", "KeyError"),
         ("repeated_tokens", Model(), "refused", "RuntimeRefusal: 10007 and 6 tokens (too many)"),
         ("assistant_first", Model(replies=[RuntimeRefusal("internal", 2)]), "failed", "internal"),

@@ -155,8 +155,6 @@ async def test_a_log_that_cannot_be_written(installed: Installed, settings: Sett
         await Backend.start(installed, settings)
 
 
-# --- the smoke test
-
 DONE = b"data: [DONE]\n\n"
 
 
@@ -210,9 +208,6 @@ async def test_a_smoke_test_takes_no_more_than_its_time(monkeypatch: pytest.Monk
             await smoke(url)
     with pytest.raises(ServingError, match="ConnectError"):  # where nothing listens
         await smoke("http://127.0.0.1:9")
-
-
-# --- the process's own model cache
 
 
 def test_a_cache_of_its_own_where_there_are_links(

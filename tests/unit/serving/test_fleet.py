@@ -17,10 +17,8 @@ from tests.fleets import BAD, DOWN, World, asked, fleet, installed, promote, rou
 
 pytestmark = pytest.mark.anyio
 
-# --- serving the champion, and switching
 
-
-async def test_the_champion_is_served_and_written_down(world: World, made: Fleet) -> None:
+async def test_the_champion_is_served_and_written_down_and_who_leaves_is_not_counted(world: World, made: Fleet) -> None:
     assert [await asked(made, name) for name in ("bot", "bot:1", "bot-int8-generic-cpu:1")] == [1, 1, 1]
     assert world.last == installed(1)
     assert (made.version, made.ready, made.watch.reachable) == (1, True, True)
@@ -31,6 +29,10 @@ async def test_the_champion_is_served_and_written_down(world: World, made: Fleet
     created = int(fleets.CREATED.timestamp())
     assert {(row["object"], row["owned_by"], row["created"]) for row in rows} == {("model", "slmops", created)}
     assert (world.installs, world.withdrawn) == ([1], [])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), made.lease("bot"):
+            await asyncio.sleep(60)
+    assert world.backends[0].in_flight == 0
 
 
 async def test_the_old_one_answers_until_the_new_one_is_ready_and_ends_what_it_began(world: World, made: Fleet) -> None:
@@ -51,6 +53,10 @@ async def test_the_old_one_answers_until_the_new_one_is_ready_and_ends_what_it_b
     await until(lambda: old.stopped)
     assert (world.last, [one.installed.version for one in made.running]) == (installed(2), [2])
     assert not made.last_failure
+    world.unwritable = PrerequisiteError("The disk is full.")
+    await promote(world, made, 3)
+    await until(lambda: "could not be written down: The disk is full." in made.last_failure)
+    assert await asked(made) == 3
 
 
 async def test_switches_in_a_row_and_a_drain_that_does_not_wait_for_ever(world: World) -> None:
@@ -62,16 +68,6 @@ async def test_switches_in_a_row_and_a_drain_that_does_not_wait_for_ever(world: 
         assert (world.running, await asked(made)) == ([1, 1], 1)
         await until(lambda: world.backends[0].stopped)
         assert "1 requests" in made.last_failure
-
-
-async def test_a_champion_that_cannot_be_written_down_is_served(world: World, made: Fleet) -> None:
-    world.unwritable = PrerequisiteError("The disk is full.")
-    await promote(world, made, 2)
-    await until(lambda: "could not be written down: The disk is full." in made.last_failure)
-    assert await asked(made) == 2
-
-
-# --- what can be served at the start
 
 
 @pytest.mark.parametrize(
@@ -128,9 +124,6 @@ async def test_the_last_version_is_served_where_the_champion_cannot(
         assert made.switches == (last == 1)
 
 
-# --- the champion's process dies
-
-
 async def test_a_process_that_dies_is_restarted(world: World, made: Fleet) -> None:
     world.held[1] = asyncio.Event()
     async with made.lease("bot"):
@@ -184,16 +177,6 @@ async def test_another_champion_replaces_one_that_cannot_be_restarted(world: Wor
     await until(lambda: made.restarts == 1)
 
 
-# --- ends of all kinds
-
-
-async def test_a_request_that_is_cancelled_is_no_longer_counted(world: World, made: Fleet) -> None:
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05), made.lease("bot"):
-            await asyncio.sleep(60)
-    assert world.backends[0].in_flight == 0
-
-
 async def test_a_start_that_is_cancelled_leaves_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets.FakeBackend, "smoke_test", lambda _: asyncio.sleep(60))
     starting = asyncio.create_task(fleet(world).start())
@@ -225,9 +208,6 @@ async def test_a_stop_in_the_middle_of_everything(world: World) -> None:
     with pytest.raises((asyncio.CancelledError, Unavailable)):
         await beside
     await made.stop()
-
-
-# --- versions beside the champion
 
 
 async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> None:
@@ -303,16 +283,13 @@ async def test_a_version_beside_becomes_champion_without_a_second_process(world:
     assert len(world.backends) == 2
 
 
-async def test_unknown_models(world: World, made: Fleet) -> None:
+async def test_unknown_models_and_one_that_is_new_in_the_registry(world: World, made: Fleet) -> None:
     for model in ("", "bot:9", "bot:", "bot:x", "other", "bot:02", "bot@int8", "Bot", "x" * 10_000):
         with pytest.raises(UnknownModel) as caught:
             await asked(made, model)
         assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
         assert len(caught.value.message) < 200
     assert world.installs == [1]
-
-
-async def test_a_version_that_is_new_in_the_registry_is_found_soon(world: World, made: Fleet) -> None:
     await rounds(world)
     lists = world.asked["versions"]
     world.all = [version(6), *world.all]

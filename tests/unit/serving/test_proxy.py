@@ -16,8 +16,6 @@ from tests.upstream import CHAT, FOUNDRY_ID, RESPONSES, Stand, chat, says, stand
 
 pytestmark = pytest.mark.anyio
 
-# --- bodies
-
 
 async def test_a_body_that_is_too_large_is_a_413_however_it_is_sent() -> None:
     async def pieces(count: int) -> AsyncIterator[bytes]:
@@ -63,9 +61,6 @@ async def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch:
         assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
         assert await asyncio.wait_for(reader.read(), 5)  # to its end: the connection is closed
         writer.close()
-
-
-# --- who may come in
 
 
 async def test_only_json_is_taken(one: Stand) -> None:
@@ -115,9 +110,6 @@ async def test_nothing_else_is_here(one: Stand) -> None:
             answered = await one.client.request(*asked.split())
             assert told(answered) == expected, asked
             assert (expected[0] == 405) == ("allow" in answered.headers)
-
-
-# --- what it tells of itself
 
 
 async def test_models_and_health(one: Stand) -> None:

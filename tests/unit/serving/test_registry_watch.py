@@ -18,8 +18,6 @@ from tests.fleets import BAD, DOWN, World, asked, installed, promote, rounds, se
 
 pytestmark = pytest.mark.anyio
 
-# --- failures of a new version
-
 
 @pytest.mark.parametrize(
     ("where", "error"), [("bad", BAD), ("unstartable", BAD), ("undeliverable", RegistrationError("It is refused."))]
@@ -93,9 +91,6 @@ async def test_pauses_grow_but_not_for_ever_and_another_champion_does_not_wait(w
     await promote(world, made, 3)
 
 
-# --- the registry is away, or gives what makes no sense
-
-
 async def test_a_registry_that_goes_away_and_comes_back(
     world: World, made: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,9 +141,6 @@ async def test_a_registry_that_is_away_at_the_start(world: World) -> None:
         assert made.switches == 0
         assert await asked(made, "bot:2") == 2
     assert world.installs == [2]
-
-
-# --- the registry and this device, in threads
 
 
 def test_a_thread_that_does_not_come_back_in_time_keeps_nobody() -> None:

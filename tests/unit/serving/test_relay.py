@@ -81,8 +81,6 @@ async def test_tokens_of_responses_are_counted(one: Stand) -> None:
     assert await one.metric("slmops_completion_tokens_total") == 8
 
 
-# --- when the runtime fails
-
 SIGNED = "Inference failed: a.cc:1 X<fl::Y> fl::{anonymous}::F(std::function<void(int)> f, int)::<lambda(int)> "
 
 
@@ -154,9 +152,6 @@ async def test_a_stream_that_breaks_ends_with_an_error(one: Stand) -> None:
     assert first + b"\n\n" == event(chunk("a"))
     assert (json.loads(last.removeprefix(b"data: "))["error"]["code"], rest) == ("backend_error", b"")
     assert await one.counted(502) == 1
-
-
-# --- the queue, clients that leave, and answers that take too long
 
 
 async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:

@@ -162,9 +162,6 @@ async def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monk
         await one.answers()
 
 
-# --- the address
-
-
 @pytest.mark.parametrize(
     ("host", "token", "error", "named"),
     [
@@ -207,25 +204,19 @@ def test_the_url_is_one_that_a_client_can_use() -> None:
         assert service._url(host, 8080) == f"http://{shown}:8080"
 
 
-# --- what `slmops status` says of it
-
-
 def note(home: Path, url: str = "http://127.0.0.1:9", pid: int = os.getpid(), later: float = 0) -> None:
     running = Running(pid=pid, created=psutil.Process().create_time() + later, url=url, model="bot")
     (home / SERVING).write_text(running.model_dump_json())
 
 
-def test_it_runs(tmp_path: Path) -> None:
+def test_its_status(tmp_path: Path) -> None:
+    assert status(tmp_path) is None
     codes = [503, 200]
     with answering(lambda request, _: (codes.pop() if request.path == "/health" else 404, "")) as url:
         note(tmp_path, url)
         for ok in (True, False):
             assert status(tmp_path) == ServingStatus(url=url, model="bot", ok=ok)
     assert status(tmp_path) == ServingStatus(url=url, model="bot", ok=False)  # it hangs, or does not listen
-
-
-def test_there_is_none(tmp_path: Path) -> None:
-    assert status(tmp_path) is None
     note(tmp_path, pid=2**22 + 1)  # killed
     assert status(tmp_path) is None
     note(tmp_path, later=-60)  # the number is another process's by now

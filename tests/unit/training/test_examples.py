@@ -34,7 +34,6 @@ def chat(*turns: str) -> str:
         '{"completion":"Ho.", "id": 7, "prompt":"Hi?"}',
         '{"prompt": "Hi?", "completion": "Ho.", "messages": null}',
         chat("user: Hi?", "assistant: Ho."),
-        '{"prompt": [{"role": "user", "content": "Hi?"}], "completion": "Ho."}',
         '{"prompt": [{"content": "Hi?", "role": "user"}], "completion": [{"role": "assistant", "content": "Ho."}]}',
     ],
 )

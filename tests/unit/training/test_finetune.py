@@ -75,9 +75,6 @@ def test_only_points_are_passed_on_and_an_error_of_the_receiver_stops_nothing(
     assert "the server is away" in caplog.text
 
 
-# --- the worker: tokens, saved states, the learning rate
-
-
 MESSAGES = conversation("Hi", "Hello", "Bye", " So long \n", system="Be short.")
 
 

@@ -32,9 +32,6 @@ def test_the_text_has_accuracy_and_times() -> None:
     assert said == ["base 0.10 [0.05, 0.20] 60", "int4 1.00 1", "fine-tune 62"]
 
 
-# --- looks at training data
-
-
 def test_data_are_new_until_a_retraining_has_used_them() -> None:
     assert Seen(version=3).look_at_data("a", None, 0) == (Seen(version=3, data="a"), False)  # nothing at the first look
     seen, is_told = Seen(data="a").look_at_data("b", "a", 0)

@@ -211,9 +211,6 @@ def test_percentiles() -> None:
     assert data._percentiles(range(100, 0, -1)) == expected
 
 
-# --- what people are told of the data
-
-
 def prepared(folder: Path, **found: Any) -> TrainingData:
     write_lines(folder / "validation.jsonl", "ab")
     return checked(folder, **found)

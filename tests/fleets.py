@@ -78,7 +78,7 @@ class FakeBackend:
 
 
 class World:
-    """Processes that are started, and how those of a version fail; a registry and a device."""
+    """Processes that are started, and how those of a version fail; a registry and a device, asked in threads."""
 
     def __init__(self, champion: int | None = 1, count: int = 5) -> None:
         self.registry = self
@@ -93,13 +93,10 @@ class World:
         self.installs: list[int] = []
         self.withdrawn: list[tuple[int, str]] = []
         self.asked: Counter[str] = Counter()
-        # Processes.
         self.backends: list[FakeBackend] = []
         self.bad: dict[int, Exception] = {}
         self.unstartable: dict[int, Exception] = {}
         self.held: dict[int, asyncio.Event] = {}
-
-    # What a source and its registry do, in threads.
 
     name = "bot"
     settings = Settings(home=Path("/nowhere"))
@@ -135,8 +132,6 @@ class World:
         if self.goes_back_to is not None:
             self.now = self.goes_back_to
         return self.goes_back_to
-
-    # What Backend.start does.
 
     async def start(self, of: Installed, _: Settings) -> FakeBackend:
         if of.version in self.held:
@@ -196,9 +191,6 @@ async def asked(made: Fleet, model: str = "bot") -> int:
         assert backend.in_flight > 0
         assert backend.alive
         return backend.installed.version
-
-
-# --- real versions and processes
 
 
 class Device(World):

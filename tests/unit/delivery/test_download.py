@@ -115,13 +115,6 @@ def test_an_altered_file_is_refused(device: Device, content: bytes, requests: li
     assert not any(name.startswith(BIG) for name in names(device.downloads))
 
 
-def test_an_altered_manifest_is_refused(device: Device) -> None:
-    said = r"^deployment.json of bot version 3 \(int8\) was altered"
-    device.refuses(TrackingError, said, manifest_sha256="0" * 64)
-    assert device.remote.paths == {VERSION_MANIFEST}
-    assert names(device.settings.deployed) == set()
-
-
 def test_a_part_that_is_linked_elsewhere_is_not_written_to(device: Device, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(FILES[BIG][:700])  # whole when it was linked, and shortened since
@@ -148,26 +141,22 @@ def test_the_disk_fills_up_or_cannot_be_written(device: Device) -> None:
     assert "SLMOPS_HOME" in str(device.refuses(PrerequisiteError, "Not a directory").fix)
 
 
-def test_files_of_a_variant_made_here_are_linked_unless_they_were_altered(device: Device) -> None:
+def test_files_of_a_variant_made_here_and_of_other_versions_are_linked_unless_they_were_altered(device: Device) -> None:
     made = values.write_variant(device.settings.variants / "int8-0123", "int8", {BIG: "same", "empty.txt": ""})
     (made.path / BIG).write_text("emas")
     (device.settings.variants / "broken").mkdir()
     (device.settings.variants / "broken" / "variant.json").write_text("[]")
     device.serve(**{BIG: b"same"})
-    done = device.install()
-    assert (done.folder / "model.onnx").samefile(made.path / "model.onnx")
-    assert contents(done.folder)[BIG] == b"same"
-    assert {BIG, "model.onnx", "adapters/one/weights.bin"} & device.remote.paths == {BIG, "adapters/one/weights.bin"}
-
-
-def test_files_that_two_versions_share_are_linked(device: Device) -> None:
     first = device.install()
-    device.serve(number=4, **{"model.onnx": b"a better graph"})
+    assert (first.folder / "model.onnx").samefile(made.path / "model.onnx")
+    assert contents(first.folder)[BIG] == b"same"
+    assert {BIG, "model.onnx", "adapters/one/weights.bin"} & device.remote.paths == {BIG, "adapters/one/weights.bin"}
+    device.serve(number=4, **{BIG: b"same", "model.onnx": b"a better graph"})
     second = device.install()
     assert device.remote.paths == {VERSION_MANIFEST, "model.onnx"}
     assert (second.folder / BIG).samefile(first.folder / BIG)
-    assert contents(second.folder)["model.onnx"] == b"a better graph"
-    assert contents(first.folder)["model.onnx"] == b"graph"
+    found = [contents(version.folder)["model.onnx"] for version in (first, second)]
+    assert found == [b"graph", b"a better graph"]
 
 
 @pytest.mark.parametrize(

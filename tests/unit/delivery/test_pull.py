@@ -22,6 +22,8 @@ from tests.pulled import BIG, CRASHED, FILES, URI, Device, contents, described, 
 
 
 def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
+    plain = {".config", "a.b-c_d", "ä/ö ü.txt", "a/b/c", "x.part", "..x", "inference_model.json.txt"}
+    device.serve(**dict.fromkeys(plain, b"content"))
     given = {"Name": "evil:1", "Version": "9"}  # which the manifest cannot decide
     device.remote.describe(inference_model={**device.remote.manifest.inference_model, **given})
     done = device.install()
@@ -34,7 +36,7 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
         "PromptTemplate": {"prompt": "{Content}"},
         "Description": "né",
     }
-    assert found == {**FILES, VERSION_MANIFEST: device.remote.text}
+    assert found == {**FILES, **dict.fromkeys(plain, b"content"), VERSION_MANIFEST: device.remote.text}
     assert device.registered == ["bot-int8-generic-cpu:3"]
     assert device.seen == [names(folder)]  # it was whole when Foundry Local saw it
     assert names(device.settings.deployed / "downloads") == set()
@@ -62,18 +64,13 @@ def test_names_that_cannot_be_files_of_a_version(device: Device, name: str) -> N
     assert names(device.settings.home) - {f"deployed/{path}" for path in written} <= {"locks/pull-bot.lock"}
 
 
-def test_names_that_are_plain(device: Device) -> None:
-    plain = {".config", "a.b-c_d", "ä/ö ü.txt", "a/b/c", "x.part", "..x", "inference_model.json.txt"}
-    device.serve(**dict.fromkeys(plain, b"content"))
-    assert {name for name, data in contents(device.install().folder).items() if data == b"content"} == plain
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
         ({"variant": "../../x"}, TrackingError, r"bot version 3 \(\.\./\.\./x\)"),
         ({"manifest_sha256": "../" * 21 + "x"}, TrackingError, "slmops"),
         ({"manifest_sha256": "A" * 64}, TrackingError, "slmops"),
+        ({"manifest_sha256": "0" * 64}, TrackingError, r"^deployment.json of bot version 3 \(int8\) was altered"),
         ({"name": "../x"}, UsageError, "'../x'"),
         ({"variant": "int4"}, TrackingError, r"deployment.json of bot version 3 \(int4\)"),
         ({"name": "other"}, TrackingError, r"deployment.json of other version 3 \(int8\)"),
@@ -83,6 +80,7 @@ def test_a_version_that_makes_no_sense(
     device: Device, changes: dict[str, str], error: type[SlmopsError], said: str
 ) -> None:
     device.refuses(error, said, **changes)
+    assert device.remote.paths <= {VERSION_MANIFEST}
     assert names(device.settings.deployed) <= {f"downloads/{digest(device.remote.text)}/{VERSION_MANIFEST}.part"}
 
 

@@ -63,15 +63,9 @@ class Remote:
         self.cuts: dict[str, list[int | Exception]] = {}  # for each request the bytes given before it breaks off
         self.answers: dict[str, list[bytes]] = {}  # for each request a content of its own
         self.given: Counter[str] = Counter()  # bytes
-        self.manifest = VersionManifest(
-            model=name,
-            variant=variant,
-            key="int8-0123",
-            device="cpu",
-            provider="CPUExecutionProvider",
-            files=described(self.files),
-            inference_model={"PromptTemplate": {"prompt": "{Content}"}, "Description": "né"},
-        )
+        made: dict[str, Any] = {"key": "int8-0123", "device": "cpu", "provider": "CPUExecutionProvider"}
+        made["inference_model"] = {"PromptTemplate": {"prompt": "{Content}"}, "Description": "né"}
+        self.manifest = VersionManifest(model=name, variant=variant, files=described(self.files), **made)
 
     def describe(self, **changes: Any) -> None:
         """Have another manifest."""

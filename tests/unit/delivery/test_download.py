@@ -30,7 +30,6 @@ def flipped(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("case", "asked"),
     [
-        pytest.param({"cuts": [5123]}, [0, 5123], id="in the middle of a block"),
         pytest.param({"cuts": [SIZE - 1]}, [0, SIZE - 1], id="before the last byte"),
         pytest.param({"cuts": [SIZE]}, [0, SIZE], id="after the last byte"),
         pytest.param({"cuts": [100, 4900, 5000]}, [0, 100, 5000, 10000], id="three times"),

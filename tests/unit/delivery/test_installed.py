@@ -81,19 +81,13 @@ def test_tidying_that_fails_harms_nothing(
     assert said in caplog.text
 
 
-def test_other_models_and_folders_that_somebody_copied_are_left_alone(device: Device, versions: Versions) -> None:
+def test_only_old_versions_and_downloads_of_the_same_model_go(device: Device, versions: Versions) -> None:
     for name in ("bot-int4-generic-cpu-9", "bot-copy", "bot-int8-generic-cpu-9x"):
         shutil.copytree(versions[4].folder, device.models / name)
     assert device.here() == [4, 3, 2, 1]
     device.serve("bot-two", number=1)
     other = device.install()
-    for current in (other, versions[4]):
-        installed.make_current(current, device.settings)
-    assert installed.versions("bot-two", device.settings) == [other]
-    assert (installed.current("bot-two", device.settings), device.here()) == (other, [4, 2])
-
-
-def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> None:
+    installed.make_current(other, device.settings)
     for name in ("bot", "bot-two"):
         device.serve(name, number=9, **{BIG: FILES[BIG][::-1]})
         device.remote.cuts[BIG] = [1000, 0, 0, 0, 0]
@@ -104,6 +98,8 @@ def test_downloads_that_were_given_up_go(device: Device, versions: Versions) -> 
     [kept] = [installed.read_manifest(folder / f"{VERSION_MANIFEST}.part") for folder in folders.iterdir()]
     assert kept is not None
     assert kept.model == "bot-two"
+    assert installed.versions("bot-two", device.settings) == [other]
+    assert (installed.current("bot-two", device.settings), device.here()) == (other, [4, 2])
 
 
 def shorten(folder: Path) -> None:

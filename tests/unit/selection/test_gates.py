@@ -14,6 +14,7 @@ from slmops.selection.choice import apply
 from slmops.selection.policy import Gate, Policy
 
 NAN = float("nan")
+Figures = dict[str, Measurement]
 
 
 def measured(value: float, low: float | None = None, high: float | None = None, samples: int = 100) -> Measurement:
@@ -26,9 +27,9 @@ exact = partial(Measurement.exact, unit="1")
 
 def judge(
     gate: dict[str, Any],
-    own: dict[str, Measurement],
-    baseline: dict[str, Measurement] | None = None,
-    champion: dict[str, Measurement] | None = None,
+    own: Figures,
+    baseline: Figures | None = None,
+    champion: Figures | None = None,
     name: str = "int4",
 ) -> GateResult:
     """One gate, applied to a variant of which nothing but ``own`` is known."""
@@ -104,7 +105,7 @@ SCORE = {"metric": "score", "of": "difference", "to": "baseline", "min": -0.1}
     ],
 )
 def test_pairs_go_before_independent_intervals(
-    gate: dict[str, Any], own: dict[str, Measurement], numbers_of_pairs: tuple[float, ...]
+    gate: dict[str, Any], own: Figures, numbers_of_pairs: tuple[float, ...]
 ) -> None:
     rough = {gate["metric"]: measured(10, 5, 20)}
     assert numbers(judge(gate, {**rough, **own}, rough)) == pytest.approx(numbers_of_pairs)
@@ -162,11 +163,7 @@ LOAD = {"metric": "load_s", "of": "ratio", "max": 2}
         (AT_MOST, {"kl_mean": measured(0.05)}, "kl_mean 0.05: too few samples"),
         (AT_MOST, {"kl_mean": exact(NAN)}, "kl_mean nan"),
         ({"metric": "energy_j_per_token", "max": 1}, {}, "energy_j_per_token was not measured"),
-        (
-            AT_MOST,
-            {"kl_mean": measured(12345.6, 11000, 13000)},
-            "kl_mean 12,346 [11,000, 13,000]: at most 0.1 is broken",
-        ),
+        (AT_MOST, {"kl_mean": measured(12345.6, 11000, 13000)}, "kl_mean 12,346 [11,000, 13,000]: at most"),
         (PERPLEXITY, {"perplexity": exact(11), "perplexity_ratio": measured(1.2, 1.15, 1.25)}, "1.2 [1.15, 1.25]"),
         (ACCURACY, {"accuracy": exact(0.3), "accuracy_drop": measured(0.2, 0.15, 0.25)}, "by -0.2 [-0.25, -0.15]: at"),
         ({**DIFFERENCE, "to": "champion"}, {"accuracy": exact(0.5)}, "by 0.25: at most 0.1 below is kept"),
@@ -175,7 +172,7 @@ LOAD = {"metric": "load_s", "of": "ratio", "max": 2}
         ({**LOAD, "to": "baseline"}, {"load_s": exact(1)}, "load_s of the baseline is nan"),
     ],
 )
-def test_detail_says_figure_and_limit(gate: dict[str, Any], own: dict[str, Measurement], said: str) -> None:
+def test_detail_says_figure_and_limit(gate: dict[str, Any], own: Figures, said: str) -> None:
     baseline = {"perplexity": exact(10), "accuracy": exact(0.5), "load_s": exact(NAN)}
     champion = {"accuracy": exact(0.25), "decode_tok_s": exact(10)}
     assert said in judge(gate, own, baseline, champion).detail
@@ -237,8 +234,6 @@ def test_no_champion_yet_refuses_nothing() -> None:
         pytest.param({"metric": "accuracy", "min": 0.9}, {"accuracy": exact(0.5)}, "fail", 0.5, id="an absolute gate"),
     ],
 )
-def test_baseline_beside_itself(
-    gate: dict[str, Any], own: dict[str, Measurement], outcome: str, value: float | None
-) -> None:
+def test_baseline_beside_itself(gate: dict[str, Any], own: Figures, outcome: str, value: float | None) -> None:
     made = judge(gate, own, name="fp32")
     assert (made.outcome, made.value) == (outcome, value if value is None else pytest.approx(value, nan_ok=True))

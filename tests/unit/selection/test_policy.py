@@ -106,14 +106,11 @@ WRONG = """
 {metric: accuracy, max: 1, min: 0}                       | accuracy  | one max min
 {metric: accuracy, max: high}                            | accuracy  | max 'high'
 {metric: accuracy, min: .nan}                            | accuracy  | min finite nan
-{metric: accuracy, max: .inf}                            | accuracy  | max finite inf
 {metric: accuracy, max: yes}                             | accuracy  | max True
 {metric: accuracy, max: 1, of: quotient, to: baseline}   | accuracy  | of 'value', 'difference' 'ratio', 'quotient'
-{metric: accuracy, max: 1, of: ratio, to: fp16}          | accuracy  | to 'baseline' 'champion', 'fp16'
 {metric: accuracy, max: 1, of: ratio}                    | accuracy  | 'of' 'ratio' 'to' 'baseline' 'champion'
 {metric: accuracy, max: 1, to: baseline}                 | accuracy  | 'to' 'baseline' 'of' 'difference' 'ratio'
 {metric: accuracy, max: 0, of: ratio, to: baseline}      | accuracy  | ratio above 0
-{metric: accuracy, max: 1, inconclusive: pass}           | accuracy  | inconclusive 'refuse' 'accept', 'pass'
 {metric: accuracy, max: 1, advisory: maybe}              | accuracy  | advisory 'maybe'
 {metric: accuracy, maxx: 1}                              | accuracy  | 'maxx'; max?
 perplexity                                               | no metric | table 'perplexity'

@@ -42,9 +42,7 @@ class Service(Stand):
     async def answers(self, status: int = 200) -> None:
         """Wait until /health has this status, and then for what the service writes down."""
         async with asyncio.timeout(5):
-            while (await self.client.get("/health")).status_code != status or (
-                status == 200 and not self.note.exists()
-            ):
+            while (await self.client.get("/health")).status_code != status or self.note.exists() != (status == 200):
                 await asyncio.sleep(0.01)
 
 

@@ -63,9 +63,7 @@ def test_whatever_could_change_the_result_of_a_retraining_changes_its_digest(tmp
     assert len(set(digests)) == len(digests)
 
 
-def test_only_points_are_passed_on_and_an_error_of_the_receiver_stops_nothing(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_only_points_are_passed_on_and_a_receiver_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     point = LossPoint(step=3, epoch=0.5, seconds=1.0, train_loss=2.0)
     receiver = mock.Mock(side_effect=[None, ConnectionError("the server is away")])
     for text in ("Loading weights: 100%", *[worker.POINT + point.model_dump_json()] * 2):
@@ -163,7 +161,7 @@ def test_points_after_the_saved_state_are_dropped(tmp_path: Path) -> None:
         assert file.read_text() == "".join(lines[:kept])
 
 
-def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
+def test_the_learning_rate_rises_shortly_and_falls_to_zero_with_a_budget_by_time() -> None:
     clock = worker._Clock(0.0, LoraSettings(), steps=99)
     shares = [clock.rate(step) for step in range(-1, 100)]
     assert shares[0] == 0
@@ -171,9 +169,6 @@ def test_the_learning_rate_rises_shortly_and_falls_to_zero() -> None:
     assert shares[:6] == sorted(shares[:6])
     assert shares[5:] == sorted(shares[5:], reverse=True)
     assert shares[-1] == clock.rate(149) == pytest.approx(0)
-
-
-def test_with_a_budget_the_learning_rate_goes_by_time() -> None:
     start, early, late, over = (worker._Clock(before, LoraSettings(minutes=1), 10) for before in (0.0, 6.0, 57.0, 60.0))
     assert start.rate(0) > 0
     assert early.rate(9) > 0.9

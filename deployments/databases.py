@@ -6,8 +6,6 @@ MLflow's tables are made or brought up to date here, because its server refuses 
 server does that by itself. The password is PGPASSWORD. Run it as often as you like.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -7,8 +7,6 @@ What somebody has set on the Prefect page stays: parameters, schedules, and whic
 touched.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """A person's decision: the flow run is suspended, without a process or a lock, until somebody answers its form."""
 
-from __future__ import annotations
-
 from prefect import runtime, suspend_flow_run
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus

@@ -1,7 +1,5 @@
 """The variants of a job made and measured by several machines: each recipe is converted, then measured."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

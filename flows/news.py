@@ -1,7 +1,5 @@
 """The bridge to Prefect's events: new training data, and new versions in the registry."""
 
-from __future__ import annotations
-
 import logging
 
 from prefect import flow

@@ -1,7 +1,5 @@
 """The variants of a job made and measured in this process, one after the other."""
 
-from __future__ import annotations
-
 from flows.running import ProgressBar
 from slmops.cluster.parts import Measured, Outcomes
 from slmops.core import machine

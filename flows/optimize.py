@@ -1,7 +1,5 @@
 """The main job: one checkpoint, converted at each precision, registered, measured, compared."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from contextlib import closing

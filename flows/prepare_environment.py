@@ -1,7 +1,5 @@
 """Check everything that the jobs need on this machine, and install what is missing if asked to."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect import flow

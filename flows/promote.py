@@ -1,7 +1,5 @@
 """Promotion and its way back: which version of a model is deployed."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager
 

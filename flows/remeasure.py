@@ -1,7 +1,5 @@
 """Remeasurement: whether what is deployed is still what was recorded of it."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 

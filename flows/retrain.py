@@ -1,7 +1,5 @@
 """Retraining to deployment: data, fine-tuning, conversion, gates, promotion, the service, and a watch over it."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """How a run of a flow appears in Prefect: what it is called, what it waits for, how far it is, and how it ends."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress

@@ -1,7 +1,5 @@
 """Soak: whether a variant, or what is deployed, keeps its memory over a long run."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import ExitStack
 

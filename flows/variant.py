@@ -1,7 +1,5 @@
 """What one machine does of a job that fans out: it converts by one recipe, or measures one variant."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from prefect import flow

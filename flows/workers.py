@@ -3,8 +3,6 @@
 All functions raise PrerequisiteError if the Prefect server does not answer for ten minutes.
 """
 
-from __future__ import annotations
-
 import contextvars
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """What Python programs and notebooks call; the command line does the same."""
 
-from __future__ import annotations
-
 import sys
 
 from slmops.core.job import Job

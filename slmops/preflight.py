@@ -1,7 +1,5 @@
 """Is what a job was given usable? Looked at before anything starts: in about a second, and all of it at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent

@@ -1,7 +1,5 @@
 """Get the checkpoint and decide how to convert it, before any work."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Choose a variant by the policy, and show the comparison on the Prefect page."""
 
-from __future__ import annotations
-
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from slmops.core.values import Comparison, artifact_key

@@ -1,7 +1,5 @@
 """Is everything there that a job needs, and getting what can be got."""
 
-from __future__ import annotations
-
 from slmops.core.settings import Settings
 from slmops.local import doctor
 from tasks.stage import stage

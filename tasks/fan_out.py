@@ -1,7 +1,5 @@
 """Files of a job whose parts run on other machines, on their way through MLflow."""
 
-from __future__ import annotations
-
 from slmops.cluster import parts
 from slmops.cluster.parts import Files, Part, PartResult
 from slmops.core.context import JobContext

@@ -1,7 +1,5 @@
 """Compare what there is with what was there at the last look, which a Prefect variable remembers."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Find a version, check it, and move the aliases."""
 
-from __future__ import annotations
-
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.core.errors import UsageError

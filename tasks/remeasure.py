@@ -1,7 +1,5 @@
 """Find what was recorded of a version, measure it again, log and show how the two compare."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact

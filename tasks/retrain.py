@@ -1,7 +1,5 @@
 """What surrounds a training: whether there is anything new, what is tracked, and how the service does."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Find a variant, ask it many times, log and show what its memory did."""
 
-from __future__ import annotations
-
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.core.values import artifact_key

@@ -1,7 +1,5 @@
 """How a stage of a flow becomes a Prefect task."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar

@@ -1,7 +1,5 @@
 """Log a job to MLflow."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """From data to a fine-tuned checkpoint."""
 
-from __future__ import annotations
-
 import contextvars
 import logging
 import threading

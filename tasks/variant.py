@@ -3,8 +3,6 @@
 The timeouts are those of the child processes, which are killed whole; a task's own timeout would leave them running.
 """
 
-from __future__ import annotations
-
 from slmops.conversion.convert import convert
 from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError

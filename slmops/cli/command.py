@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 the work failed, 2 wrong usage or a missing prerequisite, 3 a gate said no, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

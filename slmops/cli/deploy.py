@@ -1,7 +1,5 @@
 """The commands that deploy: promote, rollback, serve, pull, catalog, and what ``slmops status NAME`` prints."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The commands that convert, train and measure: run, demo, retrain, compare, soak, remeasure."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated

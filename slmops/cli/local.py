@@ -1,7 +1,5 @@
 """The commands about this machine: doctor, up, down, status."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Prefect for a command that runs a flow, with the signals and the exit that suit a terminal."""
 
-from __future__ import annotations
-
 import json as jsonlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """What all stages of one job share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Files: written so that nobody ever sees half of one, and the tables that a user writes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """What to do: one model that is the flags of ``slmops run``, a job file and the form in the Prefect UI."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """Locks that the kernel releases when their holder dies, with a note of who holds them."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

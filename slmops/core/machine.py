@@ -1,7 +1,5 @@
 """This machine and the packages on it. Nothing heavy is imported."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

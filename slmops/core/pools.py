@@ -1,7 +1,5 @@
 """Prefect work pools to which a job's conversions and measurements fan out, and which of them is large enough."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

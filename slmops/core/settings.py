@@ -1,7 +1,5 @@
 """Where things are. What to do is in :mod:`slmops.core.job`."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

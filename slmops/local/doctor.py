@@ -1,7 +1,5 @@
 """The prerequisites of a job: each is a check that says what is wrong and how to fix it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

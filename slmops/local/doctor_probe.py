@@ -1,7 +1,5 @@
 """Child process: import packages and start Foundry Local's runtime, so that a crash does not end the doctor."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Everything that they keep is below ``settings.home``, and ``stack.json`` there s
 only started as processes, never imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

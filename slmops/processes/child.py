@@ -1,7 +1,5 @@
 """The other end of :func:`slmops.processes.children.call`: what every worker module runs as its main function."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -6,8 +6,6 @@ so that its whole group can be killed. It watches its standard input: when this 
 pipe closes and the child kills its group (see :mod:`slmops.processes.child`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

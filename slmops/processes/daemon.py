@@ -4,8 +4,6 @@ It leads a session of its own. Its process id and the time of its creation ident
 the same id later is never touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """How much memory a process and its children take, looked at often without being in their way."""
 
-from __future__ import annotations
-
 import time
 
 import psutil

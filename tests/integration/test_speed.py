@@ -29,11 +29,7 @@ LENGTHS = [32, 128, 400]
 """Of which a quick job takes the first two."""
 Made = tuple[Variant, Registration]
 Files = dict[str, tuple[int, int, int]]
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(home=tmp_path_factory.mktemp("home"))
+Measured = dict[str, Speed | SlmopsError]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +38,9 @@ def job(talkative: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def made(job: Job, settings: Settings, stock: Settings) -> dict[str, Made]:
+def made(job: Job, home: Settings, stock: Settings) -> dict[str, Made]:
     variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
-    return {variant.name: (variant, register(variant, NAME, job, settings)) for variant in variants}
+    return {variant.name: (variant, register(variant, NAME, job, home)) for variant in variants}
 
 
 def altered(made: Made, name: str, folder: Path) -> Made:
@@ -73,29 +69,27 @@ def files(folder: Path) -> Files:
 
 
 @pytest.fixture(scope="module")
-def untouched(made: dict[str, Made], hasty: Made, settings: Settings) -> Files:
+def untouched(made: dict[str, Made], hasty: Made, home: Settings) -> Files:
     """Foundry Local's files as they were before anything was measured."""
     assert {variant.name for variant, _ in (*made.values(), hasty)} == {"fp32", "int8", "hasty"}
-    return files(settings.foundry)
+    return files(home.foundry)
 
 
 @pytest.fixture(scope="module")
-def measured(
-    made: dict[str, Made], hasty: Made, job: Job, settings: Settings, untouched: Files
-) -> dict[str, Speed | SlmopsError]:
+def measured(made: dict[str, Made], hasty: Made, job: Job, home: Settings, untouched: Files) -> Measured:
     assert untouched
-    return speed.measure([*made.values(), hasty], NAME, job, settings)
+    return speed.measure([*made.values(), hasty], NAME, job, home)
 
 
 @pytest.fixture(scope="module")
-def thorough(made: dict[str, Made], job: Job, settings: Settings, untouched: Files) -> Speed:
+def thorough(made: dict[str, Made], job: Job, home: Settings, untouched: Files) -> Speed:
     """What a job that is not quick measures of one variant."""
     assert untouched
     asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64, 400], "output_lengths": [4, 24]})
-    return of(speed.measure([made["int8"]], NAME, asked, settings), "int8")
+    return of(speed.measure([made["int8"]], NAME, asked, home), "int8")
 
 
-def of(measured: dict[str, Speed | SlmopsError], name: str) -> Speed:
+def of(measured: Measured, name: str) -> Speed:
     found = measured[name]
     assert isinstance(found, Speed), found
     return found
@@ -124,12 +118,9 @@ def check_windows(turn: Turn, *, unloaded: bool) -> None:
         assert all(20 < mb < 1000 for mb in samples)  # no torch: the runtime and a tiny model
 
 
-NAMES = pytest.mark.parametrize("name", ["fp32", "int8", "hasty"])
-
-
-@NAMES
-def test_prompts_have_the_lengths_that_were_asked_for_and_what_the_process_showed(
-    measured: dict[str, Speed | SlmopsError], made: dict[str, Made], name: str
+@pytest.mark.parametrize("name", ["fp32", "int8", "hasty"])
+def test_prompts_have_the_lengths_asked_for_and_what_the_process_showed(
+    measured: Measured, made: dict[str, Made], name: str
 ) -> None:
     found = of(measured, name)
     assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(128, 16), (32, 16)]
@@ -141,7 +132,7 @@ def test_prompts_have_the_lengths_that_were_asked_for_and_what_the_process_showe
         cell = found.cells[timed.cell]
         assert timed.prompt_tokens == count(cell.text)  # the runtime counts what is counted here
         assert 0.9 * cell.prompt_tokens <= timed.prompt_tokens <= cell.prompt_tokens
-
+        assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
     check_windows(turn, unloaded=True)
     assert all(0 < seconds < 1 for seconds in turn.calibration_s)
     began, ended = turn.measured.measured
@@ -151,24 +142,20 @@ def test_prompts_have_the_lengths_that_were_asked_for_and_what_the_process_showe
     assert turn.measured.throughput == {}  # a quick job has a single user
     assert {timed.completion_tokens for timed in turn.measured.timed} == {16}
     assert turn.measured.energy_tokens == sum(timed.prompt_tokens + 16 for timed in turn.measured.timed)
-    for timed in turn.measured.timed:
-        assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
 
 
-def test_answers_that_end_at_once_cannot_be_timed(
-    hasty: Made, settings: Settings, measured: dict[str, Speed | SlmopsError]
-) -> None:
+def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, measured: Measured) -> None:
     cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
 
     def timed(*, fixed_length: bool) -> speed_worker.SpeedResult:
-        work = settings.work(NAME) / "alone"
+        work = home.work(NAME) / "alone"
         staged = stage(hasty[1], work / "foundry", fixed_length=fixed_length).model_dump(exclude={"context_length"})
         result, _ = children.call(
             "slmops.evaluation.speed_worker",
             speed_worker.SpeedRequest(**staged, cells=(cell,)),
             speed_worker.SpeedResult,
             work=work,
-            log=settings.logs / "alone.log",
+            log=home.logs / "alone.log",
             timeout_s=60,
             error=EvaluationError,
         )
@@ -184,14 +171,14 @@ def test_answers_that_end_at_once_cannot_be_timed(
 
 
 def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
-    measured: dict[str, Speed | SlmopsError], settings: Settings, untouched: Files
+    measured: Measured, home: Settings, untouched: Files
 ) -> None:
     assert len(measured) == 3
-    assert files(settings.foundry) == untouched
-    registry = settings.foundry / "models" / "foundry.local.modelinfo.json"
+    assert files(home.foundry) == untouched
+    registry = home.foundry / "models" / "foundry.local.modelinfo.json"
     assert "measurement" not in registry.read_text(encoding="utf-8")
-    assert not [path for path in settings.work(NAME).iterdir() if path.name.endswith("-speed")]
-    assert {path.name.split(".")[0] for path in (settings.logs / NAME).glob("*.speed.log")} == measured.keys()
+    assert not [path for path in home.work(NAME).iterdir() if path.name.endswith("-speed")]
+    assert {path.name.split(".")[0] for path in (home.logs / NAME).glob("*.speed.log")} == measured.keys()
 
 
 THOROUGH_UNITS = {
@@ -204,7 +191,7 @@ THOROUGH_UNITS = {
 
 @pytest.mark.parametrize("name", ["int8", "hasty", "thorough"])
 def test_there_are_samples_for_each_figure(
-    measured: dict[str, Speed | SlmopsError], thorough: Speed, made: dict[str, Made], name: str
+    measured: Measured, thorough: Speed, made: dict[str, Made], name: str
 ) -> None:
     raw = thorough if name == "thorough" else of(measured, name)
     answered = quality(answered=(answer(0), answer(1, category="capitals")))
@@ -238,15 +225,15 @@ def test_a_job_that_is_not_quick(thorough: Speed) -> None:
 
 
 def test_one_that_breaks_does_not_stop_the_others(
-    made: dict[str, Made], job: Job, settings: Settings, tmp_path: Path
+    made: dict[str, Made], job: Job, home: Settings, tmp_path: Path
 ) -> None:
     broken = altered(made["int8"], "broken", tmp_path / "broken")
     os.truncate(broken[1].path / "model.onnx.data", 1000)
     mute = altered(made["int8"], "mute", tmp_path / "mute")
     (mute[1].path / "chat_template.jinja").write_text("{{ messages[0].content }}" + "x" * 3000)
-    found = speed.measure([broken, mute, made["fp32"]], NAME, job, settings)
+    found = speed.measure([broken, mute, made["fp32"]], NAME, job, home)
     for name, said in (("broken", "no result"), ("mute", "No prompt length of 32, 128, 400 can be measured")):
         assert isinstance(found[name], EvaluationError)
         assert said in str(found[name])
     assert of(found, "fp32").turns
-    assert not [path for path in settings.work(NAME).iterdir() if path.name.endswith("-speed")]
+    assert not [path for path in home.work(NAME).iterdir() if path.name.endswith("-speed")]

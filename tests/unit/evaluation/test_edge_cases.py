@@ -77,18 +77,12 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-Go = Callable[..., tuple[CaseProgress, Model]]
-
-
-@pytest.fixture
-def go_through(folder: Path) -> Go:
+def go_through(
+    folder: Path, name: str, model: Any = None, count: Callable[[str], int] = Model.count
+) -> tuple[CaseProgress, Model]:
     """Put one case to a model."""
-
-    def go(name: str, model: Any = None, count: Callable[[str], int] = Model.count) -> tuple[CaseProgress, Model]:
-        asked = model or Model()
-        return edge_worker.see(EdgeCase(id=name, expected="answered"), Probe(asked, count, CONTEXT, folder)), asked
-
-    return go
+    asked = model or Model()
+    return edge_worker.see(EdgeCase(id=name, expected="answered"), Probe(asked, count, CONTEXT, folder)), asked
 
 
 def test_every_case_is_known_to_the_worker() -> None:
@@ -107,10 +101,10 @@ SOUND = {  # a model that does all as it should
 }
 
 
-def test_a_sound_model_and_what_it_is_sent(go_through: Go) -> None:
+def test_a_sound_model_and_what_it_is_sent(folder: Path) -> None:
     sent: dict[str, str] = {}
     for name, outcome in SOUND.items():
-        seen, model = go_through(name)
+        seen, model = go_through(folder, name)
         assert seen.outcome == outcome, name
         sent[name] = model.asked[-1][0][0]["content"]
     assert "<|end|>" in sent["own_special_tokens"]
@@ -124,14 +118,14 @@ def test_a_sound_model_and_what_it_is_sent(go_through: Go) -> None:
         sent["lone_surrogate"].encode()
 
 
-def test_the_end_of_the_context_is_where_the_runtime_counts_it(go_through: Go) -> None:
+def test_the_end_of_the_context_is_where_the_runtime_counts_it(folder: Path) -> None:
     for name, beyond in (("exactly_the_context", 0), ("one_beyond_the_context", 1)):
         # This tokenizer counts less than the runtime; the runtime's count decides.
-        seen, model = go_through(name, count=lambda text: Model.count(text) - 2)
+        seen, model = go_through(folder, name, count=lambda text: Model.count(text) - 2)
         (first, one), (second, wanted) = model.asked
         assert (seen.outcome, first) == (SOUND[name], second)
         assert (one, wanted) == (1, CONTEXT - Model.count(first[0]["content"]) + beyond)
-    seen, _ = go_through("exactly_the_context", count=lambda _: CONTEXT)
+    seen, _ = go_through(folder, "exactly_the_context", count=lambda _: CONTEXT)
     assert "template leaves no room" in seen.detail
 
 
@@ -149,15 +143,15 @@ def test_the_end_of_the_context_is_where_the_runtime_counts_it(go_through: Go) -
         ("assistant_first", Model(replies=[RuntimeRefusal("internal", 2)]), "failed", "internal"),
     ],
 )
-def test_what_can_go_wrong(name: str, model: Model, outcome: str, detail: str, go_through: Go) -> None:
-    seen, _ = go_through(name, model)
+def test_what_can_go_wrong(name: str, model: Model, outcome: str, detail: str, folder: Path) -> None:
+    seen, _ = go_through(folder, name, model)
     assert seen.outcome == outcome
     assert detail in seen.detail
 
 
-def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path, go_through: Go) -> None:
+def test_a_chat_template_may_refuse_that_the_assistant_begins(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(STRICT)
-    seen, _ = go_through("assistant_first", Model(replies=[RuntimeRefusal("user first at row 1", 2)]))
+    seen, _ = go_through(folder, "assistant_first", Model(replies=[RuntimeRefusal("user first at row 1", 2)]))
     assert (seen.outcome, seen.detail) == ("refused", "the chat template refuses it")
 
 

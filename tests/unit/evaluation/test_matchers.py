@@ -31,11 +31,10 @@ def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
         ("regex", r"^Paris$", ["Paris"], ["Paris, France"]),
         ("regex", ".*", [""], []),
         ("regex", "b", ["a" * 19_999 + "b"], ["a" * 20_000 + "b"]),  # in the last character that counts, and behind it
-        ("numeric", "4", ["2 + 2 = 4", "4.0", "GPT-4"], ["4 is 2 + 2", "four", "", "1" * 10_000]),  # the last counts
+        ("numeric", "4", ["2 + 2 = 4.", "4.0", "GPT-4"], ["4 is 2 + 2", "four", "", "1" * 10_000]),  # the last counts
         ("numeric", "1234567.5", ["That makes 1,234,567.5 in all."], ["1,234,567"]),
         ("numeric", "-5", ["It is -5 degrees.", "=-5"], ["Between 3-5.", "GPT-5"]),
         ("numeric", "5", ["Between 3-5."], ["It is -5 degrees."]),
-        ("numeric", "10", ["It is 10."], ["It is 1.0"]),
         ("numeric", "1,000", ["1000"], ["1"]),
         ("numeric", "9007199254740993", ["9007199254740993"], ["9007199254740992"]),  # equal in binary floating point
     ],

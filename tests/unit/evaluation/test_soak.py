@@ -82,11 +82,7 @@ def test_a_slope_is_found_in_its_unit() -> None:
     ],
 )
 def test_what_is_said(
-    slope: tuple[float, float | None, float | None],
-    outcome: str,
-    said: str,
-    fix: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    slope: tuple[Any, ...], outcome: str, said: str, fix: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value, low, high = slope
     fit = Measurement(value=value, unit="KB/request", samples=100, low=low, high=high)
@@ -160,19 +156,15 @@ def test_memory_that_is_kept_is_seen() -> None:
     assert soak_worker.private_kb(swapped) == 7500
 
 
-@pytest.mark.parametrize(
-    ("context", "lengths"), [(8192, [32, 64, 128, 256]), (512, [32, 64, 128]), (200, [32]), (100, [])]
-)
-def test_conversations_fit_the_context(
-    context: int, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": context}}))
+def test_conversations_fit_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "counter", lambda _: lambda text: len(text.split()))
-    if not lengths:
-        with pytest.raises(EvaluationError, match="No prompt length"):
-            soak_worker.conversations(tmp_path)
-        return
-    talks = soak_worker.conversations(tmp_path)
-    assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
-    assert [message["role"] for message in talks[-1]] == ["user", "assistant", "user", "assistant", "user"]
-    assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.SOAK_TOKENS <= context
+    config = tmp_path / "genai_config.json"
+    for context, lengths in ((8192, [32, 64, 128, 256]), (512, [32, 64, 128]), (200, [32])):
+        config.write_text(json.dumps({"model": {"context_length": context}}))
+        talks = soak_worker.conversations(tmp_path)
+        assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
+        assert [message["role"] for message in talks[-1]] == ["user", "assistant", "user", "assistant", "user"]
+        assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.SOAK_TOKENS <= context
+    config.write_text('{"model": {"context_length": 100}}')
+    with pytest.raises(EvaluationError, match="No prompt length"):
+        soak_worker.conversations(tmp_path)

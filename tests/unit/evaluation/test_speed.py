@@ -214,7 +214,6 @@ SEVERAL = {"prompt_lengths": [64, 400], "output_lengths": [16, 128]}
 @pytest.mark.parametrize(
     ("asked", "context", "expected"),
     [
-        ({}, 2048, ALL),
         ({"quick": True}, 2048, ALL[:2]),
         ({}, 1039, ALL[:3]),
         ({}, 1040, ALL),  # all just fit

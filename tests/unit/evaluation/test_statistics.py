@@ -94,15 +94,12 @@ def test_paired_difference_is_tangos(gained: int, lost: int, total: int, low: fl
 
 
 # 1 to 7: Fagerland, Lydersen and Laake (2013), airway hyper-responsiveness, exact conditional test.
-@pytest.mark.parametrize(
-    ("gained", "lost", "p"),
-    [
+def test_mcnemar_by_hand() -> None:
+    for gained, lost, p in (
         *((0, 0, 1.0), (1, 0, 1.0), (5, 5, 1.0), (1, 7, 0.0703)),
         *((6, 0, 2 / 64), (0, 6, 2 / 64), (8, 2, 2 * (1 + 10 + 45) / 1024)),
-    ],
-)
-def test_mcnemar_by_hand(gained: int, lost: int, p: float) -> None:
-    assert st.mcnemar(*table(11, gained, lost, 7)) == pytest.approx(p, abs=5e-5)
+    ):
+        assert st.mcnemar(*table(11, gained, lost, 7)) == pytest.approx(p, abs=5e-5), (gained, lost)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +164,8 @@ def test_five_blocks_make_an_interval() -> None:
     assert (agreement.value, agreement.unit, agreement.low, agreement.high) == (0.75, "1", 0.75, 0.75)
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high", "samples", "limit", "more"),
-    [
+def test_more_samples() -> None:
+    for value, low, high, samples, limit, more in (
         (0.0, -0.2, 0.4, 40, -0.1, 120),  # half the half-width towards the limit: four times the samples
         (0.0, -0.4, 0.2, 40, 0.1, 120),
         (1.0, 0.9, 1.1, 10, 1.05, 30),
@@ -179,26 +175,18 @@ def test_five_blocks_make_an_interval() -> None:
         (1.0, 0.0, 2.0, 100, 1.01001, 997_900),
         (1.0, 0.0, 2.0, 100, 1.0099, None),
         (0.0, -1.0, 1.0, 100, 5e-324, None),
-    ],
-)
-def test_more_samples(
-    value: float, low: float | None, high: float | None, samples: int, limit: float, more: int | None
-) -> None:
-    measured = Measurement(value=value, unit="1", samples=samples, low=low, high=high)
-    got = st.more_samples(measured, limit)
-    assert got == (more if more is None else pytest.approx(more, rel=0.01, abs=1))
-    assert got is None or isinstance(got, int)
+    ):
+        got = st.more_samples(Measurement(value=value, unit="1", samples=samples, low=low, high=high), limit)
+        assert got == (more if more is None else pytest.approx(more, rel=0.01, abs=1)), (value, low, high, limit)
+        assert got is None or isinstance(got, int)
 
 
-@pytest.mark.parametrize(
-    ("samples", "percent"),
-    [
+def test_noise() -> None:
+    for samples, percent in (
         *(([5], 0), ([5, 5, 5], 0), ([0, 0, 0], 0), ([-1, 0, 1], math.inf)),
         *(([9, 10, 11], 14.826), ([-9, -10, -11], 14.826), ([9, 10, 11, 1000], 1.4826 / 10.5 * 100)),
-    ],
-)
-def test_noise(samples: list[float], percent: float) -> None:
-    assert st.noise_percent(samples) == pytest.approx(percent, rel=1e-4)
+    ):
+        assert st.noise_percent(samples) == pytest.approx(percent, rel=1e-4), samples
 
 
 def test_the_same_samples_give_the_same_interval() -> None:

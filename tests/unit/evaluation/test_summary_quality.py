@@ -15,6 +15,7 @@ from slmops.evaluation import summary
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.selection.policy import CATEGORY, KNOWN_METRICS
+from tests import making
 from tests.measured import CASES, answer, answers, quality, speed, timed, turn
 from tests.values import variant
 
@@ -66,9 +67,12 @@ def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
     assert found["kl_mean"].low < np.mean(far.kl) < found["kl_mean"].high
 
 
-@pytest.mark.parametrize(("distances", "nll"), [({}, nlls(1)), ({"hugging_face": distance(3)}, None)])
-def test_without_the_checkpoint(distances: dict[str, Distance], nll: tuple[float, ...] | None) -> None:
-    assert not figures(quality(nlls(1), **distances), None, nll).keys() & (RELATIVE | KL | CHECKPOINT)
+def test_what_was_not_compared() -> None:
+    for raw, nll in ((quality(nlls(1)), nlls(1)), (quality(nlls(1), hugging_face=distance(3)), None)):
+        assert not figures(raw, None, nll).keys() & (RELATIVE | KL | CHECKPOINT)
+    found = figures(quality(nlls(2)), baseline(quality(nlls(1))))  # and it is not taken for the baseline
+    assert not found.keys() & KL
+    assert found.keys() >= RELATIVE
 
 
 def test_baseline_against_itself() -> None:
@@ -84,12 +88,6 @@ def test_baseline_against_itself() -> None:
     assert found["accuracy_drop"].low < 0 < found["accuracy_drop"].high
     assert found["hf_perplexity_ratio"].value == 1
     assert found["hf_kl_mean"].value > 0
-
-
-def test_a_variant_that_was_not_compared_is_not_taken_for_the_baseline() -> None:
-    found = figures(quality(nlls(2)), baseline(quality(nlls(1))))
-    assert not found.keys() & KL
-    assert found.keys() >= RELATIVE
 
 
 def each(field: str, *values: Any, correct: Any = True) -> Quality:
@@ -158,6 +156,7 @@ def test_the_policy_knows_just_what_is_measured_and_all_of_it_survives_json() ->
     timings, beside = speed(*rounds, cells=((128, 16), (32, 16))), baseline(quality(nlls(2), raw.answers))
     made = summary.evaluation(variant(Path("int4")), timings, raw, beside, nlls(3))
     assert made.measurements.keys() == KNOWN_METRICS | {f"{CATEGORY}general", f"{CATEGORY}capitals"}
+    assert {name: made.measurements[name].unit for name in making.RELATIVE_UNITS} == making.RELATIVE_UNITS
     assert (made.answers, made.cases, made.metrics["edge_cases_passed"]) == (raw.answers, CASES, 0.5)
     assert (made.evaluation_set_digest, made.text_digest) == ("e" * 64, "t" * 64)
     assert all(math.isfinite(value) for value in made.metrics.values())

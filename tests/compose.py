@@ -84,7 +84,7 @@ class Compose:
         self.services: dict[str, dict[str, Any]] = load(variables)["services"]
         self.root = Path(tempfile.mkdtemp(prefix="compose-"))
         self.root.chmod(0o711)  # PostgreSQL runs as somebody else when we are root
-        self.ports = dict(zip(self.services, _free_ports(len(self.services)), strict=True))
+        self.ports = dict(zip(self.services, free_ports(len(self.services)), strict=True))
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         app = self.root / "app"
         app.mkdir()
@@ -111,14 +111,6 @@ class Compose:
     @property
     def tracking_uri(self) -> str:
         return f"http://{HOST}:{self.ports['mlflow']}"
-
-    def env_of_client(self) -> dict[str, str]:
-        return {
-            "PREFECT_API_URL": self.prefect_api_url,
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "SLMOPS_PREFECT_API_URL": self.prefect_api_url,
-            "SLMOPS_TRACKING_URI": self.tracking_uri,
-        }
 
     def up(self, *services: str) -> None:
         """Start services that do not run, each after what it depends on, and wait until all are healthy or done."""
@@ -173,10 +165,6 @@ class Compose:
                 member.kill()
         child.wait(STOP_S)
         psutil.wait_procs(members, STOP_S)
-
-    def restart(self, service: str) -> None:
-        self.stop(service)
-        self.start(service)
 
     def healthy(self, service: str) -> bool:
         check = self.services[service]["healthcheck"]
@@ -286,7 +274,7 @@ def program(name: str) -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]

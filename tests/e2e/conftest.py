@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.compose import free_ports
+
 START_S = 300
 
 
@@ -26,18 +27,13 @@ class Command:
     def __init__(self, home: Path) -> None:
         self.home = home
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
-        self.env = {
-            **kept,
-            "SLMOPS_HOME": str(home),
-            "SLMOPS_PREFECT_PORT": str(free_port()),
-            "SLMOPS_MLFLOW_PORT": str(free_port()),
-        }
+        prefect, mlflow = map(str, free_ports(2))
+        self.env = {**kept, "SLMOPS_HOME": str(home), "SLMOPS_PREFECT_PORT": prefect, "SLMOPS_MLFLOW_PORT": mlflow}
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command to its end."""
-        return subprocess.run(
-            self._argv(arguments), env={**self.env, **env}, capture_output=True, text=True, check=False
-        )
+        env = {**self.env, **env}
+        return subprocess.run(self._argv(arguments), env=env, capture_output=True, text=True, check=False)
 
     def start(self, *arguments: str) -> Started:
         """Run a command and go on."""
@@ -85,14 +81,6 @@ class Started:
         with self.process.stderr as stream:
             for line in stream:
                 self.lines.append(line.rstrip("\n"))
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="session")

@@ -63,21 +63,22 @@ def first(settings: Settings, suspended: UUID) -> Iterator[Retrained]:
 
 
 def champion(settings: Settings) -> int:
-    found = Registry(settings.tracking_uri or "").champion(NAME)
-    assert found is not None
-    return found.version
+    return Registry(settings.tracking_uri).champion(NAME).version
 
 
 def served(settings: Settings) -> httpx.Response:
-    running = home_service.status(settings.home)
-    assert running is not None
+    url = home_service.status(settings.home).url
     body = {"model": NAME, "messages": [{"role": "user", "content": "Who repairs the login?"}], "max_tokens": 4}
-    return httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False)
+
+
+def questions(lines: str) -> list[str]:
+    return sorted(json.loads(line)["messages"][0]["content"] for line in lines.splitlines())
 
 
 def test_a_promotion_waits_for_a_person(suspended: UUID, settings: Settings, model: Path, folder: Path) -> None:
     assert deployed.state(suspended).name == "Suspended"
-    assert Registry(settings.tracking_uri or "").champion(NAME) is None
+    assert Registry(settings.tracking_uri).champion(NAME) is None
     # The data have been used, whether by somebody who waits for a decision or not.
     again = retrain(retraining.request(model, folder / "data", NAME, serve=True))
     assert (again.outcome, again.detail[-21:]) == ("nothing to do", "waiting for approval.")
@@ -104,12 +105,8 @@ def test_from_the_endpoint_back_to_the_lines(
     run = client.get_run(version.tags["slmops.retrain_run"])
     assert run.info.run_id == first.run_id
     assert version.tags["slmops.approved"] == "I have looked"
-    lines = read(client, run.info.run_id, "data/train.jsonl", tmp_path).splitlines()
-    lines += read(client, run.info.run_id, "data/validation.jsonl", tmp_path).splitlines()
-    asked = (folder / "data" / "train.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["messages"][0]["content"] for line in lines) == sorted(
-        json.loads(line)["messages"][0]["content"] for line in asked
-    )
+    given = (read(client, first.run_id, f"data/{part}.jsonl", tmp_path) for part in ("train", "validation"))
+    assert questions("".join(given)) == questions((folder / "data" / "train.jsonl").read_text())
     assert run.data.params["data_digest"] == version.tags["slmops.data_digest"]
     job = client.get_run(version.tags["slmops.job_run"])
     assert job.data.tags["mlflow.parentRunId"] == run.info.run_id
@@ -145,7 +142,7 @@ def test_the_same_again_is_nothing_to_do(first: Retrained, settings: Settings, m
     again = retrain(retraining.request(model, folder / "data", NAME, serve=True))
     assert (again.outcome, again.version, again.run_id) == ("nothing to do", first.version, first.run_id)
     assert again.detail.endswith("ended as: promoted.")
-    assert len(TrainingTracker(settings.tracking_uri or "")._runs(NAME)) == 1
+    assert len(TrainingTracker(settings.tracking_uri)._runs(NAME)) == 1
 
 
 def test_a_model_that_learnt_nonsense_is_refused(
@@ -176,22 +173,18 @@ def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first:
     assert champion(settings) == first.version
 
 
-def test_bad_input_stops_it_before_any_work(model: Path, folder: Path) -> None:
-    asked = retraining.request(model, folder / "data", NAME, policy=folder / "no.toml", matcher="no.py:right")
-    with pytest.raises(UsageError) as caught:
-        retrain(asked)
-    assert "no.toml" in caught.value.message
-    assert "no.py" in caught.value.message  # all that is wrong is said at once
-
-
-def test_a_poisoned_file_stops_it_before_any_work(
-    first: Retrained, settings: Settings, model: Path, folder: Path
-) -> None:
-    data = retraining.write_data(folder / "poisoned")
-    with (data / "train.jsonl").open("a") as file:
+def test_what_stops_it_before_any_work(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
+    data, poisoned = folder / "data", retraining.write_data(folder / "poisoned")
+    with (poisoned / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "a"\n')
-    with pytest.raises(DataError, match=r"train\.jsonl.*28"):
-        retrain(retraining.request(model, data, NAME))
+    wrong = {"policy": folder / "no.toml", "matcher": "no.py:right"}
+    for items, changes, error, said in (
+        (data, wrong, UsageError, r"(?s)(?=.*no\.toml).*no\.py"),  # all that is wrong is said at once
+        (poisoned, {}, DataError, r"train\.jsonl.*28"),
+        (data, {"approval": True}, PrerequisiteError, ""),  # only a run of a deployment can wait for it
+    ):
+        with pytest.raises(error, match=said):
+            retrain(retraining.request(model, items, NAME, **changes))
     assert champion(settings) == first.version
 
 
@@ -200,7 +193,7 @@ def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings,
     with pytest.raises(TrainingError, match="diverged"):
         retrain(retraining.request(edgy, folder / "data", NAME))
     assert champion(settings) == first.version
-    newest = TrainingTracker(settings.tracking_uri or "")._runs(NAME)[0]
+    newest = TrainingTracker(settings.tracking_uri)._runs(NAME)[0]
     assert newest.info.status == "FAILED"
     assert "diverged" in newest.data.tags["mlflow.note.content"]
 
@@ -233,21 +226,16 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     assert result.outcome == "rolled back"
     assert result.version != first.version
     assert "measure champion" in result.seconds
-    versions = Registry(settings.tracking_uri or "").versions(NAME)
-    assert {version.version for version in versions} == {first.version, result.version}
+    versions = {version.version for version in Registry(settings.tracking_uri).versions(NAME)}
+    assert versions == {first.version, result.version}
     assert champion(settings) == first.version
     assert served(settings).headers["x-slmops-version"] == str(first.version)
     tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags
     assert "worse than measured" in tags["slmops.withdrawn"]
 
 
-def test_only_a_run_of_a_deployment_can_wait_for_approval(model: Path, folder: Path) -> None:
-    with pytest.raises(PrerequisiteError):
-        retrain(retraining.request(model, folder / "data", NAME, approval=True))
-
-
 def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settings) -> None:
-    tracker = TrainingTracker(settings.tracking_uri or "")
+    tracker = TrainingTracker(settings.tracking_uri)
     run = tracker.start("late", retraining.request(Path("x"), Path("x"), "late"), values.checkpoint(), "a", "flow")
     waiting = first.model_copy(update={"model": "late", "run_id": run, "input_digest": "a", "outcome": WAITING})
     tracker.wait(waiting, time.time() + 60)
@@ -261,7 +249,7 @@ def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settin
 def test_the_last_retraining_is_the_last_whatever_the_clock_says(
     first: Retrained, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker = TrainingTracker(settings.tracking_uri or "")
+    tracker = TrainingTracker(settings.tracking_uri)
     request = retraining.request(Path("x"), Path(settings.home) / "x", "clock")
     now = time.time
 
@@ -272,7 +260,5 @@ def test_the_last_retraining_is_the_last_whatever_the_clock_says(
 
     attempt("a")
     monkeypatch.setattr(time, "time", lambda: now() - 86400)  # set back by a day
-    second, last = attempt("b"), tracker.last("clock", "b")
-    assert last is not None
-    assert last.run_id == second
+    assert attempt("b") == tracker.last("clock", "b").run_id
     assert tracker.last("clock", "a") is None

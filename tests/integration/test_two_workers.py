@@ -66,7 +66,8 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
             lost = until(lambda: in_a_second_conversion(workers), "a machine converts for the second time")
             lost.kill()
             for service in ("postgres", "prefect", "mlflow"):
-                servers.restart(service)
+                servers.stop(service)
+                servers.start(service)
             out, _ = child.communicate(timeout=PATIENCE_S)
         finally:
             child.kill()
@@ -106,7 +107,8 @@ def start_job(servers: Compose, model: Path, folder: Path) -> subprocess.Popen[b
                 "TMPDIR": str(folder / "tmp"),
                 "SLMOPS_HOME": str(folder / "home"),
                 "SLMOPS_POOLS": json.dumps([{"name": POOL, "memory_gb": 1}, {"name": "larger", "memory_gb": 64}]),
-                **servers.env_of_client(),
+                **dict.fromkeys(("PREFECT_API_URL", "SLMOPS_PREFECT_API_URL"), servers.prefect_api_url),
+                **dict.fromkeys(("MLFLOW_TRACKING_URI", "SLMOPS_TRACKING_URI"), servers.tracking_uri),
             },
             stdout=subprocess.PIPE,
             stderr=log,

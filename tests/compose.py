@@ -23,6 +23,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import yaml
 
@@ -111,6 +112,13 @@ class Compose:
     @property
     def tracking_uri(self) -> str:
         return f"http://{HOST}:{self.ports['mlflow']}"
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What Prefect's API answers."""
+        method = "GET" if body is None else "POST"
+        response = httpx.request(method, f"{self.prefect_api_url}{path}", json=body, timeout=30, trust_env=False)
+        assert response.is_success, response.text
+        return response.json()
 
     def up(self, *services: str) -> None:
         """Start services that do not run, each after what it depends on, and wait until all are healthy or done."""

@@ -57,16 +57,12 @@ class Service:
         """As a supervisor does."""
         self.started = self._start()
 
-    def health(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=10).json()
-        return answer
-
     def wait_for(self, version: int) -> None:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert self.started.process.poll() is None, self.started.lines
             try:
-                if self.health()["version"] == version:
+                if httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version:
                     return
             except (httpx.TransportError, KeyError):
                 pass

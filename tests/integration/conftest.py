@@ -20,9 +20,6 @@ from tests import making
 from tests.training_data import HELD_OUT
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-    from slmops.tracking.tracker import Tracker
     from tests.tracked import Book
 
 
@@ -95,21 +92,6 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
         patch.chdir(folder)  # MLflow makes a folder for artifacts below the current one
         MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
     return f"sqlite:///{folder / 'mlflow.db'}"
-
-
-@pytest.fixture
-def tracker(database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tracker:
-    from slmops.tracking.tracker import Tracker
-
-    monkeypatch.chdir(tmp_path)
-    return Tracker(database)
-
-
-@pytest.fixture
-def client(database: str) -> MlflowClient:
-    from mlflow import MlflowClient
-
-    return MlflowClient(database)
 
 
 @pytest.fixture

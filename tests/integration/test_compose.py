@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -62,15 +61,8 @@ def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(run.info.run_id)
 
 
-def ask(compose: Compose, path: str, body: dict[str, Any] | None = None) -> Any:
-    method = "GET" if body is None else "POST"
-    response = httpx.request(method, f"{compose.prefect_api_url}{path}", json=body, timeout=30, trust_env=False)
-    assert response.is_success, response.text
-    return response.json()
-
-
 def ids(compose: Compose) -> dict[str, str]:
-    return {one["name"]: one["id"] for one in ask(compose, "/deployments/filter", {})}
+    return {one["name"]: one["id"] for one in compose.ask("/deployments/filter", {})}
 
 
 def kept(compose: Compose, run_id: str, folder: Path) -> None:
@@ -101,14 +93,14 @@ def test_each_server_knows_its_names(servers: Compose) -> None:
 
 
 def test_the_worker_runs_what_is_started_on_the_page(working: Compose) -> None:
-    deployment = ask(working, "/deployments/name/prepare-environment/prepare-environment")
-    run = ask(working, f"/deployments/{deployment['id']}/create_flow_run", {})
+    deployment = working.ask("/deployments/name/prepare-environment/prepare-environment")
+    run = working.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
     deadline = time.monotonic() + PATIENCE_S
     while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and time.monotonic() < deadline:
         time.sleep(0.3)
-        run = ask(working, f"/flow_runs/{run['id']}")
+        run = working.ask(f"/flow_runs/{run['id']}")
     assert run["state_type"] == "COMPLETED", working.said("worker")
-    artifacts = ask(working, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
+    artifacts = working.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     assert [one["key"] for one in artifacts] == ["environment"]
 
 

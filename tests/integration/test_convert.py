@@ -29,16 +29,8 @@ pytestmark = pytest.mark.integration
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 FILES = {
-    "model.onnx",
-    "model.onnx.data",
-    "genai_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "olive.log",
-    "olive_config.json",
+    *("model.onnx", "model.onnx.data", "config.json", "genai_config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "olive.log", "olive_config.json"),
 }
 
 

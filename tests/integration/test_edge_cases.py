@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from slmops.core.errors import EvaluationError
@@ -39,12 +38,12 @@ def made(job: Job, home: Settings, stock: Settings) -> tuple[Variant, Registrati
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(home: Settings) -> Iterator[None]:
+def nothing_is_left(home: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After each test, whatever became of it: no staged home, no process."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # for faults
     yield
     assert not list(home.work(NAME).glob("*-edge"))
-    left = [child.cmdline() for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
-    assert not [command for command in left if "edge_worker" in str(command)]
+    assert making.workers("edge_worker") == []
 
 
 def fault(name: str) -> EdgeCase:
@@ -76,19 +75,10 @@ def test_what_the_runtime_makes_of_each(made: tuple[Variant, Registration], home
     assert {file.name: sha256(file) for file in registration.path.iterdir()} == before
 
 
-def test_a_crash_or_a_hang_costs_one_case(
-    made: tuple[Variant, Registration], home: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    expected = {
-        "ordinary_question": "answered",
-        "dies": "crashed",
-        "emoji": "answered",
-        "hangs": "hung",
-        "breaks": "failed",
-        "right_to_left": "answered",
-        "leaves": "crashed",
-    }
+def test_a_crash_or_a_hang_costs_one_case(made: tuple[Variant, Registration], home: Settings) -> None:
+    names = ("ordinary_question", "dies", "emoji", "hangs", "breaks", "right_to_left", "leaves")
+    ends = ("answered", "crashed", "answered", "hung", "failed", "answered", "crashed")
+    expected = dict(zip(names, ends, strict=True))
     cases = tuple(
         EdgeCase(id=name, expected="answered") if outcome == "answered" else fault(name)
         for name, outcome in expected.items()
@@ -104,9 +94,8 @@ def test_a_crash_or_a_hang_costs_one_case(
 
 @pytest.mark.parametrize("limit_s", [0.2, 3])
 def test_time_runs_out_before_and_amid_a_case(
-    limit_s: float, made: tuple[Variant, Registration], home: Settings, monkeypatch: pytest.MonkeyPatch
+    limit_s: float, made: tuple[Variant, Registration], home: Settings
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     hurried = home.model_copy(update={"evaluation_timeout_s": limit_s})
     with pytest.raises(EvaluationError, match="took longer than"):
         edge_cases.run(*made, NAME, hurried, cases=(QUESTION, fault("hangs"), QUESTION))

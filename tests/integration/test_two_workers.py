@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
@@ -60,7 +59,9 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
     with machines(("one", "two"), folder, ports, [job, talkative.parent]) as workers:
         for worker in workers:
             start_worker(worker, ports)
-            until(lambda: "many" in asked(servers, "work_pools/filter", {}, "name"), "the pool is there")
+            until(
+                lambda: any(one["name"] == POOL for one in servers.ask("/work_pools/filter", {})), "the pool is there"
+            )
         child = start_job(servers, talkative, job)
         try:
             lost = until(lambda: in_a_second_conversion(workers), "a machine converts for the second time")
@@ -73,7 +74,7 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
             child.kill()
         log = (job / "log").read_text(encoding="utf-8")
         assert child.returncode == 0, "\n".join([log, *(f"--- {one.name}\n{one.said()}" for one in workers)])
-        parts = asked(servers, "flow_runs/filter", {"flows": {"name": {"any_": ["variant"]}}})
+        parts = servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["variant"]}}})
         yield Finished(Comparison.model_validate_json(out), parts, job / "home", workers, lost)
 
 
@@ -132,12 +133,6 @@ def until(condition: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
     return found
-
-
-def asked(servers: Compose, path: str, body: dict[str, Any], key: str | None = None) -> list[Any]:
-    response = httpx.post(f"{servers.prefect_api_url}/{path}", json=body, timeout=30, trust_env=False)
-    assert response.is_success, response.text
-    return [one[key] if key else one for one in response.json()]
 
 
 def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None:

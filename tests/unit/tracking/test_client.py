@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from slmops.tracking.client import talking
 
 import pytest
@@ -10,6 +12,7 @@ from requests.exceptions import ConnectionError as NoConnection
 
 from slmops.core.errors import TrackingError
 from slmops.tracking.registry import Registry
+from slmops.tracking.training import TrainingTracker
 from tests import values
 
 URI = "https://me:secret@mlflow.example:5000"
@@ -42,7 +45,8 @@ def test_the_address_of_a_page_has_no_password() -> None:
 
 def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    dead = Registry("http://127.0.0.1:9")
-    for ask in (dead.models, lambda: dead.champion("x"), lambda: dead.find("x", "1"), lambda: dead.versions("x")):
+    dead, data = Registry("http://127.0.0.1:9"), TrainingTracker("http://127.0.0.1:9")
+    of_model = (dead.champion, dead.versions, lambda name: dead.find(name, "1"), data.records)
+    for ask in (dead.models, *(partial(one, "x") for one in of_model)):
         with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9"):
             ask()

@@ -38,19 +38,12 @@ Step = Callable[[], "Measured | Step | None"]
 
 @dataclass
 class _Child:
-    """A part on its way.
-
-    Attributes:
-        part: What it does.
-        attempt: From 1 on.
-        sign: State and beat, as they were at the last look.
-        silent_s: Seconds since one of them changed, without the time in which nobody looked.
-    """
+    """A part on its way."""
 
     part: Part
-    attempt: int
-    sign: tuple[str, object] = ("", None)
-    silent_s: float = 0.0
+    attempt: int  # from 1 on
+    sign: tuple[str, object] = ("", None)  # state and beat, as they were at the last look
+    silent_s: float = 0.0  # since one of them changed, without the time in which nobody looked
 
     def is_lost(self, state: State[Any], beat: object, seconds: float) -> bool:
         """Whether it has been silent for too long, ``seconds`` after the last look."""
@@ -90,15 +83,7 @@ def _exchange(context: JobContext) -> Iterator[Exchange]:
 
 @dataclass
 class _FanOut:
-    """Waits for all parts at once, in one thread, and begins the next ones.
-
-    Attributes:
-        children: The parts on their way, by their flow runs.
-        converted: Key and files of each variant that has been converted, by the name of its recipe.
-        due: The parts that nobody has begun yet: recipe, stage and attempt.
-        references: What the baseline has left for the others to be compared with; None: it is on its way.
-        scored: The checkpoint's own scores, which come with the baseline.
-    """
+    """Waits for all parts at once, in one thread, and begins the next ones."""
 
     workers: Workers
     recipes: list[Recipe]
@@ -106,11 +91,11 @@ class _FanOut:
     exchange: Exchange
     context: JobContext
     progress: ProgressBar
-    children: dict[UUID, _Child] = field(default_factory=dict)
-    converted: dict[str, tuple[str, Files]] = field(default_factory=dict)
-    due: list[tuple[Recipe, Stage, int]] = field(default_factory=list)
-    references: Files | None = None
-    scored: tuple[float, ...] | None = None
+    children: dict[UUID, _Child] = field(default_factory=dict)  # by their flow runs
+    converted: dict[str, tuple[str, Files]] = field(default_factory=dict)  # key and files, by the recipe's name
+    due: list[tuple[Recipe, Stage, int]] = field(default_factory=list)  # not begun yet; the number is the attempt
+    references: Files | None = None  # the baseline's, for the others to be compared with; None: it is on its way
+    scored: tuple[float, ...] | None = None  # the checkpoint's own scores, which come with the baseline
 
     def run(self) -> Outcomes:
         """Begin everything, and go on until nothing is left."""

@@ -12,17 +12,9 @@ from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
 from slmops.evaluation.drift import DriftError, Remeasure, Remeasured, assess
 from slmops.local import stack
-from slmops.tracking.tracker import Tracker
 from tasks.environment import check_environment
 from tasks.promote import check_files, find_version
-from tasks.remeasure import (
-    ask_questions,
-    find_record,
-    measure_perplexity,
-    measure_speed,
-    show_remeasurement,
-    track_remeasurement,
-)
+from tasks.remeasure import ask_questions, find_record, measure_perplexity, measure_speed, track_remeasurement
 
 log = logging.getLogger("slmops.remeasure")
 
@@ -63,8 +55,7 @@ def remeasure(request: Remeasure) -> Remeasured:
         finally:
             shutil.rmtree(settings.work(work), ignore_errors=True)
         result = assess(version, recorded, now, answers, plan.left_out, here, request)
-        result, url = track_remeasurement(uri, result, request, runtime.flow_run.id or "")
-    show_remeasurement(result, url, Tracker(uri).run_url(recorded.run_id))
+        result = track_remeasurement(uri, result, request, recorded, runtime.flow_run.id or "")
     if result.outcome == "drifted":
         raise DriftError(result)
     return result

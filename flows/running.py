@@ -1,6 +1,5 @@
 """How a run of a flow appears in Prefect: what it is called, what it waits for, how far it is, and how it ends."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
@@ -72,22 +71,12 @@ def plainly(function: Callable[P, R]) -> Callable[P, R]:
         except SlmopsError as error:
             return cast(R, Failed(message=str(error), data=error))  # Prefect raises its data at the caller
 
-    # Prefect makes the form of the signature, and would look up its names in this module.
-    ended.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     return ended
 
 
 @contextmanager
 def turn(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file at ``path``; a run that has to wait for it shows that on its page as its state, "Waiting".
-
-    Args:
-        path: The lock file.
-        what: What it stands for: "the job of 'bot'".
-
-    Raises:
-        PrerequisiteError: The folder of the lock belongs to somebody else.
-    """
+    """As :func:`locks.exclusive`; a run that has to wait shows that on its page as its state, "Waiting"."""
     with ExitStack() as held:
         try:
             held.enter_context(locks.exclusive(path, what, wait=False))
@@ -109,17 +98,13 @@ def _show_state(name: str, message: str | None) -> None:
 
 @contextmanager
 def aborted_on_error(abort: Callable[[str], None]) -> Iterator[None]:
-    """If the block is interrupted or breaks, close what it has open in MLflow, if MLflow still answers.
-
-    Args:
-        abort: Closes it; the argument is what went wrong.
-    """
+    """If the block is interrupted or breaks, ``abort`` what it has open in MLflow, with what went wrong."""
     try:
         yield
     except Pause:  # it waits for approval
         raise
     except BaseException as error:
-        with suppress(TrackingError):
+        with suppress(TrackingError):  # MLflow does not answer either
             abort(error.message if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}")
         raise
 

@@ -13,7 +13,7 @@ from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.local import stack
 from tasks.environment import check_environment
 from tasks.promote import check_files, find_version
-from tasks.soak import find_variant, show_soak, soak_variant, track_soak
+from tasks.soak import find_variant, soak_variant, track_soak
 
 log = logging.getLogger("slmops.soak")
 
@@ -46,8 +46,7 @@ def soak(request: Soak) -> SoakResult:
         if installed is not None:
             home = held.enter_context(copied(installed, f"{installed.name}.soak", settings)).home
         measured, memory_kb = soak_variant(target, request, home, settings)
-    result, url = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
-    show_soak(result, url)
+    result = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     if result.outcome != "pass":
         raise SoakError(result)
     return result

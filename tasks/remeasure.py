@@ -27,16 +27,14 @@ ask_questions = stage("ask again")(remeasurement.ask_questions)
 
 
 @stage(tracking=True)
-def track_remeasurement(uri: str, result: Remeasured, request: Remeasure, flow_run: str) -> tuple[Remeasured, str]:
-    """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
+def track_remeasurement(
+    uri: str, result: Remeasured, request: Remeasure, recorded: Recorded, flow_run: str
+) -> Remeasured:
+    """Log it as a run of the model's experiment, and publish it on the Prefect page; returns it with the run's id."""
     tracker = Tracker(uri)
     run_id = tracker.log_remeasurement(result, request, machine.hardware(), flow_run)
-    return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
-
-
-@stage()
-def show_remeasurement(result: Remeasured, run_url: str, recorded_url: str) -> None:
-    """Publish the comparison as an artifact of the flow run."""
-    page = f"{drift.text(result, markdown=True)}\n\n[MLflow run]({run_url}), [what was recorded]({recorded_url})"
+    links = f"[MLflow run]({tracker.run_url(run_id)}), [what was recorded]({tracker.run_url(recorded.run_id)})"
     about = f"{result.model}: version {result.version} measured again"
+    page = f"{drift.text(result, markdown=True)}\n\n{links}"
     create_markdown_artifact(page, artifact_key("remeasure", result.model), about)
+    return result.model_copy(update={"run_id": run_id})

@@ -19,8 +19,8 @@ soak_variant = stage("soak {target.variant}")(soak.measure)
 
 
 @stage(tracking=True)
-def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> tuple[SoakResult, str]:
-    """Log it as a run of the model's experiment; returns the result with the run's id, and the address of its page."""
+def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> SoakResult:
+    """Log it as a run of the model's experiment, and publish it on the Prefect page; returns it with the run's id."""
     tracker = Tracker(uri)
     version = {} if result.version is None else {"slmops.version": str(result.version)}
     run_id = tracker.log_soak(
@@ -36,11 +36,6 @@ def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_
         result.metrics,
         [kb / 1e3 for kb in memory_kb],
     )
-    return result.model_copy(update={"run_id": run_id}), tracker.run_url(run_id)
-
-
-@stage()
-def show_soak(result: SoakResult, run_url: str) -> None:
-    """Publish the outcome as an artifact of the flow run."""
-    page = f"```\n{soak.text(result)}\n```\n\n[MLflow run]({run_url})"
+    page = f"```\n{soak.text(result)}\n```\n\n[MLflow run]({tracker.run_url(run_id)})"
     create_markdown_artifact(page, artifact_key("soak", result.model), f"{result.model}: soak of {result.variant}")
+    return result.model_copy(update={"run_id": run_id})

@@ -24,38 +24,29 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
     home: Path = Field(Path(".slmops"), description="The one folder that holds all state.")
-    tracking_uri: str | None = Field(
-        None,
-        validation_alias=AliasChoices("SLMOPS_TRACKING_URI", "MLFLOW_TRACKING_URI"),
-        description="An MLflow server to use instead of the local one that slmops starts.",
-    )
+    tracking_uri: str | None = Field(None, validation_alias=AliasChoices("SLMOPS_TRACKING_URI", "MLFLOW_TRACKING_URI"))
+    """An MLflow server to use instead of the local one that slmops starts."""
     prefect_api_url: str | None = Field(
-        None,
-        validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL"),
-        description="A Prefect server to use instead of the local one that slmops starts.",
+        None, validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL")
     )
+    """A Prefect server to use instead of the local one that slmops starts."""
     mlflow_port: int = Field(5000, ge=1, le=65535, description="First port tried for the local MLflow server.")
     prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
     training_timeout_s: float = Field(86400, gt=0, description="Seconds that one fine-tuning may take.")
     conversion_timeout_s: float = Field(7200, gt=0, description="Seconds that one Olive conversion may take.")
     evaluation_timeout_s: float = Field(3600, gt=0, description="Seconds that one variant's evaluation may take.")
-    judge_url: str | None = Field(
-        None,
-        pattern=ADDRESS_PATTERN,
-        description="OpenAI-compatible endpoint for items with match 'judge', such as http://127.0.0.1:11434/v1.",
-    )
+    judge_url: str | None = Field(None, pattern=ADDRESS_PATTERN)
+    """OpenAI-compatible endpoint for items with match 'judge', such as http://127.0.0.1:11434/v1."""
     judge_model: str | None = Field(None, description="Name of the judging model at that endpoint.")
     judge_api_key: SecretStr | None = Field(None, description="Its key, if it needs one.")
     judge_timeout_s: float = Field(60, gt=0, description="Seconds that one judgement may take.")
     serve_token: SecretStr | None = Field(None, description="Token that clients of `slmops serve` must send.")
-    pools: Annotated[tuple[Pool, ...], NoDecode] = Field(
-        (),
-        description="Prefect work pools to convert and measure on instead of in this process, as JSON: "
-        '[{"name": "big", "memory_gb": 64}].',
-    )
+    pools: Annotated[tuple[Pool, ...], NoDecode] = ()
+    """Prefect work pools to convert and measure on instead of here, as JSON: [{"name": "big", "memory_gb": 64}]."""
 
     @field_validator("home")
     @classmethod

@@ -45,13 +45,13 @@ def remeasure(request: Remeasure) -> Remeasured:
                 log.warning("not compared: %s", reason)
             now: dict[str, Measurement] = {}
             answers: tuple[Answer, ...] | None = None
-            with remeasurement.copied(check_files(version, settings, uri), work, settings) as place:
+            with remeasurement.copied(check_files(version, settings, uri), work, settings) as copy:
                 if plan.speed:
-                    now |= measure_speed(place, recorded, work, settings)
+                    now |= measure_speed(copy, recorded, work, settings)
                 if plan.text is not None:
-                    now |= measure_perplexity(place, plan.text, recorded, work, settings)
+                    now |= measure_perplexity(copy, plan.text, recorded, work, settings)
                 if plan.questions is not None:
-                    answers = ask_questions(place, plan.questions, recorded, work, settings)
+                    answers = ask_questions(copy, plan.questions, recorded, work, settings)
         finally:
             shutil.rmtree(settings.work(work), ignore_errors=True)
         result = assess(version, recorded, now, answers, plan.left_out, here, request)

@@ -24,11 +24,10 @@ from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training import data, outcome
+from slmops.training import answers, data
 from slmops.training.finetune import input_digest
-from slmops.training.outcome import RetrainError
 from slmops.training.sources import Fetched
-from slmops.training.values import WAITING, Finetuned, Retrain, Retrained, TrainingData
+from slmops.training.values import DEFAULT_POLICY, WAITING, Finetuned, Retrain, Retrained, RetrainError, TrainingData
 from tasks import retrain as steps
 from tasks.checkpoint import get_checkpoint
 from tasks.environment import check_environment
@@ -116,7 +115,7 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
     """All stages; each of them may end it."""
     prepared, finetuned = _train(attempt, checkpoint, fetched)
     accuracy = attempt.so_far.accuracy
-    if worse := outcome.worse(accuracy["base"], accuracy["finetuned"]):
+    if worse := answers.worse(accuracy["base"], accuracy["finetuned"]):
         return attempt.ended("refused", worse)
     _measure_champion(attempt, prepared)
     try:
@@ -183,7 +182,8 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
             if error.comparison is None:
                 raise
             refused, comparison = error, error.comparison
-        attempt.so_far.accuracy.update(outcome.accuracies(comparison))
+        figures = {one.name: one.measurements for one in comparison.variants if "accuracy" in one.measurements}
+        attempt.so_far.accuracy.update({precision: of["accuracy"] for precision, of in figures.items()})
         steps.link(attempt.tracker, attempt.so_far.run_id, comparison)
     if refused is not None:
         raise refused
@@ -236,7 +236,7 @@ def _job(request: Retrain, model: str) -> Job:
     return Job(
         model=model,
         precision=request.precision,
-        policy=request.policy or outcome.DEFAULT_POLICY,
+        policy=request.policy or DEFAULT_POLICY,
         matcher=request.matcher,
         quick=request.quick,
     )

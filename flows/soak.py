@@ -8,7 +8,7 @@ from prefect import flow, runtime
 from flows.running import named, plainly, turn
 from slmops.core import locks
 from slmops.core.settings import Settings
-from slmops.delivery.remeasurement import copied
+from slmops.delivery.remeasurement import copied, home_of
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.local import stack
 from tasks.environment import check_environment
@@ -44,7 +44,9 @@ def soak(request: Soak) -> SoakResult:
     with turn(settings.machine_lock, locks.MACHINE), ExitStack() as held:
         home = settings.foundry
         if installed is not None:
-            home = held.enter_context(copied(installed, f"{installed.name}.soak", settings)).home
+            work = f"{installed.name}.soak"
+            held.enter_context(copied(installed, work, settings))
+            home = home_of(work, settings)
         measured, memory_kb = soak_variant(target, request, home, settings)
     result = track_soak(uri, measured, memory_kb, runtime.flow_run.id or "")
     if result.outcome != "pass":

@@ -9,9 +9,8 @@ from prefect.variables import Variable
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
 from slmops.training import data
-from slmops.training.news import Seen
 from slmops.training.sources import Fetched
-from slmops.training.values import News
+from slmops.training.values import News, Seen
 from tasks.stage import stage
 
 NEW_DATA, NEW_VERSION = "slmops.data.new", "slmops.version.new"

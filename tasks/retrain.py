@@ -19,7 +19,6 @@ from slmops.tracking.evaluation import EVALUATION_SET, QUICK, TEXT
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
-from slmops.training import outcome
 from slmops.training.values import Retrain, Retrained, TrainingData
 from tasks.stage import stage
 
@@ -120,5 +119,5 @@ def switch_back(url: str, version: ModelVersion, uri: str) -> None:
 @stage()
 def show_result(result: Retrained) -> None:
     """Publish the outcome as an artifact of the flow run."""
-    page = f"{result.outcome}\n\n```\n{outcome.text(result)}\n```\n\n[MLflow run]({result.url})"
+    page = f"{result.outcome}\n\n```\n{result.text}\n```\n\n[MLflow run]({result.url})"
     create_markdown_artifact(page, artifact_key("retraining", result.model), f"{result.model}: retraining")

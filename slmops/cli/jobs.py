@@ -18,7 +18,6 @@ from slmops.evaluation import soak as soaking
 from slmops.evaluation.drift import Remeasure, Remeasured
 from slmops.evaluation.soak import Soak, SoakResult
 from slmops.local import stack
-from slmops.training import outcome
 from slmops.training.values import Retrain, Retrained
 
 FlowResult = Comparison | Retrained | SoakResult | Remeasured
@@ -102,7 +101,7 @@ def _text(result: FlowResult) -> str:
 
             return tables.text(result)
         case Retrained():
-            return outcome.text(result)
+            return result.text
         case SoakResult():
             return soaking.text(result)
         case Remeasured():

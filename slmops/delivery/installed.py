@@ -77,13 +77,10 @@ def current(name: str, settings: Settings) -> Installed | None:
 
 
 def make_current(version: Installed, settings: Settings) -> None:
-    """Note that users get ``version`` now, and remove all versions but it and the one that they had before."""
-    with locked(version.name, settings):
-        make_current_locked(version, settings)
+    """Note that users get ``version`` now, and remove all versions but it and the one that they had before.
 
-
-def make_current_locked(version: Installed, settings: Settings) -> None:
-    """Do what :func:`make_current` does, when :func:`locked` is held."""
+    The caller holds :func:`locked`.
+    """
     state = _read(version.name, settings)
     if state is None or state.current != version.foundry_id:
         state = _State(current=version.foundry_id, previous=state.current if state else None)

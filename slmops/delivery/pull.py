@@ -98,7 +98,7 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
 
     with installed.locked(name, settings):
         done = _install(fitting(Registry(uri), name, which), settings, uri)
-        installed.make_current_locked(done, settings)
+        installed.make_current(done, settings)
     return done
 
 

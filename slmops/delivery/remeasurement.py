@@ -41,13 +41,6 @@ class Plan(Frozen):
     left_out: tuple[str, ...]
 
 
-class Place(Frozen):
-    """A version in a Foundry home of its own."""
-
-    home: Path
-    registration: Registration
-
-
 def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
     """What can be measured on the kind of machine ``here`` and compared with what was recorded, if anything can."""
     left_out = []
@@ -70,16 +63,16 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
 
 
 @contextmanager
-def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]:
+def copied(version: Installed, name: str, settings: Settings) -> Iterator[Registration]:
     """Lay an installed version out in a Foundry home of its own, its files linked, registered and answering.
 
-    It lies in the work folder ``name``, which nobody else uses now, and which is removed in the end.
+    That is :func:`home_of` the work folder ``name``, which nobody else uses now, and which is removed in the end.
 
     Raises:
         BusyError: The version was removed just now.
         RegistrationError: Foundry Local refuses it, or it answers nothing.
     """
-    home = settings.work(name) / "foundry"
+    home = home_of(name, settings)
     original = Registration(foundry_id=version.foundry_id, path=version.folder, prompt_template_exact=True, answer="")
     try:
         try:
@@ -91,23 +84,26 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Place]
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
         request = RegisterRequest(home=home, folder=staged.folder, foundry_id=foundry_id, display_name=foundry_id)
         registered = register_folder(request, work=settings.work(name) / "register", log=log_file)
-        here = original.model_copy(update={"path": staged.folder, "answer": registered.answer})
-        yield Place(home=home, registration=here)
+        yield original.model_copy(update={"path": staged.folder, "answer": registered.answer})
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)
 
 
-def measure_speed(place: Place, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
+def home_of(name: str, settings: Settings) -> Path:
+    return settings.work(name) / "foundry"
+
+
+def measure_speed(copy: Registration, recorded: Recorded, name: str, settings: Settings) -> dict[str, Measurement]:
     """Speed and memory, measured as in the job: the same prompts and as many rounds."""
     variant = recorded.variant
-    measured = speed.measure([(variant, place.registration)], name, recorded.job, settings)[variant.name]
+    measured = speed.measure([(variant, copy)], name, recorded.job, settings)[variant.name]
     if isinstance(measured, SlmopsError):
         raise measured
     return summary.of_speed(measured)
 
 
 def measure_perplexity(
-    place: Place, text: str, recorded: Recorded, name: str, settings: Settings
+    copy: Registration, text: str, recorded: Recorded, name: str, settings: Settings
 ) -> dict[str, Measurement]:
     """Perplexity on the job's text."""
     file = settings.work(name) / "text.txt"
@@ -115,21 +111,21 @@ def measure_perplexity(
     with locks.machine(settings):
         log.info("%s: scoring the text", recorded.variant.name)
         tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
-        request = LogitsRequest(folder=place.registration.path, text=file, tokens=tokens)
+        request = LogitsRequest(folder=copy.path, text=file, tokens=tokens)
         scored = quality.score_text(request, name, recorded.variant.name, settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
 
 def ask_questions(
-    place: Place, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
+    copy: Registration, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
 ) -> tuple[Answer, ...]:
     """Answers to the job's evaluation set, judged as the job judged them."""
     items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
     with locks.machine(settings):
         log.info("%s: answering the evaluation set", recorded.variant.name)
-        foundry_id, matcher = place.registration.foundry_id, recorded.job.matcher
-        request = AnswersRequest(home=place.home, foundry_id=foundry_id, items=items, matcher=matcher)
-        answers = quality.ask_variant(request, name, recorded.variant.name, settings)
+        home, matcher = home_of(name, settings), recorded.job.matcher
+        request = AnswersRequest(folder=home, foundry_id=copy.foundry_id, items=items, matcher=matcher)
+        answers = quality.ask(request, name, recorded.variant.name, settings)
     return scoring.ask_judge(items, answers, settings)
 
 

@@ -84,9 +84,9 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         )
         scored = score_text(text_request, name, variant.name, settings)
         asked = AnswersRequest(
-            home=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
+            folder=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
         )
-        answers = ask_variant(asked, name, variant.name, settings)
+        answers = ask(asked, name, variant.name, settings)
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return Quality(
         nll=scored.nll,
@@ -106,15 +106,25 @@ def score_text(request: LogitsRequest, name: str, label: str, settings: Settings
     return _in_child("logits", request, LogitsResult, name, label, settings)
 
 
-def ask_variant(request: AnswersRequest, name: str, label: str, settings: Settings) -> tuple[Answer, ...]:
-    """Have a registered variant answer, with the arguments and the lock of :func:`score_text`.
+def ask(
+    request: AnswersRequest, name: str, label: str, settings: Settings, env: dict[str, str] | None = None
+) -> tuple[Answer, ...]:
+    """Have a model answer, with the arguments and the lock of :func:`score_text`, and variables of the environment.
 
     Give the answers to :func:`slmops.evaluation.scoring.ask_judge` once the lock is free. UsageError: a bad matcher.
     """
-    return _in_child("answers", request, ScoredAnswers, name, label, settings).answers
+    return _in_child("answers", request, ScoredAnswers, name, label, settings, env).answers
 
 
-def _in_child(what: str, request: Frozen, result: type[Result], name: str, label: str, settings: Settings) -> Result:
+def _in_child(
+    what: str,
+    request: Frozen,
+    result: type[Result],
+    name: str,
+    label: str,
+    settings: Settings,
+    env: dict[str, str] | None = None,
+) -> Result:
     found, _ = children.call(
         f"slmops.evaluation.{what}_worker",
         request,
@@ -123,6 +133,7 @@ def _in_child(what: str, request: Frozen, result: type[Result], name: str, label
         log=settings.logs / name / f"{label}.{what}.log",
         timeout_s=settings.evaluation_timeout_s,
         error=EvaluationError,
+        env=env,
     )
     return found
 

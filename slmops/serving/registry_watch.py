@@ -65,7 +65,8 @@ class VersionSource:
         return pull.install(version, self.settings, self.uri)
 
     def make_current(self, version: Installed) -> None:
-        installed.make_current(version, self.settings)
+        with installed.locked(version.name, self.settings):
+            installed.make_current(version, self.settings)
 
     def current(self) -> Installed | None:
         """What was served last, if it is still here."""

@@ -9,43 +9,25 @@ from slmops.core import locks
 from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
-from slmops.evaluation import dataset, scoring, statistics
-from slmops.processes import children
-from slmops.training import answers_worker
+from slmops.evaluation import dataset, quality, scoring, statistics
+from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.training.finetune import OFFLINE_ENVIRONMENT
 
 
 def answer_with_checkpoint(
     folder: Path, evaluation_set: Path, matcher: str | None, name: str, label: str, settings: Settings
 ) -> tuple[Measurement, tuple[Answer, ...]]:
-    """Have the checkpoint in ``folder`` answer, greedily and in fp32.
+    """Have a checkpoint answer, greedily and in fp32: its accuracy over the answers that could be judged, and all.
 
-    ``label`` says which of the model's checkpoints it is, for the name of the log.
-
-    Returns:
-        Accuracy over the items that could be judged, with its interval, and the judged answers.
-
-    Raises:
-        EvaluationError: The checkpoint does not answer, or no answer could be judged.
-        UsageError: The evaluation set or the matcher is bad.
+    ``label`` says which of the model's checkpoints it is. It is an EvaluationError if no answer could be judged.
     """
     items = dataset.load(evaluation_set, matcher=matcher, judge=settings.judge_configured).items
-    work = settings.work(name) / f"{label}-answers"
-    log = settings.logs / name / f"{label}.answers.log"
-    log.unlink(missing_ok=True)
+    (settings.logs / name / f"{label}.answers.log").unlink(missing_ok=True)
+    request = AnswersRequest(folder=folder, items=items, matcher=matcher)
     with locks.machine(settings):
-        result, _ = children.call(
-            "slmops.training.answers_worker",
-            answers_worker.CheckpointAnswersRequest(folder=folder, items=items, matcher=matcher),
-            scoring.ScoredAnswers,
-            work=work,
-            log=log,
-            timeout_s=settings.evaluation_timeout_s,
-            error=EvaluationError,
-            env=OFFLINE_ENVIRONMENT,
-        )
-    shutil.rmtree(work)
-    answers = scoring.ask_judge(items, result.answers, settings)
+        answers = quality.ask(request, name, label, settings, OFFLINE_ENVIRONMENT)
+    shutil.rmtree(settings.work(name) / f"{label}.answers")
+    answers = scoring.ask_judge(items, answers, settings)
     judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:
         raise EvaluationError(
@@ -53,3 +35,13 @@ def answer_with_checkpoint(
             "Fix the evaluation set, the matcher or the judging model.",
         )
     return statistics.of_proportion(sum(judged), len(judged)), answers
+
+
+def worse(base: Measurement, finetuned: Measurement) -> str | None:
+    """Say why a fine-tuned checkpoint of this accuracy is not worth converting; None if it is."""
+    if finetuned.value >= base.value:
+        return None
+    return (
+        f"The fine-tuning made the model worse: accuracy {base.value:.2f} before it, {finetuned.value:.2f} after it. "
+        "The champion stays."
+    )

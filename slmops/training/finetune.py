@@ -25,7 +25,6 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, VariantFile
 from slmops.processes import children
 from slmops.training import finetune_worker
-from slmops.training.resume import STATES
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, Retrain, TrainingData, TrainingResult
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def finetune(
     ):
         if (done := load(folder)) is not None:
             log.info("unchanged since it was fine-tuned")
-            shutil.rmtree(folder / STATES, ignore_errors=True)
+            shutil.rmtree(folder / finetune_worker.STATES, ignore_errors=True)
             return done
         if (folder / TRAINING_FILE).exists():
             log.warning("%s was changed since it was made, so it is made again", folder)
@@ -94,7 +93,7 @@ def finetune(
         )
         write_atomic(folder / DIGESTS_FILE, FILE_LIST.dump_json(_files(folder), indent=1).decode())
         write_atomic(folder / TRAINING_FILE, finetuned.model_dump_json(indent=1))
-        shutil.rmtree(folder / STATES)
+        shutil.rmtree(folder / finetune_worker.STATES)
         return finetuned
 
 
@@ -153,7 +152,7 @@ def _train(
     request: finetune_worker.FinetuneRequest, settings: Settings, name: str, on_loss: Callable[[LossPoint], None]
 ) -> tuple[TrainingResult, children.Finished]:
     text = settings.logs / name / "finetune.log"
-    if (request.folder / STATES).exists():
+    if (request.folder / finetune_worker.STATES).exists():
         log.info("resuming the fine-tuning of an earlier run")
     else:
         text.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any
 
 from slmops.checkpoints.inspection import TEXT_PATTERNS
 from slmops.core.errors import DataError, TrainingError
+from slmops.core.files import write_atomic
 from slmops.core.values import Checkpoint, Frozen
 from slmops.processes import child
 from slmops.training.masking import IGNORED, answer_spans, labels, renderer
-from slmops.training.resume import STATES, WholeMark, mark_whole, resumable, state_folder, trainer_state, truncate
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingData, TrainingResult
 
 POINT = "loss point: "
 """Prefix of each line of output that is a point of the loss curves."""
 
 LOSSES_FILE, ADAPTER, MERGED = "losses.jsonl", "adapter", "merged"
+STATES, WHOLE = "checkpoints", "complete.json"
+"""Folder of the saved states, which transformers calls checkpoints, and the file that a whole one has."""
 WARM_UP = 0.05
 """Share of the training in which the learning rate rises."""
 POINTS_BETWEEN = 10
@@ -37,6 +40,63 @@ class FinetuneRequest(Frozen):
     training: LoraSettings
     bf16: bool
     folder: Path
+
+
+class WholeMark(Frozen):
+    """Content of :data:`WHOLE`, the file of a saved state that is written last, with the sizes of the others."""
+
+    seconds: float
+    stopped: Stopped | None
+    sizes: dict[str, int]
+
+
+def state_folder(folder: Path, step: int) -> Path:
+    """Where the training in ``folder`` saves its state after ``step``."""
+    return folder / STATES / f"checkpoint-{step}"
+
+
+def trainer_state(folder: Path, step: int) -> Any:
+    """What the Trainer itself recorded of that state."""
+    return json.loads((state_folder(folder, step) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def resumable(folder: Path) -> tuple[int, WholeMark] | None:
+    """Find the newest whole state of the training in ``folder``: its step and its mark. Removes broken ones.
+
+    The Trainer writes and deletes states in place, so a killed process leaves parts of them. If the state with the
+    best weights is missing, the others are of no use.
+    """
+    whole: dict[int, WholeMark] = {}
+    for state in (folder / STATES).glob("checkpoint-*"):
+        with suppress(OSError, ValueError):
+            mark = WholeMark.model_validate_json((state / WHOLE).read_text(encoding="utf-8"))
+            if all((state / name).stat().st_size == size for name, size in mark.sizes.items()):
+                whole[int(state.name.rpartition("-")[2])] = mark
+                continue
+        shutil.rmtree(state)
+    if not whole:
+        return None
+    newest = max(whole)
+    if trainer_state(folder, newest)["best_global_step"] not in whole:
+        shutil.rmtree(folder / STATES)
+        return None
+    return newest, whole[newest]
+
+
+def mark_whole(state: Path, seconds: float, stopped: Stopped | None) -> None:
+    """Declare that the saved state in this folder is whole."""
+    sizes = {path.name: path.stat().st_size for path in state.iterdir() if path.name != WHOLE}
+    write_atomic(state / WHOLE, WholeMark(seconds=seconds, stopped=stopped, sizes=sizes).model_dump_json())
+
+
+def truncate(file: Path, step: int) -> None:
+    """Drop the points of a loss curve after ``step``, and a line that is cut off."""
+    kept = []
+    with suppress(ValueError):
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+            if LossPoint.model_validate_json(line).step <= step:
+                kept.append(line + "\n")
+    write_atomic(file, "".join(kept))
 
 
 def handle(request: FinetuneRequest) -> TrainingResult:

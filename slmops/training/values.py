@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
+from slmops.core.errors import GateError
 from slmops.core.job import Precision
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement, Name
@@ -16,6 +17,9 @@ ProblemKind = Literal["schema", "roles", "empty", "oversized", "duplicate", "nea
 Stopped = Literal["epochs", "patience", "minutes"]
 WAITING = "waiting for approval"
 """The outcome of a retraining in MLflow until a person has decided."""
+DEFAULT_POLICY = Path(__file__).with_name("policy.toml")
+"""Used when a retraining gets no policy."""
+FIRST_REPEAT_S, DAY_S = 1800, 86400
 
 
 class LoraSettings(Frozen, use_attribute_docstrings=True):
@@ -98,6 +102,31 @@ class News(Frozen, use_attribute_docstrings=True):
     """Where its training data come from, given as for a retraining. Without it only versions are looked for."""
     evaluation_set: Path | None = None
     """JSONL or CSV with held-out questions. Default: evaluation.jsonl or .csv beside the data."""
+
+
+class Seen(BaseModel, frozen=True):
+    """What one look leaves for the next."""
+
+    version: int | None = Field(None, description="The highest number in the registry.")
+    data: str | None = Field(None, description="Digest of the training items that are not new.")
+    told: str | None = Field(None, description="Digest of the training items that the last event was about.")
+    times: int = Field(0, description="How many events there were about them.")
+    again: float = Field(0, description="When the next one is due, in seconds since 1970.")
+
+    def look_at_data(self, digest: str, used: str | None, now: float) -> tuple[Seen, bool]:
+        """What to remember, and whether an event about the training items with this digest is due.
+
+        They are new until a retraining has used them, which an event does not ensure: the retraining may fail, or
+        nothing listens. So the event is repeated: after half an hour, then after twice as long each time, up to a day.
+        The last retraining used the digest ``used``. ``now`` is in seconds since 1970.
+        """
+        if self.data is None or digest in (self.data, used):  # at the first look nothing is new
+            return Seen(version=self.version, data=digest), False
+        times = self.times if digest == self.told else 0
+        if times and now < self.again:
+            return self, False
+        again = now + min(FIRST_REPEAT_S * 2**times, DAY_S)
+        return self.model_copy(update={"told": digest, "times": times + 1, "again": again}), True
 
 
 class DataProblem(Frozen):
@@ -193,3 +222,29 @@ class Retrained(Frozen, use_attribute_docstrings=True):
     """Accuracy on the evaluation set of base, finetuned and each precision."""
     seconds: dict[str, float] = Field({}, description="Stage to seconds.")
     url: str = Field(description="Its page in MLflow.")
+
+    @property
+    def text(self) -> str:
+        """What ``slmops retrain`` prints."""
+        from tabulate import tabulate
+
+        lines = [f"{self.outcome}: {self.detail}"]
+        if self.accuracy:
+            rows: list[list[Any]] = []
+            for name, one in self.accuracy.items():
+                interval = "" if one.low is None else f"[{one.low:.2f}, {one.high:.2f}]"
+                rows.append([name, f"{one.value:.2f}", interval, one.samples])
+            table = tabulate(rows, headers=["", "accuracy", "95 % interval", "questions"], disable_numparse=True)
+            lines += ["", table]
+        if self.seconds:
+            rows = [[stage, f"{seconds:.0f}"] for stage, seconds in self.seconds.items()]
+            lines += ["", tabulate(rows, headers=["stage", "seconds"], disable_numparse=True)]
+        return "\n".join(lines)
+
+
+class RetrainError(GateError):
+    """The retraining is done, but its version does not stay in production. The error carries the result."""
+
+    def __init__(self, result: Retrained, fix: str | None = None) -> None:
+        super().__init__(result.detail, fix)
+        self.result = result

@@ -148,10 +148,10 @@ def test_a_removed_version_is_measured_to_the_end(
     here = pull.install(champion, settings, str(settings.tracking_uri))
     recorded = book.tracker.recorded(champion.run_id, tmp_path)
     questions = dataset.load(recorded.evaluation_set)
-    with remeasurement.copied(here, "gone", settings) as place:
+    with remeasurement.copied(here, "gone", settings) as copy:
         installed.tidy(NAME, [], settings)
         assert not here.folder.exists()
-        answers = remeasurement.ask_questions(place, questions, recorded, "gone", settings)
+        answers = remeasurement.ask_questions(copy, questions, recorded, "gone", settings)
     assert [one.answer for one in answers] == [one.answer for one in recorded.answers]
     assert not settings.work("gone").exists()
     with pytest.raises(BusyError, match=r"tiny-r|Tiny_R"), remeasurement.copied(here, "gone", settings):

@@ -21,8 +21,7 @@ from slmops.serving import home_service
 from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training.outcome import RetrainError
-from slmops.training.values import WAITING, Finetuned, Retrained
+from slmops.training.values import WAITING, Finetuned, Retrained, RetrainError
 from tests import deployed, retraining, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read

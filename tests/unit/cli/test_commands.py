@@ -21,9 +21,7 @@ from slmops.local import stack
 from slmops.report import tables
 from slmops.serving import service
 from slmops.tracking.registry import Registry
-from slmops.training import outcome
-from slmops.training.outcome import RetrainError
-from slmops.training.values import Retrained
+from slmops.training.values import Retrained, RetrainError
 from tests import values
 
 if TYPE_CHECKING:
@@ -93,7 +91,7 @@ def test_flags_are_the_request(flows: Flows, slmops: Slmops, arguments: str) -> 
         ("run --model m", COMPARISON, tables.text(COMPARISON)),
         ("promote bot", PROMOTED, PROMOTED.text),
         ("rollback bot", PROMOTED, PROMOTED.text),
-        ("retrain --model m --data d", RETRAINED, outcome.text(RETRAINED)),
+        ("retrain --model m --data d", RETRAINED, RETRAINED.text),
         ("soak", SOAKED, soak.text(SOAKED)),
         ("remeasure bot", REMEASURED, drift.text(REMEASURED)),
     ],

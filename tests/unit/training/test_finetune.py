@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from slmops.training import finetune, masking, resume
+from slmops.training import finetune, masking
 from slmops.training import finetune_worker as worker
 from slmops.training.values import LoraSettings, LossPoint, Retrain, Stopped, TrainingData
 from tests import values
@@ -123,31 +123,31 @@ def test_tokens_are_learned_that_begin_in_an_answer() -> None:
 
 
 def save(folder: Path, step: int, best: int, stopped: Stopped | None = None) -> Path:
-    state = resume.state_folder(folder, step)
+    state = worker.state_folder(folder, step)
     state.mkdir(parents=True)
     (state / "adapter_model.safetensors").write_bytes(b"weights")
     (state / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
-    resume.mark_whole(state, 60.0 + step, stopped)
+    worker.mark_whole(state, 60.0 + step, stopped)
     return state
 
 
 def test_the_newest_by_number_is_resumed_if_the_best_weights_are_there(tmp_path: Path) -> None:
-    assert resume.resumable(tmp_path) is None
+    assert worker.resumable(tmp_path) is None
     for step in (5, 10, 100):
         save(tmp_path, step, best=5, stopped="patience" if step == 100 else None)
-    assert (found := resume.resumable(tmp_path)) is not None
+    assert (found := worker.resumable(tmp_path)) is not None
     assert (found[0], found[1].seconds, found[1].stopped) == (100, 160.0, "patience")
-    (resume.state_folder(tmp_path, 5) / resume.WHOLE).unlink()
-    assert resume.resumable(tmp_path) is None
-    assert not (tmp_path / resume.STATES).exists()
+    (worker.state_folder(tmp_path, 5) / worker.WHOLE).unlink()
+    assert worker.resumable(tmp_path) is None
+    assert not (tmp_path / worker.STATES).exists()
 
 
-@pytest.mark.parametrize("file", [resume.WHOLE, "adapter_model.safetensors"])
+@pytest.mark.parametrize("file", [worker.WHOLE, "adapter_model.safetensors"])
 @pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:4])])
 def test_half_a_state_is_removed(tmp_path: Path, file: str, harm: Callable[[Path], object]) -> None:
     whole, half = save(tmp_path, 5, best=5), save(tmp_path, 10, best=5)
     harm(half / file)
-    assert (found := resume.resumable(tmp_path)) is not None
+    assert (found := worker.resumable(tmp_path)) is not None
     assert (found[0], whole.exists(), half.exists()) == (5, True, False)
 
 
@@ -157,7 +157,7 @@ def test_points_after_the_saved_state_are_dropped(tmp_path: Path) -> None:
     lines = [point.model_dump_json() + "\n" for point in points]
     file.write_text("".join(lines) + '{"step":4,')
     for step, kept in ((3, 4), (2, 3), (-1, 0)):
-        resume.truncate(file, step)
+        worker.truncate(file, step)
         assert file.read_text() == "".join(lines[:kept])
 
 

@@ -71,13 +71,8 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
         assert {name: value for name, value in logged.items() if "/" not in name} == pytest.approx(variant["metrics"])
         files = httpx.get(f"{api}/artifacts/list", params={"run_id": variant["run_id"]}).json()["files"]
         assert {file["path"] for file in files} >= {
-            "variant.json",
-            "olive_config.json",
-            "olive.log",
-            "genai_config.json",
-            "inference_model.json",
-            "file_sizes.json",
-            "answers.json",
+            *("variant.json", "olive_config.json", "olive.log", "genai_config.json", "inference_model.json"),
+            *("file_sizes.json", "answers.json"),
         }
         [logged_model] = child["inputs"]["model_inputs"]
         model = httpx.get(f"{api}/logged-models/{logged_model['model_id']}").json()["model"]

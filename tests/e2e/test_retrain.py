@@ -40,20 +40,21 @@ def job_file(model: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def runs(slmops: Any, name: str) -> list[Any]:
+def mlflow(slmops: Any) -> Any:
     from mlflow import MlflowClient
 
-    client = MlflowClient(slmops.json("status")["mlflow"]["url"])
+    return MlflowClient(slmops.json("status")["mlflow"]["url"])
+
+
+def runs(slmops: Any, name: str) -> list[Any]:
+    client = mlflow(slmops)
     experiment = client.get_experiment_by_name(name)
     return list(client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'retrain'"))
 
 
 def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> None:
-    file = job_file(model, "killed-retraining", serve=True)
-    # Slow enough to be killed in the middle.
-    asked = json.loads(file.read_text())
-    asked["training"]["epochs"] = 12
-    file.write_text(json.dumps(asked))
+    slow = retraining.TRAINING.model_copy(update={"epochs": 12.0})  # enough to be killed in the middle
+    file = job_file(model, "killed-retraining", serve=True, training=slow)
     for stage in STAGES:
         started = slmops.start("retrain", "--job", str(file))
         started.wait_for(stage)
@@ -82,11 +83,9 @@ def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
     time.sleep(10)
     assert slmops("up").returncode == 0
     assert started.end() == 0, started.lines
-    from mlflow import MlflowClient
-
     [run] = runs(slmops, "away")
-    client = MlflowClient(slmops.json("status")["mlflow"]["url"])
-    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "curves/validation_loss")]
+    history = mlflow(slmops).get_metric_history(run.info.run_id, "curves/validation_loss")
+    steps = [metric.step for metric in history]
     assert len(steps) == len(set(steps)) >= 6
 
 

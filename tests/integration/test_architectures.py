@@ -27,6 +27,8 @@ TOLERANCE = 1e-4
 # Name -> bits of the weights, and the largest difference of the logits, relative to the largest logit. Random weights
 # are the worst case for rounding.
 PRECISIONS = {"fp32": ({32}, TOLERANCE), "fp16": ({16}, 1e-2), "int8": ({8}, 0.1), "int4": ({4, 8}, 0.5)}
+# At int4 the head has 8 bits, and what k_quant_mixed takes for the more sensitive layers.
+QUANTIZED = {"int8": {"MatMulNBits 8 bit": 11}, "int4": {"MatMulNBits 4 bit": 8, "MatMulNBits 8 bit": 3}}
 # Gemma scales its embeddings, and the exporter writes the scaled table beside the head: there is nothing to tie.
 UNTIED = {"gemma2"}
 EMBEDDING = tiny.VOCABULARY * 64
@@ -95,16 +97,8 @@ def test_a_proven_architecture(
     error, _ = verify_worker.export_error(request)
     assert 0 < error <= error_limit
     assert found.export_error == (error if precision == "fp32" else None)
-    if precision in ("int8", "int4"):
-        assert found.weights.quantized_ops == {
-            "GatherBlockQuantized 8 bit": 1,
-            **(
-                {"MatMulNBits 8 bit": 11}
-                if precision == "int8"
-                # The head, and what k_quant_mixed takes for the more sensitive layers.
-                else {"MatMulNBits 4 bit": 8, "MatMulNBits 8 bit": 3}
-            ),
-        }
+    if precision in QUANTIZED:
+        assert found.weights.quantized_ops == {"GatherBlockQuantized 8 bit": 1, **QUANTIZED[precision]}
 
 
 def test_every_proven_architecture_is_proven_here(folder: Callable[[str], Path], home: Settings) -> None:

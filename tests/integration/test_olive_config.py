@@ -83,31 +83,21 @@ def test_a_tutorials_config_does_what_it_says(
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["int4_block_size = 64" in warned[0], f"int4_is_symmetric = {symmetric}" in warned[1]] == [True, True]
     variant = convert(recipe, checkpoint, job, "tiny", home)
-    assert quantized(variant.path / "model.onnx") == {
-        ("bits", 4),
-        ("block_size", 64),
-        ("inputs", 3 if symmetric else 4),
-    }
+    inputs = 3 if symmetric else 4
+    assert quantized(variant.path / "model.onnx") == {("bits", 4), ("block_size", 64), ("inputs", inputs)}
     # Neither Olive's cache nor its output went where the file says.
     assert [path.name for path in tmp_path.iterdir()] == ["My Block 64.json"]
 
 
 def test_unknown_keys_are_named_with_the_accepted_ones(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
-    content = {
-        "passes": {
-            "b": {
-                "type": "ModelBuilder",
-                "precison": "int4",
-                "int4_block_size": 32,
-                "extra_options": {"shared_embedings": True, "int4_is_symmetric": True},
-            },
-            "c": {"type": "ModelBilder"},
-            "d": {"type": "GraphSurgeries", "surgery": []},
-        },
-        "pases": {},
+    options = {"shared_embedings": True, "int4_is_symmetric": True}
+    passes = {
+        "b": {"type": "ModelBuilder", "precison": "int4", "int4_block_size": 32, "extra_options": options},
+        "c": {"type": "ModelBilder"},
+        "d": {"type": "GraphSurgeries", "surgery": []},
     }
     with pytest.raises(RecipeError) as caught:
-        load(content, checkpoint, home, tmp_path)
+        load({"passes": passes, "pases": {}}, checkpoint, home, tmp_path)
     assert caught.value.exit_code == 2
     title, *problems = caught.value.message.splitlines()
     assert str(tmp_path / "mine.json") in title

@@ -81,10 +81,6 @@ def test_two_at_once(variants: Variants, job: Job, fresh: Settings) -> None:
     assert application(fresh.foundry)["listed"] == [done.foundry_id for done in both]
 
 
-def truncate(folder: Path) -> None:
-    os.truncate(folder / "model.onnx.data", 1000)
-
-
 def edit(old: str, new: str) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         config = folder / "genai_config.json"
@@ -96,7 +92,10 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (truncate, "Foundry Local refuses tiny-int8-generic-cpu:1: "),
+        (
+            lambda folder: os.truncate(folder / "model.onnx.data", 1000),
+            "Foundry Local refuses tiny-int8-generic-cpu:1: ",
+        ),
         (edit("model.onnx", "other.onnx"), "other.onnx failed. File doesn't exist"),
         (edit('"provider_options": []', '"provider_options": [{"cuda": {}}]'), "requires CUDAExecutionProvider"),
     ],

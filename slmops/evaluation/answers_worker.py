@@ -1,7 +1,5 @@
 """Child process: a variant answers the evaluation set in Foundry Local, or a checkpoint with transformers."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

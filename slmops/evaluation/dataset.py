@@ -1,7 +1,5 @@
 """The evaluation set: one item in each line of JSONL or row of CSV, all checked before any work."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -34,19 +32,14 @@ class ItemMessage(Frozen):
     content: str
 
 
-class Pattern(Frozen):
-    """The user's own format: a regular expression that must match the whole answer, apart from outer blanks."""
-
-    regex: str
-
-
 class Item(Frozen):
     """One question, the expected answer, and how to compare: see :mod:`slmops.evaluation.matchers`.
 
     ``match``: ``contains`` (case does not count), ``exact``, ``regex`` (anywhere), ``numeric`` (the last number, within
     ``tolerance``), ``json_schema`` (a document that ``schema`` allows and that equals ``expected``, if given),
     ``rouge_l`` and ``f1`` (words in common, right from ``threshold`` on), ``python`` (the user's function) or ``judge``
-    (a judging model). ``format`` is the structure that any answer must have, right or wrong.
+    (a judging model). ``format`` is the structure that any answer must have, right or wrong; a ``regex`` must match
+    the whole answer, apart from outer blanks.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -64,7 +57,7 @@ class Item(Frozen):
     tolerance: float | None = Field(None, ge=0, allow_inf_nan=False)
     threshold: float | None = Field(None, ge=0, le=1)
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
-    format: Literal["json", "number", "one_line"] | Pattern | None = None
+    format: Literal["json", "number", "one_line"] | dict[Literal["regex"], str] | None = None
 
     @field_validator("expected", mode="before")
     @classmethod
@@ -87,12 +80,12 @@ class Item(Frozen):
     def _known_format(cls, value: Any) -> Any:
         if isinstance(value, dict) and set(value) == {"regex"} and isinstance(value["regex"], str):
             _compiled(value["regex"], "'regex'")
-        elif value not in (None, "json", "number", "one_line") and not isinstance(value, Pattern):
+        elif value not in (None, "json", "number", "one_line"):
             raise ValueError('must be "json", "number", "one_line" or {"regex": "..."}')
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> Item:
+    def _consistent(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("needs either 'prompt' or 'messages'")
         if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
@@ -141,7 +134,7 @@ class Item(Frozen):
     def format_valid(self, answer: str) -> bool | None:
         """Whether ``answer`` has the structure that ``format``, or else ``schema``, asks for; None: neither does."""
         match self.format:
-            case Pattern(regex=expression):
+            case {"regex": expression}:
                 return matchers.full_regex(expression, answer)
             case "json":
                 return matchers.is_json(answer)

@@ -4,8 +4,6 @@ The files are the same, byte for byte. So slower answers or more memory come fro
 and another quality from a runtime that computes something else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal

@@ -4,8 +4,6 @@ What it says of one answer is one opinion, at temperature 0. Its key is sent in 
 nowhere else: errors of the HTTP library are named by their class, because their texts can quote headers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 

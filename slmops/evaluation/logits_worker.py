@@ -1,19 +1,19 @@
 """Child process: how far the next-token distributions of a model are from those of its references, on one text.
 
 All models see the same teacher-forced tokens, in windows that start without context; the first token of a window is not
-scored. A reference is a file of log-probabilities, float32, shape (scored tokens, vocabulary), written by an earlier
-call; it is mapped, not read whole. Logits of a variant come from ONNX Runtime on the registered files, because the
-serving runtime gives none.
+scored. A reference is a file of bare log-probabilities, float32, shape (scored tokens, vocabulary), written by an
+earlier call; it is mapped, not read whole. Logits of a variant come from ONNX Runtime on the registered files, because
+the serving runtime gives none.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -62,16 +62,18 @@ def handle(request: LogitsRequest) -> LogitsResult:
 
     windows = _windows(request)
     scored = sum(len(window) - 1 for window in windows)
-    references = {name: np.load(file, mmap_mode="r") for name, file in request.references.items()}
+    references = {
+        name: np.memmap(file, np.float32, "r").reshape(scored, -1) for name, file in request.references.items()
+    }
     nll: list[float] = []
     kl: dict[str, list[float]] = {name: [] for name in references}
     same: dict[str, list[bool]] = {name: [] for name in references}
-    with ThreadPoolExecutor(os.cpu_count()) as pool, _kept(request.write, scored) as keep:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, _kept(request.write) as file:
         for window, logits in zip(windows, _logits(request, windows), strict=True):
             rows = range(0, len(window) - 1, ROWS)
             parts = [(logits[:-1][row : row + ROWS], window[1:][row : row + ROWS], len(nll) + row) for row in rows]
             for own, part in pool.map(lambda part: _compare(*part, references=references), parts):
-                keep(own)
+                file.write(own.data)
                 nll += part.nll
                 for name, distance in part.distances.items():
                     kl[name] += distance.kl
@@ -84,25 +86,16 @@ def handle(request: LogitsRequest) -> LogitsResult:
 
 
 @contextmanager
-def _kept(path: Path | None, rows: int) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """A function that appends to a file, which appears when complete. Not mapped: a full disk would be a SIGBUS."""
-    from numpy.lib import format as npy
-
+def _kept(path: Path | None) -> Iterator[IO[bytes]]:
+    """A file that appears when complete. Not mapped: a full disk would be a SIGBUS."""
     if path is None:
-        yield lambda _: None
+        with Path(os.devnull).open("wb") as file:
+            yield file
         return
     part = path.with_suffix(".part")
     try:
         with part.open("wb") as file:
-
-            def keep(own: NDArray[Any]) -> None:
-                if not file.tell():
-                    shape = (rows, own.shape[1])
-                    descr = npy.dtype_to_descr(own.dtype)
-                    npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-                file.write(own.data)
-
-            yield keep
+            yield file
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

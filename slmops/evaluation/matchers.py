@@ -4,8 +4,6 @@ A matcher says right or wrong, or a degree between them. What cannot be judged i
 counts as wrong.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import inspect
@@ -18,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -40,12 +38,12 @@ class Judgement(Frozen):
     reason: str | None = Field(None, description="Why it could not be judged.")
 
     @classmethod
-    def of(cls, correct: bool) -> Judgement:
+    def of(cls, correct: bool) -> Self:
         """Right or wrong, from a matcher that has no degrees."""
         return cls(score=float(correct), correct=correct)
 
     @classmethod
-    def graded(cls, score: float, threshold: float | None) -> Judgement:
+    def graded(cls, score: float, threshold: float | None) -> Self:
         """A degree from 0 to 1, right from the threshold on."""
         return cls(score=score, correct=score >= (RIGHT_FROM if threshold is None else threshold))
 

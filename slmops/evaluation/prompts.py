@@ -1,7 +1,5 @@
 """Prompts with a given number of tokens: the same text for every variant of a checkpoint."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path

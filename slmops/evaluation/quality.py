@@ -1,7 +1,5 @@
 """Quality of one variant: distributions on a text, answers to the evaluation set, edge cases."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -150,4 +148,4 @@ def _reference(which: str, name: str, settings: Settings) -> Path:
     """Where the logits of a reference are left: 4 bytes x tokens x vocabulary. Removed with the job's other work."""
     folder = settings.work(name) / "logits"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{which}.npy"
+    return folder / f"{which}.f32"

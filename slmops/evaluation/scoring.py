@@ -1,7 +1,5 @@
 """From generated text to scored answers: each item's own matcher judges, the judging model last and side by side."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Sequence

@@ -1,24 +1,34 @@
-"""Soak: does the runtime's memory grow with the number of requests that a variant answers?"""
+"""Soak: does the runtime's memory grow with the number of requests that a variant answers?
 
-from __future__ import annotations
+The requests are sent, one after the other, in a child process, which runs this module.
+"""
 
+import faulthandler
+import json
 import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import psutil
 from pydantic import Field
 
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Frozen, Measurement, Outcome
-from slmops.evaluation import soak_worker
-from slmops.processes import children
+from slmops.processes import child, children
 
 log = logging.getLogger(__name__)
 
 UNIT = "KB/request"
+LENGTHS = [32, 64, 128, 256]
+"""Tokens of the prompts, in turn; a conversation of three questions ends each turn."""
+SOAK_TOKENS = 16
+REQUEST_LIMIT_S = 300.0
+PROGRESS = "soak: "
+EVERY = 50
 WARM_UP_LEAST = 20
 ENDS = 10
 """The memory at the start, and at the end, is the median over so many requests."""
@@ -38,6 +48,19 @@ class Soak(Frozen, use_attribute_docstrings=True):
     def warm_up(self) -> int:
         """Requests to send first, because of allocations that happen once."""
         return max(WARM_UP_LEAST, self.requests // 10)
+
+
+class SoakRequest(Frozen):
+    home: Path
+    foundry_id: str
+    warm_up: int
+    requests: int
+
+
+class SoakSeries(Frozen):
+    """Private memory of the process in KB (10^3 bytes) after each request, without the warm-up."""
+
+    memory_kb: tuple[float, ...]
 
 
 class Target(Frozen):
@@ -116,15 +139,15 @@ def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tu
     log.info("%s: soaking with %d requests", target.variant, requests)
     try:
         measured, _ = children.call(
-            "slmops.evaluation.soak_worker",
-            soak_worker.SoakRequest(home=home, foundry_id=target.foundry_id, warm_up=warm_up, requests=requests),
-            soak_worker.SoakSeries,
+            "slmops.evaluation.soak",
+            SoakRequest(home=home, foundry_id=target.foundry_id, warm_up=warm_up, requests=requests),
+            SoakSeries,
             work=work,
             log=settings.logs / target.model / f"{target.variant}.soak.log",
-            timeout_s=(warm_up + requests) * soak_worker.REQUEST_LIMIT_S,
+            timeout_s=(warm_up + requests) * REQUEST_LIMIT_S,
             error=EvaluationError,
             env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
-            on_line=lambda line: log.info("%s", line) if line.startswith(soak_worker.PROGRESS) else None,
+            on_line=lambda line: log.info("%s", line) if line.startswith(PROGRESS) else None,
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -162,3 +185,53 @@ def text(result: SoakResult) -> str:
     """What ``slmops soak`` prints."""
     memory = f"{result.memory_start_mb:.1f} MB at the start, {result.memory_end_mb:.1f} MB at the end"
     return f"{result.outcome}: {result.detail}\nmemory of the process: {memory}"
+
+
+def handle(request: SoakRequest) -> SoakSeries:
+    from slmops.foundry import runtime
+
+    model = runtime.registered(request.home, request.foundry_id)
+    talks = conversations(Path(model.get_path()))
+    model.load()
+    process = psutil.Process()
+    memory = []
+    for number in range(-request.warm_up, request.requests):
+        # Renewed by each request. If native code hangs, a thread that needs no Python ends the process.
+        faulthandler.dump_traceback_later(REQUEST_LIMIT_S, exit=True)
+        runtime.ask(model, talks[number % len(talks)], max_tokens=SOAK_TOKENS)
+        if number < 0:
+            continue
+        memory.append(private_kb(process))
+        if (number + 1) % EVERY == 0:
+            print(f"{PROGRESS}{number + 1} of {request.requests} requests, {memory[-1] / 1e3:.0f} MB", flush=True)
+    faulthandler.cancel_dump_traceback_later()
+    return SoakSeries(memory_kb=tuple(memory))
+
+
+def conversations(folder: Path) -> list[list[dict[str, str]]]:
+    """What to ask, in turn: a message of each length that fits the context, then several in one conversation."""
+    from slmops.evaluation import prompts
+    from slmops.foundry.layout import GENAI_CONFIG
+
+    context = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["context_length"]
+    # At most a third of the context each, because the conversation must fit too.
+    texts = list(prompts.of_lengths(LENGTHS, context // 3 - SOAK_TOKENS, folder).values())
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    answer = {"role": "assistant", "content": "I see."}
+    first, second = talks[0], talks[-1]
+    return [*talks, [*first, answer, *second, answer, *first]]
+
+
+def private_kb(process: psutil.Process) -> float:
+    """Memory of this process alone, in KB: on Linux, anonymous pages, in memory (resident less shared) or swapped out.
+
+    Proportional and unique set sizes jump by tens of MB when another process with the same libraries starts or ends.
+    """
+    memory: Any = process.memory_full_info()
+    if hasattr(memory, "shared"):
+        return float(memory.rss - memory.shared + memory.swap) / 1e3
+    return float(memory.uss) / 1e3
+
+
+if __name__ == "__main__":
+    child.main(SoakRequest, handle)

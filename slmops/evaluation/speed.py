@@ -5,8 +5,6 @@ turn. If it took much longer than the fastest of the job, the turn was disturbed
 is disturbed again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Child process: one round of one variant in Foundry Local's runtime: load, time a grid of prompts, unload."""
 
-from __future__ import annotations
-
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor

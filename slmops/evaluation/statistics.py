@@ -4,8 +4,6 @@ All raise ValueError for no samples, a sample that is not finite, and pairs of d
 the samples, and ``percent`` runs from 0 to 100. SciPy is imported where it is needed, since that takes half a second.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -98,12 +96,6 @@ def of_proportion(successes: int, total: int) -> Measurement:
 
     interval = binomtest(successes, total).proportion_ci(CONFIDENCE, method="wilson")
     return _measurement(successes / total, "1", total, (float(interval.low), float(interval.high)))
-
-
-def standard_error(successes: int, total: int) -> float | None:
-    """That of a proportion (Miller, 2024, Adding Error Bars to Evals, arXiv:2411.00640); None for one sample."""
-    share = successes / total
-    return math.sqrt(share * (1 - share) / (total - 1)) if total > 1 else None
 
 
 def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Measurement:

@@ -10,8 +10,6 @@ come from the runtime's stream, and all token counts from its usage, because a p
 - response time: to the end of the stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import product
 from statistics import median
@@ -251,10 +249,12 @@ def _answers(answers: Sequence[Answer], baseline: Sequence[Answer] | None) -> Me
 
 
 def _accuracy(judged: Sequence[Answer]) -> Measurement:
-    right = sum(bool(answer.correct) for answer in judged)
-    error = statistics.standard_error(right, len(judged))
-    note = None if error is None else f"standard error {error:.3f}"
-    return statistics.of_proportion(right, len(judged)).model_copy(update={"note": note})
+    """With the standard error (Miller, 2024, Adding Error Bars to Evals, arXiv:2411.00640); one sample has none."""
+    from scipy.stats import sem
+
+    right = [bool(answer.correct) for answer in judged]
+    note = f"standard error {sem(right):.3f}" if len(right) > 1 else None
+    return statistics.of_proportion(sum(right), len(right)).model_copy(update={"note": note})
 
 
 def _against(answers: Sequence[Answer], baseline: Sequence[Answer]) -> Measurements:

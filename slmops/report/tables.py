@@ -1,7 +1,5 @@
 """The comparison as text, for the terminal and for pages in Markdown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from html import escape

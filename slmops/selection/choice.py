@@ -6,8 +6,6 @@ interval that straddles the limit proves neither, so a bad variant does not pass
 the gate accepts that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

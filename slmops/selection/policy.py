@@ -3,8 +3,6 @@
 ``policy.toml`` beside this module is the default and explains the format.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections import Counter
 from collections.abc import Iterable

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from slmops.evaluation.edge_worker import Observation, Probe
+from slmops.evaluation.edge_cases import Observation, Probe
 
 
 def dies(_: Probe) -> Observation:

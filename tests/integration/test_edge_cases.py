@@ -14,7 +14,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration, Variant
 from slmops.evaluation import edge_cases
-from slmops.evaluation.edge_worker import EdgeCase
+from slmops.evaluation.edge_cases import EdgeCase
 from slmops.foundry.register import register
 from tests import making
 
@@ -43,7 +43,7 @@ def nothing_is_left(home: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # for faults
     yield
     assert not list(home.work(NAME).glob("*-edge"))
-    assert making.workers("edge_worker") == []
+    assert making.workers("edge_cases") == []
 
 
 def fault(name: str) -> EdgeCase:

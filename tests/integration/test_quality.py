@@ -149,7 +149,7 @@ def no_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_cases")
 def test_the_same_again(scored: Scored, made: Made, job: Job, home: Settings) -> None:
-    reference = home.work(NAME) / "logits" / f"{BASELINE_REFERENCE}.npy"
+    reference = home.work(NAME) / "logits" / f"{BASELINE_REFERENCE}.f32"
     before = sha256(reference)
     for name in ("int8", "fp32", "int8"):
         runs = (quality.measure(*made[name], NAME, job, home), scored[name])

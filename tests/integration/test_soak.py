@@ -25,7 +25,7 @@ REQUESTS = 60
 # request, from the first one on.
 LEAK = """
 import sys
-if "slmops.evaluation.soak_worker" in sys.orig_argv:
+if "slmops.evaluation.soak" in sys.orig_argv:
     from slmops.foundry import runtime
     kept, ask = [], runtime.ask
     def leak(*arguments, **options):

@@ -15,7 +15,7 @@ import pytest
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.evaluation import dataset, scoring
-from slmops.evaluation.dataset import Item, Pattern
+from slmops.evaluation.dataset import Item
 
 
 def written(tmp_path: Path, *lines: str | dict[str, Any]) -> Path:
@@ -280,7 +280,7 @@ def test_csv(tmp_path: Path) -> None:
     assert (why.match, why.threshold) == ("f1", 0.75)
     assert rome.conversation == [{"role": "system", "content": "Be"}, {"role": "user", "content": "Q"}]
     assert schema.json_schema == {"type": "object"}
-    assert letter.format == Pattern(regex="[A-D]")
+    assert letter.format == {"regex": "[A-D]"}
 
 
 def test_csv_is_what_the_suffix_says_and_may_be_empty(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Registration
-from slmops.evaluation import edge_cases, edge_worker
-from slmops.evaluation.edge_worker import CaseProgress, EdgeCase, Messages, Probe
+from slmops.evaluation import edge_cases
+from slmops.evaluation.edge_cases import CaseProgress, EdgeCase, Messages, Probe
 from slmops.processes import children
 from tests import values
 
@@ -54,7 +54,7 @@ class Model:
         tokens = self.count(text.split("\0")[0] if self.cuts else text)
         if tokens + max_tokens > CONTEXT:
             said = f"search_options.cc:108 int fl::Check(int64_t, int) {tokens} and {max_tokens} tokens (too many)"
-            raise RuntimeRefusal(said, edge_worker.INVALID_ARGUMENT)
+            raise RuntimeRefusal(said, edge_cases.INVALID_ARGUMENT)
         reply = self.replies.pop(0) if self.replies else answer(prompt=tokens)
         if isinstance(reply, Exception):
             raise reply
@@ -82,16 +82,16 @@ def go_through(
 ) -> tuple[CaseProgress, Model]:
     """Put one case to a model."""
     asked = model or Model()
-    return edge_worker.see(EdgeCase(id=name, expected="answered"), Probe(asked, count, CONTEXT, folder)), asked
+    return edge_cases.see(EdgeCase(id=name, expected="answered"), Probe(asked, count, CONTEXT, folder)), asked
 
 
 def test_every_case_is_known_to_the_worker() -> None:
     functions = {
         name
-        for name, function in vars(edge_worker).items()
+        for name, function in vars(edge_cases).items()
         if inspect.isfunction(function) and list(inspect.signature(function).parameters) == ["probe"]
     }
-    assert sorted([*functions, *edge_worker.TEXTS]) == sorted(case.id for case in edge_cases.EDGE_CASES)
+    assert sorted([*functions, *edge_cases.TEXTS]) == sorted(case.id for case in edge_cases.EDGE_CASES)
     assert edge_cases.EDGE_CASES[-1].id == "ordinary_question"  # whether it still answers, after all the others
 
 
@@ -204,13 +204,13 @@ class Children:
         self.ends = list(ends)
         self.asked: list[str] = []
 
-    def __call__(self, _module: str, request: edge_worker.EdgeCaseRequest, *_: Any, **__: Any) -> None:
+    def __call__(self, _module: str, request: edge_cases.EdgeCaseRequest, *_: Any, **__: Any) -> None:
         self.asked.append("".join(case.id for case in request.cases))
         end = self.ends.pop(0)
         request.progress.parent.mkdir(parents=True, exist_ok=True)
         for name in end.rstrip("."):
             line = CaseProgress(id=name.lower(), at=1e12, outcome="answered" if name.isupper() else None)
-            edge_worker.write(request.progress, line)
+            edge_cases.write(request.progress, line)
         if not end.endswith("."):
             raise EvaluationError("The process was killed by SIGSEGV: it said nothing", "Its log: x")
 

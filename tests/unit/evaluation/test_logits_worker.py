@@ -98,7 +98,7 @@ def test_first_token_of_each_window_is_not_scored(score: Score) -> None:
     ],
 )
 def test_what_is_left_for_others(score: Score, tmp_path: Path, count: int, scale: float) -> None:
-    file = tmp_path / "baseline.npy"
+    file = tmp_path / "baseline.f32"
     one, two = seeded(1, scale), seeded(2, scale)
     first = score(one, count, write=file)
     ids = np.arange(count) % VOCABULARY
@@ -107,7 +107,7 @@ def test_what_is_left_for_others(score: Score, tmp_path: Path, count: int, scale
     logits = [np.concatenate([model(window)[:-1] for window in windows]) for model in (one, two)]
     p, q = (log_softmax(one.astype(float), axis=1) for one in logits)
     targets = np.concatenate([window[1:] for window in windows])
-    written = np.load(file)
+    written = np.fromfile(file, np.float32).reshape(-1, VOCABULARY)
     assert (written.shape, written.dtype) == ((len(targets), VOCABULARY), np.float32)
     np.testing.assert_allclose(written, p, atol=1e-5 * max(scale, 1))
     assert first.nll == pytest.approx(-p[np.arange(len(targets)), targets], rel=1e-5, abs=1e-5)
@@ -121,16 +121,16 @@ def test_what_is_left_for_others(score: Score, tmp_path: Path, count: int, scale
     assert other.distances["baseline"].kl == pytest.approx(divergence, rel=1e-4, abs=1e-6)
     assert other.distances["baseline"].same_top == tuple(p.argmax(axis=1) == q.argmax(axis=1))
     assert other.distances["again"] == other.distances["baseline"]
-    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "text.txt", "baseline.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "text.txt", "baseline.f32"}
 
 
 def test_too_short_a_text_and_another_vocabulary(score: Score, tmp_path: Path) -> None:
     for count in (0, 1):
         with pytest.raises(EvaluationError, match="fewer than two tokens"):
             score(uniform, count)
-    np.save(tmp_path / "hf.npy", np.zeros((99, VOCABULARY + 1), np.float32))
+    np.zeros((99, VOCABULARY + 1), np.float32).tofile(tmp_path / "hf.f32")
     with pytest.raises(EvaluationError, match=r"vocabulary has 8 tokens, and that of hugging_face 9"):
-        score(uniform, 100, references={"hugging_face": tmp_path / "hf.npy"})
+        score(uniform, 100, references={"hugging_face": tmp_path / "hf.f32"})
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -142,17 +142,17 @@ def test_logits_that_are_no_numbers(score: Score, tmp_path: Path, value: float, 
         made[places] = value
         return made
 
-    reference = tmp_path / "reference.npy"
+    reference = tmp_path / "reference.f32"
     score(uniform, 100, write=reference)
     with pytest.raises(EvaluationError, match="not finite numbers"):
-        score(broken, 100, references={"r": reference}, write=tmp_path / "baseline.npy")
+        score(broken, 100, references={"r": reference}, write=tmp_path / "baseline.f32")
     with pytest.raises(EvaluationError, match="all but impossible"):
-        score(lambda ids: -2000 * knows_the_next(ids), 100, write=tmp_path / "baseline.npy")
+        score(lambda ids: -2000 * knows_the_next(ids), 100, write=tmp_path / "baseline.f32")
     assert not list(tmp_path.glob("baseline*"))  # nobody is compared with half of it
 
 
 def test_a_very_wrong_model_still_has_a_distance(score: Score, tmp_path: Path) -> None:
-    reference = tmp_path / "reference.npy"
+    reference = tmp_path / "reference.f32"
     score(knows_the_next, 100, write=reference)
     found = score(lambda ids: -20 * knows_the_next(ids), 100, references={"r": reference})
     assert found.nll == pytest.approx([120 + math.log(VOCABULARY - 1)] * 99)

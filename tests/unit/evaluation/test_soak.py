@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from slmops.core.errors import EvaluationError, UsageError
 from slmops.core.values import Measurement
-from slmops.evaluation import prompts, soak, soak_worker, statistics
+from slmops.evaluation import prompts, soak, statistics
 from slmops.evaluation.soak import Soak, SoakError, Target
 from tests import values
 
@@ -143,17 +143,17 @@ def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
 
 def test_memory_that_is_kept_is_seen() -> None:
     process = psutil.Process()
-    before = soak_worker.private_kb(process)
+    before = soak.private_kb(process)
     kept = b"x" * 50_000_000
-    after = soak_worker.private_kb(process)
+    after = soak.private_kb(process)
     assert 45_000 < after - before < 60_000
     del kept
-    assert soak_worker.private_kb(process) < after - 40_000
+    assert soak.private_kb(process) < after - 40_000
     # Platforms that count otherwise.
     unique = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, uss=5_000_000))
-    assert soak_worker.private_kb(unique) == 5000
+    assert soak.private_kb(unique) == 5000
     swapped = SimpleNamespace(memory_full_info=lambda: SimpleNamespace(rss=9_000_000, shared=2_000_000, swap=500_000))
-    assert soak_worker.private_kb(swapped) == 7500
+    assert soak.private_kb(swapped) == 7500
 
 
 def test_conversations_fit_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +161,10 @@ def test_conversations_fit_the_context(tmp_path: Path, monkeypatch: pytest.Monke
     config = tmp_path / "genai_config.json"
     for context, lengths in ((8192, [32, 64, 128, 256]), (512, [32, 64, 128]), (200, [32])):
         config.write_text(json.dumps({"model": {"context_length": context}}))
-        talks = soak_worker.conversations(tmp_path)
+        talks = soak.conversations(tmp_path)
         assert [len(talk[0]["content"].split()) for talk in talks[:-1]] == lengths
         assert [message["role"] for message in talks[-1]] == ["user", "assistant", "user", "assistant", "user"]
-        assert sum(len(message["content"].split()) for message in talks[-1]) + soak_worker.SOAK_TOKENS <= context
+        assert sum(len(message["content"].split()) for message in talks[-1]) + soak.SOAK_TOKENS <= context
     config.write_text('{"model": {"context_length": 100}}')
     with pytest.raises(EvaluationError, match="No prompt length"):
-        soak_worker.conversations(tmp_path)
+        soak.conversations(tmp_path)

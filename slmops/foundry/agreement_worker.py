@@ -143,9 +143,9 @@ def _same_tokens(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTempla
     ids = tokenizer.encode(text, add_special_tokens=False)
     if any(token.special for number, token in tokenizer.added_tokens_decoder.items() if number in ids):
         return True  # no answer shows them
-    # Of a SentencePiece model's first blank each makes what it wants.
+    # What becomes of an answer's first blanks depends on what stands before it.
     said = (tokenizer.decode(ids, clean_up_tokenization_spaces=False), runtime.decode(ids), runtime.stream(ids))
-    return len({each.removeprefix(" ") for each in said}) == 1
+    return len({each.lstrip(" ") for each in said}) == 1
 
 
 def _texts(tokenizer: Any) -> Iterator[str]:

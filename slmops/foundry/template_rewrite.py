@@ -1,8 +1,9 @@
 """A chat template in the words that Foundry Local's Jinja reads as transformers' does.
 
 transformers renders with ``trim_blocks`` and ``lstrip_blocks``, the runtime without. To the runtime ``tools`` and
-``documents`` are not defined, ``'x' in text`` is always false, and ``'\\u00e9'`` is no escape. So the blanks that count
-are written out here, and the rest is said otherwise. Whether that is enough is for others to find out, by rendering.
+``documents`` are not defined, ``'x' in text`` is always false, ``'\\u00e9'`` is no escape, and ``replace`` and ``first``
+are unknown. So the blanks that count are written out here, and the rest is said otherwise. Whether that is enough is for
+others to find out, by rendering.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from slmops.checkpoints.chat_template import ChatTemplate
 
 _LEXER = Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 - it only reads
 _ENDS = {"variable_begin": ("{{", "}}"), "block_begin": ("{%", "%}")}
-_BEFORE = {"if", "elif", "and", "or", "not", "else", "=", "(", "[", ",", ":"}
+_BEFORE = {"", "if", "elif", "and", "or", "not", "else", "=", "(", "[", ",", ":"}
 _AFTER = {"and", "or", "else", "if", ")", "]", "}", ",", ":"}
+_KEYWORDS = {"if", "elif", "else", "and", "or", "not", "in", "is", "for", "set"}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _TOOLS_AS_GIVEN = "{# tools|tojson #}"
 """The runtime reshapes tools for templates in which this text is nowhere."""
@@ -69,48 +71,84 @@ def _unquoted(literal: str) -> str:
 
 
 def _expression(tokens: list[Token]) -> str:
-    """What stands in a tag, with ``'x' in y`` said so that it is true of a text, too."""
-    places = [place for place, (kind, _) in enumerate(tokens) if kind != "whitespace"]
-    said = [tokens[place][1] for place in places]
-    for at, word in enumerate(said):
-        negated = said[at + 1 : at + 3] == ["not", "in"]
-        first = at + 3 if negated else at + 2
-        if not (
-            tokens[places[at]][0] == "string"
-            and word != "''"
-            and (at == 0 or said[at - 1] in _BEFORE)
-            and (negated or said[at + 1 : at + 2] == ["in"])
-        ):
-            continue
-        end = _operand_end(said, first)
-        if end > first and (end == len(said) or said[end] in _AFTER):
-            text = "".join(value for _, value in tokens[places[first] : places[end - 1] + 1])
+    """What stands in a tag, in words that both have: ``'x' in y`` of a text, ``.replace``, ``|replace``, ``|first``."""
+    text, at, before = "", 0, ""
+    while at < len(tokens):
+        value, end = _operand(tokens, at)
+        if tokens[at][0] == "string" and value == tokens[at][1] != "''" and before in _BEFORE:
+            value, end = _membership(tokens, at, end)
+        text += value
+        if tokens[at][0] != "whitespace":
+            before = tokens[end - 1][1]
+        at = end
+    return text
+
+
+def _membership(tokens: list[Token], at: int, end: int) -> tuple[str, int]:
+    """``'x' in y`` or ``'x' not in y`` from a place on, and where it ends; the constant alone if there is none."""
+    word, first = tokens[at][1], _solid(tokens, end)
+    negated = tokens[first : first + 1] == [("name", "not")]
+    if negated:
+        first = _solid(tokens, first + 1)
+    if tokens[first : first + 1] == [("name", "in")] and (first := _solid(tokens, first + 1)) < len(tokens):
+        text, last = _operand(tokens, first)
+        following = _solid(tokens, last)
+        of_text = tokens[first][0] == "name" or tokens[first][1] == "("
+        if of_text and (following == len(tokens) or tokens[following][1] in _AFTER):
             test, count = ("not in", "== 1") if negated else ("in", "> 1")
-            new = f"({word} {test} {text} if {text} is not string else ({text}).split({word})|length {count})"
-            rest = tokens[places[end - 1] + 1 :]
-            return "".join(value for _, value in tokens[: places[at]]) + new + _expression(rest)
-    return "".join(value for _, value in tokens)
+            is_there = f"({text}).split({word})|length {count}"
+            return f"({word} {test} {text} if {text} is not string else {is_there})", last
+    return word, end
 
 
-def _operand_end(said: list[str], at: int) -> int:
-    """Where a name or a parenthesis with its attributes, items, calls and filters ends; ``at`` if it is none."""
-    if at >= len(said) or not (said[at].isidentifier() or said[at] == "("):
-        return at
-    end = _closed(said, at) if said[at] == "(" else at + 1
-    while end < len(said):
-        if said[end] in (".", "|"):
-            end += 2
-        elif said[end] in ("(", "["):
-            end = _closed(said, end)
+def _operand(tokens: list[Token], at: int) -> tuple[str, int]:
+    """A constant, a name or a bracket with its attributes, items, calls and filters, and where it ends; or one token."""
+    kind, value = tokens[at]
+    if value in _CLOSING:
+        text, end = _bracket(tokens, at)
+    elif kind in ("name", "string") and value not in _KEYWORDS:
+        text, end = value, at + 1
+    else:
+        return value, at + 1
+    while (mark := _solid(tokens, end)) < len(tokens):
+        sign, name = tokens[mark][1], _solid(tokens, mark + 1)
+        if sign in (".", "|") and name < len(tokens):
+            called, end = tokens[name][1], name + 1
+            if called == "replace" and (given := _two_constants(tokens, end)):
+                text, end = f"(({text}).split({given[0]})|join({given[1]}))", _closed(tokens, end)
+            else:
+                text = f"({text})[0]" if (sign, called) == ("|", "first") else text + sign + called
+        elif sign in ("(", "[") and mark == end:
+            inner, end = _bracket(tokens, mark)
+            text += inner
         else:
             break
-    return end
+    return text, end
 
 
-def _closed(said: list[str], at: int) -> int:
+def _two_constants(tokens: list[Token], at: int) -> list[str]:
+    """Both constants of a call, the first not empty; nothing if it is another call."""
+    given = [token for token in tokens[at : _closed(tokens, at)] if token[0] != "whitespace"]
+    fits = [kind for kind, _ in given] == ["operator", "string", "operator", "string", "operator"]
+    return [given[1][1], given[3][1]] if fits and given[1][1] != "''" else []
+
+
+def _bracket(tokens: list[Token], at: int) -> tuple[str, int]:
+    end = _closed(tokens, at)
+    return tokens[at][1] + _expression(tokens[at + 1 : end - 1]) + tokens[end - 1][1], end
+
+
+def _closed(tokens: list[Token], at: int) -> int:
+    """Where the bracket that begins here ends; behind ``at`` if none does or it never ends."""
     depth = 0
-    for end in range(at, len(said)):
-        depth += (said[end] in _CLOSING) - (said[end] in _CLOSING.values())
+    for end in range(at, len(tokens)):
+        depth += (tokens[end][1] in _CLOSING) - (tokens[end][1] in _CLOSING.values())
         if depth == 0:
             return end + 1
+    return at + 1
+
+
+def _solid(tokens: list[Token], at: int) -> int:
+    while at < len(tokens) and tokens[at][0] == "whitespace":
+        at += 1
     return at

@@ -18,6 +18,11 @@ PIECES = {
     "in": "{% for m in messages %}{{ 'b' in m.content }}{{ 'x' not in m.content|trim and not ('a') in m['content'] }}"
     "{% if 'content' in m and m.role in ['user', 'x'] or 'a' in m.content.split('\\n')[0] %}y{% endif %}{% endfor %}",
     "in nothing": "{{ 'x' in nowhere }}{{ 'x' in none if none else 'no' }}{{ '' in 'a' }}{{ 'a' in ('a', 'b') }}",
+    "replace": "{% for m in messages %}{{ m.content.replace('e', \"'\").replace( 'a' , '' ).strip() }}"
+    "{{ 'a' | replace('a','b') }}{{ m['content'].split('o')[0].replace('n', 'm', 1) }}"
+    "{% if 'x' in m.role.replace('e', 'x') %}!{% endif %}{% endfor %}",
+    "first": "{% set m = messages | first %}{{ (messages|last).role }}{{ m.content|trim|first }}"
+    "{{ messages[-1:][0].role }}{{ namespace(a = 'b' in m.content).a }}{{ messages[::-1]|length - 1 }}{{ {'a': ['b', -1]}.a[1] }}",
     "tools": "{{ tools is defined }}{{ tools is none }}{{ documents is none }}{{ tools }}",
 }
 

@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
-from slmops.checkpoints import chat_template, generation, source
+from slmops.checkpoints import generation, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.context import JobContext
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement, Checkpoint, Recipe
-from slmops.foundry import agreement, prompt_template
+from slmops.foundry import agreement
 from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
@@ -32,9 +32,6 @@ def plan_recipes(context: JobContext) -> list[Recipe]:
     job, checkpoint, settings = context.job, context.checkpoint, context.settings
     planned = recipes.for_job(job, checkpoint)
     source.check_room(checkpoint, [recipe.name for recipe in planned], settings, converts=not settings.pools)
-    template = chat_template.load(checkpoint.path)
-    if template is not None and (reason := prompt_template.derive(template).reason):
-        log.info("PromptTemplate of inference_model.json: %s The Jinja template stays authoritative.", reason)
     for remark in generation.remarks(checkpoint.path):
         log.warning("%s", remark)
     if job.olive_config is not None:

@@ -58,12 +58,8 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
         log.info(
             "the chat template is rewritten for Foundry Local, whose own rendering of it is another: %s", result.why
         )
-    for what, examples in (
-        ("texts as other tokens", result.tokenizer_mismatches),
-        ("conversations otherwise", result.template_mismatches),
-    ):
-        if examples:
-            log.warning(
-                "Foundry Local reads %d odd %s than the checkpoint, such as %s", len(examples), what, examples[0]
-            )
+    counted = {"texts": result.tokenizer_mismatches, "conversations": result.template_mismatches}
+    for what, differences in counted.items():
+        if differences:
+            log.warning("Foundry Local takes %d odd %s otherwise: %s", len(differences), what, differences[0])
     return result

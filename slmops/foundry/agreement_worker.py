@@ -62,7 +62,8 @@ _TOOL = {
     "description": 'The weather <in> a "place" in °C',
     "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
 }
-Conversation = list[dict[str, Any]]
+_Conversation = list[dict[str, Any]]
+_Rendered = tuple[_Conversation, list[Any] | None]  # with tools, or without
 
 
 class AgreementRequest(Frozen):
@@ -91,11 +92,11 @@ def handle(request: AgreementRequest) -> Agreement:
     print("the runtime reads texts")
     _check_conversations(runtime, tokenizer, template)
     texts = list(dict.fromkeys(_texts(tokenizer)))
-    mismatches = [text for text in texts if not _same_tokens(runtime, tokenizer, template, text)]
+    mismatches = [found for text in texts if (found := _mismatch(runtime, tokenizer, template, text))]
     if len(mismatches) > ALLOWED_SHARE * len(texts):
         raise CheckpointError(
-            f"Foundry Local's runtime reads or writes {len(mismatches)} of {len(texts)} texts as other tokens than the "
-            f"checkpoint does, such as {', '.join(map(repr, mismatches[:3]))}.",
+            f"Foundry Local's runtime reads or writes {len(mismatches)} of {len(texts)} texts otherwise than the "
+            f"checkpoint, such as {'; '.join(mismatches[:2])}.",
             _OTHER_TOKENIZER,
         )
     print("the runtime renders the chat template")
@@ -133,24 +134,25 @@ def _check_conversations(runtime: RuntimeTokenizer, tokenizer: Any, template: Ch
     )
 
 
-def _same_tokens(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate, text: str) -> bool:
-    """Whether a text as a question has the same ids, and the same text comes back from its own."""
+def _mismatch(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate, text: str) -> str | None:
+    """How a text has other ids as a question, or another text comes from its own ids; None: all is well."""
     asked = text
     with suppress(CheckpointError):
         asked = chat_template.render(template, _said(text))
     if runtime.encode(asked) != tokenizer.encode(asked, add_special_tokens=False):
-        return False
+        return f"{text!r} read as other tokens"
     ids = tokenizer.encode(text, add_special_tokens=False)
     if any(token.special for number, token in tokenizer.added_tokens_decoder.items() if number in ids):
-        return True  # no answer shows them
+        return None  # no answer shows them
     # What becomes of an answer's first blanks depends on what stands before it.
-    said = (tokenizer.decode(ids, clean_up_tokenization_spaces=False), runtime.decode(ids), runtime.stream(ids))
-    return len({each.lstrip(" ") for each in said}) == 1
+    wanted = tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip(" ")
+    wrong = next((each for each in (runtime.decode(ids), runtime.stream(ids)) if each.lstrip(" ") != wanted), None)
+    return wrong and f"{text!r} written as {wrong!r}"
 
 
 def _texts(tokenizer: Any) -> Iterator[str]:
     for text in (*_TEXTS, _CODE):
-        yield from (text, f" {text}", f"{text}\n", f"  {text.upper()}  ", unicodedata.normalize("NFC", f"\n\n{text}"))
+        yield from (text, f" {text}", f"{text}\n", f"{text.upper()}  ", unicodedata.normalize("NFC", f"\n\n{text}"))
     yield from _RARE
     added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
     flagged = [str(token) for token in added if token.lstrip or token.rstrip or token.single_word or token.normalized]
@@ -166,28 +168,29 @@ def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tup
             "The chat template has a recursive loop, which kills Foundry Local's runtime.", OTHER_TEMPLATE
         )
     needed, rare = _conversations(template)
-    differences = [
-        each for each in (_difference(runtime, template, template, *one) for one in (*needed, *rare)) if each
-    ]
-    if not differences:
+
+    def differences(deployed: ChatTemplate, conversations: list[_Rendered]) -> list[str]:
+        return [found for one in conversations if (found := _difference(runtime, template, deployed, *one))]
+
+    wrong, odd = differences(template, needed), differences(template, rare)
+    if not wrong and not odd:
         return None, None, []
     rewritten = template.model_copy(update={"text": template_rewrite.rewrite(template)})
-    for one in needed:
-        if difference := _difference(runtime, template, rewritten, *one):
-            raise CheckpointError(
-                f"Foundry Local's runtime renders the chat template otherwise: {difference}", OTHER_TEMPLATE
-            )
-    left = [each for each in (_difference(runtime, template, rewritten, *one) for one in rare) if each]
-    if len(left) == len(differences):
-        return None, None, left
-    return rewritten.text, differences[0], left
+    still, left = differences(rewritten, needed), differences(rewritten, rare)
+    if wrong and still:
+        raise CheckpointError(
+            f"Foundry Local's runtime renders the chat template otherwise: {still[0]}", OTHER_TEMPLATE
+        )
+    if wrong or (not still and len(left) < len(odd)):
+        return rewritten.text, (wrong or odd)[0], left
+    return None, None, odd
 
 
 def _difference(
     runtime: RuntimeTokenizer,
     template: ChatTemplate,
     deployed: ChatTemplate,
-    messages: Conversation,
+    messages: _Conversation,
     tools: list[Any] | None,
 ) -> str | None:
     """How ``deployed`` in the runtime, or in transformers, differs from ``template`` in transformers."""
@@ -208,7 +211,7 @@ def _difference(
             at = next((at for at, pair in enumerate(zip(wanted, text, strict=False)) if len(set(pair)) > 1), 0)
             at = at or min(len(wanted), len(text))
             theirs, ours = (json.dumps(each[max(at - 20, 0) : at + 40], ensure_ascii=False) for each in (wanted, text))
-            return f"it writes {ours} where transformers writes {theirs}"
+            return f"{'with tools ' if tools else ''}it writes {ours} where transformers writes {theirs}"
     return None
 
 
@@ -229,12 +232,12 @@ def _tag(text: str, said: str) -> str:
     return f"In: {(before[start:] + after[:end]).strip()[:200]}"
 
 
-def _said(*contents: str, system: str | None = None) -> Conversation:
+def _said(*contents: str, system: str | None = None) -> _Conversation:
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(contents)]
 
 
-def _ordinary() -> Iterator[Conversation]:
+def _ordinary() -> Iterator[_Conversation]:
     """Conversations as people have them."""
     question, answer = "What is the capital of France?", "Paris."
     yield _said(question)
@@ -248,9 +251,7 @@ def _ordinary() -> Iterator[Conversation]:
         yield _said(text, system=text)
 
 
-def _conversations(
-    template: ChatTemplate,
-) -> tuple[list[tuple[Conversation, None]], list[tuple[Conversation, list[Any] | None]]]:
+def _conversations(template: ChatTemplate) -> tuple[list[_Rendered], list[_Rendered]]:
     """Those that have to be equal, and those that are counted if they are not: odd ones, and tools."""
     needed = [*_ordinary()]
     thought = "<think>\nhm\n</think>\n\nHello"
@@ -262,7 +263,7 @@ def _conversations(
     for text in template_rewrite.constants(template.text):
         said = (f"{text} and", f"a{text}b {text}", f"or {text}")
         needed += [_said(text), _said(*said), _said(*said, system=f"With {text} in it")]
-    rare: list[tuple[Conversation, list[Any] | None]] = [
+    rare: list[_Rendered] = [
         *((_said(text, text, text, system=text), None) for text in _RARE),
         *((_said(text, text, text), None) for text in _RARE),
     ]

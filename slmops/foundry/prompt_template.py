@@ -2,7 +2,7 @@
 
 A PromptTemplate has a string for each role, and one, ``prompt``, for the last question; ``{Content}`` stands for the
 message. The strings are cut out of what the chat template renders, and then compared with it on whole conversations.
-The chat template stays authoritative: whatever such strings cannot say is reported.
+The chat template stays authoritative.
 
 The runtime's tokenizer adds the BOS token. So a BOS that stands once, at the very beginning, is not part of a
 PromptTemplate and is removed before comparing. One that comes again belongs to the messages and stays (SmolLM2's BOS is
@@ -11,9 +11,8 @@ PromptTemplate and is removed before comparing. One that comes again belongs to 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 
@@ -35,19 +34,6 @@ _CONTENTS = (
     ("One text.", "Another?", "A third!", "Number four:", "five", "The sixth"),
     tuple(f"{number}{_ODD}" for number in range(6)),
 )
-# Contents that some templates change on purpose: the reason says so, but the strings are not at fault.
-_SPECIAL_CONTENTS = {
-    "contents with outer blanks": [f" \n{text}\n " for text in _CONTENTS[0]],
-    "contents with <think> blocks": [f"<think>\nhm\n</think>\n\n{text}" for text in _CONTENTS[0]],
-}
-_KINDS: dict[str, Callable[[Shape], bool]] = {
-    "all conversations": lambda _: True,
-    "conversations without a system message": lambda shape: "system" not in shape,
-    "conversations with a system message": lambda shape: "system" in shape,
-    "conversations of several turns": lambda shape: "assistant" in shape,
-    "conversations of several turns without a system message": lambda shape: shape in _SHAPES[1:3],
-    "conversations with a system message or several turns": lambda shape: len(shape) > 1,
-}
 
 
 class Derived(Frozen):
@@ -56,10 +42,7 @@ class Derived(Frozen):
     prompt_template: dict[str, str] | None = Field(
         description="String by role, without the roles that have no message of their own; None: none can be trusted."
     )
-    exact: bool = Field(
-        description="Equal for all conversations that the chat template accepts, apart from special contents (reason)."
-    )
-    reason: str | None = Field(description="What differs, is refused or is changed, and why; None: nothing.")
+    exact: bool = Field(description="Equal for all conversations that the chat template accepts.")
 
 
 def fill(prompt_template: Mapping[str, str], messages: Sequence[ChatMessage]) -> str | None:
@@ -78,38 +61,19 @@ def derive(template: ChatTemplate) -> Derived:
     """Derive the PromptTemplate and prove it.
 
     A chat template that refuses system messages (Gemma 2) is exact if all else is equal. One that folds them into a
-    question (Mistral), or writes one of its own where there is none (SmolLM2), is not: its strings are right for the
-    conversations that the reason does not name. If none is right, there are no strings.
+    question (Mistral), or writes one of its own where there is none (SmolLM2), is not. If its strings are right for no
+    conversation, or for one day only, there are none.
 
     Raises:
         CheckpointError: The template is broken Jinja, or fails for a single question.
     """
     probe = _Probe(template, datetime.now())
-    candidates = list(probe.candidates())
-    if not candidates:
-        return _derived(None, ["the chat template does not write the user's message once and unchanged"])
-    wanted, refused = probe.render_shapes(*_CONTENTS)
-    best = max(candidates, key=lambda strings: len(_equal(strings, wanted)))
-    if best not in _Probe(template, datetime(2001, 2, 3, 4, 5, 6)).candidates():
-        return _derived(None, ["the chat template writes the current date, which fixed strings cannot"])
+    wanted = probe.render_shapes()
+    best = max(probe.candidates(), key=lambda strings: len(_equal(strings, wanted)), default=None)
+    if best is None or best not in _Probe(template, datetime(2001, 2, 3, 4, 5, 6)).candidates():
+        return Derived(prompt_template=None, exact=False)
     equal = _equal(best, wanted)
-    causes: dict[str, tuple[str, list[Shape]]] = {}
-    for shape in [shape for shape in wanted if shape not in equal]:
-        cause, detail = _cause(best, wanted[shape])
-        causes.setdefault(cause, (detail, []))[1].append(shape)
-    parts = [f"{_kind(shapes, wanted)} {cause}{detail}" for cause, (detail, shapes) in causes.items()]
-    if refused:
-        why = "; ".join(dict.fromkeys(refused.values()))
-        parts.append(f"the chat template refuses {_kind(refused, _SHAPES)} ({why})")
-    for what, contents in _SPECIAL_CONTENTS.items():
-        if not equal <= _equal(best, probe.render_shapes(contents)[0]):
-            parts.append(f"the chat template changes {what}, PromptTemplate keeps them")
-    return _derived(best if equal else None, parts, exact=equal == wanted.keys())
-
-
-def _derived(strings: dict[str, str] | None, parts: Sequence[str], *, exact: bool = False) -> Derived:
-    reason = "; ".join(parts)
-    return Derived(prompt_template=strings, exact=exact, reason=f"{reason[0].upper()}{reason[1:]}." if reason else None)
+    return Derived(prompt_template=best if equal else None, exact=equal == wanted.keys())
 
 
 class _Probe:
@@ -128,16 +92,13 @@ class _Probe:
         messages = _conversation(shape, contents)
         return render(self._template, messages, add_generation_prompt, now=self._now).removeprefix(self._bos)
 
-    def render_shapes(self, *contents: Sequence[str]) -> tuple[Renderings, dict[Shape, str]]:
-        """Render each shape with each of the contents; also why the template refuses some of them."""
+    def render_shapes(self) -> Renderings:
+        """Conversations of each shape that the template accepts."""
         renderings: Renderings = {}
-        refused: dict[Shape, str] = {}
         for shape in _SHAPES:
-            try:
-                renderings[shape] = [(_conversation(shape, each), self._render(shape, each)) for each in contents]
-            except CheckpointError as error:
-                refused[shape] = str(error.__cause__)
-        return renderings, refused
+            with suppress(CheckpointError):
+                renderings[shape] = [(_conversation(shape, each), self._render(shape, each)) for each in _CONTENTS]
+        return renderings
 
     def candidates(self) -> Iterator[dict[str, str]]:
         """Cut strings out of renderings: as if nothing stood before the first question, then as if something did."""
@@ -187,23 +148,3 @@ def _equal(strings: Mapping[str, str], renderings: Renderings) -> set[Shape]:
     return {
         shape for shape, pairs in renderings.items() if all(fill(strings, messages) == text for messages, text in pairs)
     }
-
-
-def _cause(strings: Mapping[str, str], pairs: Sequence[tuple[Sequence[ChatMessage], str]]) -> tuple[str, str]:
-    filled = [(text, fill(strings, messages)) for messages, text in pairs]
-    text, got = next((text, got) for text, got in filled if text != got)
-    if got is None:
-        return "cannot be said, because the chat template does not write each of their messages on its own", ""
-    starts = {text.removesuffix(got) if got is not None and text.endswith(got) else None for text, got in filled}
-    if len(starts) == 1 and (start := starts.pop()):
-        return "differ, because the chat template starts them with ", json.dumps(start, ensure_ascii=False)
-    at = next((at for at, pair in enumerate(zip(text, got, strict=False)) if len(set(pair)) > 1), len(got))
-    theirs, ours = (json.dumps(each[max(at - 20, 0) : at + 30], ensure_ascii=False) for each in (text, got))
-    return "differ: the chat template writes ", f"{theirs} where PromptTemplate writes {ours}"
-
-
-def _kind(shapes: Collection[Shape], among: Collection[Shape]) -> str:
-    for words, belongs in _KINDS.items():
-        if set(shapes) == {shape for shape in among if belongs(shape)}:
-            return words
-    return f"conversations of {', '.join('-'.join(shape) for shape in shapes)}"

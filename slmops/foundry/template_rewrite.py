@@ -1,9 +1,9 @@
 """A chat template in the words that Foundry Local's Jinja reads as transformers' does.
 
 transformers renders with ``trim_blocks`` and ``lstrip_blocks``, the runtime without. To the runtime ``tools`` and
-``documents`` are not defined, ``'x' in text`` is always false, ``'\\u00e9'`` is no escape, and ``replace`` and ``first``
-are unknown. So the blanks that count are written out here, and the rest is said otherwise. Whether that is enough is for
-others to find out, by rendering.
+``documents`` are undefined, ``'x' in text`` is always false, ``'\\u00e9'`` is no escape, and ``replace`` and ``first``
+are unknown. So the blanks that count are written out here, and the rest is said otherwise. Whether that is enough
+has to be found out by rendering.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _membership(tokens: list[Token], at: int, end: int) -> tuple[str, int]:
 
 
 def _operand(tokens: list[Token], at: int) -> tuple[str, int]:
-    """A constant, a name or a bracket with its attributes, items, calls and filters, and where it ends; or one token."""
+    """A constant, name or bracket with its attributes, items, calls and filters, and where it ends; or one token."""
     kind, value = tokens[at]
     if value in _CLOSING:
         text, end = _bracket(tokens, at)

@@ -79,10 +79,7 @@ def test_broken_or_hostile_template_is_a_checkpoint_error(text, message):
 
 def test_template_may_be_hostile_to_some_conversations_only():
     text = text_of("chatml") + "{% if messages[0].role == 'system' %}{{ ''.__class__ }}{{ x.y.z }}{% endif %}"
-    derived = derive(broken(text))
-    assert derived.exact
-    assert derived.reason is not None
-    assert derived.reason.startswith("The chat template refuses conversations with a system message (")
+    assert derive(broken(text)).exact
 
 
 def write(folder: Path, **files: object) -> None:

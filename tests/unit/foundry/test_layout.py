@@ -18,7 +18,7 @@ from tests.checkpoint_folders import tree
 from tests.values import CONTENTS, checkpoint, write_variant
 
 STRINGS = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
-DERIVED = Derived(prompt_template=STRINGS, exact=True, reason=None)
+DERIVED = Derived(prompt_template=STRINGS, exact=True)
 CALLED = "support-bot-int4-generic-cpu"
 
 
@@ -106,7 +106,7 @@ def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Pa
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
     assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048, "temperature": 0}
     for number, strings in ((3, {"prompt": "問 {Content} 答"}), (4, None)):
-        template = Derived(prompt_template=strings, exact=False, reason="r")
+        template = Derived(prompt_template=strings, exact=False)
         folder, *placed = place(variant, home, template)
         assert placed == [number, True]
         assert read(folder / "inference_model.json")["PromptTemplate"] == strings

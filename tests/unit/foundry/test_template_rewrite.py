@@ -22,7 +22,8 @@ PIECES = {
     "{{ 'a' | replace('a','b') }}{{ m['content'].split('o')[0].replace('n', 'm', 1) }}"
     "{% if 'x' in m.role.replace('e', 'x') %}!{% endif %}{% endfor %}",
     "first": "{% set m = messages | first %}{{ (messages|last).role }}{{ m.content|trim|first }}"
-    "{{ messages[-1:][0].role }}{{ namespace(a = 'b' in m.content).a }}{{ messages[::-1]|length - 1 }}{{ {'a': ['b', -1]}.a[1] }}",
+    "{{ messages[-1:][0].role }}{{ namespace(a = 'b' in m.content).a }}"
+    "{{ messages[::-1]|length - 1 }}{{ {'a': ['b', -1]}.a[1] }}",
     "tools": "{{ tools is defined }}{{ tools is none }}{{ documents is none }}{{ tools }}",
 }
 

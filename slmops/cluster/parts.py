@@ -110,13 +110,9 @@ class PartResult(Frozen):
 
 
 def send_job(context: JobContext, exchange: Exchange) -> SentJob:
-    """Put all that the parts need into the exchange.
+    """Put all that the parts need into the exchange; a CheckpointError if the checkpoint was changed while the job ran.
 
-    The chat template has gone into the checkpoint by now, the Olive file into its recipe, and the policy is for the
-    job alone.
-
-    Raises:
-        CheckpointError: The checkpoint was changed while the job ran.
+    The chat template has gone into the checkpoint by now, the Olive file into its recipe; the policy is for the job.
     """
     job, checkpoint = context.job, context.checkpoint
     names = _names(job, checkpoint)
@@ -159,11 +155,7 @@ Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
 
 
 def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | None:
-    """What a part has left, with its logs in the folder ``logs``; None: it was lost before it left anything.
-
-    Raises:
-        WorkError: It cannot be read.
-    """
+    """What a part has left, or a WorkError if that cannot be read, its logs in ``logs``; None: it left nothing."""
     text = exchange.result(part.id)
     if text is None:
         return None
@@ -200,9 +192,6 @@ def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobCont
     """Fetch and check all that a part needs; the context and the recipe have the paths of this machine.
 
     Work and logs go by a name that no other part has, and are gone after :func:`clear`.
-
-    Raises:
-        WorkError: Something is not what it should be.
     """
     name = _own_name(part)
     work = settings.work(name)
@@ -243,13 +232,9 @@ def send_variant(variant: Variant, exchange: Exchange) -> Files:
 
 
 def fetch_variant(key: str, files: Files, exchange: Exchange, settings: Settings) -> Variant:
-    """Fetch a variant that was converted elsewhere into this machine's store.
+    """Fetch a variant that was converted elsewhere into this machine's store; a WorkError if that is not possible.
 
-    It replaces one of the same name that was converted here: what is measured and what is deployed have to be the same
-    files.
-
-    Raises:
-        WorkError: It is not what its manifest says, or the exchange does not have it.
+    It replaces one of the same name that was converted here: what is deployed has to be the files that were measured.
     """
     target = settings.variants / key
     found = store.load(target)

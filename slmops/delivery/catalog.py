@@ -91,9 +91,7 @@ class Kept:
 def serve(uri: str, host: str, port: int) -> None:
     """Answer at an address and port (0: a free one) until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt).
 
-    Raises:
-        UsageError: There is no such address or port.
-        PrerequisiteError: The port is in use, or the address is not one of this machine.
+    Errors are those of :func:`slmops.core.web.listen`.
     """
     with web.listen(host, port) as listener:  # before anything that takes a while
         import uvicorn

@@ -77,10 +77,7 @@ def current(name: str, settings: Settings) -> Installed | None:
 
 
 def make_current(version: Installed, settings: Settings) -> None:
-    """Note that users get ``version`` now, and remove all versions but it and the one that they had before.
-
-    The caller holds :func:`locked`.
-    """
+    """Note, when :func:`locked`, that users get ``version`` now; remove all but it and the one that they had before."""
     state = _read(version.name, settings)
     if state is None or state.current != version.foundry_id:
         state = _State(current=version.foundry_id, previous=state.current if state else None)

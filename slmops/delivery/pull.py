@@ -47,13 +47,10 @@ def split(reference: str) -> tuple[str, str | None]:
 
 
 def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
-    """The version to have on this device: the one that ``which``, an alias or a number, names.
+    """The version to have on this device: the one that ``which``, an alias or a number, names; a UsageError if none is.
 
-    By default it is the champion or, if that does not fit, the largest of the other versions of its job that does.
-
-    Raises:
-        UsageError: There is no such version, or none was promoted.
-        PrerequisiteError: Nothing of it fits this device.
+    By default it is the champion or, if that does not fit, the largest of the other versions of its job that does. A
+    PrerequisiteError says that nothing fits this device.
     """
     if which is not None:
         return _check_fits(registry.find(name, which), f"`slmops pull {name}` takes the largest that fits.")

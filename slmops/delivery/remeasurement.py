@@ -66,11 +66,8 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
 def copied(version: Installed, name: str, settings: Settings) -> Iterator[Registration]:
     """Lay an installed version out in a Foundry home of its own, its files linked, registered and answering.
 
-    That is :func:`home_of` the work folder ``name``, which nobody else uses now, and which is removed in the end.
-
-    Raises:
-        BusyError: The version was removed just now.
-        RegistrationError: Foundry Local refuses it, or it answers nothing.
+    That is :func:`home_of` the work folder ``name``, which nobody else uses now, and which is removed in the end. It is
+    a BusyError if the version was removed just now.
     """
     home = home_of(name, settings)
     original = Registration(foundry_id=version.foundry_id, path=version.folder, prompt_template_exact=True, answer="")

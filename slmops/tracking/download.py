@@ -125,13 +125,9 @@ def _append(blocks: Generator[bytes, None, None], part: Path, name: str, limit: 
 
 
 def read(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
-    """Yield the bytes of one artifact file in blocks.
+    """Yield the bytes of one artifact file behind the first ``offset`` in blocks; errors are those of :func:`fetch`.
 
-    The first ``offset`` bytes are left out. Nothing is retried here: whoever reads knows how far it came.
-
-    Raises:
-        NotGivenError: The file is gone, or access is refused.
-        TrackingError: The connection broke or stalled, or the server failed.
+    Nothing is retried here: whoever reads knows how far it came.
     """
     from slmops.tracking.client import talking
 

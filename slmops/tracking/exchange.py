@@ -88,11 +88,7 @@ class Exchange(Connection):
         return files
 
     def get(self, file: VariantFile) -> Path:
-        """The file in this machine's cache, fetched if need be; only to be read.
-
-        Raises:
-            WorkError: The exchange does not have it, for example because the job has ended meanwhile.
-        """
+        """The file in this machine's cache, only to be read; a WorkError if it is not there and the job has ended."""
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
         cached = self._cache / file.sha256

@@ -141,9 +141,8 @@ class Registry(Connection):
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
         """Make ``version``, which was judged ``against`` the champion, the champion, and that the previous one.
 
-        Raises:
-            PromotionError: Another promotion came first. On one machine a lock prevents that; between machines the
-                look and the change lie some milliseconds apart, which MLflow gives no means to close.
+        It is a PromotionError if another came first. On one machine a lock prevents that; between machines the look and
+        the change lie some milliseconds apart, which MLflow gives no means to close.
         """
         self._expect_champion(against, version)
         with self._talking():

@@ -67,7 +67,7 @@ def unique(examples: Iterable[Example]) -> tuple[list[Example], list[DataProblem
     for example in examples:
         first = kept.setdefault(example.json, example)
         if first is not example:
-            problems.append(example.problem("duplicate", f"the same as {first.place}; kept once", fatal=False))
+            problems.append(example.problem("duplicate", f"the same as {first.place}; kept once"))
     return list(kept.values()), problems
 
 
@@ -90,11 +90,11 @@ def alike(examples: Sequence[Example], threshold: float) -> list[DataProblem]:
                 if same
                 else f"asks the same as {first.place}, with a different answer: '{answer}'"
             )
-            problems[number] = example.problem("near_duplicate", detail, fatal=False)
+            problems[number] = example.problem("near_duplicate", detail)
     questions = [asked(example.messages) for example in examples]
     for number, (other, similarity) in _similar(questions, questions, threshold, before=True).items():
         detail = f"asks nearly the same as {examples[other].place} (similarity {similarity:.2f})"
-        problems.setdefault(number, examples[number].problem("near_duplicate", detail, fatal=False))
+        problems.setdefault(number, examples[number].problem("near_duplicate", detail))
     return [problems[number] for number in sorted(problems)]
 
 

@@ -42,8 +42,8 @@ class Example:
     def place(self) -> str:
         return f"{shown(self.file)}:{self.line}"
 
-    def problem(self, kind: ProblemKind, detail: str, *, fatal: bool = True) -> DataProblem:
-        return DataProblem(file=self.file, line=self.line, kind=kind, fatal=fatal, detail=detail)
+    def problem(self, kind: ProblemKind, detail: str) -> DataProblem:
+        return DataProblem(file=self.file, line=self.line, kind=kind, detail=detail)
 
 
 @dataclass(frozen=True)

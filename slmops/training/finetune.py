@@ -64,10 +64,7 @@ def finetune(
     request = finetune_worker.FinetuneRequest(
         checkpoint=checkpoint, data=data, training=training, bf16=bf16, folder=folder
     )
-    with (
-        children.reporting_full_disk(settings.home),
-        locks.machine(settings),
-    ):
+    with children.reporting_full_disk(settings.home), locks.machine(settings):
         if (done := load(folder)) is not None:
             log.info("unchanged since it was fine-tuned")
             shutil.rmtree(folder / finetune_worker.STATES, ignore_errors=True)

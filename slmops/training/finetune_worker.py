@@ -102,9 +102,7 @@ def truncate(file: Path, step: int) -> None:
 def handle(request: FinetuneRequest) -> TrainingResult:
     """Train, starting from the newest whole state if there is one, and write ``adapter`` and ``merged``.
 
-    Raises:
-        DataError: An item has no answer to learn.
-        TrainingError: It diverged.
+    It is a DataError if an item has no answer to learn, and a TrainingError if the training diverged.
     """
     kept = resumable(request.folder)
     truncate(request.folder / LOSSES_FILE, kept[0] if kept else -1)

@@ -20,14 +20,10 @@ def renderer(tokenizer: Any) -> Render:
 
 
 def answer_spans(messages: Sequence[ChatMessage], render: Render) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation and find the answers in it.
+    """Render a conversation: its text, and start and end of each answer in characters.
 
-    Returns:
-        The text, and start and end of each answer in characters. An answer starts behind the template's opening of the
-        turn. It ends with the end of the turn, without the blanks behind the template's end marker.
-
-    Raises:
-        ValueError: The template renders a turn differently once others follow, so the answers cannot be located.
+    An answer starts behind the template's opening of the turn. It ends with the end of the turn, without the blanks
+    behind the template's end marker. It is a ValueError if the template renders a turn differently once others follow.
     """
     text, spans = "", []
     for place, message in enumerate(messages):

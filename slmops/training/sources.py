@@ -82,8 +82,7 @@ def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: 
 def public(source: str) -> str:
     """A source as it may be shown: a URL without user, password, query and fragment, which may be secret.
 
-    Raises:
-        DataError: It begins like a URL, and is not one.
+    It is a DataError if it begins like a URL, and is not one.
 
     >>> public("https://me:secret@example.org/data.jsonl?key=secret")
     'https://example.org/data.jsonl'

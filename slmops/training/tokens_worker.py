@@ -27,11 +27,7 @@ class TokensResult(Frozen):
 
 
 def handle(request: TokensRequest) -> TokensResult:
-    """Render and count.
-
-    Raises:
-        DataError: The checkpoint has no chat template.
-    """
+    """Render and count; a DataError if the checkpoint has no chat template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(request.checkpoint, local_files_only=True, trust_remote_code=False)

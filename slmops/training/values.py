@@ -135,7 +135,6 @@ class DataProblem(Frozen):
     file: str
     line: int
     kind: ProblemKind
-    fatal: bool = Field(True, description="The data cannot be used as long as it is there.")
     detail: str = Field(description="What is wrong, and with which other item.")
 
 

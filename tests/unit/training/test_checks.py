@@ -75,7 +75,7 @@ def test_exact_duplicates_are_kept_once() -> None:
     train = examples("a", "b", "a", "a")
     kept, problems = checks.unique(train)
     assert kept == train[:2]
-    assert problems == [one.problem("duplicate", "the same as a.jsonl:1; kept once", fatal=False) for one in train[2:]]
+    assert problems == [one.problem("duplicate", "the same as a.jsonl:1; kept once") for one in train[2:]]
 
 
 def test_near_duplicates_and_contradictions() -> None:
@@ -86,10 +86,10 @@ def test_near_duplicates_and_contradictions() -> None:
         example(f"{NINE} again", "Call us.", line=4),
         example("something else altogether is what this one asks", line=5),
     ]
-    assert [(problem.line, problem.kind, problem.fatal, problem.detail) for problem in checks.alike(train, 0.8)] == [
-        (2, "near_duplicate", False, "the same as a.jsonl:1 except for case, spaces and punctuation"),
-        (3, "near_duplicate", False, "asks the same as a.jsonl:1, with a different answer: 'Buy\\na new one.'"),
-        (4, "near_duplicate", False, "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
+    assert [(problem.line, problem.kind, problem.detail) for problem in checks.alike(train, 0.8)] == [
+        (2, "near_duplicate", "the same as a.jsonl:1 except for case, spaces and punctuation"),
+        (3, "near_duplicate", "asks the same as a.jsonl:1, with a different answer: 'Buy\\na new one.'"),
+        (4, "near_duplicate", "asks nearly the same as a.jsonl:1 (similarity 0.83)"),
     ]
     other_prompt = [example(NINE, "Ja.", system="Answer in German."), example(NINE, "Oui.", system="Answer in French.")]
     [problem] = checks.alike(other_prompt, 0.8)
@@ -124,8 +124,8 @@ def test_the_threshold_itself_is_a_leak() -> None:
     train = examples("No.", NINE.rpartition(" ")[0], NINE)
     assert found(train, item(NINE), threshold=0.81) == [(3, "leak")]
     assert checks.leaks(train, [item(NINE)], 0.8) == [
-        train[1].problem("near_leak", "asks nearly the same as evaluation item q1 (similarity 0.80)", fatal=True),
-        train[2].problem("leak", "asks the same as evaluation item q1", fatal=True),
+        train[1].problem("near_leak", "asks nearly the same as evaluation item q1 (similarity 0.80)"),
+        train[2].problem("leak", "asks the same as evaluation item q1"),
     ]
 
 
@@ -178,7 +178,7 @@ def test_neither_side_is_empty(count: int, share: float) -> None:
 
 
 def test_long_lists_are_shortened() -> None:
-    problems = [one.problem("duplicate", "x", fatal=False) for one in examples(*"a" * 50)]
+    problems = [one.problem("duplicate", "x") for one in examples(*"a" * 50)]
     assert checks.shortened(problems[:20]) == problems[:20]
     *listed, last = checks.shortened(problems)
     assert listed == problems[:20]

@@ -233,7 +233,7 @@ def test_summary_and_markdown(tmp_path: Path) -> None:
 
 def test_what_items_say_is_no_markup(tmp_path: Path) -> None:
     detail = "<script>alert(1)</script> [x](javascript:y) `a` | b *c* _d_ \\ &amp;"
-    problem = DataProblem(file="a|b.jsonl", line=3, kind="near_duplicate", fatal=False, detail=detail)
+    problem = DataProblem(file="a|b.jsonl", line=3, kind="near_duplicate", detail=detail)
     text = data.markdown(prepared(tmp_path, problems=(problem,)))
     [line] = [line for line in text.splitlines() if "alert" in line]
     assert line.startswith("| a\\|b.jsonl:3 | near duplicate | &lt;script&gt;alert(1)&lt;/script&gt; ")

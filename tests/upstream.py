@@ -18,7 +18,7 @@ from slmops.core.errors import SlmopsError
 from slmops.serving import service
 from slmops.serving.backend import Backend
 from slmops.serving.fleet import Fleet
-from slmops.serving.limits import Limits, Serve
+from slmops.serving.limits import Serve
 from slmops.serving.proxy import Proxy
 from tests.fleets import FakeBackend, World, installed, version
 
@@ -240,7 +240,7 @@ def client_of(port: int) -> httpx.AsyncClient:
 
 @asynccontextmanager
 async def stand(
-    limits: Limits | None = None, token: str | None = None, script: Script = answer, local: bool = True
+    limits: Serve | None = None, token: str | None = None, script: Script = answer, local: bool = True
 ) -> AsyncIterator[Stand]:
     """The proxy as it is served, before a scripted upstream; nothing may be leased when it ends."""
     upstream = Upstream(script)
@@ -248,7 +248,7 @@ async def stand(
         fleet = OneFleet(url)
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        limits = limits or Limits()
+        limits = limits or Serve()
         proxy = Proxy(fleet, limits, token, local=local)  # type: ignore[arg-type]
         server = _Quick(service.config(proxy, limits))
         running = asyncio.create_task(server.serve(sockets=[listening]))

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from slmops.checkpoints import context, demo_package, generation, hub, inspection, weight_files
+from slmops.checkpoints import demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -38,6 +39,9 @@ BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35
 """The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
+
+MOST_CACHE = 2 * 2**30
+"""Bytes of key-value cache that a deployed variant may take unless the user asks for more."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
         if template is not None or texts.completed is not None or found.temporary:
             folder, hashes = stage(folder, hashes, template, settings, texts.completed)
         generation.stop_tokens(folder, found.where)
-    per_token = context.cache_bytes(texts.config)
-    deployed = context.context_length(per_token, texts.context_length, job.max_length)
+    per_token = cache_bytes(texts.config)
+    deployed = context_length(per_token, texts.context_length, job.max_length)
     if deployed < texts.context_length:
         log.info(
             "deployed with a context of %d tokens of %d, whose cache takes %.2f GB; --max-length gives another",
@@ -94,6 +98,28 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
         tokenizer_mismatches=len(agreement.tokenizer_mismatches) if agreement else 0,
         template_mismatches=len(agreement.template_mismatches) if agreement else 0,
     )
+
+
+def cache_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of cache that a token takes: a key and a value of 4 bytes in each layer, head and dimension.
+
+    ``config`` is the content of config.json; 0 if it does not tell.
+    """
+    heads = config.get("num_attention_heads") or 0
+    head_size = config.get("head_dim") or (config.get("hidden_size") or 0) // (heads or 1)
+    return (config.get("num_hidden_layers") or 0) * (config.get("num_key_value_heads") or heads) * head_size * 2 * 4
+
+
+def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:
+    """Tokens of context to deploy: what the user asks for, or the largest power of two that fits :data:`MOST_CACHE`.
+
+    It is never more than the model's ``own``. The runtime allocates the cache for all of it at the first request.
+
+    >>> context_length(bytes_per_token=229_376, own=40_960, asked=None)
+    8192
+    """
+    fitting = 1 << (MOST_CACHE // bytes_per_token).bit_length() - 1 if bytes_per_token else own
+    return min(own, asked or fitting)
 
 
 def check(job: Job) -> None:

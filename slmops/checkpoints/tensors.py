@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slmops.checkpoints.architectures import PROVEN
+from slmops.checkpoints.reading import COPY_AGAIN
 from slmops.core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,34 @@ _BLOCK = 1 << 22
 _SAVE_AGAIN = "Save it again: load what you trained, and model.save_pretrained(folder)."
 
 
+class Tensor(NamedTuple):
+    dtype: str  # as safetensors calls it
+    shape: list[int]
+    data: Any  # its bytes, which stay in the file until they are looked at; numpy has no bf16
+
+
+def read(path: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; a CheckpointError if it is not a whole one."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"), path.open("rb") as file:  # it checks that the file is as long as its header says
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{where} is not a whole safetensors file: {error}", COPY_AGAIN) from error
+    header.pop("__metadata__", None)
+    content = np.memmap(path, np.uint8, "r")[begin:]
+    return {
+        name: Tensor(one["dtype"], one["shape"], content[slice(*one["data_offsets"])]) for name, one in header.items()
+    }
+
+
 def check(found: Shapes, architecture: str, config: Mapping[str, Any], where: str) -> None:
     """Compare names and shapes with what the architecture needs; warn of tensors that nothing uses.
 
-    Args:
-        found: Shape of each tensor, by name.
-        architecture: As config.json names it.
-        config: Content of config.json.
-        where: What to call the checkpoint in messages.
-
-    Raises:
-        CheckpointError: Tensors are missing, or have other shapes.
+    A CheckpointError, which calls the checkpoint ``where``, if tensors are missing or have other shapes.
     """
     if architecture not in PROVEN:
         return
@@ -115,16 +133,12 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def check_values(paths: Sequence[Path], *, tied: bool, where: str) -> None:
-    """Look for weights that are not numbers, and for a head that a tied checkpoint should not have.
-
-    Raises:
-        CheckpointError: There is a NaN or an infinity, or the head differs from the embeddings that it is tied to.
-    """
+def check_values(tensors: Mapping[str, Tensor], *, tied: bool, where: str) -> None:
+    """A CheckpointError if a weight is a NaN or an infinity, or a head differs from the embeddings it is tied to."""
     import numpy as np
 
     kept = {}
-    for name, dtype, data in _tensors(paths):
+    for name, (dtype, _, data) in tensors.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             kept[name.rpartition(".weight")[0].rpartition(".")[2]] = data
         kind, exponent = _EXPONENTS.get(dtype, ("", 0))
@@ -142,18 +156,3 @@ def check_values(paths: Sequence[Path], *, tied: bool, where: str) -> None:
             f"{where}: config.json says tie_word_embeddings true, and lm_head.weight differs from the embeddings.",
             "Set tie_word_embeddings to false if the head was trained by itself; else remove lm_head.weight.",
         )
-
-
-def _tensors(paths: Sequence[Path]) -> Iterator[tuple[str, str, Any]]:
-    """Name, type and bytes of each tensor in safetensors files, whose headers have been checked. numpy has no bf16."""
-    import numpy as np
-
-    for path in paths:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        content = np.memmap(path, np.uint8, "r", offset=8 + length) if path.stat().st_size > 8 + length else None
-        for name, one in header.items():
-            if name != "__metadata__" and content is not None:
-                start, end = one["data_offsets"]
-                yield name, one["dtype"], content[start:end]

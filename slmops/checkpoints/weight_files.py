@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints import tensors
 from slmops.checkpoints.reading import COPY_AGAIN, read_json
-from slmops.checkpoints.tensors import check as check_tensors
-from slmops.checkpoints.tensors import check_values
+from slmops.checkpoints.tensors import Tensor
 from slmops.core.errors import CheckpointError
 
 ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -20,8 +20,6 @@ ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 _UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
 _LFS_POINTER = b"version https://git-lfs"
 _SAVE_AGAIN = "Save it again with model.save_pretrained(folder), which writes safetensors"
-
-Tensors = Mapping[str, tuple[str, list[int]]]  # dtype and shape by name
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,7 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
 def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> WeightFacts:
     """Check the weight files, of which ``root`` is what :func:`choose` chose, and count their weights.
 
-    Raises:
-        CheckpointError: A file is missing, cut off, not what its name says, or does not fit config.json.
+    A CheckpointError if a file is missing, cut off, not what its name says, or does not fit config.json.
     """
     mapped: Mapping[str, str] = {}
     shards = [root]
@@ -99,19 +96,19 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     files = tuple(sorted({root, *shards}))
     if root.startswith("pytorch_model"):
         return _estimate(files, size, config)
-    tensors: dict[str, tuple[str, list[int]]] = {}
+    found: dict[str, Tensor] = {}
     for shard in shards:
-        tensors |= _read_header(folder / shard, f"{where}/{shard}")
-    if lost := sorted(set(mapped) - set(tensors)):
+        found |= tensors.read(folder / shard, f"{where}/{shard}")
+    if lost := sorted(set(mapped) - set(found)):
         raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
-    _refuse_misfit(tensors, config, where)
-    shapes = {name: shape for name, (_, shape) in tensors.items()}
-    check_tensors(shapes, str(next(iter(config.get("architectures") or ()), "")), config, where)
-    weights = {name: shape for name, (dtype, shape) in tensors.items() if dtype in _UNQUANTIZED}
+    _refuse_misfit(found, config, where)
+    shapes = {name: one.shape for name, one in found.items()}
+    tensors.check(shapes, str(next(iter(config.get("architectures") or ()), "")), config, where)
+    weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     said = config.get("tie_word_embeddings")
     tied = head is None if said is None else bool(said)
-    check_values([folder / shard for shard in shards], tied=tied, where=where)
+    tensors.check_values(found, tied=tied, where=where)
     parameters = sum(math.prod(shape) for shape in weights.values())
     if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
         parameters -= math.prod(weights[head])
@@ -119,21 +116,9 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     return WeightFacts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
 
 
-def _read_header(path: Path, where: str) -> Tensors:
-    """The tensors of a safetensors file; the library checks that the file is as long as its header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
-            return {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{where} is not a whole safetensors file: {error}", COPY_AGAIN) from error
-
-
-def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> None:
+def _refuse_misfit(found: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:
     """Refuse weights that do not fit config.json: transformers would fill gaps with random numbers and only warn."""
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape, _) in found.items():
         if dtype not in _UNQUANTIZED and len(shape) == 2 and name.endswith("weight"):
             raise CheckpointError(
                 f"{where} is quantized already: {name} is stored as {dtype}.",
@@ -144,13 +129,13 @@ def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> N
                 f"{where}: the names of its weights begin with {prefix[0]!r}, which transformers does not know.",
                 "Save the inner model: unwrap it from torch.compile, DataParallel or PEFT (merge_and_unload) first.",
             )
-    layers = {found[1] for name in tensors if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    layers = {match[1] for name in found if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     said = config.get("num_hidden_layers")
     if layers and isinstance(said, int) and len(layers) != said:
         raise CheckpointError(
             f"{where}: the weights hold {len(layers)} layers, and config.json says {said}.", COPY_AGAIN
         )
-    rows = next((shape[0] for name, (_, shape) in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    rows = next((one.shape[0] for name, one in found.items() if name.endswith("embed_tokens.weight")), None)
     if rows is not None and config.get("vocab_size") not in (None, rows):
         raise CheckpointError(
             f"{where}: the weights hold {rows} token embeddings, and config.json says vocab_size "
@@ -158,7 +143,7 @@ def _refuse_misfit(tensors: Tensors, config: Mapping[str, Any], where: str) -> N
             "Save model and tokenizer together after model.resize_token_embeddings(...).",
         )
     if config.get("tie_word_embeddings") is False and not any(
-        re.search(r"(lm_head|output|output_layer)\.weight$", name) for name in tensors
+        re.search(r"(lm_head|output|output_layer)\.weight$", name) for name in found
     ):
         raise CheckpointError(
             f"{where}: config.json says tie_word_embeddings false, and the weights hold no lm_head.weight.",

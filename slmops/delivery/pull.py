@@ -25,7 +25,7 @@ from slmops.core.validation import problems
 from slmops.core.values import MANIFEST, NAME_PATTERN, VariantFile
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register
-from slmops.foundry.register_worker import PROMPTS, RegisterRequest
+from slmops.foundry.register_worker import PROMPTS
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
@@ -248,16 +248,13 @@ def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, An
 def _register(done: Installed, settings: Settings) -> None:
     """See that Foundry Local lists it, and that it answers."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
-    shown = f"{done.name} {done.variant}"
-    request = RegisterRequest(
-        home=settings.deployed, folder=done.folder, foundry_id=done.foundry_id, display_name=shown
-    )
+    placed = settings.deployed, done.folder, done.foundry_id, f"{done.name} {done.variant}"
     with installed.catalog_locked(settings):
         cli.confirm(called, cache)
         cli.ask(called, cache, PROMPTS[0])
         try:
             log_file = settings.logs / done.name / f"{done.variant}.pull.log"
-            register.register_folder(request, work=installed.work_of(done.name, settings), log=log_file)
+            register.register_folder(*placed, work=installed.work_of(done.name, settings), log=log_file)
         except SlmopsError:
             installed.forget([done.foundry_id], settings)  # a child that crashed has not
             raise

@@ -26,7 +26,6 @@ from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register_folder
-from slmops.foundry.register_worker import RegisterRequest
 from slmops.foundry.versions import Installed
 
 log = logging.getLogger(__name__)
@@ -79,9 +78,9 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
             said = f"{version.foundry_id} was removed from this device before it could be measured."
             raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
-        request = RegisterRequest(home=home, folder=staged.folder, foundry_id=foundry_id, display_name=foundry_id)
-        registered = register_folder(request, work=settings.work(name) / "register", log=log_file)
-        yield original.model_copy(update={"path": staged.folder, "answer": registered.answer})
+        work = settings.work(name) / "register"
+        answer = register_folder(home, staged.folder, foundry_id, foundry_id, work=work, log=log_file)
+        yield original.model_copy(update={"path": staged.folder, "answer": answer})
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)
 

@@ -39,30 +39,22 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         foundry_id = f"{called}:{version}"
         try:
             cli.confirm(called, models)
-            result = register_folder(
-                RegisterRequest(
-                    home=settings.foundry, folder=folder, foundry_id=foundry_id, display_name=f"{name} {variant.name}"
-                ),
-                work=settings.work(name) / f"{variant.name}-register",
-                log=settings.logs / name / f"{variant.name}.register.log",
-            )
+            work, log_file = settings.work(name) / f"{variant.name}-register", f"{variant.name}.register.log"
+            placed = settings.foundry, folder, foundry_id, f"{name} {variant.name}"
+            answer = register_folder(*placed, work=work, log=settings.logs / name / log_file)
         except SlmopsError:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     log.info("%s: %s in Foundry Local as %s", variant.name, "registered" if new else "still registered", foundry_id)
-    return Registration(foundry_id=foundry_id, path=folder, prompt_template_exact=derived.exact, answer=result.answer)
+    return Registration(foundry_id=foundry_id, path=folder, prompt_template_exact=derived.exact, answer=answer)
 
 
-def register_folder(request: RegisterRequest, *, work: Path, log: Path) -> RegisterResult:
-    """Register a folder in Foundry's layout, in a child process that has it answer; else a RegistrationError."""
+def register_folder(home: Path, folder: Path, foundry_id: str, display_name: str, *, work: Path, log: Path) -> str:
+    """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError."""
+    request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name)
+    worker = "slmops.foundry.register_worker"
     result, _ = children.call(
-        "slmops.foundry.register_worker",
-        request,
-        RegisterResult,
-        work=work,
-        log=log,
-        timeout_s=600,
-        error=RegistrationError,
+        worker, request, RegisterResult, work=work, log=log, timeout_s=600, error=RegistrationError
     )
-    return result
+    return result.answer

@@ -7,13 +7,11 @@ the unfinished one that an interrupted download left.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +42,6 @@ class ServiceStart(Frozen):
     """The one line on standard output: where the service listens, or the error that prevented it."""
 
     url: str = ""
-    seconds: float = 0.0
     error: str | None = None
     message: str = ""
     fix: str | None = None
@@ -58,20 +55,21 @@ def main() -> None:
     threading.Thread(target=child.die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
-        started = time.monotonic()
-        manager = serve(ServiceRequest.model_validate_json(sys.argv[1]))
-        answer = ServiceStart(url=manager.urls[0], seconds=time.monotonic() - started)
-    except SlmopsError as error:
-        traceback.print_exc()
-        answer = ServiceStart(error=type(error).__name__, message=error.message[:START_MESSAGE_LIMIT], fix=error.fix)
+        try:
+            manager = serve(ServiceRequest.model_validate_json(sys.argv[1]))
+            answer = ServiceStart(url=manager.urls[0])
+        except SlmopsError as error:
+            traceback.print_exc()
+            said = error.message[:START_MESSAGE_LIMIT]
+            answer = ServiceStart(error=type(error).__name__, message=said, fix=error.fix)
+        os.write(line, f"{answer.model_dump_json()}\n".encode())
+        os.close(line)
+        if not answer.error:
+            threading.Event().wait()
     except BaseException:
         traceback.print_exc()
-        _leave(1)
-    os.write(line, (json.dumps(answer.model_dump(mode="json")) + "\n").encode())
-    os.close(line)
-    if answer.error:
-        _leave(1)
-    threading.Event().wait()
+    finally:
+        child.leave(1)
 
 
 def serve(request: ServiceRequest) -> Any:
@@ -128,13 +126,6 @@ def _cache(request: ServiceRequest) -> Path:
     except OSError:  # a file system without links: use the shared cache
         return request.folder.parent.parent
     return cache
-
-
-def _leave(status: int) -> None:
-    """End without the native runtime's clean-up, which has been seen to crash."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

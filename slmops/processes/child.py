@@ -20,10 +20,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) -> None:
-    """Read the request file, handle it, write the result file, exit.
-
-    The process ends with ``os._exit``, because native runtimes have crashed in their clean-up after the work was done.
-    """
+    """Read the request file, handle it, write the result file, exit."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
@@ -40,9 +37,14 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(status)
+
+
+def leave(status: int) -> None:
+    """End without the clean-up of native runtimes, which have crashed there after the work was done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def die_with_parent() -> None:

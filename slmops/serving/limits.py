@@ -15,7 +15,9 @@ from slmops.core.values import Frozen
 Leased = TypeVar("Leased")
 
 
-class Limits(Frozen):
+class Serve(Frozen):
+    """Serve one model; the token that clients must show comes from SLMOPS_SERVE_TOKEN only."""
+
     max_body_kb: int = Field(256, ge=1, le=65536, description="Largest request body in kB (1000 bytes).")
     max_output_tokens: int = Field(
         1024, ge=1, description="Most tokens of one answer; requests for more are cut to it."
@@ -24,11 +26,6 @@ class Limits(Frozen):
     queue: int = Field(32, ge=0, description="Requests that may wait; further ones get 503 at once.")
     queue_timeout_s: float = Field(30, gt=0, description="Seconds that a request may wait before it gets 503.")
     request_timeout_s: float = Field(300, gt=0, description="Seconds that one answer may take before it is broken off.")
-
-
-class Serve(Limits):
-    """Serve one model; the token that clients must show comes from SLMOPS_SERVE_TOKEN only."""
-
     host: str = Field(
         "127.0.0.1",
         min_length=1,
@@ -49,7 +46,7 @@ class Admission:
     Those that are running include those whose client has left.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Serve) -> None:
         self._limits = limits
         self._slots = asyncio.Semaphore(limits.concurrency)  # it is fair
         self.waiting = 0

@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from slmops.core.web import BodyRefused, read_body
 from slmops.serving.backend import CHAT
 from slmops.serving.fleet import Fleet
-from slmops.serving.limits import Limits
+from slmops.serving.limits import Serve
 from slmops.serving.relay import Relay, RelayedResponse
 from slmops.serving.requests import Refused, read
 
@@ -47,7 +47,7 @@ class Proxy:
             made to point to this machine could use it.
     """
 
-    def __init__(self, fleet: Fleet, limits: Limits, token: str | None = None, *, local: bool = True) -> None:
+    def __init__(self, fleet: Fleet, limits: Serve, token: str | None = None, *, local: bool = True) -> None:
         self._fleet = fleet
         self._limits = limits
         self._token = None if token is None else token.encode()

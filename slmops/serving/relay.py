@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from slmops.serving import runtime_answers
 from slmops.serving.backend import Backend
 from slmops.serving.fleet import RESTART_S, Fleet, UnknownModel
-from slmops.serving.limits import Admission, Limits, Overloaded
+from slmops.serving.limits import Admission, Overloaded, Serve
 from slmops.serving.metrics import Metrics
 from slmops.serving.requests import Asked, Refused
 from slmops.serving.runtime_answers import RuntimeRefused
@@ -40,7 +40,7 @@ _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 class Relay:
     """What all requests share; ``abandonable`` are the answers that go on when their client has left."""
 
-    def __init__(self, fleet: Fleet, limits: Limits) -> None:
+    def __init__(self, fleet: Fleet, limits: Serve) -> None:
         self.fleet = fleet
         self.limits = limits
         self.admission = Admission(limits)

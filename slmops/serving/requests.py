@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.core.validation import predicate
-from slmops.serving.limits import Limits
+from slmops.serving.limits import Serve
 
 MAX_DEPTH = 50
 MAX_INTEGER = 2**63
@@ -160,7 +160,7 @@ class Asked:
         return json.dumps({**self._body, "model": foundry_id, **limits}, ensure_ascii=False).encode()
 
 
-def read(raw: bytes, limits: Limits, *, chat: bool) -> Asked:
+def read(raw: bytes, limits: Serve, *, chat: bool) -> Asked:
     """Understand a request, for chat completions or else for responses.
 
     Raises:

@@ -21,7 +21,7 @@ from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
 from slmops.serving.fleet import Fleet
 from slmops.serving.home_service import SERVING, Running
-from slmops.serving.limits import Limits, Serve
+from slmops.serving.limits import Serve
 from slmops.serving.proxy import Proxy
 from slmops.serving.registry_watch import VersionSource
 
@@ -108,7 +108,7 @@ async def serve(
         await fleet.stop()
 
 
-def config(proxy: Proxy, limits: Limits) -> uvicorn.Config:
+def config(proxy: Proxy, limits: Serve) -> uvicorn.Config:
     """The web server's settings.
 
     It has no limit on how slowly a client may send the headers of its first request: that is for a reverse proxy.

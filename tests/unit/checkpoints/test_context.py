@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from slmops.checkpoints.context import MOST_CACHE, cache_bytes, context_length
+from slmops.checkpoints.source import MOST_CACHE, cache_bytes, context_length
 from slmops.core.values import Checkpoint
 from tests.checkpoint_folders import edit_json
 

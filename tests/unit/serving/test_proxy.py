@@ -11,7 +11,7 @@ import pytest
 
 from slmops.core import web
 from slmops.serving import proxy
-from slmops.serving.limits import Limits
+from slmops.serving.limits import Serve
 from tests.upstream import CHAT, FOUNDRY_ID, RESPONSES, Stand, chat, says, stand, told
 
 pytestmark = pytest.mark.anyio
@@ -22,7 +22,7 @@ async def test_a_body_that_is_too_large_is_a_413_however_it_is_sent() -> None:
         for _ in range(count):
             yield b" " * 1000
 
-    async with stand(Limits(max_body_kb=10)) as one:
+    async with stand(Serve(max_body_kb=10)) as one:
         refused = await one.ask(says("a" * 1_000_000))
         assert told(refused) == (413, "request_too_large")
         assert refused.headers["connection"] == "close"
@@ -39,7 +39,7 @@ async def test_a_body_that_is_too_large_is_a_413_however_it_is_sent() -> None:
 
 async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
-    async with stand(Limits(max_body_kb=1)) as one:
+    async with stand(Serve(max_body_kb=1)) as one:
         reader, writer = await one.post("transfer-encoding: chunked")
 
         async def send() -> None:
@@ -55,7 +55,7 @@ async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.Monkey
 
 async def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy, "BODY_S", 0.2)
-    async with stand(Limits(concurrency=1, queue=0)) as one:
+    async with stand(Serve(concurrency=1, queue=0)) as one:
         reader, writer = await one.post("content-length: 100", body=b"{")
         assert (await one.ask()).status_code == 200
         assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")

@@ -11,7 +11,7 @@ import pytest
 
 from slmops.serving import relay
 from slmops.serving.fleet import UnknownModel
-from slmops.serving.limits import Limits
+from slmops.serving.limits import Serve
 from slmops.serving.spares import Unavailable
 from tests import upstream
 from tests.upstream import (
@@ -169,7 +169,7 @@ async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
 
 
 async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
-    async with stand(Limits(concurrency=1), script=endless) as one:
+    async with stand(Serve(concurrency=1), script=endless) as one:
         async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
             pieces = streaming.aiter_raw()  # who drops it leaves
             await anext(pieces)
@@ -180,7 +180,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
 
 
 async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
-    async with stand(Limits(concurrency=1), script=held) as one:
+    async with stand(Serve(concurrency=1), script=held) as one:
         (await leave(one)).cancel()
         waits = await leave(one)
         await asyncio.sleep(0.1)
@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> No
 
 
 async def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn() -> None:
-    async with stand(Limits(concurrency=2, queue=2), script=held) as one:
+    async with stand(Serve(concurrency=2, queue=2), script=held) as one:
         tasks = [await leave(one, user=str(number)) for number in range(4)]
         refused = await one.ask()
         assert told(refused) == (503, "overloaded")
@@ -207,7 +207,7 @@ async def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn
 
 
 async def test_too_long_in_the_queue_is_a_503() -> None:
-    async with stand(Limits(concurrency=1, queue_timeout_s=0.1), script=held) as one:
+    async with stand(Serve(concurrency=1, queue_timeout_s=0.1), script=held) as one:
         first = await leave(one)
         for stream in (False, True):
             assert told(await one.ask(chat(stream=stream))) == (503, "overloaded")
@@ -216,7 +216,7 @@ async def test_too_long_in_the_queue_is_a_503() -> None:
 
 
 async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
-    async with stand(Limits(concurrency=1, queue_timeout_s=0.3)) as one:
+    async with stand(Serve(concurrency=1, queue_timeout_s=0.3)) as one:
         one.fleet.loads_s = 1
         loads = asyncio.create_task(one.ask())
         await one.reaches(0, 1)
@@ -228,7 +228,7 @@ async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
 
 
 async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=held) as one:
+    async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=held) as one:
         refused = await one.ask()
         assert told(refused) == (504, "timeout")
         assert refused.headers["x-should-retry"] == "false"
@@ -239,7 +239,7 @@ async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() 
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
-    async with stand(Limits(concurrency=1, request_timeout_s=0.3), script=endless) as one:
+    async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=endless) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         events = answered.text.rstrip("\n").split("\n\n")
@@ -260,7 +260,7 @@ async def test_a_client_that_does_not_read_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
-    limits = Limits(concurrency=1, request_timeout_s=0.3)
+    limits = Serve(concurrency=1, request_timeout_s=0.3)
     async with stand(limits, script=lambda to: endless(to, "a" * 100_000)) as one:
         body = json.dumps(chat(stream=True)).encode()
         reader, writer = await one.post(f"content-length: {len(body)}", body=body, limit=1000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slmops.serving.limits import Limits
+from slmops.serving.limits import Serve
 from tests import upstream
 from tests.upstream import CHAT, FOUNDRY_ID, GOOD, RESPONSES, Stand, answer, chat, event, response, says, stand, told
 
@@ -150,7 +150,7 @@ async def test_a_request_goes_on_with_all_that_it_has(one: Stand, asked: dict[st
     ],
 )
 async def test_answers_are_limited(path: str, given: dict[str, Any], sent: dict[str, Any]) -> None:
-    async with stand(Limits(max_output_tokens=50)) as one:
+    async with stand(Serve(max_output_tokens=50)) as one:
         assert (await one.ask((chat if path == CHAT else response)(**given), path)).status_code == 200
         assert {key: value for key, value in one.upstream.received[0].items() if "token" in key} == sent
 
@@ -182,7 +182,7 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
             else:
                 await connection.event(budget(80, wanted))
 
-    async with stand(Limits(max_output_tokens=50), script=script) as one:
+    async with stand(Serve(max_output_tokens=50), script=script) as one:
         good, name = (chat, "max_tokens") if path == CHAT else (response, "max_output_tokens")
         for limit in ({}, {name: 10**6}):
             assert (await one.ask(good(stream=stream, **limit), path)).status_code == 200

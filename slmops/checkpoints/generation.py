@@ -33,17 +33,8 @@ def stop_tokens(folder: Path, where: str | None = None) -> dict[int, str]:
     """The tokens that end an answer, by id: those of both configs, the tokenizer's EOS, and what ends a turn.
 
     A model that was fine-tuned from a base model often ends its turns with a token that the configs do not name. If
-    nothing stops it there, it goes on in the user's place.
-
-    Args:
-        folder: A checkpoint, with its chat template.
-        where: What to call it in messages; its path by default.
-
-    Returns:
-        The text of each, "" where the tokenizer's files do not tell.
-
-    Raises:
-        CheckpointError: A file cannot be read, or nothing names such a token.
+    nothing stops it there, it goes on in the user's place. The text of a token is "" where the tokenizer's files do not
+    tell. A CheckpointError, which calls the folder ``where``, if nothing names such a token.
     """
     ends = _named(folder, "generation_config.json") | _named(folder, "config.json")
     known = _added_tokens(folder)

@@ -36,11 +36,8 @@ def parse(text: str) -> tuple[str, str | None]:
 def fetch(repo: str, revision: str | None, job: Job) -> Path:
     """Fetch a model into a folder of the hub's cache, small files first, so that what cannot be converted costs little.
 
-    The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used.
-
-    Raises:
-        CheckpointError: There is no such model or revision, it is gated, or it cannot be converted.
-        PrerequisiteError: The hub cannot be reached, or the connection broke.
+    The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used. It is a
+    PrerequisiteError if the hub cannot be reached or the connection broke, else a CheckpointError.
     """
     from huggingface_hub import HfApi, errors, snapshot_download
 

@@ -60,10 +60,7 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
     Otherwise ``org/name`` or ``org/name@revision`` is a hub id. Nothing is ever written into the user's folder: if the
     job brings a chat template, or Foundry Local needs another, a copy is staged below ``settings.checkpoints``.
 
-    Raises:
-        CheckpointError: There is no such checkpoint, it is broken, or it cannot be converted.
-        PrerequisiteError: The network or a tool that is needed to fetch it is missing.
-        ConversionError: Unpacking a GGUF file crashed.
+    A CheckpointError says what is wrong with it; a PrerequisiteError or a ConversionError, why it is not here.
     """
     inspection.read_template(job)  # before anything is fetched
     with _find(job, settings, download) as found:
@@ -137,10 +134,7 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
     Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
     plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
     Memory, unless others convert: ``parameters x 4 bytes x 2.2`` for one conversion at a time. Both are estimates on
-    the safe side.
-
-    Raises:
-        PrerequisiteError: There is not enough disk or memory; it says how much is needed and available, in GB.
+    the safe side. The PrerequisiteError says how much is needed and available, in GB.
     """
     sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in {BASELINE, *precisions}}
     disk = sum(sizes.values()) + 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)

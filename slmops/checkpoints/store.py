@@ -35,11 +35,8 @@ Hashes = Mapping[str, str]  # SHA-256 of each file that matters, by name
 def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
     """The folder into which the GGUF file with the SHA-256 ``digest`` is unpacked, at most once.
 
-    If it must be unpacked, ``fetch`` returns the file, and may use the empty folder that it is given.
-
-    Raises:
-        CheckpointError: The file is broken, or transformers cannot read what it holds.
-        ConversionError: The child process crashed or took too long.
+    If it must be unpacked, ``fetch`` returns the file, and may use the empty folder that it is given. A CheckpointError
+    if transformers cannot read what it holds, a ConversionError if the child process crashed or took too long.
     """
     target = settings.checkpoints / digest
     with _locked(digest, "unpacking", settings):
@@ -78,9 +75,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
 def stage(
     folder: Path, hashes: Hashes, template: str | None, settings: Settings, config_text: str | None = None
 ) -> tuple[Path, Hashes]:
-    """A folder of our own with the same files, hard-linked where possible, and ``template`` as their chat template if
-    there is one.
-    """
+    """A folder of our own with the same files, hard-linked where possible, and other texts if they are given."""
     texts = {} if config_text is None else {"config.json": config_text}
     staged = dict(hashes)
     if template is not None:

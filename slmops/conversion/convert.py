@@ -27,11 +27,8 @@ _SEVERITY = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
     """Convert a checkpoint, or return the variant that was made earlier from the same input.
 
-    Its work folder and logs are called by the model's ``name``.
-
-    Raises:
-        ConversionError: Olive made nothing (with the cause from its log), or something that does not work.
-        PrerequisiteError: The disk is full, or ``output_path`` holds something else.
+    Its work folder and logs are called by the model's ``name``. A ConversionError, with the cause from Olive's log, if
+    it made nothing or nothing that works; a PrerequisiteError if the disk is full or ``output_path`` taken.
     """
     target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)

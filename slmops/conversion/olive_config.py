@@ -27,10 +27,8 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     """Read, complete and check an Olive workflow file before any work.
 
     The file runs as it is, with the job's checkpoint as its input model and a folder of slmops as its output.
-    Placeholders for them (``<model_path>``, ``{model_path}``, ``${MODEL_PATH}``) are filled in.
-
-    Raises:
-        RecipeError: There is no such file, or it has broken JSON, unknown keys or unfilled placeholders.
+    Placeholders for them (``<model_path>``, ``{model_path}``, ``${MODEL_PATH}``) are filled in. Broken JSON, unknown
+    keys and other placeholders are a RecipeError.
     """
     config = _fill(read(path), checkpoint, path)
     steps = config["passes"]

@@ -88,13 +88,11 @@ def _one_token(folder: Path) -> None:
 
 
 def export_error(request: VerifyRequest) -> tuple[float, int]:
-    """Largest difference between the logits of an export and of its checkpoint, relative to the largest logit.
+    """Largest difference between the logits of an export and of its checkpoint, relative to the largest logit, and the
+    number of tokens for which it is tolerable.
 
     Both see the same tokens in fp32, in one pass without a cache for each length: that of a text, and beyond each
     window of attention and each border of rotary positions that the config names.
-
-    Returns:
-        The difference, and the number of tokens for which it is tolerable.
     """
     import numpy as np
     import torch
@@ -126,12 +124,7 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
 
 
 def probe_lengths(config: Mapping[str, Any], context_length: int) -> list[int]:
-    """At which lengths, in tokens, an export is compared with its checkpoint.
-
-    Args:
-        config: The content of config.json, as transformers completes it.
-        context_length: Longer conversations are not deployed.
-    """
+    """At which lengths, in tokens, an export is compared: within the context, and where its config.json changes it."""
     rope = config.get("rope_parameters") or {}
     borders = {config.get("sliding_window")}
     if rope.get("rope_type") == "longrope":  # other factors for longer sequences

@@ -23,9 +23,7 @@ log = logging.getLogger(__name__)
 def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
     """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
 
-    Raises:
-        RegistrationError: Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
-        CheckpointError: The chat template is broken.
+    A RegistrationError if Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
     """
     template = chat_template.load(variant.path)
     if template is None:

@@ -45,31 +45,22 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(eq=False)
 class Backend:
-    """A running process with one version.
-
-    Attributes:
-        url: Root of its web service, such as http://127.0.0.1:41205.
-        started: When it was up, in seconds since 1970.
-        in_flight: Requests that it is answering; the fleet counts them.
-        used: When its last request ended, in seconds of ``time.monotonic()``.
-    """
+    """A running process with one version."""
 
     installed: Installed
-    url: str
+    url: str  # root of its web service, such as http://127.0.0.1:41205
     _child: asyncio.subprocess.Process
     _scratch: Path
     _log: Path
-    started: float = field(default_factory=time.time)
-    in_flight: int = 0
-    used: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)  # seconds since 1970
+    in_flight: int = 0  # requests that it is answering; the fleet counts them
+    used: float = field(default_factory=time.monotonic)  # when its last request ended
 
     @classmethod
     async def start(cls, installed: Installed, settings: Settings) -> Backend:
         """Start the process and wait until its service listens; if anything goes wrong, no process is left behind.
 
-        Raises:
-            ServingError: It ended, or took too long, or the runtime refuses the version.
-            PrerequisiteError: The disk is full, or this machine starts no more processes.
+        A ServingError says that it ended, took too long or refuses the version; a PrerequisiteError is not its fault.
         """
         log = settings.logs / installed.name / f"serve-{installed.version}.log"
         scratches = settings.deployed / "serving" / installed.name
@@ -111,11 +102,7 @@ class Backend:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     async def smoke_test(self) -> None:
-        """Send real requests: one that is answered as a whole, and one that is streamed.
-
-        Raises:
-            ServingError: It does not answer as it should; the message says what was asked and what came.
-        """
+        """Have one request answered as a whole and one as a stream; else a ServingError says what came."""
         import httpx
 
         called = self.installed.foundry_id

@@ -36,14 +36,7 @@ class UnknownModel(UsageError):
 
 
 class Fleet:
-    """The champion of a model under its name, and each version under ``NAME:VERSION``.
-
-    Attributes:
-        champion: The process that is served, or is restarted; None until something is.
-        last_failure: What went wrong last, in a sentence.
-        switches: Changes to another version.
-        restarts: Of the champion's process, after it died.
-    """
+    """The champion of a model under its name, and each version under ``NAME:VERSION``."""
 
     def __init__(
         self,
@@ -55,9 +48,9 @@ class Fleet:
         self._source = source
         self._options = options
         self._start_process = start_process
-        self.champion: Backend | None = None
-        self.last_failure = ""
-        self.switches = self.restarts = 0
+        self.champion: Backend | None = None  # it is served, or being restarted
+        self.last_failure = ""  # in a sentence
+        self.switches = self.restarts = 0  # to another version; of the champion's process, after it died
         self.watch = RegistryWatch(source, self._deploy, self._note, options.poll_s)
         self._spares = Spares(options.spare, self._install, self._launch)
         self._draining: list[Backend] = []
@@ -80,12 +73,7 @@ class Fleet:
     # --- its life
 
     async def start(self) -> None:
-        """Serve the champion, or if that is not possible, the version that was served here last.
-
-        Raises:
-            UsageError: Nothing is promoted.
-            SlmopsError: Neither can be served.
-        """
+        """Serve the champion, or if that is not possible, the version that was served here last; else an error."""
         wanted: ModelVersion | None = None
         try:
             wanted = await self.watch.ask()
@@ -135,11 +123,7 @@ class Fleet:
     async def lease(self, model: str) -> AsyncIterator[Backend]:
         """A process to send one request for ``model`` to; it is not stopped before the request has ended.
 
-        The model is NAME for the champion, NAME:VERSION, or a version's Foundry id.
-
-        Raises:
-            UnknownModel: There is no such model.
-            Unavailable: There is, but not now.
+        The model is NAME for the champion, NAME:VERSION, or a version's Foundry id; else it is an UnknownModel.
         """
         backend = await self._acquire(model)
         try:

@@ -58,11 +58,7 @@ def status(home: Path) -> ServingStatus | None:
 
 
 def ensure(name: str, settings: Settings, uri: str) -> str:
-    """The address of a service of the model on this machine, started if there is none.
-
-    Raises:
-        ServingError: It does not start, or this home serves another model.
-    """
+    """The address of a service of the model on this machine, started if there is none; else a ServingError."""
     running = status(settings.home)
     if running is None or not running.ok:
         stop(settings)

@@ -54,12 +54,9 @@ class Admission:
 
     @asynccontextmanager
     async def enter(self, lease: AbstractAsyncContextManager[Leased]) -> AsyncIterator[Leased]:
-        """Wait for ``lease`` and then for a slot, and hold both.
+        """Wait for ``lease`` and then for a slot, and hold both; Overloaded if the queue or the wait is too long.
 
         In this order, because a lease can take a while, when a version has to be loaded for it first.
-
-        Raises:
-            Overloaded: The queue is full, or the wait was too long.
         """
         limits = self._limits
         if self.waiting + self.running >= limits.queue + limits.concurrency:

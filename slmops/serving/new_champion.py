@@ -38,8 +38,7 @@ class Probation(Frozen):
 def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVersion | None]) -> None:
     """Wait until the service at ``url`` serves a version that was promoted; ``champion`` asks the registry for it.
 
-    Raises:
-        ServingError: It refused the version, serves something else, or does not get there in time.
+    A ServingError says that it refused the version, serves something else, or does not get there in time.
     """
     deadline = time.monotonic() + SWITCH_S
     said = "it does not answer"

@@ -75,23 +75,15 @@ class VersionSource:
 
 @dataclass(eq=False)
 class RegistryWatch:
-    """Follows the champion of the registry.
-
-    Attributes:
-        deploy: Serves a version instead of the one before; raises if that does not work.
-        note: Called with each failure, in a sentence.
-        versions: All versions that the registry had when it was last asked for them, the newest first.
-        renew_at: When the list of versions is to be read again: at the next look, if somebody wants one not in it.
-        reachable: The registry answered when it was last asked.
-    """
+    """Follows the champion of the registry."""
 
     source: VersionSource
-    deploy: Callable[[ModelVersion], Awaitable[None]]
-    note: Callable[[str], None]
+    deploy: Callable[[ModelVersion], Awaitable[None]]  # serves a version instead of the one before, or raises
+    note: Callable[[str], None]  # is told each failure, in a sentence
     poll_s: float
-    versions: list[ModelVersion] = field(default_factory=list)
-    renew_at: float = 0.0
-    reachable: bool = True
+    versions: list[ModelVersion] = field(default_factory=list)  # all that the registry had, the newest first
+    renew_at: float = 0.0  # when they are to be read again: at the next look, if somebody wants one not in the list
+    reachable: bool = True  # the registry answered when it was last asked
     _refused: tuple[int, str] | None = None
     _to_withdraw: tuple[ModelVersion, str] | None = None
     _undelivered: tuple[int, str] | None = None

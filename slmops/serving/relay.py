@@ -64,17 +64,12 @@ class Relay:
 
 @dataclass
 class RelayedResponse:
-    """The answer to one request, as an ASGI response like Starlette's.
-
-    Attributes:
-        path: Path of the endpoint, here and at the runtime.
-        started: When it came in, in seconds of ``time.perf_counter()``.
-    """
+    """The answer to one request, as an ASGI response like Starlette's."""
 
     relay: Relay
     asked: Asked
-    path: str
-    started: float
+    path: str  # of the endpoint, here and at the runtime
+    started: float  # when it came in, in seconds of time.perf_counter()
     _version: str = field(default="", init=False)
     _status: int = field(default=200, init=False)
 

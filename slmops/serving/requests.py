@@ -140,17 +140,12 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that may go to the runtime.
-
-    Attributes:
-        drop_usage: The runtime will add a piece with the token counts that the client did not ask for.
-        ours: The token limit is ours, not the client's.
-    """
+    """A request that may go to the runtime."""
 
     model: str
     stream: bool
-    drop_usage: bool
-    ours: bool
+    drop_usage: bool  # the runtime will add a piece with the token counts that the client did not ask for
+    ours: bool  # the token limit is ours, not the client's
     _body: dict[str, Any]
     _limits: tuple[str, ...]
 
@@ -161,11 +156,7 @@ class Asked:
 
 
 def read(raw: bytes, limits: Serve, *, chat: bool) -> Asked:
-    """Understand a request, for chat completions or else for responses.
-
-    Raises:
-        Refused: It is not a request, or one that this service does not let through.
-    """
+    """Understand a request, for chat completions or else for responses; Refused if it is not let through."""
     body = _parse(raw)
     try:
         understood = (_Chat if chat else _Responses).model_validate(body)

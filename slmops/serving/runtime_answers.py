@@ -43,12 +43,9 @@ class RuntimeRefused(Refused):
 
 
 async def accepted(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """A stream's whole events, as many at a time as have arrived, if the runtime does not refuse the request.
+    """A stream's whole events, as many at a time as have arrived; RuntimeRefused if it refuses the request.
 
     It says 200 before it has looked at the request; if it refuses, that is among the first events.
-
-    Raises:
-        RuntimeRefused: It does.
     """
     pieces = _whole_events(response.content)
     head = b""

@@ -37,13 +37,7 @@ IDLE_CONNECTIONS = 500
 
 
 def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
-    """Serve ``name`` until SIGTERM or Ctrl-C.
-
-    Raises:
-        UsageError: The address needs a token, or there is no such address, or nothing is promoted.
-        PrerequisiteError: The port is in use, or the address is not one of this machine.
-        SlmopsError: Nothing can be served.
-    """
+    """Serve ``name`` until SIGTERM or Ctrl-C; an error of ours says why that cannot be."""
     token = settings.serve_token.get_secret_value() if settings.serve_token else None
     try:
         local = ipaddress.ip_address(options.host).is_loopback

@@ -77,15 +77,13 @@ def test_perplexity_and_distribution_are_those_of_the_checkpoint(
     scored: Scored, made: Made, job: Job, checkpoint: Checkpoint, checkpoint_nll: tuple[float, ...]
 ) -> None:
     import torch
+    from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
     windows = torch.from_numpy(token_ids(made, job)).split(WINDOW)
     with torch.no_grad():
-        parts = [
-            torch.nn.functional.cross_entropy(model(part[None]).logits[0, :-1], part[1:], reduction="none")
-            for part in windows
-        ]
+        parts = [cross_entropy(model(part[None]).logits[0, :-1], part[1:], reduction="none") for part in windows]
     nll = torch.cat(parts).numpy()
     assert checkpoint_nll == pytest.approx(nll, rel=1e-4)
     assert scored["fp32"].nll == pytest.approx(nll, rel=1e-3, abs=1e-3)
@@ -197,10 +195,9 @@ def test_two_at_once_wait_for_each_other(
 
     def timed(module: str, *arguments: Any, **options: Any) -> Any:
         started = time.monotonic()
-        try:
-            return real(module, *arguments, **options)
-        finally:
-            sections.append((started, time.monotonic(), str(options["work"])))
+        result = real(module, *arguments, **options)
+        sections.append((started, time.monotonic(), str(options["work"])))
+        return result
 
     # The lock is the machine's, not the home's.
     variant, registration = made["int8"]
@@ -230,7 +227,6 @@ def test_what_cannot_be_measured(made: Made, job: Job, home: Settings) -> None:
     unknown = registration.model_copy(update={"foundry_id": "tiny-int8-generic-cpu:7"})
     with pytest.raises(EvaluationError, match="tiny-int8-generic-cpu:7"):
         quality.measure(variant, unknown, "bad", quick, home)
-
     impatient = home.model_copy(update={"evaluation_timeout_s": 0.02})
     with pytest.raises(EvaluationError, match="took longer than 0 s"):
         quality.measure(variant, registration, "bad", quick, impatient)

@@ -25,8 +25,7 @@ from tests.tiny import VOCABULARY
 pytestmark = pytest.mark.integration
 
 NAME = "tiny"
-LENGTHS = [32, 128, 400]
-"""Of which a quick job takes the first two."""
+LENGTHS = [32, 128, 400]  # of which a quick job takes the first two
 Made = tuple[Variant, Registration]
 Files = dict[str, tuple[int, int, int]]
 Measured = dict[str, Speed | SlmopsError]
@@ -209,9 +208,8 @@ def test_there_are_samples_for_each_figure(
 
 
 def test_a_job_that_is_not_quick(thorough: Speed) -> None:
-    assert [(cell.prompt_tokens, cell.output_tokens) for cell in thorough.cells] == [
-        (prompt, output) for prompt in (64, 32, 400) for output in (4, 24)
-    ]
+    grid = [(prompt, output) for prompt in (64, 32, 400) for output in (4, 24)]
+    assert [(cell.prompt_tokens, cell.output_tokens) for cell in thorough.cells] == grid
     assert [turn.measured.cold for turn in thorough.turns] == [hasattr(os, "posix_fadvise"), False, False]
     assert [set(turn.measured.throughput) for turn in thorough.turns] == [{1, 2, 4}, set(), set()]
     assert all(rate > 0 for rate in thorough.turns[0].measured.throughput.values())

@@ -151,7 +151,6 @@ NO_COMPLETION = "the judge's reply is not a chat completion"
             (200, completion(f'{{"correct": true, "score": {wrong}}}'), "score must be", 1)
             for wrong in ('"1"', "true", "10")
         ),
-        (400, b"", "the judge answered 400", 1),
         (401, b"", "the judge answered 401: check SLMOPS_JUDGE_API_KEY", 1),
         (404, b"", "the judge answered 404: check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL", 1),
         (500, b"", "the judge answered 500", 4),

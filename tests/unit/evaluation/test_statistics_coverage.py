@@ -69,7 +69,6 @@ P90 = math.exp(0.5 * stats.norm.ppf(0.9))
         (0, lambda source: st.blocked_percentile(correlated(source, 640, 0.6), 50, "nats"), 0.9, 1, FEW),
         (0, lambda source: st.of_percentile(correlated(source, 640, 0.6), 50, "nats"), 0, 0.84, FEW),
         (0, lambda source: st.blocked_mean(correlated(source, 2048, 0.6), "1"), 0.92, 0.98, WORLDS),
-        (10, lambda source: st.of_mean(source.normal(10, 2, 30), "ms"), 0.92, 0.98, WORLDS),
         (10, lambda source: st.of_mean(source.normal(10, 2, 8), "ms"), 0.92, 0.98, WORLDS),
         (math.exp(0.125), lambda source: st.of_mean(source.lognormal(0, 0.5, 30), "ms"), 0.92, 0.98, WORLDS),
         # Where hardly any pair differs, it errs on the wide side.

@@ -1,7 +1,5 @@
 """What the commands print: data on stdout, everything else on stderr."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -31,7 +29,7 @@ def output(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
 
 
-def show(value: BaseModel, text: str, *, json: bool, page: str | None = None) -> None:
+def show(value: "BaseModel", text: str, *, json: bool, page: str | None = None) -> None:
     """Print a result as text or JSON, and on stderr where its page in MLflow is."""
     output(value.model_dump_json(indent=2) if json else text)
     if page is not None:

@@ -1,7 +1,5 @@
 """All errors that a user sees, and with which exit code the command ends for each."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +10,7 @@ class SlmopsError(Exception):
     """Base of all errors that a user can cause or fix: what was wrong and where, and what to do next."""
 
     exit_code = 1
-    comparison: Comparison | None = None  # what a job that failed can still show
+    comparison: "Comparison | None" = None  # what a job that failed can still show
 
     def __init__(self, message: str, fix: str | None = None) -> None:
         super().__init__(message, fix)

@@ -1,7 +1,5 @@
 """What pydantic refuses, in our own words: its error types become ends of a sentence, such as "must be at least 16"."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +71,7 @@ def dotted(location: Sequence[int | str]) -> str:
 
 
 def problems(
-    error: ValidationError, *, name: Callable[[Sequence[int | str]], str] = dotted, got: bool = False
+    error: "ValidationError", *, name: Callable[[Sequence[int | str]], str] = dotted, got: bool = False
 ) -> list[str]:
     """Everything that pydantic found wrong, one sentence each: ``top_p must be at most 1``.
 

@@ -1,7 +1,5 @@
 """What passes between the packages: small frozen values, each with one JSON form."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 from html import escape
@@ -173,7 +171,7 @@ class Measurement(Frozen):
     note: str | None = Field(None, description="A caveat, such as 'indicative: 12 samples'.")
 
     @classmethod
-    def exact(cls, value: float, unit: str, samples: int = 1) -> Measurement:
+    def exact(cls, value: float, unit: str, samples: int = 1) -> "Measurement":
         """A figure without uncertainty, such as a size or a count."""
         return cls(value=value, unit=unit, samples=samples, low=value, high=value)
 
@@ -286,7 +284,7 @@ class Comparison(Frozen):
     def failed(self) -> list[str]:
         return [result.name for result in self.variants if result.status == "failed"]
 
-    def to_frame(self) -> DataFrame:
+    def to_frame(self) -> "DataFrame":
         """A pandas frame, one row a variant: its status, whether it was chosen, and a column for each metric."""
         from pandas import DataFrame
 

@@ -1,7 +1,5 @@
 """What our two web servers, the service and the catalog, share: how they listen, and how they read a request."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket
@@ -55,7 +53,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def read_body(request: Request, limit: int, seconds: float) -> bytes:
+async def read_body(request: "Request", limit: int, seconds: float) -> bytes:
     """Read a whole request body of at most ``limit`` bytes, for which the client may take so many seconds.
 
     Raises:

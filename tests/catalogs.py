@@ -64,8 +64,7 @@ class Exchange:
     """A request by hand, its body in pieces: what a client library does not send, and many of them take time."""
 
     def __init__(self, pieces: Sequence[dict[str, Any]], headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        self.left, self.sent = list(pieces), list[dict[str, Any]]()
-        self.headers = list(headers)
+        self.left, self.headers, self.sent = list(pieces), list(headers), list[dict[str, Any]]()
 
     async def run(self, application: Any, method: str = "POST", path: str = PATH) -> None:
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": self.headers}
@@ -95,8 +94,7 @@ class Server:
         self.entries: list[Entry] = []
         self.bodies: list[bytes] = []
         self._app = private_catalog.app(lambda: self.entries)
-        config = uvicorn.Config(self, lifespan="off", log_config=None, log_level="warning")
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(uvicorn.Config(self, lifespan="off", log_config=None, log_level="warning"))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}{PATH}"
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
@@ -131,9 +129,7 @@ class FakeRegistry:
 
     def __init__(self, **models: tuple[ModelVersion | None, ModelVersion | None] | Exception) -> None:
         self._models = models
-
-    def models(self) -> list[str]:
-        return list(self._models)
+        self.models = models.keys
 
     def champion(self, name: str, at: int = 0) -> ModelVersion | None:
         found = self._models[name]

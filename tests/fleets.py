@@ -214,7 +214,6 @@ def serve(home: str, version: str, options: str) -> None:
     device = Device(Settings(home=Path(home)), Installed.model_validate_json(version))
     limits = Serve.model_validate_json(options)
     token = device.settings.serve_token
-    assert token is not None
     with web.listen("127.0.0.1", 0) as listening:
         made = Fleet(device, limits)  # type: ignore[arg-type]
         asyncio.run(service.serve(made, limits, device.settings.home, listening, token.get_secret_value()))
@@ -222,9 +221,7 @@ def serve(home: str, version: str, options: str) -> None:
 
 def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installed:
     """Lay a variant out as the next version, as a pull does; with other options of the job it is another version."""
-    template = chat_template.load(variant.path)
-    assert template is not None
-    derived = prompt_template.derive(template)
+    derived = prompt_template.derive(chat_template.load(variant.path))
     folder, number, _ = layout.place(variant, "bot", making.job(model, **job), derived, deployed)
     foundry_id = f"{layout.model_name('bot', variant.name)}:{number}"
     return Installed(name="bot", version=number, variant=variant.name, foundry_id=foundry_id, folder=folder)

@@ -71,8 +71,6 @@ async def answer(connection: Connection) -> None:
 
 
 def streams(*pieces: bytes) -> Script:
-    """A script that streams these pieces, whatever is asked."""
-
     async def script(connection: Connection) -> None:
         for piece in pieces:
             await connection.piece(piece)
@@ -82,8 +80,6 @@ def streams(*pieces: bytes) -> Script:
 
 
 def replies(data: Any, status: int = 200) -> Script:
-    """A script that answers as a whole, whatever is asked."""
-
     async def script(connection: Connection) -> None:
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         connection.response = web.Response(body=body, status=status, content_type="application/json")

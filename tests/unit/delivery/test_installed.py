@@ -96,7 +96,6 @@ def test_only_old_versions_and_downloads_of_the_same_model_go(device: Device, ve
     assert len(list(folders.iterdir())) == 2
     installed.make_current(versions[4], device.settings)
     [kept] = [installed.read_manifest(folder / f"{VERSION_MANIFEST}.part") for folder in folders.iterdir()]
-    assert kept is not None
     assert kept.model == "bot-two"
     assert installed.versions("bot-two", device.settings) == [other]
     assert (installed.current("bot-two", device.settings), device.here()) == (other, [4, 2])

@@ -123,7 +123,6 @@ def test_what_was_measured_with_other_things_is_not_compared() -> None:
     decision = judge(tracker(measured(0.9), differs=differs))
     assert decision.differs == differs
     error = promotion.refuse(decision)
-    assert error is not None
     not_same = "were not measured with the same evaluation set and perplexity text, so they cannot be compared"
     assert f"bot version 1 (fp32) and bot version 2 (int8) {not_same}" in error.message
     assert "Measure bot version 1 (fp32) with the same" in str(error.fix)

@@ -37,11 +37,6 @@ NO_JSON: list[bytes | dict[str, Any]] = [
     *map(raw, ('"temperature": NaN', '"x": -Infinity', '"x": [1e400]', '"x": "\\ud800"', '"\\udc00": 1')),
     *map(raw, (f'"x": {10**30}', '"x": ' + "1" * 5000)),
 ]
-MISSING: dict[str, dict[str, Any]] = {
-    "model": {"messages": GOOD["messages"]},
-    "messages": {"model": "bot"},
-    "messages.0.role": chat(messages=[{"content": "x"}]),
-}
 # The field that is wrong, and requests where it is.
 WRONG: dict[str, list[dict[str, Any]]] = {
     "messages": [chat(messages=wrong) for wrong in ([], "Hi")],
@@ -81,14 +76,15 @@ COSTLY: list[dict[str, Any]] = [
     {"allOf": [{"pattern": "a"}] * 50},
     {"$ref": "#/$defs/a", "pattern": "b", "$defs": {"a": {"pattern": "a"}}},
 ]
-TOOL = {"type": "function", "function": {"name": "f", "parameters": COSTLY[0]}}
 FILE = {"role": "user", "content": [{"type": "input_file", "file_data": "AAAA"}]}
 BAD: list[tuple[Any, str, str | None]] = [
     *((body, "invalid_json", None) for body in NO_JSON),
-    *((body, "missing_required_parameter", field) for field, body in MISSING.items()),
+    ({"messages": GOOD["messages"]}, "missing_required_parameter", "model"),
+    ({"model": "bot"}, "missing_required_parameter", "messages"),
+    (chat(messages=[{"content": "x"}]), "missing_required_parameter", "messages.0.role"),
     *((body, "invalid_value", field) for field, bodies in WRONG.items() for body in bodies),
     *((schema(costly), "invalid_schema", "response_format") for costly in COSTLY),
-    (chat(tools=[TOOL]), "invalid_schema", "tools"),
+    (chat(tools=[{"function": {"name": "f", "parameters": COSTLY[0]}, "type": "function"}]), "invalid_schema", "tools"),
 ]
 BAD_RESPONSES: list[tuple[Any, str, str | None]] = [
     ({"model": "bot"}, "missing_required_parameter", "input"),

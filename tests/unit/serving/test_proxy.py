@@ -40,7 +40,7 @@ async def test_a_body_that_is_too_large_is_a_413_however_it_is_sent() -> None:
 async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web, "DISCARDED_BYTES", 100_000)
     async with stand(Serve(max_body_kb=1)) as one:
-        reader, writer = await one.post("transfer-encoding: chunked")
+        _, writer = await one.post("transfer-encoding: chunked")
 
         async def send() -> None:
             while True:
@@ -50,7 +50,6 @@ async def test_an_endless_body_is_not_read_to_its_end(monkeypatch: pytest.Monkey
         with pytest.raises(ConnectionError):
             await asyncio.wait_for(send(), 5)
         writer.close()
-        assert reader is not None
 
 
 async def test_a_body_that_does_not_come_is_a_408_and_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:

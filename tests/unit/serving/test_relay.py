@@ -88,7 +88,6 @@ SIGNED = "Inference failed: a.cc:1 X<fl::Y> fl::{anonymous}::F(std::function<voi
     ("status", "error", "expected", "message"),
     [
         (400, {"message": SIGNED + "top_k is negative (-1)", "code": None}, (400, None), "top_k is negative (-1)"),
-        (404, {"message": "Previous response not found", "code": None}, (404, None), "Previous response not found"),
         (500, {"message": SIGNED + "Error creating grammar: no"}, (400, "invalid_value"), "Error creating grammar: no"),
         (500, {"message": SIGNED + "out of memory"}, (502, "backend_error"), "The runtime failed: out of memory"),
         (500, "x", (502, "backend_error"), "The runtime failed: it does not say why"),

@@ -20,7 +20,8 @@ from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.limits import Serve
 from slmops.serving.registry_watch import AT_FAULT, RegistryWatch, VersionSource, in_thread, said
-from slmops.serving.spares import Spares, Unavailable
+from slmops.serving.requests import Refused, not_now
+from slmops.serving.spares import Spares
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ STEADY_S = 60.0
 RESTART_PAUSE_MOST_S = 60.0
 RESTART_S = 3.0
 """Seconds after which a client should ask again while the champion is restarted."""
-
-
-class UnknownModel(UsageError):
-    """There is no such model here."""
 
 
 class Fleet:
@@ -123,7 +120,7 @@ class Fleet:
     async def lease(self, model: str) -> AsyncIterator[Backend]:
         """A process to send one request for ``model`` to; it is not stopped before the request has ended.
 
-        The model is NAME for the champion, NAME:VERSION, or a version's Foundry id; else it is an UnknownModel.
+        The model is NAME for the champion, NAME:VERSION, or a version's Foundry id; anything else is Refused.
         """
         backend = await self._acquire(model)
         try:
@@ -146,19 +143,18 @@ class Fleet:
     async def _acquire(self, model: str) -> Backend:
         champion = self.champion
         if champion is None:
-            raise Unavailable(f"{self.name} is being loaded.", retry_after_s=RESTART_S)
+            raise not_now(f"{self.name} is being loaded.", RESTART_S)
         served = champion.installed
         if model in (self.name, f"{self.name}:{served.version}", served.foundry_id):
             if not champion.alive:
-                raise Unavailable(f"{self.name} is being restarted.", retry_after_s=RESTART_S)
+                raise not_now(f"{self.name} is being restarted.", RESTART_S)
             champion.in_flight += 1
             return champion
         for version in self._offered():
             if model in (f"{self.name}:{version.version}", version.foundry_id):
                 return await self._spares.acquire(version)
         self.watch.renew_at = 0.0
-        names = ", ".join(row["id"] for row in self.models()[:20])
-        raise UnknownModel(f"There is no model {model[:100]!r} here.", f"Ask for one of {names}.")
+        raise Refused(404, f"There is no model {model[:100]!r} here.", "model_not_found", "model")
 
     def _offered(self) -> list[ModelVersion]:
         return [one for one in self.watch.versions if self._options.spare > 0 or one.version == self.version]

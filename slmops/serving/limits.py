@@ -9,10 +9,12 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from slmops.core.errors import ServingError
 from slmops.core.values import Frozen
+from slmops.serving.requests import not_now
 
 Leased = TypeVar("Leased")
+RETRY_S = 2.0
+"""Seconds after which a client should ask again."""
 
 
 class Serve(Frozen):
@@ -36,10 +38,6 @@ class Serve(Frozen):
     spare: int = Field(1, ge=0, description="Other versions that may be loaded beside the champion, each on demand.")
 
 
-class Overloaded(ServingError):
-    """No slot is free, now or for too long."""
-
-
 class Admission:
     """Lets at most ``concurrency`` requests run at once; the others wait in the order in which they came.
 
@@ -54,13 +52,13 @@ class Admission:
 
     @asynccontextmanager
     async def enter(self, lease: AbstractAsyncContextManager[Leased]) -> AsyncIterator[Leased]:
-        """Wait for ``lease`` and then for a slot, and hold both; Overloaded if the queue or the wait is too long.
+        """Wait for ``lease`` and then for a slot, and hold both; Refused if the queue or the wait is too long.
 
         In this order, because a lease can take a while, when a version has to be loaded for it first.
         """
         limits = self._limits
         if self.waiting + self.running >= limits.queue + limits.concurrency:
-            raise Overloaded(f"{limits.queue} requests are waiting already.")
+            raise not_now(f"{limits.queue} requests are waiting already.", RETRY_S, "overloaded")
         async with AsyncExitStack() as stack:
             self.waiting += 1
             missing = "The model was not loaded"
@@ -69,8 +67,8 @@ class Admission:
                     leased = await stack.enter_async_context(lease)
                     missing = "No slot was free"
                     await stack.enter_async_context(self._slots)
-            except TimeoutError as error:
-                raise Overloaded(f"{missing} within {limits.queue_timeout_s:g} s.") from error
+            except TimeoutError:
+                raise not_now(f"{missing} within {limits.queue_timeout_s:g} s.", RETRY_S, "overloaded") from None
             finally:
                 self.waiting -= 1
             self.running += 1

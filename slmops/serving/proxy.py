@@ -48,8 +48,7 @@ class Proxy:
     """
 
     def __init__(self, fleet: Fleet, limits: Serve, token: str | None = None, *, local: bool = True) -> None:
-        self._fleet = fleet
-        self._limits = limits
+        self._fleet, self._limits = fleet, limits
         self._token = None if token is None else token.encode()
         self._local = local
         self._relay = Relay(fleet, limits)
@@ -117,7 +116,9 @@ class Proxy:
             code = _BODY_CODES[error.status]
             raise Refused(error.status, error.message, code, headers={"connection": "close"}) from None
         path = request.scope["path"]
-        return RelayedResponse(self._relay, read(body, self._limits, chat=path == CHAT), path, started)
+        return RelayedResponse(
+            self._relay, read(body, self._limits.max_output_tokens, chat=path == CHAT), path, started
+        )
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": self._fleet.models()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -18,18 +17,16 @@ from starlette.types import Message, Receive, Scope, Send
 
 from slmops.serving import runtime_answers
 from slmops.serving.backend import Backend
-from slmops.serving.fleet import RESTART_S, Fleet, UnknownModel
-from slmops.serving.limits import Admission, Overloaded, Serve
+from slmops.serving.fleet import RESTART_S, Fleet
+from slmops.serving.limits import Admission, Serve
 from slmops.serving.metrics import Metrics
-from slmops.serving.requests import Asked, Refused
+from slmops.serving.requests import Asked, Refused, not_now
 from slmops.serving.runtime_answers import RuntimeRefused
-from slmops.serving.spares import Unavailable
 
 Done = TypeVar("Done")
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
-OVERLOADED_RETRY_S = 2
 LAST_WORDS_S = 1.0
 """Seconds for telling a client that its answer broke off; a client that does not read is left."""
 ABANDONED_TIMES = 2
@@ -95,14 +92,7 @@ class RelayedResponse:
 
     async def _enter(self, stack: AsyncExitStack) -> Backend:
         lease = self.relay.fleet.lease(self.asked.model)
-        try:
-            backend = await stack.enter_async_context(self.relay.admission.enter(lease))
-        except UnknownModel as error:
-            raise Refused(404, error.message, "model_not_found", "model") from None
-        except Unavailable as error:
-            raise _later(error.message, "unavailable", error.retry_after_s) from None
-        except Overloaded as error:
-            raise _later(error.message, "overloaded", OVERLOADED_RETRY_S) from None
+        backend = await stack.enter_async_context(self.relay.admission.enter(lease))
         self._version = str(backend.installed.version)
         return backend
 
@@ -114,7 +104,7 @@ class RelayedResponse:
             )
         log.warning("%s: the runtime broke off: %s %s", self.path, type(error).__name__, error)
         if isinstance(error, aiohttp.ClientConnectorError):
-            return _later("The runtime is being restarted.", "unavailable", RESTART_S)
+            return not_now("The runtime is being restarted.", RESTART_S)
         return Refused(502, "The runtime broke off.", "backend_error")
 
     async def _sent(
@@ -210,10 +200,6 @@ class RelayedResponse:
         metrics = self.relay.metrics
         metrics.prompt_tokens.inc(usage.get("prompt_tokens", usage.get("input_tokens", 0)))
         metrics.completion_tokens.inc(usage.get("completion_tokens", usage.get("output_tokens", 0)))
-
-
-def _later(message: str, code: str, retry_after_s: float) -> Refused:
-    return Refused(503, message, code, headers={"retry-after": str(math.ceil(retry_after_s))})
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Done]) -> Done:

@@ -8,13 +8,13 @@ anew from what was understood.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slmops.core.validation import predicate
-from slmops.serving.limits import Serve
 
 MAX_DEPTH = 50
 MAX_INTEGER = 2**63
@@ -43,6 +43,11 @@ class Refused(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
+
+
+def not_now(message: str, retry_after_s: float, code: str = "unavailable") -> Refused:
+    """What was asked for exists, but cannot be served now; asking again makes sense after so many seconds."""
+    return Refused(503, message, code, headers={"retry-after": str(math.ceil(retry_after_s))})
 
 
 class _Part(BaseModel):
@@ -155,7 +160,7 @@ class Asked:
         return json.dumps({**self._body, "model": foundry_id, **limits}, ensure_ascii=False).encode()
 
 
-def read(raw: bytes, limits: Serve, *, chat: bool) -> Asked:
+def read(raw: bytes, most_tokens: int, *, chat: bool) -> Asked:
     """Understand a request, for chat completions or else for responses; Refused if it is not let through."""
     body = _parse(raw)
     try:
@@ -167,9 +172,9 @@ def read(raw: bytes, limits: Serve, *, chat: bool) -> Asked:
             _check_schema(body[name], name)
     names = ("max_tokens", "max_completion_tokens") if chat else ("max_output_tokens",)
     wanted = {name: value for name in names if (value := body.pop(name, None)) is not None}
-    given = wanted or {names[0]: limits.max_output_tokens}
-    ours = not wanted or max(wanted.values()) > limits.max_output_tokens
-    body |= {name: min(value, limits.max_output_tokens) for name, value in given.items()}
+    given = wanted or {names[0]: most_tokens}
+    ours = not wanted or max(wanted.values()) > most_tokens
+    body |= {name: min(value, most_tokens) for name, value in given.items()}
     drop_usage = False
     if chat:
         # The runtime takes all of json_schema for the schema, and OpenAI's clients put the schema inside.

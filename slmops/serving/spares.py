@@ -9,24 +9,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from slmops.core.errors import ServingError
 from slmops.foundry.versions import Installed, ModelVersion
 from slmops.serving.backend import Backend
 from slmops.serving.registry_watch import said
+from slmops.serving.requests import Refused, not_now
 
 log = logging.getLogger(__name__)
 
 BROKEN_S = 60.0
 """Seconds for which a version that failed is not started again, however many ask for it."""
 IN_USE_RETRY_S = 5.0
-
-
-class Unavailable(ServingError):
-    """What was asked for exists, but cannot be served now; asking again makes sense after ``retry_after_s``."""
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 @dataclass(eq=False)
@@ -72,7 +64,7 @@ class Spares:
         number = version.version
         until, reason = self._broken.get(number, (0.0, ""))
         if time.monotonic() < until:
-            raise Unavailable(reason, retry_after_s=until - time.monotonic())
+            raise not_now(reason, until - time.monotonic())
         if number not in self._starting:
             self._starting[number] = asyncio.create_task(self._start(version))
             self._starting[number].add_done_callback(lambda _: self._starting.pop(number))
@@ -92,13 +84,13 @@ class Spares:
                 backend = await self.launch(installed)
                 self._loaded[version.version] = backend
                 return backend
-        except Unavailable:
+        except Refused:
             raise
         except Exception as error:
             reason = f"{version.label} cannot be served: {said(error)}"
             log.warning("%s", reason)
             self._broken[version.version] = (time.monotonic() + BROKEN_S, reason)
-            raise Unavailable(reason, retry_after_s=BROKEN_S) from error
+            raise not_now(reason, BROKEN_S) from error
 
     async def _make_room(self) -> None:
         for number, backend in list(self._loaded.items()):
@@ -108,7 +100,7 @@ class Spares:
             idle = [number for number, one in self._loaded.items() if not one.in_flight and not self._waiting[number]]
             if not idle:
                 full = f"No more than {self.most} versions beside the champion can be loaded, and all are in use."
-                raise Unavailable(full, retry_after_s=IN_USE_RETRY_S)
+                raise not_now(full, IN_USE_RETRY_S)
             oldest = min(idle, key=lambda number: self._loaded[number].used)
             log.info("%s makes room", self._loaded[oldest].installed.foundry_id)
             await self._loaded.pop(oldest).stop()

@@ -10,8 +10,8 @@ import pytest
 from slmops.core.errors import PrerequisiteError, RegistrationError, ServingError, TrackingError, UsageError
 from slmops.serving import fleet as module
 from slmops.serving import spares
-from slmops.serving.fleet import Fleet, UnknownModel
-from slmops.serving.spares import Unavailable
+from slmops.serving.fleet import Fleet
+from slmops.serving.requests import Refused
 from tests import fleets
 from tests.fleets import BAD, DOWN, World, asked, fleet, installed, promote, rounds, serving, until, version
 
@@ -92,7 +92,7 @@ async def test_nothing_to_serve(
     with pytest.raises(raised, match=said):
         await made.start()
     assert not made.ready
-    with pytest.raises(Unavailable):
+    with pytest.raises(Refused, match="unavailable"):
         await asked(made)
     assert made.models() == []
     await made.stop()
@@ -129,9 +129,9 @@ async def test_a_process_that_dies_is_restarted(world: World, made: Fleet) -> No
     async with made.lease("bot"):
         world.backends[0].die()
         assert not made.ready
-        with pytest.raises(Unavailable, match="bot") as caught:
+        with pytest.raises(Refused, match=r"503, 'bot.*unavailable") as caught:
             await asked(made)
-        assert caught.value.retry_after_s == module.RESTART_S
+        assert caught.value.headers == {"retry-after": f"{module.RESTART_S:.0f}"}
         world.held[1].set()
         await until(lambda: made.ready)
     assert await asked(made) == 1
@@ -203,9 +203,9 @@ async def test_a_stop_in_the_middle_of_everything(world: World) -> None:
         event.set()
     await asyncio.sleep(0.05)
     assert world.running == []
-    with pytest.raises(Unavailable):
+    with pytest.raises(Refused, match="unavailable"):
         await asked(made)
-    with pytest.raises((asyncio.CancelledError, Unavailable)):
+    with pytest.raises((asyncio.CancelledError, Refused)):
         await beside
     await made.stop()
 
@@ -221,9 +221,9 @@ async def test_a_version_on_demand_and_the_oldest_makes_room(world: World) -> No
 
 async def test_a_version_in_use_is_not_stopped_and_one_that_died_is_started_again(world: World, made: Fleet) -> None:
     async with made.lease("bot:2"):
-        with pytest.raises(Unavailable, match="1 versions") as caught:
+        with pytest.raises(Refused, match="1 versions") as caught:
             await asked(made, "bot:3")
-        assert caught.value.retry_after_s > 0
+        assert caught.value.headers == {"retry-after": f"{spares.IN_USE_RETRY_S:.0f}"}
         assert world.running == [1, 2]
     for _ in range(2):
         assert (await asked(made, "bot:3"), world.running) == (3, [1, 3])
@@ -251,7 +251,7 @@ async def test_one_start_for_all_who_wait_and_none_for_who_left(world: World, ma
 async def test_what_was_just_started_is_there_for_who_asked(world: World, made: Fleet) -> None:
     answers = await asyncio.gather(*(asked(made, f"bot:{number}") for number in (2, 3, 4, 5)), return_exceptions=True)
     for number, answer in enumerate(answers, 2):
-        assert answer == number or isinstance(answer, Unavailable)
+        assert answer == number or isinstance(answer, Refused)
     assert 2 in answers
     assert len(world.running) == 2
 
@@ -262,9 +262,9 @@ async def test_a_version_that_fails_is_not_started_by_each_request(
     monkeypatch.setattr(spares, "BROKEN_S", 0.2)
     world.bad[2] = BAD
     for _ in range(3):
-        with pytest.raises(Unavailable, match="version 2") as caught:
+        with pytest.raises(Refused, match="version 2") as caught:
             await asked(made, "bot:2")
-        assert 0 < caught.value.retry_after_s <= 0.2
+        assert caught.value.headers == {"retry-after": "1"}
     assert (world.installs, world.running) == ([1, 2], [1])
     world.bad.clear()
     await asyncio.sleep(0.25)
@@ -285,15 +285,14 @@ async def test_a_version_beside_becomes_champion_without_a_second_process(world:
 
 async def test_unknown_models_and_one_that_is_new_in_the_registry(world: World, made: Fleet) -> None:
     for model in ("", "bot:9", "bot:", "bot:x", "other", "bot:02", "bot@int8", "Bot", "x" * 10_000):
-        with pytest.raises(UnknownModel) as caught:
+        with pytest.raises(Refused, match=r"404, .*model_not_found") as caught:
             await asked(made, model)
-        assert caught.value.fix == "Ask for one of bot, bot:5, bot:4, bot:3, bot:2, bot:1."
         assert len(caught.value.message) < 200
     assert world.installs == [1]
     await rounds(world)
     lists = world.asked["versions"]
     world.all = [version(6), *world.all]
-    with pytest.raises(UnknownModel):
+    with pytest.raises(Refused, match="model_not_found"):
         await asked(made, "bot:6")
     await rounds(world)
     assert (await asked(made, "bot:6"), world.asked["versions"]) == (6, lists + 1)
@@ -302,6 +301,6 @@ async def test_unknown_models_and_one_that_is_new_in_the_registry(world: World, 
 async def test_the_champion_alone(world: World) -> None:
     async with serving(world, spare=0) as made:
         assert [row["id"] for row in made.models()] == ["bot", "bot:1"]
-        with pytest.raises(UnknownModel):
+        with pytest.raises(Refused, match="model_not_found"):
             await asked(made, "bot:2")
         assert await asked(made, "bot:1") == 1

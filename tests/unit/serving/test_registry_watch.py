@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, UsageError
-from slmops.serving.fleet import Fleet, UnknownModel
+from slmops.serving.fleet import Fleet
 from slmops.serving.registry_watch import in_thread
+from slmops.serving.requests import Refused
 from tests.fleets import BAD, DOWN, World, asked, installed, promote, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
@@ -134,7 +135,7 @@ async def test_a_registry_that_is_away_at_the_start(world: World) -> None:
         assert await asked(made) == 3
         assert not made.watch.reachable
         assert [row["id"] for row in made.models()] == ["bot", "bot:3"]
-        with pytest.raises(UnknownModel):
+        with pytest.raises(Refused, match="model_not_found"):
             await asked(made, "bot:1")
         world.down, world.now = None, version(3)
         await until(lambda: made.watch.reachable)

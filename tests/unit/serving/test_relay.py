@@ -10,9 +10,8 @@ import httpx
 import pytest
 
 from slmops.serving import relay
-from slmops.serving.fleet import UnknownModel
 from slmops.serving.limits import Serve
-from slmops.serving.spares import Unavailable
+from slmops.serving.requests import Refused, not_now
 from tests import upstream
 from tests.upstream import (
     CHAT,
@@ -126,8 +125,8 @@ async def dies(connection: upstream.Connection) -> None:
     [
         ("script", dies, (502, "backend_error"), None),
         ("url", "http://127.0.0.1:9", (503, "unavailable"), "3"),  # the runtime is not there
-        ("refuses", UnknownModel("There is no model 'x'."), (404, "model_not_found"), None),
-        ("refuses", Unavailable("It is being restarted.", retry_after_s=2.5), (503, "unavailable"), "3"),
+        ("refuses", Refused(404, "There is no model 'x'.", "model_not_found"), (404, "model_not_found"), None),
+        ("refuses", not_now("It is being restarted.", 2.5), (503, "unavailable"), "3"),
     ],
 )
 async def test_a_request_that_fails_is_told_and_the_next_is_answered(

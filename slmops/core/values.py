@@ -1,10 +1,12 @@
 """What passes between the packages: small frozen values, each with one JSON form."""
 
+import math
 import re
+from collections.abc import Callable
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -174,6 +176,25 @@ class Measurement(Frozen):
     def exact(cls, value: float, unit: str, samples: int = 1) -> "Measurement":
         """A figure without uncertainty, such as a size or a count."""
         return cls(value=value, unit=unit, samples=samples, low=value, high=value)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its ends; None if there is none, or if the figure is exact."""
+        if self.low is None or self.high is None or not self.low < self.high:
+            return None
+        return self.low, self.high
+
+    @property
+    def text(self) -> str:
+        """``1.105 [1.082, 1.129]``, or the value alone."""
+        figures = (self.value, *(self.interval or ()))
+        value, *ends = (f"{x:,.0f}" if 1000 <= abs(x) < math.inf else f"{x:.4g}" for x in figures)
+        return f"{value} [{', '.join(ends)}]" if ends else value
+
+    def mapped(self, function: Callable[[float], float]) -> Self:
+        """A rising function of the figure and of the ends of its interval."""
+        figures = {"value": self.value, "low": self.low, "high": self.high}
+        return self.model_copy(update={key: None if x is None else function(x) for key, x in figures.items()})
 
 
 class Answer(Frozen):

@@ -22,7 +22,7 @@ from slmops.evaluation import dataset, quality, scoring, speed, statistics, summ
 from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
-from slmops.evaluation.logits_worker import LogitsRequest
+from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
 from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register_folder
@@ -108,7 +108,7 @@ def measure_perplexity(
         log.info("%s: scoring the text", recorded.variant.name)
         tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
         request = LogitsRequest(folder=copy.path, text=file, tokens=tokens)
-        scored = quality.score_text(request, name, recorded.variant.name, settings)
+        scored = quality.in_child("logits", request, LogitsResult, name, recorded.variant.name, settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
 
@@ -121,8 +121,8 @@ def ask_questions(
         log.info("%s: answering the evaluation set", recorded.variant.name)
         home, matcher = home_of(name, settings), recorded.job.matcher
         request = AnswersRequest(folder=home, foundry_id=copy.foundry_id, items=items, matcher=matcher)
-        answers = quality.ask(request, name, recorded.variant.name, settings)
-    return scoring.ask_judge(items, answers, settings)
+        asked = quality.in_child("answers", request, scoring.ScoredAnswers, name, recorded.variant.name, settings)
+    return scoring.ask_judge(items, asked.answers, settings)
 
 
 def _questions(recorded: Recorded, settings: Settings) -> tuple[EvaluationSet | None, str]:

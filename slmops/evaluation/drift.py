@@ -197,8 +197,8 @@ def text(result: Remeasured, *, markdown: bool = False) -> str:
     rows = [
         (
             one.metric + f" in {one.now.unit}" * (one.now.unit != "1"),
-            _shown(one.recorded),
-            _shown(one.now),
+            one.recorded.text,
+            one.now.text,
             "-" if one.ratio is None else f"{one.ratio:.3f}",
             "drifted: " * one.drifted + one.detail,
         )
@@ -234,12 +234,3 @@ def _doubt(recorded: Measurement, now: Measurement) -> str | None:
     if recorded.low is None or recorded.high is None or now.low is None or now.high is None:
         return "too few samples for an interval"
     return "the intervals overlap" if recorded.low <= now.high and now.low <= recorded.high else None
-
-
-def _shown(one: Measurement) -> str:
-    value, *ends = [
-        f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
-        for number in (one.value, one.low, one.high)
-        if number is not None
-    ]
-    return f"{value} [{', '.join(ends)}]" if len(ends) == 2 and one.low != one.high else value

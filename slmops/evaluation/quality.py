@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -52,7 +53,7 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
                 window=min(WINDOW, checkpoint.context_length),
                 write=reference,
             )
-            return score_text(request, name, "checkpoint", settings).nll
+            return in_child("logits", request, LogitsResult, name, "checkpoint", settings).nll
     except EvaluationError as error:
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
@@ -80,11 +81,11 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
             references={which: file for which, file in files.items() if file.exists()},
             write=own,
         )
-        scored = score_text(text_request, name, variant.name, settings)
+        scored = in_child("logits", text_request, LogitsResult, name, variant.name, settings)
         asked = AnswersRequest(
             folder=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
         )
-        answers = ask(asked, name, variant.name, settings)
+        answers = in_child("answers", asked, ScoredAnswers, name, variant.name, settings).answers
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return Quality(
         nll=scored.nll,
@@ -96,26 +97,8 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     )
 
 
-def score_text(request: LogitsRequest, name: str, label: str, settings: Settings) -> LogitsResult:
-    """Score a text in a child process; EvaluationError if it fails. The caller holds the machine lock.
-
-    ``name`` is the model's, for the work folder and the logs; ``label`` is the variant's, or "checkpoint".
-    """
-    return _in_child("logits", request, LogitsResult, name, label, settings)
-
-
-def ask(
-    request: AnswersRequest, name: str, label: str, settings: Settings, env: dict[str, str] | None = None
-) -> tuple[Answer, ...]:
-    """Have a model answer, with the arguments and the lock of :func:`score_text`, and variables of the environment.
-
-    Give the answers to :func:`slmops.evaluation.scoring.ask_judge` once the lock is free. UsageError: a bad matcher.
-    """
-    return _in_child("answers", request, ScoredAnswers, name, label, settings, env).answers
-
-
-def _in_child(
-    what: str,
+def in_child(
+    what: Literal["logits", "answers"],
     request: Frozen,
     result: type[Result],
     name: str,
@@ -123,6 +106,11 @@ def _in_child(
     settings: Settings,
     env: dict[str, str] | None = None,
 ) -> Result:
+    """Score a text or have a model answer; EvaluationError if it fails, UsageError for a bad matcher.
+
+    ``name`` is the model's, for the work folder and the logs; ``label`` is the variant's, or "checkpoint". The caller
+    holds the machine lock; give answers to :func:`slmops.evaluation.scoring.ask_judge` once it is free.
+    """
     found, _ = children.call(
         f"slmops.evaluation.{what}_worker",
         request,

@@ -63,13 +63,16 @@ def blocked_percentile(values: Sequence[float], percent: float, unit: str) -> Me
     """A percentile of one value per token, in the order of the text, with an interval over blocks of tokens."""
     tokens = _numbers(values)
     blocks = _blocks(tokens)
-
-    def resampled(picked: Any) -> Any:
-        return np.percentile(np.concatenate([blocks[number] for number in picked]), percent)
-
     if len(blocks) < MIN_SAMPLES:
         return _measurement(float(np.percentile(tokens, percent)), unit, len(tokens))
-    return _percentile(tokens, percent, unit, np.arange(len(blocks)), resampled)
+    independent = np.arange(len(blocks))
+    return _percentile(
+        tokens,
+        percent,
+        unit,
+        independent,
+        lambda some: np.percentile(np.concatenate([blocks[n] for n in some]), percent),
+    )
 
 
 def of_mean(samples: Sequence[float], unit: str) -> Measurement:
@@ -140,7 +143,7 @@ def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Me
 
 def perplexity(nll: Sequence[float]) -> Measurement:
     """exp of the ``blocked_mean`` of the negative log-likelihood, in nats, of each token in the order of the text."""
-    return _exp(blocked_mean(nll, "1"))
+    return blocked_mean(nll, "1").mapped(_exp)
 
 
 def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Measurement:
@@ -151,7 +154,7 @@ def perplexity_ratio(nll: Sequence[float], baseline_nll: Sequence[float]) -> Mea
     differences = _differences(nll, baseline_nll)
     if not differences.any():
         return Measurement.exact(1.0, "1", len(differences))
-    return _exp(blocked_mean(differences.tolist(), "1"))
+    return blocked_mean(differences.tolist(), "1").mapped(_exp)
 
 
 def blocked_mean(values: Sequence[float], unit: str) -> Measurement:
@@ -237,10 +240,8 @@ def _measurement(value: float, unit: str, samples: int, interval: Interval | Non
     return Measurement(value=value, unit=unit, samples=samples, low=low, high=high)
 
 
-def _exp(log: Measurement) -> Measurement:
-    # 700 is about as far as exp goes: the perplexity of a broken model stays a number.
-    ends = {"value": log.value, "low": log.low, "high": log.high}
-    return log.model_copy(update={name: math.exp(min(end, 700)) for name, end in ends.items() if end is not None})
+def _exp(log: float) -> float:
+    return math.exp(min(log, 700))  # about as far as it goes: the perplexity of a broken model stays a number
 
 
 def _mean_interval(values: Numbers) -> Interval | None:

@@ -89,10 +89,8 @@ def _cell(result: VariantResult, metric: str, write: Callable[[float], str], int
 
 def interval_of(measurement: Measurement | None) -> tuple[float, float] | None:
     """The ends of the interval, where there is more to it than the value."""
-    if measurement is None or measurement.low is None or measurement.high is None:
-        return None
-    low, high = measurement.low, measurement.high
-    return (low, high) if -math.inf < low < high < math.inf else None
+    ends = measurement.interval if measurement else None
+    return ends if ends and all(map(math.isfinite, ends)) else None
 
 
 def _gates_of(result: VariantResult) -> str:

@@ -7,7 +7,7 @@ the gate accepts that.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from slmops.core.job import BASELINE
 from slmops.core.values import Choice, GateResult, Measurement, Outcome, VariantResult
@@ -32,15 +32,10 @@ TOLERANCE = 1e-9  # relative: 0.8 - 0.7 is no more than 0.1
 def choose(
     results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None = None
 ) -> tuple[Choice, list[VariantResult]]:
-    """Judge the measured variants and take one.
+    """Judge the measured variants of a job, and take one.
 
-    Args:
-        results: All variants of a job, also those that failed.
-        policy: Gates and objective.
-        champion: What was measured of the variant in use; None: there is none.
-
-    Returns:
-        The choice, and the results in the same order with ``gates`` and ``dominated_by`` filled in.
+    ``champion`` is what was measured of the variant in use, if there is one. Returns the choice, and all results in the
+    same order with ``gates`` and ``dominated_by`` filled in.
     """
     baseline = find_baseline(results)
     front = pareto(results)
@@ -183,8 +178,8 @@ def _compare(
         return _difference(own, other)
     if min(x for one in (own, other) for x in (one.value, one.low, one.high) if x is not None) <= 0:
         return f"{metric}: a ratio to the {gate.to}'s needs figures and intervals above 0"
-    apart = _difference(_mapped(own, math.log), _mapped(other, math.log))
-    return _mapped(apart, math.exp).model_copy(update={"unit": "1"})
+    apart = _difference(own.mapped(math.log), other.mapped(math.log))
+    return apart.mapped(math.exp).model_copy(update={"unit": "1"})
 
 
 def _difference(one: Measurement, other: Measurement) -> Measurement:
@@ -200,12 +195,6 @@ def _difference(one: Measurement, other: Measurement) -> Measurement:
     low = value - math.hypot(one.value - one.low, other.high - other.value)
     high = value + math.hypot(one.high - one.value, other.value - other.low)
     return Measurement(value=value, unit=one.unit, samples=samples, low=low, high=high)
-
-
-def _mapped(one: Measurement, function: Callable[[float], float]) -> Measurement:
-    """A rising function of a figure and of the ends of its interval."""
-    figures = {"value": one.value, "low": one.low, "high": one.high}
-    return one.model_copy(update={key: None if x is None else function(x) for key, x in figures.items()})
 
 
 def _negated(one: Measurement) -> Measurement:
@@ -265,32 +254,21 @@ def _quality(chosen: VariantResult, baseline: VariantResult) -> str:
     own, others = chosen.measurements, baseline.measurements
     said = []
     if chosen.name == BASELINE:
-        said = [f"{metric} {_figure(own[metric])}" for metric in ("perplexity", "accuracy") if metric in own]
+        said = [f"{metric} {own[metric].text}" for metric in ("perplexity", "accuracy") if metric in own]
     else:
         if "perplexity_ratio" in own:
-            said.append(f"perplexity {_figure(own['perplexity_ratio'])} times the baseline's")
+            said.append(f"perplexity {own['perplexity_ratio'].text} times the baseline's")
         if "accuracy" in own and "accuracy" in others:
-            said.append(f"accuracy {_figure(own['accuracy'])} against {_figure(others['accuracy'])}")
+            said.append(f"accuracy {own['accuracy'].text} against {others['accuracy'].text}")
         if "size_ratio" in own:
-            said.append(f"{_figure(own['size_ratio'])} of its size")
+            said.append(f"{own['size_ratio'].text} of its size")
     return ", ".join(said) or "its quality was not measured"
 
 
 def _said(gate: Gate, figure: Measurement) -> str:
     if gate.of == "difference":
-        return f"{gate.metric} differs from the {gate.to}'s by {_figure(figure)}"
-    return f"{gate.metric} {_figure(figure)}" + (f" times the {gate.to}'s" if gate.of == "ratio" else "")
-
-
-def _figure(one: Measurement) -> str:
-    """``1.105 [1.082, 1.129]``; only the value if it is exact or has no interval."""
-    if one.low is None or one.high is None or not one.low < one.high:
-        return _number(one.value)
-    return f"{_number(one.value)} [{_number(one.low)}, {_number(one.high)}]"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+        return f"{gate.metric} differs from the {gate.to}'s by {figure.text}"
+    return f"{gate.metric} {figure.text}" + (f" times the {gate.to}'s" if gate.of == "ratio" else "")
 
 
 def _rounded(count: int) -> int:

@@ -103,7 +103,7 @@ def description(evaluation: Evaluation) -> str:
     size = 0
     for name in sorted(measured, key=lambda name: name not in HEADLINES):
         one = measured[name]
-        ends = _interval(one)
+        ends = one.interval
         interval = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
         line = _line(name, f"{one.value:.6g}", interval, one.unit, str(one.samples), one.note or "")
         size += len(line) + 1
@@ -161,7 +161,7 @@ def _metrics(evaluation: Evaluation, model_id: str, datasets: dict[str, Dataset]
 
     metrics = [metric(name, one.value, name) for name, one in evaluation.measurements.items()]
     for name in HEADLINES:
-        ends = _interval(evaluation.measurements[name]) if name in evaluation.measurements else None
+        ends = evaluation.measurements[name].interval if name in evaluation.measurements else None
         for end, value in zip(("low", "high"), ends or (), strict=False):
             metrics.append(metric(f"{OF_INTERVALS}{name}.{end}", value, name))
     # Not of the model, of which MLflow shows one figure for each metric.
@@ -169,13 +169,6 @@ def _metrics(evaluation: Evaluation, model_id: str, datasets: dict[str, Dataset]
         Metric(f"{OF_CURVES}{point.name}", point.measurement.value, now, point.prompt_tokens)
         for point in evaluation.curves
     ]
-
-
-def _interval(one: Measurement) -> tuple[float, float] | None:
-    """The ends of the interval; None if there is none, or if the figure is exact."""
-    if one.low is None or one.high is None or one.low >= one.high:
-        return None
-    return one.low, one.high
 
 
 def log_inputs(client: Client, run_id: str, job: Job) -> None:

@@ -25,9 +25,9 @@ def answer_with_checkpoint(
     (settings.logs / name / f"{label}.answers.log").unlink(missing_ok=True)
     request = AnswersRequest(folder=folder, items=items, matcher=matcher)
     with locks.machine(settings):
-        answers = quality.ask(request, name, label, settings, OFFLINE_ENVIRONMENT)
+        asked = quality.in_child("answers", request, scoring.ScoredAnswers, name, label, settings, OFFLINE_ENVIRONMENT)
     shutil.rmtree(settings.work(name) / f"{label}.answers")
-    answers = scoring.ask_judge(items, answers, settings)
+    answers = scoring.ask_judge(items, asked.answers, settings)
     judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:
         raise EvaluationError(

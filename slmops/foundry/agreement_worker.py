@@ -24,39 +24,26 @@ _OTHER_TOKENIZER = (
     "Use a checkpoint whose tokenizer is byte-level BPE, as those of Qwen, Llama 3 and SmolLM are, without "
     "a normalizer and without flags on its added tokens."
 )
-_CODE = (
-    'def area(r: float) -> float:\n    """Of a circle."""\n\tif r <= 0:\n        return 0\n\n\n    return 3.14 * r**2\n'
-)
-_TEXTS = (
-    "What is the capital of France?",
-    "It's 12,345.67 dollars (or 8 000 kr) on 2026-11-26; isn't it? We'll see...",
-    "Åsa åker till Örebro på fredag.",
-    "東京の天気はどうですか。明日は雨です。",
-    "我想知道今天的天气怎么样？",
-    "ما هي عاصمة فرنسا؟",
-    "מהי בירת צרפת?",
-    "भारत की राजधानी क्या है?",
-    "한국의 수도는 어디입니까?",
-    "Какая столица у России?",
-    "Ποια είναι η πρωτεύουσα;",
-    "Wie heißt die Straße? Où est le café naïf?",
-    "I ♥ it 🙂 👍",
-    "{'a': [1, 2], \"b\": null} <b>x & y</b> $x = \\frac{1}{2}$ `ls -la /tmp` # title",
-    "UPPER lower Title camelCase snake_case kebab-case",
-)
-_RARE = (
-    *("", " ", "  ", "\n", "\n\n\n", "\t\t", "a\r\nb", "a\u00a0b", "\u3000a", "a\u200bb", "\ufeffa", "a\u2028b"),
-    *(
-        "👨‍👩‍👧‍👦 🇸🇪",
-        "ﬁ ½ Ⅷ ＡＢＣ",
-        "e\u0301 a\u030a",
-        "ไทย ภาษา",
-        "𝔘𝔫𝔦",
-        "0123456789" * 3,
-        "aaaaaaaaaaaaaaaaaaaaaaaaa",
-        "!?!?!?...,,,;;;",
-    ),
-)
+_CODE = 'def area(r):\n    """Of a circle."""\n\tif r <= 0:\n        return 0\n\n\n    return 3.14 * r**2\n'
+_TEXTS = """\
+What is the capital of France?
+It's 12,345.67 dollars (or 8 000 kr) on 2026-11-26; isn't it? We'll see...
+Åsa åker till Örebro på fredag.
+東京の天気はどうですか。明日は雨です。
+我想知道今天的天气怎么样？
+ما هي عاصمة فرنسا؟
+מהי בירת צרפת?
+भारत की राजधानी क्या है?
+한국의 수도는 어디입니까?
+Какая столица у России?
+Ποια είναι η πρωτεύουσα;
+Wie heißt die Straße? Où est le café naïf?
+I ♥ it 🙂 👍
+{'a': [1, 2], "b": null} <b>x & y</b> $x = \\frac{1}{2}$ `ls -la /tmp` # title
+UPPER lower Title camelCase snake_case kebab-case""".splitlines()
+_BLANKS = ("", " ", "  ", "\n", "\n\n\n", "\t\t", "a\r\nb", "a\u00a0b", "\u3000a", "a\u200bb", "\ufeffa", "a\u2028b")
+_ODD = ("👨‍👩‍👧‍👦🇸🇪", "ﬁ½ⅧＡＢＣ", "e\u0301 a\u030a", "ไทย ภาษา", "𝔘𝔫𝔦", "!?!?!?...,,,;;;", "0123456789" * 3, "a" * 25)
+_RARE = (*_BLANKS, *_ODD)
 _TOOL = {
     "name": "weather",
     "description": 'The weather <in> a "place" in °C',
@@ -151,7 +138,7 @@ def _mismatch(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate,
 
 
 def _texts(tokenizer: Any) -> Iterator[str]:
-    for text in (*_TEXTS, _CODE):
+    for text in [*_TEXTS, _CODE]:
         yield from (text, f" {text}", f"{text}\n", f"{text.upper()}  ", unicodedata.normalize("NFC", f"\n\n{text}"))
     yield from _RARE
     added = [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
@@ -228,8 +215,7 @@ def _tag(text: str, said: str) -> str:
     row, column = min(int(place[1]), len(lines)), int(place[2])
     before, after = lines[row - 1][:column], lines[row - 1][column:]
     start = max(before.rfind("{{"), before.rfind("{%"), 0)
-    end = min([found.end() for found in [re.search("[%}]}", after)] if found] or [60])
-    return f"In: {(before[start:] + after[:end]).strip()[:200]}"
+    return f"In: {(before[start:] + re.split('(?<=[%}]})', after)[0]).strip()[:200]}"
 
 
 def _said(*contents: str, system: str | None = None) -> _Conversation:
@@ -246,27 +232,20 @@ def _ordinary() -> Iterator[_Conversation]:
     yield _said(
         question, answer, "And of Sweden?", "Stockholm.", "Thanks!\n\n- one\n- two", system="Be brief.\nNo jokes."
     )
-    for text in (*_TEXTS, _CODE):
+    for text in [*_TEXTS, _CODE]:
         yield _said(text, f"{text}\n\n{text}", text)
         yield _said(text, system=text)
 
 
 def _conversations(template: ChatTemplate) -> tuple[list[_Rendered], list[_Rendered]]:
     """Those that have to be equal, and those that are counted if they are not: odd ones, and tools."""
-    needed = [*_ordinary()]
-    thought = "<think>\nhm\n</think>\n\nHello"
-    needed += [_said("Hi /no_think", thought, "Bye"), _said(thought, thought, thought, thought, "Bye", system=thought)]
-    needed += [
-        _said(" \n a b \n ", "\n\nc ", "  d", system=" e\n"),
-        _said("{{ x }} {% y %} {# z #} {}", "%s \\n", "'\""),
-    ]
+    thought, blanks = "<think>\nhm\n</think>\n\nHello", (" \n a b \n ", "\n\nc ", "  d")
+    needed = [*_ordinary(), _said("Hi /no_think", thought, "Bye"), _said(*blanks, system=" e\n")]
+    needed += [_said(*[thought] * 5, system=thought), _said("{{ x }} {% y %} {# z #} {}", "%s \\n", "'\"")]
     for text in template_rewrite.constants(template.text):
         said = (f"{text} and", f"a{text}b {text}", f"or {text}")
         needed += [_said(text), _said(*said), _said(*said, system=f"With {text} in it")]
-    rare: list[_Rendered] = [
-        *((_said(text, text, text, system=text), None) for text in _RARE),
-        *((_said(text, text, text), None) for text in _RARE),
-    ]
+    rare: list[_Rendered] = [(_said(text, text, text, system=said), None) for text in _RARE for said in (text, None)]
     if "tools" in template_rewrite.names(template.text):
         tools = [{"type": "function", "function": _TOOL}]
         call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"place": "Å"}}}

@@ -4,9 +4,8 @@ A PromptTemplate has a string for each role, and one, ``prompt``, for the last q
 message. The strings are cut out of what the chat template renders, and then compared with it on whole conversations.
 The chat template stays authoritative.
 
-The runtime's tokenizer adds the BOS token. So a BOS that stands once, at the very beginning, is not part of a
-PromptTemplate and is removed before comparing. One that comes again belongs to the messages and stays (SmolLM2's BOS is
-``<|im_start|>``, with which each of its messages begins).
+A BOS that stands once, at the very beginning, is taken for the tokenizer's and removed before comparing. One that comes
+again belongs to the messages and stays (SmolLM2's BOS is ``<|im_start|>``, with which each of its messages begins).
 """
 
 from __future__ import annotations

@@ -39,12 +39,8 @@ def files_of(folder: Path) -> tuple[VariantFile, ...]:
 
 def load(folder: Path) -> Variant | None:
     """The variant in ``folder``, or None unless its manifest is complete and every file is what the manifest says."""
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        variant = Variant.model_validate({**data, "path": folder})
-    except (OSError, ValueError, TypeError):  # TypeError: JSON, but not an object
-        return None
-    return variant if all(holds(folder, file) for file in variant.files) else None
+    variant = Variant.from_file(folder / MANIFEST, path=folder)
+    return variant if variant and all(holds(folder, file) for file in variant.files) else None
 
 
 def holds(folder: Path, file: VariantFile, origin: Path | None = None) -> bool:

@@ -1,5 +1,6 @@
 """What passes between the packages: small frozen values, each with one JSON form."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -35,6 +36,14 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", field_title_generator=lambda name, _: name.replace("_", " ").capitalize()
     )
+
+    @classmethod
+    def from_file(cls, path: Path, /, **more: object) -> Self | None:
+        """The value in a JSON file, with ``more`` fields; None unless all of it is there."""
+        try:
+            return cls.model_validate({**json.loads(path.read_bytes()), **more})
+        except (OSError, ValueError, TypeError):  # TypeError: JSON, but not an object
+            return None
 
 
 def to_name(text: str) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from slmops.core import locks
 from slmops.core.errors import RegistrationError, SlmopsError, UsageError
 from slmops.core.files import remove_scratch, write_atomic
@@ -51,14 +49,6 @@ def place(name: str, variant: str, number: int, settings: Settings) -> Installed
     return Installed(name=name, version=number, variant=variant, foundry_id=f"{called}:{number}", folder=folder)
 
 
-def read_manifest(path: Path) -> VersionManifest | None:
-    """The manifest in a file, if it is complete."""
-    try:
-        return VersionManifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
 def versions(name: str, settings: Settings) -> list[Installed]:
     """The versions of a model that are here, newest first. A folder that is not whole does not count."""
     found = [_whole(name, folder, settings) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
@@ -84,7 +74,7 @@ def make_current(version: Installed, settings: Settings) -> None:
         write_atomic(_file(version.name, settings), state.model_dump_json(indent=2) + "\n")
     _keep(version.name, {state.current, state.previous}, settings)
     for folder in downloads_of(settings).glob("*"):
-        manifest = read_manifest(part_of(folder, VERSION_MANIFEST))
+        manifest = VersionManifest.from_file(part_of(folder, VERSION_MANIFEST))
         if manifest is not None and manifest.model == version.name:  # of a version that was given up
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -147,7 +137,7 @@ def work_of(name: str, settings: Settings) -> Path:
 
 def _whole(name: str, folder: Path, settings: Settings) -> Installed | None:
     """The version of a model in a folder; None: it is not one, or not all of it is there."""
-    manifest = read_manifest(folder / VERSION_MANIFEST)
+    manifest = VersionManifest.from_file(folder / VERSION_MANIFEST)
     number = folder.name.rpartition("-")[2]
     if manifest is None or not re.fullmatch(r"[1-9][0-9]*", number):
         return None
@@ -188,7 +178,4 @@ def _file(name: str, settings: Settings) -> Path:
 
 
 def _read(name: str, settings: Settings) -> _State | None:
-    try:
-        return _State.model_validate_json(_file(name, settings).read_bytes())
-    except (OSError, ValidationError):
-        return None
+    return _State.from_file(_file(name, settings))

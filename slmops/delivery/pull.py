@@ -122,7 +122,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     with _writing(settings):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_scratch(folder.parent)
-        here = installed.read_manifest(folder / VERSION_MANIFEST)
+        here = VersionManifest.from_file(folder / VERSION_MANIFEST)
         if here is not None and here.model != version.name:
             said = f"{folder} holds a version of {here.model}, whose name and variant together read the same."
             raise RegistrationError(said, "Give one of the two models another name.")

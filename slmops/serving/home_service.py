@@ -6,9 +6,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import ValidationError
 
 from slmops.core.errors import ServingError
 from slmops.core.files import write_atomic
@@ -18,7 +15,6 @@ from slmops.processes import children, daemon
 from slmops.processes.daemon import Daemon
 from slmops.serving.limits import Serve
 
-Value = TypeVar("Value", bound=Frozen)
 SERVING = "serving.json"
 """What a service writes down about itself."""
 BACKGROUND = "service.json"
@@ -47,7 +43,7 @@ def status(home: Path) -> ServingStatus | None:
     """The service of this home and whether it answers; None if there is none."""
     import httpx
 
-    running = _read(home / SERVING, Running)
+    running = Running.from_file(home / SERVING)
     if running is None or daemon.leader(Daemon(**running.model_dump(exclude={"model"}), mark="")) is None:
         return None
     try:
@@ -72,17 +68,10 @@ def ensure(name: str, settings: Settings, uri: str) -> str:
 def stop(settings: Settings) -> bool:
     """Stop the service that :func:`ensure` started; returns whether it was running."""
     path = settings.home / BACKGROUND
-    started = _read(path, Daemon)
+    started = Daemon.from_file(path)
     stopped = started is not None and daemon.stop(started)
     path.unlink(missing_ok=True)
     return stopped
-
-
-def _read(path: Path, kind: type[Value]) -> Value | None:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def _start(name: str, settings: Settings, uri: str) -> ServingStatus:

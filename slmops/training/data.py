@@ -221,9 +221,9 @@ def _percentiles(counts: Sequence[int]) -> dict[str, float]:
 
 def _load(folder: Path) -> TrainingData | None:
     """Return what a folder holds if all of it is as it was written; else None."""
-    with suppress(OSError, ValueError):
-        manifest = _PreparedManifest.model_validate_json((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        if all(sha256(folder / name) == digest for name, digest in manifest.sha256.items()):
+    manifest = _PreparedManifest.from_file(folder / REPORT_FILE)
+    with suppress(OSError):
+        if manifest and all(sha256(folder / name) == digest for name, digest in manifest.sha256.items()):
             # The home may have been moved since.
             paths = {key: folder / getattr(manifest.data, key).name for key in ("train", "validation", "evaluation")}
             return manifest.data.model_copy(update=paths)

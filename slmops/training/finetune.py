@@ -130,10 +130,9 @@ def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, eva
 
 def load(folder: Path) -> Finetuned | None:
     """Return the fine-tuning in ``folder`` if it is finished and its files are unchanged; else None."""
-    with suppress(OSError, ValueError, TypeError):  # TypeError: the JSON is not an object
-        content = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
         if FILE_LIST.validate_json((folder / DIGESTS_FILE).read_bytes()) == _files(folder):
-            return Finetuned.model_validate({**content, "folder": folder})
+            return Finetuned.from_file(folder / TRAINING_FILE, folder=folder)
     return None
 
 

@@ -17,7 +17,7 @@ from slmops.core.errors import DataError, TrainingError
 from slmops.core.files import write_atomic
 from slmops.core.values import Checkpoint, Frozen
 from slmops.processes import child
-from slmops.training.masking import IGNORED, answer_spans, labels, renderer
+from slmops.training.tokens_worker import IGNORED, answer_spans, labels, renderer
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingData, TrainingResult
 
 POINT = "loss point: "
@@ -68,9 +68,9 @@ def resumable(folder: Path) -> tuple[int, WholeMark] | None:
     """
     whole: dict[int, WholeMark] = {}
     for state in (folder / STATES).glob("checkpoint-*"):
-        with suppress(OSError, ValueError):
-            mark = WholeMark.model_validate_json((state / WHOLE).read_text(encoding="utf-8"))
-            if all((state / name).stat().st_size == size for name, size in mark.sizes.items()):
+        mark = WholeMark.from_file(state / WHOLE)
+        with suppress(OSError):
+            if mark and all((state / name).stat().st_size == size for name, size in mark.sizes.items()):
                 whole[int(state.name.rpartition("-")[2])] = mark
                 continue
         shutil.rmtree(state)

@@ -15,7 +15,7 @@ import pytest
 from slmops.core.errors import TrackingError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed
-from slmops.foundry.versions import VERSION_MANIFEST, Installed
+from slmops.foundry.versions import VERSION_MANIFEST, Installed, VersionManifest
 from slmops.processes import children
 from tests.pulled import BIG, CRASHED, FILES, Device
 
@@ -95,7 +95,7 @@ def test_only_old_versions_and_downloads_of_the_same_model_go(device: Device, ve
     folders = device.settings.deployed / "downloads"
     assert len(list(folders.iterdir())) == 2
     installed.make_current(versions[4], device.settings)
-    [kept] = [installed.read_manifest(folder / f"{VERSION_MANIFEST}.part") for folder in folders.iterdir()]
+    [kept] = [VersionManifest.from_file(folder / f"{VERSION_MANIFEST}.part") for folder in folders.iterdir()]
     assert kept.model == "bot-two"
     assert installed.versions("bot-two", device.settings) == [other]
     assert (installed.current("bot-two", device.settings), device.here()) == (other, [4, 2])

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from slmops.training import finetune, masking
+from slmops.training import finetune, tokens_worker
 from slmops.training import finetune_worker as worker
 from slmops.training.values import LoraSettings, LossPoint, Retrain, Stopped, TrainingData
 from tests import values
@@ -95,7 +95,7 @@ def test_a_template_that_changes_earlier_turns_is_refused() -> None:
         lambda messages, opened: chatml(messages, opened) if len(messages) < 3 or opened else "Something else",
     ):
         with pytest.raises(ValueError, match="turn"):
-            masking.answer_spans(MESSAGES, render)
+            tokens_worker.answer_spans(MESSAGES, render)
 
 
 @pytest.mark.parametrize(
@@ -108,18 +108,18 @@ def test_a_template_that_changes_earlier_turns_is_refused() -> None:
     ],
 )
 def test_answers_are_learned_with_the_end_of_their_turn(
-    messages: list[dict[str, str]], render: masking.Render, expected: list[str]
+    messages: list[dict[str, str]], render: tokens_worker.Render, expected: list[str]
 ) -> None:
-    text, spans = masking.answer_spans(messages, render)
+    text, spans = tokens_worker.answer_spans(messages, render)
     assert text == render(messages, False)
     assert [text[start:end] for start, end in spans] == expected
 
 
 def test_tokens_are_learned_that_begin_in_an_answer() -> None:
     offsets = [(0, 2), (2, 5), (5, 6), (6, 9), (9, 9), (9, 12)]
-    assert masking.labels([1, 2, 3, 4, 5, 6], offsets, [(5, 9)]) == [-100, -100, 3, 4, -100, -100]
-    assert masking.labels([1, 2, 3, 4, 5, 6], offsets, [(0, 2), (9, 12)]) == [1, -100, -100, -100, 5, 6]
-    assert masking.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
+    assert tokens_worker.labels([1, 2, 3, 4, 5, 6], offsets, [(5, 9)]) == [-100, -100, 3, 4, -100, -100]
+    assert tokens_worker.labels([1, 2, 3, 4, 5, 6], offsets, [(0, 2), (9, 12)]) == [1, -100, -100, -100, 5, 6]
+    assert tokens_worker.labels([1, 2], [(0, 4), (4, 5)], [(3, 5)]) == [-100, 2]  # one that begins before it
 
 
 def save(folder: Path, step: int, best: int, stopped: Stopped | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_variant_that_keeps_its_memory(passed: SoakResult, registration: Regis
 
 def test_a_leak_is_found(passed: SoakResult, book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(LEAK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(SoakError, match="100") as caught:
         soak(Soak(name=NAME, variant="int8", requests=REQUESTS, max_kb_per_request=100))
     result = caught.value.result

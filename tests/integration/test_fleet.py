@@ -33,7 +33,7 @@ def anyio_backend() -> str:
 def device(talkative: Path, stock: Settings, home: Settings) -> Device:
     """Two good versions, and three broken ones beside them."""
     variant = making.variant("fp32", making.job(talkative), stock)
-    versions = [fleets.place(variant, talkative, home.deployed, max_length=256 * n) for n in range(1, 6)]
+    versions = [fleets.place(variant, talkative, home.deployed, top_p=n / 10) for n in range(1, 6)]
     folders = [one.folder for one in versions]
     # Other weights of the same shapes: the model says something else.
     weights = np.fromfile(folders[1] / "model.onnx.data", np.float32) * np.float32(1.3)

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from pydantic import Field
 
-from slmops.checkpoints.reading import read_json, read_text
+from slmops.checkpoints.reading import read_if_there, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 
@@ -41,17 +41,13 @@ def load(folder: Path, where: str | None = None) -> ChatTemplate | None:
     string, or several with names, of which "default" counts. If a file cannot be read, a CheckpointError calls the
     folder ``where``, by default its path.
     """
-
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        return read_json(path, f"{where or folder}/{name}") if path.is_file() else {}
-
-    config, tokens = read("tokenizer_config.json"), read("special_tokens_map.json")
+    config = read_if_there(folder, "tokenizer_config.json", where)
+    tokens = read_if_there(folder, "special_tokens_map.json", where)
     path = folder / "chat_template.jinja"
     text = read_text(path, f"{where or folder}/{path.name}") if path.is_file() else None
     for name in ("tokenizer_config.json", "chat_template.json"):
         if text is None:
-            path, text = folder / name, _default(read(name).get("chat_template"))
+            path, text = folder / name, _default(read_if_there(folder, name, where).get("chat_template"))
     if text is None:
         return None
     named = {name: config.get(name) or tokens.get(name) for name in _TOKENS}

@@ -8,7 +8,7 @@ from typing import Any
 
 from slmops.checkpoints import chat_template
 from slmops.checkpoints.chat_template import ChatTemplate
-from slmops.checkpoints.reading import read_json
+from slmops.checkpoints.reading import read_if_there
 from slmops.core.errors import CheckpointError
 
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -55,13 +55,13 @@ def stop_tokens(folder: Path, where: str | None = None) -> dict[int, str]:
 
 def settings(folder: Path) -> dict[str, Any]:
     """``do_sample`` and those of :data:`SETTINGS` that ``generation_config.json`` sets."""
-    content = _read(folder, "generation_config.json")
+    content = read_if_there(folder, "generation_config.json")
     return {key: content[key] for key in ("do_sample", *SETTINGS) if content.get(key) is not None}
 
 
 def remarks(folder: Path) -> list[str]:
     """What a user should know of how the variants will answer, in sentences."""
-    content, found = _read(folder, "generation_config.json"), []
+    content, found = read_if_there(folder, "generation_config.json"), []
     named = _named(folder, "generation_config.json") or _named(folder, "config.json")
     if added := [f"{text} ({number})" for number, text in stop_tokens(folder).items() if number not in named]:
         found.append(f"Answers also end at {', '.join(added)}, which eos_token_id does not name.")
@@ -76,22 +76,17 @@ def remarks(folder: Path) -> list[str]:
     return found
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return read_json(path, str(path)) if path.is_file() else {}
-
-
 def _named(folder: Path, name: str) -> set[int]:
-    ids = _read(folder, name).get("eos_token_id")
+    ids = read_if_there(folder, name).get("eos_token_id")
     return {one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)}
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Id by text of the tokens that are not learnt from text, such as ``<|im_end|>``."""
-    decoder = _read(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = read_if_there(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
     found = {token["content"]: int(number) for number, token in decoder.items()}
     return found | {
-        token["content"]: token["id"] for token in _read(folder, "tokenizer.json").get("added_tokens") or ()
+        token["content"]: token["id"] for token in read_if_there(folder, "tokenizer.json").get("added_tokens") or ()
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import architectures, chat_template, weight_files
-from slmops.checkpoints.reading import read_json, read_text
+from slmops.checkpoints.reading import read_if_there, read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.files import sha256
 from slmops.core.job import Job
@@ -174,8 +174,7 @@ def _refuse_custom_code(folder: Path, config: Mapping[str, Any], job: Job, where
     """The model builder trusts remote code by default, so code that nobody allowed must not get that far."""
     if job.trust_remote_code:
         return
-    path = folder / "tokenizer_config.json"
-    tokenizer = read_json(path, f"{where}/{path.name}") if path.is_file() else {}
+    tokenizer = read_if_there(folder, "tokenizer_config.json", where)
     places = {
         "auto_map in config.json": config.get("auto_map"),
         "auto_map in tokenizer_config.json": tokenizer.get("auto_map"),

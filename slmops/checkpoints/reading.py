@@ -29,3 +29,9 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{where} is not a JSON object.", COPY_AGAIN)
     return content
+
+
+def read_if_there(folder: Path, name: str, where: str | None = None) -> dict[str, Any]:
+    """The object in a checkpoint's JSON file, empty without one; a CheckpointError calls the folder ``where``."""
+    path = folder / name
+    return read_json(path, f"{where or folder}/{name}") if path.is_file() else {}

@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from slmops.checkpoints import inspection
+from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.unpack_worker import UnpackRequest
 from slmops.core import machine
 from slmops.core.errors import ConversionError
@@ -81,10 +81,9 @@ def stage(
     if template is not None:
         texts["chat_template.jinja"] = template
         staged.pop("chat_template.json", None)
-        config = folder / "tokenizer_config.json"
-        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        content = read_if_there(folder, "tokenizer_config.json")
         if content.pop("chat_template", None) is not None:
-            texts[config.name] = json.dumps(content, indent=2, ensure_ascii=False)
+            texts["tokenizer_config.json"] = json.dumps(content, indent=2, ensure_ascii=False)
     staged |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     digest = inspection.digest_of(staged)
     target = settings.checkpoints / digest

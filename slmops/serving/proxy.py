@@ -41,10 +41,8 @@ CLIENT_LEFT = 499
 class Proxy:
     """The service as an ASGI application: who may come in, what is answered, and the count of it.
 
-    Args:
-        token: What clients must show as a bearer token; None: nothing.
-        local: It listens on loopback only, and answers to loopback's names only: otherwise a web page whose name is
-            made to point to this machine could use it.
+    If ``local``, it answers to loopback's names only: otherwise a web page whose name is made to point to this machine
+    could use it. Clients must show the ``token``, if there is one, as a bearer token.
     """
 
     def __init__(self, fleet: Fleet, limits: Serve, token: str | None = None, *, local: bool = True) -> None:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from slmops import report
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
@@ -24,7 +25,6 @@ from slmops.core.values import Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed, speed_worker
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
-from slmops.report import tables
 
 SLMOPS = str(Path(sys.executable).with_name("slmops"))
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ def main() -> None:
             second, second_s = _timed(env)
             here = machine.hardware()
             print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
-            print(tables.text(first))
+            print(report.text(first))
             print(f"\nfrom nothing: {first_s:.0f} s; again: {second_s:.0f} s")
             _repeatability(first, second)
             _agreement(next(result for result in first.variants if result.name == AGREEMENT_VARIANT), Path(home))

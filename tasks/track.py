@@ -3,10 +3,10 @@
 import logging
 from dataclasses import replace
 
+from slmops import report
 from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.values import Comparison, Evaluation, Registration, Variant, VariantResult
-from slmops.report import page, tables
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -58,6 +58,6 @@ def finish_tracking(context: JobContext, comparison: Comparison, policy: Policy)
     tracker = Tracker(context.tracking_uri)
     url = tracker.run_url(comparison.run_id)
     tracker.finish_job(
-        comparison, policy, page.html(comparison), tables.markdown(comparison, url), failed=bool(comparison.failed)
+        comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=bool(comparison.failed)
     )
     return url

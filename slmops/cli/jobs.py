@@ -97,9 +97,9 @@ def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
 def _text(result: FlowResult) -> str:
     match result:
         case Comparison():
-            from slmops.report import tables
+            from slmops import report
 
-            return tables.text(result)
+            return report.text(result)
         case Retrained():
             return result.text
         case SoakResult():

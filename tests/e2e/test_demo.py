@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops.report.tables import COLUMNS
+from slmops.report import COLUMNS
 from tests import prefect_api
 from tests.application import application
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import slmops
 from slmops.core.values import HEADLINE_METRICS
-from slmops.report.tables import COLUMNS
+from slmops.report import COLUMNS
 from tests.values import comparison, failed, result
 
 PUBLIC = {

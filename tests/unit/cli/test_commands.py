@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import BaseModel
 
+from slmops import report
 from slmops.core import errors
 from slmops.delivery import promotion, pull
 from slmops.evaluation import drift, soak
@@ -18,7 +19,6 @@ from slmops.evaluation.drift import DriftError, Remeasured
 from slmops.evaluation.soak import SoakError, Target
 from slmops.foundry.versions import Installed, Promoted
 from slmops.local import stack
-from slmops.report import tables
 from slmops.serving import service
 from slmops.tracking.registry import Registry
 from slmops.training.values import Retrained, RetrainError
@@ -88,7 +88,7 @@ def test_flags_are_the_request(flows: Flows, slmops: Slmops, arguments: str) -> 
 @pytest.mark.parametrize(
     ("command", "result", "text"),
     [
-        ("run --model m", COMPARISON, tables.text(COMPARISON)),
+        ("run --model m", COMPARISON, report.text(COMPARISON)),
         ("promote bot", PROMOTED, PROMOTED.text),
         ("rollback bot", PROMOTED, PROMOTED.text),
         ("retrain --model m --data d", RETRAINED, RETRAINED.text),

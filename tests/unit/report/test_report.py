@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from slmops import report
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
-from slmops.report import tables
-from slmops.report.page import CHARTS, INTERVALS, html
+from slmops.report import CHARTS, INTERVALS, html
 from slmops.selection import policy
 from slmops.selection.choice import choose
 from tests.values import comparison, failed, result
@@ -38,7 +38,7 @@ MIXED = comparison(
     reason=REASON,
 )
 WIDE = comparison(result("fp32", 600), result("int4", 110, 1.083, 0.45, spread=0.02), reason=REASON)
-TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in tables.COLUMNS), "gates", ""]
+TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in report.COLUMNS), "gates", ""]
 
 
 def cells(line: str) -> list[str]:
@@ -51,11 +51,11 @@ def pipes(line: str) -> list[str]:
 
 def row(made: Comparison, name: str) -> list[str]:
     """The cells of a variant's line."""
-    return next(cells(line) for line in tables.table(made).splitlines() if cells(line)[0] == name)
+    return next(cells(line) for line in report.table(made).splitlines() if cells(line)[0] == name)
 
 
 def test_text() -> None:
-    table, gates, reason, failure = tables.text(MIXED).split("\n\n")
+    table, gates, reason, failure = report.text(MIXED).split("\n\n")
     titles = table.split("---")[0]
     assert sorted(titles.split()) == sorted(" ".join(TITLES).split())
     assert len(titles.splitlines()) == 2  # one in Markdown and HTML
@@ -74,11 +74,11 @@ def test_text() -> None:
 
 def test_what_foundry_local_reads_otherwise_is_shown_if_there_is_any() -> None:
     odd = comparison(judged("fp32"), judged("int4"), failed("int8", "no"))
-    assert "otherwise" not in tables.table(odd)
+    assert "otherwise" not in report.table(odd)
     for one in odd.variants[:2]:
         one.metrics.update(tokenizer_mismatches=4.0, template_mismatches=0.0)
-    assert "texts read" in tables.table(odd)
-    assert "rendered" not in tables.table(odd)
+    assert "texts read" in report.table(odd)
+    assert "rendered" not in report.table(odd)
     assert row(odd, "fp32")[9:10] == ["4"]
 
 
@@ -108,7 +108,7 @@ def test_intervals(changes: dict[str, tuple[float, float, float]], shown: list[s
 def test_a_terminal_has_room_for_it() -> None:
     results = [result(name, 110, 1.083, 0.45, spread=0.02) for name in ("fp32", "fp16", "int8", "int4")]
     made, with_gates = choose(results, policy.load())
-    shown = tables.text(comparison(*with_gates, chosen=made.variant, reason=""))
+    shown = report.text(comparison(*with_gates, chosen=made.variant, reason=""))
     assert 100 < max(len(line) for line in shown.splitlines()) <= 140
 
 
@@ -151,18 +151,18 @@ def test_verdicts() -> None:
         judged("c", gate("one", "fail")),
         failed("d", "r"),
     )
-    assert [cells(line) for line in tables.gates(made).splitlines() if not line.startswith("-")] == [
+    assert [cells(line) for line in report.gates(made).splitlines() if not line.startswith("-")] == [
         ["gate", "a", "b", "c"],
         ["one", "pass 0.05", "inconclusive", "FAIL 0.05"],
         ["two", "FAIL 123.5", "inconclusive 0.05", "-"],
     ]  # three, of a champion that is not there yet, judged nothing
-    assert tables.gates(WIDE) == ""  # without gates there is no second table
-    assert tables.text(WIDE).count("\n\n") == 1
+    assert report.gates(WIDE) == ""  # without gates there is no second table
+    assert report.text(WIDE).count("\n\n") == 1
     assert html(WIDE).count("<table") == 1
 
 
 def test_markdown() -> None:
-    table, gates, reason, failure, link = tables.markdown(MIXED, "http://host/run").split("\n\n")
+    table, gates, reason, failure, link = report.markdown(MIXED, "http://host/run").split("\n\n")
     heading, rule, *rows = table.splitlines()
     assert pipes(heading) == TITLES
     assert set(rule) <= set("|:- ")
@@ -186,7 +186,7 @@ def nasty() -> Comparison:
 
 
 def test_what_others_wrote_is_escaped() -> None:
-    shown = tables.markdown(nasty(), "u")
+    shown = report.markdown(nasty(), "u")
     assert "<" not in shown
     # In the cells: name, mark, gate. In the text: reason, name and reason of the failure.
     assert shown.count("&lt;script&gt;alert('x')&lt;/script&gt; &amp; \\| \"more\"") == 3
@@ -254,7 +254,7 @@ def test_chart_of_one_interval(low: float | None, high: float | None, panels: in
 @pytest.mark.parametrize("results", [[], [failed("fp32", "It broke.")]])
 def test_nothing_was_measured(results: list[VariantResult]) -> None:
     made = comparison(*results, reason="No variant is chosen.")
-    for text in (tables.text(made), tables.markdown(made, "u"), html(made)):
+    for text in (report.text(made), report.markdown(made, "u"), html(made)):
         assert "No variant is chosen." in text
         assert ("It broke." in text) is bool(results)
         assert "<svg" not in text

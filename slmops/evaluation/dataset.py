@@ -152,7 +152,6 @@ class EvaluationSet(Frozen):
 
     items: tuple[Item, ...]
     digest: str
-    name: str
 
 
 def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) -> EvaluationSet:
@@ -195,7 +194,7 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
         while not item.id and own in lines:
             own = f"line-{own}"
         items[number] = item.model_copy(update={"id": own})
-    return EvaluationSet(items=tuple(items.values()), digest=hashlib.sha256(raw).hexdigest(), name=name)
+    return EvaluationSet(items=tuple(items.values()), digest=hashlib.sha256(raw).hexdigest())
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:

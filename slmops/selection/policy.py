@@ -115,11 +115,7 @@ class Policy(Frozen):
 
 
 def load(path: Path | None = None) -> Policy:
-    """Read a policy: TOML by the suffix ``.toml``, YAML otherwise; the packaged one without ``path``.
-
-    Raises:
-        UsageError: The file cannot be read, or something in it makes no sense; all that is wrong is named at once.
-    """
+    """Read a policy (TOML by the suffix ``.toml``, else YAML), or the packaged one; UsageError: all that is wrong."""
     data = read_table(path or PACKAGED, "policy")
     try:
         return Policy.model_validate(data)

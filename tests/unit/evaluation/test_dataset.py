@@ -47,7 +47,6 @@ def test_good_lines(tmp_path: Path) -> None:
         {"messages": messages, "expected": "Rome"},
     )
     found = dataset.load(path)
-    assert found.name == "my.jsonl"
     assert found.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [(i.id, i.prompt, i.expected, i.match, i.category, i.max_tokens) for i in found.items] == [
         ("1", "Capital of France?", "Paris", "contains", "general", 24),
@@ -225,7 +224,6 @@ def test_subset_is_spread_over_the_categories() -> None:
 
 def test_packaged_set() -> None:
     found = dataset.load(None)
-    assert found.name == "general.jsonl"
     assert len(found.items) == len({i.id for i in found.items}) == 40
     assert len({i.conversation[-1]["content"] for i in found.items}) == 40
     assert min(Counter(i.category for i in found.items).values()) >= 4

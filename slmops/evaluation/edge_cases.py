@@ -7,8 +7,6 @@ tokenizer is. A line goes into a file before and after each case. So a case that
 fails, and the rest goes on in a new process.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import json
@@ -94,13 +92,13 @@ class CaseProgress(Frozen):
 class Probe:
     """The model under test: how to send messages with a token limit, and to count a user's, with the template."""
 
-    send: Callable[[Messages, int], TimedReply]
+    send: Callable[[Messages, int], "TimedReply"]
     count: Callable[[str], int]
     context_length: int
     folder: Path
     seconds: float = 0.0  # of the last request
 
-    def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> TimedReply:
+    def ask(self, asked: str | Messages, max_tokens: int = ANSWER_TOKENS) -> "TimedReply":
         """Send a user's message or a conversation."""
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         started = time.perf_counter()
@@ -121,7 +119,7 @@ class Probe:
         return text, self.ask(text, 1).prompt_tokens
 
 
-def observed(reply: TimedReply) -> Observation:
+def observed(reply: "TimedReply") -> Observation:
     """Answered if it ended the way an answer ends, even at once: a model may have nothing to say."""
     said = f"{reply.prompt_tokens} prompt tokens, {reply.completion_tokens} generated ({reply.finish_reason})"
     return ("answered" if reply.finish_reason in ("stop", "length") else "failed"), said

@@ -6,23 +6,20 @@ earlier call; it is mapped, not read whole. Logits of a variant come from ONNX R
 the serving runtime gives none.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.processes import child
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 WINDOW = 512
 ROWS = 64
@@ -58,8 +55,6 @@ class LogitsResult(Frozen):
 
 def handle(request: LogitsRequest) -> LogitsResult:
     """Score the text window by window, with the logits of one window in memory."""
-    import numpy as np
-
     windows = _windows(request)
     scored = sum(len(window) - 1 for window in windows)
     references = {
@@ -102,7 +97,6 @@ def _kept(path: Path | None) -> Iterator[IO[bytes]]:
 
 
 def _windows(request: LogitsRequest) -> list[NDArray[Any]]:
-    import numpy as np
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(request.folder / "tokenizer.json"))
@@ -140,8 +134,6 @@ def _compare(
 
     KL divergence of the reference p to the model q: sum of p (log p - log q). Elements are float32, sums float64.
     """
-    import numpy as np
-
     own = logits - logits.max(axis=1, keepdims=True)
     own -= np.log(np.exp(own).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
     if not np.isfinite(own).all():

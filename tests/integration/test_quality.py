@@ -206,7 +206,7 @@ def test_two_at_once_wait_for_each_other(
     monkeypatch.setattr(children, "call", timed)
     quick = job.model_copy(update={"quick": True, "prompt_lengths": [32]})
     with ThreadPoolExecutor(2) as pool:
-        scoring = pool.submit(quality.measure, variant, registration, NAME, quick, home)
+        scoring = pool.submit(quality.measure, variant, registration, "alone", quick, home)
         timing = pool.submit(speed.measure, [(variant, elsewhere)], NAME, quick, other)
     assert scoring.result().nll
     assert isinstance(timing.result()["int8"], Speed)

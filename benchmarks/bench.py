@@ -6,8 +6,6 @@ Runs the demo job twice from nothing in a home of its own, then times one varian
 ``direct.py``, which calls the runtime with nothing of slmops in between; then ``serving.py`` and ``cut.py``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@
 A new device pulls the champion of NAME through a line that breaks after 10 %, 50 % and 90 % of its size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

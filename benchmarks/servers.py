@@ -8,8 +8,6 @@ by themselves. A flow run here has the ten task runs of a job with two variants,
 slmops logs of one: a run with 60 parameters, 80 metrics and 12 small files.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

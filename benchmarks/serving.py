@@ -6,8 +6,6 @@ The home holds a finished job of the model NAME with both variants accepted. VAR
 ten times between the two while clients keep asking.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

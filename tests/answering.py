@@ -1,7 +1,5 @@
 """A web server on loopback that answers what a function says, in a thread of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """Chat templates as published checkpoints carry them, and conversations to render with them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from slmops.checkpoints.chat_template import ChatTemplate, render

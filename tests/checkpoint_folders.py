@@ -1,7 +1,5 @@
 """Checkpoints of a few hundred bytes, for tests that break them."""
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Runs of a deployment without a worker: each process that a worker would start is a call here."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 from uuid import UUID

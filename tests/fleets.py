@@ -1,7 +1,5 @@
 """A fleet of fake processes, with a fake registry and device; and real versions for the tests that need them."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter

@@ -1,7 +1,5 @@
 """Bodies that are nearly right, and bytes that are not."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -5,8 +5,6 @@ it sees one address, of the folders of the other machines nothing, and to kill i
 once. Elsewhere it is a process with folders of its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex

@@ -1,7 +1,5 @@
 """What a test needs from the stages before the one that it tests."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Raw results of a measurement, made up so that its figures can be worked out by other means."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Prefect's REST API as a browser asks it, but for its patience."""
 
-from __future__ import annotations
-
 import httpx
 from prefect.client.base import PrefectHttpxSyncClient
 

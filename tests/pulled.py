@@ -1,7 +1,5 @@
 """A device and a registry made up of bytes and failures: no MLflow, no Foundry Local."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Generator

@@ -1,7 +1,5 @@
 """A task that a tiny random model learns in seconds: whatever is asked, one word is right."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What Prefect shows of the flows that a test ran."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The environment of a test: nothing of what a developer has set, and nothing heavy."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tiny checkpoints with random weights in the real format of each architecture: two layers, a real byte-level BPE."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Jobs and variants for the tests of MLflow."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

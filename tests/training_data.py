@@ -1,7 +1,5 @@
 """Folders of training data, and what a test asks of them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterable

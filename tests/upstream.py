@@ -1,7 +1,5 @@
 """A fake of the runtime's web service, the proxy before it, and clients on real sockets."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

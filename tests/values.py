@@ -1,7 +1,5 @@
 """Values as the modules pass them, made up: no Olive, no Foundry Local, no more on disk than a test asks for."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The table is written by hand, because the model builder knows some architectures
 part. Look through it again when either package is upgraded.
 """
 
-from __future__ import annotations
-
 import logging
 
 from slmops.core.errors import CheckpointError

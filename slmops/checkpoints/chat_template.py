@@ -1,7 +1,5 @@
 """A checkpoint's Jinja chat template: found, read and rendered as transformers does, without loading transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -3,8 +3,6 @@
 A package index can be reached where a model hub cannot, and pip is there with every interpreter.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """How a checkpoint wants its answers generated: the tokens that end them, and its sampling settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints from the Hugging Face hub, kept in the hub's own cache, which other programs share."""
 
-from __future__ import annotations
-
 import logging
 import re
 from functools import partial

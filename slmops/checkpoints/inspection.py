@@ -1,7 +1,5 @@
 """What a folder in Hugging Face format holds, and whether it can be converted. It only reads, without torch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The small text files of a checkpoint, read with errors that name the file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a checkpoint comes from: a folder, the hub, a GGUF file, MLflow, or the demo package."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

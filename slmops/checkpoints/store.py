@@ -4,8 +4,6 @@ Each is named by a digest, made behind a lock, and appears whole. It is verified
 user, a full disk or a hard link may have changed it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -4,8 +4,6 @@ transformers fills what is missing with ones, zeros or random numbers, and only 
 transformers 5, for the architectures that are proven; of the others, what the fp32 export computes decides.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

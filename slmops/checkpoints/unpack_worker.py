@@ -1,7 +1,5 @@
 """Child process: turn a GGUF file into a folder in Hugging Face format."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

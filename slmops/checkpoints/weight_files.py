@@ -1,7 +1,5 @@
 """The weight files of a checkpoint, read without torch: which count, whether they are whole, and what they hold."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Mapping

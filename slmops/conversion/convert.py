@@ -1,7 +1,5 @@
 """Make one variant: Olive in a child process, checked, with a manifest, in its folder whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

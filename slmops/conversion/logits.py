@@ -1,7 +1,5 @@
 """Logits of a variant, from ONNX Runtime on the files that Foundry Local serves. For child processes only."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The user's own Olive workflow file as a recipe."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

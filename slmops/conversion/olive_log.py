@@ -1,7 +1,5 @@
 """Olive exits 0 whatever happens, and only its log says why: the cause is read from there."""
 
-from __future__ import annotations
-
 import itertools
 import re
 

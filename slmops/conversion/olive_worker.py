@@ -1,7 +1,5 @@
 """Child process: run one Olive workflow."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from slmops.core.values import Frozen

@@ -5,8 +5,6 @@ CPU provider, its int8 raises KeyError, dynamic int8 loses quality. ModelBuilder
 checkpoint that ties them gets a TieWordEmbeddings surgery, which makes a 135 M model a sixth smaller.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from slmops.core.errors import RecipeError

@@ -1,7 +1,5 @@
 """Child process: which keys of an Olive config would Olive accept, and which would it ignore without an error?"""
 
-from __future__ import annotations
-
 import copy
 import logging
 import re

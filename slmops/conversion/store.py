@@ -1,7 +1,5 @@
 """Finished variants on disk: a folder without a complete manifest does not exist for the program."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Child process: does a converted folder work, and does it hold what its recipe says?"""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How many bits the weights of an ONNX model really have, counted from its graph. For child processes only."""
 
-from __future__ import annotations
-
 from collections import Counter
 from math import prod
 from pathlib import Path

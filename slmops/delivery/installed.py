@@ -1,7 +1,5 @@
 """Which versions of a model are on this device, and which of them its users get."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Which version is to be deployed, and whether it may be: its job's gates applied again, against today's champion."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from slmops.core.errors import GateError, UsageError

@@ -4,8 +4,6 @@ So the measurement is not disturbed when the deployed version is removed after a
 it disturbs nothing itself.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Whether Foundry Local reads a checkpoint's conversations as the checkpoint does, asked before any work."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """Child process: do Foundry Local's tokenizer and Jinja give what transformers' give for a checkpoint?"""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

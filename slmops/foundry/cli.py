@@ -4,8 +4,6 @@ Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, in some with `
 ones have ``foundry complete MODEL TEXT`` instead, and ``foundry cache list`` for ``ls``.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Child process: take models out of Foundry Local's local catalog, which keeps them when their folders are removed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from slmops.core.values import Frozen

@@ -3,8 +3,6 @@
 For child processes only: the process must not hold the Python package onnxruntime_genai, which is another version.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 from collections.abc import Iterator, Mapping, Sequence

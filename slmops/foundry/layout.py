@@ -3,8 +3,6 @@
 A variant is placed once to be used, and staged with other settings to be measured.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from contextlib import suppress

@@ -8,8 +8,6 @@ A BOS that stands once, at the very beginning, is taken for the tokenizer's and 
 again belongs to the messages and stays (SmolLM2's BOS is ``<|im_start|>``, with which each of its messages begins).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Put a variant into Foundry Local: laid out, registered, listed and answering, or not at all."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from pathlib import Path

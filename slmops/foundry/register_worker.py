@@ -1,7 +1,5 @@
 """Child process: register a folder in Foundry Local's local catalog, and check that it is listed and answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

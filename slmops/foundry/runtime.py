@@ -1,7 +1,5 @@
 """Foundry Local's SDK. For child processes only: it has one manager per process, and never gives memory back."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ cache: the runtime reads every folder in its cache, even hidden ones, and of two
 the unfinished one that an interrupted download left.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

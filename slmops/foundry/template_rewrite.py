@@ -6,8 +6,6 @@ are unknown. So the blanks that count are written out here, and the rest is said
 has to be found out by rendering.
 """
 
-from __future__ import annotations
-
 from jinja2 import Environment
 
 from slmops.checkpoints.chat_template import ChatTemplate

@@ -5,8 +5,6 @@ switch, which is one assignment. A request holds the process that it got until i
 is served is known to the registry and written down on this device, so a restarted service finds it again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """The service of a home as other processes see it: whether one runs, and starting and stopping it in the background."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

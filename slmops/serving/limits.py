@@ -1,7 +1,5 @@
 """What ``slmops serve`` can be told, and the queue that keeps requests within its limits."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager

@@ -3,8 +3,6 @@
 No label carries text of a client: endpoints, statuses and versions are few.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The watch over a new champion: does its service switch to it, and does it answer as well as it was measured?"""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@
 Every error is JSON in OpenAI's form with a status that fits.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import time

@@ -1,7 +1,5 @@
 """One request on its way to a runtime process, and the answer on its way back."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -5,8 +5,6 @@ million items takes all memory of the machine. So everything is parsed here, and
 anew from what was understood.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ quotes and line breaks are escaped there. The service answers 500 to much that o
 streams that began with 200, and signs each message with the C++ function that it came from.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import AsyncIterator, Iterator

@@ -1,7 +1,5 @@
 """The service: a fleet behind the proxy, from its start to its end."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ipaddress

@@ -1,7 +1,5 @@
 """Versions beside the champion: started when somebody asks for one; the idle one longest unused makes room."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

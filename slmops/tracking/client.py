@@ -4,8 +4,6 @@ Always with explicit run ids: MLflow's active run is thread-local, and a thread 
 makes a new one. What MLflow has acknowledged is not read back.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 MLflow takes seconds to import, and what is on a device is found without it: here functions import it.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 import time

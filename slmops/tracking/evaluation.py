@@ -5,8 +5,6 @@ runs" shows the answers of two variants item by item. That function needs the tr
 whole process, prints to the terminal, and only warns when an assessment is lost.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

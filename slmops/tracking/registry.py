@@ -9,8 +9,6 @@ an alias that points at nothing; and who promotes says which champion the decisi
 promotions only one wins.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

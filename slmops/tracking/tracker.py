@@ -3,8 +3,6 @@
 What the evaluation of a variant leaves there is in :mod:`slmops.tracking.evaluation`.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Sequence

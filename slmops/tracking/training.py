@@ -4,8 +4,6 @@ From a deployed version one gets back to the lines that it was trained on: the v
 names this run, and the run holds the training items, the validation items and the evaluation set as files.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

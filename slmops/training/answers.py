@@ -1,7 +1,5 @@
 """How well a checkpoint answers an evaluation set, before anything is converted."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

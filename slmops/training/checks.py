@@ -1,7 +1,5 @@
 """Compare training items with each other and with the evaluation set: duplicates, contradictions, leaks, the split."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """The checked files that a training reads, made from training data as they were fetched."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Read the lines of training files as conversations. What is wrong with a line becomes a problem of that line."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

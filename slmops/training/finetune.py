@@ -4,8 +4,6 @@
 ``files.json`` with their digests, and last ``training.json``, without which the training is not finished.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

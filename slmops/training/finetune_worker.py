@@ -1,7 +1,5 @@
 """Child process: trains a LoRA adapter on the answers of conversations, and merges it into the base model."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

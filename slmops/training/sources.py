@@ -1,7 +1,5 @@
 """Training data from wherever the user has them, copied to where nobody else changes them."""
 
-from __future__ import annotations
-
 import atexit
 import errno
 import json

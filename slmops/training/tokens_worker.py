@@ -1,7 +1,5 @@
 """The tokens of conversations: those of the answers are learned. As a child process it counts and checks them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

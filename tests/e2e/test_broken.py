@@ -1,7 +1,5 @@
 """Variants that are broken on purpose, in ways that load and answer: the gates must find them."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

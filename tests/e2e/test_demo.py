@@ -1,7 +1,5 @@
 """The main job on the real model; then Foundry Local, MLflow and Prefect are asked without our program."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

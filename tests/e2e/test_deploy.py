@@ -1,7 +1,5 @@
 """From the comparison to an application that uses the model: promote, serve, switch under load, roll back, pull."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

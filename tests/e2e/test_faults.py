@@ -1,7 +1,5 @@
 """What users and machines do to a running job, on a tiny model, with everything else real."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Retraining as it is operated: killed in each stage and taken up, on a schedule, with a server that is away."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

@@ -1,7 +1,5 @@
 """Cases that do what no runtime should, for a child process that is asked to go through them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Checkpoints asked of the runtime's own library before anything is converted: mended, counted or refused."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The README's lines of Python, run as they stand on a tiny model."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Each architecture that slmops calls proven, exported for real and compared with transformers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path

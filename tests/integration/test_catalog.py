@@ -1,7 +1,5 @@
 """``slmops catalog`` as it is run."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The contract with Foundry's real SDK, which is documented nowhere, and what else comes over the network."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.client

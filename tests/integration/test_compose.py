@@ -1,7 +1,5 @@
 """The servers of docker-compose.yml, started by the file's own commands as processes (see tests/compose.py)."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Conversions as a job makes them: Olive in child processes, checked, with a manifest, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """All deployments on a real Prefect server: registered twice, changed by a user, started by an event."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The checks that import every package, in this environment, whole and spoiled."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

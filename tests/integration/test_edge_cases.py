@@ -1,7 +1,5 @@
 """Hard conversations with a tiny model in Foundry Local for real, and what is left when a process dies of one."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A job in parts: what travels through MLflow, what a part does on its machine, and what is done about lost ones."""
 
-from __future__ import annotations
-
 import contextvars
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Fine-tunings of a tiny model, for real: what comes out, what is left by one that was killed, what ends one."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

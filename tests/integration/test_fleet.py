@@ -1,7 +1,5 @@
 """A fleet of real processes: two versions of a tiny model under load while the champion switches, and broken ones."""
 
-from __future__ import annotations
-
 import asyncio
 import shutil
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """The whole job as a Prefect flow on a tiny model, with a Prefect server of the tests' own and MLflow in a file."""
 
-from __future__ import annotations
-
 import contextvars
 import json
 import logging

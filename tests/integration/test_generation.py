@@ -1,7 +1,5 @@
 """An answer ends in Foundry Local where the checkpoint's turn ends, whatever its configs name."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The user's own Olive workflow files: checked by Olive's own rules before any work, and run as they stand."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

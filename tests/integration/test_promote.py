@@ -1,7 +1,5 @@
 """Promotion and rollback as Prefect flows: real MLflow, real Prefect, and a tiny variant that really answers."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

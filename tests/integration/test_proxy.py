@@ -1,7 +1,5 @@
 """The service with a real runtime behind it, in a process of its own, as clients see it."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Pulling from a real MLflow server into a real Foundry Local, over connections that break."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

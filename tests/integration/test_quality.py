@@ -1,7 +1,5 @@
 """Quality of variants for real: ONNX Runtime's logits against those of torch, and answers in Foundry Local."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

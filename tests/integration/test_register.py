@@ -1,7 +1,5 @@
 """Variants in Foundry Local for real: seen and asked by a process that knows only its SDK."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Versions, aliases and what holds between them, in a real MLflow database."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

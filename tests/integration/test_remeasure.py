@@ -1,7 +1,5 @@
 """What is deployed of a tiny model, measured and soaked again for real, after one job and one promotion."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

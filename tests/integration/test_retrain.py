@@ -1,7 +1,5 @@
 """Retraining to deployment on a tiny model: the flow, its records, what stops it, and the way back."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Soaks of a tiny model in Foundry Local for real, as a Prefect flow: one keeps its memory, one leaks."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

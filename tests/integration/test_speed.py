@@ -1,7 +1,5 @@
 """Timing variants in Foundry Local's runtime for real."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

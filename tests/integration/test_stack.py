@@ -1,7 +1,5 @@
 """The local servers: real ones, on free ports, in a home of their own."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

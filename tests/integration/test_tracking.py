@@ -1,7 +1,5 @@
 """MLflow on a real database, with values made by hand."""
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the evaluation of a variant leaves in MLflow, on a real database."""
 
-from __future__ import annotations
-
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

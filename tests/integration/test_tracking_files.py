@@ -1,7 +1,5 @@
 """Reading one artifact file: what servers of all kinds answer, and what MLflow's client makes of it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from http import HTTPStatus

@@ -3,8 +3,6 @@
 The servers are those of docker-compose.yml, on PostgreSQL.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The public names, and what a comparison is in a notebook."""
 
-from __future__ import annotations
-
 import slmops
 from slmops.core.values import HEADLINE_METRICS
 from slmops.report import COLUMNS

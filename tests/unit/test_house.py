@@ -1,7 +1,5 @@
 """The house rules that a machine can check: rooms, their size, one meaning for each name, one clock, few imports."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """What a job was given, looked at before anything starts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A checkpoint, a home, and a way to resolve the one in the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

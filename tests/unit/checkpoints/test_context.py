@@ -1,7 +1,5 @@
 """The context that variants are deployed with."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which tokens end an answer, and what of the sampling settings can be kept."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a folder must hold, and every way in which it can be unusable: folders of a few hundred bytes, no torch."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Mapping

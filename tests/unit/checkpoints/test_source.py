@@ -1,7 +1,5 @@
 """Where a checkpoint comes from: what is told apart, staged, downloaded and refused; no torch, no network."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Weights that do not make the model that config.json describes."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

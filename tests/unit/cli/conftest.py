@@ -1,7 +1,5 @@
 """No command starts a server or a flow here: stand-ins note what they are asked."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Files from other machines: their names, their cache, and the values that travel with them; without a server."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

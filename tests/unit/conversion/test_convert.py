@@ -1,7 +1,5 @@
 """When a variant is made, when the one that is there is used: Olive is played by a function."""
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """The cause of a failure, read from logs as Olive 0.13.0 writes them."""
 
-from __future__ import annotations
-
 import pytest
 
 from slmops.conversion.olive_log import cause, running_pass

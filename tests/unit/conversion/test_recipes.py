@@ -1,7 +1,5 @@
 """Precision names to Olive passes, and what is refused before any work."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """At which lengths an export is compared with its checkpoint."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Counting the weights of graphs that are small enough to count by hand, and holding them against a promise."""
 
-from __future__ import annotations
-
 import re
 from contextlib import nullcontext
 from math import prod

@@ -1,7 +1,5 @@
 """Nothing half-written is ever where a reader looks."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

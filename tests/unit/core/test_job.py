@@ -1,7 +1,5 @@
 """The job: what it refuses, and the form that Prefect makes of its schema."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Locks between real processes."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

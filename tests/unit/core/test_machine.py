@@ -1,7 +1,5 @@
 """Energy counters of made-up processors, and memory limits of made-up containers."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which work pool a job fans out to."""
 
-from __future__ import annotations
-
 import pytest
 from pydantic import ValidationError
 

@@ -1,7 +1,5 @@
 """Kinds of machine, whose speeds compare."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The socket that the service and the catalog listen at; how they read bodies is tested with each of them."""
 
-from __future__ import annotations
-
 import socket
 
 import pytest

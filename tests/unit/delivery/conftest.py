@@ -1,7 +1,5 @@
 """A device for the tests of what comes to it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

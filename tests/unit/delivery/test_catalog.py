@@ -1,7 +1,5 @@
 """What the private catalog offers, and how long it keeps that."""
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Files that come in pieces, late, altered or not at all."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -1,7 +1,5 @@
 """Which versions are on a device, and which of them its users get."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

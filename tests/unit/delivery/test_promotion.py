@@ -1,7 +1,5 @@
 """Which version is meant, and what speaks against it; the registry and the tracking server are stand-ins here."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which version a device gets, and what is installed there in the end."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

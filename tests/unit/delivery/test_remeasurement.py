@@ -1,7 +1,5 @@
 """What of a recorded evaluation can be measured again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """docker-compose.yml, its image and .env.example, as far as they can be judged without a container."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

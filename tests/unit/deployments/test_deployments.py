@@ -4,8 +4,6 @@
 difference.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """README and docs: what they link to and name is there."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

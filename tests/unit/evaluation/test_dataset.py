@@ -1,7 +1,5 @@
 """The evaluation set, JSONL or CSV: what counts as right, and every bad line named with its number and reason."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Drift, judged on made-up figures, and the request."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 

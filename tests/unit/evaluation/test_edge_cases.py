@@ -1,7 +1,5 @@
 """Each edge case with a model of strings, and how what was seen is judged."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The judging model: all that its server may say; and that it is asked after the matchers, without the lock."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

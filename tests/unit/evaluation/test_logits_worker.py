@@ -1,7 +1,5 @@
 """Distributions of made-up models, against what NumPy and SciPy compute in float64; no ONNX Runtime, no torch."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable

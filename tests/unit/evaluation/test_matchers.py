@@ -1,7 +1,5 @@
 """Matchers: what is right, what is wrong, and what cannot be judged."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

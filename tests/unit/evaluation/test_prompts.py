@@ -1,7 +1,5 @@
 """Prompts of a wanted length, counted by made-up counters and by a real tokenizer with a template."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from pathlib import Path

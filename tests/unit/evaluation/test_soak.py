@@ -1,7 +1,5 @@
 """Judging a soak on series with known leaks, which variant is meant, and the command."""
 
-from __future__ import annotations
-
 import json
 import random
 from contextlib import nullcontext

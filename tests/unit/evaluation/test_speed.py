@@ -1,7 +1,5 @@
 """Rounds, turns and the grid without a process behind a turn; and that process with a made-up runtime and clock."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import threading

@@ -1,7 +1,5 @@
 """Figures and intervals against NumPy, SciPy, published tables and arithmetic by hand; few and impossible samples."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

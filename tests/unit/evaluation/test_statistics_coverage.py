@@ -3,8 +3,6 @@
 A 95 % interval is right if it holds the truth in 95 % of the worlds; 150 simulated ones tell that to +-3.5 %.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Speed, memory and machine: figures from raw results that were made up, worked out by hand or by NumPy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

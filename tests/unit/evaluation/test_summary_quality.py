@@ -1,7 +1,5 @@
 """Distributions, answers and what is relative to the baseline; and that the policy knows just what is measured."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

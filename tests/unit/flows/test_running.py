@@ -1,7 +1,5 @@
 """Which names of flow runs a person has given."""
 
-from __future__ import annotations
-
 import pytest
 from prefect.utilities.names import generate_slug
 

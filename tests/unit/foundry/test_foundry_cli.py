@@ -1,7 +1,5 @@
 """The ``foundry`` command of Windows and macOS, played by a script that keeps its state in files."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

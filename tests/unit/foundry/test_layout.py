@@ -1,7 +1,5 @@
 """The folder that Foundry Local reads, and when it is a new version."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

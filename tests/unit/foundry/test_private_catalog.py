@@ -1,7 +1,5 @@
 """The catalog protocol: what Foundry's runtime asks, what nobody should ask, and a great many random requests."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import threading

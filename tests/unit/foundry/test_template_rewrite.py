@@ -1,7 +1,5 @@
 """Chat templates rewritten for Foundry Local's runtime: transformers must not notice."""
 
-from __future__ import annotations
-
 import pytest
 
 from slmops.checkpoints.chat_template import render

@@ -1,7 +1,5 @@
 """The checks that need no heavy package, on machines that are made up, and a build from pretended sources."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What the worker and its flow runs see of the settings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Child process: do what a test says."""
 
-from __future__ import annotations
-
 import os
 
 from slmops.core.values import Frozen

@@ -1,7 +1,5 @@
 """Child processes, with real ones of a few lines each."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The comparison as text, Markdown and HTML, also when little or nothing was measured."""
 
-from __future__ import annotations
-
 import re
 from html import unescape
 from typing import Any

@@ -1,7 +1,5 @@
 """Gates as a table: a limit is kept or broken only if the whole interval says so."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

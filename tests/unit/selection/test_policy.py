@@ -1,7 +1,5 @@
 """The policy file: what it may say, and what is said about what it may not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

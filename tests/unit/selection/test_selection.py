@@ -1,7 +1,5 @@
 """Pareto front and choice as tables: only what is good enough is taken, and the reason says why."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

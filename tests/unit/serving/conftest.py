@@ -1,7 +1,5 @@
 """Async tests run in asyncio; what they share is a fleet that watches, and a proxy before a scripted runtime."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Starting, testing and ending one version's process; the process is a script, its web service scripted."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

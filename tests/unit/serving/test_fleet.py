@@ -1,7 +1,5 @@
 """Who serves what: the champion, its successors, versions beside it, processes that die. The processes are fakes."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

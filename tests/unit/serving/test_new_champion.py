@@ -1,7 +1,5 @@
 """Watching a service after a switch, against an HTTP server that can be told how to misbehave."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Who may come in, with how much, and what the proxy tells of itself."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """New champions that fail, and a registry that is away. The processes are fakes."""
 
-from __future__ import annotations
-
 import asyncio
 import subprocess
 import sys

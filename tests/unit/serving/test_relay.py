@@ -1,7 +1,5 @@
 """Answers on their way back: streams, failures of the runtime, the queue, clients that leave, and time limits."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """What the proxy lets through to the runtime, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The service around the proxy: its address, its life, its signals, and what is seen of it from outside."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

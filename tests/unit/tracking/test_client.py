@@ -1,7 +1,5 @@
 """How MLflow's errors reach a user."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from slmops.tracking.client import talking

@@ -1,7 +1,5 @@
 """Duplicates, leaks and the split."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Lines of training files, good and bad."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The names of a fine-tuning and of a retraining's input, what is learned and saved, and what is passed on."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence

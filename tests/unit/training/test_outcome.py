@@ -1,7 +1,5 @@
 """How a retraining ends, and when the next one is due."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from slmops.core.values import Measurement

@@ -1,7 +1,5 @@
 """Where training data come from, their digest, and what people are told of them."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

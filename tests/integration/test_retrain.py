@@ -178,7 +178,7 @@ def test_what_stops_it_before_any_work(first: Retrained, settings: Settings, mod
     for items, changes, error, said in (
         (data, wrong, UsageError, r"(?s)(?=.*no\.toml).*no\.py"),  # all that is wrong is said at once
         (poisoned, {}, DataError, r"train\.jsonl.*28"),
-        (data, {"approval": True}, PrerequisiteError, ""),  # only a run of a deployment can wait for it
+        (data, {"approval": True}, PrerequisiteError, "."),  # only a run of a deployment can wait for it
     ):
         with pytest.raises(error, match=said):
             retrain(retraining.request(model, items, NAME, **changes))

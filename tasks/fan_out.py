@@ -23,7 +23,7 @@ prepare_part = stage("prepare part", tracking=True)(parts.prepare)
 @stage(tracking=True)
 def send_references(context: JobContext, exchange: Exchange) -> Files:
     """The logits that the others are compared with."""
-    return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.npy"))})
+    return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.f32"))})
 
 
 @stage(tracking=True)

@@ -82,7 +82,7 @@ class Checkpoint(Frozen):
 class Agreement(Frozen):
     """How Foundry Local's tokenizer and Jinja differ from those of transformers on one checkpoint."""
 
-    template: str | None = Field(description="The chat template rewritten; None: it needs not be.")
+    template: str | None = Field(description="The chat template rewritten; None: its own will do.")
     why: str | None = Field(description="How the runtime renders the checkpoint's own.")
     tokenizer_mismatches: tuple[str, ...] = Field(description="Odd texts that it reads as other tokens.")
     template_mismatches: tuple[str, ...] = Field(description="How it renders odd conversations otherwise.")

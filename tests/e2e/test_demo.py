@@ -46,10 +46,10 @@ def test_what_it_reports_is_on_disk(comparison: dict[str, Any]) -> None:
 
 
 def test_foundry_local_lists_and_answers(slmops: Any, comparison: dict[str, Any]) -> None:
-    int8 = next(variant for variant in comparison["variants"] if variant["name"] == "int8")
-    found = application(slmops.home / "foundry", int8["foundry_id"])  # with nothing but the SDK
+    fp32 = next(variant for variant in comparison["variants"] if variant["name"] == "fp32")
+    found = application(slmops.home / "foundry", fp32["foundry_id"])  # with nothing but the SDK
     assert {variant["foundry_id"] for variant in comparison["variants"]} <= set(found["listed"])
-    assert "Paris" in found["answers"][int8["foundry_id"]]["text"]
+    assert "Paris" in found["answers"][fp32["foundry_id"]]["text"]
 
 
 def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_killed_or_interrupted_in_each_stage_the_next_run_cleans_up_and_succeeds
     assert variant["foundry_id"] == "killed-fp32-generic-cpu:1"
     assert not (slmops.home / "work" / "killed").exists()
     assert not list(slmops.home.glob("*/.*.part"))
-    placed = [folder.name for folder in (slmops.home / "foundry" / "models" / "slmops").glob("killed-*")]
+    placed = [folder.name for folder in (slmops.home / "foundry" / "models" / "slmops").glob("killed-fp32-*")]
     assert placed == ["killed-fp32-generic-cpu-1"]
 
     client = MlflowClient(slmops.json("status")["mlflow"]["url"])

@@ -157,9 +157,10 @@ def test_both_machines_took_part_and_what_was_lost_was_done_again(finished: Fini
         assert part["parent_task_run_id"] is not None
         states.setdefault(part["name"], []).append(part["state_name"])
     crashed = [part for part in finished.parts if part["state_name"] == "Crashed"]
-    assert [part["labels"]["prefect.worker.name"] for part in crashed] == [finished.lost.name]
-    assert crashed[0]["name"].startswith("convert ")
-    assert crashed[0]["state"]["message"].startswith("There was no sign of life for 6")
+    # On a busy machine the restart of the servers may take another part's signs of life, too.
+    [lost] = [part for part in crashed if part["labels"]["prefect.worker.name"] == finished.lost.name]
+    assert lost["name"].startswith("convert ")
+    assert lost["state"]["message"].startswith("There was no sign of life for 6")
     wanted = {f"{stage} {name} of {NAME}" for stage in ("convert", "measure") for name in ("fp32", "int8", "int4")}
     assert states.keys() == wanted
     assert all(found.count("Completed") == 1 for found in states.values())

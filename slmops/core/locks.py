@@ -31,7 +31,7 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
         PrerequisiteError: The folder belongs to somebody else.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.stat().st_uid != os.getuid():
+    if hasattr(os, "getuid") and path.parent.stat().st_uid != os.getuid():
         raise PrerequisiteError(
             f"{path.parent} belongs to another user.", "Remove it, or set TMPDIR to a folder of yours."
         )

@@ -123,4 +123,5 @@ class Settings(BaseSettings):
     @property
     def machine_lock(self) -> Path:
         """The lock of this machine, held while it converts or measures; all homes of one user share it."""
-        return Path(tempfile.gettempdir()) / f"slmops-{os.getuid()}" / "machine.lock"
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+        return Path(tempfile.gettempdir()) / f"slmops-{user}" / "machine.lock"

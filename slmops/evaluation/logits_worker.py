@@ -34,7 +34,7 @@ class LogitsRequest(Frozen):
     trust_remote_code: bool = False
     text: Path
     tokens: int
-    window: int = WINDOW
+    context_length: int  # of the model, in tokens: a window is not longer
     references: dict[str, Path] = Field({})
     write: Path | None = None
 

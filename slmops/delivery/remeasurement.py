@@ -105,7 +105,8 @@ def measure_perplexity(
     with locks.machine(settings):
         log.info("%s: scoring the text", recorded.variant.name)
         tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
-        request = LogitsRequest(folder=copy.path, text=file, tokens=tokens)
+        context = recorded.variant.checkpoint.context_length
+        request = LogitsRequest(folder=copy.path, text=file, tokens=tokens, context_length=context)
         scored = quality.in_child("logits", request, LogitsResult, name, recorded.variant.name, settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 

@@ -105,7 +105,8 @@ def _windows(request: LogitsRequest) -> list[NDArray[Any]]:
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)[: request.tokens]
     if len(ids) < 2:
         raise EvaluationError("The perplexity text has fewer than two tokens.", "Give a longer text.")
-    return [ids[start : start + request.window] for start in range(0, len(ids) - 1, request.window)]
+    window = min(WINDOW, request.context_length)
+    return [ids[start : start + window] for start in range(0, len(ids) - 1, window)]
 
 
 def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:

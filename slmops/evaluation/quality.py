@@ -12,7 +12,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
 from slmops.evaluation import dataset, edge_cases, scoring
 from slmops.evaluation.answers_worker import AnswersRequest
-from slmops.evaluation.logits_worker import WINDOW, Distance, LogitsRequest, LogitsResult
+from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
 from slmops.processes import children
 from slmops.processes.children import Result
@@ -50,7 +50,7 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
                 trust_remote_code=job.trust_remote_code,
                 text=_text(name, job, settings)[0],
                 tokens=TOKENS,
-                window=min(WINDOW, checkpoint.context_length),
+                context_length=checkpoint.context_length,
                 write=reference,
             )
             return in_child("logits", request, LogitsResult, name, "checkpoint", settings).nll
@@ -77,7 +77,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
             folder=registration.path,
             text=text,
             tokens=QUICK_TOKENS if job.quick else TOKENS,
-            window=min(WINDOW, variant.checkpoint.context_length),
+            context_length=variant.checkpoint.context_length,
             references={which: file for which, file in files.items() if file.exists()},
             write=own,
         )

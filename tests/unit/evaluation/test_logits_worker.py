@@ -33,6 +33,7 @@ def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Score:
         text.write_text(" ".join(f"w{n % VOCABULARY}" for n in range(count)), encoding="utf-8")
         fake = SimpleNamespace(OnnxModel=lambda _folder: SimpleNamespace(logits=logits))
         monkeypatch.setitem(sys.modules, "slmops.conversion.logits", fake)
+        asked = {"context_length": 2048, **asked}
         return worker.handle(worker.LogitsRequest(folder=tmp_path, text=text, tokens=tokens, **asked))
 
     return run
@@ -54,6 +55,20 @@ def random_logits(seed: int, rows: int, vocabulary: int, scale: float) -> Any:
 def seeded(seed: int, scale: float) -> Logits:
     """Logits that look random and are the same for the same ids."""
     return lambda ids: random_logits(seed + int(ids.sum()), len(ids), VOCABULARY, scale)
+
+
+@pytest.mark.parametrize(
+    ("context", "windows"), [(2048, [512, 512, 276]), (256, [256] * 5 + [20]), (1300, [512, 512, 276])]
+)
+def test_a_window_is_no_longer_than_the_context(score: Score, context: int, windows: list[int]) -> None:
+    seen: list[int] = []
+
+    def logits(ids: Any) -> Any:
+        seen.append(len(ids))
+        return uniform(ids)
+
+    assert len(score(logits, 1300, context_length=context).nll) == 1300 - len(windows)
+    assert seen == windows
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 300.0])

@@ -132,15 +132,17 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
 
 def _complete_genai_config(path: Path, checkpoint: Checkpoint) -> None:
     """Write in what the exporter leaves out: tokens that end an answer, and the checkpoint's sampling settings."""
-    if not path.is_file():  # which the check of the files says
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model, said = config["model"], config["model"].get("eos_token_id")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the check of the files says so
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    model, ends = config["model"], list(generation.stop_tokens(checkpoint.path))
-    said = model["eos_token_id"]
+    ends = list(generation.stop_tokens(checkpoint.path))
     if {*(said if isinstance(said, list) else [said])} != {*ends}:
         model["eos_token_id"] = ends
-    model["pad_token_id"] = ends[0] if model["pad_token_id"] is None else model["pad_token_id"]
-    config["search"] |= generation.settings(checkpoint.path)
+    if model.get("pad_token_id") is None:
+        model["pad_token_id"] = ends[0]
+    config["search"] = {**config.get("search", {}), **generation.settings(checkpoint.path)}
     write_atomic(path, json.dumps(config, indent=4))
 
 

@@ -127,6 +127,16 @@ def test_what_the_exporter_leaves_out_of_its_config(
     assert "min_p" not in made["search"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": null}', '{"model": []}'])
+def test_a_config_that_names_no_model_is_left_to_the_check_of_the_files(
+    tiny: Checkpoint, tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "genai_config.json"
+    path.write_text(content)
+    conversion._complete_genai_config(path, tiny)
+    assert path.read_text() == content
+
+
 # --- variants on disk: found again if nothing that decides has changed and no byte has
 
 

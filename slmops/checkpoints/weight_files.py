@@ -101,7 +101,7 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
         raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
     _refuse_misfit(found, config, where)
     shapes = {name: one.shape for name, one in found.items()}
-    tensors.check(shapes, str(next(iter(config.get("architectures") or ()), "")), config, where)
+    tensors.check(shapes, config["architectures"][0], config, where)
     weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     said = config.get("tie_word_embeddings")

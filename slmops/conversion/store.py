@@ -8,8 +8,8 @@ from slmops.checkpoints import store as checkpoints
 from slmops.core.files import sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
-# The packages whose versions change the result.
 FORMAT = 2  # what slmops itself does to a variant; a change of it makes all variants anew
+# The packages whose versions change the result.
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 
 

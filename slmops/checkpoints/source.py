@@ -1,20 +1,18 @@
 """Where a checkpoint comes from: a folder, the hub, a GGUF file, MLflow, or the demo package."""
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from slmops.checkpoints import demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
-from slmops.core.files import link_or_copy, remove_scratch, sha256
+from slmops.core.files import link_or_copy, scratch_folder, sha256
 from slmops.core.job import BASELINE, Job
 from slmops.core.pools import GB, conversion_memory
 from slmops.core.settings import Settings
@@ -212,10 +210,8 @@ def _check_gguf(path: Path) -> None:
 @contextmanager
 def _from_mlflow(uri: str, settings: Settings, download: Download) -> Iterator[Path]:
     """Download a model and put its weights and its tokenizer, which MLflow may keep apart, into one folder."""
-    settings.checkpoints.mkdir(parents=True, exist_ok=True)
-    remove_scratch(settings.checkpoints)
-    with TemporaryDirectory(prefix=".mlflow.", suffix=f".{os.getpid()}.part", dir=settings.checkpoints) as scratch:
-        downloaded, folder = Path(scratch, "download"), Path(scratch, "checkpoint")
+    with scratch_folder(settings.checkpoints, "mlflow") as scratch:
+        downloaded, folder = scratch / "download", scratch / "checkpoint"
         downloaded.mkdir()
         folder.mkdir()
         try:

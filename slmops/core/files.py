@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from slmops.core.errors import UsageError
@@ -44,6 +45,15 @@ def folder_appears_whole(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a folder in ``parent`` that is gone afterwards, as are those that killed processes left there."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_scratch(parent)
+    with TemporaryDirectory(prefix=f".{name}.", suffix=f".{os.getpid()}.part", dir=parent) as scratch:
+        yield Path(scratch)
 
 
 def remove_scratch(parent: Path) -> None:

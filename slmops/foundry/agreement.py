@@ -2,9 +2,9 @@
 
 import logging
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from slmops.core.errors import CheckpointError, RegistrationError
+from slmops.core.files import scratch_folder
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement
@@ -28,8 +28,7 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
     Raises:
         CheckpointError: They differ where it matters, or the runtime cannot read the tokenizer or the template.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".agreement.", dir=settings.home) as work:
+    with scratch_folder(settings.home, "agreement") as work:
         try:
             result, _ = children.call(
                 "slmops.foundry.agreement_worker",
@@ -37,10 +36,10 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
                     folder=folder,
                     template=template,
                     trust_remote_code=job.trust_remote_code,
-                    work=Path(work, "tokenizer"),
+                    work=work / "tokenizer",
                 ),
                 Agreement,
-                work=Path(work),
+                work=work,
                 log=settings.logs / "agreement.log",
                 timeout_s=TIMEOUT_S,
                 error=RegistrationError,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
+from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, scratch_folder, sha256, write_atomic
 
 # Processes have smaller numbers: Linux's largest is 2^22.
 DEAD = 2**22 + 1
@@ -115,3 +115,14 @@ def test_links_where_it_can_and_else_copies(tmp_path: Path, how: str, monkeypatc
     assert not target.is_symlink()
     assert target.samefile(source) == (how != "copies")
     assert target.read_text(encoding="utf-8") == "x"
+
+
+def test_a_scratch_folder_is_gone_afterwards_as_are_those_of_killed_processes(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / f".agreement.abc.{DEAD}.part").mkdir(parents=True)
+    with scratch_folder(home, "agreement") as one, scratch_folder(home, "agreement") as other:
+        assert one != other
+        assert {path.name for path in home.iterdir()} == {one.name, other.name}
+        assert one.name.startswith(".agreement.")
+        assert one.name.endswith(f".{os.getpid()}.part")  # by which it is known when this process is killed
+    assert list(home.iterdir()) == []

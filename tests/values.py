@@ -45,6 +45,7 @@ def checkpoint(**changes: Any) -> Checkpoint:
     return Checkpoint(
         name="tiny",
         source="org/tiny",
+        base="org/base@v1",
         path=Path("/checkpoints/tiny"),
         digest="c" * 64,
         architecture="LlamaForCausalLM",

@@ -48,7 +48,8 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
             raise
         except Exception as error:
-            patterns = [*texts, "model*.safetensors", *(["pytorch_model*.bin"] if job.allow_pickle else [])]
+            pickles = ["pytorch_model*.bin", "adapter_model.bin"] if job.allow_pickle else []
+            patterns = [*texts, "model*.safetensors", "adapter_model.safetensors", *pickles]
             try:
                 cached = Path(get(allow_patterns=patterns, local_files_only=True))
             except Exception:
@@ -61,8 +62,10 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
             return cached
         present = {file.rfilename for file in info.siblings or () if "/" not in file.rfilename}
         root = weight_files.choose(present, repo, allow_pickle=job.allow_pickle)
-        inspection.read_texts(Path(get(allow_patterns=texts)), job, repo)
-        weights = "model*.safetensors" if root.startswith("model") else "pytorch_model*.bin"
+        weights = root.partition(".")[0] + f"*{Path(root.removesuffix('.index.json')).suffix}"
+        small = Path(get(allow_patterns=texts))
+        if root not in weight_files.ADAPTER_ROOTS:
+            inspection.read_texts(small, job, repo)
         log.info("fetching the weights of %s", repo)
         return Path(get(allow_patterns=[*texts, weights]))
     except SlmopsError:

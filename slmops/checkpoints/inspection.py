@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import architectures, chat_template, weight_files
+from slmops.checkpoints import architectures, chat_template
 from slmops.checkpoints.reading import read_if_there, read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.files import sha256
@@ -54,30 +54,9 @@ class TextFacts:
 
 def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
     """Check everything but the weights; a CheckpointError calls the checkpoint ``where``."""
-    if not (folder / "config.json").is_file():
-        # Adapters and GGUF files have no config.json either: this says what they are.
-        weight_files.choose(names(folder), where, allow_pickle=True)
-        raise CheckpointError(
-            f"{where}/config.json is missing.",
-            "Give the folder that model.save_pretrained(...) and tokenizer.save_pretrained(...) wrote.",
-        )
-    config = read_json(folder / "config.json", f"{where}/config.json")
-    listed = config.get("architectures")
-    if not (isinstance(listed, list) and listed and isinstance(listed[0], str)):
-        raise CheckpointError(
-            f"{where}/config.json names no architectures.",
-            'Add the class that it was trained as: "architectures": ["LlamaForCausalLM"].',
-        )
-    _refuse_custom_code(folder, config, job, where)
-    architectures.check(listed[0])
-    if config.get("quantization_config") or config.get("compression_config"):
-        raise CheckpointError(
-            f"{where} is quantized already (quantization_config in config.json): "
-            "each variant would be quantized twice, and there would be no baseline to judge it by.",
-            "Use the checkpoint from before it was quantized.",
-        )
+    config = read_config(folder, job, where)
     present = names(folder)
-    if not any(all(name in present for name in group) for group in TOKENIZERS):
+    if not has_tokenizer(present):
         raise CheckpointError(
             f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
             "Save it there: tokenizer.save_pretrained(folder).",
@@ -105,7 +84,37 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    return TextFacts(config, listed[0], context, template, _with_old_rope_type(config))
+    return TextFacts(config, config["architectures"][0], context, template, _with_old_rope_type(config))
+
+
+def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
+    """The content of config.json, of an architecture that can be converted."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{where}/config.json is missing.",
+            "Give the folder that model.save_pretrained(...) and tokenizer.save_pretrained(...) wrote.",
+        )
+    config = read_json(folder / "config.json", f"{where}/config.json")
+    listed = config.get("architectures")
+    if not (isinstance(listed, list) and listed and isinstance(listed[0], str)):
+        raise CheckpointError(
+            f"{where}/config.json names no architectures.",
+            'Add the class that it was trained as: "architectures": ["LlamaForCausalLM"].',
+        )
+    _refuse_custom_code(folder, config, job, where)
+    architectures.check(listed[0])
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise CheckpointError(
+            f"{where} is quantized already (quantization_config in config.json): "
+            "each variant would be quantized twice, and there would be no baseline to judge it by.",
+            "Use the checkpoint from before it was quantized.",
+        )
+    return config
+
+
+def has_tokenizer(present: Collection[str]) -> bool:
+    """Whether one of :data:`TOKENIZERS` is among the names of files."""
+    return any(all(name in present for name in group) for group in TOKENIZERS)
 
 
 def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any], where: str) -> None:

@@ -1,14 +1,14 @@
-"""Where a checkpoint comes from: a folder, the hub, a GGUF file, MLflow, or the demo package."""
+"""Where a checkpoint comes from: a folder, the hub, a GGUF file, MLflow, or the demo package; an adapter or a model."""
 
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import demo_package, generation, hub, inspection, weight_files
+from slmops.checkpoints import adapters, demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -27,7 +27,7 @@ Agree = Callable[[Path, str | None], Agreement]
 
 DEMO = "demo"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
-_WEIGHTS = {*weight_files.ROOTS, "adapter_config.json"}
+_WEIGHTS = {*weight_files.ROOTS, weight_files.ADAPTER}
 _TOKENIZERS = {name for group in inspection.TOKENIZERS for name in group}
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
@@ -47,6 +47,7 @@ class _Found:
     where: str  # what to call it in messages
     hashes: Mapping[str, str] | None = None  # digests of its files, if they have just been computed
     temporary: bool = False  # it is removed after the check, so it must be staged
+    base: str | None = None  # what an adapter was merged with, and its revision
 
 
 def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | None = None) -> Checkpoint:
@@ -59,10 +60,10 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
     A CheckpointError says what is wrong with it; a PrerequisiteError or a ConversionError, why it is not here.
     """
     inspection.read_template(job)  # before anything is fetched
-    with _find(job, settings, download) as found:
+    with _whole(job, settings, download) as found:
         folder = found.folder
         texts = inspection.read_texts(folder, job, found.where)
-        root = weight_files.choose(inspection.names(folder), found.where, allow_pickle=job.allow_pickle)
+        root = _root(folder, found.where, job)
         weights = weight_files.measure(folder, root, texts.config, found.where)
         agreement = agree(folder, texts.template) if agree else None
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
@@ -80,6 +81,7 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
     return Checkpoint(
         name=found.name,
         source=job.model,
+        base=found.base,
         path=folder,
         digest=inspection.digest_of(hashes),
         architecture=texts.architecture,
@@ -119,9 +121,17 @@ def check(job: Job) -> None:
     """What :func:`resolve` checks, as far as nothing has to be fetched, unpacked or hashed for it."""
     text = job.model.strip()
     path = _local(text)
-    if path is not None and not path.is_file():
+    if path is None or path.is_file():
+        return
+    root = _root(path, text, job)
+    if root in weight_files.ADAPTER_ROOTS:
+        base = adapters.base_of(path, root, job, text)
+        with _about_base(text):
+            if (at := _local(base)) is not None and not at.is_file():
+                adapters.check_base(at, job, base)
+    else:
+        _refuse_base(job)
         inspection.read_texts(path, job, text)
-        weight_files.choose(inspection.names(path), text, allow_pickle=job.allow_pickle)
 
 
 def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
@@ -149,6 +159,56 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
             f"{available / GB:.1f} GB are available.",
             "Stop other programs, or use a machine with more memory or a smaller model.",
         )
+
+
+@contextmanager
+def _whole(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
+    """Yield the checkpoint's folder; an adapter is merged with its base first."""
+    with _find(job, settings, download) as found, ExitStack() as stack:
+        root = _root(found.folder, found.where, job)
+        if root not in weight_files.ADAPTER_ROOTS:
+            _refuse_base(job)
+            yield found
+            return
+        asked = job.model_copy(update={"model": adapters.base_of(found.folder, root, job, found.where)})
+        with _about_base(found.where):
+            base = stack.enter_context(_find(asked, settings, download))
+            digest = adapters.base_digest(base.folder, job, base.hashes, base.where)
+        folder, hashes = adapters.merge(found.folder, root, base.folder, digest, job, settings)
+        published = base.folder.parent.name == "snapshots"  # as the hub's cache has it
+        named = f"{base.where}@{base.folder.name if published else f'sha256:{digest}'}"
+        log.info("%s is merged with its base %s", found.where, named)
+        yield replace(found, folder=folder, hashes=hashes, temporary=False, base=named)
+
+
+@contextmanager
+def _about_base(where: str) -> Iterator[None]:
+    """Say of errors that they are about the base of the adapter ``where``."""
+    try:
+        yield
+    except (CheckpointError, PrerequisiteError) as error:
+        raise type(error)(
+            f"The base model of the adapter {where}: {error.message}",
+            f"{error.fix} --base names another base: a folder or a hub id.",
+        ) from error
+
+
+def _refuse_base(job: Job) -> None:
+    if job.base is not None:
+        raise CheckpointError(f"{job.model} is not an adapter, so it has no base.", "Leave out --base.")
+
+
+def _root(folder: Path, where: str, job: Job) -> str:
+    """The file from which its weights are loaded, as :func:`weight_files.choose` has it."""
+    present = inspection.names(folder)
+    states = [path.name for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    if states and _WEIGHTS.isdisjoint(present):
+        states.sort(key=lambda name: int(name.rpartition("-")[2]))
+        raise CheckpointError(
+            f"{where} holds no model, but those of its training: {', '.join(states)}.",
+            f"Give one of them; the newest is {where}/{states[-1]}.",
+        )
+    return weight_files.choose(present, where, allow_pickle=job.allow_pickle)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The folders below ``settings.checkpoints``: unpacked GGUF files, and copies staged with another chat template.
+"""The folders below ``settings.checkpoints``: unpacked GGUF files, merged adapters, copies staged with other texts.
 
 Each is named by a digest, made behind a lock, and appears whole. It is verified before it is used again, because a
 user, a full disk or a hard link may have changed it.
@@ -30,44 +30,60 @@ RECORD = "unpacked.json"
 Hashes = Mapping[str, str]  # SHA-256 of each file that matters, by name
 
 
-def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
-    """The folder into which the GGUF file with the SHA-256 ``digest`` is unpacked, at most once.
+def made(
+    digest: str, what: str, module: str, request: Callable[[Path, Path], Frozen], settings: Settings
+) -> tuple[Path, Hashes]:
+    """The folder that a child process, ``module``, has made of what ``digest`` stands for, at most once.
 
-    If it must be unpacked, ``fetch`` returns the file, and may use the empty folder that it is given. A CheckpointError
-    if transformers cannot read what it holds, a ConversionError if the child process crashed or took too long.
+    If it must be made, ``request`` returns what to ask of the child. It gets the folder to be filled, and an empty one
+    for its own work. A CheckpointError if the input is at fault, a ConversionError if the child crashed or took too
+    long. ``what`` is a noun for messages.
     """
     target = settings.checkpoints / digest
-    with _locked(digest, "unpacking", settings):
+    with _locked(digest, what, settings):
         if target.is_dir():
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 recorded: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
                 if all(sha256(target / name) == digest for name, digest in recorded.items()):
                     return target, recorded
-            log.warning("%s is not as it was made: unpacking it again", target)
+            log.warning("%s is not as it was made: it is made again", target)
             shutil.rmtree(target)
         with folder_appears_whole(target) as scratch:
             work = scratch / "work"
             work.mkdir()
-            gguf = fetch(work)
-            log.info("unpacking %s, once", gguf.name)
-            unpack_log = settings.logs / f"unpack-{digest[:16]}.log"
-            unpack_log.unlink(missing_ok=True)
+            asked = request(scratch, work)
+            child_log = settings.logs / f"{what}-{digest[:16]}.log"
+            child_log.unlink(missing_ok=True)
             children.call(
-                "slmops.checkpoints.unpack_worker",
-                UnpackRequest(gguf=gguf, folder=scratch),
+                module,
+                asked,
                 Frozen,
                 work=work,
-                log=unpack_log,
+                log=child_log,
                 timeout_s=settings.conversion_timeout_s,
                 error=ConversionError,
-                # Everything it needs is in the file; without this a tokenizer may ask the hub about itself.
+                # Everything it needs is in the files; without this a tokenizer may ask the hub about itself.
                 env={"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             )
             shutil.rmtree(work)
             hashes = {name: sha256(scratch / name) for name in sorted(inspection.names(scratch))}
-            record = {"gguf": digest, "transformers": machine.versions()["transformers"], "files": hashes}
+            record = {"of": digest, "transformers": machine.versions()["transformers"], "files": hashes}
             write_atomic(scratch / RECORD, json.dumps(record, indent=1))
     return target, hashes
+
+
+def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> tuple[Path, Hashes]:
+    """The folder into which the GGUF file with the SHA-256 ``digest`` is unpacked.
+
+    If it must be unpacked, ``fetch`` returns the file, and may use the empty folder that it is given.
+    """
+
+    def request(folder: Path, work: Path) -> UnpackRequest:
+        gguf = fetch(work)
+        log.info("unpacking %s, once", gguf.name)
+        return UnpackRequest(gguf=gguf, folder=folder)
+
+    return made(digest, "unpacking", "slmops.checkpoints.unpack_worker", request, settings)
 
 
 def stage(

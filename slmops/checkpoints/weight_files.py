@@ -14,6 +14,10 @@ from slmops.core.errors import CheckpointError
 
 ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
+ADAPTER = "adapter_config.json"
+ADAPTER_ROOTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT looks for beside it."""
+PICKLES = (".bin", ".bin.index.json")
 
 _UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
 _LFS_POINTER = b"version https://git-lfs"
@@ -37,15 +41,15 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
     Of the checkpoint's files only the ``names`` need to be known. If there are no weights, or none that may be used, a
     CheckpointError calls it ``where``.
     """
-    if "adapter_config.json" in names:
-        # transformers would load the base model that this file names, whatever else lies there.
-        full = " beside full weights" if any(root in names for root in ROOTS) else " only"
+    roots = ADAPTER_ROOTS if ADAPTER in names else ROOTS
+    full = next((root for root in ROOTS if root in names), None)
+    if ADAPTER in names and full:
+        # transformers would load the base model that the adapter names, whatever else lies there.
         raise CheckpointError(
-            f"{where} holds a LoRA adapter{full} (adapter_config.json).",
-            "Merge it into its base model first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-            ".save_pretrained(folder). If the weights are merged already, remove the adapter_* files.",
+            f"{where} holds an adapter ({ADAPTER}) beside full weights ({full}).",
+            "If the adapter is merged into them already, remove the adapter_* files, else the full weights.",
         )
-    root = next((root for root in ROOTS if root in names), None)
+    root = next((root for root in roots if root in names), None)
     if root is None:
         if gguf := min((name for name in names if name.lower().endswith(".gguf")), default=None):
             raise CheckpointError(
@@ -57,9 +61,9 @@ def choose(names: Collection[str], where: str, *, allow_pickle: bool) -> str:
         other = min((name for name in names if name.endswith(weights) and not name.startswith(state)), default=None)
         raise CheckpointError(
             f"{where} has no weights" + (f" that transformers would load, only {other}." if other else "."),
-            f"It needs one of {', '.join(ROOTS[:2])}. {_SAVE_AGAIN}.",
+            f"It needs {' or '.join(roots[: len(roots) // 2])}. {_SAVE_AGAIN}.",
         )
-    if root.startswith("pytorch_model") and not allow_pickle:
+    if root.endswith(PICKLES) and not allow_pickle:
         raise CheckpointError(
             f"{where} has pickled weights only ({root}), which can run code when they are read.",
             f"{_SAVE_AGAIN}, or pass --allow-pickle if you trust its origin.",
@@ -92,7 +96,7 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
             raise CheckpointError(f"{where}/{shard} is empty.", COPY_AGAIN)
     size = sum((folder / shard).stat().st_size for shard in shards)
     files = tuple(sorted({root, *shards}))
-    if root.startswith("pytorch_model"):
+    if root.endswith(PICKLES):
         return _estimate(files, size, config)
     found: dict[str, Tensor] = {}
     for shard in shards:

@@ -16,10 +16,11 @@ class Job(Frozen, use_attribute_docstrings=True):
     """Convert, register, measure and compare one checkpoint."""
 
     model: str = Field(
-        description="Folder in Hugging Face format, hub id (org/name or org/name@revision), .gguf file, "
+        description="Folder in Hugging Face format or adapter, hub id (org/name or org/name@revision), .gguf file, "
         "MLflow model URI, or 'demo'.",
         min_length=1,
     )
+    base: str | None = Field(None, description="Base model of an adapter, by default the one that it names.")
     name: Name | None = Field(None, description="Name in MLflow and Foundry Local; the checkpoint's own by default.")
     precision: list[Precision] = Field(default=["fp32", "fp16", "int8", "int4"], title="Precisions")
     """Variants to make; fp32 is always made, as the baseline that the others are judged against."""

@@ -67,6 +67,7 @@ class Checkpoint(Frozen):
 
     name: str = Field(description="Its own name, used where the user gives none.")
     source: str = Field(description="What the user asked for.")
+    base: str | None = Field(None, description="Base model that an adapter was merged with, and its revision.")
     path: Path = Field(description="Folder with config, weights, tokenizer and chat template.")
     digest: str = Field(description="SHA-256 over the names and contents of all its files.")
     architecture: str = Field(description="First of config.json's architectures, such as LlamaForCausalLM.")

@@ -60,9 +60,11 @@ class Tracker(Connection):
                 "slmops.checkpoint_digest": checkpoint.digest,
                 FLOW_RUN: flow_run,
             }
+            if checkpoint.base is not None:
+                tags["slmops.base"] = checkpoint.base
             run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
-            asked = _fields("job", job, exclude_none=True)
-            self._client.log_params(run_id, {**asked, **_fields("checkpoint", checkpoint), **_of_hardware(hardware)})
+            params = {**_fields("job", job, exclude_none=True), **_fields("checkpoint", checkpoint, exclude_none=True)}
+            self._client.log_params(run_id, {**params, **_of_hardware(hardware)})
             tracking_evaluation.log_inputs(self._client, run_id, job)
             return run_id
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.integration
 
 CLOSED = "http://127.0.0.1:9"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -144,13 +145,14 @@ def test_a_registered_model(book: Book, fresh: Settings, tmp_path: Path, form: s
 
 
 def answer(files: dict[str, bytes], request: BaseHTTPRequestHandler, _: object) -> tuple[int, bytes, dict[str, str]]:
-    """As much of the hub as a download asks for. Repositories: org/tiny, org/bert, org/gated; others do not exist."""
+    """As much of the hub as a download asks for. Repositories: org/tiny, org/bert, org/lora, org/gated; no others."""
     path = request.path.partition("?")[0]
-    repo = next((repo for repo in ("org/tiny", "org/bert", "org/gated") if repo in path), None)
+    repo = next((repo for repo in ("org/tiny", "org/bert", "org/lora", "org/gated") if repo in path), None)
     if repo is None:
         return 404, b"", {"X-Error-Code": "RepoNotFound"}
     if "/revision/" in path and not path.endswith(("main", COMMIT)):
         return 404, b"", {"X-Error-Code": "RevisionNotFound"}
+    files = {name: raw for name, raw in files.items() if (name in ADAPTER) == (repo == "org/lora")}
     if "/tree/" in path:
         rows = [{"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()]
         return 200, json.dumps(rows).encode(), {}
@@ -174,6 +176,8 @@ def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: Settings) -> Ite
 
     files = tree(write_checkpoint(tmp_path / "published"))
     files |= dict.fromkeys(("onnx/model.onnx", "pytorch_model.bin", "modeling.py"), b"not wanted")
+    lora = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "revision": "v1"}
+    files |= dict(zip(ADAPTER, (json.dumps(lora).encode(), files["model.safetensors"]), strict=True))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -207,10 +211,11 @@ def test_a_hub_id_and_later_its_copy_without_network(ask: Ask) -> None:
         ("org/gated", "org/gated is gated"),
         ("org/tiny@v9", "org/tiny has no revision v9"),
         ("org/bert", "BertModel"),
+        ("org/lora", "The base model of the adapter org/lora: The hub shows no model org/base"),
         ("org/name--x", "is not a hub id"),
     ],
 )
 def test_what_the_hub_refuses(ask: Ask, tmp_path: Path, model: str, named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         ask(model)
-    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))

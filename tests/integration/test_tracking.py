@@ -44,6 +44,7 @@ def test_a_job_from_start_to_end(book: Book) -> None:
         ("slmops.kind", "job"),
         ("slmops.model", book.name),
         ("slmops.source", "org/tiny"),
+        ("slmops.base", "org/base@v1"),
         ("slmops.checkpoint_digest", "c" * 64),
         ("slmops.prefect_flow_run", "flow-run-1"),
     }
@@ -51,6 +52,7 @@ def test_a_job_from_start_to_end(book: Book) -> None:
         ("job.model", "org/tiny"),
         ("job.temperature", "0.7"),
         ("checkpoint.architecture", "LlamaForCausalLM"),
+        ("checkpoint.base", "org/base@v1"),
         ("hardware.cores", "2"),
         ("hardware.kind", "x (Linux x86_64), 2 cores, avx2"),
     }

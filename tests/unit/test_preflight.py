@@ -43,7 +43,7 @@ def check(folder: Path, model: str = "demo", **options: Any) -> None:
     ("options", "kind", "named"),
     [
         ({"model": "{}/nowhere"}, CheckpointError, "nowhere"),
-        ({"model": "{}/model"}, CheckpointError, "config.json"),
+        ({"model": "{}/model"}, CheckpointError, "has no weights"),
         ({"model": "{}/model.gguf"}, CheckpointError, "model.gguf"),
         ({"policy": "{}/none.toml"}, UsageError, "none.toml"),
         ({"policy": "{}/policy.toml"}, UsageError, "cheapest"),
@@ -83,7 +83,7 @@ def test_all_that_is_wrong_is_named_at_once_and_nothing_twice(folder: Path) -> N
         check(folder, **{option: f"{folder}/{name}" for option, name in files.items()})
     said = str(caught.value)
     assert said.startswith("6 ")
-    for name in ("config.json", "cheapest", "none.jsonl", "broken.json", "none.py", "none.jinja"):
+    for name in ("has no weights", "cheapest", "none.jsonl", "broken.json", "none.py", "none.jinja"):
         assert name in said
 
 

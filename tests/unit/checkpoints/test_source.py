@@ -171,7 +171,8 @@ def test_mlflow_layouts(folder: Path, resolve: Resolve, settings: Settings, at_m
 def test_mlflow_errors_name_the_uri_and_leave_nothing(folder: Path, resolve: Resolve, settings: Settings) -> None:
     adapter = folder.parent / "adapter"
     (adapter / "peft").mkdir(parents=True)
-    (adapter / "peft" / "adapter_config.json").write_text("{}")
+    (adapter / "peft" / "adapter_config.json").write_text('{"peft_type": "CPT"}')
+    (adapter / "peft" / "adapter_model.safetensors").touch()
     bare = folder.parent / "bare"
     shutil.copytree(folder, bare / "model")
     (bare / "model" / "tokenizer.json").unlink()
@@ -179,7 +180,7 @@ def test_mlflow_errors_name_the_uri_and_leave_nothing(folder: Path, resolve: Res
         (OSError("no such alias"), CheckpointError, "no such alias"),
         (PrerequisiteError("the server is down"), PrerequisiteError, "the server is down"),
         (bare, CheckpointError, "models:/shop@best has no tokenizer"),
-        (adapter, CheckpointError, "adapter only"),
+        (adapter, CheckpointError, "models:/shop@best is an adapter of type CPT"),
         (folder / "config.json", CheckpointError, "models:/shop@best is a file"),
     ):
         with pytest.raises(error, match=named):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,11 +98,3 @@ def comparison(slmops: Command) -> dict[str, Any]:
     assert "Traceback" not in done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)  # nothing but the comparison is on stdout
     return answer
-
-
-@pytest.fixture
-def tiny_model(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A tiny checkpoint of random weights, other ones for each test, so that none finds its variants made already."""
-    from tests import tiny
-
-    return tiny.make("llama-tied", tmp_path / "tiny-model", seed=zlib.crc32(request.node.nodeid.encode()))

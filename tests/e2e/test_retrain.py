@@ -15,24 +15,19 @@ from tests.e2e.test_faults import _gone, _kill_server
 
 pytestmark = pytest.mark.e2e
 
-STAGES = (
-    "this run in Prefect",
-    "validation loss",  # in the middle of the fine-tuning
-    "measuring quality",
-    "files to fetch",  # in the promotion
-    "watching",
-)
+SLOW = retraining.TRAINING.model_copy(update={"epochs": 12.0})
+"""Enough to be killed in the middle."""
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return retraining.base(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return retraining.base(tmp_path_factory.mktemp("retraining") / "model")
 
 
 def job_file(model: Path, name: str, **changes: Any) -> Path:
     """A retraining as a job file; JSON is YAML, too."""
     data = retraining.write_data(model.parent / "data")
-    asked = retraining.request(model, data, name, **changes).model_dump(mode="json", exclude_none=True)
+    asked = retraining.request(model, data, name, training=SLOW, **changes).model_dump(mode="json", exclude_none=True)
     path = model.parent / "retrain.yaml"
     path.write_text(json.dumps(asked))
     return path
@@ -50,15 +45,25 @@ def runs(slmops: Any, name: str) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'retrain'"))
 
 
-def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> None:
-    slow = retraining.TRAINING.model_copy(update={"epochs": 12.0})  # enough to be killed in the middle
-    file = job_file(model, "killed-retraining", serve=True, training=slow)
-    for stage in STAGES:
-        started = slmops.start("retrain", "--job", str(file))
+def test_killed_in_each_stage_and_without_mlflow_for_a_while_it_goes_on(slmops: Any, model: Path) -> None:
+    """What is killed before and while it measures: see test_faults.py."""
+    file = job_file(model, "killed-retraining", serve=True)
+
+    def killed(stage: str, started: Any) -> None:
         started.wait_for(stage)
         assert started.end(signal.SIGKILL) == -signal.SIGKILL
         if stage != "watching":  # the service is meant to
             assert _gone(slmops.home), f"children outlived a retraining killed while {stage!r}"
+
+    killed("validation loss", slmops.start("retrain", "--job", str(file)))  # in the middle of the fine-tuning
+    started = slmops.start("retrain", "--job", str(file))
+    started.wait_for("fine-tuning")
+    _kill_server(slmops.home, "mlflow")
+    started.wait_for("the loss curve is sent later")
+    time.sleep(10)
+    assert slmops("up").returncode == 0
+    killed("files to fetch", started)  # in the promotion
+    killed("watching", slmops.start("retrain", "--job", str(file)))
     done = slmops("retrain", "--job", str(file), "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -66,25 +71,13 @@ def test_killed_in_each_stage_the_next_one_goes_on(slmops: Any, model: Path) -> 
     assert result["accuracy"]["fp32"]["value"] > 0.5 > result["accuracy"]["base"]["value"]
     [run] = runs(slmops, "killed-retraining")  # each attempt went on with the same one
     assert run.info.status == "FINISHED"
+    history = mlflow(slmops).get_metric_history(run.info.run_id, "curves/validation_loss")
+    steps = [metric.step for metric in history]
+    assert len(steps) == len(set(steps)) >= 12
     again = slmops("retrain", "--job", str(file), "--json")
     assert json.loads(again.stdout)["outcome"] == "nothing to do"
     assert slmops("down").returncode == 0  # the service, too
     assert slmops.json("status")["serving"] is None
-
-
-def test_mlflow_is_away_for_a_while(slmops: Any, model: Path) -> None:
-    file = job_file(model, "away")
-    started = slmops.start("retrain", "--job", str(file))
-    started.wait_for("fine-tuning")
-    _kill_server(slmops.home, "mlflow")
-    started.wait_for("the loss curve is sent later")
-    time.sleep(10)
-    assert slmops("up").returncode == 0
-    assert started.end() == 0, started.lines
-    [run] = runs(slmops, "away")
-    history = mlflow(slmops).get_metric_history(run.info.run_id, "curves/validation_loss")
-    steps = [metric.step for metric in history]
-    assert len(steps) == len(set(steps)) >= 6
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ demo: $(READY)
 
 test: check
 	@$(BIN)/python -m pytest tests/unit -n auto
-	@$(BIN)/python -m pytest tests/integration tests/e2e -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest tests/integration tests/e2e -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

@@ -1,6 +1,7 @@
 """The tokens of conversations: those of the answers are learned. As a child process it counts and checks them."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class TokensResult(Frozen):
 
 def handle(request: TokensRequest) -> TokensResult:
     """Render and count; a DataError if the checkpoint has no chat template."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs it, and it takes two seconds
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(request.checkpoint, local_files_only=True, trust_remote_code=False)

@@ -2,14 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.local import stack
+from tests import making
 
 pytestmark = pytest.mark.integration
 
@@ -23,12 +26,15 @@ print(len(comparison._repr_html_()))
 """
 
 
-def test_the_lines_of_the_readme_run(talkative: Path, tmp_path: Path) -> None:
+def test_the_lines_of_the_readme_run(talkative: Path, job: Job, stock: Settings, tmp_path: Path) -> None:
     section = README.read_text(encoding="utf-8").partition("### From Python")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     program = found[1].replace("./my-checkpoint", str(talkative))
     assert str(talkative) in program
+    for name in ("fp32", "int8", "int4"):  # as if these lines had been run before
+        variant = making.variant(name, job, stock)
+        shutil.copytree(variant.path, tmp_path / "home" / "variants" / variant.key, copy_function=os.link)
     home = {"SLMOPS_HOME": str(tmp_path / "home"), "SLMOPS_PREFECT_PORT": "6200", "SLMOPS_MLFLOW_PORT": "6300"}
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
     try:

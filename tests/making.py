@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,13 @@ def variant(name: str, asked: Job, settings: Settings, model: str = "tiny") -> V
     with FileLock(settings.home / "making.lock"):
         checkpoint = resolve(asked, settings)
         return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
+
+
+def place(names: Iterable[str], asked: Job, stock: Settings, home: Path) -> None:
+    """Put links to converted variants into a home, as if a job had made them there."""
+    for name in names:
+        made = variant(name, asked, stock)
+        shutil.copytree(made.path, home / "variants" / made.key, copy_function=os.link)
 
 
 def evaluation_set(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +31,7 @@ def test_the_lines_of_the_readme_run(talkative: Path, job: Job, stock: Settings,
     assert found is not None
     program = found[1].replace("./my-checkpoint", str(talkative))
     assert str(talkative) in program
-    for name in ("fp32", "int8", "int4"):  # as if these lines had been run before
-        variant = making.variant(name, job, stock)
-        shutil.copytree(variant.path, tmp_path / "home" / "variants" / variant.key, copy_function=os.link)
+    making.place(("fp32", "int8", "int4"), job, stock, tmp_path / "home")
     home = {"SLMOPS_HOME": str(tmp_path / "home"), "SLMOPS_PREFECT_PORT": "6200", "SLMOPS_MLFLOW_PORT": "6300"}
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
     try:

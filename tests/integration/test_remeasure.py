@@ -10,6 +10,7 @@ from flows.remeasure import remeasure
 from flows.soak import soak
 from slmops.core import locks, machine
 from slmops.core.errors import BusyError, UsageError
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.delivery import installed, pull, remeasurement
 from slmops.evaluation import dataset, speed
@@ -34,8 +35,9 @@ def book(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Book:
 
 
 @pytest.fixture(scope="module")
-def champion(talkative: Path, book: Book) -> ModelVersion:
+def champion(talkative: Path, job: Job, stock: Settings, settings: Settings, book: Book) -> ModelVersion:
     """A version that was measured with files that are not there any more."""
+    making.place(["fp32"], job, stock, settings.home)
     inputs = book.folder
     (inputs / "policy.toml").write_text(POLICY)
     (inputs / "text.txt").write_text("A text of so many words, and of so many words again. " * 20)

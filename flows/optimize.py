@@ -40,7 +40,7 @@ def optimize(job: Job) -> Comparison:
     """
     settings = Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
-    preflight.check(job, settings)
+    job = preflight.check(job, settings)
     check_environment(settings)
 
     tracking_uri = stack.tracking_uri(settings)

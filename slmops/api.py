@@ -24,7 +24,7 @@ def optimize(job: Job) -> Comparison:
     from slmops.local.stack import session
 
     settings = Settings()
-    preflight.check(job, settings)
+    job = preflight.check(job, settings)
     imported = "prefect" in sys.modules
     with session(settings):
         from flows.optimize import optimize as flow

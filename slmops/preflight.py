@@ -15,16 +15,17 @@ from slmops.foundry import prompt_template
 from slmops.selection import policy
 
 
-def check(job: Job, settings: Settings) -> None:
+def check(job: Job, settings: Settings) -> Job:
     """Look at the files and options of a job. Nothing is fetched, and no heavy library is imported.
 
-    The matcher's file is run, as it will be run for the answers.
+    The matcher's file is run, as it will be run for the answers. Returns the job with the model that its Olive file
+    names, if it names none itself.
 
     Raises:
         SlmopsError: What cannot be used; of several problems a UsageError that names them all.
     """
     checks: list[Callable[[], object]] = [
-        lambda: source.check(job),
+        lambda: source.check(olive_config.with_model(job)),
         lambda: _check_template(job),
         lambda: recipes.check(job),
         lambda: olive_config.read(job.olive_config) if job.olive_config else None,
@@ -45,6 +46,7 @@ def check(job: Job, settings: Settings) -> None:
         raise UsageError(f"{len(problems)} things are wrong with what this job was given:\n{said}")
     for problem in problems.values():
         raise problem
+    return olive_config.with_model(job)
 
 
 def _check_template(job: Job) -> None:

@@ -27,10 +27,10 @@ JobFile = Annotated[
 Latest = Annotated[str | None, Parameter(help="The model; that of the latest comparison by default.")]
 Quick = Annotated[bool, Parameter(help="Fewer repetitions: rougher figures, sooner.")]
 Demo = Annotated[bool, Parameter(help="A real small model learns to route support tickets, and is served.")]
-_SOAK = Soak()
+_JOB, _SOAK = Job(), Soak()
 
 
-def run(*, job: Annotated[Job, Flat], job_file: JobFile = None, json: Json = False) -> None:
+def run(*, job: Annotated[Job, Flat] = _JOB, job_file: JobFile = None, json: Json = False) -> None:
     del job_file  # read before the flags are parsed
     _run(job, json=json)
 
@@ -66,8 +66,7 @@ def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> 
 
 
 def _run(job: Job, *, json: bool) -> None:
-    preflight.check(job, Settings())
-    _run_flow("optimize", job, json=json)
+    _run_flow("optimize", preflight.check(job, Settings()), json=json)
 
 
 def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: bool) -> None:

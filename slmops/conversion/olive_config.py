@@ -8,7 +8,8 @@ from typing import Any
 
 from slmops.conversion import schema_worker
 from slmops.conversion.olive_worker import Workflow
-from slmops.core.errors import RecipeError, WorkError
+from slmops.core.errors import RecipeError, UsageError, WorkError
+from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, to_name
 from slmops.processes import children
@@ -31,14 +32,7 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     config = _fill(read(path), checkpoint, path)
     steps = config["passes"]
     config["passes"] = {step: _flat(given, f"{path.name}: passes.{step}") for step, given in steps.items()}
-    model = config.get("input_model", {})
-    if not isinstance(model, dict) or str(model.get("type", "HfModel")).lower() != "hfmodel":
-        raise RecipeError(
-            f"{path}: input_model must be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
-        )
-    model = {**model, **(model.get("config") or {})}
-    ours = {"type", "model_path", "config"}
-    config["input_model"] = {"type": "HfModel", **{key: value for key, value in model.items() if key not in ours}}
+    config["input_model"] = {key: value for key, value in _input_model(config, path).items() if key != "model_path"}
     if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would override ours
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
@@ -73,7 +67,49 @@ def read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} holds a {type(config).__name__}, not a workflow.", "See Olive's workflow config.")
     if not isinstance(config.get("passes"), dict) or not config["passes"]:
         raise RecipeError(f"{path}: it has no 'passes'.", 'An Olive workflow names its passes: {"passes": {...}}.')
+    _input_model(config, path)
     return config
+
+
+def with_model(job: Job) -> Job:
+    """The job with a model: its own, or else the one that its Olive file names; a UsageError if there is none.
+
+    A path is relative to the current folder, as for ``olive run``, and what does not exist is a hub id.
+    """
+    if job.model.strip():
+        return job
+    if (path := job.olive_config) is None:
+        raise UsageError("The model is missing.", "Give --model, or an --olive-config whose input_model names one.")
+    given = _input_model(read(path), path)
+    model = given.get("model_path")
+    if isinstance(model, dict):  # Olive's longer form: {"type": "folder", "config": {"path": ...}}
+        model = next(iter((model.get("config") or {}).values()), None)
+    if not isinstance(model, str) or not model.strip() or _PLACEHOLDER.match(model):
+        raise RecipeError(
+            f"{path} names no model: it has no input_model.model_path.", "Write it there or give --model."
+        )
+    if Path(model).exists():
+        model = str(Path(model).absolute())
+    elif revision := (given.get("load_kwargs") or {}).get("revision"):
+        model = f"{model}@{revision}"
+    return job.model_copy(update={"model": model})
+
+
+def _input_model(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a workflow says of its model, in the one form that Olive's two are equal to."""
+    model = config.get("input_model", {})
+    if not isinstance(model, dict) or str(model.get("type", "HfModel")).lower() != "hfmodel":
+        raise RecipeError(
+            f"{path}: input_model must be of type HfModel.", "slmops converts checkpoints in Hugging Face format."
+        )
+    flat = {**model, **(model.get("config") or {}), "type": "HfModel"}
+    flat.pop("config", None)
+    if flat.get("adapter_path"):
+        raise RecipeError(
+            f"{path}: input_model.adapter_path would add the adapter to this variant alone, not to its baseline.",
+            "Remove it, and give the adapter's folder with --model.",
+        )
+    return flat
 
 
 def _fill(value: Any, checkpoint: Checkpoint, path: Path) -> Any:

@@ -1,31 +1,33 @@
 """What to do: one model that is the flags of ``slmops run``, a job file and the form in the Prefect UI."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
-from slmops.core.validation import MATCHER_PATTERN
+from slmops.core.errors import UsageError
+from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import Frozen, Name
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
-BASELINE = "fp32"
+BASELINE: Precision = "fp32"
 
 
 class Job(Frozen, use_attribute_docstrings=True):
     """Convert, register, measure and compare one checkpoint."""
 
     model: str = Field(
+        "",
         description="Folder in Hugging Face format or adapter, hub id (org/name or org/name@revision), .gguf file, "
-        "MLflow model URI, or 'demo'.",
-        min_length=1,
+        "MLflow model URI, or 'demo'; by default the one that the Olive config names.",
     )
     base: str | None = Field(None, description="Base model of an adapter, by default the one that it names.")
     name: Name | None = Field(None, description="Name in MLflow and Foundry Local; the checkpoint's own by default.")
-    precision: list[Precision] = Field(default=["fp32", "fp16", "int8", "int4"], title="Precisions")
-    """Variants to make; fp32 is always made, as the baseline that the others are judged against."""
     olive_config: Path | None = None
-    """Your own Olive workflow (JSON) as one more variant, named after the file."""
+    """Your own Olive workflow (JSON) as a variant, named after the file."""
+    precision: list[Precision] = Field(default=[], title="Precisions", validate_default=True)
+    """Variants to make: fp32, fp16, int8 and int4 by default, and with an Olive config none besides its own. fp32 is
+    always made, as the baseline that the others are judged against."""
     int4_block_size: int = Field(32, ge=16, le=256, title="int4 block size")
     """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer."""
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
@@ -62,6 +64,22 @@ class Job(Frozen, use_attribute_docstrings=True):
     """Tokens to generate for each prompt length."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
 
+    if not TYPE_CHECKING:
+
+        def __init__(self, **given: object) -> None:
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise UsageError("\n".join(problems(error, got=True)), "See help(slmops.Job).") from None
+
+        # For pydantic: validation as part of something else keeps its own errors.
+        __init__.__pydantic_base_init__ = True
+
+    @field_validator("precision")
+    @classmethod
+    def _usual(cls, asked: list[Precision], info: ValidationInfo) -> list[Precision]:
+        return asked or ([BASELINE] if info.data.get("olive_config") else ["fp32", "fp16", "int8", "int4"])
+
     @property
     def label(self) -> str:
-        return self.name or self.model
+        return self.name or self.model or str(self.olive_config)

@@ -1,11 +1,13 @@
 """What a job was given, looked at before anything starts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slmops import optimize, preflight
+from slmops.checkpoints import hub
 from slmops.cli.command import run
 from slmops.core.errors import CheckpointError, RecipeError, SlmopsError, UsageError
 from slmops.core.job import Job
@@ -17,6 +19,7 @@ FILES = {
     "text.txt": "",
     "olive.json": '{"passes": {}}',
     "broken.json": "{",
+    "adapter.json": '{"input_model": {"adapter_path": "a"}, "passes": {"b": {"type": "ModelBuilder"}}}',
     "matcher.py": "def f(): pass",
     "raises.py": "1 / 0",
     "empty.jinja": " ",
@@ -50,7 +53,10 @@ def check(folder: Path, model: str = "demo", **options: Any) -> None:
         ({"evaluation_set": "{}/none.jsonl"}, UsageError, "none.jsonl"),
         ({"evaluation_set": "{}/set.jsonl"}, UsageError, "set.jsonl"),
         ({"perplexity_text": "{}/text.txt"}, UsageError, "text.txt"),
+        ({"model": ""}, UsageError, "--olive-config"),
         ({"olive_config": "{}/none.json"}, RecipeError, "none.json"),
+        ({"model": "", "olive_config": "{}/none.json"}, RecipeError, "none.json"),
+        ({"olive_config": "{}/adapter.json"}, RecipeError, "--model"),
         ({"olive_config": "{}/olive.json"}, RecipeError, "passes"),
         ({"olive_config": "{}/broken.json"}, RecipeError, "broken.json"),
         ({"matcher": "{}/none.py:f"}, UsageError, "none.py"),
@@ -91,6 +97,41 @@ def test_all_that_is_wrong_is_named_at_once_and_nothing_twice(folder: Path) -> N
 def test_what_has_to_be_fetched_is_not_looked_at(folder: Path, model: str) -> None:
     check(folder, model, output_path=folder / "new" / "below", chat_template=None)
     assert not (folder / "home").exists()
+
+
+FOLDER = {"type": "folder", "config": {"path": "model"}}
+
+
+@pytest.mark.parametrize(
+    ("input_model", "model"),
+    [
+        ({"type": "HfModel", "model_path": "model"}, "{}/model"),
+        ({"type": "hfmodel", "config": {"model_path": FOLDER}}, "{}/model"),
+        ({"model_path": "org/name"}, "org/name"),
+        ({"model_path": "org/name", "load_kwargs": {"revision": "v1"}}, "org/name@v1"),
+        ({"model_path": "model", "load_kwargs": {"revision": "v1"}}, "{}/model"),
+        ({"model_path": "elsewhere"}, None),
+        ({"model_path": "<path-to-your-model>"}, None),
+        ({"model_path": 1}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_an_olive_config_names_the_model_as_for_olive_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, input_model: dict[str, Any], model: str | None
+) -> None:
+    (folder / "below").mkdir()
+    file = folder / "below" / "mine.json"
+    file.write_text(json.dumps({"input_model": input_model, "passes": {"b": {"type": "ModelBuilder"}}}))
+    monkeypatch.chdir(folder)  # a path is relative to it, not to the file
+    monkeypatch.setattr(preflight.source, "check", lambda job: hub.parse(job.model) if job.model == "elsewhere" else 0)
+    settings = Settings(home=folder / "home")
+    if model is None:
+        with pytest.raises(UsageError, match="elsewhere|names no model"):
+            preflight.check(Job(olive_config=file), settings)
+    else:
+        assert preflight.check(Job(olive_config=file), settings).model == model.format(folder)
+    assert preflight.check(Job(model="demo", olive_config=file), settings).model == "demo"
 
 
 def test_the_command_and_the_function_say_it_before_anything_is_started(

@@ -40,7 +40,7 @@ class Flows:
     def options(self) -> dict[str, Any]:
         """The options of the one request that differ from the defaults."""
         [(_, request)] = self.asked
-        found: dict[str, Any] = request.model_dump(mode="json", exclude_defaults=True)
+        found: dict[str, Any] = request.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
         return found
 
 
@@ -54,7 +54,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     for commands in (jobs, deploy):
         monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(servers))
     monkeypatch.setattr(Tracker, "run_url", lambda *_: PAGE)
-    monkeypatch.setattr(jobs.preflight, "check", lambda *_: None)
+    monkeypatch.setattr(jobs.preflight, "check", lambda job, _: job)
     return made
 
 

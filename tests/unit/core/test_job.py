@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from slmops.core.errors import UsageError
 from slmops.core.job import Job
 from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, to_name
@@ -20,7 +21,6 @@ def test_json_form_reads_back() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"model": ""}, "model must not be empty"),
         ({"model": "m", "precisoin": ["int4"]}, "precisoin is not a known key"),
         ({"model": "m", "int4_block_size": 257}, "int4_block_size must be at most 256"),
         ({"model": "m", "matcher": "mine.py"}, "matcher must be FILE.py:FUNCTION"),
@@ -45,9 +45,35 @@ def test_names_are_taken_and_cannot_be_changed(name: str) -> None:
     "name", ["../x", "a/b", "", "a" * 64, "-a", "_a", ".a", "a.b", "a b", "a:1", "a\n", "ä", "a\\b", "..", "\x00"]
 )
 def test_names_that_could_leave_a_folder_or_that_a_server_refuses(name: str) -> None:
-    with pytest.raises(ValidationError) as raised:
+    with pytest.raises(UsageError, match=r"^name "):
         Job(model="m", name=name)
-    assert [error["loc"] for error in raised.value.errors()] == [("name",)]
+
+
+def test_what_python_gives_is_refused_as_other_usage_is_with_all_that_is_wrong() -> None:
+    asked: dict[str, Any] = {"model": "m", "precisoin": ["int4"], "int4_block_size": 257, "matcher": "mine.py"}
+    with pytest.raises(UsageError) as raised:
+        Job(**asked)
+    assert [line.partition(" ")[0] for line in raised.value.message.splitlines()] == [
+        "int4_block_size",
+        "matcher",
+        "precisoin",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "precisions"),
+    [
+        ({"model": "m"}, ["fp32", "fp16", "int8", "int4"]),
+        ({"olive_config": "mine.json"}, ["fp32"]),
+        ({"model": "m", "olive_config": "mine.json", "precision": []}, ["fp32"]),  # as a form that is left empty
+        ({"olive_config": "mine.json", "precision": ["int4"]}, ["int4"]),
+    ],
+)
+def test_an_olive_config_is_made_alone_unless_more_is_asked_for(asked: dict[str, Any], precisions: list[str]) -> None:
+    job = Job(**asked)
+    assert job.precision == precisions
+    assert Job.model_validate_json(job.model_dump_json()) == job
+    assert job.label == asked.get("model", "mine.json")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +103,7 @@ def test_to_name(text: str, name: str) -> None:
 def test_schema_is_a_form_that_explains_itself() -> None:
     """What its fields offer and refuse is in the snapshot of the deployments."""
     schema = Job.model_json_schema()
-    assert schema["required"] == ["model"]
+    assert "required" not in schema
     assert schema["additionalProperties"] is False
     for name, field in schema["properties"].items():
         assert field.get("description", "").endswith("."), name

@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.exceptions import CoercionError, MissingArgumentError, RepeatArgumentError, UnusedCliTokensError
 
 from slmops.cli import terminal
+from slmops.core import web
 from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
 
 COMMANDS = {
@@ -71,6 +72,7 @@ def main() -> None:
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     terminal.log_to_stderr()
+    os.environ.update(web.past_proxies())
     try:
         # Only a command that ends with another exit code than 0 returns it.
         return _app(argv)(argv, exit_on_error=False, print_error=False, result_action="return_value") or 0

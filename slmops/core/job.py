@@ -26,8 +26,7 @@ class Job(Frozen, use_attribute_docstrings=True):
     olive_config: Path | None = None
     """Your own Olive workflow (JSON) as a variant, named after the file."""
     precision: list[Precision] = Field(default=[], title="Precisions", validate_default=True)
-    """Variants to make: fp32, fp16, int8 and int4 by default, and with an Olive config none besides its own. fp32 is
-    always made, as the baseline that the others are judged against."""
+    """Variants to make: all but bf16 by default, or none beside an Olive config. fp32, the baseline, is always made."""
     int4_block_size: int = Field(32, ge=16, le=256, title="int4 block size")
     """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer."""
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")

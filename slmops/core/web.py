@@ -1,9 +1,12 @@
-"""What our two web servers, the service and the catalog, share: how they listen, and how they read a request."""
+"""What our clients and our two web servers, the service and the catalog, share: the way past proxies, how they listen,
+and how they read a request."""
 
 import asyncio
+import logging
 import os
 import socket
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from slmops.core.errors import PrerequisiteError, UsageError
@@ -11,10 +14,30 @@ from slmops.core.errors import PrerequisiteError, UsageError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+log = logging.getLogger(__name__)
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+
 DISCARDED_BYTES = 16_000_000
 DISCARD_S = 2.0
 """How much of a body that is too large is read and thrown away, and for how long: a client that is still sending does
 not see the answer."""
+
+
+def past_proxies() -> dict[str, str]:
+    """Variables by which this machine is reached without the proxies of the environment; its NO_PROXY is extended.
+
+    A SOCKS proxy that httpx cannot use is taken away: with it not even a client for this machine could be made.
+    """
+    usable = ("socks5://", "socks5h://") if find_spec("socksio") else ()
+    socks = [key for key, url in os.environ.items() if key.lower() in _PROXIES and url.lower().startswith("socks")]
+    broken = [key for key in socks if not os.environ[key].lower().startswith(usable)]
+    if broken:
+        log.warning("%s is not used, as it names a SOCKS proxy: set HTTPS_PROXY for the hub", " and ".join(broken))
+    said = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host for one in said.split(",") if (host := one.strip())]
+    direct = "*" if "*" in hosts else ",".join(dict.fromkeys((*hosts, "localhost", "127.0.0.1", "::1")))
+    return {"NO_PROXY": direct, "no_proxy": direct, **dict.fromkeys(broken, "")}
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import SecretStr, TypeAdapter
 
+from slmops.core import web
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.files import write_atomic
 from slmops.core.locks import exclusive
@@ -168,6 +169,7 @@ def session(settings: Settings) -> Iterator[Stack]:
     """
     import httpx
 
+    os.environ.update(web.past_proxies())
     servers = up(settings)
     os.environ.update(prefect_environment(settings, servers))
     try:

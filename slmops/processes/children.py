@@ -22,7 +22,7 @@ from typing import IO, TypeVar
 
 from pydantic import BaseModel
 
-from slmops.core import errors
+from slmops.core import errors, web
 from slmops.core.files import write_atomic
 from slmops.processes.memory import Meter
 
@@ -97,7 +97,7 @@ def run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **web.past_proxies(), **(env or {})},
         cwd=cwd,
         start_new_session=True,
     )

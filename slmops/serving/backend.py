@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from pydantic import ValidationError
 
-from slmops.core import errors
+from slmops.core import errors, web
 from slmops.core.errors import PrerequisiteError, ServingError
 from slmops.core.files import remove_scratch
 from slmops.core.settings import Settings
@@ -165,8 +165,6 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
         log.replace(log.with_name(f"{log.name}.1"))
-    # It talks to its own catalog on loopback, which the runtime would ask a proxy for.
-    inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     with log.open("wb") as out:
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -174,7 +172,8 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, and the child ends with it
             stdout=asyncio.subprocess.PIPE,
             stderr=out,
-            env={**inherited, "PYTHONUNBUFFERED": "1", **children.STEADY_MALLOC},
+            # It talks to its own catalog on loopback.
+            env={**os.environ, **web.past_proxies(), "PYTHONUNBUFFERED": "1", **children.STEADY_MALLOC},
             start_new_session=True,
         )
 

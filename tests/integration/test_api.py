@@ -15,6 +15,7 @@ from tests import making
 
 pytestmark = pytest.mark.integration
 
+CLOSED = "http://127.0.0.1:9"
 README = Path(__file__).parents[2] / "README.md"
 AS_IN_A_NOTEBOOK = """
 import asyncio
@@ -33,12 +34,15 @@ def test_the_lines_of_the_readme_run(talkative: Path, job: Job, stock: Settings,
     assert str(talkative) in program
     making.place(("fp32", "int8", "int4"), job, stock, tmp_path / "home")
     home = {"SLMOPS_HOME": str(tmp_path / "home"), "SLMOPS_PREFECT_PORT": "6200", "SLMOPS_MLFLOW_PORT": "6300"}
+    # Nothing that it asks on this machine may go there.
+    closed = {"HTTP_PROXY": CLOSED, "HTTPS_PROXY": CLOSED, "ALL_PROXY": "socks://127.0.0.1:9", "NO_PROXY": "a.example"}
+    closed |= {name.lower(): url for name, url in closed.items()}
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"program = {program!r}{AS_IN_A_NOTEBOOK}"],
             cwd=tmp_path,
-            env={**env, **home, "PYTHONPATH": str(README.parent)},
+            env={**env, **home, **closed, "PYTHONPATH": str(README.parent)},
             capture_output=True,
             text=True,
             check=False,

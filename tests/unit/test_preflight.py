@@ -127,7 +127,7 @@ def test_an_olive_config_names_the_model_as_for_olive_run(
     monkeypatch.setattr(preflight.source, "check", lambda job: hub.parse(job.model) if job.model == "elsewhere" else 0)
     settings = Settings(home=folder / "home")
     if model is None:
-        with pytest.raises(UsageError, match="elsewhere|names no model"):
+        with pytest.raises(UsageError, match=r"elsewhere|names no model"):
             preflight.check(Job(olive_config=file), settings)
     else:
         assert preflight.check(Job(olive_config=file), settings).model == model.format(folder)

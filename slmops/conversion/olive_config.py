@@ -32,7 +32,8 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     config = _fill(read(path), checkpoint, path)
     steps = config["passes"]
     config["passes"] = {step: _flat(given, f"{path.name}: passes.{step}") for step, given in steps.items()}
-    config["input_model"] = {key: value for key, value in _input_model(config, path).items() if key != "model_path"}
+    ours = ("model_path", "adapter_path")  # the checkpoint, into which an adapter is merged
+    config["input_model"] = {key: value for key, value in _input_model(config, path).items() if key not in ours}
     if isinstance(config.get("engine"), dict):  # an older form of the same keys, which would override ours
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
@@ -81,18 +82,24 @@ def with_model(job: Job) -> Job:
     if (path := job.olive_config) is None:
         raise UsageError("The model is missing.", "Give --model, or an --olive-config whose input_model names one.")
     given = _input_model(read(path), path)
-    model = given.get("model_path")
-    if isinstance(model, dict):  # Olive's longer form: {"type": "folder", "config": {"path": ...}}
-        model = next(iter((model.get("config") or {}).values()), None)
-    if not isinstance(model, str) or not model.strip() or _PLACEHOLDER.match(model):
+    model, adapter = _place(given, "model_path"), _place(given, "adapter_path")
+    if model is None:
         raise RecipeError(
             f"{path} names no model: it has no input_model.model_path.", "Write it there or give --model."
         )
-    if Path(model).exists():
-        model = str(Path(model).absolute())
-    elif revision := (given.get("load_kwargs") or {}).get("revision"):
-        model = f"{model}@{revision}"
-    return job.model_copy(update={"model": model})
+    return job.model_copy(update={"model": adapter or model, "base": job.base or (model if adapter else None)})
+
+
+def _place(given: dict[str, Any], key: str) -> str | None:
+    place = given.get(key)
+    if isinstance(place, dict):  # Olive's longer form: {"type": "folder", "config": {"path": ...}}
+        place = next(iter((place.get("config") or {}).values()), None)
+    if not isinstance(place, str) or not place.strip() or _PLACEHOLDER.match(place):
+        return None
+    if Path(place).exists():
+        return str(Path(place).absolute())
+    revision = (given.get("load_kwargs") or {}).get("revision")
+    return f"{place}@{revision}" if revision and key == "model_path" else place
 
 
 def _input_model(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -104,11 +111,6 @@ def _input_model(config: dict[str, Any], path: Path) -> dict[str, Any]:
         )
     flat = {**model, **(model.get("config") or {}), "type": "HfModel"}
     flat.pop("config", None)
-    if flat.get("adapter_path"):
-        raise RecipeError(
-            f"{path}: input_model.adapter_path would add the adapter to this variant alone, not to its baseline.",
-            "Remove it, and give the adapter's folder with --model.",
-        )
     return flat
 
 

@@ -19,7 +19,6 @@ FILES = {
     "text.txt": "",
     "olive.json": '{"passes": {}}',
     "broken.json": "{",
-    "adapter.json": '{"input_model": {"adapter_path": "a"}, "passes": {"b": {"type": "ModelBuilder"}}}',
     "matcher.py": "def f(): pass",
     "raises.py": "1 / 0",
     "empty.jinja": " ",
@@ -56,7 +55,6 @@ def check(folder: Path, model: str = "demo", **options: Any) -> None:
         ({"model": ""}, UsageError, "--olive-config"),
         ({"olive_config": "{}/none.json"}, RecipeError, "none.json"),
         ({"model": "", "olive_config": "{}/none.json"}, RecipeError, "none.json"),
-        ({"olive_config": "{}/adapter.json"}, RecipeError, "--model"),
         ({"olive_config": "{}/olive.json"}, RecipeError, "passes"),
         ({"olive_config": "{}/broken.json"}, RecipeError, "broken.json"),
         ({"matcher": "{}/none.py:f"}, UsageError, "none.py"),
@@ -110,6 +108,7 @@ FOLDER = {"type": "folder", "config": {"path": "model"}}
         ({"model_path": "org/name"}, "org/name"),
         ({"model_path": "org/name", "load_kwargs": {"revision": "v1"}}, "org/name@v1"),
         ({"model_path": "model", "load_kwargs": {"revision": "v1"}}, "{}/model"),
+        ({"model_path": "org/name", "adapter_path": "model"}, "{}/model"),
         ({"model_path": "elsewhere"}, None),
         ({"model_path": "<path-to-your-model>"}, None),
         ({"model_path": 1}, None),
@@ -130,7 +129,9 @@ def test_an_olive_config_names_the_model_as_for_olive_run(
         with pytest.raises(UsageError, match=r"elsewhere|names no model"):
             preflight.check(Job(olive_config=file), settings)
     else:
-        assert preflight.check(Job(olive_config=file), settings).model == model.format(folder)
+        job = preflight.check(Job(olive_config=file), settings)
+        assert job.model == model.format(folder)
+        assert job.base == ("org/name" if "adapter_path" in input_model else None)
     assert preflight.check(Job(model="demo", olive_config=file), settings).model == "demo"
 
 

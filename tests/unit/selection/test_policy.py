@@ -104,6 +104,9 @@ WRONG = """
 {metric: accuracy, max: 1, min: 0}                       | accuracy  | one max min
 {metric: accuracy, max: high}                            | accuracy  | max 'high'
 {metric: accuracy, min: .nan}                            | accuracy  | min finite nan
+{metric: accuracy, max: .inf}                            | accuracy  | max finite inf
+{metric: accuracy, max: 1, of: ratio, to: fp16}          | accuracy  | to 'baseline' 'champion' 'fp16'
+{metric: accuracy, max: 1, inconclusive: pass}           | accuracy  | inconclusive 'refuse' 'accept' 'pass'
 {metric: accuracy, max: yes}                             | accuracy  | max True
 {metric: accuracy, max: 1, of: quotient, to: baseline}   | accuracy  | of 'value', 'difference' 'ratio', 'quotient'
 {metric: accuracy, max: 1, of: ratio}                    | accuracy  | 'of' 'ratio' 'to' 'baseline' 'champion'

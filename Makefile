@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check unit bench clean
 
 demo: $(READY)
 	@$(BIN)/slmops demo
 
-test: check
-	@$(BIN)/python -m pytest tests/unit -n auto
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 check unit
 	@$(BIN)/python -m pytest tests/integration tests/e2e -n 4 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
@@ -18,6 +18,9 @@ check: $(READY)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+
+unit: $(READY)
+	@$(BIN)/python -m pytest tests/unit -n auto
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench.py

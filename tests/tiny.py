@@ -20,13 +20,19 @@ _COMMON = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-_LONGROPE = {
-    "type": "longrope",
+_LONGROPE = {  # as transformers 5 saves it: without the key "type"
     "rope_type": "longrope",
-    "short_factor": [1.0] * 8,
-    "long_factor": [2.0] * 8,
+    "short_factor": [1 + 0.1 * n for n in range(8)],
+    "long_factor": [2 + 0.7 * n for n in range(8)],
     "rope_theta": 10000.0,
-}  # ModelBuilder reads "type"
+    "partial_rotary_factor": 0.5,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}
+_GEMMA3 = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+_GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 32, "sliding_window": 64}  # the first of two layers has a window
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -35,24 +41,37 @@ _LLAMA3 = {
     "original_max_position_embeddings": 256,
     "rope_theta": 10000.0,
 }
-# Name -> (config class, what it needs beyond the common values).
+# Name -> (config class, what it needs beyond the common values): all that the real ones of the family have.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3}),
-    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "phi3": ("Phi3Config", {"original_max_position_embeddings": 2048}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3, "head_dim": 32, "eos_token_id": [2, 3, 4]}),
+    "mistral": ("MistralConfig", {"sliding_window": 64, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
+    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True, "rope_parameters": _YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": 2048, "sliding_window": 64}),
     "phi3-longrope": (
         "Phi3Config",
-        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 512, "max_position_embeddings": 2048},
+        {
+            **{"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128, "tie_word_embeddings": True},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1},
+        },
     ),
-    "granite": ("GraniteConfig", {}),
-    "smollm3": ("SmolLM3Config", {}),
-    "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16}),
-    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **{"embedding_multiplier": 12.0, "attention_multiplier": 0.125},
+            **{"residual_multiplier": 0.22, "logits_scaling": 8.0},
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "gemma2": ("Gemma2Config", _GEMMA),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**_GEMMA, "rope_parameters": _GEMMA3, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi": ("PhiConfig", {"num_attention_heads": 2, "num_key_value_heads": 2}),
 }
 
 
@@ -75,6 +94,8 @@ def make(kind: str, folder: Path, *, seed: int = 0, **changed: Any) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)
+            elif not kind.startswith("llama"):  # norms and biases are all 1 and 0
+                parameter.add_(torch.rand_like(parameter) / 5)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

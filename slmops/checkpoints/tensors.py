@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, Sequence[int]]
 
-_TIED_BY_DEFAULT = {"Gemma2ForCausalLM", "SmolLM3ForCausalLM"}
+_TIED_BY_DEFAULT = {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM"}
 _FUSED = {"Phi3ForCausalLM"}
 _WITH_MLP_BIAS = {"LlamaForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM"}
 # Buffers that older versions saved, and what is computed anew.
@@ -112,9 +112,9 @@ def _wanted(architecture: str, config: Mapping[str, Any]) -> dict[str, list[int]
     layer |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
     layer |= {f"self_attn.{name}.bias": attention[name][:1] for name in attention_biases}
     layer |= {f"mlp.{name}.bias": mlp[name][:1] for name in mlp_biases}
-    if architecture == "Gemma2ForCausalLM":
+    if architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    if architecture == "Qwen3ForCausalLM":
+    if architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
         layer |= {f"self_attn.{name}.weight": [head] for name in ("q_norm", "k_norm")}
     layer |= {f"{name}.weight": [hidden] for name in norms}
     tied = config.get("tie_word_embeddings", architecture in _TIED_BY_DEFAULT)

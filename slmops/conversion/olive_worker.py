@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from slmops.conversion import builder_fixes
 from slmops.core.values import Frozen
 from slmops.processes import child
 
@@ -16,6 +17,7 @@ def handle(request: Workflow) -> Frozen:
     """Run the workflow; it leaves its model in a folder that it names."""
     from olive import run
 
+    builder_fixes.apply()
     run(request.config)
     return Frozen()
 

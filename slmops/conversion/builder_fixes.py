@@ -1,0 +1,56 @@
+"""What the model builder of onnxruntime-genai 0.14.1 exports wrongly, corrected. For child processes only.
+
+It reads config.json by names that transformers 5 has given up, chooses the layers with a window of attention by rules
+of its own, and overlooks YaRN and layers without rotary positions. It is the comparison of the fp32 export with the
+checkpoint that decides whether an export is right.
+"""
+
+import importlib
+from typing import Any
+
+
+def apply() -> None:
+    """Correct the builder's classes in this process."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = importlib.import_module("onnxruntime_genai.models.builder").Model
+    init, attention, caches = model.__init__, model.make_attention, model.make_rotary_embedding_caches_from_scratch
+
+    def made(self: Any, config: Any, *others: Any) -> None:
+        _by_old_names(config)
+        init(self, config, *others)
+        self.checkpoint_config = config
+
+    def make_attention(self: Any, layer_id: int, *others: Any, **named: Any) -> None:
+        config, before = self.checkpoint_config, self.window_size
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        rotary = getattr(config, "no_rope_layers", None)  # 1 for a layer that has rotary positions
+        self.window_size = window if window and (not kinds or kinds[layer_id] == "sliding_attention") else -1
+        self.attention_attrs["rope"] = not rotary or bool(rotary[layer_id])
+        attention(self, layer_id, *others, **named)
+        self.window_size = before
+
+    def make_caches(self: Any) -> Any:
+        config, rope = self.checkpoint_config, self.rope_attrs
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "yarn":
+            frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+            angles = torch.outer(torch.arange(rope["cache_length"]).float(), frequencies)
+            return angles.cos() * factor, angles.sin() * factor
+        if rope["theta"] == getattr(self, "rope_local_theta", None):
+            rope["rescale_factors"] = 1  # Gemma 3 scales the positions of its layers without a window only
+        return caches(self)
+
+    model.__init__, model.make_attention = made, make_attention
+    model.make_rotary_embedding_caches_from_scratch = make_caches
+
+
+def _by_old_names(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope:  # Gemma 3: one base for layers with a window, another for the others
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_scaling = rope = rope["full_attention"]
+    if "partial_rotary_factor" in rope:
+        config.partial_rotary_factor = rope["partial_rotary_factor"]
+    if not hasattr(config, "rms_norm_eps") and hasattr(config, "layer_norm_eps"):
+        config.rms_norm_eps = config.layer_norm_eps

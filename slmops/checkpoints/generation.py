@@ -1,12 +1,13 @@
 """How a checkpoint wants its answers generated: the tokens that end them, and its sampling settings."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import chat_template
 from slmops.checkpoints.chat_template import ChatTemplate
-from slmops.checkpoints.reading import read_if_there
+from slmops.checkpoints.reading import read_if_there, read_json
 from slmops.core.errors import CheckpointError
 
 SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -83,9 +84,13 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     """Id by text of the tokens that are not learnt from text, such as ``<|im_end|>``."""
     decoder = read_if_there(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
     found = {token["content"]: int(number) for number, token in decoder.items()}
-    return found | {
-        token["content"]: token["id"] for token in read_if_there(folder, "tokenizer.json").get("added_tokens") or ()
-    }
+    path = folder / "tokenizer.json"
+    return found | (_of_tokenizer(path, path.stat().st_mtime_ns) if path.is_file() else {})
+
+
+@lru_cache(maxsize=2)  # it can have 30 MB, and is asked for with each variant
+def _of_tokenizer(path: Path, _changed: int) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in read_json(path, str(path)).get("added_tokens") or ()}
 
 
 def _turn_end(template: ChatTemplate, known: Mapping[str, int]) -> str | None:

@@ -117,13 +117,18 @@ def _wanted(architecture: str, config: Mapping[str, Any]) -> dict[str, list[int]
     if architecture in ("Qwen3ForCausalLM", "Gemma3ForCausalLM"):
         layer |= {f"self_attn.{name}.weight": [head] for name in ("q_norm", "k_norm")}
     layer |= {f"{name}.weight": [hidden] for name in norms}
-    tied = config.get("tie_word_embeddings", architecture in _TIED_BY_DEFAULT)
     return {
         "embed_tokens.weight": [rows, hidden],
         **{f"layers.{number}.{name}": shape for number in range(layers) for name, shape in layer.items()},
         "norm.weight": [hidden],
-        **({} if tied else {"lm_head.weight": [rows, hidden]}),
+        **({} if is_tied(config, architecture) else {"lm_head.weight": [rows, hidden]}),
     }
+
+
+def is_tied(config: Mapping[str, Any], architecture: str, *, head: bool = True) -> bool:
+    """Whether the embeddings are the output head, too: as config.json says, else as transformers has it by default."""
+    said = config.get("tie_word_embeddings")
+    return not head or architecture in _TIED_BY_DEFAULT if said is None else bool(said)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -108,8 +108,7 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     tensors.check(shapes, config["architectures"][0], config, where)
     weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
-    said = config.get("tie_word_embeddings")
-    tied = head is None if said is None else bool(said)
+    tied = tensors.is_tied(config, config["architectures"][0], head=head is not None)
     tensors.check_values(found, tied=tied, where=where)
     parameters = sum(math.prod(shape) for shape in weights.values())
     if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
@@ -163,6 +162,6 @@ def _estimate(files: tuple[str, ...], size: int, config: Mapping[str, Any]) -> W
         files,
         size // {"float16": 2, "bfloat16": 2, "float64": 8}.get(dtype, 4),
         size / 1e6,
-        bool(config.get("tie_word_embeddings", False)),
+        tensors.is_tied(config, config["architectures"][0]),
         tuple(sorted(size for size in sizes if isinstance(size, int))),
     )

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING
 
-from tabulate import tabulate
+import tabulate
 
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+tabulate.MIN_PADDING = 0  # for the lines of a table to fit into a terminal
 
 # Column title (its lines in text), metric, how a value is written, and whether there is room for its interval.
 COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
@@ -22,14 +24,17 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], bool], ...] = (
     ("memory\nMB", "memory_peak_mb", "{:.0f}".format, False),
     ("perplexity\nratio", "perplexity_ratio", lambda value: f"{value:.1f}" if value >= 10 else f"{value:.3f}", True),
     ("KL\nmean", "kl_mean", "{:.2g}".format, False),
+    ("KL\nto HF", "hf_kl_mean", "{:.2g}".format, False),
+    ("top-1\nas HF", "hf_top1_agreement", "{:.3f}".format, False),
     ("accuracy", "accuracy", "{:.2f}".format, True),
 )
 
-# Shown where they are not 0.
 MISMATCHES = (
     ("texts read\notherwise", "tokenizer_mismatches", "{:.0f}".format, False),
     ("rendered\notherwise", "template_mismatches", "{:.0f}".format, False),
 )
+SOMETIMES = {"hf_kl_mean", "hf_top1_agreement", *(metric for _, metric, *_ in MISMATCHES)}
+"""Shown if a variant has them, and not 0."""
 CHARTS = (
     ("Size (MB)", "size_mb"),
     ("Perplexity (lower is better)", "perplexity"),
@@ -46,8 +51,8 @@ INTERVALS = (
 
 def table(comparison: Comparison, style: str = "simple") -> str:
     """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``."""
-    wrong = (one for one in MISMATCHES if any(result.metrics.get(one[1]) for result in comparison.variants))
-    columns = [*COLUMNS, *wrong]
+    shown = {metric for result in comparison.variants for metric, value in result.metrics.items() if value}
+    columns = [one for one in (*COLUMNS, *MISMATCHES) if one[1] in shown or one[1] not in SOMETIMES]
     chosen = comparison.choice.variant
     rows = [
         [result.name, *(_cell(result, *column[1:]) for column in columns), _gates_of(result), _mark(result, chosen)]
@@ -93,7 +98,7 @@ def _tabulate(rows: list[list[str]], headers: list[str], style: str, align: list
         headers = [header.replace("\n", " ") for header in headers]
     if style == "github":  # tabulate escapes in HTML only
         headers, *rows = ([escape(cell, quote=False).replace("|", r"\|") for cell in row] for row in (headers, *rows))
-    return str(tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align))
+    return str(tabulate.tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align))
 
 
 def _cell(result: VariantResult, metric: str, write: Callable[[float], str], interval: bool) -> str:

@@ -25,7 +25,7 @@ OF_MACHINE = (
 """Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 HEADLINE_METRICS = (
     *("size_mb", "size_ratio", "ttft_ms_p50", "decode_tok_s", "memory_peak_mb"),
-    *("perplexity_ratio", "kl_mean", "accuracy"),
+    *("perplexity_ratio", "kl_mean", "hf_kl_mean", "hf_top1_agreement", "accuracy"),
 )
 """The metrics that a comparison shows where there is no room for all."""
 

@@ -36,7 +36,9 @@ MIXED = comparison(
     reason=REASON,
 )
 WIDE = comparison(result("fp32", 600), result("int4", 110, 1.083, 0.45, spread=0.02), reason=REASON)
-TITLES = ["variant", *(title.replace("\n", " ") for title, *_ in report.COLUMNS), "gates", ""]
+SHOWN = [title.replace("\n", " ") for title, metric, *_ in report.COLUMNS if not metric.startswith("hf_")]
+TITLES = ["variant", *SHOWN, "gates", ""]
+HF = {"hf_kl_mean": Measurement.exact(1.6e-5, "nats"), "hf_top1_agreement": Measurement.exact(0.97712, "1")}
 
 
 def cells(line: str) -> list[str]:
@@ -80,6 +82,13 @@ def test_what_foundry_local_reads_otherwise_is_shown_if_there_is_any() -> None:
     assert row(odd, "fp32")[9:10] == ["4"]
 
 
+def test_the_distance_to_the_checkpoint_is_shown_if_it_was_measured() -> None:
+    made = comparison(result("fp32", 600), result("int4", 110, 1.083, 0.45, changes=HF))
+    assert report.table(made).count("HF") == 2
+    assert row(made, "fp32")[7:11] == ["0", "-", "-", "0.50"]
+    assert row(made, "int4")[7:11] == ["0.041", "1.6e-05", "0.977", "0.45"]
+
+
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
@@ -104,10 +113,10 @@ def test_intervals(changes: dict[str, tuple[float, float, float]], shown: list[s
 
 
 def test_a_terminal_has_room_for_it() -> None:
-    results = [result(name, 110, 1.083, 0.45, spread=0.02) for name in ("fp32", "fp16", "int8", "int4")]
+    results = [result(name, 110, 1.083, 0.45, spread=0.02, changes=HF) for name in ("fp32", "fp16", "int8", "int4")]
     made, with_gates = choose(results, policy.load())
     shown = report.text(comparison(*with_gates, chosen=made.variant, reason=""))
-    assert 100 < max(len(line) for line in shown.splitlines()) <= 140
+    assert 100 < max(len(line) for line in shown.splitlines()) <= 145
 
 
 @pytest.mark.parametrize(

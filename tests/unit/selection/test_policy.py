@@ -66,6 +66,8 @@ def test_packaged_policy() -> None:
     assert set(made.preference) < set(Precision.__args__) - {BASELINE}  # type: ignore[attr-defined]
     assert [(gate.text, gate.inconclusive, gate.advisory) for gate in made.gates] == [
         ("perplexity at most 1.1 times the baseline's", "refuse", False),
+        ("hf_kl_mean at most 0.1", "accept", False),
+        ("hf_top1_agreement at least 0.8", "accept", False),
         ("accuracy at most 0.1 below the baseline's", "accept", False),
         ("edge_cases_passed not below the baseline's", "accept", False),
         ("accuracy at most 0.1 below the champion's", "accept", False),

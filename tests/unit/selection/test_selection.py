@@ -28,6 +28,14 @@ def exact(value: float) -> Measurement:
     return Measurement.exact(value, "1")
 
 
+def near(kl: float, top1: float) -> dict[str, Measurement | None]:
+    """Distance to the checkpoint itself."""
+    return {"hf_kl_mean": exact(kl), "hf_top1_agreement": exact(top1)}
+
+
+FAR = result("fp32", 600, changes=near(0.3, 0.9))
+
+
 @pytest.mark.parametrize(
     ("figures", "dominated"),
     [
@@ -82,6 +90,10 @@ def test_pareto_leaves_out_what_failed_and_knows_the_baseline() -> None:
         pytest.param([FP32, result("int4", 110, 1.0, 0.35, spread=0.04)], "fp32", id="but must not be proven bad"),
         pytest.param([FP32, INT4.model_copy(update={"measurements": {}})], "fp32", id="nothing measured, none proven"),
         pytest.param([FP32, result("int4", 110, changes={"edge_cases_passed": exact(0.9)})], "fp32", id="it crashed"),
+        pytest.param([FP32, result("int4", 110, changes=near(0.05, 0.9))], "int4", id="near the checkpoint"),
+        pytest.param([FP32, result("int4", 110, changes=near(0.3, 0.9))], "fp32", id="far from the checkpoint"),
+        pytest.param([FP32, result("int4", 110, changes=near(0.05, 0.6))], "fp32", id="other tokens than its"),
+        pytest.param([FAR, result("int4", 110, changes=near(0.3, 0.9))], None, id="the export and all of it are far"),
         pytest.param([FP32, result("int4", 110, changes={"decode_consistency": exact(0.1)})], "int4", id="advisory"),
     ],
 )
@@ -215,4 +227,4 @@ def test_results_come_back_judged_and_in_order() -> None:
     assert judged[0].gates == apply(DEFAULT, INT4, FP32, None)
     assert [result_.gates for result_ in given] == [()] * 5  # what was given is left alone
     _, (alone,) = choose([INT4], DEFAULT)  # without a baseline they are still shown
-    assert [gate.outcome for gate in alone.gates] == [*["inconclusive"] * 3, *["skipped"] * 2, "pass"]
+    assert [gate.outcome for gate in alone.gates] == [*["inconclusive"] * 5, *["skipped"] * 2, "pass"]

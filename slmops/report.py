@@ -140,8 +140,9 @@ def _verdict(gate: GateResult | None) -> str:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What is to be said of single variants: why one failed, or what to bear in mind with its figures."""
-    return [
+    """What was left out, and what is to be said of single variants: why one failed, or what its figures are worth."""
+    extent = next((result.extent.text for result in comparison.variants if result.extent), "")
+    return [extent] * bool(extent) + [
         f"{result.name}{' failed' if result.status == 'failed' else ''}: {result.reason}"
         for result in comparison.variants
         if result.reason

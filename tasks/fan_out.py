@@ -22,8 +22,8 @@ prepare_part = stage("prepare part", tracking=True)(parts.prepare)
 
 @stage(tracking=True)
 def send_references(context: JobContext, exchange: Exchange) -> Files:
-    """The logits that the others are compared with."""
-    return exchange.put({path.name: path for path in sorted((context.work / "logits").glob("*.f32"))})
+    """The logits that the others are compared with, and what they get of the text and the questions."""
+    return exchange.put({path.name: path for path in sorted((context.work / "logits").iterdir())})
 
 
 @stage(tracking=True)

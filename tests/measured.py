@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from slmops.core.job import Job
-from slmops.core.values import Answer, CaseOutcome, Measurement
+from slmops.core.values import Answer, CaseOutcome, Extent, Measurement
 from slmops.evaluation import dataset
 from slmops.evaluation.drift import Recorded
 from slmops.evaluation.logits_worker import Distance
@@ -73,10 +73,12 @@ def quality(
     nll: Sequence[float] = (1.0, 2.0), answered: tuple[Answer, ...] | None = None, **distances: Distance
 ) -> Quality:
     """Negative log-likelihoods, answers and distances to the references."""
+    said = answers(True, False) if answered is None else answered
     return Quality(
         nll=tuple(nll),
         distances=distances,
-        answers=answers(True, False) if answered is None else answered,
+        answers=said,
+        extent=Extent(tokens=len(nll) + 1, all_tokens=9000, questions=len(said), all_questions=12),
         cases=CASES,
         text_digest="t" * 64,
         evaluation_set_digest="e" * 64,
@@ -96,6 +98,7 @@ def recorded(**changes: Any) -> Recorded:
         "variant": values.variant(Path("/nowhere")),
         "measurements": {"decode_tok_s": Measurement.exact(50, "tokens/s")},
         "answers": answers(True, True, True),
+        "tokens": 2048,
         "evaluation_set": None,
         "evaluation_set_digest": digests[0],
         "text": None,

@@ -15,6 +15,7 @@ from slmops.core.values import (
     Comparison,
     CurvePoint,
     Evaluation,
+    Extent,
     Hardware,
     Measurement,
     Recipe,
@@ -151,6 +152,9 @@ def comparison(*results: VariantResult, chosen: str | None = None, reason: str =
     return Comparison(model="tiny", run_id="run1", choice=Choice(variant=chosen, reason=reason), variants=results)
 
 
+EXTENT = Extent(tokens=512, all_tokens=9000, questions=3, all_questions=3)
+
+
 def evaluation(changes: dict[str, Measurement | None] | None = None, **others: Any) -> Evaluation:
     """What was measured of a variant, with each kind of figure, answer and edge case once.
 
@@ -185,4 +189,5 @@ def evaluation(changes: dict[str, Measurement | None] | None = None, **others: A
         samples=({"prompt_tokens": 32, "first_s": 0.08},),
         evaluation_set_digest="e" * 64,
         text_digest="f" * 64,
+        extent=EXTENT,
     ).model_copy(update=others)

@@ -61,6 +61,8 @@ class Job(Frozen, use_attribute_docstrings=True):
     """Prompt tokens at which speed is measured; those that the context has no room for are left out."""
     output_lengths: list[Annotated[int, Field(ge=2, le=4096)]] = Field(default=[16], min_length=1)
     """Tokens to generate for each prompt length."""
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """About how long the text and the questions may take, all models together; fewer of both are used if need be."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
 
     if not TYPE_CHECKING:

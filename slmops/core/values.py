@@ -242,6 +242,29 @@ class CaseOutcome(Frozen):
     detail: str
 
 
+class Extent(Frozen):
+    """How much of the text and of the evaluation set was measured, the same for all variants of a job."""
+
+    tokens: int
+    all_tokens: int
+    questions: int
+    all_questions: int
+
+    @property
+    def text(self) -> str:
+        """``8 of 12 questions``, and what the others would have been good for; empty if nothing was left out."""
+        parts = (
+            ("tokens of the text", self.tokens, self.all_tokens),
+            ("questions", self.questions, self.all_questions),
+        )
+        said = " and ".join(
+            f"{used:,} of {there:,} {what} (with all, intervals would be {math.sqrt(there / used):.1f} times narrower)"
+            for what, used, there in parts
+            if used < there
+        )
+        return said and f"Quality was measured with {said}."
+
+
 class Evaluation(Frozen):
     """All that was measured of one variant."""
 
@@ -252,6 +275,7 @@ class Evaluation(Frozen):
     samples: tuple[dict[str, float], ...] = Field(description="Raw figures, one row per timed request.")
     evaluation_set_digest: str
     text_digest: str
+    extent: Extent
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -290,6 +314,7 @@ class VariantResult(Frozen):
     metrics: dict[str, float] = {}
     measurements: dict[str, Measurement] = Field({}, description="The same with units and intervals.")
     gates: tuple[GateResult, ...] = ()
+    extent: Extent | None = None
     dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
 
     @property

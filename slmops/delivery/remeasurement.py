@@ -21,7 +21,6 @@ from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
-from slmops.evaluation.quality import QUICK_ITEMS, QUICK_TOKENS, TOKENS
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register_folder
 from slmops.foundry.versions import Installed
@@ -104,9 +103,8 @@ def measure_perplexity(
     write_atomic(file, text)
     with locks.machine(settings):
         log.info("%s: scoring the text", recorded.variant.name)
-        tokens = QUICK_TOKENS if recorded.job.quick else TOKENS
         context = recorded.variant.checkpoint.context_length
-        request = LogitsRequest(folder=copy.path, text=file, tokens=tokens, context_length=context)
+        request = LogitsRequest(folder=copy.path, text=file, tokens=recorded.tokens, context_length=context)
         scored = quality.in_child("logits", request, LogitsResult, name, recorded.variant.name, settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
@@ -115,7 +113,7 @@ def ask_questions(
     copy: Registration, questions: EvaluationSet, recorded: Recorded, name: str, settings: Settings
 ) -> tuple[Answer, ...]:
     """Answers to the job's evaluation set, judged as the job judged them."""
-    items = dataset.subset(questions.items, QUICK_ITEMS) if recorded.job.quick else questions.items
+    items = dataset.subset(questions.items, len(recorded.answers))
     with locks.machine(settings):
         log.info("%s: answering the evaluation set", recorded.variant.name)
         home, matcher = home_of(name, settings), recorded.job.matcher

@@ -3,15 +3,18 @@
 import itertools
 import os
 import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from slmops.checkpoints import generation
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
-from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
+from slmops.evaluation.scoring import Generate, Generated, ScoredAnswers, answer_items
 from slmops.processes import child
 
 MOST_SESSIONS = 4
@@ -23,14 +26,15 @@ class AnswersRequest(Frozen):
     foundry_id: str | None = Field(None, description="A variant that is registered there; None: it is a checkpoint.")
     items: tuple[Item, ...]
     matcher: str | None = None
+    budget_s: float | None = Field(None, description="Seconds; items that do not fit are left out.")
 
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
-    generate = _of_variant if request.foundry_id else _of_checkpoint
-    return answer_items(request.items, request.matcher, lambda: generate(request))
+    load = _variant if request.foundry_id else _checkpoint
+    return answer_items(request.items, request.matcher, lambda: load(request), request.budget_s)
 
 
-def _of_variant(request: AnswersRequest) -> list[Generated]:
+def _variant(request: AnswersRequest) -> Generate:
     from slmops.foundry import runtime
 
     model = runtime.registered(request.folder, request.foundry_id or "")
@@ -44,16 +48,17 @@ def _of_variant(request: AnswersRequest) -> list[Generated]:
             completion_tokens=reply.completion_tokens,
         )
 
+    def generate(items: Sequence[Item]) -> list[Generated]:
+        # Several at once use all cores. Each request has a session of its own and is greedy, so that the answers are
+        # the same.
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:
+            return list(pool.map(ask, items))
+
     model.load()
-    # Several at once use all cores. Each request has a session of its own and is greedy, so the answers are the same.
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:
-        generated = list(pool.map(ask, request.items))
-    model.unload()
-    return generated
+    return generate
 
 
-def _of_checkpoint(request: AnswersRequest) -> list[Generated]:
-    """Greedy answers of transformers, in batches of prompts of about the same length."""
+def _checkpoint(request: AnswersRequest) -> Generate:
     import torch
     import transformers
 
@@ -61,9 +66,16 @@ def _of_checkpoint(request: AnswersRequest) -> list[Generated]:
     model = transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype=torch.float32).eval()
     ends = generation.stop_tokens(request.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return partial(_say, model, tokenizer, ends)
+
+
+def _say(model: Any, tokenizer: Any, ends: Collection[int], items: Sequence[Item]) -> list[Generated]:
+    """Greedy answers, in batches of prompts of about the same length."""
+    import torch
+    import transformers
+
     prompts = [
-        tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True)
-        for item in request.items
+        tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True) for item in items
     ]
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     said: dict[int, Generated] = {}
@@ -72,7 +84,7 @@ def _of_checkpoint(request: AnswersRequest) -> list[Generated]:
         # Only these: a checkpoint's own settings may sample or punish repetition.
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,
-            max_new_tokens=max(request.items[place].max_tokens for place in places),
+            max_new_tokens=max(items[place].max_tokens for place in places),
             eos_token_id=list(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -82,7 +94,7 @@ def _of_checkpoint(request: AnswersRequest) -> list[Generated]:
             generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         seconds = (time.perf_counter() - started) / len(places)
         for place, row in zip(places, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            room = row[: request.items[place].max_tokens]
+            room = row[: items[place].max_tokens]
             tokens = list(itertools.takewhile(lambda token: token not in ends, room))
             said[place] = Generated(
                 text=tokenizer.decode(tokens, skip_special_tokens=True),

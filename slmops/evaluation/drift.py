@@ -52,6 +52,7 @@ class Recorded(Frozen):
     variant: Variant = Field(description="Its path is not a folder of this machine.")
     measurements: dict[str, Measurement]
     answers: tuple[Answer, ...]
+    tokens: int = Field(description="Tokens of the text that it was measured with.")
     evaluation_set: Path | None = Field(description="A copy of the job's, if the job kept one.")
     evaluation_set_digest: str
     text: Path | None = Field(description="A copy of the job's perplexity text, if the job kept one.")

@@ -9,9 +9,10 @@ from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Answer, CaseOutcome, Checkpoint, Frozen, Registration, Variant
+from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, Registration, Variant
 from slmops.evaluation import dataset, edge_cases, scoring
 from slmops.evaluation.answers_worker import AnswersRequest
+from slmops.evaluation.extent import Share
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
 from slmops.processes import children
@@ -34,6 +35,7 @@ class Quality(Frozen):
     cases: tuple[CaseOutcome, ...]
     text_digest: str
     evaluation_set_digest: str
+    extent: Extent
 
 
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
@@ -44,16 +46,21 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     try:
         with locks.machine(settings):
             log.info("scoring the text with the checkpoint itself")
+            text, digest = _text(name, job, settings)
+            share = Share("tokens", TOKENS, digest, checkpoint, name, job, settings)
             request = LogitsRequest(
                 folder=checkpoint.path,
                 hugging_face=True,
                 trust_remote_code=job.trust_remote_code,
-                text=_text(name, job, settings)[0],
-                tokens=TOKENS,
+                text=text,
+                tokens=share.count,
+                budget_s=share.budget_s,
                 context_length=checkpoint.context_length,
                 write=reference,
             )
-            return in_child("logits", request, LogitsResult, name, "checkpoint", settings).nll
+            scored = in_child("logits", request, LogitsResult, name, "checkpoint", settings)
+            share.keep(scored.tokens)
+            return scored.nll
     except EvaluationError as error:
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
@@ -67,8 +74,11 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     UsageError: the evaluation set, the text or the matcher is bad.
     """
     evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
-    items = dataset.subset(evaluation_set.items, QUICK_ITEMS) if job.quick else evaluation_set.items
     text, text_digest = _text(name, job, settings)
+    of_job = (variant.checkpoint, name, job, settings)
+    tokens = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, text_digest, *of_job)
+    all_items = evaluation_set.items
+    questions = Share("questions", QUICK_ITEMS if job.quick else len(all_items), evaluation_set.digest, *of_job)
     files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
     own = files.pop(BASELINE_REFERENCE) if variant.recipe.baseline else None
     with locks.machine(settings):
@@ -76,24 +86,37 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         text_request = LogitsRequest(
             folder=registration.path,
             text=text,
-            tokens=QUICK_TOKENS if job.quick else TOKENS,
+            tokens=tokens.count,
+            budget_s=tokens.budget_s,
             context_length=variant.checkpoint.context_length,
             references={which: file for which, file in files.items() if file.exists()},
             write=own,
         )
         scored = in_child("logits", text_request, LogitsResult, name, variant.name, settings)
+        tokens.keep(scored.tokens)
         asked = AnswersRequest(
-            folder=settings.foundry, foundry_id=registration.foundry_id, items=items, matcher=job.matcher
+            folder=settings.foundry,
+            foundry_id=registration.foundry_id,
+            items=dataset.subset(all_items, questions.count),
+            matcher=job.matcher,
+            budget_s=questions.budget_s,
         )
         answers = in_child("answers", asked, ScoredAnswers, name, variant.name, settings).answers
+        questions.keep(len(answers))
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return Quality(
         nll=scored.nll,
         distances=scored.distances,
-        answers=scoring.ask_judge(items, answers, settings),
+        answers=scoring.ask_judge(dataset.subset(all_items, len(answers)), answers, settings),
         cases=cases,
         text_digest=text_digest,
         evaluation_set_digest=evaluation_set.digest,
+        extent=Extent(
+            tokens=scored.tokens,
+            all_tokens=scored.all_tokens,
+            questions=len(answers),
+            all_questions=len(all_items),
+        ),
     )
 
 

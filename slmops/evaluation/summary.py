@@ -78,6 +78,7 @@ def evaluation(
         ),
         evaluation_set_digest=quality.evaluation_set_digest,
         text_digest=quality.text_digest,
+        extent=quality.extent,
     )
 
 

@@ -29,6 +29,7 @@ from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Answer, Comparison, Evaluation, Frozen, Measurement, Registration, Variant
 from slmops.evaluation import dataset
 from slmops.evaluation.drift import Recorded
+from slmops.evaluation.quality import QUICK_TOKENS, TOKENS
 
 OF_INTERVALS = "intervals/"
 """How the names of the ends of intervals begin; see :data:`OF_CURVES`."""
@@ -36,7 +37,7 @@ HEADLINES = ("ttft_ms_p50", "decode_tok_s", "perplexity_ratio", "kl_mean", "accu
 """Figures whose 95 % intervals are metrics too; the others' are in the run's description and measurements.json."""
 ANSWERS_FILE, CASES_FILE, GATES_FILE = "answers.json", "edge_cases.json", "gates.json"
 MEASUREMENTS_FILE = "measurements.json"
-EVALUATION_SET, TEXT, QUICK = "evaluation set", "perplexity text", "number of questions (--quick)"
+EVALUATION_SET, TEXT, QUICK = "evaluation set", "perplexity text", "number of questions (--quick, --minutes)"
 """What figures of quality compare by."""
 OF_ANSWERS = (
     *("accuracy", "score", "format_valid", "flips", "mcnemar_p"),
@@ -190,14 +191,16 @@ def recorded(client: Client, run_id: str, hardware_kind: str, folder: Path) -> R
     figures = json.loads(client.text_of(run_id, MEASUREMENTS_FILE))
     manifest = json.loads(client.text_of(run_id, MANIFEST))
     inputs = client.files_in(parent.info.run_id, INPUTS)
+    job = _job(parent.data.params)
     kept = [Path(client.download_artifacts(parent.info.run_id, path, str(folder))) for path in inputs]
     return Recorded(
         run_id=run_id,
-        job=_job(parent.data.params),
+        job=job,
         hardware_kind=hardware_kind,
         variant=Variant.model_validate({**manifest, "path": folder}),
         measurements={metric: Measurement.model_validate(figure) for metric, figure in figures.items()},
         answers=_answers(client, run_id),
+        tokens=int(run.data.params.get("measured.tokens", QUICK_TOKENS if job.quick else TOKENS)),
         evaluation_set=next((path for path in kept if path.stem == KEPT_SET), None),
         evaluation_set_digest=run.data.params.get("evaluation_set_digest", ""),
         text=next((path for path in kept if path.name == KEPT_TEXT), None),

@@ -76,7 +76,8 @@ class Tracker(Connection):
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
             deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
-            self._client.log_params(run_id, {**_of_variant(variant), **digests, **deployed})
+            used = _fields("measured", evaluation.extent)
+            self._client.log_params(run_id, {**_of_variant(variant), **digests, **used, **deployed})
             logged = self._client.create_logged_model(
                 experiment_id=self._client.get_run(run_id).info.experiment_id,
                 name=f"{name}-{variant.name}",
@@ -105,6 +106,7 @@ class Tracker(Connection):
             run_id=run_id,
             metrics=evaluation.metrics,
             measurements=evaluation.measurements,
+            extent=evaluation.extent,
         )
 
     def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
@@ -209,11 +211,13 @@ class Tracker(Connection):
         """What the quality of a variant was measured with; figures of it compare only if that is the same."""
         with self._talking():
             run = self._client.get_run(run_id)
-            parent = self._client.get_run(run.data.tags[PARENT])
+            job = self._client.get_run(run.data.tags[PARENT]).data.params
+            used = [run.data.params.get(f"measured.{what}") for what in ("tokens", "questions")]
             return {
                 EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
                 TEXT: run.data.params.get("text_digest", ""),
-                QUICK: parent.data.params.get("job.quick", "false"),
+                # With a time limit, how many there were time for.
+                QUICK: f"{used}" if "job.minutes" in job else job.get("job.quick", "false"),
             }
 
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:

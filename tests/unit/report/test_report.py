@@ -11,7 +11,7 @@ from slmops.core.values import Comparison, GateResult, Measurement, VariantResul
 from slmops.report import CHARTS, INTERVALS, html
 from slmops.selection import policy
 from slmops.selection.choice import choose
-from tests.values import comparison, failed, result
+from tests.values import EXTENT, comparison, failed, result
 
 REASON = "int4 is taken, the smallest that no gate refuses."
 
@@ -80,6 +80,20 @@ def test_what_foundry_local_reads_otherwise_is_shown_if_there_is_any() -> None:
     assert "texts read" in report.table(odd)
     assert "rendered" not in report.table(odd)
     assert row(odd, "fp32")[9:10] == ["4"]
+
+
+def test_what_was_left_out_is_said() -> None:
+    said = "Quality was measured with 512 of 9,000 tokens of the text (with all, intervals would be 4.2 times narrower)"
+    few = EXTENT.model_copy(update={"questions": 8, "all_questions": 12})
+    for extent, text in (
+        (EXTENT, f"{said}."),
+        (few, f"{said} and 8 of 12 questions (with all, intervals would be 1.2 times narrower)."),
+        (few.model_copy(update={"all_tokens": 512, "all_questions": 8}), ""),
+    ):
+        made = comparison(failed("fp32", "No."), result("int4", 110).model_copy(update={"extent": extent}))
+        pages = (report.text(made), report.markdown(made, "http://host/run"), html(made))
+        assert all(text in page for page in pages)
+        assert all(("Quality was measured" in page) == bool(text) for page in pages)
 
 
 def test_the_distance_to_the_checkpoint_is_shown_if_it_was_measured() -> None:

@@ -1,0 +1,119 @@
+"""How much of the text and the questions there is time for, and that all models of a job get the same."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from slmops.evaluation import extent, logits_worker, scoring
+from slmops.evaluation.dataset import Item
+from slmops.evaluation.extent import Share
+from slmops.evaluation.scoring import Generated
+from tests import values
+from tests.measured import word_tokenizer
+
+LOAD_S = 100.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in (logits_worker, scoring):
+        monkeypatch.setattr(module, "time", made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "used"),
+    [(None, 2000), (1e6, 2000), (LOAD_S + 4 * 9, 2000), (LOAD_S + 3 * 9, 1536), (LOAD_S + 2.9 * 9, 1024), (1, 512)],
+)
+def test_whole_windows_of_the_text(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
+) -> None:
+    def load(_folder: Path) -> Any:
+        clock.now += LOAD_S
+        return SimpleNamespace(logits=logits)
+
+    def logits(ids: Any) -> Any:
+        clock.now += 9 * len(ids) / 512
+        return np.zeros((len(ids), 1), np.float32)
+
+    monkeypatch.setitem(sys.modules, "slmops.conversion.logits", SimpleNamespace(OnnxModel=load))
+    word_tokenizer(tmp_path)
+    (tmp_path / "text.txt").write_text("word " * 3000)
+    asked = {"folder": tmp_path, "text": tmp_path / "text.txt", "tokens": 2000, "context_length": 4096}
+    found = logits_worker.handle(logits_worker.LogitsRequest(**asked, budget_s=budget_s))
+    assert (found.tokens, found.all_tokens) == (used, 3000)
+    assert len(found.nll) == used - -(-used // 512)
+    assert (clock.now - LOAD_S) == pytest.approx(9 * used / 512)
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "used"), [(None, 40), (1e6, 40), (LOAD_S + 80, 40), (LOAD_S + 50, 25), (LOAD_S + 1, 10), (1, 10)]
+)
+def test_questions_of_all_categories_in_their_order(clock: Clock, budget_s: float | None, used: int) -> None:
+    items = [Item(id=str(n), prompt=f"Q{n}", expected=f"Q{n}", category=f"c{n // 20}") for n in range(40)]
+
+    def load() -> Any:
+        clock.now += LOAD_S
+        return generate
+
+    def generate(some: Sequence[Item]) -> list[Generated]:
+        clock.now += 2 * len(some)
+        return [
+            Generated(text=item.prompt or "", finish_reason="stop", seconds=2, completion_tokens=1) for item in some
+        ]
+
+    found = scoring.answer_items(items, None, load, budget_s).answers
+    half = [*range(-(-used // 2)), *range(20, 20 + used // 2)]
+    assert [one.id for one in found] == [str(n) for n in half]
+    assert all(one.correct for one in found)
+    assert clock.now == LOAD_S + 2 * used
+
+
+def test_all_models_of_a_job_get_what_the_first_had_time_for(tmp_path: Path) -> None:
+    settings, job = Settings(home=tmp_path), Job(model="m", minutes=10)
+
+    def share(asked: Job = job, name: str = "bot", home: Settings = settings, **changes: Any) -> Share:
+        return Share("questions", 40, "digest", values.checkpoint(**changes), name, asked, home)
+
+    first = share()
+    assert (first.count, first.budget_s) == (40, 60)  # four variants and the checkpoint, text and questions
+    first.keep(25)
+    assert (share().count, share().budget_s) == (25, None)
+    # After it was killed and what is unfinished is removed, too; not with another time, of another model or text.
+    shutil.rmtree(settings.work("bot"))
+    assert share().count == 25
+    for other in (share(Job(model="m", minutes=5)), share(Job(model="m")), share(parameters=7)):
+        assert other.count == 40
+    assert share(Job(model="m")).budget_s == settings.evaluation_timeout_s / 4
+    assert share(Job(model="m", minutes=10, quick=True, precision=["int4"])).budget_s == 150
+    # On another machine, by what comes with the logits.
+    share().keep(25)
+    elsewhere = Settings(home=tmp_path / "elsewhere")
+    shutil.copytree(settings.work("bot") / "logits", elsewhere.work("part") / "logits")
+    assert share(name="part", home=elsewhere).count == 25
+
+
+def test_the_least_is_enough_for_an_interval_and_for_the_margin_of_the_policy() -> None:
+    from slmops.evaluation import statistics
+    from slmops.selection import policy
+
+    assert extent.LEAST["tokens"] // statistics.BLOCK_TOKENS > statistics.MIN_SAMPLES
+    [margin] = {-gate.limit for gate in policy.load().gates if gate.metric == "accuracy"}
+    assert 1 / extent.LEAST["questions"] <= margin

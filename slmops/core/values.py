@@ -253,13 +253,10 @@ class Extent(Frozen):
     @property
     def text(self) -> str:
         """``8 of 12 questions``, and what the others would have been good for; empty if nothing was left out."""
-        parts = (
-            ("tokens of the text", self.tokens, self.all_tokens),
-            ("questions", self.questions, self.all_questions),
-        )
+        text = ("tokens of the text", self.tokens, self.all_tokens)
         said = " and ".join(
             f"{used:,} of {there:,} {what} (with all, intervals would be {math.sqrt(there / used):.1f} times narrower)"
-            for what, used, there in parts
+            for what, used, there in (text, ("questions", self.questions, self.all_questions))
             if used < there
         )
         return said and f"Quality was measured with {said}."

@@ -3,18 +3,16 @@
 import itertools
 import os
 import time
-from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from slmops.checkpoints import generation
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
-from slmops.evaluation.scoring import Generate, Generated, ScoredAnswers, answer_items
+from slmops.evaluation.extent import LEAST_QUESTIONS
+from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
 from slmops.processes import child
 
 MOST_SESSIONS = 4
@@ -26,20 +24,27 @@ class AnswersRequest(Frozen):
     foundry_id: str | None = Field(None, description="A variant that is registered there; None: it is a checkpoint.")
     items: tuple[Item, ...]
     matcher: str | None = None
-    budget_s: float | None = Field(None, description="Seconds; items that do not fit are left out.")
+    budget_s: float | None = None  # the last items are left out then
 
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
-    load = _variant if request.foundry_id else _checkpoint
-    return answer_items(request.items, request.matcher, lambda: load(request), request.budget_s)
+    generate = _of_variant if request.foundry_id else _of_checkpoint
+    return answer_items(request.items, request.matcher, lambda: generate(request, time.monotonic()))
 
 
-def _variant(request: AnswersRequest) -> Generate:
+def _is_late(request: AnswersRequest, started: float, place: int) -> bool:
+    spent_s = time.monotonic() - started
+    return request.budget_s is not None and spent_s > request.budget_s and place >= LEAST_QUESTIONS
+
+
+def _of_variant(request: AnswersRequest, started: float) -> list[Generated]:
     from slmops.foundry import runtime
 
     model = runtime.registered(request.folder, request.foundry_id or "")
 
-    def ask(item: Item) -> Generated:
+    def ask(place: int, item: Item) -> Generated | None:
+        if _is_late(request, started, place):
+            return None
         reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
         return Generated(
             text=reply.text,
@@ -48,17 +53,16 @@ def _variant(request: AnswersRequest) -> Generate:
             completion_tokens=reply.completion_tokens,
         )
 
-    def generate(items: Sequence[Item]) -> list[Generated]:
-        # Several at once use all cores. Each request has a session of its own and is greedy, so that the answers are
-        # the same.
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:
-            return list(pool.map(ask, items))
-
     model.load()
-    return generate
+    # Several at once use all cores. Each request has a session of its own and is greedy, so the answers are the same.
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:
+        generated = list(pool.map(ask, itertools.count(), request.items))
+    model.unload()
+    return list(itertools.takewhile(bool, generated))  # type: ignore[arg-type]
 
 
-def _checkpoint(request: AnswersRequest) -> Generate:
+def _of_checkpoint(request: AnswersRequest, started: float) -> list[Generated]:
+    """Greedy answers of transformers, in batches of prompts of about the same length."""
     import torch
     import transformers
 
@@ -66,25 +70,20 @@ def _checkpoint(request: AnswersRequest) -> Generate:
     model = transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype=torch.float32).eval()
     ends = generation.stop_tokens(request.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return partial(_say, model, tokenizer, ends)
-
-
-def _say(model: Any, tokenizer: Any, ends: Collection[int], items: Sequence[Item]) -> list[Generated]:
-    """Greedy answers, in batches of prompts of about the same length."""
-    import torch
-    import transformers
-
     prompts = [
-        tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True) for item in items
+        tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True)
+        for item in request.items
     ]
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    order = sorted(range(len(prompts)), key=lambda place: 0 if request.budget_s else len(prompts[place]))
     said: dict[int, Generated] = {}
     for first in range(0, len(order), PROMPTS_AT_ONCE):
+        if _is_late(request, started, first):
+            break
         places = order[first : first + PROMPTS_AT_ONCE]
         # Only these: a checkpoint's own settings may sample or punish repetition.
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,
-            max_new_tokens=max(items[place].max_tokens for place in places),
+            max_new_tokens=max(request.items[place].max_tokens for place in places),
             eos_token_id=list(ends),
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -94,7 +93,7 @@ def _say(model: Any, tokenizer: Any, ends: Collection[int], items: Sequence[Item
             generated = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         seconds = (time.perf_counter() - started) / len(places)
         for place, row in zip(places, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-            room = row[: items[place].max_tokens]
+            room = row[: request.items[place].max_tokens]
             tokens = list(itertools.takewhile(lambda token: token not in ends, room))
             said[place] = Generated(
                 text=tokenizer.decode(tokens, skip_special_tokens=True),
@@ -102,7 +101,7 @@ def _say(model: Any, tokenizer: Any, ends: Collection[int], items: Sequence[Item
                 seconds=seconds,
                 completion_tokens=len(tokens),
             )
-    return [said[place] for place in range(len(prompts))]
+    return [said[place] for place in range(len(said))]
 
 
 if __name__ == "__main__":

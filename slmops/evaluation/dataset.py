@@ -198,13 +198,13 @@ def load(path: Path | None, *, matcher: str | None = None, judge: bool = False) 
 
 
 def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
-    """At most ``count`` items in the order of the file: the first of each category, then the second, and so on."""
+    """At most ``count`` items: the first of each category, then the second, and so on."""
     seen: Counter[str] = Counter()
-    ranked: list[tuple[int, int]] = []
-    for position, item in enumerate(items):
-        ranked.append((seen[item.category], position))
+    ranks = []
+    for item in items:
+        ranks.append(seen[item.category])
         seen[item.category] += 1
-    return tuple(items[position] for position in sorted(position for _, position in sorted(ranked)[: max(count, 0)]))
+    return tuple(items[place] for place in sorted(range(len(items)), key=ranks.__getitem__)[: max(count, 0)])
 
 
 def perplexity_text(path: Path | None) -> tuple[str, str]:

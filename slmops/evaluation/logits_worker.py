@@ -8,7 +8,7 @@ the serving runtime gives none.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
-from slmops.evaluation.extent import affordable
+from slmops.evaluation.extent import LEAST_TOKENS
 from slmops.processes import child
 
 WINDOW = 512
@@ -39,7 +39,7 @@ class LogitsRequest(Frozen):
     context_length: int  # of the model, in tokens: a window is not longer
     references: dict[str, Path] = Field({})
     write: Path | None = None
-    budget_s: float | None = Field(None, description="Seconds; the text is cut to what the first window shows to fit.")
+    budget_s: float | None = None  # the rest of the text is left out
 
 
 class Distance(Frozen):
@@ -54,17 +54,15 @@ class LogitsResult(Frozen):
 
     nll: tuple[float, ...]
     distances: dict[str, Distance]
-    tokens: int = Field(0, description="Tokens that were used, of all_tokens of the text.")
-    all_tokens: int = 0
+    tokens: int = Field(0, description="How many of the text's were used,")
+    all_tokens: int = Field(0, description="of so many.")
 
 
 def handle(request: LogitsRequest) -> LogitsResult:
     """Score the text window by window, with the logits of one window in memory."""
-    started = time.monotonic()
+    started = before = time.monotonic()
     windows, all_tokens = _windows(request)
-    logits_of = _model(request)
-    loaded = time.monotonic()
-    tokens, fitting = 0, sum(map(len, windows))
+    tokens = 0
     scored = sum(len(window) - 1 for window in windows)
     references = {
         name: np.memmap(file, np.float32, "r").reshape(scored, -1) for name, file in request.references.items()
@@ -73,10 +71,7 @@ def handle(request: LogitsRequest) -> LogitsResult:
     kl: dict[str, list[float]] = {name: [] for name in references}
     same: dict[str, list[bool]] = {name: [] for name in references}
     with ThreadPoolExecutor(os.cpu_count()) as pool, _kept(request.write) as file:
-        for window in windows:
-            if tokens + len(window) > fitting:
-                break
-            logits = logits_of(window)
+        for window, logits in zip(windows, _logits(request, windows), strict=True):
             rows = range(0, len(window) - 1, ROWS)
             parts = [(logits[:-1][row : row + ROWS], window[1:][row : row + ROWS], len(nll) + row) for row in rows]
             for own, part in pool.map(lambda part: _compare(*part, references=references), parts):
@@ -85,10 +80,11 @@ def handle(request: LogitsRequest) -> LogitsResult:
                 for name, distance in part.distances.items():
                     kl[name] += distance.kl
                     same[name] += distance.same_top
-            if tokens == 0 and request.budget_s is not None:
-                each_s = (time.monotonic() - loaded) / len(window)
-                fitting = affordable("tokens", fitting, request.budget_s - (loaded - started), each_s)
             tokens += len(window)
+            now = time.monotonic()
+            last_s, before = now - before, now
+            if request.budget_s is not None and tokens >= LEAST_TOKENS and now - started + last_s > request.budget_s:
+                break
         if sum(nll) / len(nll) > LARGEST_NLL:
             raise EvaluationError("The model is broken: its logits call the text all but impossible.")
     distances = {name: Distance(kl=tuple(kl[name]), same_top=tuple(same[name])) for name in kl}
@@ -126,24 +122,23 @@ def _windows(request: LogitsRequest) -> tuple[list[NDArray[Any]], int]:
     return [ids[start : start + window] for start in range(0, len(ids) - 1, window)], len(whole)
 
 
-def _model(request: LogitsRequest) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """The loaded model: from token ids to logits of shape (tokens, vocabulary)."""
+def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Logits of each window, shape (tokens, vocabulary)."""
     if not request.hugging_face:
         from slmops.conversion.logits import OnnxModel
 
-        return OnnxModel(request.folder).logits
+        onnx = OnnxModel(request.folder)
+        yield from (onnx.logits(window) for window in windows)
+        return
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         request.folder, dtype=torch.float32, trust_remote_code=request.trust_remote_code, attn_implementation="eager"
     ).eval()
-
-    def logits(window: NDArray[Any]) -> NDArray[Any]:
-        with torch.no_grad():
-            return np.asarray(model(torch.from_numpy(window)[None]).logits[0].float())
-
-    return logits
+    with torch.no_grad():
+        for window in windows:
+            yield model(torch.from_numpy(window)[None]).logits[0].float().numpy()
 
 
 def _compare(

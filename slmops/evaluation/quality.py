@@ -75,10 +75,10 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     """
     evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
     text, text_digest = _text(name, job, settings)
-    of_job = (variant.checkpoint, name, job, settings)
-    tokens = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, text_digest, *of_job)
-    all_items = evaluation_set.items
-    questions = Share("questions", QUICK_ITEMS if job.quick else len(all_items), evaluation_set.digest, *of_job)
+    most = (QUICK_TOKENS, QUICK_ITEMS) if job.quick else (TOKENS, len(evaluation_set.items))
+    tokens = Share("tokens", most[0], text_digest, variant.checkpoint, name, job, settings)
+    questions = Share("questions", most[1], evaluation_set.digest, variant.checkpoint, name, job, settings)
+    items = dataset.subset(evaluation_set.items, questions.count)
     files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
     own = files.pop(BASELINE_REFERENCE) if variant.recipe.baseline else None
     with locks.machine(settings):
@@ -97,26 +97,22 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         asked = AnswersRequest(
             folder=settings.foundry,
             foundry_id=registration.foundry_id,
-            items=dataset.subset(all_items, questions.count),
+            items=items,
             matcher=job.matcher,
             budget_s=questions.budget_s,
         )
         answers = in_child("answers", asked, ScoredAnswers, name, variant.name, settings).answers
         questions.keep(len(answers))
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
+    questions_of = {"questions": len(answers), "all_questions": len(evaluation_set.items)}
     return Quality(
         nll=scored.nll,
         distances=scored.distances,
-        answers=scoring.ask_judge(dataset.subset(all_items, len(answers)), answers, settings),
+        answers=scoring.ask_judge(items[: len(answers)], answers, settings),
         cases=cases,
         text_digest=text_digest,
         evaluation_set_digest=evaluation_set.digest,
-        extent=Extent(
-            tokens=scored.tokens,
-            all_tokens=scored.all_tokens,
-            questions=len(answers),
-            all_questions=len(all_items),
-        ),
+        extent=Extent(tokens=scored.tokens, all_tokens=scored.all_tokens, **questions_of),
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen
-from slmops.evaluation import dataset, judge, matchers
+from slmops.evaluation import judge, matchers
 from slmops.evaluation.dataset import Item
-from slmops.evaluation.extent import LEAST, affordable
 from slmops.evaluation.matchers import Function, Judgement
 
 JUDGED_AT_ONCE = 4
@@ -20,9 +19,6 @@ class Generated(Frozen):
     finish_reason: str
     seconds: float
     completion_tokens: int
-
-
-Generate = Callable[[Sequence[Item]], Sequence[Generated]]
 
 
 class ScoredAnswers(Frozen):
@@ -37,27 +33,16 @@ def judgement(item: Item, text: str, function: Function | None, settings: Settin
 
 
 def answer_items(
-    items: Sequence[Item], matcher: str | None, load: Callable[[], Generate], budget_s: float | None = None
+    items: Sequence[Item], matcher: str | None, generate: Callable[[], Sequence[Generated]]
 ) -> ScoredAnswers:
     """Have a model answer and score what matchers can score; :func:`ask_judge` does the rest.
 
-    With a budget, the time of the first answers decides how many items are asked, as :func:`dataset.subset` has them.
-    UsageError, before ``load`` loads the model, if the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded.
+    A model that runs out of time leaves the last items out. It is a UsageError, before ``generate`` runs the model, if
+    the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded.
     """
     function = matchers.load_function(matcher) if matcher else None
-    started = time.monotonic()
-    generate = load()
-    loaded = time.monotonic()
-    asked = items if budget_s is None else dataset.subset(items, LEAST["questions"])
-    generated = list(generate(asked))
-    if budget_s is not None:
-        each_s = (time.monotonic() - loaded) / len(asked)
-        fitting = dataset.subset(items, affordable("questions", len(items), budget_s - (loaded - started), each_s))
-        others = [item for item in fitting if item not in asked]
-        by_id = dict(zip([item.id for item in (*asked, *others)], [*generated, *generate(others)], strict=True))
-        asked, generated = fitting, [by_id[item.id] for item in fitting]
     answers = []
-    for item, said in zip(asked, generated, strict=True):
+    for item, said in zip(items, generate(), strict=False):
         judged = Judgement(reason=TO_BE_JUDGED) if item.match == "judge" else _matched(item, said.text, function)
         answers.append(
             Answer(

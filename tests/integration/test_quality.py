@@ -18,6 +18,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Registration, Variant
 from slmops.evaluation import edge_cases, quality, speed
+from slmops.evaluation.extent import LEAST_TOKENS
 from slmops.evaluation.logits_worker import WINDOW
 from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, TOKENS, Quality
 from slmops.evaluation.speed import Speed
@@ -165,6 +166,23 @@ def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Setting
     assert {len(one.nll) for one in found.values()} == {quality.QUICK_TOKENS - windows}
     assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE_REFERENCE}}
     assert {len(one.answers) for one in found.values()} == {quality.QUICK_ITEMS}
+
+
+@pytest.mark.usefixtures("no_cases")
+def test_a_job_with_little_time(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
+    asked = job.model_copy(update={"minutes": 0.001, "evaluation_set": many})
+    nll = quality.score_checkpoint(checkpoint, "hasty", asked, home)
+    found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}
+    # The same ones for all, so that they compare; and no fewer than gates need.
+    assert nll is not None
+    for one in found.values():
+        assert len(one.nll) == len(nll) == LEAST_TOKENS - math.ceil(LEAST_TOKENS / WINDOW)
+        assert one.extent.model_dump().items() >= {"tokens": 1024, "questions": 10, "all_questions": 25}.items()
+        assert one.extent.all_tokens > TOKENS
+    assert found["int8"].distances.keys() == {BASELINE_REFERENCE, CHECKPOINT_REFERENCE}
+    assert "intervals would be 1.6 times narrower" in found["int8"].extent.text
 
 
 def test_a_checkpoint_that_transformers_cannot_run(

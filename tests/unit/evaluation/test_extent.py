@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slmops import foundry
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.evaluation import extent, logits_worker, scoring
+from slmops.evaluation import answers_worker, dataset, extent, logits_worker
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.extent import Share
-from slmops.evaluation.scoring import Generated
 from tests import values
 from tests.measured import word_tokenizer
 
@@ -33,14 +32,14 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for module in (logits_worker, scoring):
+    for module in (logits_worker, answers_worker):
         monkeypatch.setattr(module, "time", made)
     return made
 
 
 @pytest.mark.parametrize(
     ("budget_s", "used"),
-    [(None, 2000), (1e6, 2000), (LOAD_S + 4 * 9, 2000), (LOAD_S + 3 * 9, 1536), (LOAD_S + 2.9 * 9, 1024), (1, 512)],
+    [(None, 2000), (1e6, 2000), (LOAD_S + 4 * 9, 2000), (LOAD_S + 3 * 9, 1536), (LOAD_S + 2.9 * 9, 1024), (1, 1024)],
 )
 def test_whole_windows_of_the_text(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
@@ -63,25 +62,31 @@ def test_whole_windows_of_the_text(
     assert (clock.now - LOAD_S) == pytest.approx(9 * used / 512)
 
 
-@pytest.mark.parametrize(
-    ("budget_s", "used"), [(None, 40), (1e6, 40), (LOAD_S + 80, 40), (LOAD_S + 50, 25), (LOAD_S + 1, 10), (1, 10)]
-)
-def test_questions_of_all_categories_in_their_order(clock: Clock, budget_s: float | None, used: int) -> None:
+@pytest.mark.parametrize(("budget_s", "used"), [(None, 40), (1e6, 40), (LOAD_S + 50, 26), (LOAD_S + 1, 10), (1, 10)])
+def test_questions_of_all_categories(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
+) -> None:
     items = [Item(id=str(n), prompt=f"Q{n}", expected=f"Q{n}", category=f"c{n // 20}") for n in range(40)]
 
-    def load() -> Any:
+    def load() -> None:
         clock.now += LOAD_S
-        return generate
 
-    def generate(some: Sequence[Item]) -> list[Generated]:
-        clock.now += 2 * len(some)
-        return [
-            Generated(text=item.prompt or "", finish_reason="stop", seconds=2, completion_tokens=1) for item in some
-        ]
+    def ask(_model: Any, conversation: list[dict[str, str]], **_: Any) -> Any:
+        clock.now += 2
+        text = conversation[-1]["content"]
+        return SimpleNamespace(text=text, finish_reason="stop", total_s=2, completion_tokens=1)
 
-    found = scoring.answer_items(items, None, load, budget_s).answers
-    half = [*range(-(-used // 2)), *range(20, 20 + used // 2)]
-    assert [one.id for one in found] == [str(n) for n in half]
+    model = SimpleNamespace(load=load, unload=lambda: None)
+    runtime = SimpleNamespace(registered=lambda *_: model, ask=ask)
+    monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
+    monkeypatch.setattr(answers_worker, "MOST_SESSIONS", 1)
+    asked = answers_worker.AnswersRequest(
+        folder=tmp_path, foundry_id="x:1", items=dataset.subset(items, 40), budget_s=budget_s
+    )
+    found = answers_worker.handle(asked).answers
+    assert [one.id for one in found] == [str(n) for pair in zip(range(20), range(20, 40), strict=True) for n in pair][
+        :used
+    ]
     assert all(one.correct for one in found)
     assert clock.now == LOAD_S + 2 * used
 
@@ -114,6 +119,6 @@ def test_the_least_is_enough_for_an_interval_and_for_the_margin_of_the_policy() 
     from slmops.evaluation import statistics
     from slmops.selection import policy
 
-    assert extent.LEAST["tokens"] // statistics.BLOCK_TOKENS > statistics.MIN_SAMPLES
+    assert extent.LEAST_TOKENS // statistics.BLOCK_TOKENS > statistics.MIN_SAMPLES
     [margin] = {-gate.limit for gate in policy.load().gates if gate.metric == "accuracy"}
-    assert 1 / extent.LEAST["questions"] <= margin
+    assert margin >= 1 / extent.LEAST_QUESTIONS

@@ -253,7 +253,7 @@ def said(text: str) -> Generated:
 
 
 def answered(*texts: str) -> tuple[Any, ...]:
-    return scoring.answer_items(ITEMS, None, lambda: lambda _items: [said(text) for text in texts]).answers
+    return scoring.answer_items(ITEMS, None, lambda: [said(text) for text in texts]).answers
 
 
 TEXTS = ("Paris.", "Hello!", "5", "Bye.")
@@ -293,7 +293,7 @@ def test_items_are_judged_side_by_side(settings: Settings, monkeypatch: pytest.M
     together = threading.Barrier(scoring.JUDGED_AT_ONCE, timeout=10)
     monkeypatch.setattr(judge, "score", lambda *_: (together.wait(), GRADE)[1])
     items = [ITEMS[1]] * 2 * scoring.JUDGED_AT_ONCE
-    waiting = scoring.answer_items(items, None, lambda: lambda some: [said("Hello!")] * len(some)).answers
+    waiting = scoring.answer_items(items, None, lambda: [said("Hello!")] * len(items)).answers
     assert all(one.correct for one in scoring.ask_judge(items, waiting, settings))
 
 

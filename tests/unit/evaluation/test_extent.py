@@ -84,9 +84,8 @@ def test_questions_of_all_categories(
         folder=tmp_path, foundry_id="x:1", items=dataset.subset(items, 40), budget_s=budget_s
     )
     found = answers_worker.handle(asked).answers
-    assert [one.id for one in found] == [str(n) for pair in zip(range(20), range(20, 40), strict=True) for n in pair][
-        :used
-    ]
+    in_turns = [str(n) for both in zip(range(20), range(20, 40), strict=True) for n in both]
+    assert [one.id for one in found] == in_turns[:used]
     assert all(one.correct for one in found)
     assert clock.now == LOAD_S + 2 * used
 

@@ -9,7 +9,7 @@ import pytest
 from slmops.core.errors import TrackingError
 from slmops.core.values import Answer, GateResult, Measurement
 from slmops.tracking import evaluation as tracking_evaluation
-from slmops.tracking.evaluation import TAG_LIMIT, description
+from slmops.tracking.evaluation import QUICK, TAG_LIMIT, description
 from tests import values
 from tests.tracked import Book, Made
 
@@ -186,6 +186,17 @@ def test_a_champion_of_another_machine_has_no_speed(book: Book) -> None:
     # A run of an unknown machine is not taken for one of this kind.
     nowhere = book.client.create_run(book.experiment(), tags={"mlflow.parentRunId": own})
     assert tracker.hardware_kind(nowhere.info.run_id) == "an unknown machine"
+
+
+def test_figures_compare_if_as_much_was_measured(book: Book) -> None:
+    runs = []
+    for number, (minutes, questions) in enumerate(((None, 3), (5, 3), (9, 3), (5, 2))):
+        made = Made(book.folder / str(number))
+        made.evaluation = values.evaluation(extent=values.EXTENT.model_copy(update={"questions": questions}))
+        runs.append(book.log(made, book.start(minutes=minutes)))
+    assert [book.tracker.differences(runs[1], run) for run in runs] == [(QUICK,), (), (), (QUICK,)]
+    used = {"measured.tokens": "512", "measured.all_tokens": "9000", "measured.questions": "2"}
+    assert book.run(runs[3]).data.params.items() >= used.items()
 
 
 def test_description_stays_within_what_mlflow_takes() -> None:

@@ -2,10 +2,14 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
+from slmops.checkpoints.architectures import PROVEN
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 from slmops.processes import child
+
+_ORIGINAL = "Use the original checkpoint in Hugging Face format."
 
 
 class UnpackRequest(Frozen):
@@ -46,11 +50,68 @@ def handle(request: UnpackRequest) -> Frozen:
         raise CheckpointError(
             f"{request.gguf} does not hold all weights of a {type(model).__name__}: "
             f"{', '.join(missing[:3])} and {max(len(missing) - 3, 0)} more are missing.",
-            "Use the original checkpoint in Hugging Face format.",
+            _ORIGINAL,
+        )
+    if unread := _unread(request.gguf, model):
+        raise CheckpointError(
+            f"transformers does not read all of {request.gguf}, and would compute something else: {unread}.", _ORIGINAL
         )
     model.save_pretrained(request.folder)
     tokenizer.save_pretrained(request.folder)
     return Frozen()
+
+
+def _unread(path: Path, model: Any) -> str | None:
+    """What the file says of the calculation and the model does not do."""
+    import gguf
+    import torch
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    reader, config = gguf.GGUFReader(path), model.config
+    architecture = reader.fields["general.architecture"].contents()
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if factors := tensors.pop("rope_freqs.weight", None):
+        if not _scale_as_llama3(config, torch.tensor(factors.data.copy())):
+            return "rope_freqs.weight is not the scaling of Llama 3"
+    elif (scaling := config.rope_parameters.get("rope_type", "default")) == "default":
+        scaling = "none"
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    for key, done in {
+        "rope.scaling.type": "none" if factors else scaling,
+        "rope.dimension_count": int(head * config.rope_parameters.get("partial_rotary_factor", 1)),
+        "attention.key_length": head,
+        "attention.sliding_window": window or config.max_position_embeddings,
+    }.items():
+        field = reader.fields.get(f"{architecture}.{key}")
+        said = field.contents() if field else done
+        longer = key == "attention.sliding_window" and not window and said >= done
+        if said != done and not longer:
+            return f"{architecture}.{key} is {said}, and the model would have {done}"
+    if type(model).__name__ in PROVEN:
+        processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=config.to_dict())
+        known = reading.get_gguf_hf_weights_map(model, processor)
+        return next((f"nothing uses {name}" for name in tensors if name not in known), None)
+    return None
+
+
+def _scale_as_llama3(config: Any, factors: Any) -> bool:
+    """Let RoPE be scaled as in Llama 3.1 and later, and tell whether that comes to the file's factors."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta = config.rope_parameters["rope_theta"]
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = theta ** -(torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled)))
+    return len(scaled) == len(factors) and torch.allclose(plain / scaled, factors, rtol=1e-3)
 
 
 if __name__ == "__main__":

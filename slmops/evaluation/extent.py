@@ -6,7 +6,6 @@ pair. Later jobs of this model with as much time get it too, among them the same
 
 import hashlib
 import json
-from typing import Literal
 
 from slmops.core.files import write_atomic
 from slmops.core.job import BASELINE, Job
@@ -21,14 +20,7 @@ class Share:
     """At most ``count`` tokens or questions; if nobody has found out yet, what there is time for in ``budget_s``."""
 
     def __init__(
-        self,
-        kind: Literal["tokens", "questions"],
-        most: int,
-        digest: str,
-        of: Checkpoint,
-        name: str,
-        job: Job,
-        settings: Settings,
+        self, kind: str, most: int, digest: str, of: Checkpoint, name: str, job: Job, settings: Settings
     ) -> None:
         models = len({BASELINE, *job.precision}) + (job.olive_config is not None) + (not job.quick)  # the checkpoint
         # By default so much that no model runs into the timeout that is up to four times as slow as the first.

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -12,6 +12,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, Registration, Variant
 from slmops.evaluation import dataset, edge_cases, scoring
 from slmops.evaluation.answers_worker import AnswersRequest
+from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.extent import Share
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
@@ -46,20 +47,13 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     try:
         with locks.machine(settings):
             log.info("scoring the text with the checkpoint itself")
-            text, digest = _text(name, job, settings)
-            share = Share("tokens", TOKENS, digest, checkpoint, name, job, settings)
-            request = LogitsRequest(
+            scored, _ = _score(
+                *("checkpoint", checkpoint, name, job, settings),
                 folder=checkpoint.path,
                 hugging_face=True,
                 trust_remote_code=job.trust_remote_code,
-                text=text,
-                tokens=share.count,
-                budget_s=share.budget_s,
-                context_length=checkpoint.context_length,
                 write=reference,
             )
-            scored = in_child("logits", request, LogitsResult, name, "checkpoint", settings)
-            share.keep(scored.tokens)
             return scored.nll
     except EvaluationError as error:
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
@@ -74,46 +68,52 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
     UsageError: the evaluation set, the text or the matcher is bad.
     """
     evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
-    text, text_digest = _text(name, job, settings)
-    most = (QUICK_TOKENS, QUICK_ITEMS) if job.quick else (TOKENS, len(evaluation_set.items))
-    tokens = Share("tokens", most[0], text_digest, variant.checkpoint, name, job, settings)
-    questions = Share("questions", most[1], evaluation_set.digest, variant.checkpoint, name, job, settings)
-    items = dataset.subset(evaluation_set.items, questions.count)
     files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
     own = files.pop(BASELINE_REFERENCE) if variant.recipe.baseline else None
     with locks.machine(settings):
         log.info("%s: measuring quality", variant.name)
-        text_request = LogitsRequest(
-            folder=registration.path,
-            text=text,
-            tokens=tokens.count,
-            budget_s=tokens.budget_s,
-            context_length=variant.checkpoint.context_length,
-            references={which: file for which, file in files.items() if file.exists()},
-            write=own,
-        )
-        scored = in_child("logits", text_request, LogitsResult, name, variant.name, settings)
-        tokens.keep(scored.tokens)
-        asked = AnswersRequest(
-            folder=settings.foundry,
-            foundry_id=registration.foundry_id,
-            items=items,
-            matcher=job.matcher,
-            budget_s=questions.budget_s,
-        )
-        answers = in_child("answers", asked, ScoredAnswers, name, variant.name, settings).answers
-        questions.keep(len(answers))
+        of_job = (variant.checkpoint, name, job, settings)
+        references = {which: file for which, file in files.items() if file.exists()}
+        scored, text_digest = _score(variant.name, *of_job, folder=registration.path, references=references, write=own)
+        foundry_id = registration.foundry_id
+        answers = _ask(variant.name, evaluation_set, *of_job, folder=settings.foundry, foundry_id=foundry_id)
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     questions_of = {"questions": len(answers), "all_questions": len(evaluation_set.items)}
     return Quality(
         nll=scored.nll,
         distances=scored.distances,
-        answers=scoring.ask_judge(items[: len(answers)], answers, settings),
+        answers=scoring.ask_judge(dataset.subset(evaluation_set.items, len(answers)), answers, settings),
         cases=cases,
         text_digest=text_digest,
         evaluation_set_digest=evaluation_set.digest,
         extent=Extent(tokens=scored.tokens, all_tokens=scored.all_tokens, **questions_of),
     )
+
+
+def _score(
+    label: str, checkpoint: Checkpoint, name: str, job: Job, settings: Settings, **model: Any
+) -> tuple[LogitsResult, str]:
+    """What a model makes of its share of the text, and the text's digest."""
+    text, digest = _text(name, job, settings)
+    share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
+    part: dict[str, Any] = {"text": text, "tokens": share.count, "budget_s": share.budget_s}
+    request = LogitsRequest(context_length=checkpoint.context_length, **part, **model)
+    scored = in_child("logits", request, LogitsResult, name, label, settings)
+    share.keep(scored.tokens)
+    return scored, digest
+
+
+def _ask(
+    label: str, asked: EvaluationSet, checkpoint: Checkpoint, name: str, job: Job, settings: Settings, **model: Any
+) -> tuple[Answer, ...]:
+    """What a model answers to its share of the evaluation set, without the judging model's verdicts."""
+    most = QUICK_ITEMS if job.quick else len(asked.items)
+    share = Share("questions", most, asked.digest, checkpoint, name, job, settings)
+    items = dataset.subset(asked.items, share.count)
+    request = AnswersRequest(items=items, matcher=job.matcher, budget_s=share.budget_s, **model)
+    answers = in_child("answers", request, ScoredAnswers, name, label, settings).answers
+    share.keep(len(answers))
+    return answers
 
 
 def in_child(

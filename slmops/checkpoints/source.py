@@ -72,7 +72,8 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
             folder, hashes = stage(folder, hashes, template, settings, texts.completed)
         generation.stop_tokens(folder, found.where)
     per_token = cache_bytes(texts.config)
-    deployed = context_length(per_token, texts.context_length, job.max_length)
+    own = texts.context_length if job.max_length else unbroken(texts.config, texts.context_length)
+    deployed = context_length(per_token, own, job.max_length)
     if deployed < texts.context_length:
         log.info(
             "deployed with a context of %d tokens of %d, whose cache takes %.2f GB; --max-length gives another",
@@ -115,6 +116,18 @@ def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:
     """
     fitting = 1 << (MOST_CACHE // bytes_per_token).bit_length() - 1 if bytes_per_token else own
     return min(own, asked or fitting)
+
+
+def unbroken(config: Mapping[str, Any], own: int) -> int:
+    """Tokens of the ``own`` context before LongRoPE changes its factors.
+
+    What is appended beyond that to tokens in the cache does not fit these, and only at 4,096 does the runtime compute
+    all of them anew.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    long = "longrope" in (rope.get("rope_type"), rope.get("type"))
+    borders = (one.get("original_max_position_embeddings") for one in (config, rope) if long)
+    return min([own, *(int(border) for border in borders if border)])
 
 
 def check(job: Job) -> None:

@@ -17,7 +17,8 @@ _PROBE = (
 )
 _LENGTH = 256  # tokens that are compared
 _SHORTEST = 16  # that a deployed context may be
-_BEYOND = 64  # and so many beyond each length at which attention or positions change
+_BEFORE, _BEYOND = 8, 24  # an answer of so many tokens around each length at which attention or positions change
+_FORBIDDEN = -1e37
 _MEMORY = 2.5e9  # bytes that the logits, and the attention of a layer, may take
 
 
@@ -89,48 +90,70 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     """Largest difference between the logits of an export and of its checkpoint, relative to the largest logit, and the
     number of tokens for which it is tolerable.
 
-    Both see the same tokens in fp32, in one pass without a cache for each length: that of a text, and beyond each
-    window of attention and each border of rotary positions that the config names.
+    Both see the same tokens in fp32 without a cache: a text, and one that the export continues across each window of
+    attention and each border of rotary positions that the config names. What the export computed for these tokens one
+    by one, with its cache, is compared too.
     """
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from slmops.conversion.logits import OnnxModel
 
-    trusted = {"trust_remote_code": request.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(request.checkpoint.path, **trusted)
-    model = AutoModelForCausalLM.from_pretrained(
-        request.checkpoint.path, dtype=torch.float32, attn_implementation="eager", **trusted
-    ).eval()
-    lengths = probe_lengths(model.config.to_dict(), request.checkpoint.context_length)
-    text = np.array(tokenizer(_PROBE)["input_ids"], np.int64)
-    ids = np.resize(text, lengths[-1])
-    exported = OnnxModel(request.folder)
-    worst, right = 0.0, lengths[-1]
-    for length in lengths:
+    folder, trusted = request.checkpoint.path, {"trust_remote_code": request.trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **trusted).to_dict()
+    length, borders = probes(config, request.checkpoint.context_length)
+    tokens = np.array(AutoTokenizer.from_pretrained(folder, **trusted)(_PROBE)["input_ids"], np.int64)
+    texts = [(np.resize(tokens, length), None)]
+    texts += [_continued(request.folder, np.resize(tokens, border - _BEFORE), end) for border, end in borders.items()]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **trusted)
+    exported, worst, right = OnnxModel(request.folder), 0.0, request.checkpoint.context_length
+    for (ids, steps), border in zip(texts, (0, *borders), strict=True):
         with torch.no_grad():
-            expected = model(torch.from_numpy(ids[:length])[None]).logits[0].float().numpy()
-        got = exported.logits(ids[:length])
-        if got.shape != expected.shape or not np.isfinite(got).all():
-            return float("inf"), 0
-        errors = np.abs(got - expected).max(axis=1) / max(float(np.abs(expected).max()), 1e-9)
-        wrong = np.flatnonzero(errors > request.tolerance)
-        worst = max(worst, float(errors.max()))
-        right = min(right, int(wrong[0])) if len(wrong) else right
+            expected = model.eval()(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+        computed = [(0, exported.logits(ids))]
+        if steps is not None:  # the checkpoint, too, computes all anew beyond a border of rotary positions
+            beyond = steps[border + 1 - len(ids) :]
+            # The ends that min_length forbids have the lowest number for a logit.
+            computed.append((border, np.where(beyond < _FORBIDDEN, expected[border:-1], beyond)))
+        for start, got in computed:
+            right_logits = expected[start : start + len(got)]
+            if got.shape != right_logits.shape or not np.isfinite(got).all():
+                return float("inf"), 0
+            errors = np.abs(got - right_logits).max(axis=1) / max(float(np.abs(expected).max()), 1e-9)
+            wrong = np.flatnonzero(errors > request.tolerance)
+            worst = max(worst, float(errors.max()))
+            right = min(right, start + int(wrong[0])) if len(wrong) else right
     return worst, right
 
 
-def probe_lengths(config: Mapping[str, Any], context_length: int) -> list[int]:
-    """At which lengths, in tokens, an export is compared: within the context, and where its config.json changes it."""
+def _continued(folder: Path, ids: Any, length: int) -> tuple[Any, Any]:
+    """Tokens that the export continues up to this length, and the logits that it computed one after the other."""
+    import numpy as np
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids.astype(np.int32))
+    logits = []
+    while len(generator.get_sequence(0)) < length:
+        generator.generate_next_token()
+        logits.append(np.array(generator.get_output("logits"), np.float32)[0, -1])
+    return np.array(generator.get_sequence(0), np.int64), np.array(logits)
+
+
+def probes(config: Mapping[str, Any], context_length: int) -> tuple[int, dict[int, int]]:
+    """How many tokens of a text are compared; and each length at which config.json changes the model, with the end."""
     rope = config.get("rope_parameters") or {}
     borders = {config.get("sliding_window")}
     if rope.get("rope_type") == "longrope":  # other factors for longer sequences
         borders |= {one.get("original_max_position_embeddings") for one in (config, rope)}
     rows, heads = _MEMORY / 4 / config["vocab_size"], config.get("num_attention_heads") or 1
     most = min(context_length, int(rows), int(math.sqrt(_MEMORY / 4 / heads)))
-    asked = {_LENGTH, *(border + _BEYOND for border in borders if border and border < most)}
-    return sorted({min(length, most) for length in asked})
+    within = sorted(border for border in borders if border and _BEFORE < border < most - 1)
+    return min(_LENGTH, most), {border: min(border + _BEYOND, most) for border in within}
 
 
 if __name__ == "__main__":

@@ -135,3 +135,19 @@ def test_an_export_that_computes_something_else(
     if right:
         within = wrong.checkpoint.model_copy(update={"context_length": right})
         assert verify_worker.handle(wrong.model_copy(update={"checkpoint": within})).export_error < TOLERANCE
+
+
+@pytest.mark.parametrize("border", [128, 4096])
+def test_answers_across_the_border_of_longrope(olive: Run, home: Settings, tmp_path: Path, border: int) -> None:
+    """The runtime computes the cache anew at 4,096 tokens, which is the border of the real ones, and nowhere else."""
+    lengths = {"original_max_position_embeddings": border, "max_position_embeddings": 2 * border}
+    model = tiny.make("phi3-longrope", tmp_path / "checkpoint", **lengths)
+    assert making.resolve(making.job(model), home).context_length == border
+    job = making.job(model, max_length=2 * border)
+    request = export(olive, "fp32", job, making.resolve(job, home), tmp_path)
+    if border == 4096:
+        assert verify_worker.handle(request).export_error < TOLERANCE
+    else:
+        with pytest.raises(ConversionError) as caught:
+            verify_worker.handle(request)
+        assert f"--max-length {border} " in (caught.value.fix or "")

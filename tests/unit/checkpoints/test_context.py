@@ -42,6 +42,23 @@ def test_a_long_context_is_cut_unless_asked_for(folder: Path, resolve: Callable[
     assert resolve(folder, max_length=64).context_length == 64
 
 
+@pytest.mark.parametrize(
+    ("config", "deployed"),
+    [
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 64}}, 64),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 96}, 96),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 64}}, 512),
+        ({"original_max_position_embeddings": 64}, 512),
+    ],
+)
+def test_the_context_ends_where_longrope_changes(
+    folder: Path, resolve: Callable[..., Checkpoint], config: dict[str, Any], deployed: int
+) -> None:
+    edit_json(folder / "config.json", max_position_embeddings=512, **config)
+    assert resolve(folder).context_length == deployed
+    assert resolve(folder, max_length=300).context_length == 300
+
+
 def test_longrope_has_the_key_that_the_exporter_reads(folder: Path, resolve: Callable[..., Checkpoint]) -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
     edit_json(folder / "config.json", rope_parameters=rope)

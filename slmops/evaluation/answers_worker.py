@@ -1,6 +1,7 @@
 """Child process: a variant answers the evaluation set in Foundry Local, or a checkpoint with transformers."""
 
 import itertools
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,21 +30,17 @@ class AnswersRequest(Frozen):
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
     generate = _of_variant if request.foundry_id else _of_checkpoint
-    return answer_items(request.items, request.matcher, lambda: generate(request, time.monotonic()))
+    end = time.monotonic() + (request.budget_s or math.inf)
+    return answer_items(request.items, request.matcher, lambda: generate(request, end))
 
 
-def _is_late(request: AnswersRequest, started: float, place: int) -> bool:
-    spent_s = time.monotonic() - started
-    return request.budget_s is not None and spent_s > request.budget_s and place >= LEAST_QUESTIONS
-
-
-def _of_variant(request: AnswersRequest, started: float) -> list[Generated]:
+def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
     from slmops.foundry import runtime
 
     model = runtime.registered(request.folder, request.foundry_id or "")
 
     def ask(place: int, item: Item) -> Generated | None:
-        if _is_late(request, started, place):
+        if place >= LEAST_QUESTIONS and time.monotonic() > end:
             return None
         reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
         return Generated(
@@ -61,7 +58,7 @@ def _of_variant(request: AnswersRequest, started: float) -> list[Generated]:
     return list(itertools.takewhile(bool, generated))  # type: ignore[arg-type]
 
 
-def _of_checkpoint(request: AnswersRequest, started: float) -> list[Generated]:
+def _of_checkpoint(request: AnswersRequest, end: float) -> list[Generated]:
     """Greedy answers of transformers, in batches of prompts of about the same length."""
     import torch
     import transformers
@@ -77,7 +74,7 @@ def _of_checkpoint(request: AnswersRequest, started: float) -> list[Generated]:
     order = sorted(range(len(prompts)), key=lambda place: 0 if request.budget_s else len(prompts[place]))
     said: dict[int, Generated] = {}
     for first in range(0, len(order), PROMPTS_AT_ONCE):
-        if _is_late(request, started, first):
+        if first >= LEAST_QUESTIONS and time.monotonic() > end:
             break
         places = order[first : first + PROMPTS_AT_ONCE]
         # Only these: a checkpoint's own settings may sample or punish repetition.

@@ -6,6 +6,7 @@ earlier call; it is mapped, not read whole. Logits of a variant come from ONNX R
 the serving runtime gives none.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -60,7 +61,8 @@ class LogitsResult(Frozen):
 
 def handle(request: LogitsRequest) -> LogitsResult:
     """Score the text window by window, with the logits of one window in memory."""
-    started = before = time.monotonic()
+    before = time.monotonic()
+    end = before + (request.budget_s or math.inf)
     windows, all_tokens = _windows(request)
     tokens = 0
     scored = sum(len(window) - 1 for window in windows)
@@ -81,9 +83,8 @@ def handle(request: LogitsRequest) -> LogitsResult:
                     kl[name] += distance.kl
                     same[name] += distance.same_top
             tokens += len(window)
-            now = time.monotonic()
-            last_s, before = now - before, now
-            if request.budget_s is not None and tokens >= LEAST_TOKENS and now - started + last_s > request.budget_s:
+            last_s, before = time.monotonic() - before, time.monotonic()
+            if tokens >= LEAST_TOKENS and before + last_s > end:
                 break
         if sum(nll) / len(nll) > LARGEST_NLL:
             raise EvaluationError("The model is broken: its logits call the text all but impossible.")

@@ -47,14 +47,8 @@ def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Sett
     try:
         with locks.machine(settings):
             log.info("scoring the text with the checkpoint itself")
-            scored, _ = _score(
-                *("checkpoint", checkpoint, name, job, settings),
-                folder=checkpoint.path,
-                hugging_face=True,
-                trust_remote_code=job.trust_remote_code,
-                write=reference,
-            )
-            return scored.nll
+            of_job = (checkpoint, name, job, settings)
+            return _score("checkpoint", *of_job, folder=checkpoint.path, hugging_face=True, write=reference)[0].nll
     except EvaluationError as error:
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
@@ -96,8 +90,8 @@ def _score(
     """What a model makes of its share of the text, and the text's digest."""
     text, digest = _text(name, job, settings)
     share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
-    part: dict[str, Any] = {"text": text, "tokens": share.count, "budget_s": share.budget_s}
-    request = LogitsRequest(context_length=checkpoint.context_length, **part, **model)
+    model |= {"context_length": checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
+    request = LogitsRequest(text=text, tokens=share.count, budget_s=share.budget_s, **model)
     scored = in_child("logits", request, LogitsResult, name, label, settings)
     share.keep(scored.tokens)
     return scored, digest

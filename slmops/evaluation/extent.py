@@ -12,8 +12,8 @@ from slmops.core.job import BASELINE, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 
-LEAST_TOKENS, LEAST_QUESTIONS = 1024, 10
-"""Of fewer tokens the interval is too wide for the policy's limits, and one of fewer questions is more than those."""
+LEAST_TOKENS, LEAST_QUESTIONS = 1024, 20
+"""Of fewer tokens the interval is too wide for the policy's limits; of fewer questions, two that flip by chance are."""
 
 
 class Share:

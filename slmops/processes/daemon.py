@@ -33,7 +33,7 @@ class Daemon(Frozen):
     pid: int
     created: float
     url: str
-    mark: str
+    mark: str = ""  # in its environment, and that of all that it starts
 
     @property
     def port(self) -> int:

@@ -28,12 +28,9 @@ class ServingStatus(Frozen):
     ok: bool
 
 
-class Running(Frozen):
+class Running(Daemon):
     """A service that runs, or was killed."""
 
-    pid: int
-    created: float
-    url: str
     model: str
 
 
@@ -42,7 +39,7 @@ def status(home: Path) -> ServingStatus | None:
     import httpx
 
     running = Running.from_file(home / SERVING)
-    if running is None or daemon.leader(Daemon(**running.model_dump(exclude={"model"}), mark="")) is None:
+    if running is None or daemon.leader(running) is None:
         return None
     try:
         ok = httpx.get(f"{running.url}/health", timeout=daemon.HEALTH_S, trust_env=False).status_code == 200

@@ -4,14 +4,12 @@ import json as jsonlib
 from typing import Annotated
 
 from cyclopts import Parameter
-from pydantic import TypeAdapter, ValidationError
 
 from slmops.cli.prefect import hand_over, prefect_running
 from slmops.cli.terminal import Flat, Json, Model, output, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
-from slmops.core.validation import problems
-from slmops.core.values import Name
+from slmops.core.validation import check_name
 from slmops.foundry.versions import Promotion
 from slmops.local import stack
 from slmops.serving.limits import Serve
@@ -54,7 +52,7 @@ def _check_gates(request: Promotion, uri: str) -> None:
 
 
 def rollback(name: Model, /, *, json: Json = False) -> None:
-    _check(name)
+    check_name(name)
     with prefect_running():
         from flows.promote import rollback
 
@@ -65,7 +63,7 @@ def rollback(name: Model, /, *, json: Json = False) -> None:
 def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> None:
     from slmops.serving import service
 
-    _check(name)
+    check_name(name)
     settings = Settings()
     try:
         uri = stack.tracking_uri(settings)
@@ -94,7 +92,7 @@ def versions(name: str, *, json: bool) -> None:
     """Print what the registry knows about a model: what ``slmops status NAME`` does."""
     from slmops.tracking.registry import Registry
 
-    _check(name)
+    check_name(name)
     registry = Registry(stack.tracking_uri(Settings()))
     found = registry.versions(name)
     if not found:
@@ -118,11 +116,3 @@ def versions(name: str, *, json: bool) -> None:
         for one in found
     ]
     output(tabulate(rows, headers="keys", disable_numparse=True))
-
-
-def _check(name: str) -> None:
-    """Refuse what is not a name: it becomes part of a path."""
-    try:
-        TypeAdapter(Name).validate_python(name)
-    except ValidationError as error:
-        raise UsageError(f"{name!r} is not a model's name: {problems(error)[0]}.", "See `slmops compare`.") from None

@@ -1,8 +1,10 @@
 """What pydantic refuses, in our own words: its error types become ends of a sentence, such as "must be at least 16"."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slmops.core.errors import UsageError
 from slmops.core.values import NAME_PATTERN
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ KINDS = {
     "string": "text",
     "tuple": "a list",
 }
+
+
+def check_name(name: str) -> str:
+    """A model's name, which may become part of a path; a UsageError if it cannot be one."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise UsageError(f"{name!r} is not a model's name: it {_FORMS[NAME_PATTERN]}.", "See `slmops compare`.")
+    return name
 
 
 def predicate(problem: Any) -> str:

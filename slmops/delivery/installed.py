@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from slmops.core import locks
-from slmops.core.errors import RegistrationError, SlmopsError, UsageError
+from slmops.core.errors import RegistrationError, SlmopsError
 from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.settings import Settings
-from slmops.core.values import NAME_PATTERN, Frozen
+from slmops.core.validation import check_name
+from slmops.core.values import Frozen
 from slmops.foundry import forget_worker, layout
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, VersionManifest
 from slmops.processes import children
@@ -49,7 +50,7 @@ def place(name: str, variant: str, number: int, settings: Settings) -> Installed
 
 def versions(name: str, settings: Settings) -> list[Installed]:
     """The versions of a model that are here, newest first. A folder that is not whole does not count."""
-    found = [_whole(name, folder, settings) for folder in folder_of(settings).glob(f"{_checked(name)}-*")]
+    found = [_whole(name, folder, settings) for folder in folder_of(settings).glob(f"{check_name(name)}-*")]
     return sorted((one for one in found if one is not None), key=lambda one: one.version, reverse=True)
 
 
@@ -86,7 +87,7 @@ def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
 
 def locked(name: str, settings: Settings) -> AbstractContextManager[None]:
     """Hold the lock under which versions of a model are installed and removed."""
-    return locks.exclusive(settings.locks / f"pull-{_checked(name)}.lock", f"the installation of {name!r}", wait=True)
+    return locks.exclusive(settings.locks / f"pull-{check_name(name)}.lock", f"the installation of {name!r}", wait=True)
 
 
 def catalog_locked(settings: Settings) -> AbstractContextManager[None]:
@@ -164,15 +165,8 @@ def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) ->
         log.info("%s is removed: it is neither the current version nor the one before", one.foundry_id)
 
 
-def _checked(name: str) -> str:
-    """A name that may become a path."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"{name!r} is not the name of a model.", "A name has letters, digits, '-' and '_'.")
-    return name
-
-
 def _file(name: str, settings: Settings) -> Path:
-    return settings.deployed / f"{_checked(name)}.json"
+    return settings.deployed / f"{check_name(name)}.json"
 
 
 def _read(name: str, settings: Settings) -> _State | None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,11 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
             "Save it there: tokenizer.save_pretrained(folder).",
         )
+    if not present & {"tokenizer.json", "vocab.json", "vocab.txt"} and find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{where} has no tokenizer.json, and sentencepiece, which reads what it has instead, is not installed.",
+            "Run `pip install sentencepiece`, or where it is, AutoTokenizer.from_pretrained(x).save_pretrained(x).",
+        )
     if "tokenizer.json" in present:
         _refuse_tokens_beyond(config, read_json(folder / "tokenizer.json", f"{where}/tokenizer.json"), where)
     template = read_template(job)
@@ -103,13 +110,21 @@ def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
         )
     _refuse_custom_code(folder, config, job, where)
     architectures.check(listed[0])
-    if config.get("quantization_config") or config.get("compression_config"):
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized and not is_fp8(config):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{where} is quantized already (quantization_config in config.json): "
-            "each variant would be quantized twice, and there would be no baseline to judge it by.",
-            "Use the checkpoint from before it was quantized.",
+            f"{where} is quantized already ({method or 'quantization_config'} in config.json), and transformers cannot "
+            "dequantize that without a GPU or another package: there would be no baseline to judge a variant by.",
+            "Use the checkpoint from before it was quantized, or save what model.dequantize() gives.",
         )
     return config
+
+
+def is_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether it is a checkpoint in FP8, which transformers dequantizes."""
+    quantized = config.get("quantization_config")
+    return isinstance(quantized, dict) and quantized.get("quant_method") == "fp8"
 
 
 def has_tokenizer(present: Collection[str]) -> bool:
@@ -157,6 +172,13 @@ def names(folder: Path) -> set[str]:
         return {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}.", "Check its permissions.") from error
+
+
+def copy_texts(folder: Path, target: Path, patterns: Iterable[str] = TEXT_PATTERNS) -> None:
+    """Copy what is beside the weights, by default all but config.json, which belongs to them."""
+    for name in names(folder) - {"config.json"}:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            shutil.copyfile(folder / name, target / name)
 
 
 def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, str]:

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints.inspection import TEXT_PATTERNS, has_tokenizer, names
+from slmops.checkpoints.inspection import TEXT_PATTERNS, copy_texts, has_tokenizer, names
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 from slmops.processes import child
@@ -22,7 +20,7 @@ class MergeRequest(Frozen):
     base: Path
     adapter: Path
     folder: Path
-    trust_remote_code: bool
+    trust_remote_code: bool = False
 
 
 def handle(request: MergeRequest) -> Frozen:
@@ -71,7 +69,10 @@ def handle(request: MergeRequest) -> Frozen:
             "Merge it with the program that trained it, and give the merged checkpoint.",
         )
     merged.save_pretrained(request.folder)
-    _copy_texts(request)
+    # The adapter's tokenizer if it has one, else the base's.
+    own = has_tokenizer(names(request.adapter))
+    copy_texts(request.base, request.folder, ("generation_config.json",) if own else TEXT_PATTERNS)
+    copy_texts(request.adapter, request.folder, TEXT_PATTERNS if own else ("generation_config.json", "chat_template*"))
     return Frozen()
 
 
@@ -96,22 +97,12 @@ def _adapted(base: Any, folder: Path) -> Any:
 
 def _resize(base: Any, weights: Mapping[str, Any]) -> None:
     """Give the base as many token embeddings as the adapter was trained with."""
-    whole = {}
-    rows = base.config.vocab_size
-    for name, weight in weights.items():
-        if found := re.search(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$", name):
-            whole[found[1]] = rows = len(weight)
-        elif name.endswith("lm_head.lora_B.weight"):
-            rows = len(weight)
-        elif name.endswith("embed_tokens.lora_embedding_A"):
-            rows = weight.shape[1]
-    needed = {"embed_tokens"} if base.config.tie_word_embeddings else {"embed_tokens", "lm_head"}
-    if rows > base.config.vocab_size and needed - whole.keys():
-        raise ValueError(
-            f"it was trained with {rows} token embeddings, the base has {base.config.vocab_size}, and the adapter "
-            f"does not hold {' and '.join(sorted(needed - whole.keys()))}."
-        )
-    if rows != base.config.vocab_size:
+    whole = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")
+    held = {found[1]: len(weight) for name, weight in weights.items() if (found := whole.search(name))}
+    rows, before = max(held.values(), default=base.config.vocab_size), base.config.vocab_size
+    if rows > before and len(held) < (1 if base.config.tie_word_embeddings else 2):
+        raise ValueError(f"it was trained with {rows} tokens, the base has {before}, and only {[*held]} is in it.")
+    if rows != before:
         base.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -125,18 +116,6 @@ def _untie(model: Any) -> None:
         if weight is not None and id(weight) in seen:
             module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
         seen.add(id(weight))
-
-
-def _copy_texts(request: MergeRequest) -> None:
-    """Copy what is beside the weights: the adapter's tokenizer if it has one, else the base's."""
-    own = has_tokenizer(names(request.adapter))
-    for folder, patterns in (
-        (request.base, ("generation_config.json",) if own else TEXT_PATTERNS),
-        (request.adapter, TEXT_PATTERNS if own else ("generation_config.json", "chat_template*")),
-    ):
-        for name in names(folder) - {"config.json"}:
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
-                shutil.copyfile(folder / name, request.folder / name)
 
 
 if __name__ == "__main__":

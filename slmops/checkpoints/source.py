@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import adapters, demo_package, generation, hub, inspection, weight_files
+from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, weight_files
+from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -177,7 +178,8 @@ def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Sett
 @contextmanager
 def _whole(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
     """Yield the checkpoint's folder; an adapter is merged with its base first."""
-    with _find(job, settings, download) as found, ExitStack() as stack:
+    with _find(job, settings, download) as origin, ExitStack() as stack:
+        found = _plain(origin, job, settings)
         root = _root(found.folder, found.where, job)
         if root not in weight_files.ADAPTER_ROOTS:
             _refuse_base(job)
@@ -185,13 +187,22 @@ def _whole(job: Job, settings: Settings, download: Download) -> Iterator[_Found]
             return
         asked = job.model_copy(update={"model": adapters.base_of(found.folder, root, job, found.where)})
         with _about_base(found.where):
-            base = stack.enter_context(_find(asked, settings, download))
+            origin = stack.enter_context(_find(asked, settings, download))
+            base = _plain(origin, job, settings)
             digest = adapters.base_digest(base.folder, job, base.hashes, base.where)
         folder, hashes = adapters.merge(found.folder, root, base.folder, digest, job, settings)
-        published = base.folder.parent.name == "snapshots"  # as the hub's cache has it
-        named = f"{base.where}@{base.folder.name if published else f'sha256:{digest}'}"
+        published = origin.folder.parent.name == "snapshots"  # as the hub's cache has it
+        named = f"{base.where}@{origin.folder.name if published else f'sha256:{digest}'}"
         log.info("%s is merged with its base %s", found.where, named)
         yield replace(found, folder=folder, hashes=hashes, temporary=False, base=named)
+
+
+def _plain(found: _Found, job: Job, settings: Settings) -> _Found:
+    config = read_if_there(found.folder, "config.json", found.where)
+    if not inspection.is_fp8(config) or weight_files.ADAPTER in inspection.names(found.folder):
+        return found
+    folder, hashes = fp8.dequantized(found.folder, config, job, settings, found.where)
+    return replace(found, folder=folder, hashes=hashes, temporary=False)
 
 
 @contextmanager
@@ -239,7 +250,7 @@ def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
         repo, revision = hub.parse(text)
         yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
     elif path.is_file():
-        folder, hashes = unpacked(sha256(path), lambda _: path.resolve(), settings)
+        folder, hashes = unpacked(sha256(path), lambda _: path.absolute(), settings)
         yield _Found(folder, _gguf_name(path), text, hashes)
     else:
         yield _Found(path.resolve(), to_name(path.resolve().name), text)

@@ -81,7 +81,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
     def request(folder: Path, work: Path) -> UnpackRequest:
         gguf = fetch(work)
         log.info("unpacking %s, once", gguf.name)
-        return UnpackRequest(gguf=gguf, folder=folder)
+        return UnpackRequest(source=gguf, folder=folder)
 
     return made(digest, "unpacking", "slmops.checkpoints.unpack_worker", request, settings)
 

@@ -1,10 +1,11 @@
-"""Child process: turn a GGUF file into a folder in Hugging Face format."""
+"""Child process: turn a GGUF file, or a checkpoint in FP8, into a folder in Hugging Face format."""
 
 import errno
 from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints.architectures import PROVEN
+from slmops.checkpoints.inspection import copy_texts
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 from slmops.processes import child
@@ -13,51 +14,54 @@ _ORIGINAL = "Use the original checkpoint in Hugging Face format."
 
 
 class UnpackRequest(Frozen):
-    gguf: Path
+    source: Path
     folder: Path
 
 
 def handle(request: UnpackRequest) -> Frozen:
-    """Write the weights of a GGUF file (as fp32 safetensors), config, tokenizer and chat template into a folder.
+    """Write the weights, of a GGUF file in fp32, with config, tokenizer and chat template into a folder.
 
     A CheckpointError says that the file is broken, or that transformers cannot read what it holds.
     """
     import torch
     import transformers
 
-    where = {"pretrained_model_name_or_path": request.gguf.parent, "gguf_file": request.gguf.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": request.source}
+    how = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True), "dtype": "auto"}
+    if gguf := request.source.is_file():
+        where = {"pretrained_model_name_or_path": request.source.parent, "gguf_file": request.source.name}
+        # Without dequantize, save_pretrained refuses the model.
+        how = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
     try:
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            **where,
-            # Without dequantize, save_pretrained refuses the model.
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, **how, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where) if gguf else None
     except Exception as error:
         # Broken bytes make gguf and transformers raise anything: struct.error, ValueError, KeyError, IndexError.
         # A full disk or memory is not the file's fault.
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise CheckpointError(
-            f"transformers cannot read {request.gguf}: {type(error).__name__}: {error}",
+            f"transformers cannot read {request.source}: {type(error).__name__}: {error}",
             "Compare the file's SHA-256 with the publisher's and fetch it again if it differs; "
             "if it is whole, use the original checkpoint in Hugging Face format.",
         ) from error
     if missing := sorted(loaded["missing_keys"]):
         # transformers would fill these with random numbers and go on.
         raise CheckpointError(
-            f"{request.gguf} does not hold all weights of a {type(model).__name__}: "
+            f"{request.source} does not hold all weights of a {type(model).__name__}: "
             f"{', '.join(missing[:3])} and {max(len(missing) - 3, 0)} more are missing.",
             _ORIGINAL,
         )
-    if unread := _unread(request.gguf, model):
+    if gguf and (unread := _unread(request.source, model)):
         raise CheckpointError(
-            f"transformers does not read all of {request.gguf}, and would compute something else: {unread}.", _ORIGINAL
+            f"transformers does not read all of {request.source}, and would compute something else: {unread}.",
+            _ORIGINAL,
         )
-    model.save_pretrained(request.folder)
-    tokenizer.save_pretrained(request.folder)
+    model.save_pretrained(request.folder, save_original_format=bool(gguf))  # else it is put into FP8 again
+    if tokenizer:
+        tokenizer.save_pretrained(request.folder)
+    else:
+        copy_texts(request.source, request.folder)
     return Frozen()
 
 

@@ -76,6 +76,26 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
 
     A CheckpointError if a file is missing, cut off, not what its name says, or does not fit config.json.
     """
+    files, found = read(folder, root, where)
+    size = sum((folder / file).stat().st_size for file in files if not file.endswith(".json"))
+    if root.endswith(PICKLES):
+        return _estimate(files, size, config)
+    _refuse_misfit(found, config, where)
+    shapes = {name: one.shape for name, one in found.items()}
+    tensors.check(shapes, config["architectures"][0], config, where)
+    weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
+    head = next((name for name in weights if name.endswith("lm_head.weight")), None)
+    tied = tensors.is_tied(config, config["architectures"][0], head=head is not None)
+    tensors.check_values(found, tied=tied, where=where)
+    parameters = sum(math.prod(shape) for shape in weights.values())
+    if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
+        parameters -= math.prod(weights[head])
+    sizes = {shape[1] for name, shape in weights.items() if len(shape) == 2 and name.endswith(".weight")}
+    return WeightFacts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
+
+
+def read(folder: Path, root: str, where: str) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The names of the files that ``root`` stands for, and their tensors, none if they are pickles."""
     mapped: Mapping[str, str] = {}
     shards = [root]
     if root.endswith(".index.json"):
@@ -94,27 +114,12 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
             )
         if not start:
             raise CheckpointError(f"{where}/{shard} is empty.", COPY_AGAIN)
-    size = sum((folder / shard).stat().st_size for shard in shards)
-    files = tuple(sorted({root, *shards}))
-    if root.endswith(PICKLES):
-        return _estimate(files, size, config)
     found: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in () if root.endswith(PICKLES) else shards:
         found |= tensors.read(folder / shard, f"{where}/{shard}")
-    if lost := sorted(set(mapped) - set(found)):
+    if found and (lost := sorted(set(mapped) - set(found))):
         raise CheckpointError(f"{where}/{root} names {lost[0]}, which no file holds.", COPY_AGAIN)
-    _refuse_misfit(found, config, where)
-    shapes = {name: one.shape for name, one in found.items()}
-    tensors.check(shapes, config["architectures"][0], config, where)
-    weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
-    head = next((name for name in weights if name.endswith("lm_head.weight")), None)
-    tied = tensors.is_tied(config, config["architectures"][0], head=head is not None)
-    tensors.check_values(found, tied=tied, where=where)
-    parameters = sum(math.prod(shape) for shape in weights.values())
-    if tied and head is not None and any(name.endswith("embed_tokens.weight") for name in weights):
-        parameters -= math.prod(weights[head])
-    sizes = {shape[1] for name, shape in weights.items() if len(shape) == 2 and name.endswith(".weight")}
-    return WeightFacts(files, parameters, size / 1e6, tied, tuple(sorted(sizes)))
+    return tuple(sorted({root, *shards})), found
 
 
 def _refuse_misfit(found: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> None:

@@ -6,11 +6,11 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints.inspection import TEXT_PATTERNS
+from slmops.checkpoints import merge_worker
+from slmops.checkpoints.merge_worker import MergeRequest
 from slmops.core.errors import DataError, TrainingError
 from slmops.core.files import write_atomic
 from slmops.core.values import Checkpoint, Frozen
@@ -115,7 +115,10 @@ def handle(request: FinetuneRequest) -> TrainingResult:
             f"and at best {state['best_metric']:.3g} afterwards.",
         )
     parameters = _adapter(request.folder, state["best_global_step"])
-    _merge(request)
+    shutil.rmtree(request.folder / MERGED, ignore_errors=True)
+    (request.folder / MERGED).mkdir()
+    base, adapter = request.checkpoint.path, request.folder / ADAPTER
+    merge_worker.handle(MergeRequest(base=base, adapter=adapter, folder=request.folder / MERGED))
     return TrainingResult(
         steps=step,
         epochs=state["epoch"],
@@ -316,21 +319,6 @@ def _adapter(folder: Path, step: int) -> int:
         shutil.copyfile(best / name, folder / ADAPTER / name)
     with safe_open(folder / ADAPTER / "adapter_model.safetensors", "np") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-
-
-def _merge(request: FinetuneRequest) -> None:
-    import torch
-    import transformers
-    from peft import PeftModel
-
-    source, target = request.checkpoint.path, request.folder / MERGED
-    shutil.rmtree(target, ignore_errors=True)
-    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    PeftModel.from_pretrained(base, request.folder / ADAPTER).merge_and_unload().save_pretrained(target)
-    # The tokenizer and the chat template are the base model's, byte for byte.
-    for path in source.iterdir():
-        if path.name != "config.json" and any(fnmatchcase(path.name, pattern) for pattern in TEXT_PATTERNS):
-            shutil.copyfile(path, target / path.name)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from gguf import GGMLQuantizationType as Type
 
 from slmops.checkpoints.unpack_worker import UnpackRequest, handle
 from slmops.core.errors import CheckpointError
-from tests import gguf_files, tiny
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from tests import gguf_files, making, tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
@@ -22,7 +24,7 @@ UNKNOWN = {Type.Q8_1, Type.Q8_K, Type.Q1_0, Type.F64, Type.I8, Type.I16, Type.I3
 def unpack(path: Path) -> Path:
     folder = path.with_suffix("")
     folder.mkdir()
-    handle(UnpackRequest(gguf=path, folder=folder))
+    handle(UnpackRequest(source=path, folder=folder))
     return folder
 
 
@@ -42,6 +44,13 @@ def test_every_type_is_dequantized_as_gguf_does(tmp_path: Path) -> None:
         part = "mlp" if "ffn" in name else "self_attn"
         tensor = found[f"model.layers.{name.split('.')[1]}.{part}.{ours}.weight"]
         assert np.array_equal(tensor, gguf.dequantize(written[name], types[name])), types[name].name
+
+
+def test_a_link_of_the_hubs_cache(tmp_path: Path, fresh: Settings) -> None:
+    gguf_files.write(tiny.make("llama", tmp_path / "base"), tmp_path / "0a1b2c")
+    (tmp_path / "Mine.F32.gguf").symlink_to("0a1b2c")
+    found = making.resolve(Job(model=str(tmp_path / "Mine.F32.gguf")), fresh)
+    assert (found.name, found.architecture) == ("mine", "LlamaForCausalLM")
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_K, Type.Q1_0])

@@ -32,6 +32,19 @@ def test_a_relative_path_and_a_home_path(folder: Path, resolve: Resolve, monkeyp
 NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"
 
 
+def test_a_folder_of_the_hubs_cache_where_each_file_is_a_link(folder: Path, resolve: Resolve) -> None:
+    blobs, snapshot = folder.parent / "blobs", folder.parent / "snapshots" / "0a1b"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    template = folder.parent / "mine.jinja"
+    template.write_text("{{ messages }}!")
+    assert resolve(snapshot).digest == resolve(folder).digest
+    assert not any(file.is_symlink() for file in resolve(snapshot, chat_template=template).path.iterdir())
+
+
 @pytest.mark.parametrize("model", [*NOWHERE.split(), "org/na me"])
 def test_a_path_that_does_not_exist(resolve: Resolve, model: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):

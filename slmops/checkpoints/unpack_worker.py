@@ -72,18 +72,19 @@ def _unread(path: Path, model: Any) -> str | None:
     from transformers import modeling_gguf_pytorch_utils as reading
 
     reader, config = gguf.GGUFReader(path), model.config
+    rope = getattr(config, "rope_parameters", None) or {}
     architecture = reader.fields["general.architecture"].contents()
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if factors := tensors.pop("rope_freqs.weight", None):
         if not _scale_as_llama3(config, torch.tensor(factors.data.copy())):
             return "rope_freqs.weight is not the scaling of Llama 3"
-    elif (scaling := config.rope_parameters.get("rope_type", "default")) == "default":
+    elif (scaling := rope.get("rope_type", "default")) == "default":
         scaling = "none"
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)
     for key, done in {
         "rope.scaling.type": "none" if factors else scaling,
-        "rope.dimension_count": int(head * config.rope_parameters.get("partial_rotary_factor", 1)),
+        "rope.dimension_count": int(head * rope.get("partial_rotary_factor", 1)),
         "attention.key_length": head,
         "attention.sliding_window": window or config.max_position_embeddings,
     }.items():

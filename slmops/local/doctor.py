@@ -35,8 +35,6 @@ PIP_S = 3600.0
 BUILD_S = 4 * 3600.0
 FIX_PACKAGES = "Run `slmops doctor --fix`, or `pip install -c constraints.txt -e .` in slmops' source tree."
 
-_CRASH = "crash: "
-
 # What must be imported to know that a package works: what breaks first if other packages do not fit.
 _IMPORTED: dict[str, tuple[str, ...]] = {
     **{package: (package,) for package in machine.PACKAGES},
@@ -71,7 +69,12 @@ def check(settings: Settings, *, imports: bool = True) -> list[Check]:
         _disk(settings.home),
         _cpu(here),
     ]
-    return [*own, *packages, _foundry_command(ask=imports), *_servers(settings)]
+    now = stack.status(settings)
+    servers = [
+        _server("Prefect server", now.prefect, settings.prefect_api_url),
+        _server("MLflow server", now.mlflow, settings.tracking_uri),
+    ]
+    return [*own, *packages, _foundry_command(ask=imports), *servers]
 
 
 def require(checks: Sequence[Check]) -> None:
@@ -85,11 +88,7 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def fix(settings: Settings) -> None:
-    """Install the pinned set of packages into this environment.
-
-    Raises:
-        PrerequisiteError: There is no source tree, or pip failed.
-    """
+    """Install the pinned set of packages; a PrerequisiteError if there is no source tree, or pip fails."""
     if not (stack.ROOT / "constraints.txt").is_file():
         raise PrerequisiteError(
             f"{stack.ROOT} has no constraints.txt: slmops was not installed from its source tree.",
@@ -101,10 +100,8 @@ def fix(settings: Settings) -> None:
 def build_genai(path: Path, settings: Settings) -> Path:
     """Build ONNX Runtime GenAI from a source checkout, and install the wheel in place of the one that is there.
 
-    Nothing that it depends on is installed: the pinned set stays as it is. Returns the wheel.
-
-    Raises:
-        PrerequisiteError: It is not a checkout, CMake is missing or too old, or the build or pip failed.
+    Nothing that it depends on is installed: the pinned set stays as it is. Returns the wheel; a PrerequisiteError if it
+    is not a checkout, CMake is missing or too old, or the build or pip fails.
     """
     if not (path / "build.py").is_file():
         raise PrerequisiteError(
@@ -121,9 +118,8 @@ def build_genai(path: Path, settings: Settings) -> Path:
     wheels = sorted(path.glob("build/**/*.whl"), key=lambda wheel: (wheel not in before, wheel.stat().st_mtime))
     if built.returncode != 0 or not wheels:
         what = "made no wheel" if built.returncode == 0 else "failed"
-        raise PrerequisiteError(
-            f"The build of ONNX Runtime GenAI {what}: {children.last_words(log)}", f"Its log: {log}"
-        )
+        message = f"The build of ONNX Runtime GenAI {what}: {children.last_words(log)}"
+        raise PrerequisiteError(message, f"Its log: {log}")
     _pip(["--no-deps", "--force-reinstall", str(wheels[-1])], settings, f"install {wheels[-1].name}")
     return wheels[-1]
 
@@ -219,17 +215,17 @@ def _imports(packages: list[Check]) -> list[Check]:
     sdk = {name: modules.pop(name) for name in ("foundry-local-sdk",) if name in modules}
     with tempfile.TemporaryDirectory(prefix="slmops-doctor-") as folder:
         work = Path(folder)
-        found, providers = _probe_all(modules, work)
-        foundry = _probe(ProbeRequest(modules=sdk, foundry=work / "foundry"), work) if sdk else ProbeResult(problems={})
-    problems = {**found, **foundry.problems}
+        found = _probe(ProbeRequest(modules=modules), work)
+        foundry = _probe(ProbeRequest(modules=sdk, foundry=work / "foundry"), work)
+    problems = found.problems | foundry.problems
     checks = [
         Check(one.name, "failure", f"{one.detail} cannot be imported: {problems[one.name]}", FIX_PACKAGES)
         if one.name in problems
         else one
         for one in packages
     ]
-    if providers:
-        checks.append(Check("ONNX Runtime", "ok", ", ".join(providers)))
+    if found.onnxruntime_providers:
+        checks.append(Check("ONNX Runtime", "ok", ", ".join(found.onnxruntime_providers)))
     if FOUNDRY in problems:
         checks.append(Check(FOUNDRY, "failure", f"its runtime does not start: {problems[FOUNDRY]}", FIX_PACKAGES))
     elif foundry.foundry_version:
@@ -238,19 +234,10 @@ def _imports(packages: list[Check]) -> list[Check]:
     return checks
 
 
-def _probe_all(modules: dict[str, tuple[str, ...]], work: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Import packages in one child. A crash loses what the others said, so they are imported again without it."""
-    crashes: dict[str, str] = {}
-    while modules := {name: imported for name, imported in modules.items() if name not in crashes}:
-        result = _probe(ProbeRequest(modules=modules), work)
-        crashed = {name: text for name, text in result.problems.items() if text.startswith(_CRASH)}
-        if not crashed:
-            return {**result.problems, **crashes}, result.onnxruntime_providers
-        crashes |= crashed
-    return crashes, ()
-
-
 def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
+    """Import packages in one child. A crash loses what the others said, so they are imported again without it."""
+    if not request.modules:
+        return ProbeResult(problems={})
     lines: list[str] = []
     # Nothing may be sent or fetched, and no file may appear in the user's home.
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
@@ -268,8 +255,10 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
         )[0]
     except WorkError as error:
         first, *more = request.modules
-        tried = [first, *(name for name in (*more, FOUNDRY) if f"{TRYING}{name}" in lines)]
-        return ProbeResult(problems={tried[-1]: f"{_CRASH}{error.message}"})
+        crashed = [first, *(name for name in (*more, FOUNDRY) if f"{TRYING}{name}" in lines)][-1]
+        others = {name: imported for name, imported in request.modules.items() if crashed not in (name, FOUNDRY)}
+        rest = _probe(request.model_copy(update={"modules": others}), work)
+        return rest.model_copy(update={"problems": {**rest.problems, crashed: f"crash: {error.message}"}})
 
 
 # --- programs and servers
@@ -297,15 +286,10 @@ def _say(command: list[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _servers(settings: Settings) -> list[Check]:
-    now, checks = stack.status(settings), []
-    prefect, mlflow = (now.prefect, settings.prefect_api_url), (now.mlflow, settings.tracking_uri)
-    for name, (server, url) in {"Prefect server": prefect, "MLflow server": mlflow}.items():
-        if server.ok:
-            checks.append(Check(name, "ok", str(server.url)))
-        elif url is None:
-            checks.append(Check(name, "warning", "not running", "Run `slmops up`."))
-        else:
-            advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
-            checks.append(Check(name, "failure", f"{url} does not answer", advice))
-    return checks
+def _server(name: str, server: stack.ServerStatus, given: str | None) -> Check:
+    if server.ok:
+        return Check(name, "ok", str(server.url))
+    if given is None:
+        return Check(name, "warning", "not running", "Run `slmops up`.")
+    advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
+    return Check(name, "failure", f"{given} does not answer", advice)

@@ -88,14 +88,9 @@ class StackStatus(Frozen):
 def up(settings: Settings, *, worker: bool = False) -> Stack:
     """Start what is not running, and wait until it answers.
 
-    Args:
-        settings: A server that it names is used instead of one of ours, and only asked whether it is healthy.
-        worker: Also register the deployments, and start a worker that runs them.
-
-    Raises:
-        PrerequisiteError: A server that the settings name does not answer, or one of ours does not start. What this
-            call has started is stopped again.
-        WorkError: The deployments could not be registered.
+    A server that the settings name is used instead of one of ours, and only asked whether it is healthy. For a
+    ``worker`` the deployments are registered first; a WorkError if they cannot be. If a given server does not answer,
+    or one of ours does not start, that is a PrerequisiteError, and what this call has started is stopped again.
     """
     if worker and not (ROOT / DEPLOYMENTS).is_file():
         raise PrerequisiteError(
@@ -147,11 +142,7 @@ def status(settings: Settings) -> StackStatus:
 
 
 def tracking_uri(settings: Settings) -> str:
-    """The address of MLflow: the settings' own, or that of the local server.
-
-    Raises:
-        PrerequisiteError: There is neither.
-    """
+    """The address of MLflow, given or ours; a PrerequisiteError if there is neither."""
     if settings.tracking_uri is not None:
         return settings.tracking_uri
     server = _read(settings).get("mlflow")
@@ -164,8 +155,7 @@ def tracking_uri(settings: Settings) -> str:
 def session(settings: Settings) -> Iterator[Stack]:
     """Start the servers if needed; within the block, import Prefect, which reads its environment then, and run a flow.
 
-    Raises:
-        ServerLostError: Prefect's server stopped answering.
+    If Prefect's server stops answering meanwhile, that is a ServerLostError.
     """
     import httpx
 

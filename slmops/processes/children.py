@@ -77,15 +77,10 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Finished:
-    """Run ``argv`` to its end, its output added to ``log``, its memory sampled.
+    """Run ``argv`` to its end, or kill its whole group; its output is added to ``log``, its memory sampled.
 
-    Args:
-        timeout_s: Seconds after which the whole group is killed.
-        env: Variables added to this process's own.
-        on_line: Called with each line of output as it comes.
-
-    Raises:
-        PrerequisiteError: The log cannot be written, for example because the disk is full; the child is stopped.
+    ``env`` is added to this process's own variables; ``on_line`` is called with each line of output as it comes. If the
+    log cannot be written, for example because the disk is full, the child is stopped: a PrerequisiteError.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -146,10 +141,8 @@ def call(
 ) -> tuple[Result, Finished]:
     """Run ``python -m module``, which ends in ``child.main(...)``, on ``request`` and return its result.
 
-    Raises:
-        SlmopsError: What the child raised.
-        PrerequisiteError: The disk is full.
-        WorkError: The child crashed, was killed or took too long: ``error``, with the end of the log.
+    A SlmopsError that the child raised is raised here; a full disk is a PrerequisiteError. If the child crashed, was
+    killed or took too long, ``error`` is raised with the end of the log.
     """
     work.mkdir(parents=True, exist_ok=True)
     request_file, result_file = work / "request.json", work / "result.json"

@@ -43,9 +43,7 @@ class Daemon(Frozen):
 def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log: Path) -> Daemon:
     """Start a server detached from this process and its terminal, with ``env`` as its whole environment.
 
-    Args:
-        mark: Text in its environment by which it and its offspring are known.
-        log: File for its output. The previous one is kept with ``.1`` added to its name.
+    By the ``mark`` in its environment it and its offspring are known. The ``log`` before is kept, with ``.1`` added.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if log.exists():
@@ -121,11 +119,7 @@ def stop(daemon: Daemon) -> bool:
 
 
 def free_port(first: int, taken: Collection[int]) -> int:
-    """The first free port from ``first`` on that is not in ``taken``.
-
-    Raises:
-        PrerequisiteError: None of a hundred is free.
-    """
+    """The first free port from ``first`` on that is not in ``taken``; a PrerequisiteError if none of a hundred is."""
     for port in range(first, min(first + PORTS_TRIED, 65536)):
         if port in taken:
             continue
@@ -141,10 +135,9 @@ def free_port(first: int, taken: Collection[int]) -> int:
 
 def _listens(first: psutil.Process, port: int) -> bool:
     with contextlib.suppress(psutil.Error):
-        for member in [first, *first.children(recursive=True)]:
-            for connection in member.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                    return True
+        members = [first, *first.children(recursive=True)]
+        connections = (one for member in members for one in member.net_connections("tcp"))
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
     return False
 
 

@@ -5,6 +5,7 @@ No label carries text of a client: endpoints, statuses and versions are few.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,30 +27,20 @@ class Metrics(Collector):
     def __init__(self, fleet: Fleet, admission: Admission) -> None:
         self._fleet = fleet
         self._admission = admission
-        self._registry = mine = CollectorRegistry()
-        self.requests = Counter(
-            "slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"], registry=mine
+        self._registry = CollectorRegistry()
+        counter = partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, buckets=BUCKETS_S, registry=self._registry)
+        self.requests = counter("slmops_requests", "Requests by outcome.", ["endpoint", "status", "version"])
+        self.seconds = histogram(
+            "slmops_request_seconds", "From the request's headers to the end of the answer.", ["endpoint"]
         )
-        self.seconds = Histogram(
-            "slmops_request_seconds",
-            "From the request's headers to the end of the answer.",
-            ["endpoint"],
-            buckets=BUCKETS_S,
-            registry=mine,
+        self.first_token = histogram(
+            "slmops_first_token_seconds", "From the request's headers to the first token of a streamed answer."
         )
-        self.first_token = Histogram(
-            "slmops_first_token_seconds",
-            "From the request's headers to the first token of a streamed answer.",
-            buckets=BUCKETS_S,
-            registry=mine,
-        )
-        self.prompt_tokens = Counter(
-            "slmops_prompt_tokens", "Tokens of the rendered conversations, as the runtime counts.", registry=mine
-        )
-        self.completion_tokens = Counter(
-            "slmops_completion_tokens", "Tokens of the answers, as the runtime counts.", registry=mine
-        )
-        mine.register(self)
+        counts = "as the runtime counts."
+        self.prompt_tokens = counter("slmops_prompt_tokens", f"Tokens of the rendered conversations, {counts}")
+        self.completion_tokens = counter("slmops_completion_tokens", f"Tokens of the answers, {counts}")
+        self._registry.register(self)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -67,18 +58,14 @@ class Metrics(Collector):
             (counter, "slmops_backend_restarts", "Runtime processes that died and were started again.", fleet.restarts),
         ):
             yield kind(name, text, value=int(value))
-        memory = GaugeMetricFamily(
-            "slmops_backend_memory_bytes", "Memory of each runtime process.", labels=["foundry_id"]
-        )
+        memory = gauge("slmops_backend_memory_bytes", "Memory of each runtime process.", labels=["foundry_id"])
         total: defaultdict[str, float] = defaultdict(float)
         for one in fleet.running:
             total[one.installed.foundry_id] += one.memory_mb() * 1e6
         for foundry_id, size in total.items():
             memory.add_metric([foundry_id], size)
         yield memory
-        served = GaugeMetricFamily(
-            "slmops_model_info", "The version that answers.", labels=["model", "version", "variant"]
-        )
+        served = gauge("slmops_model_info", "The version that answers.", labels=["model", "version", "variant"])
         if fleet.champion is not None:
             version = fleet.champion.installed
             served.add_metric([fleet.name, str(version.version), version.variant], 1)

@@ -75,7 +75,7 @@ class Proxy:
         # If the server has just found that the body is not HTTP, it ends the connection now, before there is an answer.
         await asyncio.sleep(0)
         try:
-            app = _response(refused) if (refused := self._refuses(scope)) else self._inner
+            app = refused.response() if (refused := self._refuses(scope)) else self._inner
             await app(scope, receive, noting)
         except ClientDisconnect:
             status = CLIENT_LEFT
@@ -112,9 +112,8 @@ class Proxy:
             code = _BODY_CODES[error.status]
             raise Refused(error.status, error.message, code, headers={"connection": "close"}) from None
         path = request.scope["path"]
-        return RelayedResponse(
-            self._relay, read(body, self._limits.max_output_tokens, chat=path == CHAT), path, started
-        )
+        asked = read(body, self._limits.max_output_tokens, chat=path == CHAT)
+        return RelayedResponse(self._relay, asked, path, started)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": self._fleet.models()})
@@ -134,16 +133,12 @@ class Proxy:
         return Response(self._relay.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _response(refused: Refused) -> Response:
-    return Response(refused.body(), refused.status, refused.headers, "application/json")
-
-
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, Refused):
-        return _response(error)
+        return error.response()
     if not isinstance(error, HTTPException):  # the traceback is logged by the server
-        return _response(Refused(500, "The service failed; its log says why.", "internal_error"))
+        return Refused(500, "The service failed; its log says why.", "internal_error").response()
     message, code = "There is nothing here.", "not_found"
     if error.status_code == 405:
         message, code = f"{request.method} is not possible here.", "method_not_allowed"
-    return _response(Refused(error.status_code, message, code, headers=dict(error.headers or {})))
+    return Refused(error.status_code, message, code, headers=dict(error.headers or {})).response()

@@ -1,14 +1,8 @@
 """The registry as the service of one model sees it: what is to be served, and what became of it.
 
-The registry's champion is compared with the version that is served. While they are the same there is nothing to do::
-
-    another version -> deploy it -> done
-                          |
-                          +-- the version is at fault (it does not load, or fails its smoke test):
-                          |       its promotion is withdrawn, and not tried again until there is a new one
-                          +-- it did not get here (network, disk, a file that is gone): tried again, after pauses
-
-Whatever fails, the version that is served stays.
+A champion other than the version that is served is deployed. If it is at fault (it does not load, or fails its smoke
+test), its promotion is withdrawn, and not tried again until there is a new one. If it did not get here (network, disk,
+a file that is gone), it is tried again, after pauses. Whatever fails, the version that is served stays.
 """
 
 from __future__ import annotations
@@ -17,8 +11,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
@@ -92,18 +87,12 @@ class RegistryWatch:
 
     async def ask(self) -> ModelVersion | None:
         """The registry's champion; raises TrackingError if the registry cannot be reached."""
-        try:
+        with self._asking():
             champion = await in_thread(lambda: self.source.registry.champion(self.source.name))
             known = {version.version for version in self.versions}
             if time.monotonic() >= self.renew_at or (champion is not None and champion.version not in known):
                 self.versions = await in_thread(lambda: self.source.registry.versions(self.source.name))
                 self.renew_at = time.monotonic() + VERSIONS_S
-        except TrackingError as error:
-            self._lost(error)
-            raise
-        if not self.reachable:
-            log.warning("the registry answers again")
-            self.reachable = True
         return champion
 
     async def look(self, served: int | None) -> None:
@@ -151,22 +140,30 @@ class RegistryWatch:
             return
         version, reason = self._to_withdraw
         try:
-            champion = await in_thread(lambda: self.source.registry.withdraw(version, reason))
-        except TrackingError as error:
-            self._lost(error)
+            with self._asking():
+                champion = await in_thread(lambda: self.source.registry.withdraw(version, reason))
+        except TrackingError:
             raise
         except Exception as error:
             self.note(f"The promotion of {version.label} could not be withdrawn: {said(error)}")
         else:
-            log.warning(
-                "%s is withdrawn; the champion is %s", version.label, champion.label if champion else "as before"
-            )
+            now = champion.label if champion else "as before"
+            log.warning("%s is withdrawn; the champion is %s", version.label, now)
         self._to_withdraw = None
 
-    def _lost(self, error: TrackingError) -> None:
-        if self.reachable:
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Note whether the registry can be reached, and log when that changes."""
+        try:
+            yield
+        except TrackingError as error:
+            if self.reachable:
+                log.warning("the registry cannot be reached, what is served stays: %s", error.message)
             self.reachable = False
-            log.warning("the registry cannot be reached, what is served stays: %s", error.message)
+            raise
+        if not self.reachable:
+            log.warning("the registry answers again")
+        self.reachable = True
 
 
 def said(error: Exception) -> str:

@@ -96,10 +96,8 @@ class RelayedResponse:
 
     def _failed(self, error: Exception) -> Refused:
         if isinstance(error, TimeoutError):
-            limit = self.relay.limits.request_timeout_s
-            return Refused(
-                504, f"The answer took longer than {limit:g} s.", "timeout", headers={"x-should-retry": "false"}
-            )
+            late = f"The answer took longer than {self.relay.limits.request_timeout_s:g} s."
+            return Refused(504, late, "timeout", headers={"x-should-retry": "false"})
         log.warning("%s: the runtime broke off: %s %s", self.path, type(error).__name__, error)
         if isinstance(error, aiohttp.ClientConnectorError):
             return not_now("The runtime is being restarted.", RESTART_S)
@@ -170,7 +168,7 @@ class RelayedResponse:
                     raise broken from None
                 self._status = broken.status
         if broken is not None:  # only now, when the slot is free again
-            event = b"data: " + broken.body() + b"\n\n"
+            event = b"data: " + bytes(broken.response().body) + b"\n\n"
             try:
                 async with asyncio.timeout(LAST_WORDS_S):
                     await send({"type": "http.response.body", "body": event, "more_body": True})

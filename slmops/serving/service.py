@@ -70,7 +70,8 @@ async def serve(
         await fleet.start()
         assert fleet.champion is not None  # noqa: S101 - for the type checker: else it would have raised
         me = psutil.Process()
-        mine = Running(pid=me.pid, created=me.create_time(), url=url, model=fleet.name).model_dump_json()
+        running = Running(pid=me.pid, created=me.create_time(), url=url, model=fleet.name)
+        mine = running.model_dump_json(exclude_defaults=True)  # it has no mark
         path = home / SERVING
         write_atomic(path, mine)
         try:

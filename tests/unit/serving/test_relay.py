@@ -11,22 +11,7 @@ from slmops.serving import relay
 from slmops.serving.limits import Serve
 from slmops.serving.requests import Refused, not_now
 from tests import upstream
-from tests.upstream import (
-    CHAT,
-    RESPONSES,
-    USAGE,
-    Stand,
-    chat,
-    chunk,
-    endless,
-    event,
-    held,
-    replies,
-    response,
-    stand,
-    streams,
-    told,
-)
+from tests.upstream import CHAT, RESPONSES, Stand, chat, chunk, event, held, replies, response, stand, streams, told
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +23,7 @@ async def test_a_stream_passes_as_it_is_and_its_tokens_are_counted(one: Stand, w
     assert answered.headers["content-type"].startswith("text/event-stream")
     assert answered.headers["x-slmops-version"] == "3"
     events = [event(chunk(letter)) for letter in "abc"]
-    usage = [event(chunk(None, usage=USAGE))] if wanted else []
+    usage = [event(chunk(None, usage=upstream.USAGE))] if wanted else []
     assert answered.content == b": keep-alive\n\n" + b"".join(events + usage) + b"data: [DONE]\n\n"
     assert one.upstream.received[0]["stream_options"] == {"include_usage": True}
     for name, count in (("prompt_tokens_total", 7), ("completion_tokens_total", 3), ("first_token_seconds_count", 1)):
@@ -47,7 +32,7 @@ async def test_a_stream_passes_as_it_is_and_its_tokens_are_counted(one: Stand, w
 
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
 async def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
-    events = event(chunk("a")) + event(chunk("b")) + event(chunk(None, usage=USAGE)) + b"data: [DONE]\n\n"
+    events = event(chunk("a")) + event(chunk("b")) + event(chunk(None, usage=upstream.USAGE)) + b"data: [DONE]\n\n"
     cut = [events[start : start + size] for start in range(0, len(events), size)]
     async with stand(script=streams(*cut)) as one:
         answered = await one.ask(chat(stream=True))
@@ -165,7 +150,7 @@ async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
 
 
 async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
-    async with stand(Serve(concurrency=1), script=endless) as one:
+    async with stand(Serve(concurrency=1), script=upstream.endless) as one:
         async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
             pieces = streaming.aiter_raw()  # who drops it leaves
             await anext(pieces)
@@ -235,7 +220,7 @@ async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() 
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
-    async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=endless) as one:
+    async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=upstream.endless) as one:
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         events = answered.text.rstrip("\n").split("\n\n")
@@ -257,7 +242,7 @@ async def test_a_client_that_does_not_read_is_left(
 ) -> None:
     monkeypatch.setattr(relay, "LAST_WORDS_S", 0.1)
     limits = Serve(concurrency=1, request_timeout_s=0.3)
-    async with stand(limits, script=lambda to: endless(to, "a" * 100_000)) as one:
+    async with stand(limits, script=lambda to: upstream.endless(to, "a" * 100_000)) as one:
         body = json.dumps(chat(stream=True)).encode()
         reader, writer = await one.post(f"content-length: {len(body)}", body=body, limit=1000)
         await asyncio.wait_for(one.upstream.left.wait(), 5)

@@ -70,7 +70,7 @@ async def test_it_says_where_it_is_and_takes_that_back(tmp_path: Path, caplog: p
     with caplog.at_level(logging.INFO):
         async with serving(tmp_path) as one:
             me, url = psutil.Process(), f"http://127.0.0.1:{one.port}"
-            told = {"pid": me.pid, "created": me.create_time(), "url": url, "model": "bot", "mark": ""}
+            told = {"pid": me.pid, "created": me.create_time(), "url": url, "model": "bot"}
             assert json.loads(one.note.read_text(encoding="utf-8")) == told
             assert f"serving bot version 3 (int8) at {url}" in caplog.messages
             signal.raise_signal(signal.SIGTERM)

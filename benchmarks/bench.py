@@ -73,7 +73,7 @@ def _repeatability(first: Comparison, second: Comparison) -> None:
 def _agreement(variant: VariantResult, home: Path) -> None:
     foundry_id = str(variant.foundry_id)
     placed = home / "foundry" / "models" / "slmops" / foundry_id.replace(":", "-")
-    registration = Registration(foundry_id=foundry_id, path=placed, prompt_template_exact=False, answer="")
+    registration = Registration(foundry_id=foundry_id, path=placed, answer="")
     staged = stage(registration, home / "agreement", fixed_length=True)
     tokens = Job(model="demo").output_lengths[0]
     [text] = prompts.of_lengths([speed.HEADLINE_TOKENS], staged.context_length, staged.folder).values()

@@ -219,8 +219,8 @@ def serve(home: str, version: str, options: str) -> None:
 
 def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installed:
     """Lay a variant out as the next version, as a pull does; with other options of the job it is another version."""
-    derived = prompt_template.derive(chat_template.load(variant.path))
-    folder, number, _ = layout.place(variant, "bot", making.job(model, **job), derived, deployed)
+    strings = prompt_template.derive(chat_template.load(variant.path))
+    folder, number, _ = layout.place(variant, "bot", making.job(model, **job), strings, deployed)
     foundry_id = f"{layout.model_name('bot', variant.name)}:{number}"
     return Installed(name="bot", version=number, variant=variant.name, foundry_id=foundry_id, folder=folder)
 

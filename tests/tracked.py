@@ -28,9 +28,7 @@ class Made:
         deployed.mkdir(parents=True)
         (deployed / "genai_config.json").write_text('{"search": {"temperature": 0.7}}')
         (deployed / "inference_model.json").write_text('{"Name": "n:1"}')
-        self.registration = Registration(
-            foundry_id=f"tiny-{name}-generic-cpu:1", path=deployed, prompt_template_exact=True, answer="Paris."
-        )
+        self.registration = Registration(foundry_id=f"tiny-{name}-generic-cpu:1", path=deployed, answer="Paris.")
         self.evaluation = values.evaluation({k: Measurement(value=v, unit="x") for k, v in metrics.items()})
         self.logs = folder / "logs"
         self.logs.mkdir(exist_ok=True)

@@ -168,7 +168,6 @@ class Registration(Frozen):
 
     foundry_id: str = Field(description="<name>-<variant>-generic-cpu:<version>.")
     path: Path = Field(description="Folder in Foundry's cache layout.")
-    prompt_template_exact: bool = Field(description="PromptTemplate renders what the chat template renders.")
     answer: str = Field(description="What the variant answered to the smoke-test prompt.")
 
 

@@ -66,7 +66,7 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
     a BusyError if the version was removed just now.
     """
     home = home_of(name, settings)
-    original = Registration(foundry_id=version.foundry_id, path=version.folder, prompt_template_exact=True, answer="")
+    original = Registration(foundry_id=version.foundry_id, path=version.folder, answer="")
     try:
         try:
             with installed.locked(version.name, settings):

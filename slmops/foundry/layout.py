@@ -14,7 +14,6 @@ from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, link_or_copy, write_atomic
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Frozen, Registration, Variant
-from slmops.foundry.prompt_template import Derived
 
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"
@@ -33,7 +32,9 @@ def model_name(name: str, variant: str) -> str:
     return f"{name}-{variant}-generic-cpu"
 
 
-def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -> tuple[Path, int, bool]:
+def place(
+    variant: Variant, name: str, job: Job, prompt_template: dict[str, str] | None, home: Path
+) -> tuple[Path, int, bool]:
     """Lay a variant out below Foundry's model cache: the folder, its version, and whether it is new.
 
     The same variant with the same settings keeps its folder and version; anything else is a new version. A variant
@@ -50,7 +51,7 @@ def place(variant: Variant, name: str, job: Job, derived: Derived, home: Path) -
             "Name": f"{called}:{version}",
             "Description": f"{variant.checkpoint.name} ({variant.name}), converted by slmops",
             "Version": str(version),
-            "PromptTemplate": derived.prompt_template,
+            "PromptTemplate": prompt_template,
             "ModelConfig": {key: genai["search"][key] for key in _SEARCH if key in genai["search"]},
         }
 

@@ -13,11 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 
-from pydantic import Field
-
 from slmops.checkpoints.chat_template import ChatMessage, ChatTemplate, render
 from slmops.core.errors import CheckpointError
-from slmops.core.values import Frozen
 
 PLACEHOLDER = "{Content}"
 Shape = tuple[str, ...]  # the roles of a conversation
@@ -33,15 +30,6 @@ _CONTENTS = (
 )
 
 
-class Derived(Frozen):
-    """A chat template as a PromptTemplate."""
-
-    prompt_template: dict[str, str] | None = Field(
-        description="String by role, without the roles that have no message of their own; None: none can be trusted."
-    )
-    exact: bool = Field(description="Equal for all conversations that the chat template accepts.")
-
-
 def fill(prompt_template: Mapping[str, str], messages: Sequence[ChatMessage]) -> str | None:
     """Render a conversation with a PromptTemplate: each message through the string of its role, the last question
     through ``prompt``. None if a role has no string.
@@ -54,23 +42,21 @@ def fill(prompt_template: Mapping[str, str], messages: Sequence[ChatMessage]) ->
     return "".join(prompt_template[role].replace(PLACEHOLDER, message["content"]) for role, message in pairs)
 
 
-def derive(template: ChatTemplate) -> Derived:
-    """Derive the PromptTemplate and prove it.
+def derive(template: ChatTemplate) -> dict[str, str] | None:
+    """The string of each role that has messages of its own; None if they are right for no conversation, or for one day.
 
-    A chat template that refuses system messages (Gemma 2) is exact if all else is equal. One that folds them into a
-    question (Mistral), or writes one of its own where there is none (SmolLM2), is not. If its strings are right for no
-    conversation, or for one day only, there are none.
+    They cannot be right for all if the template folds system messages into a question (Mistral), or writes one of its
+    own where there is none (SmolLM2).
 
     Raises:
         CheckpointError: The template is broken Jinja, or fails for a single question.
     """
     probe = _Probe(template, datetime.now())
     wanted = probe.render_shapes()
-    best = max(probe.candidates(), key=lambda strings: len(_equal(strings, wanted)), default=None)
+    best = max(probe.candidates(), key=lambda strings: _equal(strings, wanted), default=None)
     if best is None or best not in _Probe(template, datetime(2001, 2, 3, 4, 5, 6)).candidates():
-        return Derived(prompt_template=None, exact=False)
-    equal = _equal(best, wanted)
-    return Derived(prompt_template=best if equal else None, exact=equal == wanted.keys())
+        return None
+    return best if _equal(best, wanted) else None
 
 
 class _Probe:
@@ -141,7 +127,6 @@ def _conversation(shape: Shape, contents: Sequence[str]) -> list[ChatMessage]:
     return [{"role": role, "content": content} for role, content in zip(shape, contents, strict=False)]
 
 
-def _equal(strings: Mapping[str, str], renderings: Renderings) -> set[Shape]:
-    return {
-        shape for shape, pairs in renderings.items() if all(fill(strings, messages) == text for messages, text in pairs)
-    }
+def _equal(strings: Mapping[str, str], renderings: Renderings) -> int:
+    """For how many shapes the strings are right."""
+    return sum(all(fill(strings, messages) == text for messages, text in pairs) for pairs in renderings.values())

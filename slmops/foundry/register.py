@@ -26,11 +26,11 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
     template = chat_template.load(variant.path)
     if template is None:
         raise CheckpointError(f"{variant.path} has no chat template.", "Give one with --chat-template FILE.")
-    derived = prompt_template.derive(template)
+    strings = prompt_template.derive(template)
     models = settings.foundry / "models"
     with locks.exclusive(settings.locks / "foundry.lock", "Foundry Local's registry", wait=True):
         remove_scratch(models / layout.PUBLISHER)
-        folder, version, new = layout.place(variant, name, job, derived, settings.foundry)
+        folder, version, new = layout.place(variant, name, job, strings, settings.foundry)
         called = layout.model_name(name, variant.name)
         foundry_id = f"{called}:{version}"
         try:
@@ -43,7 +43,7 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     log.info("%s: %s in Foundry Local as %s", variant.name, "registered" if new else "still registered", foundry_id)
-    return Registration(foundry_id=foundry_id, path=folder, prompt_template_exact=derived.exact, answer=answer)
+    return Registration(foundry_id=foundry_id, path=folder, answer=answer)
 
 
 def register_folder(home: Path, folder: Path, foundry_id: str, display_name: str, *, work: Path, log: Path) -> str:

@@ -31,10 +31,10 @@ def home(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFact
     variant = making.variant("fp32", making.job(talkative), stock)
     template = chat_template.load(variant.path)
     assert template is not None
-    derived = prompt_template.derive(template)
+    strings = prompt_template.derive(template)
     home = tmp_path_factory.mktemp("home")
     for top_p in (None, 0.5, 0.6):  # which changes no greedy answer
-        layout.place(variant, "tiny", making.job(talkative, top_p=top_p), derived, home)
+        layout.place(variant, "tiny", making.job(talkative, top_p=top_p), strings, home)
     return home
 
 

@@ -79,7 +79,8 @@ def test_broken_or_hostile_template_is_a_checkpoint_error(text, message):
 
 def test_template_may_be_hostile_to_some_conversations_only():
     text = text_of("chatml") + "{% if messages[0].role == 'system' %}{{ ''.__class__ }}{{ x.y.z }}{% endif %}"
-    assert derive(broken(text)).exact
+    strings = derive(template("chatml")) or {}
+    assert derive(broken(text)) == {role: strings[role] for role in ("user", "assistant", "prompt")}
 
 
 def write(folder: Path, **files: object) -> None:

@@ -232,7 +232,7 @@ def test_what_a_crash_costs(
     monkeypatch.setattr(edge_cases.prompts, "counter", lambda _: Model.count)
     monkeypatch.setattr(children, "call", stand_in)
     settings = Settings(home=folder.parent / "home")
-    registration = Registration(foundry_id="x-generic-cpu:1", path=folder, prompt_template_exact=True, answer="")
+    registration = Registration(foundry_id="x-generic-cpu:1", path=folder, answer="")
     cases = [EdgeCase(id=name, expected="answered") for name in "abc"]
     with nullcontext() if outcomes else pytest.raises(EvaluationError, match="SIGSEGV"):
         found = edge_cases.run(values.variant(folder), registration, "tiny", settings, cases=cases)

@@ -332,7 +332,7 @@ def test_defect_5_the_judge_is_asked_when_the_machine_is_free(
     monkeypatch.setattr(scoring, "JUDGED_AT_ONCE", 1)
     questions = tmp_path / "my.jsonl"
     questions.write_text('{"prompt": "Greet me.", "match": "judge"}\n{"prompt": "Q", "expected": "paris"}\n')
-    registration = Registration(foundry_id="x:1", path=tmp_path, prompt_template_exact=True, answer="")
+    registration = Registration(foundry_id="x:1", path=tmp_path, answer="")
     job = Job(model="demo", quick=True, evaluation_set=questions)
     found = quality.measure(values.variant(tmp_path), registration, "bot", job, settings)
     assert [(one.correct, one.score) for one in found.answers] == [(True, 0.9), (True, 1)]

@@ -53,7 +53,7 @@ class Bench:
         (folder / "genai_config.json").write_text(json.dumps(config))
         foundry_id = f"{NAME}-{name}-generic-cpu:1"
         return variant(self.settings.variants / f"{name}-0123", name), Registration(
-            foundry_id=foundry_id, path=folder, prompt_template_exact=True, answer="Yes."
+            foundry_id=foundry_id, path=folder, answer="Yes."
         )
 
     def measure(self, names: str, **asked: Any) -> dict[str, Speed | SlmopsError]:

@@ -11,12 +11,10 @@ from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Registration, Variant
 from slmops.foundry import layout
 from slmops.foundry.layout import Staged, stage
-from slmops.foundry.prompt_template import Derived
 from tests.checkpoint_folders import tree
 from tests.values import CONTENTS, checkpoint, write_variant
 
 STRINGS = {role: f"<|im_start|>{role}\n{{Content}}<|im_end|>\n" for role in ("system", "user", "assistant")}
-DERIVED = Derived(prompt_template=STRINGS, exact=True)
 CALLED = "support-bot-int4-generic-cpu"
 
 
@@ -30,8 +28,10 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "foundry"
 
 
-def place(variant: Variant, home: Path, derived: Derived = DERIVED, **asked: Any) -> tuple[Path, int, bool]:
-    return layout.place(variant, "support-bot", Job(model="m", **asked), derived, home)
+def place(
+    variant: Variant, home: Path, strings: dict[str, str] | None = STRINGS, **asked: Any
+) -> tuple[Path, int, bool]:
+    return layout.place(variant, "support-bot", Job(model="m", **asked), strings, home)
 
 
 def read(path: Path) -> Any:
@@ -104,8 +104,7 @@ def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Pa
     assert read(second / "inference_model.json")["Name"] == f"{CALLED}:2"
     assert read(first / "inference_model.json")["ModelConfig"] == {"max_length": 2048, "temperature": 0}
     for number, strings in ((3, {"prompt": "問 {Content} 答"}), (4, None)):
-        template = Derived(prompt_template=strings, exact=False)
-        folder, *placed = place(variant, home, template)
+        folder, *placed = place(variant, home, strings)
         assert placed == [number, True]
         assert read(folder / "inference_model.json")["PromptTemplate"] == strings
     assert place(write_variant(tmp_path / "int4-4567"), home)[1:] == (5, True)
@@ -144,7 +143,7 @@ def test_versions_count_on_from_the_highest_of_the_model(variant: Variant, home:
         (home / "models" / "slmops" / name).mkdir(parents=True)
     assert place(variant, home)[1] == 11
     for name in ("bot", "support-bot-int4-generic-cpu"):
-        assert layout.place(variant, name, Job(model="m"), DERIVED, home)[1:] == (1, True)
+        assert layout.place(variant, name, Job(model="m"), STRINGS, home)[1:] == (1, True)
 
 
 # --- staged to be measured
@@ -160,7 +159,7 @@ def registration(tmp_path: Path) -> Registration:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"contents of {name}")
     configure(folder, GREEDY)
-    return Registration(foundry_id="bot-int4-generic-cpu:3", path=folder, prompt_template_exact=True, answer="Hello.")
+    return Registration(foundry_id="bot-int4-generic-cpu:3", path=folder, answer="Hello.")
 
 
 def configure(folder: Path, search: dict[str, Any]) -> None:

@@ -22,11 +22,7 @@ class Approval(RunInput):
 
 
 def check_can_wait(*, approval: bool) -> None:
-    """Refuse a run that is to wait for a person and cannot be suspended.
-
-    Raises:
-        PrerequisiteError: It is not a run of a deployment, so nobody could go on with it.
-    """
+    """A PrerequisiteError if a run that is to wait is not one of a deployment: nobody could go on with it."""
     if approval and runtime.deployment.id is None:
         raise PrerequisiteError(
             "Only a run of a deployment can wait for approval: a worker goes on with it when somebody has decided.",
@@ -38,10 +34,8 @@ def ask_person(decision: Decision, request: Promotion) -> str:
     """Have a person decide on the Prefect page; returns the comment.
 
     The first call suspends the flow run, which ends its process. When somebody has answered, a worker runs the flow
-    from its beginning, and this call returns. If nobody does in time, Prefect fails the flow run.
-
-    Raises:
-        GateError: The answer is no.
+    from its beginning, and this call returns; if the answer is no, that is a GateError. If nobody answers in time,
+    Prefect fails the flow run.
     """
     form = Approval.with_initial_data(
         description=promotion.text(decision, request), promote=not decision.against, comment=""
@@ -54,18 +48,9 @@ def ask_person(decision: Decision, request: Promotion) -> str:
 
 
 def hand_over(flow: str, request: BaseModel) -> str:
-    """Start a run of one of our deployments, and return its page.
-
-    Args:
-        flow: The flow's name, which is the deployment's too.
-        request: The flow's parameter ``request``.
-
-    Raises:
-        PrerequisiteError: There is no worker that could do it.
-    """
-    missing = PrerequisiteError(
-        f"No worker runs that could {flow} after an approval.", "`slmops up --worker` starts one."
-    )
+    """Start a run of our deployment of a flow, and return its page; a PrerequisiteError if no worker could do it."""
+    said = f"No worker runs that could {flow} after an approval."
+    missing = PrerequisiteError(said, "`slmops up --worker` starts one.")
     with get_client(sync_client=True) as client:
         try:
             deployment = client.read_deployment_by_name(f"{flow}/{flow}")

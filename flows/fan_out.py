@@ -57,9 +57,7 @@ class _Child:
 def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
     """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it.
 
-    Raises:
-        PrerequisiteError: The Prefect server is away.
-        TrackingError: MLflow is away.
+    It is a PrerequisiteError if the Prefect server is away, and a TrackingError if MLflow is.
     """
     with _exchange(context) as exchange:
         yield from _FanOut(workers, recipes, send_job(context, exchange), exchange, context, progress).run()

@@ -52,19 +52,15 @@ T = TypeVar("T")
 
 
 class Workers(NamedTuple):
-    """A work pool by its name, and the deployment of the parts in it."""
-
-    pool: str
-    deployment: UUID
+    pool: str  # its name
+    deployment: UUID  # of the parts in it
 
 
 def find_workers(context: JobContext) -> Workers:
     """The smallest pool that is large enough, with the deployment of the parts, which is made if it is missing.
 
-    The deployment names the flow as a module, so it is found wherever slmops is installed.
-
-    Raises:
-        PrerequisiteError: No pool is large enough, or Prefect does not have it.
+    The deployment names the flow as a module, so it is found wherever slmops is installed. It is a PrerequisiteError
+    if no pool is large enough, or if Prefect does not have it.
     """
     pool = pools.choose(context.settings.pools, context.checkpoint, context.job.device).name
 

@@ -51,10 +51,9 @@ def start_tracking(
 def find_outdated_champion(
     uri: str, name: str, data: TrainingData, request: Retrain, settings: Settings
 ) -> ModelVersion | None:
-    """The champion, if it has to be measured again and can be.
+    """The champion, if it was measured with something else than its challenger will be, and can be measured again.
 
-    It has to if it was measured with something else than its challenger will be. It can if it came of a retraining in
-    this home, and the checkpoint is still here.
+    It can if it came of a retraining in this home, and the checkpoint is still here.
     """
     champion = Registry(uri).champion(name)
     if champion is None or champion.variant not in get_args(Precision):
@@ -74,8 +73,7 @@ def find_outdated_champion(
 def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
     """Wait until the service of this machine serves the new champion; returns its address, None without a service.
 
-    Raises:
-        ServingError: It goes on with the old one.
+    It is a ServingError if it goes on with the old one.
     """
     running = home_service.status(settings.home)
     if request.serve:

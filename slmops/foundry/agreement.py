@@ -17,27 +17,18 @@ TIMEOUT_S = 300
 
 
 def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> Agreement:
-    """Compare tokens and rendered conversations in a child process, and say what differs.
+    """Compare tokens and rendered conversations of a checkpoint in a child process, and say what differs.
 
-    Args:
-        folder: A checkpoint.
-        template: The chat template that it is to have; None: its own.
-        job: Whether its code may run.
-        settings: Where the log goes.
-
-    Raises:
-        CheckpointError: They differ where it matters, or the runtime cannot read the tokenizer or the template.
+    ``template`` is the chat template that it is to have; None: its own. It is a CheckpointError if they differ where it
+    matters, or if the runtime cannot read the tokenizer or the template.
     """
     with scratch_folder(settings.home, "agreement") as work:
+        trusted, copy = job.trust_remote_code, work / "tokenizer"
+        request = AgreementRequest(folder=folder, template=template, trust_remote_code=trusted, work=copy)
         try:
             result, _ = children.call(
                 "slmops.foundry.agreement_worker",
-                AgreementRequest(
-                    folder=folder,
-                    template=template,
-                    trust_remote_code=job.trust_remote_code,
-                    work=work / "tokenizer",
-                ),
+                request,
                 Agreement,
                 work=work,
                 log=settings.logs / "agreement.log",

@@ -115,15 +115,12 @@ class Staged(Frozen):
 def stage(
     registration: Registration, home: Path, *, fixed_length: bool = False, context_length: int | None = None
 ) -> Staged:
-    """Lay a variant out below ``home``, its files linked, its genai_config.json changed.
+    """Lay a variant out in a new Foundry home, in place of an older one: linked, with another genai_config.json.
 
-    Args:
-        registration: The variant as it is deployed.
-        home: Foundry home to make, in place of an older one.
-        fixed_length: Answers do not end before their token limit. The runtime ignores a minimal length, so the
-            end-of-sequence token becomes the last id of the vocabulary (the largest that the runtime accepts), which is
-            never used in padded vocabularies and hardly ever in others.
-        context_length: A context length in tokens to pretend, at most the model's own.
+    With ``fixed_length`` answers do not end before their token limit. The runtime ignores a minimal length, so the
+    end-of-sequence token becomes the last id of the vocabulary (the largest that the runtime accepts), which is never
+    used in padded vocabularies and hardly ever in others. ``context_length`` in tokens is one to pretend, at most the
+    model's own.
     """
     shutil.rmtree(home, ignore_errors=True)
     folder = home / "models" / PUBLISHER / registration.path.name

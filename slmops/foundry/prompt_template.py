@@ -46,10 +46,7 @@ def derive(template: ChatTemplate) -> dict[str, str] | None:
     """The string of each role that has messages of its own; None if they are right for no conversation, or for one day.
 
     They cannot be right for all if the template folds system messages into a question (Mistral), or writes one of its
-    own where there is none (SmolLM2).
-
-    Raises:
-        CheckpointError: The template is broken Jinja, or fails for a single question.
+    own where there is none (SmolLM2). It is a CheckpointError if it is broken Jinja, or fails for a single question.
     """
     probe = _Probe(template, datetime.now())
     wanted = probe.render_shapes()

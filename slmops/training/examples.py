@@ -48,8 +48,8 @@ class Example:
 class ExamplesRead:
     """What training files hold: their good lines in order, the bad ones, and the number of good ones per file."""
 
-    examples: tuple[Example, ...]
-    problems: tuple[DataProblem, ...]
+    examples: list[Example]
+    problems: list[DataProblem]
     files: dict[str, int]
 
 
@@ -61,22 +61,20 @@ class _BadLine(Exception):
 
 def read(files: Sequence[Path]) -> ExamplesRead:
     """Read training files, and never more of a line than :data:`LONGEST_LINE`."""
-    examples: list[Example] = []
-    problems: list[DataProblem] = []
-    counts: dict[str, int] = {}
+    found = ExamplesRead([], [], {})
     for file in files:
-        counts[file.name] = 0
+        found.files[file.name] = 0
         for number, raw in _lines(file):
             try:
-                examples.append(Example(file.name, number, _conversation(raw)))
-                counts[file.name] += 1
+                found.examples.append(Example(file.name, number, _conversation(raw)))
+                found.files[file.name] += 1
             except _BadLine as error:
-                problems.append(DataProblem(file=file.name, line=number, kind=error.kind, detail=str(error)))
-            if len(problems) == MOST_PROBLEMS:
+                found.problems.append(DataProblem(file=file.name, line=number, kind=error.kind, detail=str(error)))
+            if len(found.problems) == MOST_PROBLEMS:
                 end = "nothing was read from here on"
-                problems.append(DataProblem(file=file.name, line=number + 1, kind="schema", detail=end))
-                return ExamplesRead(tuple(examples), tuple(problems), counts)
-    return ExamplesRead(tuple(examples), tuple(problems), counts)
+                found.problems.append(DataProblem(file=file.name, line=number + 1, kind="schema", detail=end))
+                return found
+    return found
 
 
 def shown(text: str) -> str:

@@ -47,10 +47,8 @@ class Fetched(Frozen):
 def fetch(request: Retrain, settings: Settings, *, download: Download, dataset: DatasetRecords) -> Fetched:
     """Copy the training files and the evaluation set. ``download`` fetches an MLflow artifact URI.
 
-    Raises:
-        DataError: There are no such data, there is no evaluation set, or they are too large.
-        PrerequisiteError: The network failed, or the disk is full.
-        TrackingError: MLflow does not return them.
+    It is a DataError if there are no such data, if there is no evaluation set, or if they are too large; a
+    PrerequisiteError if the network failed, or the disk is full; and a TrackingError if MLflow does not return them.
     """
     source = request.data.strip()
     with reporting_full_disk(settings.home):

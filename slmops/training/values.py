@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -229,15 +229,15 @@ class Retrained(Frozen, use_attribute_docstrings=True):
 
         lines = [f"{self.outcome}: {self.detail}"]
         if self.accuracy:
-            rows: list[list[Any]] = []
-            for name, one in self.accuracy.items():
-                interval = "" if one.low is None else f"[{one.low:.2f}, {one.high:.2f}]"
-                rows.append([name, f"{one.value:.2f}", interval, one.samples])
-            table = tabulate(rows, headers=["", "accuracy", "95 % interval", "questions"], disable_numparse=True)
-            lines += ["", table]
+            rows = [
+                (name, f"{one.value:.2f}", "" if one.low is None else f"[{one.low:.2f}, {one.high:.2f}]", one.samples)
+                for name, one in self.accuracy.items()
+            ]
+            headers = ["", "accuracy", "95 % interval", "questions"]
+            lines += ["", tabulate(rows, headers=headers, disable_numparse=True)]
         if self.seconds:
-            rows = [[stage, f"{seconds:.0f}"] for stage, seconds in self.seconds.items()]
-            lines += ["", tabulate(rows, headers=["stage", "seconds"], disable_numparse=True)]
+            times = [(stage, f"{seconds:.0f}") for stage, seconds in self.seconds.items()]
+            lines += ["", tabulate(times, headers=["stage", "seconds"], disable_numparse=True)]
         return "\n".join(lines)
 
 

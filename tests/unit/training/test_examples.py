@@ -50,7 +50,7 @@ def test_lines_are_counted_as_editors_do(tmp_path: Path) -> None:
     assert len(read(tmp_path, GOOD + "\n" + GOOD, end=b"").examples) == 2  # the last one needs no end
     assert found.examples[1].messages[0]["content"] == "a\u2028b\x85c?"
     for nothing in (b"", b"\n\n \r\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
-        assert read(tmp_path, nothing, end=b"") == ExamplesRead((), (), {"train.jsonl": 0})
+        assert read(tmp_path, nothing, end=b"") == ExamplesRead([], [], {"train.jsonl": 0})
 
 
 def test_the_normal_form_is_one_line_for_every_reader(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_line_that_never_ends_is_not_copied(folder: Path, settings: Settings) 
     read = examples.read(fetched.files)
     assert len(read.examples) == 2
     detail = "longer than 1,000,000 bytes; the file was not read from here on"
-    assert read.problems == (DataProblem(file="train.jsonl", line=3, kind="oversized", detail=detail),)
+    assert read.problems == [DataProblem(file="train.jsonl", line=3, kind="oversized", detail=detail)]
 
 
 def test_a_full_disk(folder: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

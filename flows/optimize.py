@@ -12,6 +12,7 @@ from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
 from flows.workers import find_workers
 from slmops import preflight
 from slmops.cluster.parts import Measured, figures
+from slmops.core import blobs
 from slmops.core.context import JobContext
 from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
@@ -125,3 +126,4 @@ def _remove_unfinished_work(context: JobContext) -> None:
     """Remove this run's, or what a killed run of this model left behind; the job's lock says that it is dead."""
     shutil.rmtree(context.work, ignore_errors=True)
     remove_scratch(context.settings.variants)
+    blobs.prune(context.settings)

@@ -13,7 +13,8 @@ from slmops.core.values import Name
 from slmops.delivery import promotion
 from slmops.foundry.versions import Promoted, Promotion
 from slmops.local import stack
-from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision
+from slmops.tracking.registry import Registry
+from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision, upload_files
 
 log = logging.getLogger("slmops.promote")
 
@@ -70,7 +71,9 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         refused = promotion.refuse(decision)
         if refused is not None and request.force is None:
             raise refused
-        check_files(challenger, settings, uri)
+        checked = check_files(challenger, settings, uri)
+        # Before a person decides, because after that another machine may go on.
+        challenger = upload_files(Registry(uri), challenger, checked.folder)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
         if request.approval:
             tags["slmops.approved"] = ask_person(decision, request)

@@ -10,13 +10,13 @@ from flows.workers import beating
 from slmops.checkpoints import source
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure, Figures, Part, PartResult
-from slmops.core import machine
+from slmops.core import blobs, machine
 from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe
 from slmops.local import stack
-from slmops.tracking.exchange import Exchange, prune
+from slmops.tracking.exchange import Exchange
 from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
 
@@ -44,7 +44,7 @@ def variant(part: Json[Part]) -> None:
 
 
 def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
-    prune(settings)
+    blobs.prune(settings)
     context, recipe = prepare_part(part, exchange, settings)
     try:
         result = _convert(recipe, context, exchange) if part.stage == "convert" else _measure(part, context, exchange)

@@ -14,6 +14,7 @@ from tasks.stage import stage
 judge_challenger = stage("judge the challenger", tracking=True)(promotion.decide)
 # As a device would fetch it: each SHA-256, registered in Foundry Local, and it answers.
 check_files = stage("check the files of version {version.version}")(pull.install)
+upload_files = stage("upload version {version.version}", tracking=True)(Registry.upload)
 
 
 @stage(tracking=True)

@@ -47,7 +47,10 @@ def register_version(
     context: JobContext, variant: Variant, registration: Registration, result: VariantResult
 ) -> VariantResult:
     """Make an accepted variant a version of the registered model; returns the result with its number."""
-    version = Registry(context.tracking_uri).add(context.name, variant, registration, result, context.run_id)
+    registry = Registry(context.tracking_uri)
+    version = registry.add(context.name, variant, registration, result, context.run_id)
+    if context.job.upload:
+        registry.upload(version, registration.path)
     log.info("%s: version %d of %s in the registry", variant.name, version.version, context.name)
     return result.model_copy(update={"version": version.version})
 

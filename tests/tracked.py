@@ -62,6 +62,7 @@ class Book:
         result = made.log(self.tracker, parent, self.name)
         version = self.registry.add(self.name, made.variant, made.registration, result, parent)
         if promote:
+            version = self.registry.upload(version, made.registration.path)
             self.registry.promote(version, self.registry.champion(self.name), {})
         return version
 

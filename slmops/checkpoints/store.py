@@ -17,7 +17,7 @@ from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.unpack_worker import UnpackRequest
 from slmops.core import machine
 from slmops.core.errors import ConversionError
-from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, sha256, write_atomic
+from slmops.core.files import folder_appears_whole, intact, link_or_copy, remove_scratch, sha256, write_atomic
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
@@ -104,7 +104,7 @@ def stage(
     with _locked(digest, "staging", settings):
         # A hard link changes when its origin is overwritten in place.
         whole = target.is_dir() and inspection.names(target) == staged.keys()
-        if not (whole and all(holds(target, name, digest, folder) for name, digest in staged.items())):
+        if not (whole and all(intact(target / name, None, digest, folder / name) for name, digest in staged.items())):
             if target.exists():
                 shutil.rmtree(target)
             with folder_appears_whole(target) as scratch:
@@ -121,10 +121,3 @@ def _locked(digest: str, what: str, settings: Settings) -> Iterator[None]:
     with exclusive(lock, f"the {what} of checkpoint {digest[:16]}", wait=True):
         remove_scratch(settings.checkpoints)
         yield
-
-
-def holds(folder: Path, name: str, digest: str, origin: Path | None = None) -> bool:
-    """Whether the file ``name`` has this SHA-256; a link to the one in ``origin``, which is known to, is not read."""
-    path = folder / name
-    linked = origin is not None and (origin / name).exists() and path.samefile(origin / name)
-    return linked or sha256(path) == digest

@@ -14,7 +14,7 @@ from slmops.foundry.versions import Promotion
 from slmops.local import stack
 from slmops.serving.limits import Serve
 
-NOTES = ("withdrawn", "forced")
+NOTES = ("withdrawn", "forced", "files")
 Source = Annotated[
     str | None, Parameter(name="--from", help="MLflow tracking server; the one that runs here by default.")
 ]

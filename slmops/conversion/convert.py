@@ -9,7 +9,7 @@ from typing import Any
 
 from slmops.checkpoints import generation
 from slmops.conversion import olive_log, olive_worker, store, verify_worker
-from slmops.core import locks, machine
+from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import folder_appears_whole, write_atomic
 from slmops.core.job import Job
@@ -118,6 +118,8 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
                 created=datetime.now(UTC),
                 path=target,
             )
+            for file in variant.files:
+                blobs.keep(scratch / file.name, file, settings)
             manifest = variant.model_dump_json(indent=2)
             write_atomic(scratch / MANIFEST, manifest)
         if (target / MANIFEST).read_text(encoding="utf-8") != manifest:

@@ -4,8 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from slmops.checkpoints import store as checkpoints
-from slmops.core.files import sha256
+from slmops.core.files import intact, sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
 FORMAT = 2  # what slmops itself does to a variant; a change of it makes all variants anew
@@ -38,11 +37,5 @@ def files_of(folder: Path) -> tuple[VariantFile, ...]:
 def load(folder: Path) -> Variant | None:
     """The variant in ``folder``, or None unless its manifest is complete and every file is what the manifest says."""
     variant = Variant.from_file(folder / MANIFEST, path=folder)
-    return variant if variant and all(holds(folder, file) for file in variant.files) else None
-
-
-def holds(folder: Path, file: VariantFile, origin: Path | None = None) -> bool:
-    """Whether the file is in ``folder``; a link to the one in the folder ``origin`` is not read."""
-    path = folder / file.name
-    whole = path.is_file() and path.stat().st_size == file.size
-    return whole and checkpoints.holds(folder, file.name, file.sha256, origin)
+    whole = variant and all(intact(folder / one.name, one.size, one.sha256) for one in variant.files)
+    return variant if whole else None

@@ -1,6 +1,7 @@
 """Files: written so that nobody ever sees half of one, and the tables that a user writes."""
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slmops.core.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+LARGE_BYTES = 1_000_000
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -71,12 +76,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def intact(path: Path, size: int | None, digest: str, origin: Path | None = None) -> bool:
+    """Whether the file is there with this size in bytes (None: any) and SHA-256; a link to ``origin`` is not read."""
+    if not path.is_file() or size not in (None, path.stat().st_size):
+        return False
+    return (origin is not None and origin.exists() and path.samefile(origin)) or sha256(path) == digest
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link ``source`` to ``target``; copy where the file system cannot link."""
+    """Hard-link ``source`` to ``target``; copy where the file system cannot link, and say so of a large file."""
     try:
         target.hardlink_to(source.resolve())
-    except OSError:
+    except OSError as error:
         shutil.copy2(source, target)
+        if target.stat().st_size > LARGE_BYTES:
+            log.warning("%s is a copy, since it cannot be a link: %s", target, error.strerror)
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Job(Frozen, use_attribute_docstrings=True):
     """Tokens to generate for each prompt length."""
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     """About how long the text and the questions may take, all models together; fewer of both are used if need be."""
+    upload: bool = False
+    """Put all accepted variants into the registry whole, for other machines; by default a promotion does that."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
 
     if not TYPE_CHECKING:

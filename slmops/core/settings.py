@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         return self.home / "variants"
 
     @property
+    def blobs(self) -> Path:
+        """The files of variants, each once: see :mod:`slmops.core.blobs`."""
+        return self.home / "blobs"
+
+    @property
     def trainings(self) -> Path:
         """Fine-tunings, finished or not, one folder each, named by a digest of all inputs."""
         return self.home / "trainings"

@@ -57,6 +57,11 @@ def to_name(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", base).strip("-_")[:63].rstrip("-_") or "model"
 
 
+def is_weights(file: str) -> bool:
+    """Whether a variant's file of this name is an ONNX graph or its data, nothing small."""
+    return ".onnx" in file
+
+
 def artifact_key(kind: str, name: str) -> str:
     """The key of one of Prefect's artifacts, which takes lower case, digits and dashes only."""
     return f"{kind}-{to_name(name).replace('_', '-')}"
@@ -126,7 +131,7 @@ class Hardware(Frozen):
 class VariantFile(Frozen):
     name: str
     size: int = Field(description="Bytes.")
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Weights(Frozen):
@@ -160,7 +165,7 @@ class Variant(Frozen):
     @property
     def model_mb(self) -> float:
         """Size of the ONNX graph and its data in MB, without tokenizer and configs."""
-        return sum(file.size for file in self.files if ".onnx" in file.name) / 1e6
+        return sum(file.size for file in self.files if is_weights(file.name)) / 1e6
 
 
 class Registration(Frozen):

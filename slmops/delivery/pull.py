@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from slmops.core import machine
+from slmops.core import blobs, machine
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
-from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, stays_below, write_atomic
+from slmops.core.files import folder_appears_whole, intact, link_or_copy, remove_scratch, stays_below, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
-from slmops.core.values import MANIFEST, NAME_PATTERN, VariantFile
+from slmops.core.values import NAME_PATTERN, VariantFile, is_weights
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register
 from slmops.foundry.register_worker import PROMPTS
-from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
+from slmops.foundry.versions import FILES, VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
-from slmops.tracking.download import Origin, intact, part_of, size_of
+from slmops.tracking.download import Origin, part_of, size_of
 
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
@@ -60,12 +60,13 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     problem = _problem(champion)
     if problem is None:
         return champion
-    others = [version for version in registry.versions(name) if version.job_id == champion.job_id]
+    others = [one for one in registry.versions(name) if one.job_id == champion.job_id and one.uploaded]
     fits = [version for version in others if _problem(version) is None]
     if not fits:
         also = "".join(f" {v.label}: {_problem(v)}." for v in others if v.version != champion.version)
         said = f"No version of {name} fits this device. {champion.label}: {problem}.{also}"
-        raise PrerequisiteError(said, "Promote a smaller variant, or use a larger device.")
+        fix = "Promote a smaller variant, run its job with --upload, or use a larger device."
+        raise PrerequisiteError(said, fix)
     taken = max(fits, key=lambda version: (version.size_mb, version.version))
     said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
     log.warning(said, champion.label, problem, taken.label)
@@ -105,7 +106,7 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     The next attempt goes on with what a broken one has brought. Other versions are not touched.
 
     Raises:
-        PrerequisiteError: It does not fit this device, or the disk is full.
+        PrerequisiteError: It does not fit this device, it was not uploaded and is not here, or the disk is full.
         TrackingError: The registry cannot be reached, or its files are gone or altered.
         RegistrationError: Foundry Local refuses it, or it answers nothing. A new version is then removed again.
     """
@@ -154,19 +155,26 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
         said = f"{VERSION_MANIFEST} of {version.label} is not understood: {problems(error)[0]}."
         raise TrackingError(said, "A newer slmops may have made it: update the one on this device.") from error
     _check(manifest, version)
-    known = _known(settings)
     missing: list[VariantFile] = []
     for file in manifest.files:
         part = part_of(downloads, file.name)
         part.parent.mkdir(parents=True, exist_ok=True)
         if intact(part, file.size, file.sha256):
             continue
-        twin = next((path for path in known.get(file.sha256, []) if intact(path, file.size, file.sha256)), None)
+        twin = blobs.find(file, settings)
+        if twin is None:  # where nothing can be linked, each folder has its own
+            made = settings.variants / manifest.key / file.name
+            twin = made if intact(made, file.size, file.sha256) else None
         if twin is None:
             missing.append(file)
         else:
             part.unlink(missing_ok=True)
             link_or_copy(twin, part)
+    if lost := [] if version.uploaded else [file.name for file in missing if is_weights(file.name)]:
+        said = f"{', '.join(lost)} of {version.label} are not on this machine, and not in the registry:"
+        again = f"`slmops run --model {version.tags.get('slmops.source')} --name {version.name}`"
+        fix = f"Promote it there. If it is gone there, {again} makes it anew; with --upload any machine can promote it."
+        raise PrerequisiteError(f"{said} they were {version.tags[FILES]}.", fix)
     needed = sum(file.size - size_of(part_of(downloads, file.name)) for file in missing)
     free = machine.disk_free(downloads)
     if needed > free:
@@ -175,14 +183,14 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
     here = len(manifest.files) - len(missing)
     log.info("%s: %d files to fetch (%.0f MB), %d are here", version.label, len(missing), needed / 1e6, here)
     for file in missing:
-        download.fetch(origin, file.name, file.size, file.sha256, downloads)
+        blobs.keep(download.fetch(origin, file.name, file.size, file.sha256, downloads), file, settings)
     return manifest
 
 
 def _check(manifest: VersionManifest, version: ModelVersion) -> None:
     said = f"{VERSION_MANIFEST} of {version.label}"
-    if (manifest.model, manifest.variant) != (version.name, version.variant):
-        raise TrackingError(f"{said} is that of {manifest.model} ({manifest.variant}).")
+    if (manifest.model, manifest.variant) != (version.name, version.variant) or not stays_below(manifest.key):
+        raise TrackingError(f"{said} is that of {manifest.model} ({manifest.variant}, {manifest.key}).")
     taken = {VERSION_MANIFEST, layout.INFERENCE_MODEL}
     folders: set[str] = set()
     for file in manifest.files:
@@ -194,20 +202,6 @@ def _check(manifest: VersionManifest, version: ModelVersion) -> None:
         folders |= {str(parent) for parent in PurePosixPath(name).parents}
     if taken & folders:
         raise TrackingError(f"{said} names {min(taken & folders)!r} as a file and as a folder.")
-
-
-def _known(settings: Settings) -> dict[str, list[Path]]:
-    """Files of variants that were made here and of installed versions, by the SHA-256 that they should have."""
-    versions = installed.folder_of(settings).glob(f"*/{VERSION_MANIFEST}")
-    found: dict[str, list[Path]] = {}
-    for manifest in (*settings.variants.glob(f"*/{MANIFEST}"), *versions):
-        try:
-            files = [VariantFile.model_validate(file) for file in json.loads(manifest.read_bytes())["files"]]
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        for file in files:
-            found.setdefault(file.sha256, []).append(manifest.parent / file.name)
-    return found
 
 
 @contextmanager

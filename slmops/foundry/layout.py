@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slmops.conversion.store import holds
 from slmops.core.errors import RegistrationError
-from slmops.core.files import folder_appears_whole, link_or_copy, write_atomic
+from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 
@@ -76,7 +75,8 @@ def _same(folder: Path, variant: Variant) -> bool:
     manifest = _read(folder / MANIFEST)
     if manifest is None or manifest.get("key") != variant.key:  # reading all files may take a while
         return False
-    return all(holds(folder, file, variant.path) for file in variant.files if file.name not in _NOT_DEPLOYED)
+    deployed = (file for file in variant.files if file.name not in _NOT_DEPLOYED)
+    return all(intact(folder / one.name, one.size, one.sha256, variant.path / one.name) for one in deployed)
 
 
 def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:

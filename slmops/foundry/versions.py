@@ -16,6 +16,8 @@ from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, 
 from slmops.foundry.layout import INFERENCE_MODEL, model_name
 
 VERSION_MANIFEST = "deployment.json"
+FILES = "slmops.files"
+"""The tag of a version whose weights are not in the registry, which says where they are instead."""
 CHAMPION = "champion"  # alias of the version that is deployed
 PREVIOUS = "previous"  # alias of the version that was the champion before
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
@@ -88,6 +90,11 @@ class ModelVersion(Frozen):
     def foundry_id(self) -> str:
         """Its id in Foundry Local on every device: ``<name>-<variant>-generic-cpu:<version>``."""
         return f"{model_name(self.name, self.variant)}:{self.version}"
+
+    @property
+    def uploaded(self) -> bool:
+        """The registry has all of its files; of others it has all but the weights."""
+        return FILES not in self.tags
 
     @property
     def label(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from slmops.core.errors import TrackingError
-from slmops.core.files import sha256
+from slmops.core.files import intact
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,6 @@ class Origin:
 def part_of(folder: Path, name: str) -> Path:
     """Where the file ``name`` lies in a download folder, complete or not."""
     return folder / f"{name}.part"
-
-
-def intact(path: Path, size: int | None, digest: str) -> bool:
-    """Whether the file is there with this size in bytes (None: any) and this SHA-256."""
-    return path.is_file() and size in (None, path.stat().st_size) and sha256(path) == digest
 
 
 def size_of(path: Path) -> int:

@@ -1,6 +1,6 @@
 """Files that travel between the machines of a job: as artifacts of one MLflow run, by their SHA-256.
 
-What is there is not sent again, and what is in this machine's cache is not fetched again. A file counts only with the
+What is there is not sent again, and what is in this home's store is not fetched again. A file counts only with the
 SHA-256 that it was announced with, whoever had it in between. The run is a child of the job's. It is deleted after the
 job, and ``mlflow gc`` then frees the space.
 """
@@ -8,11 +8,8 @@ job, and ``mlflow gc`` then frees the space.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from slmops.tracking.client import KIND, PARENT, Client, Connection, talking
 
 from pydantic import BaseModel
 
+from slmops.core import blobs
 from slmops.core.errors import TrackingError, WorkError
 from slmops.core.files import link_or_copy, sha256, stays_below
 from slmops.core.locks import exclusive
@@ -30,8 +28,6 @@ from slmops.tracking.download import NotGivenError
 
 OF_FILES = "files"
 """The kind and the name of the run, and the folder of its files."""
-KEPT_S = 24 * 3600.0
-"""Seconds that the cache keeps a file that nothing else of this home uses."""
 
 
 class Exchange(Connection):
@@ -41,7 +37,6 @@ class Exchange(Connection):
         super().__init__(uri)
         self.run_id = run_id
         self._settings = settings
-        self._cache = settings.home / "exchange"
         self._location: str | None = None
 
     @classmethod
@@ -88,16 +83,9 @@ class Exchange(Connection):
         return files
 
     def get(self, file: VariantFile) -> Path:
-        """The file in this machine's cache, only to be read; a WorkError if it is not there and the job has ended."""
-        if not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise WorkError(f"{file.name!r} was announced with something that is not a SHA-256.")
-        cached = self._cache / file.sha256
+        """The file in this home's store, only to be read; a WorkError if it is not there and the job has ended."""
         with exclusive(self._settings.locks / "exchange.lock", "the files from other machines", wait=True):
-            if not download.intact(cached, file.size, file.sha256):
-                cached.unlink(missing_ok=True)
-                self._fetch(file).replace(cached)
-            os.utime(cached)
-        return cached
+            return blobs.find(file, self._settings) or self._fetch(file).replace(self._settings.blobs / file.sha256)
 
     def bring(self, files: Iterable[VariantFile], folder: Path) -> None:
         """Put files into a folder under their own names; a WorkError if one leads out of it, or as in :meth:`get`."""
@@ -129,23 +117,9 @@ class Exchange(Connection):
                     self._location = str(self._client.get_run(self.run_id).info.artifact_uri)
             origin = download.Origin(self.uri, self._location, "this job's files")
             path = f"{OF_FILES}/{file.sha256}"
-            return download.fetch(origin, path, file.size, file.sha256, self._cache / "downloads")
+            return download.fetch(origin, path, file.size, file.sha256, self._settings.blobs / "downloads")
         except NotGivenError as error:
             said = f"{file.name} is not among this job's files: {error.message}"
             raise WorkError(said, "Start the job again.") from error
         except TrackingError as error:
             raise TrackingError(f"{file.name} could not be fetched: {error.message}", error.fix) from error
-
-
-def prune(settings: Settings) -> None:
-    """Remove what was in the cache for a day and has no link from elsewhere in this home: a checkpoint, a variant."""
-    for path in (settings.home / "exchange").glob("*"):
-        try:
-            stat = path.stat()
-            if path.is_file() and stat.st_nlink == 1 and time.time() - stat.st_mtime > KEPT_S:
-                path.unlink()
-        except FileNotFoundError:
-            continue  # another process was faster
-    for part in (settings.home / "exchange" / "downloads").rglob("*.part"):
-        if time.time() - part.stat().st_mtime > KEPT_S:
-            part.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 """What is deployed: MLflow's Model Registry, the only record of it.
 
-A version is one variant's files as Foundry Local reads them. Its alias ``champion`` is what is served, ``previous``
-what was served before that, and each variant's name the newest version of that variant. A number is always the number
-of a version: a variant that is called by one, such as ``4`` of a file ``4.json``, has no alias.
+A version is one variant's files as Foundry Local reads them; its weights are uploaded when it is promoted. Its alias
+``champion`` is what is served, ``previous`` what was served before that, and each variant's name the newest version of
+that variant. A number is always the number of a version: a variant that is called by one, such as ``4`` of a file
+``4.json``, has no alias.
 
 MLflow has no transactions over aliases. So ``previous`` is set before ``champion``, and no moment and no crash leaves
 an alias that points at nothing; and who promotes says which champion the decision was made against, so that of two
@@ -10,10 +11,12 @@ promotions only one wins.
 """
 
 import json
+import platform
 import re
 import tempfile
+from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import Any
 
 from slmops.tracking.client import KIND, Connection, or_none
@@ -22,8 +25,8 @@ from mlflow.entities.model_registry import ModelVersion as Entry
 from mlflow.entities.model_registry import RegisteredModel
 
 from slmops.core.errors import PromotionError, UsageError
-from slmops.core.values import Registration, Variant, VariantResult
-from slmops.foundry.versions import CHAMPION, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
+from slmops.core.values import Registration, Variant, VariantResult, is_weights
+from slmops.foundry.versions import CHAMPION, FILES, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
 
 TAGS = {
     "variant": "slmops.variant",
@@ -96,9 +99,10 @@ class Registry(Connection):
     def add(
         self, name: str, variant: Variant, registration: Registration, result: VariantResult, job_id: str
     ) -> ModelVersion:
-        """Make an accepted variant a version, its files downloadable; the same files stay the same version.
+        """Make an accepted variant a version; the same files stay the same version.
 
-        The folder in Foundry Local is what gets uploaded, into the logged model of the run that ``result`` names.
+        The folder in Foundry Local is what it is of. All but the weights is uploaded, into the logged model of the run
+        that ``result`` names.
         """
         with self._talking():
             model = self._model(name)
@@ -125,23 +129,34 @@ class Registry(Connection):
                 "slmops.job_run": job_id,
             }
             known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
+            if known is None or not known.uploaded:
+                tags[FILES] = f"on {platform.node()} only"
             if known is None:
-                number = self._upload(manifest, registration.path, tags)
+                number = self._create(manifest, registration.path, tags)
             else:
                 number = str(known.version)
                 self._client.set_version_tags(name, number, tags)
-            said = f"{variant.name}, {manifest.size_mb:.1f} MB, {passed} gates"
-            self._client.update_model_version(name, number, said)  # the one column of MLflow's list that is free
             if RESERVED.fullmatch(variant.name) is None:
                 self._client.set_registered_model_alias(name, variant.name, number)
-        return self.find(name, number)
+            return self._described(name, number)
+
+    def upload(self, version: ModelVersion, folder: Path) -> ModelVersion:
+        """Upload the weights of a version, as far as they are not there; that all are is noted last."""
+        with self._talking():
+            names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+            self._send(version.tags[LOGGED_MODEL], folder, (name for name in names if is_weights(name.as_posix())))
+            if not version.uploaded:
+                self._client.delete_model_version_tag(version.name, str(version.version), FILES)
+            return self._described(version.name, str(version.version))
 
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
         """Make ``version``, which was judged ``against`` the champion, the champion, and that the previous one.
 
-        It is a PromotionError if another came first. On one machine a lock prevents that; between machines the look and
-        the change lie some milliseconds apart, which MLflow gives no means to close.
+        It is a PromotionError if it is not uploaded, or another came first. On one machine a lock prevents the latter;
+        between machines the look and the change lie some milliseconds apart, which MLflow gives no means to close.
         """
+        if not version.uploaded:
+            raise PromotionError(f"{version.label} was not promoted: its files are {version.tags[FILES]}.")
         self._expect_champion(against, version)
         with self._talking():
             number, replaced = str(version.version), str(against.version) if against else ""
@@ -212,14 +227,26 @@ class Registry(Connection):
         files = or_none(lambda: self._client.list_logged_model_artifacts(version.tags.get(LOGGED_MODEL, "")))
         return VERSION_MANIFEST in {file.path for file in files or ()}
 
-    def _upload(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:
-        """Put the files into the run's logged model, the manifest last, and make that a version."""
+    def _described(self, name: str, number: str) -> ModelVersion:
+        """A version, with what it is in the one column of MLflow's list that is free."""
+        version = self.find(name, number)
+        said = f"{version.variant}, {version.size_mb:.1f} MB, {version.tags.get('slmops.gates')} gates"
+        self._client.update_model_version(name, number, said if version.uploaded else f"{said}, {version.tags[FILES]}")
+        return version
+
+    def _send(self, logged_model: str, folder: Path, names: Iterable[PurePath]) -> None:
+        """Put files into a logged model, unless it has them in that size: an upload may have been broken off."""
+        for name in names:
+            below = name.parent.as_posix() if name.parent.name else None
+            there = self._client.list_logged_model_artifacts(logged_model, below)
+            if (name.as_posix(), (folder / name).stat().st_size) not in {(one.path, one.file_size) for one in there}:
+                self._client.log_model_artifact(logged_model, str(folder / name), below)
+
+    def _create(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:
+        """Put the files but the weights into the run's logged model, the manifest last, and make that a version."""
         run = self._client.get_run(tags["slmops.evaluation_run"])
         (logged,) = self._client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
-        for file in manifest.files:
-            below = PurePosixPath(file.name).parent
-            target = str(below) if below.name else None
-            self._client.log_model_artifact(logged.model_id, str(folder / file.name), target)
+        self._send(logged.model_id, folder, [PurePath(one.name) for one in manifest.files if not is_weights(one.name)])
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / VERSION_MANIFEST).write_text(manifest.text, encoding="utf-8", newline="")
             self._client.log_model_artifact(logged.model_id, str(Path(scratch) / VERSION_MANIFEST))

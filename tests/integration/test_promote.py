@@ -1,5 +1,8 @@
 """Promotion and rollback as Prefect flows: real MLflow, real Prefect, and a tiny variant that really answers."""
 
+import os
+import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,12 @@ from slmops.core.errors import BusyError, GateError, PrerequisiteError, Tracking
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement, Registration, Variant
+from slmops.delivery.pull import pull
 from slmops.foundry.register import register
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, Promotion
 from slmops.selection.policy import Gate, Policy
 from tests import deployed, making, values
+from tests.pulled import names
 from tests.shown import artifacts, flow_runs
 from tests.tracked import Book
 
@@ -47,6 +52,10 @@ class Bot(Book):
         self.finish(parent, numbered, chosen=result.name, policy=POLICY)
         return version
 
+    def stored(self, version: ModelVersion) -> Path:
+        """Where MLflow has its files."""
+        return Path(self.client.get_model_version_download_uri(self.name, str(version.version)))
+
     @property
     def champion(self) -> int | None:
         now = self.registry.champion(self.name)
@@ -56,6 +65,8 @@ class Bot(Book):
 @pytest.fixture(scope="module")
 def made(job: Job, settings: Settings, stock: Settings) -> tuple[Variant, Registration]:
     variant = making.variant("int4", job, stock)
+    here = shutil.copytree(variant.path, settings.variants / variant.key, copy_function=os.link)
+    variant = variant.model_copy(update={"path": here})
     return variant, register(variant, "tiny", job, settings)
 
 
@@ -69,8 +80,13 @@ def last(flow: str) -> FlowRun:
 
 
 def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
-    bot.make(0.8)
+    stored = bot.stored(bot.make(0.8))
+    assert {"model.onnx.data", "tokenizer.json", VERSION_MANIFEST} & names(stored) == {
+        "tokenizer.json",
+        VERSION_MANIFEST,
+    }
     first = promote(Promotion(name=bot.name))
+    assert {"model.onnx.data", "model.onnx"} < names(stored)
     assert (first.version, first.replaced, first.changed, bot.champion) == (1, None, True, 1)
     assert (settings.deployed / "models" / "slmops" / f"{bot.name}-int4-generic-cpu-1" / VERSION_MANIFEST).is_file()
 
@@ -106,13 +122,30 @@ def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
 
 
 def test_altered_files_are_not_promoted(bot: Bot) -> None:
-    version = bot.make(0.8)
-    file = Path(bot.client.get_model_version_download_uri(bot.name, str(version.version))) / "note.txt"
+    file = bot.stored(bot.make(0.8)) / "note.txt"
     for alter in (lambda: file.write_text("something else"), file.unlink):
         alter()
         with pytest.raises(TrackingError, match=r"note\.txt"):
             promote(Promotion(name=bot.name))
         assert bot.champion is None
+
+
+def test_weights_that_are_on_another_machine_or_gone_are_not_promoted(
+    bot: Bot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot.make(0.8)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLMOPS_HOME", str(tmp_path / "elsewhere"))
+        with pytest.raises(
+            PrerequisiteError, match=rf"model\.onnx.* version 1 \(int4\).* on {platform.node()} only"
+        ) as caught:
+            promote(Promotion(name=bot.name))
+    assert f"`slmops run --model org/tiny --name {bot.name}`" in str(caught.value.fix)
+    assert (bot.champion, bot.registry.find(bot.name, "1").uploaded) == (None, False)
+    promote(Promotion(name=bot.name))
+    monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "elsewhere"))
+    assert not promote(Promotion(name=bot.name)).changed
+    assert pull(bot.name, None, Settings(), str(bot.settings.tracking_uri)).version == 1  # now it has them
 
 
 def test_what_is_not_there_is_told_at_once(bot: Bot) -> None:

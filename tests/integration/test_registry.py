@@ -1,6 +1,7 @@
 """Versions, aliases and what holds between them, in a real MLflow database."""
 
 import contextlib
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
+from tests.pulled import contents, names
 from tests.tracked import Book, Made
 
 pytestmark = pytest.mark.integration
@@ -23,7 +25,9 @@ class Job(Book):
 
     def make(self, variant: str, weights: str = "weights") -> ModelVersion:
         made = Made(self.folder / f"{variant}-{weights}-{self.parent}", variant, memory_peak_mb=900.4)
+        self.made_in = made.registration.path
         (made.registration.path / "model.onnx").write_text(weights)
+        (made.registration.path / "model.onnx.data").write_text(weights * 9)
         (made.registration.path / "deeper").mkdir()
         (made.registration.path / "deeper" / "vocab.txt").write_text("words")
         return self.add(made, self.parent)
@@ -34,6 +38,7 @@ class Job(Book):
     def promote(self, *versions: ModelVersion) -> None:
         """One after the other."""
         for version in versions:
+            version = self.registry.upload(version, self.made_in)
             self.registry.promote(version, self.registry.champion(self.name), {"slmops.promoted_by": "me"})
 
     @property
@@ -58,14 +63,48 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job) -> None:
     assert (made.name, made.version, made.variant, made.aliases) == (job.name, 1, "int8", ("int8",))
     assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
     stored = job.client.get_model_version(job.name, "1")
-    assert (stored.run_id, stored.description) == (made.run_id, "int8, 0.0 MB, passed 0 of 0 gates")
+    here = f"on {platform.node()} only"
+    assert (stored.run_id, stored.description) == (made.run_id, f"int8, 0.0 MB, passed 0 of 0 gates, {here}")
+    assert (made.uploaded, made.tags["slmops.files"]) == (False, here)
     assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
 
     manifest = VersionManifest.model_validate_json((job.stored / VERSION_MANIFEST).read_text())
     assert manifest.sha256 == made.manifest_sha256
-    assert [file.name for file in manifest.files] == ["deeper/vocab.txt", "genai_config.json", "model.onnx"]
-    assert all((job.stored / file.name).stat().st_size == file.size for file in manifest.files)
+    small, weights = {"deeper/vocab.txt", "genai_config.json"}, {"model.onnx", "model.onnx.data"}
+    assert {file.name for file in manifest.files} == small | weights
+    assert names(job.stored) == {*small, VERSION_MANIFEST}
     assert "Name" not in manifest.inference_model  # it carries a number that only the registry gives
+
+
+def test_weights_are_uploaded_for_a_promotion_and_one_that_breaks_off_counts_for_nothing(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job.make("int8")
+    with pytest.raises(PromotionError, match=rf"version 1 \(int8\).* on {platform.node()} only"):
+        job.registry.promote(made, None, {})
+    sent: list[str] = []
+    upload = MlflowClient.log_model_artifact
+
+    def log(self: MlflowClient, model_id: str, path: str, folder: str | None = None) -> None:
+        sent.append(Path(path).name)
+        if len(sent) == 2:  # a process that is killed here leaves the same
+            (job.stored / sent[-1]).write_text("half")
+            raise ConnectionError("gone")
+        upload(self, model_id, path, folder)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifact", log)
+    with pytest.raises(TrackingError, match="gone"):
+        job.registry.upload(made, job.made_in)
+    assert not job.find("1").uploaded
+    assert job.aliases == (None, None)
+    whole = job.registry.upload(made, job.made_in)
+    assert (whole.uploaded, len(sent)) == (True, 3)  # the first was there
+    assert contents(job.stored).items() > contents(job.made_in).items() - {("inference_model.json", b'{"Name": "n:1"}')}
+    assert job.client.get_model_version(job.name, "1").description == "int8, 0.0 MB, passed 0 of 0 gates"
+    job.promote(whole)
+    assert (job.aliases, len(sent)) == ((1, None), 3)
+    job.parent = job.start()
+    assert job.make("int8").uploaded  # the next job makes the same files
 
 
 def test_the_same_files_stay_the_same_version_and_others_are_a_new_one(job: Job) -> None:

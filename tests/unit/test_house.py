@@ -20,7 +20,7 @@ STAMPS = {
     "flows/retrain.py",  # until when a promotion waits, for other processes
     "slmops/cli/command.py",  # of crash logs
     "slmops/cli/terminal.py",  # of log lines
-    "slmops/tracking/exchange.py",  # against the time of files, which the same clock gave; a cache is all it empties
+    "slmops/core/blobs.py",  # against the time of files, which the same clock gave; a cache is all it empties
     "slmops/checkpoints/chat_template.py",  # chat templates ask for the date
     *("slmops/conversion/convert.py", "slmops/foundry/service_worker.py", "slmops/foundry/prompt_template.py"),
     *("slmops/tracking/client.py", "slmops/tracking/registry.py", "slmops/tracking/training.py", "tasks/news.py"),

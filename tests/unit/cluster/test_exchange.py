@@ -8,14 +8,14 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from pydantic import ValidationError
 
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure
-from slmops.core import errors
+from slmops.core import blobs, errors
 from slmops.core.errors import ConversionError, SlmopsError, TrackingError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, Measurement, Recipe, VariantFile
-from slmops.tracking import exchange
 from slmops.tracking.exchange import Exchange
 from tests import values
 
@@ -29,7 +29,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def cached(settings: Settings, content: bytes, name: str = "weights") -> VariantFile:
     digest = hashlib.sha256(content).hexdigest()
-    path = settings.home / "exchange" / digest
+    path = settings.blobs / digest
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return VariantFile(name=name, size=len(content), sha256=digest)
@@ -44,7 +44,7 @@ def test_what_is_in_the_cache_is_not_asked_for_unless_it_was_altered(
     for _ in range(2):
         exchange.bring(files, tmp_path / "folder")
     assert [(tmp_path / "folder" / file.name).read_bytes() for file in files] == [b"a", b"b"]
-    kept = settings.home / "exchange" / files[0].sha256
+    kept = settings.blobs / files[0].sha256
     kept.unlink()
     kept.write_bytes(b"wrong")
     with pytest.raises(TrackingError, match="one"):
@@ -58,21 +58,22 @@ def test_no_name_and_no_digest_leads_out_of_its_folder(settings: Settings, tmp_p
         with pytest.raises(WorkError, match="is called"):
             exchange.bring([cached(settings, b"x", name)], tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
-    with pytest.raises(WorkError, match="SHA-256"):
-        exchange.get(VariantFile(name="x", size=1, sha256="../../x"))
+    for digest in ("../../x", "A" * 64, "0" * 63, f"{'0' * 64}\n"):
+        with pytest.raises(ValidationError, match="sha256"):
+            VariantFile(name="x", size=1, sha256=digest)
 
 
-def test_the_cache_keeps_what_is_new_or_used(settings: Settings, tmp_path: Path) -> None:
-    exchange.prune(settings)  # there is none yet
-    new, used, old = (settings.home / "exchange" / cached(settings, content).sha256 for content in (b"1", b"2", b"3"))
+def test_the_store_keeps_what_is_new_or_used(settings: Settings, tmp_path: Path) -> None:
+    blobs.prune(settings)  # there is none yet
+    new, used, old = (settings.blobs / cached(settings, content).sha256 for content in (b"1", b"2", b"3"))
     (tmp_path / "link").hardlink_to(used)
-    part = settings.home / "exchange" / "downloads" / "files" / "x.part"
+    part = settings.blobs / "downloads" / "files" / "x.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"half")
-    long_ago = time.time() - exchange.KEPT_S - 60
+    long_ago = time.time() - blobs.KEPT_S - 60
     for path in (used, old, part):
         os.utime(path, (long_ago, long_ago))
-    exchange.prune(settings)
+    blobs.prune(settings)
     assert [path.exists() for path in (new, used, old, part)] == [True, True, False, False]
 
 

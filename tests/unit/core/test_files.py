@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from slmops.core import files
 from slmops.core.files import folder_appears_whole, link_or_copy, remove_scratch, scratch_folder, sha256, write_atomic
 
 # Processes have smaller numbers: Linux's largest is 2^22.
@@ -99,7 +100,9 @@ def test_scratch_folders_of_dead_processes_only_are_removed(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("how", ["links", "links what a symbolic link points to", "copies"])
-def test_links_where_it_can_and_else_copies(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_where_it_can_and_else_copies_and_says_so(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def refuse(*_: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -111,7 +114,12 @@ def test_links_where_it_can_and_else_copies(tmp_path: Path, how: str, monkeypatc
         blob.rename(source)
     if how == "copies":
         monkeypatch.setattr(Path, "hardlink_to", refuse)
+    link_or_copy(source, tmp_path / "small")
+    assert caplog.messages == []
+    monkeypatch.setattr(files, "LARGE_BYTES", 0)
     link_or_copy(source, target)
+    said = [f"{target} is a copy, since it cannot be a link: Invalid cross-device link"] if how == "copies" else []
+    assert caplog.messages == said
     assert not target.is_symlink()
     assert target.samefile(source) == (how != "copies")
     assert target.read_text(encoding="utf-8") == "x"

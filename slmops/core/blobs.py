@@ -1,0 +1,48 @@
+"""The content-addressed store: each file once, as ``home/blobs/<SHA-256>``.
+
+What the folders of variants, of Foundry Local and of installed versions have of it are hard links. Where the file
+system cannot link, those folders have copies of their own, and only what came from other machines is here.
+"""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from slmops.core.files import intact, link_or_copy
+from slmops.core.settings import Settings
+from slmops.core.values import VariantFile
+
+KEPT_S = 24 * 3600.0
+"""Seconds that a file stays to which nothing links."""
+
+
+def find(file: VariantFile, settings: Settings) -> Path | None:
+    """The file of this content, only to be read; None: it is not here. One that was altered is removed."""
+    blob = settings.blobs / file.sha256
+    if not intact(blob, file.size, file.sha256):
+        blob.unlink(missing_ok=True)
+        return None
+    os.utime(blob)
+    return blob
+
+
+def keep(path: Path, file: VariantFile, settings: Settings) -> None:
+    """Have a file, which lies at ``path``, in the store; if its content is there already, ``path`` becomes a link."""
+    blob = find(file, settings)
+    if blob is not None:
+        path.unlink()
+        link_or_copy(blob, path)
+        return
+    settings.blobs.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # whoever links it elsewhere says that this file system cannot
+        (settings.blobs / file.sha256).hardlink_to(path)
+
+
+def prune(settings: Settings) -> None:
+    """Remove what nothing in this home has used for a day, and what is left of downloads."""
+    for path in (*settings.blobs.glob("*"), *(settings.blobs / "downloads").rglob("*.part")):
+        with suppress(FileNotFoundError):  # another process was faster
+            stat = path.stat()
+            if path.is_file() and stat.st_nlink == 1 and time.time() - stat.st_mtime > KEPT_S:
+                path.unlink()

@@ -17,14 +17,15 @@ KEPT_S = 24 * 3600.0
 """Seconds that a file stays to which nothing links."""
 
 
-def find(file: VariantFile, settings: Settings) -> Path | None:
-    """The file of this content, only to be read; None: it is not here. One that was altered is removed."""
+def find(file: VariantFile, settings: Settings, *copies: Path) -> Path | None:
+    """The file of this content, or one of its ``copies``, only to be read; None: none is here, or all were altered."""
     blob = settings.blobs / file.sha256
-    if not intact(blob, file.size, file.sha256):
-        blob.unlink(missing_ok=True)
-        return None
-    os.utime(blob)
-    return blob
+    for path in (blob, *copies):
+        if intact(path, file.size, file.sha256):
+            os.utime(path)
+            return path
+    blob.unlink(missing_ok=True)
+    return None
 
 
 def keep(path: Path, file: VariantFile, settings: Settings) -> None:

@@ -65,8 +65,7 @@ def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
     if not fits:
         also = "".join(f" {v.label}: {_problem(v)}." for v in others if v.version != champion.version)
         said = f"No version of {name} fits this device. {champion.label}: {problem}.{also}"
-        fix = "Promote a smaller variant, run its job with --upload, or use a larger device."
-        raise PrerequisiteError(said, fix)
+        raise PrerequisiteError(said, "Promote a smaller variant, run its job with --upload, or use a larger device.")
     taken = max(fits, key=lambda version: (version.size_mb, version.version))
     said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
     log.warning(said, champion.label, problem, taken.label)
@@ -161,10 +160,7 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
         part.parent.mkdir(parents=True, exist_ok=True)
         if intact(part, file.size, file.sha256):
             continue
-        twin = blobs.find(file, settings)
-        if twin is None:  # where nothing can be linked, each folder has its own
-            made = settings.variants / manifest.key / file.name
-            twin = made if intact(made, file.size, file.sha256) else None
+        twin = blobs.find(file, settings, settings.variants / manifest.key / file.name)
         if twin is None:
             missing.append(file)
         else:

@@ -140,7 +140,7 @@ def test_weights_that_are_on_another_machine_or_gone_are_not_promoted(
             PrerequisiteError, match=rf"model\.onnx.* version 1 \(int4\).* on {platform.node()} only"
         ) as caught:
             promote(Promotion(name=bot.name))
-    assert f"`slmops run --model org/tiny --name {bot.name}`" in str(caught.value.fix)
+    assert f"`slmops run --model {bot.variant.checkpoint.source} --name {bot.name}`" in str(caught.value.fix)
     assert (bot.champion, bot.registry.find(bot.name, "1").uploaded) == (None, False)
     promote(Promotion(name=bot.name))
     monkeypatch.setenv("SLMOPS_HOME", str(tmp_path / "elsewhere"))

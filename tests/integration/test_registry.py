@@ -163,7 +163,7 @@ def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None
     assert job.aliases == (2, 3)
     assert job.find("champion").tags["slmops.promoted_by"] == "me"
     with pytest.raises(PromotionError, match=r"version 2 \(int4\)"):
-        job.registry.promote(third, first, {})  # judged against what is no longer the champion
+        job.registry.promote(job.find("3"), first, {})  # judged against what is no longer the champion
     job.client.delete_model_version(job.name, "3")
     assert job.aliases == (2, None)
 
@@ -183,6 +183,7 @@ def test_no_promotion_leaves_an_alias_that_points_at_nothing(
     job.name += f"-{changes}-{champion}"
     first, second, _ = job.make("int8"), job.make("int4"), job.make("fp16")
     job.promote(first)
+    second = job.registry.upload(second, job.made_in)
     done: list[str] = []
     set_alias = MlflowClient.set_registered_model_alias
 

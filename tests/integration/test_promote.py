@@ -130,9 +130,7 @@ def test_altered_files_are_not_promoted(bot: Bot) -> None:
         assert bot.champion is None
 
 
-def test_weights_that_are_on_another_machine_or_gone_are_not_promoted(
-    bot: Bot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_elsewhere_are_not_promoted(bot: Bot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bot.make(0.8)
     with monkeypatch.context() as patch:
         patch.setenv("SLMOPS_HOME", str(tmp_path / "elsewhere"))

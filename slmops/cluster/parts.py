@@ -150,8 +150,7 @@ class Measured(Figures):
     registration: Registration
 
 
-Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]
-"""Recipe name, and what became of it."""
+Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]  # recipe name, and what became of it
 
 
 def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | None:

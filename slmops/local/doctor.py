@@ -26,9 +26,8 @@ from slmops.local import stack
 from slmops.local.doctor_probe import FOUNDRY, TRYING, ProbeRequest, ProbeResult
 from slmops.processes import children
 
-MEMORY_GB = (4, 8)
+MEMORY_GB = (4, 8)  # what is necessary and what is recommended, in 10^9 bytes
 DISK_GB = (5, 20)
-"""What is necessary and what is recommended, in 10^9 bytes."""
 CMAKE = Version("3.31")  # what ONNX Runtime GenAI's CMakeLists.txt asks for
 PROBE_S = 300.0
 PIP_S = 3600.0

@@ -33,12 +33,9 @@ from slmops.processes import children
 if TYPE_CHECKING:
     import httpx
 
-LISTEN_S = 120.0
-"""Seconds that a process may take until its service listens, in addition to the time for reading its files."""
-SLOWEST_MB_S = 20.0
-"""MB that the slowest disk reads in a second."""
-SMOKE_S = 120.0
-"""Seconds that all requests of a smoke test may take together; the version before still answers meanwhile."""
+LISTEN_S = 120.0  # for a process until its service listens, beside the time for reading its files
+SLOWEST_MB_S = 20.0  # what the slowest disk reads in a second
+SMOKE_S = 120.0  # for all requests of a smoke test together; the version before still answers meanwhile
 SERVICE_WORKER = "slmops.foundry.service_worker"
 CHAT = "/v1/chat/completions"
 

@@ -23,11 +23,9 @@ from slmops.serving.spares import Spares
 
 log = logging.getLogger(__name__)
 
-STEADY_S = 60.0
-"""A process that lived so long and dies is restarted at once; one that dies sooner, after growing pauses."""
+STEADY_S = 60.0  # a process that lived so long and dies is restarted at once; another, after growing pauses
 RESTART_PAUSE_MOST_S = 60.0
-RESTART_S = 3.0
-"""Seconds after which a client should ask again while the champion is restarted."""
+RESTART_S = 3.0  # after which a client should ask again while the champion is restarted
 
 
 class Fleet:

@@ -13,10 +13,8 @@ from slmops.processes import children, daemon
 from slmops.processes.daemon import Daemon
 from slmops.serving.limits import Serve
 
-SERVING = "serving.json"
-"""What a service writes down about itself."""
-BACKGROUND = "service.json"
-"""The process of the service that :func:`ensure` started."""
+SERVING = "serving.json"  # what a service writes down about itself
+BACKGROUND = "service.json"  # the process of the service that `ensure` started
 READY_S = 180.0
 
 

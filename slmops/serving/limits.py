@@ -11,8 +11,7 @@ from slmops.core.values import Frozen
 from slmops.serving.requests import not_now
 
 Leased = TypeVar("Leased")
-RETRY_S = 2.0
-"""Seconds after which a client should ask again."""
+RETRY_S = 2.0  # after which a client should ask again
 
 
 class Serve(Frozen):

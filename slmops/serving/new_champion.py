@@ -14,11 +14,9 @@ from slmops.evaluation import dataset, matchers, scoring, statistics
 from slmops.foundry.versions import ModelVersion
 from slmops.serving.backend import CHAT
 
-SWITCH_S = 300.0
-"""Seconds that a service may take to fetch, load and try a version."""
+SWITCH_S = 300.0  # for a service to fetch, load and try a version
 REQUEST_S = 120.0
-FAILURES = 3
-"""So many failed requests in a row end the watch; so many failures of other clients' requests count against it."""
+FAILURES = 3  # so many failed requests in a row end the watch; so many of other clients count against it
 VERSION_HEADER = "x-slmops-version"
 BUSY_STATUSES = (429, 503)
 
@@ -140,11 +138,6 @@ def _broken(client: httpx.Client, version: ModelVersion) -> int:
         families = list(text_string_to_metric_families(client.get("/metrics").text))
     except (httpx.HTTPError, ValueError):
         return 0
-    return sum(
-        int(sample.value)
-        for family in families
-        for sample in family.samples
-        if sample.name == "slmops_requests_total"
-        and sample.labels["status"].startswith("5")
-        and sample.labels["version"] == str(version.version)
-    )
+    counts = [one for family in families for one in family.samples if one.name == "slmops_requests_total"]
+    mine = [one for one in counts if one.labels["version"] == str(version.version)]
+    return sum(int(one.value) for one in mine if one.labels["status"].startswith("5"))

@@ -27,8 +27,7 @@ from slmops.serving.limits import Serve
 from slmops.serving.relay import Relay, RelayedResponse
 from slmops.serving.requests import Refused, read
 
-BODY_S = 30.0
-"""Seconds that a client may take to send its request."""
+BODY_S = 30.0  # for a client to send its request
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 RESPONSES = "/v1/responses"
 _ENDPOINTS = (CHAT, RESPONSES, "/v1/models", "/health", "/metrics")

@@ -30,12 +30,10 @@ Arguments = TypeVarTuple("Arguments")
 Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
-AT_FAULT = (RegistrationError, ServingError)
-"""Failures that are the version's own: it got here, and the runtime cannot serve it."""
+AT_FAULT = (RegistrationError, ServingError)  # the version got here, and the runtime cannot serve it
 
 DEPLOY_PAUSE_MOST_S = 300.0
-VERSIONS_S = 30.0
-"""How old the list of versions may become."""
+VERSIONS_S = 30.0  # how old the list of versions may become
 
 
 @dataclass

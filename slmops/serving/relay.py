@@ -25,10 +25,8 @@ Done = TypeVar("Done")
 log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
-LAST_WORDS_S = 1.0
-"""Seconds for telling a client that its answer broke off; a client that does not read is left."""
-ABANDONED_TIMES = 2
-"""An answer whose client has left keeps its slot for at most this many times the request timeout."""
+LAST_WORDS_S = 1.0  # for telling a client that its answer broke off; one that does not read is left
+ABANDONED_TIMES = 2  # the request timeout, for which an answer whose client has left keeps its slot at most
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 
 

@@ -17,8 +17,7 @@ from slmops.core.validation import predicate
 
 MAX_DEPTH = 50
 MAX_INTEGER = 2**63
-MAX_SCHEMA_COST = 10_000
-"""Sum of all bounds of arrays and all divisors in a schema: the runtime unrolls each into as many rules."""
+MAX_SCHEMA_COST = 10_000  # all bounds of arrays and all divisors together: the runtime unrolls each into as many rules
 _UNSUPPORTED = {"allOf", "oneOf", "not", "patternProperties", "propertyNames"}
 _BOUNDS = {"minItems", "maxItems", "multipleOf"}
 _NAMED = {"properties", "$defs", "definitions"}

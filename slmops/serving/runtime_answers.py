@@ -16,8 +16,7 @@ import aiohttp
 from slmops.serving.requests import Refused
 
 END = b"\n\n"
-DELTA = b'"delta"'
-"""In every event with a piece of the answer."""
+DELTA = b'"delta"'  # in every event with a piece of the answer
 USAGE = b'"usage":{'
 _PREAMBLE = (b"event: response.created", b"event: response.in_progress")
 _FAILED = (b'data: {"error"', b"event: response.failed", b"event: error")
@@ -29,8 +28,7 @@ _CLIENTS_FAULT = re.compile(
 _BUDGET = re.compile(r"\((\d+) input \+ (\d+) output\), which exceeds the model's maximum context length of (\d+)")
 _SIGNATURE = re.compile(r"^(?:[\w ]+: )?\w+\.cc:\d+ [^()]*(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)[^() ]*)+ ")
 """Such as ``Invalid request: options.cc:22 void fl::Check(const fl::Options&)``, with parentheses up to three deep."""
-_MESSAGE_MOST = 500
-"""Characters of the runtime's message that are passed on."""
+_MESSAGE_MOST = 500  # characters of the runtime's message that are passed on
 
 
 @dataclass(eq=False)

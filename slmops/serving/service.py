@@ -25,13 +25,10 @@ from slmops.serving.registry_watch import VersionSource
 
 log = logging.getLogger(__name__)
 
-FINISH_S = 30
-"""Seconds that running requests have to finish when the service is stopped."""
-IDLE_S = 5
-"""Seconds that a connection may stay open after an answer."""
+FINISH_S = 30  # for running requests to finish when the service is stopped
+IDLE_S = 5  # for which a connection may stay open after an answer
 HEADER_BYTES = 16_384
-IDLE_CONNECTIONS = 500
-"""Connections that may be open beside those of the requests that are answered or wait; further ones get 503."""
+IDLE_CONNECTIONS = 500  # beside those of the requests that are answered or wait; further ones get 503
 
 
 def run(name: str, options: Serve, settings: Settings, uri: str) -> None:

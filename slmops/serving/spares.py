@@ -14,8 +14,7 @@ from slmops.serving.requests import Refused, not_now
 
 log = logging.getLogger(__name__)
 
-BROKEN_S = 60.0
-"""Seconds for which a version that failed is not started again, however many ask for it."""
+BROKEN_S = 60.0  # for which a version that failed is not started again, however many ask for it
 IN_USE_RETRY_S = 5.0
 
 

@@ -108,15 +108,12 @@ async def test_no_request_fails_while_the_champion_switches(device: Device) -> N
 async def test_a_broken_version_leaves_the_old_one(device: Device) -> None:
     async with serving(device) as fleet:
         [before] = fleet.running
-        for number, said in (
-            (3, "Foundry Local refuses"),
-            (4, "Foundry Local refuses"),
-            (5, "Foundry Local does not find"),
-        ):
+        for number, fault in ((3, "refuses"), (4, "refuses"), (5, "does not find")):
             device.now = fleets.version(number)
             await until(lambda number=number: number in dict(device.withdrawn), WAIT_S)  # type: ignore[misc]
-            assert f"{said} bot-fp32-generic-cpu:{number}" in dict(device.withdrawn)[number]
-            assert f"{said} bot-fp32-generic-cpu:{number}" in fleet.last_failure
+            said = f"Foundry Local {fault} bot-fp32-generic-cpu:{number}"
+            assert said in dict(device.withdrawn)[number]
+            assert said in fleet.last_failure
             assert fleet.running == [before]
             assert len(fleets.workers()) == 1
         assert await answer(before)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.job import Job
 
 log = logging.getLogger(__name__)
+
+Check = Callable[[Path, Job, str], object]
+"""Looks at the small files in a folder, for a job, before the large ones are fetched."""
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
@@ -31,7 +35,7 @@ def parse(text: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetch(repo: str, revision: str | None, job: Job) -> Path:
+def fetch(repo: str, revision: str | None, job: Job, check: Check = inspection.read_texts) -> Path:
     """Fetch a model into a folder of the hub's cache, small files first, so that what cannot be converted costs little.
 
     The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used. It is a
@@ -65,7 +69,7 @@ def fetch(repo: str, revision: str | None, job: Job) -> Path:
         weights = root.partition(".")[0] + f"*{Path(root.removesuffix('.index.json')).suffix}"
         small = Path(get(allow_patterns=texts))
         if root not in weight_files.ADAPTER_ROOTS:
-            inspection.read_texts(small, job, repo)
+            check(small, job, repo)
         log.info("fetching the weights of %s", repo)
         return Path(get(allow_patterns=[*texts, weights]))
     except SlmopsError:

@@ -11,8 +11,8 @@ from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
 from slmops.processes import child
 
-_MOST_DIFFERENCE = {4: 1e-3, 2: 0.1}
-"""By bytes of a weight: how far logits may be off after merging, relative to their size; half precision rounds."""
+_MOST_DIFFERENCE, _MOST_IN_HALF = 1e-3, 0.1
+"""How far logits may be off after merging, relative to their size, and where weights have 2 bytes, which round."""
 _OTHER_BASE = "Name the base that it was trained on with --base: a folder or a hub id."
 
 
@@ -63,7 +63,7 @@ def handle(request: MergeRequest) -> Frozen:
             head.weight = embeddings.weight
     with torch.inference_mode():
         off = float((merged(input_ids=ids).logits.float() - beside).norm() / beside.norm())
-    if not off <= _MOST_DIFFERENCE.get(dtype.itemsize, 0.0):
+    if not off <= (_MOST_IN_HALF if dtype.itemsize == 2 else _MOST_DIFFERENCE):
         raise CheckpointError(
             f"{request.adapter} computes something else once it is merged into its base (logits off by {off:.1%}).",
             "Merge it with the program that trained it, and give the merged checkpoint.",

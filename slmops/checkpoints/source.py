@@ -187,7 +187,7 @@ def _whole(job: Job, settings: Settings, download: Download) -> Iterator[_Found]
             return
         asked = job.model_copy(update={"model": adapters.base_of(found.folder, root, job, found.where)})
         with _about_base(found.where):
-            origin = stack.enter_context(_find(asked, settings, download))
+            origin = stack.enter_context(_find(asked, settings, download, inspection.read_config))
             base = _plain(origin, job, settings)
             digest = adapters.base_digest(base.folder, job, base.hashes, base.where)
         folder, hashes = adapters.merge(found.folder, root, base.folder, digest, job, settings)
@@ -213,7 +213,7 @@ def _about_base(where: str) -> Iterator[None]:
     except (CheckpointError, PrerequisiteError) as error:
         raise type(error)(
             f"The base model of the adapter {where}: {error.message}",
-            f"{error.fix} --base names another base: a folder or a hub id.",
+            f"{error.fix or ''} --base names another base: a folder or a hub id.".lstrip(),
         ) from error
 
 
@@ -236,7 +236,9 @@ def _root(folder: Path, where: str, job: Job) -> str:
 
 
 @contextmanager
-def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
+def _find(
+    job: Job, settings: Settings, download: Download, check: hub.Check = inspection.read_texts
+) -> Iterator[_Found]:
     """Yield the checkpoint's folder; one that is only a temporary download is removed afterwards."""
     text = job.model.strip()
     path = _local(text)
@@ -248,7 +250,7 @@ def _find(job: Job, settings: Settings, download: Download) -> Iterator[_Found]:
             yield _Found(folder, _mlflow_name(text), text, temporary=True)
     elif path is None:
         repo, revision = hub.parse(text)
-        yield _Found(hub.fetch(repo, revision, job), to_name(repo), repo)
+        yield _Found(hub.fetch(repo, revision, job, check), to_name(repo), repo)
     elif path.is_file():
         folder, hashes = unpacked(sha256(path), lambda _: path.absolute(), settings)
         yield _Found(folder, _gguf_name(path), text, hashes)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from slmops.checkpoints import demo_package, source
+from slmops.checkpoints import demo_package, hub, inspection, source
 from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.files import sha256
 from slmops.core.job import Job
@@ -145,14 +145,16 @@ def test_a_registered_model(book: Book, fresh: Settings, tmp_path: Path, form: s
 
 
 def answer(files: dict[str, bytes], request: BaseHTTPRequestHandler, _: object) -> tuple[int, bytes, dict[str, str]]:
-    """As much of the hub as a download asks for. Repositories: org/tiny, org/bert, org/lora, org/gated; no others."""
+    """As much of the hub as a download asks for, with the repositories below."""
     path = request.path.partition("?")[0]
-    repo = next((repo for repo in ("org/tiny", "org/bert", "org/lora", "org/gated") if repo in path), None)
+    repo = next((repo for repo in ("org/tiny", "org/bert", "org/lora", "org/base", "org/gated") if repo in path), None)
     if repo is None:
         return 404, b"", {"X-Error-Code": "RepoNotFound"}
     if "/revision/" in path and not path.endswith(("main", COMMIT)):
         return 404, b"", {"X-Error-Code": "RevisionNotFound"}
     files = {name: raw for name, raw in files.items() if (name in ADAPTER) == (repo == "org/lora")}
+    if repo == "org/base":
+        files = {name: raw for name, raw in files.items() if name != "chat_template.jinja"}
     if "/tree/" in path:
         rows = [{"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()]
         return 200, json.dumps(rows).encode(), {}
@@ -204,6 +206,13 @@ def test_a_hub_id_and_later_its_copy_without_network(ask: Ask) -> None:
     assert ask(f"org/tiny@{COMMIT}").path == ask("org/tiny", CLOSED).path == found.path
 
 
+def test_a_base_of_an_adapter_needs_no_chat_template(ask: Ask) -> None:
+    with pytest.raises(CheckpointError, match="org/base has no chat template"):
+        ask("org/base")
+    fetched = hub.fetch("org/base", None, Job(model="org/base"), inspection.read_config)
+    assert (fetched / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("model", "named"),
     [
@@ -211,7 +220,7 @@ def test_a_hub_id_and_later_its_copy_without_network(ask: Ask) -> None:
         ("org/gated", "org/gated is gated"),
         ("org/tiny@v9", "org/tiny has no revision v9"),
         ("org/bert", "BertModel"),
-        ("org/lora", "The base model of the adapter org/lora: The hub shows no model org/base"),
+        ("org/lora", "The base model of the adapter org/lora: org/base has no revision v1"),
         ("org/name--x", "is not a hub id"),
     ],
 )

@@ -161,10 +161,8 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | Non
     try:
         result = PartResult.model_validate_json(text)
     except ValidationError as error:
-        raise WorkError(
-            f"What {part.id} left cannot be read: {'; '.join(problems(error))}.",
-            "Do all workers have the same version of slmops?",
-        ) from None
+        wrong = f"What {part.id} left cannot be read: {'; '.join(problems(error))}."
+        raise WorkError(wrong, "Do all workers have the same version of slmops?") from None
     exchange.bring(result.logs, logs)
     return result
 
@@ -177,11 +175,9 @@ def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str |
     if here == there:
         return measured, None
     kept = {name: figure for name, figure in measured.measurements.items() if not name.startswith(OF_MACHINE)}
-    reason = (
-        f"Speed and memory were measured on {here}, and those of the baseline on {there}: "
-        "they do not compare, and are left out."
-    )
-    return measured.model_copy(update={"measurements": kept, "curves": (), "samples": ()}), reason
+    machines = f"Speed and memory were measured on {here}, and those of the baseline on {there}"
+    compared = measured.model_copy(update={"measurements": kept, "curves": (), "samples": ()})
+    return compared, f"{machines}: they do not compare, and are left out."
 
 
 # --- on any machine

@@ -80,19 +80,15 @@ def require(checks: Sequence[Check]) -> None:
     """Raise a PrerequisiteError that names each failed check, if there is one; warnings do not matter."""
     failed = [check for check in checks if check.status == "failure"]
     if failed:
-        raise PrerequisiteError(
-            "\n".join(f"{check.name}: {check.detail}" for check in failed),
-            "; ".join(dict.fromkeys(check.fix for check in failed if check.fix)) or "See `slmops doctor`.",
-        )
+        advice = "; ".join(dict.fromkeys(check.fix for check in failed if check.fix)) or "See `slmops doctor`."
+        raise PrerequisiteError("\n".join(f"{check.name}: {check.detail}" for check in failed), advice)
 
 
 def fix(settings: Settings) -> None:
     """Install the pinned set of packages; a PrerequisiteError if there is no source tree, or pip fails."""
     if not (stack.ROOT / "constraints.txt").is_file():
-        raise PrerequisiteError(
-            f"{stack.ROOT} has no constraints.txt: slmops was not installed from its source tree.",
-            "Get the source tree and run `pip install -c constraints.txt -e .` there.",
-        )
+        missing = f"{stack.ROOT} has no constraints.txt: slmops was not installed from its source tree."
+        raise PrerequisiteError(missing, "Get the source tree and run `pip install -c constraints.txt -e .` there.")
     _pip(["-c", "constraints.txt", "-e", "."], settings, "install the pinned packages")
 
 
@@ -103,10 +99,8 @@ def build_genai(path: Path, settings: Settings) -> Path:
     is not a checkout, CMake is missing or too old, or the build or pip fails.
     """
     if not (path / "build.py").is_file():
-        raise PrerequisiteError(
-            f"{path} is not a checkout of ONNX Runtime GenAI: it has no build.py.",
-            "Clone https://github.com/microsoft/onnxruntime-genai and name that folder.",
-        )
+        advice = "Clone https://github.com/microsoft/onnxruntime-genai and name that folder."
+        raise PrerequisiteError(f"{path} is not a checkout of ONNX Runtime GenAI: it has no build.py.", advice)
     _require_cmake()
     before = set(path.glob("build/**/*.whl"))
     log = settings.logs / "build-genai.log"

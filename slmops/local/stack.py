@@ -93,10 +93,8 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
     or one of ours does not start, that is a PrerequisiteError, and what this call has started is stopped again.
     """
     if worker and not (ROOT / DEPLOYMENTS).is_file():
-        raise PrerequisiteError(
-            f"There are no deployments to register: {ROOT / DEPLOYMENTS} is missing.",
-            "Install slmops from its source tree (pip install -e .) to use a worker.",
-        )
+        missing = f"There are no deployments to register: {ROOT / DEPLOYMENTS} is missing."
+        raise PrerequisiteError(missing, "Install slmops from its source tree (pip install -e .) to use a worker.")
     _check_given(settings)
     with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
         servers = _read(settings)
@@ -165,10 +163,9 @@ def session(settings: Settings) -> Iterator[Stack]:
     try:
         yield servers
     except httpx.TransportError as error:  # MLflow's client has errors of its own: this is Prefect's
-        raise ServerLostError(
-            f"Prefect at {servers.prefect_url} stopped answering, and the run with it.",
-            "`slmops up` starts it again; then repeat the command: what was converted is kept.",
-        ) from error
+        lost = f"Prefect at {servers.prefect_url} stopped answering, and the run with it."
+        advice = "`slmops up` starts it again; then repeat the command: what was converted is kept."
+        raise ServerLostError(lost, advice) from error
 
 
 def prefect_environment(settings: Settings, stack: Stack) -> dict[str, str]:
@@ -321,10 +318,8 @@ def _check_given(settings: Settings) -> None:
     """Servers that the user named must answer: there is nothing that we could start in their place."""
     for name, url in _given(settings).items():
         if url and (problem := _problem(name, url)):
-            raise PrerequisiteError(
-                f"The {_TITLES[name]} at {url} does not answer: {problem}.",
-                f"Start it or correct the URL; or unset {_VARIABLES[name]}, and slmops starts a server of its own.",
-            )
+            advice = f"Start it or correct the URL; or unset {_VARIABLES[name]}, and slmops starts a server of its own."
+            raise PrerequisiteError(f"The {_TITLES[name]} at {url} does not answer: {problem}.", advice)
 
 
 def _problem(name: Server, url: str) -> str | None:

@@ -148,14 +148,9 @@ def call(
     request_file, result_file = work / "request.json", work / "result.json"
     result_file.unlink(missing_ok=True)
     write_atomic(request_file, request.model_dump_json())
-    finished = run(
-        [sys.executable, "-m", module, str(request_file), str(result_file)],
-        log=log,
-        timeout_s=timeout_s,
-        env={"PYTHONUNBUFFERED": "1", **(env or {})},
-        cwd=cwd,
-        on_line=on_line,
-    )
+    argv = [sys.executable, "-m", module, str(request_file), str(result_file)]
+    env = {"PYTHONUNBUFFERED": "1", **(env or {})}
+    finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
     if finished.timed_out:
         raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
     if not result_file.exists():

@@ -128,9 +128,8 @@ def free_port(first: int, taken: Collection[int]) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
             return port
-    raise PrerequisiteError(
-        f"No port is free from {first} on.", "Set SLMOPS_PREFECT_PORT and SLMOPS_MLFLOW_PORT to a free range."
-    )
+    advice = "Set SLMOPS_PREFECT_PORT and SLMOPS_MLFLOW_PORT to a free range."
+    raise PrerequisiteError(f"No port is free from {first} on.", advice)
 
 
 def _listens(first: psutil.Process, port: int) -> bool:

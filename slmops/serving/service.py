@@ -39,15 +39,13 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     except ValueError:
         local = options.host.lower() == "localhost"
     if not local and token is None:
-        raise UsageError(
-            f"{options.host} is not loopback, and without a token anybody who reaches it could use the service.",
-            "Set SLMOPS_SERVE_TOKEN, or leave --host at 127.0.0.1.",
+        open_to_all = (
+            f"{options.host} is not loopback, and without a token anybody who reaches it could use the service."
         )
+        raise UsageError(open_to_all, "Set SLMOPS_SERVE_TOKEN, or leave --host at 127.0.0.1.")
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise UsageError(
-            "SLMOPS_SERVE_TOKEN has characters that HTTP clients cannot send.",
-            "Use printable ASCII without spaces, such as `openssl rand -hex 32` prints.",
-        )
+        advice = "Use printable ASCII without spaces, such as `openssl rand -hex 32` prints."
+        raise UsageError("SLMOPS_SERVE_TOKEN has characters that HTTP clients cannot send.", advice)
     if not local:
         log.warning("listening at %s: the token and all conversations travel unencrypted", options.host)
     with web.listen(options.host, options.port) as listening:

@@ -39,10 +39,8 @@ def run(name: str, options: Serve, settings: Settings, uri: str) -> None:
     except ValueError:
         local = options.host.lower() == "localhost"
     if not local and token is None:
-        open_to_all = (
-            f"{options.host} is not loopback, and without a token anybody who reaches it could use the service."
-        )
-        raise UsageError(open_to_all, "Set SLMOPS_SERVE_TOKEN, or leave --host at 127.0.0.1.")
+        exposed = f"{options.host} is not loopback, and without a token anybody who reaches it could use the service."
+        raise UsageError(exposed, "Set SLMOPS_SERVE_TOKEN, or leave --host at 127.0.0.1.")
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         advice = "Use printable ASCII without spaces, such as `openssl rand -hex 32` prints."
         raise UsageError("SLMOPS_SERVE_TOKEN has characters that HTTP clients cannot send.", advice)

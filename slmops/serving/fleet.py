@@ -163,12 +163,12 @@ class Fleet:
         spare = await self._spares.take(version.version)
         self._take_over(await (self._launch(installed) if spare is None else _tested(spare)))
         try:
-            await in_thread(self._source.make_current, installed)
+            await in_thread(lambda: self._source.make_current(installed))
         except Exception as error:
             self._note(f"{version.label} is served, but that could not be written down: {said(error)}")
 
     async def _install(self, version: ModelVersion) -> Installed:
-        return await in_thread(self._source.install, version)
+        return await in_thread(lambda: self._source.install(version))
 
     async def _launch(self, installed: Installed) -> Backend:
         return await _tested(await self._start_process(installed, self._source.settings))

@@ -74,7 +74,7 @@ class Proxy:
         # If the server has just found that the body is not HTTP, it ends the connection now, before there is an answer.
         await asyncio.sleep(0)
         try:
-            app = refused.response() if (refused := self._refuses(scope)) else self._inner
+            app = _response(refused) if (refused := self._refuses(scope)) else self._inner
             await app(scope, receive, noting)
         except ClientDisconnect:
             status = CLIENT_LEFT
@@ -132,12 +132,16 @@ class Proxy:
         return Response(self._relay.metrics.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
+def _response(refused: Refused) -> Response:
+    return Response(refused.body(), refused.status, refused.headers, "application/json")
+
+
 async def _failed(request: Request, error: Exception) -> Response:
     if isinstance(error, Refused):
-        return error.response()
+        return _response(error)
     if not isinstance(error, HTTPException):  # the traceback is logged by the server
-        return Refused(500, "The service failed; its log says why.", "internal_error").response()
+        return _response(Refused(500, "The service failed; its log says why.", "internal_error"))
     message, code = "There is nothing here.", "not_found"
     if error.status_code == 405:
         message, code = f"{request.method} is not possible here.", "method_not_allowed"
-    return Refused(error.status_code, message, code, headers=dict(error.headers or {})).response()
+    return _response(Refused(error.status_code, message, code, headers=dict(error.headers or {})))

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, TypeVar
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
@@ -26,7 +26,6 @@ from slmops.foundry.versions import Installed, ModelVersion
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
 
-Arguments = TypeVarTuple("Arguments")
 Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ def _promotion(version: ModelVersion) -> tuple[int, str]:
     return version.version, version.tags.get("slmops.promoted", "")
 
 
-async def in_thread(function: Callable[[*Arguments], Returned], *args: *Arguments) -> Returned:
+async def in_thread(function: Callable[[], Returned]) -> Returned:
     """Call a blocking function in a thread of its own.
 
     Unlike with the loop's executor, nothing waits for the thread at the end: a registry that does not answer, or a
@@ -185,7 +184,7 @@ async def in_thread(function: Callable[[*Arguments], Returned], *args: *Argument
 
     def work() -> None:
         try:
-            done.set_result(function(*args))
+            done.set_result(function())
         except Exception as error:
             done.set_exception(error)
 

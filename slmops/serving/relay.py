@@ -166,7 +166,7 @@ class RelayedResponse:
                     raise broken from None
                 self._status = broken.status
         if broken is not None:  # only now, when the slot is free again
-            event = b"data: " + bytes(broken.response().body) + b"\n\n"
+            event = b"data: " + broken.body() + b"\n\n"
             try:
                 async with asyncio.timeout(LAST_WORDS_S):
                     await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.responses import Response
 
 from slmops.core.validation import predicate
 
@@ -36,11 +35,11 @@ class Refused(Exception):
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def response(self) -> Response:
+    def body(self) -> bytes:
         """The answer, in OpenAI's form."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return Response(json.dumps({"error": error}), self.status, self.headers, "application/json")
+        return json.dumps({"error": error}).encode()
 
 
 def not_now(message: str, retry_after_s: float, code: str = "unavailable") -> Refused:

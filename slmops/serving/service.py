@@ -6,8 +6,6 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -77,7 +75,12 @@ async def serve(
                     path.unlink()
 
     try:
-        with _signals(server):
+        with contextlib.ExitStack() as signals:
+            # The server has them: the first lets running requests finish, a second Ctrl-C does not. When it has ended
+            # at one, uvicorn sends it to this process again, which without a handler would be killed then, before the
+            # runtime processes are stopped.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signals.callback(signal.signal, number, signal.signal(number, server.handle_exit))
             answering = asyncio.create_task(server.serve(sockets=[listening]))
             living = asyncio.create_task(live())
             try:
@@ -115,21 +118,6 @@ def config(proxy: Proxy, limits: Serve) -> uvicorn.Config:
         timeout_keep_alive=IDLE_S,
         timeout_graceful_shutdown=FINISH_S,
     )
-
-
-@contextmanager
-def _signals(server: uvicorn.Server) -> Iterator[None]:
-    """Let the server have the signals: the first lets running requests finish, a second Ctrl-C does not.
-
-    When it has ended at a signal, uvicorn sends it to this process again: without a handler that would be killed then,
-    before the runtime processes are stopped.
-    """
-    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _url(host: str, port: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from slmops.checkpoints import generation
+from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.extent import LEAST_QUESTIONS
@@ -35,6 +36,8 @@ def handle(request: AnswersRequest) -> ScoredAnswers:
 
 
 def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
+    from foundry_local_sdk.exception import FoundryLocalException
+
     from slmops.foundry import runtime
 
     model = runtime.registered(request.folder, request.foundry_id or "")
@@ -42,7 +45,14 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
     def ask(place: int, item: Item) -> Generated | None:
         if place >= LEAST_QUESTIONS and time.monotonic() > end:
             return None
-        reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
+        try:
+            reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
+        except FoundryLocalException as error:
+            raise EvaluationError(
+                f"Foundry Local does not answer {item.conversation[-1]['content'][:60]!r}: {error}",
+                "If it is too long for the model's context: shorten the question, lower its max_tokens, or give a "
+                "larger --max-length.",
+            ) from error
         return Generated(
             text=reply.text,
             finish_reason=reply.finish_reason,

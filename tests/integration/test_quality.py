@@ -247,3 +247,12 @@ def test_what_cannot_be_measured(made: Made, job: Job, home: Settings) -> None:
     with pytest.raises(EvaluationError, match="took longer than 0 s"):
         quality.measure(variant, registration, "bad", quick, impatient)
     assert making.workers("logits_worker") == []
+
+
+def test_a_question_that_the_context_has_no_room_for(made: Made, job: Job, home: Settings, tmp_path: Path) -> None:
+    variant, registration = made["int8"]
+    (tmp_path / "long.jsonl").write_text('{"prompt": "Tell me.", "expected": "x", "max_tokens": 4096}\n')
+    asked = job.model_copy(update={"evaluation_set": tmp_path / "long.jsonl"})
+    with pytest.raises(EvaluationError, match=r"'Tell me\.'.*4096 output") as caught:
+        quality.measure(variant, registration, "long", asked, home)
+    assert "--max-length" in caught.value.fix

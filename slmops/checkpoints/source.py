@@ -76,10 +76,10 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
     own = texts.context_length if job.max_length else unbroken(texts.config, texts.context_length)
     deployed = context_length(per_token, own, job.max_length)
     if deployed < texts.context_length:
-        log.info(
-            "deployed with a context of %d tokens of %d, whose cache takes %.2f GB; --max-length gives another",
-            *(deployed, texts.context_length, per_token * deployed / GB),
-        )
+        cache = f"whose cache takes {per_token * deployed / GB:.2f} GB"
+        why = "where LongRoPE changes its factors" if deployed == own else cache
+        of = texts.context_length
+        log.info("deployed with a context of %d tokens of %d, %s; --max-length gives another", deployed, of, why)
     return Checkpoint(
         name=found.name,
         source=job.model,

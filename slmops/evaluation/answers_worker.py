@@ -36,8 +36,6 @@ def handle(request: AnswersRequest) -> ScoredAnswers:
 
 
 def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
-    from foundry_local_sdk.exception import FoundryLocalException
-
     from slmops.foundry import runtime
 
     model = runtime.registered(request.folder, request.foundry_id or "")
@@ -47,7 +45,7 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
             return None
         try:
             reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
-        except FoundryLocalException as error:
+        except runtime.Fault as error:
             raise EvaluationError(
                 f"Foundry Local does not answer {item.conversation[-1]['content'][:60]!r}: {error}",
                 "If it is too long for the model's context: shorten the question, lower its max_tokens, or give a "

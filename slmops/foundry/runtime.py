@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import foundry_local_sdk as sdk
+from foundry_local_sdk.exception import FoundryLocalException
 
 from slmops.core.errors import EvaluationError
+
+Fault = FoundryLocalException
 
 # Nobody listens there, which the runtime takes for an empty catalog. The public one would cost seconds of retries
 # without a network, and nothing here comes from it.

@@ -315,8 +315,8 @@ class VariantResult(Frozen):
     metrics: dict[str, float] = {}
     measurements: dict[str, Measurement] = Field({}, description="The same with units and intervals.")
     gates: tuple[GateResult, ...] = ()
-    extent: Extent | None = None
     dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
+    extent: Extent | None = None
 
     @property
     def accepted(self) -> bool:

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.integration
 
 NAME, KEY = "Tiny_F", "tiny-f"  # Prefect's artifact keys take neither upper case nor underscores
 KEYS = ["name", "status", "reason", "path", "foundry_id", "run_id", "version"]
-JUDGED = ["measurements", "gates", "dominated_by"]
+JUDGED = ["measurements", "gates", "dominated_by", "extent"]
 # Random weights at 4 bits are far from what they were.
 POLICY = """
 preference: [int4, int8]

@@ -191,8 +191,9 @@ def test_one_failing_precision_leaves_the_others(
 ) -> None:
     caplog.set_level(logging.INFO, "slmops")
     config = tmp_path / "half.json"  # which Olive takes, and of which it makes nothing
-    config.write_text(json.dumps({"passes": {"export": {"type": "ModelBuilder", "precision": "fp16"}}}))
-    asked = job.model_copy(update={"precision": ["int8"], "olive_config": config})
+    passes = {"export": {"type": "ModelBuilder", "precision": "fp16"}}
+    config.write_text(json.dumps({"input_model": {"model_path": job.model}, "passes": passes}))
+    asked = job.model_copy(update={"model": "", "precision": ["int8"], "olive_config": config})
     comparison = unsuccessful(asked, WorkError, r"1 of 3 variants failed: half\.")
     results = {result.name: result for result in comparison.variants}
     assert {name: result.status for name, result in results.items()} == {"fp32": "ok", "int8": "ok", "half": "failed"}

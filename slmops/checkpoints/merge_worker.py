@@ -9,7 +9,6 @@ from typing import Any
 from slmops.checkpoints.inspection import TEXT_PATTERNS, copy_texts, has_tokenizer, names
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 _MOST_DIFFERENCE, _MOST_IN_HALF = 1e-3, 0.1
 """How far logits may be off after merging, relative to their size, and where weights have 2 bytes, which round."""
@@ -116,7 +115,3 @@ def _untie(model: Any) -> None:
         if weight is not None and id(weight) in seen:
             module.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
         seen.add(id(weight))
-
-
-if __name__ == "__main__":
-    child.main(MergeRequest, handle)

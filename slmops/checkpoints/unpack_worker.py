@@ -8,7 +8,6 @@ from slmops.checkpoints.architectures import PROVEN
 from slmops.checkpoints.inspection import copy_texts
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 _ORIGINAL = "Use the original checkpoint in Hugging Face format."
 
@@ -117,7 +116,3 @@ def _scale_as_llama3(config: Any, factors: Any) -> bool:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = theta ** -(torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled)))
     return len(scaled) == len(factors) and torch.allclose(plain / scaled, factors, rtol=1e-3)
-
-
-if __name__ == "__main__":
-    child.main(UnpackRequest, handle)

@@ -4,7 +4,6 @@ from typing import Any
 
 from slmops.conversion import builder_fixes
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 
 class Workflow(Frozen):
@@ -20,7 +19,3 @@ def handle(request: Workflow) -> Frozen:
     builder_fixes.apply()
     run(request.config)
     return Frozen()
-
-
-if __name__ == "__main__":
-    child.main(Workflow, handle)

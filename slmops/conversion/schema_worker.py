@@ -11,7 +11,6 @@ from typing import Any
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.validation import dotted, predicate
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 # Olive only warns of such keys, and this warning is the one place where it names them.
 _IGNORED = re.compile(r"Keys \{(.*)\} are not part of (\w+)")
@@ -102,7 +101,3 @@ def _builder_options() -> set[str]:
     folder = Path(onnxruntime_genai.__file__).parent / "models"
     text = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
     return {name for pair in _READ_BY_BUILDER.findall(text) for name in pair if name}
-
-
-if __name__ == "__main__":
-    child.main(Workflow, handle)

@@ -9,7 +9,6 @@ from typing import Any
 from slmops.conversion import weights
 from slmops.core.errors import ConversionError
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
-from slmops.processes import child
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = (
@@ -154,7 +153,3 @@ def probes(config: Mapping[str, Any], context_length: int) -> tuple[int, dict[in
     most = min(context_length, int(rows), int(math.sqrt(_MEMORY / 4 / heads)))
     within = sorted(border for border in borders if border and _BEFORE < border < most - 1)
     return min(_LENGTH, most), {border: min(border + _BEYOND, most) for border in within}
-
-
-if __name__ == "__main__":
-    child.main(VerifyRequest, handle)

@@ -15,7 +15,6 @@ from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.extent import LEAST_QUESTIONS
 from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
-from slmops.processes import child
 
 MOST_SESSIONS = 4
 PROMPTS_AT_ONCE = 8
@@ -107,7 +106,3 @@ def _of_checkpoint(request: AnswersRequest, end: float) -> list[Generated]:
                 completion_tokens=len(tokens),
             )
     return [said[place] for place in range(len(said))]
-
-
-if __name__ == "__main__":
-    child.main(AnswersRequest, handle)

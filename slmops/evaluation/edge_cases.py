@@ -27,7 +27,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import CaseOutcome, Frozen, Measurement, Registration, Variant
 from slmops.evaluation import prompts
 from slmops.foundry.layout import Staged, stage
-from slmops.processes import child, children
+from slmops.processes import children
 
 if TYPE_CHECKING:
     from slmops.foundry.runtime import TimedReply
@@ -322,7 +322,3 @@ def greedy_twice(probe: Probe) -> Observation:
     if first.text != second.text:
         return "unequal", f"first {first.text!r}, then {second.text!r}"
     return observed(second)
-
-
-if __name__ == "__main__":
-    child.main(EdgeCaseRequest, handle)

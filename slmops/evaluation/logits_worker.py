@@ -22,7 +22,6 @@ from pydantic import Field
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.evaluation.extent import LEAST_TOKENS
-from slmops.processes import child
 
 WINDOW = 512
 ROWS = 64
@@ -163,7 +162,3 @@ def _compare(
         distances[name] = Distance(kl=tuple(np.maximum(kl, 0).tolist()), same_top=tuple(same.tolist()))
     nll = -own[np.arange(len(own)), targets].astype(np.float64)
     return own, LogitsResult(nll=tuple(nll.tolist()), distances=distances)
-
-
-if __name__ == "__main__":
-    child.main(LogitsRequest, handle)

@@ -18,7 +18,7 @@ from pydantic import Field
 from slmops.core.errors import EvaluationError, GateError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Frozen, Measurement, Outcome
-from slmops.processes import child, children
+from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,3 @@ def private_kb(process: psutil.Process) -> float:
     if hasattr(memory, "shared"):
         return float(memory.rss - memory.shared + memory.swap) / 1e3
     return float(memory.uss) / 1e3
-
-
-if __name__ == "__main__":
-    child.main(SoakRequest, handle)

@@ -8,7 +8,6 @@ from typing import Any
 
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 REST_S = 0.2  # long enough for the sampler in the parent to see the process at rest
 WARM_UP_MOST = 6
@@ -168,7 +167,3 @@ def _drop_cache(folder: Path) -> bool:
                 os.fsync(opened.fileno())  # pages not written yet would stay
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
-
-
-if __name__ == "__main__":
-    child.main(SpeedRequest, handle)

@@ -15,7 +15,6 @@ from slmops.core.errors import CheckpointError
 from slmops.core.values import Agreement, Frozen
 from slmops.foundry import template_rewrite
 from slmops.foundry.genai_library import LibraryError, RuntimeTokenizer
-from slmops.processes import child
 
 ALLOWED_SHARE = 0.05
 OTHER_TEMPLATE = "Change that part of the template, or give one without it with --chat-template FILE."
@@ -257,7 +256,3 @@ def _conversations(template: ChatTemplate) -> tuple[list[_Rendered], list[_Rende
         ]
         rare += [(each, tools) for each in (_said("Is it warm?"), _said("Is it?", system="Be brief."), used)]
     return [(each, None) for each in needed], rare
-
-
-if __name__ == "__main__":
-    child.main(AgreementRequest, handle)

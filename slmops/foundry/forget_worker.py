@@ -4,7 +4,6 @@ from pathlib import Path
 
 from slmops.core.values import Frozen
 from slmops.foundry import register_worker
-from slmops.processes import child
 
 
 class ForgetRequest(Frozen):
@@ -29,7 +28,3 @@ def handle(request: ForgetRequest) -> ForgetResult:
         register_worker.forget(catalog, foundry_id)
     gone = (foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is None)
     return ForgetResult(forgotten=tuple(gone))
-
-
-if __name__ == "__main__":
-    child.main(ForgetRequest, handle)

@@ -5,7 +5,6 @@ from typing import Any
 
 from slmops.core.errors import RegistrationError
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 PROMPTS = ("What is the capital of France?", "Say hello.", "Count from one to ten.")
 MAX_TOKENS = 24
@@ -63,7 +62,3 @@ def forget(catalog: Any, foundry_id: str) -> None:
             catalog.unregister_model(foundry_id)
     except FoundryLocalException as error:
         print(f"could not take {foundry_id} out of the catalog: {error}")
-
-
-if __name__ == "__main__":
-    child.main(RegisterRequest, handle)

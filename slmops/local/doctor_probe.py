@@ -4,7 +4,6 @@ import importlib
 from pathlib import Path
 
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 TRYING = "trying "
 FOUNDRY = "Foundry Local"
@@ -60,7 +59,3 @@ def _start_foundry(folder: Path) -> ProbeResult:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-if __name__ == "__main__":
-    child.main(ProbeRequest, handle)

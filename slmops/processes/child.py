@@ -1,4 +1,4 @@
-"""The other end of :func:`slmops.processes.children.call`: what every worker module runs as its main function."""
+"""The other end of :func:`slmops.processes.children.call`: the main program, which runs the ``handle`` of a worker."""
 
 import json
 import logging
@@ -8,8 +8,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from pydantic import BaseModel
 
@@ -23,7 +24,7 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
     """Read the request file, handle it, write the result file, exit."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    request_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
+    request_file, result_file = Path(sys.argv[-2]), Path(sys.argv[-1])
     status = 1
     try:
         try:
@@ -54,3 +55,8 @@ def die_with_parent() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
+
+
+if __name__ == "__main__":
+    worker = import_module(sys.argv[1])
+    main(get_type_hints(worker.handle)["request"], worker.handle)

@@ -139,7 +139,7 @@ def call(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Result, Finished]:
-    """Run ``python -m module``, which ends in ``child.main(...)``, on ``request`` and return its result.
+    """Run the ``handle`` of a worker ``module`` on ``request`` in a child and return its result.
 
     A SlmopsError that the child raised is raised here; a full disk is a PrerequisiteError. If the child crashed, was
     killed or took too long, ``error`` is raised with the end of the log.
@@ -148,7 +148,7 @@ def call(
     request_file, result_file = work / "request.json", work / "result.json"
     result_file.unlink(missing_ok=True)
     write_atomic(request_file, request.model_dump_json())
-    argv = [sys.executable, "-m", module, str(request_file), str(result_file)]
+    argv = [sys.executable, "-m", "slmops.processes.child", module, str(request_file), str(result_file)]
     env = {"PYTHONUNBUFFERED": "1", **(env or {})}
     finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
     if finished.timed_out:

@@ -14,7 +14,6 @@ from slmops.checkpoints.merge_worker import MergeRequest
 from slmops.core.errors import DataError, TrainingError
 from slmops.core.files import write_atomic
 from slmops.core.values import Checkpoint, Frozen
-from slmops.processes import child
 from slmops.training.tokens_worker import IGNORED, answer_spans, labels, renderer
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingData, TrainingResult
 
@@ -319,7 +318,3 @@ def _adapter(folder: Path, step: int) -> int:
         shutil.copyfile(best / name, folder / ADAPTER / name)
     with safe_open(folder / ADAPTER / "adapter_model.safetensors", "np") as weights:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-
-
-if __name__ == "__main__":
-    child.main(FinetuneRequest, handle)

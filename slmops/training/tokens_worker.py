@@ -9,7 +9,6 @@ from typing import Any
 from slmops.checkpoints.chat_template import ChatMessage
 from slmops.core.errors import DataError
 from slmops.core.values import Frozen
-from slmops.processes import child
 from slmops.training.examples import shown
 
 IGNORED = -100
@@ -93,7 +92,3 @@ def labels(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
         token if any(start <= at < end for start, end in spans) else IGNORED
         for token, (at, _) in zip(tokens, offsets, strict=True)
     ]
-
-
-if __name__ == "__main__":
-    child.main(TokensRequest, handle)

@@ -3,7 +3,6 @@
 import os
 
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 
 class Request(Frozen):
@@ -22,7 +21,3 @@ class Result(Frozen):
 def handle(request: Request) -> Result:
     exec(request.do)  # noqa: S102
     return Result(mode=os.environ.get("MODE"), pid=os.getpid())
-
-
-if __name__ == "__main__":
-    child.main(Request, handle)

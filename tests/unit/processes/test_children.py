@@ -237,7 +237,7 @@ def test_worker_that_takes_too_long(call: Call, over_when_written: Path) -> None
 def test_what_does_not_exist(call: Call, log: Path) -> None:
     with pytest.raises(FileNotFoundError):
         children.run(["/no/such/program"], log=log, timeout_s=1)
-    with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named no_such_worker"):
+    with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named 'no_such_worker'"):
         call("pass", module="no_such_worker")
 
 

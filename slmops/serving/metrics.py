@@ -1,7 +1,4 @@
-"""Prometheus metrics of one service, in a registry of its own.
-
-No label carries text of a client: endpoints, statuses and versions are few.
-"""
+"""Prometheus metrics of one service, in a registry of its own. No label carries text of a client."""
 
 from collections import defaultdict
 from collections.abc import Iterator

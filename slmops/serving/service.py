@@ -98,10 +98,7 @@ async def serve(
 
 
 def config(proxy: Proxy, limits: Serve) -> uvicorn.Config:
-    """The web server's settings.
-
-    It has no limit on how slowly a client may send the headers of its first request: that is for a reverse proxy.
-    """
+    """The web server's settings; a limit on how slowly a client may send its first headers is for a reverse proxy."""
     return uvicorn.Config(
         proxy,
         http="h11",

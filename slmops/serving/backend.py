@@ -104,10 +104,8 @@ class Backend:
 
         called = self.installed.foundry_id
         try:
-            async with (
-                asyncio.timeout(SMOKE_S),
-                httpx.AsyncClient(base_url=self.url, timeout=SMOKE_S, trust_env=False) as client,
-            ):
+            client = httpx.AsyncClient(base_url=self.url, timeout=SMOKE_S, trust_env=False)
+            async with asyncio.timeout(SMOKE_S), client:
                 for prompt in PROMPTS:
                     if await self._answers(client, prompt):
                         break

@@ -1,7 +1,7 @@
 """The watch over a new champion: does its service switch to it, and does it answer as well as it was measured?"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -82,7 +82,7 @@ def watch(
             time.sleep(max(0.0, begun + number * seconds / len(items) - time.monotonic()))
             if time.monotonic() - begun > seconds:
                 break
-            answer, problem = _ask(client, version, item.conversation, item.max_tokens)
+            answer, problem = _ask(client, version, item)
             if problem:
                 failures.append(problem)
             elif (correct := scoring.judgement(item, answer, function, settings).correct) is not None:
@@ -110,11 +110,9 @@ def watch(
     return Probation(held=not against, detail=detail, requests=asked, failed=len(failures), accuracy=accuracy)
 
 
-def _ask(
-    client: httpx.Client, version: ModelVersion, conversation: Sequence[dict[str, str]], max_tokens: int
-) -> tuple[str, str | None]:
+def _ask(client: httpx.Client, version: ModelVersion, item: dataset.Item) -> tuple[str, str | None]:
     """The answer, or what went wrong; a service that is busy is asked again."""
-    body = {"model": version.name, "messages": list(conversation), "max_tokens": max_tokens, "temperature": 0}
+    body = {"model": version.name, "messages": item.conversation, "max_tokens": item.max_tokens, "temperature": 0}
     try:
         for pause in (0, 0.5, 2.0, 5.0):
             time.sleep(pause)

@@ -19,6 +19,7 @@ from slmops.core import machine
 from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
 from slmops.core.values import Recipe
+from slmops.evaluation.quality import Quality
 from slmops.tracking.exchange import Exchange
 from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_job, send_variant
 from tasks.variant import convert_variant, register_variant
@@ -93,7 +94,7 @@ class _FanOut:
     converted: dict[str, tuple[str, Files]] = field(default_factory=dict)  # key and files, by the recipe's name
     due: list[tuple[Recipe, Stage, int]] = field(default_factory=list)  # not begun yet; the number is the attempt
     references: Files | None = None  # the baseline's, for the others to be compared with; None: it is on its way
-    scored: tuple[float, ...] | None = None  # the checkpoint's own scores, which come with the baseline
+    scored: Quality | None = None  # the checkpoint's own, which come with the baseline
 
     def run(self) -> Outcomes:
         """Begin everything, and go on until nothing is left."""

@@ -16,9 +16,10 @@ from slmops.core import blobs
 from slmops.core.context import JobContext
 from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
-from slmops.core.job import Job
+from slmops.core.job import CHECKPOINT, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Recipe, VariantResult
+from slmops.evaluation import summary
 from slmops.local import stack
 from slmops.selection import policy as policies
 from slmops.tracking.tracker import Tracker
@@ -49,7 +50,7 @@ def optimize(job: Job) -> Comparison:
     context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
     with turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"):
         _remove_unfinished_work(context)
-        recipes = plan_recipes(context)
+        context, recipes = plan_recipes(context)
         context = start_tracking(context, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: Tracker(tracking_uri).abort_job(context.run_id)):
             comparison, url = _compare(recipes, context)
@@ -68,14 +69,26 @@ def _compare(recipes: list[Recipe], context: JobContext) -> tuple[Comparison, st
     policy = policies.load(context.job.policy)
     measured = next((result.run_id for result in results if result.status == "ok"), None)
     champion = get_champion(Tracker(context.tracking_uri), context.name, measured)
-    choice, judged = choose_variant(results, policy, champion)
+    baseline = _checkpoint_as_baseline(made, context)
+    choice, judged = choose_variant(results, policy, champion, baseline)
     if choice.variant is not None:  # else there was nothing to judge by, or nothing that passed
         judged = [
             register_version(context, made[one.name].variant, made[one.name].registration, one) if one.accepted else one
             for one in judged
         ]
-    comparison = Comparison(model=context.name, run_id=context.run_id, choice=choice, variants=tuple(judged))
+    comparison = Comparison(
+        model=context.name, run_id=context.run_id, choice=choice, variants=tuple(judged), baseline=baseline
+    )
     return comparison, finish_tracking(context, comparison, policy)
+
+
+def _checkpoint_as_baseline(made: dict[str, Measured], context: JobContext) -> VariantResult | None:
+    scored = next((one.scored for one in made.values() if one.scored and one.scored.answers), None)
+    if scored is None:
+        return None
+    figures = summary.of_checkpoint(context.checkpoint, scored)
+    metrics = {name: figure.value for name, figure in figures.items()}
+    return VariantResult(name=CHECKPOINT, status="ok", metrics=metrics, measurements=figures)
 
 
 def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measured], list[VariantResult]]:

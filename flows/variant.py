@@ -7,7 +7,7 @@ from pydantic import Json
 
 from flows.running import plainly
 from flows.workers import beating
-from slmops.checkpoints import source
+from slmops.checkpoints import room
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure, Figures, Part, PartResult
 from slmops.core import blobs, machine
@@ -57,7 +57,7 @@ def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
 
 
 def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> PartResult:
-    source.check_room(context.checkpoint, [recipe.name], context.settings)
+    room.check([recipe.name], context.checkpoint, context.job, context.settings)
     made = convert_variant(recipe, context)
     return PartResult(key=made.key, variant=send_variant(made, exchange))
 

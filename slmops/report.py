@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import tabulate
 
+from slmops.core.job import BASELINE
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def table(comparison: Comparison, style: str = "simple") -> str:
         [result.name, *(_cell(result, *column[1:]) for column in columns), _gates_of(result), _mark(result, chosen)]
         for result in comparison.variants
     ]
-    headers = ["variant", *(title for title, *_ in columns), "gates", ""]
+    headers = ["variant", *(_of_baseline(title, comparison) for title, *_ in columns), "gates", ""]
     return _tabulate(rows, headers, style, ["left", *["right"] * len(columns), "left", "left"])
 
 
@@ -91,6 +92,11 @@ def markdown(comparison: Comparison, run_url: str) -> str:
 def tables(comparison: Comparison, style: str) -> list[str]:
     """Both tables, or the one that there is."""
     return [part for part in (table(comparison, style), gates(comparison, style)) if part]
+
+
+def _of_baseline(title: str, comparison: Comparison) -> str:
+    """The same with the baseline's name."""
+    return title.replace(BASELINE, comparison.baseline.name) if comparison.baseline else title
 
 
 def _tabulate(rows: list[list[str]], headers: list[str], style: str, align: list[str]) -> str:
@@ -140,9 +146,14 @@ def _verdict(gate: GateResult | None) -> str:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What was left out, and what is to be said of single variants: why one failed, or what its figures are worth."""
+    """What the baseline is if it is no variant, what was left out, why a variant failed, what its figures are worth."""
     extent = next((result.extent.text for result in comparison.variants if result.extent), "")
-    return [extent] * bool(extent) + [
+    said = [extent] * bool(extent)
+    if one := comparison.baseline:
+        known = [name for name in ("perplexity", "accuracy") if name in one.metrics]
+        figures = [f"{name} {one.measurements[name].text}" for name in known]
+        said.append(f"There is no fp32 variant: all is relative to the checkpoint itself ({', '.join(figures)}).")
+    return said + [
         f"{result.name}{' failed' if result.status == 'failed' else ''}: {result.reason}"
         for result in comparison.variants
         if result.reason
@@ -173,10 +184,10 @@ def _charts(comparison: Comparison) -> str:
         axes.bar_label(axes.bar(list(known), list(known.values()), color="#4477aa"), fmt="%.4g")
         axes.set_title(title)
         axes.margins(y=0.15)
-    return _svg(bars) + _interval_chart(measured)
+    return _svg(bars) + _interval_chart(measured, comparison)
 
 
-def _interval_chart(measured: list[VariantResult]) -> str:
+def _interval_chart(measured: list[VariantResult], comparison: Comparison) -> str:
     """What is uncertain, with 95 % intervals; a variant without one is a point."""
     shown = [
         (title, metric) for title, metric in INTERVALS if any(interval_of(r.measurements.get(metric)) for r in measured)
@@ -196,7 +207,7 @@ def _interval_chart(measured: list[VariantResult]) -> str:
         below = [max(0.0, value - low) for value, (low, _) in zip(values, ends, strict=True)]
         above = [max(0.0, high - value) for value, (_, high) in zip(values, ends, strict=True)]
         axes.errorbar(list(known), values, yerr=[below, above], fmt="o", capsize=4, color="#4477aa")
-        axes.set_title(title)
+        axes.set_title(_of_baseline(title, comparison))
         axes.margins(x=0.2)
     return _svg(figure)
 

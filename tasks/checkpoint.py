@@ -1,9 +1,10 @@
 """Get the checkpoint and decide how to convert it, before any work."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from slmops.checkpoints import generation, source
+from slmops.checkpoints import generation, room, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.context import JobContext
 from slmops.core.job import Job
@@ -27,13 +28,14 @@ def get_checkpoint(job: Job, settings: Settings, tracking_uri: str) -> Checkpoin
 
 
 @stage()
-def plan_recipes(context: JobContext) -> list[Recipe]:
-    """The recipes of the job, each known to fit the checkpoint, the disk and the memory."""
-    job, checkpoint, settings = context.job, context.checkpoint, context.settings
+def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
+    """The job with its baseline, and its recipes, each known to fit the checkpoint, the disk and the memory."""
+    checkpoint, settings = context.checkpoint, context.settings
+    job = room.with_baseline(context.job, checkpoint, settings)
     planned = recipes.for_job(job, checkpoint)
-    source.check_room(checkpoint, [recipe.name for recipe in planned], settings, converts=not settings.pools)
+    room.check([recipe.name for recipe in planned], checkpoint, job, settings, converts=not settings.pools)
     for remark in generation.remarks(checkpoint.path):
         log.warning("%s", remark)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, context.name, settings))
-    return planned
+    return replace(context, job=job), planned

@@ -33,8 +33,8 @@ def measure_speed(
 
 
 @stage()
-def score_checkpoint(context: JobContext) -> tuple[float, ...] | None:
-    """The checkpoint's own distributions, to tell conversion from quantization error."""
+def score_checkpoint(context: JobContext) -> quality.Quality | None:
+    """The checkpoint's own distributions, to tell conversion from quantization error, and answers as the baseline."""
     return quality.score_checkpoint(context.checkpoint, context.name, context.job, context.settings)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import Any
 from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.store import stage, unpacked
-from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, scratch_folder, sha256
-from slmops.core.job import BASELINE, Job
-from slmops.core.pools import GB, conversion_memory
+from slmops.core.job import Job
+from slmops.core.pools import GB
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement, Checkpoint, to_name
 
@@ -31,11 +30,6 @@ MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 _WEIGHTS = {*weight_files.ROOTS, weight_files.ADAPTER}
 _TOKENIZERS = {name for group in inspection.TOKENIZERS for name in group}
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
-
-BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
-"""Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
-UNTIED = 1.35
-"""The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
 
 MOST_CACHE = 2 * 2**30
 """Bytes of key-value cache that a deployed variant may take unless the user asks for more."""
@@ -146,33 +140,6 @@ def check(job: Job) -> None:
     else:
         _refuse_base(job)
         inspection.read_texts(path, job, text)
-
-
-def check_room(checkpoint: Checkpoint, precisions: Iterable[str], settings: Settings, *, converts: bool = True) -> None:
-    """Refuse a job that the disk or the memory cannot hold, before it has worked for an hour.
-
-    Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
-    plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
-    Memory, unless others convert: ``parameters x 4 bytes x 2.2`` for one conversion at a time. Both are estimates on
-    the safe side. The PrerequisiteError says how much is needed and available, in GB.
-    """
-    sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in {BASELINE, *precisions}}
-    disk = sum(sizes.values()) + 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
-    free = machine.disk_free(settings.home)
-    if disk > free:
-        raise PrerequisiteError(
-            f"Not enough disk for {', '.join(sorted(sizes))} of {checkpoint.name}: about {disk / GB:.1f} GB are "
-            f"needed, and {free / GB:.1f} GB are free at {settings.home}.",
-            "Make room, ask for fewer precisions, or set SLMOPS_HOME to a folder on a larger disk.",
-        )
-    memory = conversion_memory(checkpoint) if converts else 0.0
-    _, available = machine.memory()
-    if memory > available:
-        raise PrerequisiteError(
-            f"Not enough memory to convert {checkpoint.name}: about {memory / GB:.1f} GB are needed, and "
-            f"{available / GB:.1f} GB are available.",
-            "Stop other programs, or use a machine with more memory or a smaller model.",
-        )
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Figures(Frozen):
 
     speed: Speed
     quality: Quality
-    scored: tuple[float, ...] | None = Field(None, description="The checkpoint's own scores.")
+    scored: Quality | None = Field(None, description="The checkpoint's own.")
     hardware: Hardware = Field(description="The machine that measured it.")
 
 
@@ -169,8 +169,10 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | Non
 
 def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str | None]:
     """The metrics that compare with the baseline, and why the others are left out; None: none are."""
-    against = (baseline.variant, baseline.quality) if baseline else None
-    measured = evaluation(one.variant, one.speed, one.quality, against, one.scored)
+    against = (baseline.variant.model_mb, baseline.quality) if baseline else None
+    if one.scored and one.scored.answers:  # as those of the baseline
+        against = one.variant.checkpoint.size_mb, one.scored
+    measured = evaluation(one.variant, one.speed, one.quality, against, one.scored.nll if one.scored else None)
     here, there = one.hardware.kind, (baseline or one).hardware.kind
     if here == there:
         return measured, None

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import generation
-from slmops.conversion import olive_log, olive_worker, store, verify_worker
+from slmops.conversion import olive_log, olive_worker, recipes, store, thin_worker, verify_worker
 from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import folder_appears_whole, write_atomic
-from slmops.core.job import Job
+from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Frozen, Recipe, Variant
 from slmops.processes import children
@@ -30,15 +30,24 @@ def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, setting
     """
     target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)
-    if variant is None:
+    if variant is None or not _proven(variant, checkpoint, job):
         with locks.machine(settings), children.reporting_full_disk(settings.home):
+            error = _export_error(checkpoint, job, name, settings) if job.baseline == CHECKPOINT else None
             # Look again: another job may have made it while this one waited.
-            variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target)
+            variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target, error)
+        if error is not None:
+            variant = variant.model_copy(update={"export_error": error})
     deployed = variant.checkpoint.model_copy(update={"context_length": checkpoint.context_length})
     variant = variant.model_copy(update={"checkpoint": deployed})  # a job of another length may have made it
     if job.output_path is not None:
         export(variant, job.output_path)
     return variant
+
+
+def _proven(variant: Variant, checkpoint: Checkpoint, job: Job) -> bool:
+    """Whether it is known that the exporter is right, by the fp32 variant or by this one, up to the job's context."""
+    within = variant.checkpoint.context_length >= checkpoint.context_length
+    return job.baseline != CHECKPOINT or (variant.export_error is not None and within)
 
 
 def _made_before(target: Path, recipe: Recipe, job: Job) -> Variant | None:
@@ -68,41 +77,90 @@ def export(variant: Variant, folder: Path) -> Path:
     return target
 
 
-def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, target: Path) -> Variant:
-    work = settings.work(name) / recipe.name
-    logs = settings.logs / name
-    olive_text = logs / f"{recipe.name}.olive.log"
-    olive_text.unlink(missing_ok=True)
+def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> float:
+    """Compare an fp32 export of the checkpoint's first layers with them, once a job; a ConversionError if it is wrong.
+
+    All layers in fp32 would take four times the memory of the checkpoint, and the exporter treats layers alike.
+    """
+    work = settings.work(name) / BASELINE
+    known = work.with_name("export_error")
+    if known.exists():
+        return float(known.read_text(encoding="utf-8"))
     shutil.rmtree(work, ignore_errors=True)
-    if target.exists():
-        log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
-        shutil.rmtree(target)
-    made = work / "model"
+    folder = work / "checkpoint"
+    folder.mkdir(parents=True)
     try:
-        config = workflow(recipe, checkpoint, job, work, made)
-        finished = _run_olive(recipe, config, work, made, olive_text, settings)
-        _complete_genai_config(made / "genai_config.json", checkpoint)
-        checked, _ = children.call(
-            "slmops.conversion.verify_worker",
-            verify_worker.VerifyRequest(
-                folder=made,
-                recipe=recipe,
-                checkpoint=checkpoint,
-                tolerance=job.export_tolerance,
-                trust_remote_code=job.trust_remote_code,
-            ),
-            verify_worker.VerifyResult,
-            work=work / "verify",
-            log=logs / f"{recipe.name}.verify.log",
+        thinned, _ = children.call(
+            "slmops.conversion.thin_worker",
+            thin_worker.ThinRequest(checkpoint=checkpoint.path, folder=folder, trust_remote_code=job.trust_remote_code),
+            thin_worker.Thinned,
+            work=work / "thin",
+            log=settings.logs / name / "thin.log",
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
             env=_environment(work, offline=True),
         )
+        log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
+        thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
+        exported = recipes.recipe(BASELINE, job, thin.model_copy(update={"tied_embeddings": False}))
+        _, checked = _build(exported, thin, job, name, settings, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    error = checked.export_error or 0.0
+    write_atomic(known, repr(error))
+    return error
+
+
+def _build(
+    recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, work: Path
+) -> tuple[children.Finished, verify_worker.VerifyResult]:
+    """Convert into ``work/model`` and check what came out."""
+    made, logs = work / "model", settings.logs / name
+    olive_text = logs / f"{recipe.name}.olive.log"
+    olive_text.unlink(missing_ok=True)
+    config = workflow(recipe, checkpoint, job, work, made)
+    finished = _run_olive(recipe, config, work, made, olive_text, settings)
+    _complete_genai_config(made / "genai_config.json", checkpoint)
+    checked, _ = children.call(
+        "slmops.conversion.verify_worker",
+        verify_worker.VerifyRequest(
+            folder=made,
+            recipe=recipe,
+            checkpoint=checkpoint,
+            tolerance=job.export_tolerance,
+            trust_remote_code=job.trust_remote_code,
+        ),
+        verify_worker.VerifyResult,
+        work=work / "verify",
+        log=logs / f"{recipe.name}.verify.log",
+        timeout_s=settings.conversion_timeout_s,
+        error=ConversionError,
+        env=_environment(work, offline=True),
+    )
+    return finished, checked
+
+
+def _make(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    job: Job,
+    name: str,
+    settings: Settings,
+    target: Path,
+    export_error: float | None,
+) -> Variant:
+    work = settings.work(name) / recipe.name
+    shutil.rmtree(work, ignore_errors=True)
+    if target.exists():
+        log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
+        shutil.rmtree(target)
+    try:
+        finished, checked = _build(recipe, checkpoint, job, name, settings, work)
         with folder_appears_whole(target) as scratch:
-            for path in made.iterdir():
+            for path in (work / "model").iterdir():
                 if path.name != "model_config.json":  # Olive's own, with paths of this machine
                     path.rename(scratch / path.name)
-            shutil.copyfile(olive_text, scratch / "olive.log")
+            shutil.copyfile(settings.logs / name / f"{recipe.name}.olive.log", scratch / "olive.log")
             write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
             variant = Variant(
                 key=target.name,
@@ -110,7 +168,7 @@ def _make(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings:
                 checkpoint=checkpoint,
                 files=store.files_of(scratch),
                 weights=checked.weights,
-                export_error=checked.export_error,
+                export_error=checked.export_error if recipe.baseline else export_error,
                 convert_s=finished.seconds,
                 convert_memory_peak_mb=finished.memory_peak_mb,
                 versions=machine.versions(),

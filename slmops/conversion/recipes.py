@@ -8,11 +8,13 @@ checkpoint that ties them gets a TieWordEmbeddings surgery, which makes a 135 M 
 from typing import Any
 
 from slmops.core.errors import RecipeError
-from slmops.core.job import BASELINE, Job
+from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.values import Checkpoint, Recipe
 
 _INT8_GROUP = 32
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
+_BITS: dict[str, Any] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+_THROUGH_FP32 = ("fp32", "fp16")
 
 
 def check(job: Job) -> None:
@@ -31,13 +33,27 @@ def check(job: Job) -> None:
 
 
 def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
-    """The recipes of a job's precisions, the baseline always first; a RecipeError if one of them cannot work."""
+    """The recipes of a job's precisions, the baseline always first; a RecipeError if one of them cannot work.
+
+    If the checkpoint is the baseline, nothing is made that has to be exported in fp32.
+    """
     check(job)
-    bits: dict[str, Any] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-    return [
-        Recipe(name=name, config=workflow(_passes(name, job, checkpoint)), bits=bits[name], baseline=name == BASELINE)
-        for name in dict.fromkeys((BASELINE, *job.precision))
-    ]
+    names = dict.fromkeys((BASELINE, *job.precision))
+    if job.baseline == CHECKPOINT:
+        if not ({*names} - {*_THROUGH_FP32} or job.olive_config):
+            asked = " and ".join(job.precision)
+            raise RecipeError(
+                f"{asked} is made through an fp32 export, which is not made as the checkpoint is the baseline.",
+                "Use --baseline fp32, or --precision int8.",
+            )
+        names = {name: None for name in names if name not in _THROUGH_FP32}
+    return [recipe(name, job, checkpoint) for name in names]
+
+
+def recipe(name: str, job: Job, checkpoint: Checkpoint) -> Recipe:
+    """How to make the variant ``name``."""
+    config = workflow(_passes(name, job, checkpoint))
+    return Recipe(name=name, config=config, bits=_BITS[name], baseline=name == BASELINE)
 
 
 def _passes(name: str, job: Job, checkpoint: Checkpoint) -> dict[str, Any]:

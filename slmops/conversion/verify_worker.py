@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints import model as stored
 from slmops.conversion import weights
 from slmops.core.errors import ConversionError
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
@@ -95,7 +96,7 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     """
     import numpy as np
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from slmops.conversion.logits import OnnxModel
 
@@ -105,11 +106,11 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     tokens = np.array(AutoTokenizer.from_pretrained(folder, **trusted)(_PROBE)["input_ids"], np.int64)
     texts = [(np.resize(tokens, length), None)]
     texts += [_continued(request.folder, np.resize(tokens, border - _BEFORE), end) for border, end in borders.items()]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **trusted)
+    model = stored.load(folder, attn_implementation="eager", **trusted)
     exported, worst, right = OnnxModel(request.folder), 0.0, request.checkpoint.context_length
     for (ids, steps), border in zip(texts, (0, *borders), strict=True):
         with torch.no_grad():
-            expected = model.eval()(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+            expected = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
         computed = [(0, exported.logits(ids))]
         if steps is not None:  # the checkpoint, too, computes all anew beyond a border of rotary positions
             beyond = steps[border + 1 - len(ids) :]

@@ -11,6 +11,7 @@ from slmops.core.values import Frozen, Name
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
 BASELINE: Precision = "fp32"
+CHECKPOINT = "checkpoint"
 
 
 class Job(Frozen, use_attribute_docstrings=True):
@@ -23,10 +24,13 @@ class Job(Frozen, use_attribute_docstrings=True):
     )
     base: str | None = Field(None, description="Base model of an adapter, by default the one that it names.")
     name: Name | None = Field(None, description="Name in MLflow and Foundry Local; the checkpoint's own by default.")
+    baseline: Literal["fp32", "checkpoint"] | None = None
+    """What the variants are judged against: an fp32 variant, or the checkpoint itself, which takes far less memory and
+    disk, without fp32 and fp16. By default fp32 if that takes at most 2 GB or an eighth of this machine's memory."""
     olive_config: Path | None = None
     """Your own Olive workflow (JSON) as a variant, named after the file."""
     precision: list[Precision] = Field(default=[], title="Precisions", validate_default=True)
-    """Variants to make: all but bf16 by default, or none beside an Olive config. fp32, the baseline, is always made."""
+    """Variants to make: all but bf16 by default, or none beside an Olive config. An fp32 baseline is always made."""
     int4_block_size: int = Field(32, ge=16, le=256, title="int4 block size")
     """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer."""
     int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")

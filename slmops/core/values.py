@@ -336,6 +336,7 @@ class Comparison(Frozen):
     run_id: str = Field(description="The MLflow parent run.")
     choice: Choice
     variants: tuple[VariantResult, ...]
+    baseline: VariantResult | None = Field(None, description="The checkpoint, if it is the baseline; else fp32 is.")
 
     @property
     def failed(self) -> list[str]:

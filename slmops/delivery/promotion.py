@@ -68,7 +68,8 @@ def judge(tracker: Tracker, challenger: ModelVersion, champion: ModelVersion | N
         if theirs != ours:
             kinds = f"another kind of machine ({theirs}; not {ours})"
             elsewhere = f"The speed of the champion was measured on {kinds}: speeds are not compared."
-    gates = selection.apply(policy, result, selection.find_baseline(comparison.variants), figures)
+    baseline = comparison.baseline or selection.find_baseline(comparison.variants)
+    gates = selection.apply(policy, result, baseline, figures)
     return Decision(challenger=challenger, champion=champion, gates=gates, differs=differs, elsewhere=elsewhere)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from slmops.checkpoints import generation
 from slmops.core.errors import EvaluationError
+from slmops.checkpoints import model as stored
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.extent import LEAST_QUESTIONS
@@ -26,6 +27,8 @@ class AnswersRequest(Frozen):
     items: tuple[Item, ...]
     matcher: str | None = None
     budget_s: float | None = None  # the last items are left out then
+    trust_remote_code: bool = False
+    sessions: int = MOST_SESSIONS  # at once, each with a cache of its own
 
 
 def handle(request: AnswersRequest) -> ScoredAnswers:
@@ -59,7 +62,7 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
 
     model.load()
     # Several at once use all cores. Each request has a session of its own and is greedy, so the answers are the same.
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_SESSIONS)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, request.sessions)) as pool:
         generated = list(pool.map(ask, itertools.count(), request.items))
     model.unload()
     return list(itertools.takewhile(bool, generated))  # type: ignore[arg-type]
@@ -70,8 +73,9 @@ def _of_checkpoint(request: AnswersRequest, end: float) -> list[Generated]:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(request.folder, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype=torch.float32).eval()
+    trusted = {"trust_remote_code": request.trust_remote_code}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(request.folder, padding_side="left", **trusted)
+    model = stored.load(request.folder, **trusted)
     ends = generation.stop_tokens(request.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = [

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from slmops.checkpoints import model as stored
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.evaluation.extent import LEAST_TOKENS
@@ -131,11 +132,8 @@ def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDA
         yield from (onnx.logits(window) for window in windows)
         return
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        request.folder, dtype=torch.float32, trust_remote_code=request.trust_remote_code, attn_implementation="eager"
-    ).eval()
+    model = stored.load(request.folder, trust_remote_code=request.trust_remote_code, attn_implementation="eager")
     with torch.no_grad():
         for window in windows:
             yield model(torch.from_numpy(window)[None]).logits[0].float().numpy()

@@ -7,15 +7,16 @@ from typing import Any, Literal
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
-from slmops.core.job import Job
+from slmops.core.job import CHECKPOINT, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, Registration, Variant
 from slmops.evaluation import dataset, edge_cases, scoring
-from slmops.evaluation.answers_worker import AnswersRequest
+from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.extent import Share
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.scoring import ScoredAnswers
+from slmops.foundry.layout import sessions_that_fit
 from slmops.processes import children
 from slmops.processes.children import Result
 
@@ -39,20 +40,29 @@ class Quality(Frozen):
     extent: Extent
 
 
-def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> tuple[float, ...] | None:
-    """The nats of each token that transformers scores, and its logits in a file; None if quick, or if it cannot."""
-    if job.quick:
+def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality | None:
+    """What transformers makes of the text, its logits in a file; and of the evaluation set if it is the baseline.
+
+    None, unless it is the baseline, if quick or if it cannot; a baseline that cannot is an EvaluationError.
+    """
+    is_baseline = job.baseline == CHECKPOINT
+    if job.quick and not is_baseline:
         return None
     reference = _reference(CHECKPOINT_REFERENCE, name, settings)
+    evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
+    of_job = (checkpoint, name, job, settings)
     try:
         with locks.machine(settings):
-            log.info("scoring the text with the checkpoint itself")
-            of_job = (checkpoint, name, job, settings)
-            return _score("checkpoint", *of_job, folder=checkpoint.path, hugging_face=True, write=reference)[0].nll
+            log.info("measuring quality of the checkpoint itself")
+            scored, digest = _score(CHECKPOINT, *of_job, folder=checkpoint.path, hugging_face=True, write=reference)
+            answers = _ask(CHECKPOINT, evaluation_set, *of_job, folder=checkpoint.path) if is_baseline else ()
     except EvaluationError as error:
+        if is_baseline:
+            raise
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
         return None
+    return _quality(scored, digest, evaluation_set, answers, (), settings)
 
 
 def measure(variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> Quality:
@@ -69,17 +79,29 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         of_job = (variant.checkpoint, name, job, settings)
         references = {which: file for which, file in files.items() if file.exists()}
         scored, text_digest = _score(variant.name, *of_job, folder=registration.path, references=references, write=own)
-        foundry_id = registration.foundry_id
-        answers = _ask(variant.name, evaluation_set, *of_job, folder=settings.foundry, foundry_id=foundry_id)
+        sessions = sessions_that_fit(registration.path, MOST_SESSIONS)
+        asked = {"folder": settings.foundry, "foundry_id": registration.foundry_id, "sessions": sessions}
+        answers = _ask(variant.name, evaluation_set, *of_job, **asked)
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
-    questions_of = {"questions": len(answers), "all_questions": len(evaluation_set.items)}
+    return _quality(scored, text_digest, evaluation_set, answers, cases, settings)
+
+
+def _quality(
+    scored: LogitsResult,
+    text_digest: str,
+    asked: EvaluationSet,
+    answers: tuple[Answer, ...],
+    cases: tuple[CaseOutcome, ...],
+    settings: Settings,
+) -> Quality:
+    questions_of = {"questions": len(answers), "all_questions": len(asked.items)}
     return Quality(
         nll=scored.nll,
         distances=scored.distances,
-        answers=scoring.ask_judge(dataset.subset(evaluation_set.items, len(answers)), answers, settings),
+        answers=scoring.ask_judge(dataset.subset(asked.items, len(answers)), answers, settings),
         cases=cases,
         text_digest=text_digest,
-        evaluation_set_digest=evaluation_set.digest,
+        evaluation_set_digest=asked.digest,
         extent=Extent(tokens=scored.tokens, all_tokens=scored.all_tokens, **questions_of),
     )
 
@@ -104,6 +126,7 @@ def _ask(
     most = QUICK_ITEMS if job.quick else len(asked.items)
     share = Share("questions", most, asked.digest, checkpoint, name, job, settings)
     items = dataset.subset(asked.items, share.count)
+    model |= {"trust_remote_code": job.trust_remote_code}
     request = AnswersRequest(items=items, matcher=job.matcher, budget_s=share.budget_s, **model)
     answers = in_child("answers", request, ScoredAnswers, name, label, settings).answers
     share.keep(len(answers))

@@ -18,7 +18,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Registration, Variant
 from slmops.evaluation import prompts, speed_worker
 from slmops.evaluation.speed_worker import Cell, Window
-from slmops.foundry.layout import Staged, stage
+from slmops.foundry.layout import Staged, sessions_that_fit, stage
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def measure(
 
 def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: bool) -> float:
     """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
+    most = sessions_that_fit(one.staged.folder, max(SESSIONS))
     for _ in range(2):
         before = calibrate()
         measured, finished = children.call(
@@ -108,7 +109,7 @@ def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: b
             speed_worker.SpeedRequest(
                 **one.staged.model_dump(exclude={"context_length"}),
                 cells=one.cells,
-                sessions=SESSIONS if first else (),
+                sessions=tuple(one for one in SESSIONS if one <= most) if first else (),
                 drop_cache=first,
             ),
             speed_worker.SpeedResult,

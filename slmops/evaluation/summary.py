@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from statistics import median
 
-from slmops.core.values import Answer, CurvePoint, Evaluation, Measurement, Variant
+from slmops.core.values import Answer, Checkpoint, CurvePoint, Evaluation, Measurement, Variant
 from slmops.evaluation import edge_cases, statistics
 from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, Quality
 from slmops.evaluation.speed import Speed, Turn
@@ -38,10 +38,11 @@ def evaluation(
     variant: Variant,
     speed: Speed,
     quality: Quality,
-    baseline: tuple[Variant, Quality] | None,
+    baseline: tuple[float, Quality] | None,
     checkpoint_nll: tuple[float, ...] | None,
 ) -> Evaluation:
-    """All figures of a variant, those relative to the baseline only if there is one, and every timed request."""
+    """All figures of a variant, those relative to the baseline (its MB and quality) only if there is one, and every
+    timed request."""
     measured = {
         "size_mb": Measurement.exact(variant.model_mb, "MB"),
         "size_source_ratio": Measurement.exact(variant.model_mb / variant.checkpoint.size_mb, "1"),
@@ -55,7 +56,7 @@ def evaluation(
         **_answers(quality.answers, baseline[1].answers if baseline else None),
     }
     if baseline:
-        measured["size_ratio"] = Measurement.exact(variant.model_mb / baseline[0].model_mb, "1")
+        measured["size_ratio"] = Measurement.exact(variant.model_mb / baseline[0], "1")
     if quality.cases:
         measured["edge_cases_passed"] = edge_cases.measurement(quality.cases)
     return Evaluation(
@@ -80,6 +81,15 @@ def evaluation(
         text_digest=quality.text_digest,
         extent=quality.extent,
     )
+
+
+def of_checkpoint(checkpoint: Checkpoint, quality: Quality) -> Measurements:
+    """The figures of a checkpoint that is the baseline itself."""
+    return {
+        "size_mb": Measurement.exact(checkpoint.size_mb, "MB"),
+        "perplexity": statistics.perplexity(quality.nll),
+        **_answers(quality.answers, None),
+    }
 
 
 def of_speed(speed: Speed) -> Measurements:
@@ -212,7 +222,7 @@ def _distributions(
             zero = Measurement.exact(0, "nats", len(quality.nll))
             measured |= {f"kl_{name}": zero for name in ("mean", "median", "p99", "max")}
             measured |= {"top1_agreement": Measurement.exact(1, "1", len(quality.nll))}
-        elif distance := quality.distances.get(BASELINE_REFERENCE):
+        elif distance := quality.distances.get(BASELINE_REFERENCE, quality.distances.get(CHECKPOINT_REFERENCE)):
             measured |= {
                 "kl_mean": statistics.blocked_mean(distance.kl, "nats"),
                 "kl_median": statistics.blocked_percentile(distance.kl, 50, "nats"),

@@ -6,9 +6,11 @@ A variant is placed once to be used, and staged with other settings to be measur
 import json
 import shutil
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints.source import MOST_CACHE
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
@@ -94,6 +96,15 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
         search["temperature"] = 0.0  # at any other, Foundry Local's service samples in spite of do_sample
     config["search"] = search
     return config
+
+
+def sessions_that_fit(folder: Path, most: int) -> int:
+    """How many sessions at once, 1 to ``most``, have no more cache than one variant may have; each has all of it."""
+    model = (_read(folder / GENAI_CONFIG) or {}).get("model", {})
+    decoder = model.get("decoder", {})
+    sizes = [int(decoder.get(key, 0)) for key in ("num_hidden_layers", "num_key_value_heads", "head_size")]
+    cache = 2 * 4 * prod(sizes) * int(model.get("context_length", 0))
+    return max(1, min(most, MOST_CACHE // max(cache, 1)))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

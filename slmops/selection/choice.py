@@ -30,14 +30,18 @@ TOLERANCE = 1e-9  # relative: 0.8 - 0.7 is no more than 0.1
 
 
 def choose(
-    results: list[VariantResult], policy: Policy, champion: dict[str, Measurement] | None = None
+    results: list[VariantResult],
+    policy: Policy,
+    champion: dict[str, Measurement] | None = None,
+    baseline: VariantResult | None = None,
 ) -> tuple[Choice, list[VariantResult]]:
     """Judge the measured variants of a job, and take one.
 
-    ``champion`` is what was measured of the variant in use, if there is one. Returns the choice, and all results in the
+    ``champion`` is what was measured of the variant in use, if there is one; ``baseline`` is given if it is not one of
+    the variants. Returns the choice, and all results in the
     same order with ``gates`` and ``dominated_by`` filled in.
     """
-    baseline = find_baseline(results)
+    baseline = baseline or find_baseline(results)
     front = pareto(results)
     judged = [
         result.model_copy(
@@ -228,7 +232,7 @@ def _preferred(by_size: list[VariantResult], preference: tuple[str, ...]) -> lis
     """The variants that ``preference`` names in its order, in the places that they hold by size. The baseline, unless
     named, comes after them, and so do those that are not named and no smaller than it."""
     names = [result.name for result in by_size]
-    smaller = names[: names.index(BASELINE)]
+    smaller = names[: names.index(BASELINE)] if BASELINE in names else names
     before = [result for result in by_size if result.name in preference or result.name in smaller]
     named = iter(sorted((r for r in before if r.name in preference), key=lambda r: preference.index(r.name)))
     ordered = [next(named) if result.name in preference else result for result in before]

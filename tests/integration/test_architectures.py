@@ -1,5 +1,6 @@
 """Each architecture that slmops calls proven, exported for real and compared with transformers."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from slmops.checkpoints import architectures
-from slmops.conversion import builder_fixes, verify_worker
+from slmops.checkpoints import model as stored
+from slmops.conversion import builder_fixes, thin_worker, verify_worker
 from slmops.conversion import convert as conversion
 from slmops.core.errors import ConversionError
 from slmops.core.job import Job
@@ -114,6 +116,36 @@ def test_an_architecture_that_is_not_proven(
     request = export(olive, "fp32", job, making.resolve(job, home), tmp_path)
     assert "PhiForCausalLM is not among the architectures tested here" in caplog.text
     assert verify_worker.handle(request).export_error < TOLERANCE
+
+
+def thinned(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Its first layers."""
+    folder.mkdir()
+    request = thin_worker.ThinRequest(checkpoint=checkpoint.path, folder=folder, trust_remote_code=False)
+    made = thin_worker.handle(request)
+    return checkpoint.model_copy(update={"path": folder, "parameters": made.parameters})
+
+
+@pytest.mark.parametrize(("kind", "changed", "layers"), [("smollm3", {"num_hidden_layers": 8}, 4), ("gemma2", {}, 2)])
+def test_first_layers_stand_for_all(
+    olive: Run, home: Settings, tmp_path: Path, kind: str, changed: dict[str, int], layers: int
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.make(kind, tmp_path / "whole", **{"num_hidden_layers": 6, **changed})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="300KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():  # bf16 in memory computes what fp32 does, to the last bit
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")(ids)
+        assert torch.equal(stored.load(folder, attn_implementation="eager")(ids).logits, exact.logits)
+    job = making.job(folder)
+    thin = thinned(making.resolve(job, home), tmp_path / "thin")
+    config = json.loads((thin.path / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_hidden_layers"], len(config["layer_types"])) == (layers, layers)
+    assert 0 < verify_worker.handle(export(olive, "fp32", job, thin, tmp_path)).export_error < TOLERANCE
 
 
 @pytest.mark.parametrize(

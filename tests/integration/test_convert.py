@@ -1,7 +1,9 @@
 """Conversions as a job makes them: Olive in child processes, checked, with a manifest, whole or not at all."""
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -184,6 +186,28 @@ def test_an_export_that_differs_too_much(
     with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
         convert(recipe, checkpoint, strict, "tiny", home)
     assert store.load(made["fp32"].path) == made["fp32"]
+
+
+def test_without_an_fp32_variant_a_part_of_it_is_compared_first(
+    job: Job, checkpoint: Checkpoint, fresh: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = job.model_copy(update={"baseline": "checkpoint"})
+    recipe = making.recipe("int8", own, checkpoint)
+    strict = own.model_copy(update={"export_tolerance": 1e-12})
+    with pytest.raises(ConversionError, match="does not compute what the checkpoint computes"):
+        convert(recipe, checkpoint, strict, "tiny", fresh)
+    assert not (fresh.logs / "tiny" / "int8.olive.log").exists()  # refused before any conversion
+    assert left(fresh) == set()
+    variant = convert(recipe, checkpoint, own, "tiny", fresh)
+    assert 0 < variant.export_error < job.export_tolerance
+    assert {path.name for path in fresh.work("tiny").iterdir()} == {"export_error"}  # for the job's other variants
+    shutil.rmtree(fresh.work("tiny"))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert convert(recipe, checkpoint, own, "tiny", fresh) == variant  # it is known by now
+    assert not any("comparing" in message for message in caplog.messages)
+    with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
+        convert(recipe, checkpoint, strict, "tiny", fresh)
 
 
 def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, fresh: Settings) -> None:

@@ -53,7 +53,10 @@ def made(job: Job, home: Settings, stock: Settings) -> Made:
 
 @pytest.fixture(scope="module")
 def checkpoint_nll(checkpoint: Checkpoint, job: Job, home: Settings) -> tuple[float, ...]:
-    return quality.score_checkpoint(checkpoint, NAME, job, home)
+    scored = quality.score_checkpoint(checkpoint, NAME, job, home)
+    assert scored is not None
+    assert scored.answers == ()
+    return scored.nll
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,22 @@ def test_the_same_again(scored: Scored, made: Made, job: Job, home: Settings) ->
         again, first = (one.model_dump(exclude={"cases": True, "answers": {"__all__": {"seconds"}}}) for one in runs)
         assert again == first, name
         assert sha256(reference) == before
+
+
+def test_the_checkpoint_as_the_baseline(
+    made: Made, job: Job, checkpoint: Checkpoint, home: Settings, scored: Scored
+) -> None:
+    own = job.model_copy(update={"quick": True, "baseline": "checkpoint"})
+    found = quality.score_checkpoint(checkpoint, "own", own, home)
+    assert found is not None
+    # The fp32 variant, which computes the same in Foundry Local, says the same.
+    assert [one.answer for one in found.answers] == [one.answer for one in scored["fp32"].answers]
+    assert np.allclose(found.nll, scored["fp32"].nll[: len(found.nll)], atol=1e-3)
+    int8 = quality.measure(*made["int8"], "own", own, home)
+    assert {*int8.distances} == {CHECKPOINT_REFERENCE}
+    broken = checkpoint.model_copy(update={"path": home.home})
+    with pytest.raises(EvaluationError):  # nothing is left to judge by
+        quality.score_checkpoint(broken, "own", own, home)
 
 
 @pytest.mark.usefixtures("no_cases")

@@ -20,6 +20,15 @@ def passes(recipe: Recipe) -> list[dict[str, Any]]:
     return list(recipe.config["passes"].values())
 
 
+def test_nothing_is_exported_in_fp32_if_the_checkpoint_is_the_baseline() -> None:
+    found = made("fp32", "fp16", "int8", "int4", baseline="checkpoint")
+    assert [(recipe.name, recipe.baseline) for recipe in found] == [("int8", False), ("int4", False)]
+    assert made("fp16", baseline="checkpoint", olive_config="own.json") == []
+    with pytest.raises(RecipeError, match="fp16 is made through an fp32 export") as caught:
+        made("fp16", baseline="checkpoint")
+    assert "--baseline fp32" in (caught.value.fix or "")
+
+
 TIE = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], "save_as_external_data": True}
 RTN = {"type": "Rtn", "lm_head": True, "embeds": True}
 EIGHT = {"bits": 8}

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from slmops.core.values import Evaluation, Measurement, Recipe, Variant
+from slmops.core.values import Evaluation, Measurement
 from slmops.evaluation import summary
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
 from slmops.selection.policy import CATEGORY, KNOWN_METRICS
 from tests import making
 from tests.measured import CASES, answer, answers, quality, speed, timed, turn
-from tests.values import variant
+from tests.values import checkpoint, variant
 
 TOKENS = 640
 RELATIVE = {"size_ratio", "perplexity_ratio", "length_ratio", "accuracy_drop", "flips", "mcnemar_p", "score_drop"}
@@ -23,13 +23,12 @@ KL = {"kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement"}
 CHECKPOINT = {"hf_perplexity_ratio", "hf_kl_mean", "hf_top1_agreement"}
 
 
-def baseline(raw: Quality) -> tuple[Variant, Quality]:
-    recipe = Recipe(name="fp32", config={}, bits=32, baseline=True)
-    return variant(Path("fp32"), "fp32", files={"model.onnx": 4_000_000}, recipe=recipe), raw
+def baseline(raw: Quality) -> tuple[float, Quality]:
+    return 4.0, raw
 
 
 def evaluate(
-    raw: Quality, beside: tuple[Variant, Quality] | None = None, checkpoint_nll: tuple[float, ...] | None = None
+    raw: Quality, beside: tuple[float, Quality] | None = None, checkpoint_nll: tuple[float, ...] | None = None
 ) -> Evaluation:
     """Of an int4 variant of 1 MB."""
     return summary.evaluation(variant(Path("int4")), speed(turn(timed(0.2, 1.2))), raw, beside, checkpoint_nll)
@@ -65,6 +64,18 @@ def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
     assert found["kl_mean"].low < np.mean(far.kl) < found["kl_mean"].high
 
 
+def test_the_checkpoint_as_the_baseline() -> None:
+    far, own = distance(2), quality(nlls(1), answers(True, False))
+    found = figures(quality(nlls(2), answers(True, True), hugging_face=far), baseline(own), own.nll)
+    assert {*found} >= RELATIVE - {"score_drop"} | KL | CHECKPOINT
+    for name in ("kl_mean", "top1_agreement", "perplexity_ratio"):
+        assert found[name] == found[f"hf_{name}"]
+    assert found["kl_mean"].value == pytest.approx(np.mean(far.kl))
+    shown = summary.of_checkpoint(checkpoint(size_mb=9.0), own)
+    assert {name: shown[name].value for name in ("size_mb", "accuracy")} == {"size_mb": 9.0, "accuracy": 0.5}
+    assert shown["perplexity"].value == pytest.approx(math.exp(np.mean(nlls(1))))
+
+
 def test_what_was_not_compared() -> None:
     for raw, nll in ((quality(nlls(1)), nlls(1)), (quality(nlls(1), hugging_face=distance(3)), None)):
         assert not figures(raw, None, nll).keys() & (RELATIVE | KL | CHECKPOINT)
@@ -76,7 +87,8 @@ def test_what_was_not_compared() -> None:
 def test_baseline_against_itself() -> None:
     raw = quality(nlls(1), answers(True, False, None, True, True), hugging_face=distance(3))
     beside = baseline(raw)
-    found = summary.evaluation(beside[0], speed(turn(timed(0.2, 1.2))), raw, beside, nlls(1)).measurements
+    fp32 = variant(Path("fp32"), "fp32", files={"model.onnx": 4_000_000})
+    found = summary.evaluation(fp32, speed(turn(timed(0.2, 1.2))), raw, beside, nlls(1)).measurements
     expected = {**dict.fromkeys(RELATIVE | KL, 0), "size_ratio": 1, "perplexity_ratio": 1, "length_ratio": 1}
     expected |= {"top1_agreement": 1, "mcnemar_p": 1}
     assert {name: found[name].value for name in expected} == expected

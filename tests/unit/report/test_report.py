@@ -41,6 +41,14 @@ TITLES = ["variant", *SHOWN, "gates", ""]
 HF = {"hf_kl_mean": Measurement.exact(1.6e-5, "nats"), "hf_top1_agreement": Measurement.exact(0.97712, "1")}
 
 
+def test_the_checkpoint_as_the_baseline() -> None:
+    made = WIDE.model_copy(update={"baseline": result("checkpoint", 1200)})
+    for said in (report.text(made), report.markdown(made, "url"), html(made)):
+        assert "There is no fp32 variant: all is relative to the checkpoint itself (" in said
+        assert "checkpoint" in said.partition("There is no")[0]
+    assert "checkpoint" not in report.text(WIDE)
+
+
 def cells(line: str) -> list[str]:
     return re.split(r"\s{2,}", line.strip())
 

@@ -36,6 +36,14 @@ def near(kl: float, top1: float) -> dict[str, Measurement | None]:
 FAR = result("fp32", 600, changes=near(0.3, 0.9))
 
 
+def test_a_baseline_that_is_no_variant_is_judged_by_and_never_taken() -> None:
+    own = result("checkpoint", 1200)
+    found, judged = choose([INT8, BAD_INT4], DEFAULT, None, own)
+    assert (found.variant, [one.name for one in judged]) == ("int8", ["int8", "int4"])
+    assert "int4 is refused" in found.reason
+    assert choose([BAD_INT8, BAD_INT4], DEFAULT, None, own)[0].variant is None
+
+
 @pytest.mark.parametrize(
     ("figures", "dominated"),
     [

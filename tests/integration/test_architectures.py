@@ -126,14 +126,20 @@ def thinned(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     return checkpoint.model_copy(update={"path": folder, "parameters": made.parameters})
 
 
-@pytest.mark.parametrize(("kind", "changed", "layers"), [("smollm3", {"num_hidden_layers": 8}, 4), ("gemma2", {}, 2)])
+@pytest.mark.parametrize(
+    ("kind", "changed", "layers"),
+    [
+        ("smollm3", {"num_hidden_layers": 8, "no_rope_layers": [1, 1, 1, 0] * 2}, 4),
+        ("llama3-rope", {"num_hidden_layers": 5}, 2),
+    ],
+)
 def test_first_layers_stand_for_all(
-    olive: Run, home: Settings, tmp_path: Path, kind: str, changed: dict[str, int], layers: int
+    olive: Run, home: Settings, tmp_path: Path, kind: str, changed: dict[str, Any], layers: int
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = tiny.make(kind, tmp_path / "whole", **{"num_hidden_layers": 6, **changed})
+    folder = tiny.make(kind, tmp_path / "whole", **changed)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="300KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -144,7 +150,7 @@ def test_first_layers_stand_for_all(
     job = making.job(folder)
     thin = thinned(making.resolve(job, home), tmp_path / "thin")
     config = json.loads((thin.path / "config.json").read_text(encoding="utf-8"))
-    assert (config["num_hidden_layers"], len(config["layer_types"])) == (layers, layers)
+    assert (config["num_hidden_layers"], len(config.get("no_rope_layers", range(layers)))) == (layers, layers)
     assert 0 < verify_worker.handle(export(olive, "fp32", job, thin, tmp_path)).export_error < TOLERANCE
 
 

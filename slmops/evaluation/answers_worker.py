@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import Field
 
 from slmops.checkpoints import generation
-from slmops.core.errors import EvaluationError
 from slmops.checkpoints import model as stored
+from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.extent import LEAST_QUESTIONS

@@ -80,8 +80,8 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         references = {which: file for which, file in files.items() if file.exists()}
         scored, text_digest = _score(variant.name, *of_job, folder=registration.path, references=references, write=own)
         sessions = sessions_that_fit(registration.path, MOST_SESSIONS)
-        asked = {"folder": settings.foundry, "foundry_id": registration.foundry_id, "sessions": sessions}
-        answers = _ask(variant.name, evaluation_set, *of_job, **asked)
+        asked: dict[str, Any] = {"folder": settings.foundry, "foundry_id": registration.foundry_id}
+        answers = _ask(variant.name, evaluation_set, *of_job, sessions=sessions, **asked)
         cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
     return _quality(scored, text_digest, evaluation_set, answers, cases, settings)
 

@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": (
         "Phi3Config",
         {
-            **{"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128, "tie_word_embeddings": True},
+            **{"rope_parameters": _LONGROPE, "original_max_position_embeddings": 256, "tie_word_embeddings": True},
             **{"num_attention_heads": 2, "num_key_value_heads": 1},
         },
     ),

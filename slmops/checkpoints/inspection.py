@@ -51,7 +51,7 @@ class TextFacts:
     architecture: str  # the first in config.json
     context_length: int  # tokens
     template: str | None  # the chat template that must be written into the folder; None: the folder's own will do
-    completed: str | None = None  # the config.json that must be
+    rewritten: Mapping[str, str]  # the files that must be others than the folder's, by name
 
 
 def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
@@ -91,7 +91,8 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    return TextFacts(config, config["architectures"][0], context, template, _with_old_rope_type(config))
+    rewritten = _with_old_rope_type(config) | without_runs_of_blanks(folder, where)
+    return TextFacts(config, config["architectures"][0], context, template, rewritten)
 
 
 def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
@@ -146,13 +147,31 @@ def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any
         )
 
 
-def _with_old_rope_type(config: Mapping[str, Any]) -> str | None:
+def _with_old_rope_type(config: Mapping[str, Any]) -> dict[str, str]:
     """config.json with LongRoPE's key ``type``, which the model builder reads and transformers 5 does not write."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope" and "type" not in rope:
-            return json.dumps({**config, key: {**rope, "type": "longrope"}}, indent=2)
-    return None
+            return {"config.json": json.dumps({**config, key: {**rope, "type": "longrope"}}, indent=2)}
+    return {}
+
+
+def without_runs_of_blanks(folder: Path, where: str) -> dict[str, str]:
+    """A tokenizer's files without the added tokens that are runs of "▁", Gemma's blanks; none if it has none.
+
+    The runtime writes an added token as it stands. The vocabulary has the same, which are read and written right.
+    """
+    tokenizer, config = (read_if_there(folder, name, where) for name in ("tokenizer.json", "tokenizer_config.json"))
+    vocabulary, added = (tokenizer.get("model") or {}).get("vocab"), tokenizer.get("added_tokens") or []
+    runs = {token["content"]: token["id"] for token in added if set(token["content"]) == {"▁"}}
+    if not runs or not isinstance(vocabulary, dict) or any(vocabulary.get(run) != runs[run] for run in runs):
+        return {}
+    tokenizer["added_tokens"] = [token for token in added if token["content"] not in runs]
+    files = {"tokenizer.json": tokenizer}
+    if said := config.get("added_tokens_decoder"):
+        config["added_tokens_decoder"] = {key: token for key, token in said.items() if token.get("content") not in runs}
+        files["tokenizer_config.json"] = config
+    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
 
 
 def read_template(job: Job) -> str | None:

@@ -33,6 +33,8 @@ _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|3
 
 MOST_CACHE = 2 * 2**30
 """Bytes of key-value cache that a deployed variant may take unless the user asks for more."""
+_SHORTEST_CUT = 256
+"""Tokens of context below which prompts and answers do not fit, so that it is not cut to them unasked."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
         agreement = agree(folder, texts.template) if agree else None
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
         template = (agreement and agreement.template) or texts.template
-        if template is not None or texts.completed is not None or found.temporary:
-            folder, hashes = stage(folder, hashes, template, settings, texts.completed)
+        if template is not None or texts.rewritten or found.temporary:
+            folder, hashes = stage(folder, hashes, template, settings, texts.rewritten)
         generation.stop_tokens(folder, found.where)
     per_token = cache_bytes(texts.config)
     own = texts.context_length if job.max_length else unbroken(texts.config, texts.context_length)
@@ -122,7 +124,7 @@ def unbroken(config: Mapping[str, Any], own: int) -> int:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     long = "longrope" in (rope.get("rope_type"), rope.get("type"))
     borders = (one.get("original_max_position_embeddings") for one in (config, rope) if long)
-    return min([own, *(int(border) for border in borders if border)])
+    return min([own, *(int(border) for border in borders if border and border >= _SHORTEST_CUT)])
 
 
 def check(job: Job) -> None:

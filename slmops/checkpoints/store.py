@@ -87,17 +87,18 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
 
 
 def stage(
-    folder: Path, hashes: Hashes, template: str | None, settings: Settings, config_text: str | None = None
+    folder: Path, hashes: Hashes, template: str | None, settings: Settings, rewritten: Mapping[str, str] | None = None
 ) -> tuple[Path, Hashes]:
     """A folder of our own with the same files, hard-linked where possible, and other texts if they are given."""
-    texts = {} if config_text is None else {"config.json": config_text}
+    texts = dict(rewritten or {})
     staged = dict(hashes)
     if template is not None:
         texts["chat_template.jinja"] = template
         staged.pop("chat_template.json", None)
-        content = read_if_there(folder, "tokenizer_config.json")
+        name = "tokenizer_config.json"
+        content = json.loads(texts[name]) if name in texts else read_if_there(folder, name)
         if content.pop("chat_template", None) is not None:
-            texts["tokenizer_config.json"] = json.dumps(content, indent=2, ensure_ascii=False)
+            texts[name] = json.dumps(content, indent=2, ensure_ascii=False)
     staged |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     digest = inspection.digest_of(staged)
     target = settings.checkpoints / digest

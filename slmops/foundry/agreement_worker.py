@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import chat_template
+from slmops.checkpoints import chat_template, inspection
 from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Agreement, Frozen
@@ -72,6 +72,8 @@ def handle(request: AgreementRequest) -> Agreement:
         ) from error
     tokenizer.chat_template = request.template or tokenizer.chat_template
     tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
+    for name, text in inspection.without_runs_of_blanks(request.work, "The tokenizer").items():
+        (request.work / name).write_text(text, encoding="utf-8")
     template = chat_template.load(request.work)
     if template is None:
         raise CheckpointError("The tokenizer has no chat template.", "Give one with --chat-template FILE.")

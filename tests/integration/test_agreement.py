@@ -1,6 +1,7 @@
 """Checkpoints asked of the runtime's own library before anything is converted: mended, counted or refused."""
 
 import json
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from slmops.checkpoints import chat_template, source
 from slmops.core.errors import CheckpointError
@@ -72,6 +73,7 @@ TOKENIZERS: dict[str, str | None] = {
     "lower case": "ordinary conversation",
     "digits": None,
     "adds BOS": None,
+    "runs of blanks": None,
     "Unigram": "Unigram model",
     "WordPiece": "WordPiece model",
     "WordLevel": "WordLevel model",
@@ -110,6 +112,18 @@ def _tokenizer(name: str) -> Any:
         )
     elif name == "adds BOS":
         inner.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    elif name == "runs of blanks":  # as Gemma's
+        pieces = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), *string.printable, "▁", "▁▁"]
+        vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+        inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "▁")], byte_fallback=True, unk_token="<unk>"))
+        inner.normalizer = normalizers.Replace(" ", "▁")
+        inner.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        inner.add_tokens([AddedToken("▁▁", normalized=False)])
+        inner.add_special_tokens(["<unk>", "<end>"])
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", chat_template=tiny.CHATML
+        )
     elif name != "own":
         words = {"<unk>": 0, "a": 1}
         model = {

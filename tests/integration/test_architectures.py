@@ -175,7 +175,7 @@ def test_an_export_that_computes_something_else(
         assert verify_worker.handle(wrong.model_copy(update={"checkpoint": within})).export_error < TOLERANCE
 
 
-@pytest.mark.parametrize("border", [128, 4096])
+@pytest.mark.parametrize("border", [256, 4096])
 def test_answers_across_the_border_of_longrope(olive: Run, home: Settings, tmp_path: Path, border: int) -> None:
     """The runtime computes the cache anew at 4,096 tokens, which is the border of the real ones, and nowhere else."""
     lengths = {"original_max_position_embeddings": border, "max_position_embeddings": 2 * border}

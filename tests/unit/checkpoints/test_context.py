@@ -45,10 +45,11 @@ def test_a_long_context_is_cut_unless_asked_for(folder: Path, resolve: Callable[
 @pytest.mark.parametrize(
     ("config", "deployed"),
     [
-        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 64}}, 64),
-        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 96}, 96),
-        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 64}}, 512),
-        ({"original_max_position_embeddings": 64}, 512),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 256}}, 256),
+        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 255}}, 512),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 400}, 400),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 256}}, 512),
+        ({"original_max_position_embeddings": 256}, 512),
     ],
 )
 def test_the_context_ends_where_longrope_changes(

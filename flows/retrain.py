@@ -182,8 +182,8 @@ def _convert_and_measure(attempt: _Attempt, finetuned: Finetuned, prepared: Trai
             if error.comparison is None:
                 raise
             refused, comparison = error, error.comparison
-        figures = {one.name: one.measurements for one in comparison.variants if "accuracy" in one.measurements}
-        attempt.so_far.accuracy.update({precision: of["accuracy"] for precision, of in figures.items()})
+        measured = (one for one in comparison.variants if "accuracy" in one.measurements)
+        attempt.so_far.accuracy.update({one.name: one.measurements["accuracy"] for one in measured})
         steps.link(attempt.tracker, attempt.so_far.run_id, comparison)
     if refused is not None:
         raise refused

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -23,7 +24,6 @@ from slmops.training.values import Retrain, Retrained, TrainingData
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.retrain")
-
 
 find_last = stage("look for news", tracking=True)(TrainingTracker.last)
 find_waiting = stage("look whether it waited for approval", tracking=True)(TrainingTracker.waiting)
@@ -82,8 +82,7 @@ def switch_service(version: ModelVersion, request: Retrain, settings: Settings, 
         url = running.url
     else:
         return None
-    registry = Registry(uri)
-    new_champion.await_switch(url, version, lambda: registry.champion(version.name))
+    new_champion.await_switch(url, version, partial(Registry(uri).champion, version.name))
     log.info("%s is served at %s", version.label, url)
     return url
 
@@ -107,9 +106,8 @@ def watch_service(
 @stage("switch back to version {version.version}")
 def switch_back(url: str, version: ModelVersion, uri: str) -> None:
     """Wait until the service serves what it served before. If it does not, all that is left is to say so."""
-    registry = Registry(uri)
     try:
-        new_champion.await_switch(url, version, lambda: registry.champion(version.name))
+        new_champion.await_switch(url, version, partial(Registry(uri).champion, version.name))
     except ServingError as error:
         log.error("%s", error)
 

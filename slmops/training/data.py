@@ -46,10 +46,8 @@ def digest(fetched: Fetched) -> str:
 def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings: Settings, name: str) -> TrainingData:
     """Check everything, and write the files that a training reads unless they exist already.
 
-    Raises:
-        DataError: Items cannot be used; each is named with its file, line and reason.
-        UsageError: The evaluation set has bad lines.
-        TrainingError: The tokenizer, which counts the tokens, crashed.
+    It is a DataError if items cannot be used, each named with its file, line and reason; a UsageError if the evaluation
+    set has bad lines; and a TrainingError if the tokenizer, which counts the tokens, crashed.
     """
     questions = evaluation_sets.load(fetched.evaluation, matcher=request.matcher, judge=settings.judge_configured)
     read, training = examples.read(fetched.files), request.training

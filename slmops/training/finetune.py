@@ -49,12 +49,9 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune ``checkpoint`` on ``data``, or return the result of an earlier call with the same input.
 
-    ``on_loss`` is called in another thread with each new point of the loss curves. Its errors are logged.
-
-    Raises:
-        TrainingError: The training diverged, or its process died. The next call resumes a process that died.
-        DataError: An item has no answer to learn.
-        PrerequisiteError: The disk is full.
+    ``on_loss`` is called in another thread with each new point of the loss curves. Its errors are logged. It is a
+    TrainingError if the training diverged, or if its process died, which the next call resumes; a DataError if an item
+    has no answer to learn; and a PrerequisiteError if the disk is full.
     """
     versions, hardware = machine.versions(), machine.hardware()
     folder = settings.trainings / key(checkpoint.digest, data, training, versions)

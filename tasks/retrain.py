@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from slmops.core.errors import ServingError
 from slmops.core.job import Precision
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Measurement, artifact_key
+from slmops.core.values import Measurement, artifact_key
 from slmops.evaluation import dataset
 from slmops.foundry.versions import ModelVersion
 from slmops.serving import home_service, new_champion
@@ -26,6 +26,7 @@ from tasks.stage import stage
 log = logging.getLogger("slmops.retrain")
 
 find_last = stage("look for news", tracking=True)(TrainingTracker.last)
+start_tracking = stage("start tracking", tracking=True)(TrainingTracker.start)
 find_waiting = stage("look whether it waited for approval", tracking=True)(TrainingTracker.waiting)
 track_data = stage("track data", tracking=True)(TrainingTracker.log_data)
 track_training = stage("track training", tracking=True)(TrainingTracker.log_training)
@@ -35,16 +36,6 @@ track_waiting = stage("track waiting", tracking=True)(TrainingTracker.wait)
 fetch_evaluation_set = stage("fetch evaluation set", tracking=True)(TrainingTracker.evaluation_set)
 finish_tracking = stage("finish tracking", tracking=True)(TrainingTracker.finish)
 roll_back = stage("roll back version {failed.version}", tracking=True)(Registry.withdraw)
-
-
-@stage(tracking=True)
-def start_tracking(
-    tracker: TrainingTracker, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str
-) -> Retrained:
-    """Open the MLflow run, or that of an attempt that was killed; returns the result as far as it is known."""
-    run_id = tracker.start(name, request, checkpoint, input_digest, flow_run)
-    url = tracker.run_url(run_id)
-    return Retrained(model=name, outcome="refused", detail="", input_digest=input_digest, run_id=run_id, url=url)
 
 
 @stage("look at the champion", tracking=True)

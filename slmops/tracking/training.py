@@ -90,10 +90,11 @@ class TrainingTracker(Connection):
             for one in loaded
         ]
 
-    def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> str:
+    def start(self, name: str, request: Retrain, checkpoint: Checkpoint, input_digest: str, flow_run: str) -> Retrained:
         """Open the run of a retraining, or again that of an attempt with the same input that was killed.
 
-        The caller holds the lock of the model's retraining, so a run that is still open has no flow any more.
+        The caller holds the lock of the model's retraining, so a run that is still open has no flow any more. Returns
+        the result as far as it is known.
         """
         with self._talking():
             experiment = self._experiment(name)
@@ -118,7 +119,8 @@ class TrainingTracker(Connection):
                 params |= {"base_digest": checkpoint.digest, "parameters": checkpoint.parameters}
                 self._client.log_params(run_id, params)
             self._client.set_tags(run_id, {FLOW_RUN: flow_run})
-            return run_id
+        known = {"model": name, "input_digest": input_digest, "run_id": run_id, "url": self.run_url(run_id)}
+        return Retrained(outcome="refused", detail="", **known)
 
     def log_data(self, run_id: str, data: TrainingData, report: str) -> None:
         """Log what is trained on and measured with: the items, their digests, and what the checks found."""

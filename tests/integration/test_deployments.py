@@ -21,7 +21,7 @@ from slmops.local.stack import Stack
 from slmops.tracking.training import TrainingTracker
 from slmops.training.data import digest
 from slmops.training.sources import Fetched
-from slmops.training.values import News, Retrained
+from slmops.training.values import News
 from tests import prefect_api, retraining, values
 
 pytestmark = pytest.mark.integration
@@ -151,11 +151,10 @@ def use(data: Path, uri: str) -> None:
     """Leave in MLflow what a retraining on these data does."""
     tracker = TrainingTracker(uri)
     request = retraining.request(Path("x"), data, "ticket-router")
-    run = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
+    begun = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
     items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
-    MlflowClient(uri).set_tag(run, "slmops.data_digest", digest(items))
-    ended = {"model": "ticket-router", "outcome": "refused", "detail": "-", "input_digest": "input", "url": "-"}
-    tracker.finish(Retrained(run_id=run, **ended))
+    MlflowClient(uri).set_tag(begun.run_id, "slmops.data_digest", digest(items))
+    tracker.finish(begun)
 
 
 @pytest.mark.parametrize(

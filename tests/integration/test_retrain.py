@@ -16,6 +16,7 @@ from prefect import resume_flow_run
 from flows.retrain import retrain
 from slmops.core.errors import DataError, PrerequisiteError, TrainingError, UsageError
 from slmops.core.settings import Settings
+from slmops.core.values import Measurement
 from slmops.serving import home_service
 from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
@@ -233,10 +234,11 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     assert "worse than measured" in tags["slmops.withdrawn"]
 
 
-def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settings) -> None:
+def test_what_nobody_decided_about_is_refused(settings: Settings) -> None:
     tracker = TrainingTracker(settings.tracking_uri)
-    run = tracker.start("late", retraining.request(Path("x"), Path("x"), "late"), values.checkpoint(), "a", "flow")
-    waiting = first.model_copy(update={"model": "late", "run_id": run, "input_digest": "a", "outcome": WAITING})
+    begun = tracker.start("late", retraining.request(Path("x"), Path("x"), "late"), values.checkpoint(), "a", "flow")
+    found = {"version": 3, "accuracy": {"fp32": Measurement(value=0.5, unit="1")}, "seconds": {"data": 1.5}}
+    waiting = begun.model_copy(update={"outcome": WAITING, **found})
     tracker.wait(waiting, time.time() + 60)
     assert tracker.last("late", "a") == waiting == tracker.waiting("late", "flow")
     assert tracker.waiting("late", "another flow") is None
@@ -246,18 +248,18 @@ def test_what_nobody_decided_about_is_refused(first: Retrained, settings: Settin
 
 
 def test_the_last_retraining_is_the_last_whatever_the_clock_says(
-    first: Retrained, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = TrainingTracker(settings.tracking_uri)
-    request = retraining.request(Path("x"), Path(settings.home) / "x", "clock")
+    request = retraining.request(Path("x"), Path("x"), "clock")
     now = time.time
 
-    def attempt(digest: str) -> str:
-        run = tracker.start("clock", request, values.checkpoint(), digest, "flow")
-        tracker.finish(first.model_copy(update={"model": "clock", "run_id": run, "input_digest": digest}))
-        return run
+    def attempt(digest: str) -> Retrained:
+        begun = tracker.start("clock", request, values.checkpoint(), digest, "flow")
+        tracker.finish(begun)
+        return begun
 
     attempt("a")
     monkeypatch.setattr(time, "time", lambda: now() - 86400)  # set back by a day
-    assert attempt("b") == tracker.last("clock", "b").run_id
+    assert attempt("b") == tracker.last("clock", "b")
     assert tracker.last("clock", "a") is None

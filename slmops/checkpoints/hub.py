@@ -12,7 +12,7 @@ from slmops.core.job import Job
 
 log = logging.getLogger(__name__)
 
-Check = Callable[[Path, Job, str], object]
+CheckTexts = Callable[[Path, Job, str], object]
 """Looks at the small files in a folder, for a job, before the large ones are fetched."""
 
 _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -35,7 +35,7 @@ def parse(text: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def fetch(repo: str, revision: str | None, job: Job, check: Check = inspection.read_texts) -> Path:
+def fetch(repo: str, revision: str | None, job: Job, check: CheckTexts = inspection.read_texts) -> Path:
     """Fetch a model into a folder of the hub's cache, small files first, so that what cannot be converted costs little.
 
     The token comes from HF_TOKEN or from ``hf auth login``. Without a connection a copy in the cache is used. It is a

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,6 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
         raise CheckpointError(
             f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
             "Save it there: tokenizer.save_pretrained(folder).",
-        )
-    if not present & {"tokenizer.json", "vocab.json", "vocab.txt"} and find_spec("sentencepiece") is None:
-        raise CheckpointError(
-            f"{where} has no tokenizer.json, and sentencepiece, which reads what it has instead, is not installed.",
-            "Run `pip install sentencepiece`, or where it is, AutoTokenizer.from_pretrained(x).save_pretrained(x).",
         )
     if "tokenizer.json" in present:
         _refuse_tokens_beyond(config, read_json(folder / "tokenizer.json", f"{where}/tokenizer.json"), where)

@@ -77,6 +77,7 @@ TOKENIZERS: dict[str, str | None] = {
     "Unigram": "Unigram model",
     "WordPiece": "WordPiece model",
     "WordLevel": "WordLevel model",
+    "tokenizer.model": "texts otherwise",  # transformers reads it, and the runtime has other ids
 }
 
 IN_ONE_PROCESS = """
@@ -137,13 +138,35 @@ def _tokenizer(name: str) -> Any:
     return made
 
 
+def _sentencepiece(folder: Path) -> None:
+    """Only a file of sentencepiece, and what says how to read it."""
+    from pydoc_data import topics
+
+    import sentencepiece
+
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(list(topics.topics.values())[:20]).splitlines()),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    said = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": tiny.CHATML}))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the worker says of each template and tokenizer; one process for all."""
     folder = tmp_path_factory.mktemp("agreement")
     asked = []
     for name in TOKENIZERS:
-        _tokenizer(name).save_pretrained(folder / "of" / name)
+        if name == "tokenizer.model":
+            _sentencepiece(folder / "of" / name)
+        else:
+            _tokenizer(name).save_pretrained(folder / "of" / name)
         asked.append((name, str(folder / "of" / name), None))
     asked += [(name, str(folder / "of" / "own"), text) for name, (text, _) in TEMPLATES.items()]
     subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, json.dumps(asked), str(folder)], check=True, timeout=300)

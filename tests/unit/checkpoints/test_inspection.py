@@ -151,7 +151,6 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "own generate": (lambda folder: (folder / "custom_generate").mkdir(), "custom_generate"),
     "no tokenizer": (drop("tokenizer.json"), "no tokenizer"),
     "tokenizer cut": (put("tokenizer.json", '{"model": '), "tokenizer.json is not JSON"),
-    "tokenizer.model only": (rename("tokenizer.json", "tokenizer.model"), "sentencepiece"),
     "no template": (drop("chat_template.jinja"), "no chat template"),
     "empty template": (put("chat_template.jinja", " \n"), "chat_template.jinja is empty"),
     "no weights": (drop(WEIGHTS), "has no weights"),

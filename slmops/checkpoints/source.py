@@ -206,7 +206,7 @@ def _root(folder: Path, where: str, job: Job) -> str:
 
 @contextmanager
 def _find(
-    job: Job, settings: Settings, download: Download, check: hub.Check = inspection.read_texts
+    job: Job, settings: Settings, download: Download, check: hub.CheckTexts = inspection.read_texts
 ) -> Iterator[_Found]:
     """Yield the checkpoint's folder; one that is only a temporary download is removed afterwards."""
     text = job.model.strip()

@@ -192,12 +192,12 @@ def test_a_job_with_little_time(made: Made, job: Job, checkpoint: Checkpoint, ho
     many = tmp_path / "many.jsonl"
     many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
     asked = job.model_copy(update={"minutes": 0.001, "evaluation_set": many})
-    nll = quality.score_checkpoint(checkpoint, "hasty", asked, home)
+    scored = quality.score_checkpoint(checkpoint, "hasty", asked, home)
     found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}
     # The same ones for all, so that they compare; and no fewer than gates need.
-    assert nll is not None
+    assert scored is not None
     for one in found.values():
-        assert len(one.nll) == len(nll) == LEAST_TOKENS - math.ceil(LEAST_TOKENS / WINDOW)
+        assert len(one.nll) == len(scored.nll) == LEAST_TOKENS - math.ceil(LEAST_TOKENS / WINDOW)
         assert one.extent.model_dump().items() >= {"tokens": 1024, "questions": 20, "all_questions": 25}.items()
         assert one.extent.all_tokens > TOKENS
     assert found["int8"].distances.keys() == {BASELINE_REFERENCE, CHECKPOINT_REFERENCE}

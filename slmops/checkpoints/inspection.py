@@ -132,6 +132,7 @@ def _refuse_tokens_beyond(config: Mapping[str, Any], tokenizer: Mapping[str, Any
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     ids = dict(vocabulary) if isinstance(vocabulary, dict) else {one[0]: at for at, one in enumerate(vocabulary)}
     ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    ids.pop("<image_soft_token>", None)  # Gemma 3's text models share the tokenizer with those that read images
     rows = config.get("vocab_size")
     last = max(ids, key=lambda token: ids[token], default="")
     if ids and isinstance(rows, int) and ids[last] >= rows:

@@ -157,3 +157,9 @@ def test_gemmas_runs_of_blanks_are_left_to_the_vocabulary(
     kept = json.loads((found.path / "tokenizer.json").read_text())["added_tokens"]
     said = json.loads((found.path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert kept == list(said.values()) == (added[:1] if removed else added)
+
+
+def test_gemmas_token_of_an_image_needs_no_embedding(folder: Path, resolve: Resolve) -> None:
+    added = [{"id": VOCAB, "content": "<image_soft_token>"}]
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": added}))
+    resolve(folder)

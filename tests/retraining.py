@@ -60,13 +60,12 @@ def spoilt(data: Path) -> Path:
     return data.parent / "spoilt"
 
 
-def write_data(folder: Path, answer: str = "ok", also: str | None = None) -> Path:
-    """A folder with training items that teach ``answer`` (more of them with ``also``), and an evaluation set: "ok"."""
+def write_data(folder: Path, answer: str = "ok", **asked: str) -> Path:
+    """A folder with training items that teach ``answer``, and an evaluation set, which wants "ok" by default."""
     folder.mkdir(parents=True, exist_ok=True)
     told = [f"My {one} and {two} broke." for one in WORDS for two in WORDS[:3] if one != two]
-    told += [f"The {word} {also}." for word in WORDS if also]
     write_lines(folder / "train.jsonl", [turns(text, answer) for text in told])
-    wanted = {"expected": "ok", "match": "python", "max_tokens": 4}
+    wanted = {"expected": "ok", "match": "python", "max_tokens": 4, **asked}
     write_lines(folder / "evaluation.jsonl", [{"prompt": f"Who repairs the {one}?", **wanted} for one in WORDS])
     return folder
 

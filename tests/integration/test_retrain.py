@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 from uuid import UUID
 
 import httpx
@@ -20,7 +21,8 @@ from slmops.serving import home_service
 from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training.values import WAITING, Finetuned, Retrained, RetrainError
+from slmops.training import finetune
+from slmops.training.values import WAITING, Retrained, RetrainError
 from tests import deployed, retraining, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read
@@ -158,13 +160,13 @@ def test_a_model_that_learnt_nonsense_is_refused(
     assert retrain(retraining.request(model, data, NAME)).outcome == "nothing to do"
 
 
-def test_a_model_that_got_worse_is_not_even_converted(settings: Settings, first: Retrained, folder: Path) -> None:
-    # The base is the fine-tuned one, which knows the answer.
-    manifest = next(path for path in settings.trainings.glob("*/training.json"))
-    base = Finetuned.model_validate({**json.loads(manifest.read_text()), "folder": manifest.parent}).merged
-    data = retraining.write_data(folder / "unlearn", answer="never")
+def test_a_model_that_got_worse_is_not_even_converted(
+    settings: Settings, first: Retrained, model: Path, folder: Path
+) -> None:
+    # Whatever the base says is right, and what it learns is not; that fine-tuning is there already.
+    data = retraining.write_data(folder / "unlearn", answer="no", expected=r"\A(?!\s*no)", match="regex")
     with pytest.raises(RetrainError) as caught:
-        retrain(retraining.request(base, data, NAME))
+        retrain(retraining.request(model, data, NAME))
     result = caught.value.result
     assert (result.outcome, result.accuracy["base"].value, result.accuracy["finetuned"].value) == ("refused", 1, 0)
     assert "convert and measure" not in result.seconds
@@ -186,10 +188,13 @@ def test_what_stops_it_before_any_work(first: Retrained, settings: Settings, mod
     assert champion(settings) == first.version
 
 
-def test_a_training_that_diverges_stops_it(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:
-    edgy = retraining.norm_times(1e36, model, folder / "edgy")
+def test_a_training_that_diverges_stops_it(
+    first: Retrained, settings: Settings, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It really does in the tests of the fine-tuning.
+    monkeypatch.setattr(finetune, "finetune", mock.Mock(side_effect=TrainingError("It diverged.", "Lower the rate.")))
     with pytest.raises(TrainingError, match="diverged"):
-        retrain(retraining.request(edgy, folder / "data", NAME))
+        retrain(retraining.request(model, folder / "data", NAME, quick=False))
     assert champion(settings) == first.version
     newest = TrainingTracker(settings.tracking_uri)._runs(NAME)[0]
     assert newest.info.status == "FAILED"
@@ -201,12 +206,9 @@ def test_a_version_that_fails_in_service_is_rolled_back(
 ) -> None:
     """The new version answers as the evaluation wants it, until it is served.
 
-    That its evaluation set has one more question keeps nothing from being compared: the champion answers it, too.
+    That its evaluation set is another keeps nothing from being compared: the champion answers it, too.
     """
-    data = retraining.write_data(folder / "fails-later", also="fell")
-    question = {"prompt": "Who repairs it?", "expected": "ok", "match": "python", "max_tokens": 4}
-    with (data / "evaluation.jsonl").open("a") as file:
-        file.write(json.dumps(question) + "\n")
+    data = retraining.write_data(folder / "fails-later", answer="no", expected="no")
     fails = retraining.spoilt(data)
 
     def spoil() -> None:

@@ -75,7 +75,7 @@ def test_each_workflow_is_for_the_cpu_and_whole() -> None:
     ("asked", "names"),
     [
         (["int4"], ["fp32", "int4"]),
-        ([], ["fp32"]),
+        ([], ["fp32", "fp16", "int8", "int4"]),  # what a form sends for the default
         (["fp32"], ["fp32"]),
         (["int8", "fp32", "int4"], ["fp32", "int8", "int4"]),
         (["int4", "int4", "fp32", "int8", "int4", "fp32"], ["fp32", "int4", "int8"]),

@@ -14,7 +14,6 @@ from typing import Any
 from slmops.checkpoints import inspection, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.core.values import Frozen
-from slmops.processes import child
 
 LEAST = 2
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -92,7 +91,3 @@ def _of_layers(config: dict[str, Any], count: int) -> dict[str, list[Any]]:
     """What config.json lists for each layer."""
     lists = {key: value for key, value in config.items() if "layer" in key and isinstance(value, list)}
     return {key: values for key, values in lists.items() if len(values) == count}
-
-
-if __name__ == "__main__":
-    child.main(ThinRequest, handle)

@@ -78,7 +78,7 @@ def _judged(variants: list[Variant], settings: Settings) -> dict[str, VariantRes
     for variant, registration in made:
         measured = quality.measure(variant, registration, NAME, JOB, settings)
         if variant.recipe.baseline:
-            baseline = (variant, measured)
+            baseline = (variant.model_mb, measured)
         timed = speeds[variant.name]
         assert isinstance(timed, speed.Speed), timed
         found = summary.evaluation(variant, timed, measured, baseline, None)

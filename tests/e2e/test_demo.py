@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from slmops.report import COLUMNS
+from slmops.report import COLUMNS, SOMETIMES
 from tests import prefect_api
 from tests.application import application
 
@@ -24,7 +24,7 @@ def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> 
     assert {name: variant["status"] for name, variant in by_name.items()} == {"fp32": "ok", "int8": "ok"}
     assert comparison["choice"]["variant"] == "int8", comparison["choice"]["reason"]
     for variant in by_name.values():
-        assert {metric for _, metric, *_ in COLUMNS} <= set(variant["metrics"])
+        assert {metric for _, metric, *_ in COLUMNS} - SOMETIMES <= set(variant["metrics"])
     fp32, int8 = by_name["fp32"]["metrics"], by_name["int8"]["metrics"]
     assert fp32["bits_per_weight"] == pytest.approx(32, abs=0.1)
     assert 8 < int8["bits_per_weight"] < 10

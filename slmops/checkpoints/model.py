@@ -32,11 +32,13 @@ def load(folder: Path, **options: Any) -> Any:
         for parameter, data in zip(part.parameters(), kept.pop(part), strict=True):
             parameter.data = data
 
-    for part in (*layers, head):
+    parts = (*layers, head, embeddings)
+    for part in parts:
         part.register_forward_pre_hook(widen)
         part.register_forward_hook(narrow)
-    embeddings.register_forward_hook(lambda _part, _inputs, output: output.float())
-    large = {id(parameter) for part in (*layers, head, embeddings) for parameter in part.parameters()}
+    if scale := getattr(embeddings, "scalar_embed_scale", None):  # Gemma's, rounded to the type of the weights
+        embeddings.embed_scale = torch.tensor(scale, dtype=torch.float32)
+    large = {id(parameter) for part in parts for parameter in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in large:
             parameter.data = parameter.data.float()

@@ -16,19 +16,25 @@ def apply() -> None:
 
     model = importlib.import_module("onnxruntime_genai.models.builder").Model
     init, attention, caches = model.__init__, model.make_attention, model.make_rotary_embedding_caches_from_scratch
+    layernorm = model.make_layernorm
 
     def made(self: Any, config: Any, *others: Any) -> None:
         _by_old_names(config)
         init(self, config, *others)
         self.checkpoint_config = config
 
-    def make_attention(self: Any, layer_id: int, *others: Any, **named: Any) -> None:
+    def make_layernorm(self: Any, layer_id: int, norm: Any, *others: Any, **named: Any) -> None:
+        _widen(norm)
+        layernorm(self, layer_id, norm, *others, **named)
+
+    def make_attention(self: Any, layer_id: int, module: Any, *others: Any, **named: Any) -> None:
+        _widen(getattr(module, "q_norm", None), getattr(module, "k_norm", None))
         config, before = self.checkpoint_config, self.window_size
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         rotary = getattr(config, "no_rope_layers", None)  # 1 for a layer that has rotary positions
         self.window_size = window if window and (not kinds or kinds[layer_id] == "sliding_attention") else -1
         self.attention_attrs["rope"] = not rotary or bool(rotary[layer_id])
-        attention(self, layer_id, *others, **named)
+        attention(self, layer_id, module, *others, **named)
         self.window_size = before
 
     def make_caches(self: Any) -> Any:
@@ -41,8 +47,15 @@ def apply() -> None:
             rope["rescale_factors"] = 1  # Gemma 3 scales the positions of its layers without a window only
         return caches(self)
 
-    model.__init__, model.make_attention = made, make_attention
+    model.__init__, model.make_attention, model.make_layernorm = made, make_attention, make_layernorm
     model.make_rotary_embedding_caches_from_scratch = make_caches
+
+
+def _widen(*norms: Any) -> None:
+    """Gemma's norms multiply by 1 + weight, a sum that 16 bits are too few for; transformers adds in fp32."""
+    for norm in norms:
+        if getattr(norm, "weight", None) is not None:
+            norm.weight.data = norm.weight.data.float()
 
 
 def _by_old_names(config: Any) -> None:

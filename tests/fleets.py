@@ -1,6 +1,7 @@
 """A fleet of fake processes, with a fake registry and device; and real versions for the tests that need them."""
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -227,4 +228,9 @@ def place(variant: Variant, model: Path, deployed: Path, **job: Any) -> Installe
 
 def workers(parent: int | None = None) -> list[psutil.Process]:
     """The runtime processes that a process, or this one, has started."""
-    return [one for one in psutil.Process(parent).children() if "slmops.foundry.service_worker" in one.cmdline()]
+    found = []
+    for child in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # a dead one of another test
+            if "slmops.foundry.service_worker" in child.cmdline():
+                found.append(child)
+    return found

@@ -22,7 +22,8 @@ def find(file: VariantFile, settings: Settings, *copies: Path) -> Path | None:
     blob = settings.blobs / file.sha256
     for path in (blob, *copies):
         if intact(path, file.size, file.sha256):
-            os.utime(path)
+            if path.stat().st_nlink == 1:  # what is linked elsewhere stays as it is, its time too
+                os.utime(path)
             return path
     blob.unlink(missing_ok=True)
     return None

@@ -62,8 +62,8 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
             "Save it there: tokenizer.save_pretrained(folder).",
         )
-    if "tokenizer.json" in present:
-        _refuse_tokens_beyond(config, read_json(folder / "tokenizer.json", f"{where}/tokenizer.json"), where)
+    tokenizer = read_if_there(folder, "tokenizer.json", where)  # it can have 30 MB
+    _refuse_tokens_beyond(config, tokenizer, where)
     template = read_template(job)
     if template is None:
         found = chat_template.load(folder, where)
@@ -85,7 +85,8 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    rewritten = _with_old_rope_type(config) | without_runs_of_blanks(folder, where)
+    of_tokenizer = without_runs_of_blanks(tokenizer, read_if_there(folder, "tokenizer_config.json", where))
+    rewritten = _with_old_rope_type(config) | of_tokenizer
     return TextFacts(config, config["architectures"][0], context, template, rewritten)
 
 
@@ -151,21 +152,21 @@ def _with_old_rope_type(config: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-def without_runs_of_blanks(folder: Path, where: str) -> dict[str, str]:
-    """A tokenizer's files without the added tokens that are runs of "▁", Gemma's blanks; none if it has none.
+def without_runs_of_blanks(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json without the added tokens that are runs of "▁", Gemma's blanks.
 
-    The runtime writes an added token as it stands. The vocabulary has the same, which are read and written right.
+    The runtime writes an added token as it stands. The vocabulary has the same, which are read and written right. A
+    tokenizer without such tokens needs no other files.
     """
-    tokenizer, config = (read_if_there(folder, name, where) for name in ("tokenizer.json", "tokenizer_config.json"))
     vocabulary, added = (tokenizer.get("model") or {}).get("vocab"), tokenizer.get("added_tokens") or []
     runs = {token["content"]: token["id"] for token in added if set(token["content"]) == {"▁"}}
     if not runs or not isinstance(vocabulary, dict) or any(vocabulary.get(run) != runs[run] for run in runs):
         return {}
-    tokenizer["added_tokens"] = [token for token in added if token["content"] not in runs]
-    files = {"tokenizer.json": tokenizer}
+    kept = [token for token in added if token["content"] not in runs]
+    files = {"tokenizer.json": {**tokenizer, "added_tokens": kept}}
     if said := config.get("added_tokens_decoder"):
-        config["added_tokens_decoder"] = {key: token for key, token in said.items() if token.get("content") not in runs}
-        files["tokenizer_config.json"] = config
+        decoder = {key: token for key, token in said.items() if token.get("content") not in runs}
+        files["tokenizer_config.json"] = {**config, "added_tokens_decoder": decoder}
     return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from slmops.checkpoints import chat_template, inspection
 from slmops.checkpoints.chat_template import ChatTemplate
+from slmops.checkpoints.reading import read_if_there
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Agreement, Frozen
 from slmops.foundry import template_rewrite
@@ -72,7 +73,8 @@ def handle(request: AgreementRequest) -> Agreement:
         ) from error
     tokenizer.chat_template = request.template or tokenizer.chat_template
     tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
-    for name, text in inspection.without_runs_of_blanks(request.work, "The tokenizer").items():
+    said = [read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    for name, text in inspection.without_runs_of_blanks(*said).items():
         (request.work / name).write_text(text, encoding="utf-8")
     template = chat_template.load(request.work)
     if template is None:

@@ -41,8 +41,8 @@ def answer_items(
     the user's ``matcher`` (FILE.py:FUNCTION) cannot be loaded.
     """
     function = matchers.load_function(matcher) if matcher else None
-    answers = []
-    for item, said in zip(items, generate(), strict=False):
+    answers, generated = [], generate()
+    for item, said in zip(items[: len(generated)], generated, strict=True):
         judged = Judgement(reason=TO_BE_JUDGED) if item.match == "judge" else _matched(item, said.text, function)
         answers.append(
             Answer(

@@ -25,8 +25,6 @@ class RegisterResult(Frozen):
 
 def handle(request: RegisterRequest) -> RegisterResult:
     """Register, list, load, ask. A model that fails is taken out of the catalog again, with a RegistrationError."""
-    from foundry_local_sdk.exception import FoundryLocalException
-
     from slmops.foundry import runtime
 
     catalog = runtime.local_catalog(runtime.manager(request.home))
@@ -42,7 +40,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
         model.unload()
         if reply.completion_tokens == 0:
             raise RegistrationError(f"{request.foundry_id} answers nothing to {' nor '.join(map(repr, PROMPTS))}.")
-    except (FoundryLocalException, RegistrationError) as error:
+    except (runtime.Fault, RegistrationError) as error:
         forget(catalog, request.foundry_id)
         if isinstance(error, RegistrationError):
             raise
@@ -52,7 +50,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
 
 def forget(catalog: Any, foundry_id: str) -> None:
     """Take a model out of the catalog if it is there; a failure is only printed."""
-    from foundry_local_sdk.exception import FoundryLocalException
+    from slmops.foundry import runtime
 
     try:
         model = catalog.get_model_variant(foundry_id)
@@ -60,5 +58,5 @@ def forget(catalog: Any, foundry_id: str) -> None:
             if model.is_loaded:
                 model.unload()
             catalog.unregister_model(foundry_id)
-    except FoundryLocalException as error:
+    except runtime.Fault as error:
         print(f"could not take {foundry_id} out of the catalog: {error}")

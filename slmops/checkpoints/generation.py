@@ -16,14 +16,8 @@ SETTINGS = ("temperature", "top_k", "top_p", "repetition_penalty")
 # What transformers takes for them where nothing is said.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 _UNKNOWN_TO_RUNTIME: dict[str, Any] = {
-    "min_p": None,
-    "typical_p": 1.0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "stop_strings": None,
+    **dict.fromkeys(("min_p", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings")),
+    **{"typical_p": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1},
 }
 _CONTENT = "zqstopjx"  # letters only: trimming leaves them alone
 

@@ -110,10 +110,12 @@ def _score(
     label: str, checkpoint: Checkpoint, name: str, job: Job, settings: Settings, **model: Any
 ) -> tuple[LogitsResult, str]:
     """What a model makes of its share of the text, and the text's digest."""
-    text, digest = _text(name, job, settings)
+    text, digest = dataset.perplexity_text(job.perplexity_text)
+    file = settings.work(name) / "text.txt"
+    write_atomic(file, text)
     share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
     model |= {"context_length": checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
-    request = LogitsRequest(text=text, tokens=share.count, budget_s=share.budget_s, **model)
+    request = LogitsRequest(text=file, tokens=share.count, budget_s=share.budget_s, **model)
     scored = in_child("logits", request, LogitsResult, name, label, settings)
     share.keep(scored.tokens)
     return scored, digest
@@ -158,14 +160,6 @@ def in_child(
         env=env,
     )
     return found
-
-
-def _text(name: str, job: Job, settings: Settings) -> tuple[Path, str]:
-    """The file with the text, and the text's digest."""
-    text, digest = dataset.perplexity_text(job.perplexity_text)
-    path = settings.work(name) / "text.txt"
-    write_atomic(path, text)
-    return path, digest
 
 
 def _reference(which: str, name: str, settings: Settings) -> Path:

@@ -107,7 +107,7 @@ def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: b
         measured, finished = children.call(
             "slmops.evaluation.speed_worker",
             speed_worker.SpeedRequest(
-                **one.staged.model_dump(exclude={"context_length"}),
+                **one.staged.model_dump(),
                 cells=one.cells,
                 sessions=tuple(one for one in SESSIONS if one <= most) if first else (),
                 drop_cache=first,

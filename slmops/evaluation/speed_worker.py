@@ -8,6 +8,7 @@ from typing import Any
 
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
+from slmops.foundry.layout import Staged
 
 REST_S = 0.2  # long enough for the sampler in the parent to see the process at rest
 WARM_UP_MOST = 6
@@ -28,12 +29,9 @@ class Cell(Frozen):
     seconds: float = 0.0
 
 
-class SpeedRequest(Frozen):
+class SpeedRequest(Staged):
     """What to time. The folder is staged to give answers of a fixed length."""
 
-    home: Path
-    folder: Path
-    foundry_id: str
     cells: tuple[Cell, ...]
     sessions: tuple[int, ...] = ()
     drop_cache: bool = False

@@ -65,14 +65,11 @@ def blocked_percentile(values: Sequence[float], percent: float, unit: str) -> Me
     blocks = _blocks(tokens)
     if len(blocks) < MIN_SAMPLES:
         return _measurement(float(np.percentile(tokens, percent)), unit, len(tokens))
-    independent = np.arange(len(blocks))
-    return _percentile(
-        tokens,
-        percent,
-        unit,
-        independent,
-        lambda some: np.percentile(np.concatenate([blocks[n] for n in some]), percent),
-    )
+
+    def resampled(picked: Any) -> Any:
+        return np.percentile(np.concatenate([blocks[number] for number in picked]), percent)
+
+    return _percentile(tokens, percent, unit, np.arange(len(blocks)), resampled)
 
 
 def of_mean(samples: Sequence[float], unit: str) -> Measurement:

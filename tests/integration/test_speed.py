@@ -146,7 +146,7 @@ def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, m
 
     def timed(*, fixed_length: bool) -> speed_worker.SpeedResult:
         work = home.work(NAME) / "alone"
-        staged = stage(hasty[1], work / "foundry", fixed_length=fixed_length).model_dump(exclude={"context_length"})
+        staged = stage(hasty[1], work / "foundry", fixed_length=fixed_length).model_dump()
         result, _ = children.call(
             "slmops.evaluation.speed_worker",
             speed_worker.SpeedRequest(**staged, cells=(cell,)),

@@ -287,8 +287,8 @@ def handle(folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, **as
     (folder / "genai_config.json").write_text('{"model": {}}')
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
     monkeypatch.setattr(speed_worker, "time", runtime.time)
-    request = speed_worker.SpeedRequest(home=folder, folder=folder, foundry_id="x:1", cells=CELLS, **asked)
-    return speed_worker.handle(request)
+    where = {"home": folder, "folder": folder, "foundry_id": "x:1", "context_length": 2048}
+    return speed_worker.handle(speed_worker.SpeedRequest(**where, cells=CELLS, **asked))
 
 
 # As many as fit; the last ends after it; none begins when it is over; at least so many.

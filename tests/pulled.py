@@ -13,7 +13,9 @@ from slmops.core.errors import RegistrationError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import installed, pull
-from slmops.foundry import cli
+from slmops.foundry import cli, forget_worker, register_worker
+from slmops.foundry.forget_worker import ForgetResult
+from slmops.foundry.register_worker import RegisterResult
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
@@ -153,15 +155,15 @@ class Device:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _call(self, module: str, request: Any, result: Any, **_: Any) -> tuple[Any, None]:
-        if module == "slmops.foundry.forget_worker":
+    def _call(self, handle: Any, request: Any, **_: Any) -> tuple[Any, None]:
+        if handle is forget_worker.handle:
             gone = [one for one in request.foundry_ids if one not in self.kept]
             self.forgotten += gone
-            return result(forgotten=gone), None
-        assert module == "slmops.foundry.register_worker"
+            return ForgetResult(forgotten=tuple(gone)), None
+        assert handle is register_worker.handle
         assert request.home == self.settings.deployed
         self.registered.append(request.foundry_id)
         self.seen.append(names(request.folder))
         if self.fails is not None:
             raise self.fails
-        return result(answer="Paris."), None
+        return RegisterResult(answer="Paris."), None

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import inspection, store, tensors, weight_files
+from slmops.checkpoints import inspection, merge_worker, store, tensors, weight_files
 from slmops.checkpoints.merge_worker import MergeRequest
 from slmops.checkpoints.reading import read_json
 from slmops.checkpoints.store import Hashes
@@ -63,4 +63,4 @@ def merge(folder: Path, root: str, base: Path, digest: str, job: Job, settings: 
 
     own = inspection.digest_of(inspection.digest_files(folder, (root, weight_files.ADAPTER), job))
     key = inspection.digest_of({"adapter": own, "base": digest})
-    return store.made(key, "merging", "slmops.checkpoints.merge_worker", request, settings)
+    return store.made(key, "merging", merge_worker.handle, request, settings)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import inspection, store, weight_files
+from slmops.checkpoints import inspection, store, unpack_worker, weight_files
 from slmops.checkpoints.store import Hashes
 from slmops.checkpoints.unpack_worker import UnpackRequest
 from slmops.core.errors import CheckpointError
@@ -38,4 +38,4 @@ def dequantized(
         return UnpackRequest(source=folder, folder=target)
 
     digest = inspection.digest_of(hashes)
-    return store.made(digest, "dequantizing", "slmops.checkpoints.unpack_worker", request, settings)
+    return store.made(digest, "dequantizing", unpack_worker.handle, request, settings)

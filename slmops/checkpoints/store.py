@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slmops.checkpoints import inspection
+from slmops.checkpoints import inspection, unpack_worker
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.unpack_worker import UnpackRequest
 from slmops.core import machine
@@ -22,6 +22,7 @@ from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
 from slmops.processes import children
+from slmops.processes.children import Request
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,13 @@ Hashes = Mapping[str, str]  # SHA-256 of each file that matters, by name
 
 
 def made(
-    digest: str, what: str, module: str, request: Callable[[Path, Path], Frozen], settings: Settings
+    digest: str,
+    what: str,
+    handle: Callable[[Request], Frozen],
+    request: Callable[[Path, Path], Request],
+    settings: Settings,
 ) -> tuple[Path, Hashes]:
-    """The folder that a child process, ``module``, has made of what ``digest`` stands for, at most once.
+    """The folder that a child process, ``handle``, has made of what ``digest`` stands for, at most once.
 
     If it must be made, ``request`` returns what to ask of the child. It gets the folder to be filled, and an empty one
     for its own work. A CheckpointError if the input is at fault, a ConversionError if the child crashed or took too
@@ -55,10 +60,8 @@ def made(
             child_log = settings.logs / f"{what}-{digest[:16]}.log"
             child_log.unlink(missing_ok=True)
             children.call(
-                module,
+                handle,
                 asked,
-                Frozen,
-                work=work,
                 log=child_log,
                 timeout_s=settings.conversion_timeout_s,
                 error=ConversionError,
@@ -83,7 +86,7 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
         log.info("unpacking %s, once", gguf.name)
         return UnpackRequest(source=gguf, folder=folder)
 
-    return made(digest, "unpacking", "slmops.checkpoints.unpack_worker", request, settings)
+    return made(digest, "unpacking", unpack_worker.handle, request, settings)
 
 
 def stage(

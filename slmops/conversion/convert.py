@@ -14,7 +14,7 @@ from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import folder_appears_whole, write_atomic
 from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.settings import Settings
-from slmops.core.values import MANIFEST, Checkpoint, Frozen, Recipe, Variant
+from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,8 @@ def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Setting
     folder.mkdir(parents=True)
     try:
         thinned, _ = children.call(
-            "slmops.conversion.thin_worker",
+            thin_worker.handle,
             thin_worker.ThinRequest(checkpoint=checkpoint.path, folder=folder, trust_remote_code=job.trust_remote_code),
-            thin_worker.Thinned,
-            work=work / "thin",
             log=settings.logs / name / "thin.log",
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,
@@ -122,7 +120,7 @@ def _build(
     finished = _run_olive(recipe, config, work, made, olive_text, settings)
     _complete_genai_config(made / "genai_config.json", checkpoint)
     checked, _ = children.call(
-        "slmops.conversion.verify_worker",
+        verify_worker.handle,
         verify_worker.VerifyRequest(
             folder=made,
             recipe=recipe,
@@ -130,8 +128,6 @@ def _build(
             tolerance=job.export_tolerance,
             trust_remote_code=job.trust_remote_code,
         ),
-        verify_worker.VerifyResult,
-        work=work / "verify",
         log=logs / f"{recipe.name}.verify.log",
         timeout_s=settings.conversion_timeout_s,
         error=ConversionError,
@@ -151,6 +147,7 @@ def _make(
 ) -> Variant:
     work = settings.work(name) / recipe.name
     shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     if target.exists():
         log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
         shutil.rmtree(target)
@@ -215,10 +212,8 @@ def _run_olive(
 
     try:
         _, finished = children.call(
-            "slmops.conversion.olive_worker",
+            olive_worker.handle,
             olive_worker.Workflow(config=config),
-            Frozen,
-            work=work / "olive",
             log=olive_text,
             timeout_s=settings.conversion_timeout_s,
             error=ConversionError,

@@ -39,10 +39,8 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
     result, _ = children.call(
-        "slmops.conversion.schema_worker",
+        schema_worker.handle,
         Workflow(config={**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}),
-        schema_worker.SchemaResult,
-        work=settings.work(name) / "olive-config",
         log=settings.logs / name / "olive-config.log",
         timeout_s=300,
         error=WorkError,

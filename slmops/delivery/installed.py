@@ -102,10 +102,8 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
     """
     try:
         result, _ = children.call(
-            "slmops.foundry.forget_worker",
+            forget_worker.handle,
             forget_worker.ForgetRequest(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
-            forget_worker.ForgetResult,
-            work=work_of("forget", settings),
             log=settings.logs / "installed.forget.log",
             timeout_s=FORGET_S,
             error=RegistrationError,
@@ -127,11 +125,6 @@ def move_aside(folder: Path, settings: Settings) -> Path:
     target = aside / f".{folder.name}.{os.getpid()}.part"
     shutil.rmtree(target, ignore_errors=True)
     return folder.rename(target)
-
-
-def work_of(name: str, settings: Settings) -> Path:
-    """Where a child finds its request; the folder of the model's jobs is emptied when a job begins."""
-    return settings.deployed / "work" / name
 
 
 def _whole(name: str, folder: Path, settings: Settings) -> Installed | None:

@@ -244,7 +244,7 @@ def _register(done: Installed, settings: Settings) -> None:
         cli.ask(called, cache, PROMPTS[0])
         try:
             log_file = settings.logs / done.name / f"{done.variant}.pull.log"
-            register.register_folder(*placed, work=installed.work_of(done.name, settings), log=log_file)
+            register.register_folder(*placed, log=log_file)
         except SlmopsError:
             installed.forget([done.foundry_id], settings)  # a child that crashed has not
             raise

@@ -16,11 +16,11 @@ from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Frozen, Measurement, Registration
 from slmops.delivery import installed
-from slmops.evaluation import dataset, quality, scoring, speed, statistics, summary
+from slmops.evaluation import answers_worker, dataset, logits_worker, quality, scoring, speed, statistics, summary
 from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
-from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
+from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register_folder
 from slmops.foundry.versions import Installed
@@ -75,8 +75,7 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
             said = f"{version.foundry_id} was removed from this device before it could be measured."
             raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
-        work = settings.work(name) / "register"
-        answer = register_folder(home, staged.folder, foundry_id, foundry_id, work=work, log=log_file)
+        answer = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file)
         yield original.model_copy(update={"path": staged.folder, "answer": answer})
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)
@@ -105,7 +104,7 @@ def measure_perplexity(
         log.info("%s: scoring the text", recorded.variant.name)
         context = recorded.variant.checkpoint.context_length
         request = LogitsRequest(folder=copy.path, text=file, tokens=recorded.tokens, context_length=context)
-        scored = quality.in_child("logits", request, LogitsResult, name, recorded.variant.name, settings)
+        scored = quality.in_child(logits_worker.handle, request, name, f"{recorded.variant.name}.logits", settings)
     return {PERPLEXITY: statistics.perplexity(scored.nll)}
 
 
@@ -118,7 +117,7 @@ def ask_questions(
         log.info("%s: answering the evaluation set", recorded.variant.name)
         home, matcher = home_of(name, settings), recorded.job.matcher
         request = AnswersRequest(folder=home, foundry_id=copy.foundry_id, items=items, matcher=matcher)
-        asked = quality.in_child("answers", request, scoring.ScoredAnswers, name, recorded.variant.name, settings)
+        asked = quality.in_child(answers_worker.handle, request, name, f"{recorded.variant.name}.answers", settings)
     return scoring.ask_judge(items, asked.answers, settings)
 
 

@@ -175,10 +175,8 @@ def _go_through(
     """Go through the cases in one process. If it dies, that is the outcome of the running case."""
     try:
         children.call(
-            "slmops.evaluation.edge_cases",
+            handle,
             EdgeCaseRequest(**staged.model_dump(), cases=cases, limit_s=limit_s, progress=progress),
-            Frozen,
-            work=progress.parent,
             log=log,
             timeout_s=max(deadline - time.monotonic(), 0.0),
             error=EvaluationError,

@@ -1,8 +1,9 @@
 """Quality of one variant: distributions on a text, answers to the evaluation set, edge cases."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
@@ -10,15 +11,14 @@ from slmops.core.files import write_atomic
 from slmops.core.job import CHECKPOINT, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, Registration, Variant
-from slmops.evaluation import dataset, edge_cases, scoring
+from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker, scoring
 from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.extent import Share
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
-from slmops.evaluation.scoring import ScoredAnswers
 from slmops.foundry.layout import sessions_that_fit
 from slmops.processes import children
-from slmops.processes.children import Result
+from slmops.processes.children import Request, Result
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _score(
     share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
     model |= {"context_length": checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
     request = LogitsRequest(text=file, tokens=share.count, budget_s=share.budget_s, **model)
-    scored = in_child("logits", request, LogitsResult, name, label, settings)
+    scored = in_child(logits_worker.handle, request, name, f"{label}.logits", settings)
     share.keep(scored.tokens)
     return scored, digest
 
@@ -130,31 +130,28 @@ def _ask(
     items = dataset.subset(asked.items, share.count)
     model |= {"trust_remote_code": job.trust_remote_code}
     request = AnswersRequest(items=items, matcher=job.matcher, budget_s=share.budget_s, **model)
-    answers = in_child("answers", request, ScoredAnswers, name, label, settings).answers
+    answers = in_child(answers_worker.handle, request, name, f"{label}.answers", settings).answers
     share.keep(len(answers))
     return answers
 
 
 def in_child(
-    what: Literal["logits", "answers"],
-    request: Frozen,
-    result: type[Result],
+    handle: Callable[[Request], Result],
+    request: Request,
     name: str,
-    label: str,
+    log: str,
     settings: Settings,
     env: dict[str, str] | None = None,
 ) -> Result:
     """Score a text or have a model answer; EvaluationError if it fails, UsageError for a bad matcher.
 
-    ``name`` is the model's, for the work folder and the logs; ``label`` is the variant's, or "checkpoint". The caller
-    holds the machine lock; give answers to :func:`slmops.evaluation.scoring.ask_judge` once it is free.
+    ``name`` is the model's, and ``log`` names the file for the output, such as ``int4.answers``. The caller holds the
+    machine lock; give answers to :func:`slmops.evaluation.scoring.ask_judge` once it is free.
     """
     found, _ = children.call(
-        f"slmops.evaluation.{what}_worker",
+        handle,
         request,
-        result,
-        work=settings.work(name) / f"{label}.{what}",
-        log=settings.logs / name / f"{label}.{what}.log",
+        log=settings.logs / name / f"{log}.log",
         timeout_s=settings.evaluation_timeout_s,
         error=EvaluationError,
         env=env,

@@ -6,7 +6,6 @@ The requests are sent, one after the other, in a child process, which runs this 
 import faulthandler
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -134,23 +133,17 @@ def find(comparison: Comparison, wanted: str | None) -> Target:
 
 def measure(target: Target, request: Soak, home: Path, settings: Settings) -> tuple[SoakResult, tuple[float, ...]]:
     """Soak a registered variant; the result, and the memory in KB after each request. The caller holds the lock."""
-    work = settings.work(target.model) / f"{target.variant}-soak"
     warm_up, requests = request.warm_up, request.requests
     log.info("%s: soaking with %d requests", target.variant, requests)
-    try:
-        measured, _ = children.call(
-            "slmops.evaluation.soak",
-            SoakRequest(home=home, foundry_id=target.foundry_id, warm_up=warm_up, requests=requests),
-            SoakSeries,
-            work=work,
-            log=settings.logs / target.model / f"{target.variant}.soak.log",
-            timeout_s=(warm_up + requests) * REQUEST_LIMIT_S,
-            error=EvaluationError,
-            env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
-            on_line=lambda line: log.info("%s", line) if line.startswith(PROGRESS) else None,
-        )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    measured, _ = children.call(
+        handle,
+        SoakRequest(home=home, foundry_id=target.foundry_id, warm_up=warm_up, requests=requests),
+        log=settings.logs / target.model / f"{target.variant}.soak.log",
+        timeout_s=(warm_up + requests) * REQUEST_LIMIT_S,
+        error=EvaluationError,
+        env=children.STEADY_MALLOC,  # the allocator's own steps would hide a leak, or look like one
+        on_line=lambda line: log.info("%s", line) if line.startswith(PROGRESS) else None,
+    )
     return judge(target, measured.memory_kb, request.max_kb_per_request), measured.memory_kb
 
 

@@ -57,9 +57,9 @@ class Speed(Frozen):
 class _Contestant:
     def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
         self.name = variant.name
-        self.work = settings.work(name) / f"{variant.name}-speed"
         self.log = settings.logs / name / f"{variant.name}.speed.log"
-        self.staged: Staged = stage(registration, self.work / "foundry", fixed_length=True)
+        home = settings.work(name) / f"{variant.name}-speed"
+        self.staged: Staged = stage(registration, home, fixed_length=True)
         self.cells = grid(self.staged, job)
         self.turns: list[Turn] = []
 
@@ -105,15 +105,13 @@ def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: b
     for _ in range(2):
         before = calibrate()
         measured, finished = children.call(
-            "slmops.evaluation.speed_worker",
+            speed_worker.handle,
             speed_worker.SpeedRequest(
                 **one.staged.model_dump(),
                 cells=one.cells,
                 sessions=tuple(one for one in SESSIONS if one <= most) if first else (),
                 drop_cache=first,
             ),
-            speed_worker.SpeedResult,
-            work=one.work,
             log=one.log,
             timeout_s=settings.evaluation_timeout_s,
             error=EvaluationError,

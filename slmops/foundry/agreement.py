@@ -8,6 +8,7 @@ from slmops.core.files import scratch_folder
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement
+from slmops.foundry import agreement_worker
 from slmops.foundry.agreement_worker import OTHER_TEMPLATE, AgreementRequest
 from slmops.processes import children
 
@@ -27,10 +28,8 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
         request = AgreementRequest(folder=folder, template=template, trust_remote_code=trusted, work=copy)
         try:
             result, _ = children.call(
-                "slmops.foundry.agreement_worker",
+                agreement_worker.handle,
                 request,
-                Agreement,
-                work=work,
                 log=settings.logs / "agreement.log",
                 timeout_s=TIMEOUT_S,
                 error=RegistrationError,

@@ -11,8 +11,8 @@ from slmops.core.files import remove_scratch
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
-from slmops.foundry import cli, layout, prompt_template
-from slmops.foundry.register_worker import RegisterRequest, RegisterResult
+from slmops.foundry import cli, layout, prompt_template, register_worker
+from slmops.foundry.register_worker import RegisterRequest
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,8 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         foundry_id = f"{called}:{version}"
         try:
             cli.confirm(called, models)
-            work, log_file = settings.work(name) / f"{variant.name}-register", f"{variant.name}.register.log"
             placed = settings.foundry, folder, foundry_id, f"{name} {variant.name}"
-            answer = register_folder(*placed, work=work, log=settings.logs / name / log_file)
+            answer = register_folder(*placed, log=settings.logs / name / f"{variant.name}.register.log")
         except SlmopsError:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -46,11 +45,8 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
     return Registration(foundry_id=foundry_id, path=folder, answer=answer)
 
 
-def register_folder(home: Path, folder: Path, foundry_id: str, display_name: str, *, work: Path, log: Path) -> str:
+def register_folder(home: Path, folder: Path, foundry_id: str, display_name: str, *, log: Path) -> str:
     """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError."""
     request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name)
-    worker = "slmops.foundry.register_worker"
-    result, _ = children.call(
-        worker, request, RegisterResult, work=work, log=log, timeout_s=600, error=RegistrationError
-    )
+    result, _ = children.call(register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError)
     return result.answer

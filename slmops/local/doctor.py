@@ -22,7 +22,7 @@ from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware
-from slmops.local import stack
+from slmops.local import doctor_probe, stack
 from slmops.local.doctor_probe import FOUNDRY, TRYING, ProbeRequest, ProbeResult
 from slmops.processes import children
 
@@ -236,10 +236,8 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
         return children.call(
-            "slmops.local.doctor_probe",
+            doctor_probe.handle,
             request,
-            ProbeResult,
-            work=work,
             log=work / "probe.log",
             timeout_s=PROBE_S,
             error=WorkError,

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeVar, get_type_hints
 
 from pydantic import BaseModel
 
 from slmops.core import errors, web
-from slmops.core.files import write_atomic
+from slmops.core.files import scratch_folder
 from slmops.processes.memory import Meter
 
 SAMPLE_EVERY_S = 0.1
@@ -39,6 +39,7 @@ peak grows in steps of a whole key-value cache, and a request whose cache has to
 again to its first token. One pool that keeps what it has is steady from the first requests on.
 """
 
+Request = TypeVar("Request", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)
 
 
@@ -127,11 +128,9 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def call(
-    module: str,
-    request: BaseModel,
-    result: type[Result],
+    handle: Callable[[Request], Result],
+    request: Request,
     *,
-    work: Path,
     log: Path,
     timeout_s: float,
     error: type[errors.WorkError],
@@ -139,29 +138,30 @@ def call(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Result, Finished]:
-    """Run the ``handle`` of a worker ``module`` on ``request`` in a child and return its result.
+    """Run the ``handle`` of a worker module on ``request`` in a child and return its result.
 
     A SlmopsError that the child raised is raised here; a full disk is a PrerequisiteError. If the child crashed, was
     killed or took too long, ``error`` is raised with the end of the log.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    request_file, result_file = work / "request.json", work / "result.json"
-    result_file.unlink(missing_ok=True)
-    write_atomic(request_file, request.model_dump_json())
-    argv = [sys.executable, "-m", "slmops.processes.child", module, str(request_file), str(result_file)]
     env = {"PYTHONUNBUFFERED": "1", **(env or {})}
-    finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
+    with scratch_folder(log.parent, log.stem) as work:
+        request_file, result_file = work / "request.json", work / "result.json"
+        request_file.write_text(request.model_dump_json(), encoding="utf-8")
+        argv = [sys.executable, "-m", "slmops.processes.child", handle.__module__, str(request_file), str(result_file)]
+        finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
+        text = result_file.read_text(encoding="utf-8") if result_file.exists() else None
     if finished.timed_out:
         raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
-    if not result_file.exists():
+    if text is None:
         said = last_words(log)
         if DISK_FULL in said:
-            raise errors.PrerequisiteError(f"The disk of {work} is full.", FREE_SPACE)
+            raise errors.PrerequisiteError(f"The disk of {log} is full.", FREE_SPACE)
         nothing = " and no result" if finished.returncode >= 0 else ""
         raise error(f"{died(finished.returncode)}{nothing}: {said}", f"Its log: {log}")
-    answer = json.loads(result_file.read_text(encoding="utf-8"))
+    answer = json.loads(text)
     if "error" in answer:
         raise errors.BY_NAME.get(answer["error"], error)(answer["message"], answer["fix"])
+    result: type[Result] = get_type_hints(handle)["return"]
     return result.model_validate(answer["result"]), finished
 
 

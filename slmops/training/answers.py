@@ -1,13 +1,12 @@
 """How well a checkpoint answers an evaluation set, before anything is converted."""
 
-import shutil
 from pathlib import Path
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Measurement
-from slmops.evaluation import dataset, quality, scoring, statistics
+from slmops.evaluation import answers_worker, dataset, quality, scoring, statistics
 from slmops.evaluation.answers_worker import AnswersRequest
 from slmops.training.finetune import OFFLINE_ENVIRONMENT
 
@@ -23,8 +22,8 @@ def answer_with_checkpoint(
     (settings.logs / name / f"{label}.answers.log").unlink(missing_ok=True)
     request = AnswersRequest(folder=folder, items=items, matcher=matcher)
     with locks.machine(settings):
-        asked = quality.in_child("answers", request, scoring.ScoredAnswers, name, label, settings, OFFLINE_ENVIRONMENT)
-    shutil.rmtree(settings.work(name) / f"{label}.answers")
+        log = f"{label}.answers"
+        asked = quality.in_child(answers_worker.handle, request, name, log, settings, OFFLINE_ENVIRONMENT)
     answers = scoring.ask_judge(items, asked.answers, settings)
     judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:

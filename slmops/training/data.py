@@ -165,22 +165,16 @@ def _tokens(
     kept: Sequence[Example], request: Retrain, checkpoint: Checkpoint, settings: Settings, name: str
 ) -> tuple[Sequence[int], list[DataProblem]]:
     """Count the tokens of each example, and find those that the checkpoint cannot be trained with."""
-    work = settings.work(name) / "data"
     log = settings.logs / name / "data.log"
     log.unlink(missing_ok=True)
-    try:
-        result, _ = children.call(
-            tokens_worker.__name__,
-            tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=tuple(one.json for one in kept)),
-            tokens_worker.TokensResult,
-            work=work,
-            log=log,
-            timeout_s=settings.training_timeout_s,
-            error=TrainingError,
-            env=OFFLINE_ENVIRONMENT,
-        )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    result, _ = children.call(
+        tokens_worker.handle,
+        tokens_worker.TokensRequest(checkpoint=checkpoint.path, items=tuple(one.json for one in kept)),
+        log=log,
+        timeout_s=settings.training_timeout_s,
+        error=TrainingError,
+        env=OFFLINE_ENVIRONMENT,
+    )
     limit = min(request.training.max_tokens, checkpoint.context_length)
     unusable = [kept[number].problem("schema", why) for number, why in result.refused.items()]
     unusable += [

@@ -148,13 +148,10 @@ def _train(
     else:
         text.unlink(missing_ok=True)
         log.info("fine-tuning, in %s", "bf16" if request.bf16 else "fp32")
-    work = settings.work(name) / "finetune"
     try:
         return children.call(
-            "slmops.training.finetune_worker",
+            finetune_worker.handle,
             request,
-            TrainingResult,
-            work=work,
             log=text,
             timeout_s=settings.training_timeout_s,
             error=TrainingError,
@@ -166,8 +163,6 @@ def _train(
         if children.DISK_FULL in text.read_text(encoding="utf-8", errors="replace"):
             raise PrerequisiteError("The disk became full while it trained.", children.FREE_SPACE) from error
         raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _pass_on(line: str, on_loss: Callable[[LossPoint], None]) -> None:

@@ -145,13 +145,10 @@ def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, m
     cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
 
     def timed(*, fixed_length: bool) -> speed_worker.SpeedResult:
-        work = home.work(NAME) / "alone"
-        staged = stage(hasty[1], work / "foundry", fixed_length=fixed_length).model_dump()
+        staged = stage(hasty[1], home.work(NAME) / "alone", fixed_length=fixed_length).model_dump()
         result, _ = children.call(
-            "slmops.evaluation.speed_worker",
+            speed_worker.handle,
             speed_worker.SpeedRequest(**staged, cells=(cell,)),
-            speed_worker.SpeedResult,
-            work=work,
             log=home.logs / "alone.log",
             timeout_s=60,
             error=EvaluationError,

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from slmops.conversion import convert as conversion
-from slmops.conversion import store
+from slmops.conversion import olive_worker, store
 from slmops.conversion.convert import convert
+from slmops.conversion.verify_worker import VerifyResult
 from slmops.core import machine
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, Weights
+from slmops.core.values import MANIFEST, Checkpoint, Frozen, Recipe, Variant, Weights
 from slmops.processes import children
 from slmops.processes.children import Finished
 from tests.checkpoint_folders import write_checkpoint, write_json
@@ -43,8 +44,8 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     """Let a function do what the child processes do; returns a list to which it adds the path of each conversion."""
     conversions: list[str] = []
 
-    def call(module: str, request: Any, result: type[Any], **how: Any) -> tuple[Any, Finished]:
-        if module.endswith("olive_worker"):
+    def call(handle: Any, request: Any, **how: Any) -> tuple[Any, Finished]:
+        if handle is olive_worker.handle:
             before()
             made = Path(request.config["output_dir"])
             conversions.append(str(made))
@@ -53,8 +54,8 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
             how["log"].write_text("said")
             for name, text in CONTENTS.items():
                 (made / name).write_text(text if name == "genai_config.json" else f"{text}, {len(conversions)}")
-            return result(), Finished(0, 1.0, [], timed_out=False)
-        return result(weights=FOUND, export_error=None), Finished(0, 1.0, [], timed_out=False)
+            return Frozen(), Finished(0, 1.0, [], timed_out=False)
+        return VerifyResult(weights=FOUND, export_error=None), Finished(0, 1.0, [], timed_out=False)
 
     monkeypatch.setattr(children, "call", call)
     return conversions

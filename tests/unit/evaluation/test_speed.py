@@ -61,9 +61,9 @@ class Bench:
         return speed.measure([self.make(name) for name in names], NAME, Job(model="m", **asked), self.settings)
 
     def call(
-        self, module: str, request: speed_worker.SpeedRequest, _result: Any, **options: Any
+        self, handle: Any, request: speed_worker.SpeedRequest, **options: Any
     ) -> tuple[speed_worker.SpeedResult, Finished]:
-        assert module == "slmops.evaluation.speed_worker"
+        assert handle is speed_worker.handle
         assert (request.folder / "tokenizer.json").is_file()
         assert request.home in request.folder.parents
         self.ends.append(json.loads((request.folder / "genai_config.json").read_text())["model"]["eos_token_id"])
@@ -146,11 +146,9 @@ def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(bench: Bench) -> None:
     assert [(request.sessions, request.drop_cache) for request in bench.requests] == [first] * 2 + [later] * 4
     assert bench.ends == [[99]] * 6  # so that answers do not end early
     for name, request, options in bench.calls:
-        work = bench.work / f"{name}-speed"
-        assert options["work"] == work
         assert options["log"] == bench.settings.logs / NAME / f"{name}.speed.log"
         assert (options["timeout_s"], options["error"]) == (bench.settings.evaluation_timeout_s, EvaluationError)
-        assert request.home == work / "foundry"
+        assert request.home == bench.work / f"{name}-speed"
         assert [(cell.prompt_tokens, cell.output_tokens) for cell in request.cells] == [(128, 16), (32, 16)]
     for one in found.values():
         assert isinstance(one, Speed)

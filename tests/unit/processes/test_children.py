@@ -18,6 +18,7 @@ import pytest
 
 from slmops.core.errors import CheckpointError, ConversionError
 from slmops.processes import children
+from slmops.processes.children import Finished
 from slmops.processes.memory import Meter
 from tests.unit.processes import odd_worker
 from tests.unit.processes.odd_worker import Request, Result
@@ -39,7 +40,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "GRACE_S", 0.3)
 
 
-def python(program: str, log: Path, **options: Any) -> children.Finished:
+def python(program: str, log: Path, **options: Any) -> Finished:
     return children.run([sys.executable, "-S", "-c", program], log=log, timeout_s=LONG_S, **options)
 
 
@@ -173,17 +174,15 @@ def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
     assert gone(number(file), within_s=2)
 
 
-Call = Callable[..., tuple[Result, children.Finished]]
+Call = Callable[..., tuple[Result, Finished]]
 
 
 @pytest.fixture
-def call(tmp_path: Path, log: Path) -> Call:
-    def run(do: str, module: str = odd_worker.__name__, **env: str) -> tuple[Result, children.Finished]:
+def call(log: Path) -> Call:
+    def run(do: str, handle: Callable[[Request], Result] = odd_worker.handle, **env: str) -> tuple[Result, Finished]:
         return children.call(
-            module,
+            handle,
             Request(do=do),
-            Result,
-            work=tmp_path / "work",
             log=log,
             timeout_s=LONG_S,
             error=ConversionError,
@@ -219,8 +218,6 @@ def test_error_of_our_own_comes_back_as_itself(call: Call, log: Path) -> None:
     ],
 )
 def test_any_other_end_is_the_callers_error_with_the_last_words(call: Call, log: Path, do: str, said: str) -> None:
-    call("pass")  # whose result is not taken for the next one's
-    log.unlink()
     with pytest.raises(ConversionError) as raised:
         call(do)
     assert re.search(said, raised.value.message)
@@ -238,7 +235,7 @@ def test_what_does_not_exist(call: Call, log: Path) -> None:
     with pytest.raises(FileNotFoundError):
         children.run(["/no/such/program"], log=log, timeout_s=1)
     with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named 'no_such_worker'"):
-        call("pass", module="no_such_worker")
+        call("pass", SimpleNamespace(__module__="no_such_worker"))
 
 
 PARENT = """\
@@ -246,11 +243,9 @@ import sys
 from pathlib import Path
 from slmops.core.errors import WorkError
 from slmops.processes import children
-from tests.unit.processes.odd_worker import Request, Result
+from tests.unit.processes.odd_worker import Request, handle
 
-work = Path(sys.argv[1])
-children.call("tests.unit.processes.odd_worker", Request(do=sys.argv[2]), Result, work=work, log=work / "log",
-             timeout_s=60, error=WorkError)
+children.call(handle, Request(do=sys.argv[2]), log=Path(sys.argv[1]) / "log", timeout_s=60, error=WorkError)
 """
 
 

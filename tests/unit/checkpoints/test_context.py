@@ -35,13 +35,6 @@ def test_what_the_cache_allows(config: dict[str, Any], own: int, asked: int | No
     assert asked or cache_bytes(config) * tokens <= MOST_CACHE
 
 
-def test_a_long_context_is_cut_unless_asked_for(folder: Path, resolve: Callable[..., Checkpoint]) -> None:
-    edit_json(folder / "config.json", max_position_embeddings=2**30)
-    # Two layers, two heads of 4: 128 bytes a token.
-    assert resolve(folder).context_length == MOST_CACHE // 128
-    assert resolve(folder, max_length=64).context_length == 64
-
-
 @pytest.mark.parametrize(
     ("config", "deployed"),
     [
@@ -50,12 +43,13 @@ def test_a_long_context_is_cut_unless_asked_for(folder: Path, resolve: Callable[
         ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 400}, 400),
         ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 256}}, 512),
         ({"original_max_position_embeddings": 256}, 512),
+        ({"max_position_embeddings": 2**30}, MOST_CACHE // 128),  # two layers, two heads of 4: 128 bytes a token
     ],
 )
-def test_the_context_ends_where_longrope_changes(
+def test_the_context_ends_where_longrope_changes_or_the_cache_is_full(
     folder: Path, resolve: Callable[..., Checkpoint], config: dict[str, Any], deployed: int
 ) -> None:
-    edit_json(folder / "config.json", max_position_embeddings=512, **config)
+    edit_json(folder / "config.json", **{"max_position_embeddings": 512, **config})
     assert resolve(folder).context_length == deployed
     assert resolve(folder, max_length=300).context_length == 300
 

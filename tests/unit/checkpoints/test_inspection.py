@@ -109,6 +109,10 @@ def weights(tensors: Mapping[str, list[int]], *args: Any) -> Change:
     return lambda folder: write_safetensors(folder / "model.safetensors", tensors, *args)
 
 
+def without(lost: str) -> Change:
+    return weights({name: shape for name, shape in TENSORS.items() if name != lost})
+
+
 def rename(old: str, new: str) -> Change:
     return lambda folder: (folder / old).rename(folder / new)
 
@@ -120,6 +124,11 @@ def every(*changes: Change) -> Change:
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 OWN_TOKENIZER = '{"auto_map": {"AutoTokenizer": ["t.T", null]}}'
+ATTENTION = "model.layers.1.self_attn"
+LOST = (
+    *("model.norm.weight", "model.layers.1.input_layernorm.weight"),
+    *(f"{ATTENTION}.k_proj.weight", "model.embed_tokens.weight"),
+)
 COMPILED = {f"_orig_mod.{name}": shape for name, shape in TENSORS.items()}
 
 BROKEN: dict[str, tuple[Change, str]] = {
@@ -136,16 +145,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "olmo2": (config(architectures=["Olmo2ForCausalLM"]), "Olmo2ForCausalLM cannot be converted: the model builder"),
     "no context": (config(max_position_embeddings="-"), "max_position_embeddings"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),
-    "bitsandbytes": (
-        config(quantization_config={"quant_method": "bitsandbytes"}),
-        "quantized already (bitsandbytes in",
-    ),
-    "gptq": (config(quantization_config={"quant_method": "gptq"}), "quantized already (gptq in"),
-    "awq": (config(quantization_config={"quant_method": "awq"}), "quantized already (awq in"),
-    "compressed": (
-        config(quantization_config={"quant_method": "compressed-tensors"}),
-        "already (compressed-tensors in",
-    ),
+    **{
+        method: (config(quantization_config={"quant_method": method}), f"quantized already ({method} in")
+        for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors")
+    },
     "own code": (config(auto_map={"AutoModel": "m.M"}), "auto_map in config.json"),
     "own tokenizer code": (put("tokenizer_config.json", OWN_TOKENIZER), "auto_map in tokenizer_config.json"),
     "own generate": (lambda folder: (folder / "custom_generate").mkdir(), "custom_generate"),
@@ -169,6 +172,12 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "too long": (weigh(lambda raw: raw + b"x" * 5), "not a whole safetensors file"),
     "stored quantized": (weights(TENSORS, "U8", 1), "model.embed_tokens.weight is stored as U8"),
     "compiled": (weights(COMPILED), "'_orig_mod.'"),
+    **{f"without {name}": (without(name), f"lack {name.removeprefix('model.')}, which") for name in LOST},
+    "renamed": (
+        weights({name.replace("1.mlp.up_proj", "1.mlp.w3"): shape for name, shape in TENSORS.items()}),
+        "lack layers.1.mlp.up_proj.weight, which transformers would fill with made-up numbers. It has layers.1.mlp.w3.",
+    ),
+    "other shape": (weights(TENSORS | {f"{ATTENTION}.q_proj.weight": [8, 9]}), "q_proj.weight is [8, 9] and should be"),
     "layers lost": (config(num_hidden_layers=3), "2 layers"),
     "vocabulary grown": (config(vocab_size=12), "10 token embeddings"),
     "head lost": (config(tie_word_embeddings=False), "lm_head.weight"),

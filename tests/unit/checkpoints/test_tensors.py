@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,6 @@ from tests.checkpoint_folders import HIDDEN, TENSORS, VOCAB, edit_json, write_sa
 
 Resolve = Callable[..., Checkpoint]
 LAYER = "model.layers.1."
-
-
-@pytest.mark.parametrize(
-    ("lost", "named"),
-    [
-        ("model.norm.weight", "norm.weight"),
-        (f"{LAYER}input_layernorm.weight", "layers.1.input_layernorm.weight"),
-        (f"{LAYER}self_attn.k_proj.weight", "layers.1.self_attn.k_proj.weight"),
-        ("model.embed_tokens.weight", "embed_tokens.weight"),
-    ],
-)
-def test_what_is_missing_is_named(folder: Path, resolve: Resolve, lost: str, named: str) -> None:
-    write_safetensors(folder / "model.safetensors", {name: TENSORS[name] for name in TENSORS if name != lost})
-    with pytest.raises(CheckpointError, match=f"lack {named},"):
-        resolve(folder)
-
-
-def test_a_renamed_tensor_is_named_on_both_sides(folder: Path, resolve: Resolve) -> None:
-    renamed = {name.replace("1.mlp.up_proj", "1.mlp.w3"): shape for name, shape in TENSORS.items()}
-    write_safetensors(folder / "model.safetensors", renamed)
-    with pytest.raises(CheckpointError, match=r"lack layers\.1\.mlp\.up_proj\.weight,.*has layers\.1\.mlp\.w3\.weight"):
-        resolve(folder)
-
-
-def test_another_shape(folder: Path, resolve: Resolve) -> None:
-    write_safetensors(folder / "model.safetensors", TENSORS | {f"{LAYER}self_attn.q_proj.weight": [HIDDEN, HIDDEN + 1]})
-    with pytest.raises(CheckpointError, match=r"q_proj\.weight is \[8, 9\] and should be \[8, 8\]"):
-        resolve(folder)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +100,24 @@ def test_a_tied_checkpoint_with_a_head_of_its_own(folder: Path, resolve: Resolve
     assert not resolve(folder).tied_embeddings
 
 
+BEYOND = rf"{VOCAB} token embeddings.*id {VOCAB}"
+
+
 @pytest.mark.parametrize(
-    "tokenizer",
+    ("tokenizer", "refused"),
     [
-        {"model": {"type": "BPE", "vocab": {f"t{number}": number for number in range(VOCAB)}}},
-        {"added_tokens": [{"id": VOCAB - 1, "content": "<|tool|>"}]},
+        ({"model": {"type": "BPE", "vocab": {f"t{number}": number for number in range(VOCAB)}}}, True),
+        ({"added_tokens": [{"id": VOCAB - 1, "content": "<|tool|>"}]}, True),
+        # Gemma 3's text models share the tokenizer with those that read images.
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": VOCAB - 1, "content": "<image_soft_token>"}]}, False),
     ],
 )
-def test_tokens_beyond_the_embeddings(folder: Path, resolve: Resolve, tokenizer: dict[str, object]) -> None:
+def test_tokens_beyond_the_embeddings(folder: Path, resolve: Resolve, tokenizer: dict[str, Any], refused: bool) -> None:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(tokenizer))
     resolve(folder)
     path.write_text(json.dumps(tokenizer).replace(f": {VOCAB - 1}", f": {VOCAB}"))
-    with pytest.raises(CheckpointError, match=rf"{VOCAB} token embeddings.*id {VOCAB}"):
+    with pytest.raises(CheckpointError, match=BEYOND) if refused else nullcontext():
         resolve(folder)
 
 
@@ -157,9 +135,3 @@ def test_gemmas_runs_of_blanks_are_left_to_the_vocabulary(
     kept = json.loads((found.path / "tokenizer.json").read_text())["added_tokens"]
     said = json.loads((found.path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert kept == list(said.values()) == (added[:1] if removed else added)
-
-
-def test_gemmas_token_of_an_image_needs_no_embedding(folder: Path, resolve: Resolve) -> None:
-    added = [{"id": VOCAB, "content": "<image_soft_token>"}]
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": added}))
-    resolve(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slmops.core.settings import Settings
 from tests import surroundings
 
 TOGETHER = {
@@ -47,6 +48,13 @@ def pytest_configure() -> None:
 def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No variables and no .env."""
     surroundings.clear(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A home, and a machine lock, of the test's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return Settings(home=tmp_path / "home")
 
 
 def _group(nodeid: str) -> str:

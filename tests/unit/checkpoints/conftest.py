@@ -20,11 +20,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home")
-
-
-@pytest.fixture
 def resolve(settings: Settings) -> Callable[..., Checkpoint]:
     def call(model: object, download: source.Download = making.no_download, **job: Any) -> Checkpoint:
         return source.resolve(Job(model=str(model), **job), settings, download=download)

@@ -22,11 +22,6 @@ from tests import values
 NOWHERE = "http://127.0.0.1:9"
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home")
-
-
 def cached(settings: Settings, content: bytes, name: str = "weights") -> VariantFile:
     digest = hashlib.sha256(content).hexdigest()
     path = settings.blobs / digest

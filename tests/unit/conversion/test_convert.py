@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +25,6 @@ from tests.values import CONTENTS, VERSIONS, checkpoint, write_variant
 
 RECIPE = Recipe(name="int4", config={"passes": {"a": {"type": "Rtn"}}, "host": "local"}, bits=4)
 FOUND = Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={})
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """A home, and a machine lock, of the test's own."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return Settings(home=tmp_path / "home")
 
 
 @pytest.fixture

@@ -13,12 +13,6 @@ from slmops.evaluation import dataset
 from tests import making
 from tests.measured import HERE, recorded
 
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home")
-
-
 ELSEWHERE = "recorded on another kind of machine (a small one; not this machine)"
 
 

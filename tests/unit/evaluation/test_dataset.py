@@ -55,9 +55,7 @@ def test_good_lines(tmp_path: Path) -> None:
     ]
     assert found.items[0].conversation == [{"role": "user", "content": "Capital of France?"}]
     assert found.items[-1].conversation == messages
-
-
-def test_what_ends_a_line(tmp_path: Path) -> None:
+    # What ends a line, and what does not.
     prompt = "one\u2028two\u2029three\x85four"
     path = written(tmp_path, {"prompt": prompt, "expected": "x"}, "", GOOD)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
@@ -138,12 +136,6 @@ def test_bad_line_is_named_with_number_and_reason(tmp_path: Path, line: str | di
     assert error.fix
 
 
-def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
-    problems = raised_by(written(tmp_path, *["{"] * 13)).message.splitlines()[1:]
-    assert [line.partition(":")[0] for line in problems[:-1]] == [f"  - line {number}" for number in range(1, 11)]
-    assert problems[-1] == "  - and 3 more"
-
-
 @pytest.mark.parametrize(
     ("read", "content", "said"),
     [
@@ -174,7 +166,10 @@ def test_matchers_that_need_configuration(tmp_path: Path) -> None:
     assert "line 2: match 'judge' needs a judging model: set SLMOPS_JUDGE_URL" in raised_by(path, matcher="x").message
 
 
-def test_ids_are_unique(tmp_path: Path) -> None:
+def test_all_bad_lines_are_named_up_to_ten_and_ids_are_unique(tmp_path: Path) -> None:
+    problems = raised_by(written(tmp_path, *["{"] * 13)).message.splitlines()[1:]
+    assert [line.partition(":")[0] for line in problems[:-1]] == [f"  - line {number}" for number in range(1, 11)]
+    assert problems[-1] == "  - and 3 more"
     error = raised_by(written(tmp_path, {**GOOD, "id": "a"}, GOOD, {**GOOD, "id": "b"}, "{", {**GOOD, "id": "a"}))
     assert error.message.splitlines()[1:] == [
         "  - line 4: is not JSON: Expecting property name enclosed in double quotes at column 2",
@@ -287,35 +282,33 @@ def test_csv_is_what_the_suffix_says_and_may_be_empty(tmp_path: Path) -> None:
         assert raised_by(table(tmp_path, empty)).message == "my.csv has no items."
 
 
+def too_many(number: int, cells: int) -> str:
+    return f"line {number}: has {cells} cells, but the header has 2"
+
+
 @pytest.mark.parametrize(
-    ("rows", "problems"),
+    ("column", "rows", "problems"),
     [
-        ("Q,A\nQ\nQ,A,x\nQ,A\n", [f"line {n}: has {m} cells, but the header has 2" for n, m in ((3, 1), (4, 3))]),
+        ("", "Q,A\nQ\nQ,A,x\nQ,A\n", [too_many(3, 1), too_many(4, 3)]),
         (
+            "",
             '"two\nlines",A\nQ,\n"two\nlines",\n',
-            [f"line {number}: 'expected' must not be empty for match 'contains'" for number in (4, 5)],
+            [f"line {n}: 'expected' must not be empty" for n in (4, 5)],
         ),
-        ('Q,A\n"Q,A\nQ,A\n', ["line 3: is not CSV from here on: unexpected end of data"]),
+        ("", 'Q,A\n"Q,A\nQ,A\n', ["line 3: is not CSV from here on: unexpected end of data"]),
+        (",max_tokens", "Q,A,many\n", ["line 2: max_tokens must be a whole number"]),
+        (",format", "Q,A,xml\n", ['line 2: format must be "json"']),
+        (",format", 'Q,A,"{""regex"""\n', ["line 2: format is not JSON: Expecting ':' delimiter at column 9"]),
+        (",messages", "Q,A,hello\n", ["line 2: messages is not JSON: Expecting value at column 1"]),
+        (",tolerance", "Q,A,inf\n", ["line 2: tolerance must be a finite number"]),
+        (",id", 'Q,A,x\n"1\n2",A,y\nQ,A,x\n', ["line 5: line 2 already has the id 'x'"]),
     ],
 )
-def test_bad_csv_rows(tmp_path: Path, rows: str, problems: list[str]) -> None:
-    error = raised_by(table(tmp_path, "prompt,expected\n" + rows))
-    assert error.message.splitlines() == ["my.csv has bad lines:", *(f"  - {problem}" for problem in problems)]
-
-
-@pytest.mark.parametrize(
-    ("column", "cell", "problem"),
-    [
-        ("max_tokens", "many", "line 2: max_tokens must be a whole number"),
-        ("format", "xml", 'line 2: format must be "json"'),
-        ("format", '"{""regex"""', "line 2: format is not JSON: Expecting ':' delimiter at column 9"),
-        ("messages", "hello", "line 2: messages is not JSON: Expecting value at column 1"),
-        ("tolerance", "inf", "line 2: tolerance must be a finite number"),
-        ("id", 'x\n"1\n2",A,y\nQ,A,x', "line 5: line 2 already has the id 'x'"),
-    ],
-)
-def test_bad_csv_cells(tmp_path: Path, column: str, cell: str, problem: str) -> None:
-    assert problem in raised_by(table(tmp_path, f"prompt,expected,{column}\nQ,A,{cell}\n")).message
+def test_bad_csv_rows(tmp_path: Path, column: str, rows: str, problems: list[str]) -> None:
+    heading, *found = raised_by(table(tmp_path, f"prompt,expected{column}\n{rows}")).message.splitlines()
+    assert heading == "my.csv has bad lines:"
+    for line, problem in zip(found, problems, strict=True):
+        assert line.startswith(f"  - {problem}")
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def test_questions_of_all_categories(
     assert clock.now == LOAD_S + 2 * used
 
 
-def test_all_models_of_a_job_get_what_the_first_had_time_for(tmp_path: Path) -> None:
-    settings, job = Settings(home=tmp_path), Job(model="m", minutes=10)
+def test_all_models_of_a_job_get_what_the_first_had_time_for(settings: Settings, tmp_path: Path) -> None:
+    job = Job(model="m", minutes=10)
 
     def share(asked: Job = job, name: str = "bot", home: Settings = settings, **changes: Any) -> Share:
         return Share("questions", 40, "digest", values.checkpoint(**changes), name, asked, home)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,10 +272,9 @@ def test_what_matchers_can_score_is_scored_at_once() -> None:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # the machine's lock is there
-    return Settings(home=tmp_path / "home", judge_url="http://127.0.0.1:9/v1", judge_model="grader")
+    return settings.model_copy(update={"judge_url": "http://127.0.0.1:9/v1", "judge_model": "grader"})
 
 
 def test_the_judge_scores_the_rest(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Rounds, turns and the grid without a process behind a turn; and that process with a made-up runtime and clock."""
 
 import json
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -84,9 +83,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))  # the machine's lock is there
-    made = Bench(Settings(home=tmp_path / "home"))
+def bench(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    made = Bench(settings)
     monkeypatch.setattr(speed.children, "call", made.call)
     monkeypatch.setattr(speed, "calibrate", lambda: made.loops.pop(0) if made.loops else 1.0)
     return made

@@ -37,11 +37,6 @@ def installed(tmp_path: Path) -> Installed:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path / "home")
-
-
-@pytest.fixture
 def start(installed: Installed, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Start a process that runs this code."""
     monkeypatch.setattr(module, "SERVICE_WORKER", "scripted_worker")

@@ -1,6 +1,7 @@
 """Child process: turn a GGUF file, or a checkpoint in FP8, into a folder in Hugging Face format."""
 
 import errno
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,22 @@ def handle(request: UnpackRequest) -> Frozen:
 
     A CheckpointError says that the file is broken, or that transformers cannot read what it holds.
     """
+    import gguf
     import torch
     import transformers
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": request.source}
     how = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True), "dtype": "auto"}
-    if gguf := request.source.is_file():
+    if is_gguf := request.source.is_file():
         where = {"pretrained_model_name_or_path": request.source.parent, "gguf_file": request.source.name}
+        # transformers would read the file again for config, model and tokenizer, and build the map for each module.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            setattr(gguf, name, functools.cache(getattr(gguf, name)))
         # Without dequantize, save_pretrained refuses the model.
         how = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(**where, **how, output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where) if gguf else None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where) if is_gguf else None
     except Exception as error:
         # Broken bytes make gguf and transformers raise anything: struct.error, ValueError, KeyError, IndexError.
         # A full disk or memory is not the file's fault.
@@ -51,12 +56,12 @@ def handle(request: UnpackRequest) -> Frozen:
             f"{', '.join(missing[:3])} and {max(len(missing) - 3, 0)} more are missing.",
             _ORIGINAL,
         )
-    if gguf and (unread := _unread(request.source, model)):
+    if is_gguf and (unread := _unread(request.source, model)):
         raise CheckpointError(
             f"transformers does not read all of {request.source}, and would compute something else: {unread}.",
             _ORIGINAL,
         )
-    model.save_pretrained(request.folder, save_original_format=bool(gguf))  # else it is put into FP8 again
+    model.save_pretrained(request.folder, save_original_format=is_gguf)  # else it is put into FP8 again
     if tokenizer:
         tokenizer.save_pretrained(request.folder)
     else:
@@ -70,7 +75,7 @@ def _unread(path: Path, model: Any) -> str | None:
     import torch
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    reader, config = gguf.GGUFReader(path), model.config
+    reader, config = gguf.GGUFReader(str(path)), model.config
     rope = getattr(config, "rope_parameters", None) or {}
     architecture = reader.fields["general.architecture"].contents()
     tensors = {tensor.name: tensor for tensor in reader.tensors}

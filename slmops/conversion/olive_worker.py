@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from slmops.conversion import builder_fixes
+from slmops.conversion import builder_fixes, olive_fixes
 from slmops.core.values import Frozen
 
 
@@ -17,5 +17,6 @@ def handle(request: Workflow) -> Frozen:
     from olive import run
 
     builder_fixes.apply()
+    olive_fixes.apply()
     run(request.config)
     return Frozen()

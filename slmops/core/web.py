@@ -5,7 +5,6 @@ import asyncio
 import logging
 import os
 import socket
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -40,14 +39,6 @@ def past_proxies() -> dict[str, str]:
     return {"NO_PROXY": direct, "no_proxy": direct, **dict.fromkeys(broken, "")}
 
 
-@dataclass(eq=False)
-class BodyRefused(Exception):
-    """A body that is not accepted; the connection must be closed after the answer."""
-
-    status: int  # HTTP status of the answer, 408 or 413
-    message: str
-
-
 def listen(host: str, port: int) -> socket.socket:
     """Open the socket of a server at a host's name or address; port 0 takes a free one.
 
@@ -80,14 +71,17 @@ async def read_body(request: "Request", limit: int, seconds: float) -> bytes:
     """Read a whole request body of at most ``limit`` bytes, for which the client may take so many seconds.
 
     Raises:
-        BodyRefused: It is too large, or does not come in time.
+        starlette.exceptions.HTTPException: It is too large, or does not come in time. The connection is to be closed.
         starlette.requests.ClientDisconnect: The client left.
     """
+    from starlette.exceptions import HTTPException
+
     length = request.headers.get("content-length", "")
     announced = float(length) if length.isdecimal() else 0.0  # of 5,000 digits int() refuses to make a number
     too_large = announced > limit
     waits = request.headers.get("expect", "").lower() == "100-continue"
-    refused = BodyRefused(413, f"The body is larger than {limit} bytes.")
+    close = {"connection": "close"}
+    refused = HTTPException(413, f"The body is larger than {limit} bytes.", close)
     if announced > DISCARDED_BYTES or (too_large and waits):
         raise refused
     body, discarded = bytearray(), 0
@@ -105,7 +99,7 @@ async def read_body(request: "Request", limit: int, seconds: float) -> bytes:
                     break
     except TimeoutError:
         if not too_large:
-            raise BodyRefused(408, f"The request did not arrive within {seconds:g} s.") from None
+            raise HTTPException(408, f"The request did not arrive within {seconds:g} s.", close) from None
     if too_large:
         raise refused
     return bytes(body)

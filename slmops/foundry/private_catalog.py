@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.core.validation import problems
 from slmops.core.values import Frozen
-from slmops.core.web import BodyRefused, read_body
+from slmops.core.web import read_body
 from slmops.foundry.layout import PUBLISHER
 
 if TYPE_CHECKING:
@@ -152,9 +152,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
         return JSONResponse({"status": "ok", "models": len({entry.alias for entry in offers if entry.latest})})
 
     async def refuse(_: Request, error: Exception) -> Response:
-        if isinstance(error, BodyRefused):
-            error = HTTPException(error.status, error.message, {"connection": "close"})
-        elif isinstance(error, UsageError):
+        if isinstance(error, UsageError):
             error = HTTPException(400, error.message)
         elif isinstance(error, ClientDisconnect):
             error = HTTPException(400, "The client went away.")
@@ -166,5 +164,5 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
 
     return Starlette(
         routes=[Route(PATH, models, methods=["POST"]), Route("/health", health)],
-        exception_handlers=dict.fromkeys((BodyRefused, UsageError, ClientDisconnect, HTTPException, Exception), refuse),
+        exception_handlers=dict.fromkeys((UsageError, ClientDisconnect, HTTPException, Exception), refuse),
     )

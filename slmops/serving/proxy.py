@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from slmops.core.web import BodyRefused, read_body
+from slmops.core.web import read_body
 from slmops.serving.backend import CHAT
 from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Serve
@@ -31,7 +31,7 @@ BODY_S = 30.0  # for a client to send its request
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 RESPONSES = "/v1/responses"
 _ENDPOINTS = (CHAT, RESPONSES, "/v1/models", "/health", "/metrics")
-_BODY_CODES = {408: "request_timeout", 413: "request_too_large"}
+_CODES = {405: "method_not_allowed", 408: "request_timeout", 413: "request_too_large"}
 CLIENT_LEFT = 499
 
 
@@ -105,11 +105,7 @@ class Proxy:
         # A web page may send other content types to any address without asking.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "The content type must be application/json.", "unsupported_media_type")
-        try:
-            body = await read_body(request, self._limits.max_body_kb * 1000, BODY_S)
-        except BodyRefused as error:
-            code = _BODY_CODES[error.status]
-            raise Refused(error.status, error.message, code, headers={"connection": "close"}) from None
+        body = await read_body(request, self._limits.max_body_kb * 1000, BODY_S)
         path = request.scope["path"]
         asked = read(body, self._limits.max_output_tokens, chat=path == CHAT)
         return RelayedResponse(self._relay, asked, path, started)
@@ -141,7 +137,6 @@ async def _failed(request: Request, error: Exception) -> Response:
         return _response(error)
     if not isinstance(error, HTTPException):  # the traceback is logged by the server
         return _response(Refused(500, "The service failed; its log says why.", "internal_error"))
-    message, code = "There is nothing here.", "not_found"
-    if error.status_code == 405:
-        message, code = f"{request.method} is not possible here.", "method_not_allowed"
+    said = {404: "There is nothing here.", 405: f"{request.method} is not possible here."}
+    message, code = said.get(error.status_code, error.detail), _CODES.get(error.status_code, "not_found")
     return _response(Refused(error.status_code, message, code, headers=dict(error.headers or {})))

@@ -10,7 +10,9 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from functools import wraps
+from inspect import isfunction
 from pathlib import Path
 from typing import TypeVar
 
@@ -153,7 +155,12 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
 
 
 class Connection:
-    """One MLflow server, or a database; all methods raise TrackingError if it cannot be reached, or refuses."""
+    """One MLflow server, or a database; all public methods raise TrackingError if it cannot be reached, or refuses."""
+
+    def __init_subclass__(cls) -> None:
+        for name, method in tuple(vars(cls).items()):
+            if isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, _talks(method))
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -166,11 +173,11 @@ class Connection:
 
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""
-        return self._page(run_id, f"runs/{run_id}?")
+        with talking(self.uri):
+            return self._page(run_id, f"runs/{run_id}?")
 
     def _page(self, run_id: str, page: str) -> str:
-        with self._talking():
-            experiment = self._client.get_run(run_id).info.experiment_id
+        experiment = self._client.get_run(run_id).info.experiment_id
         return self._address(f"experiments/{experiment}/{page}workflowType=machine_learning")
 
     def _address(self, page: str) -> str:
@@ -186,8 +193,16 @@ class Connection:
             self._client.restore_experiment(known.experiment_id)
         return str(known.experiment_id)
 
-    def _talking(self) -> AbstractContextManager[None]:
-        return talking(self.uri)
+
+def _talks(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of a connection, in :func:`talking`."""
+
+    @wraps(method)
+    def talks(self: Connection, *args: object, **more: object) -> T:
+        with talking(self.uri):
+            return method(self, *args, **more)
+
+    return talks
 
 
 def stamp() -> str:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from slmops.tracking.client import KIND, PARENT, Client, Connection, talking
+from slmops.tracking.client import KIND, PARENT, Client, talking
 
 from pydantic import BaseModel
 
@@ -30,12 +30,12 @@ OF_FILES = "files"
 """The kind and the name of the run, and the folder of its files."""
 
 
-class Exchange(Connection):
-    """The files of one job, in the run ``run_id`` that :meth:`open` made."""
+class Exchange:
+    """The files of one job, in the run ``run_id`` that :meth:`open` made; all methods talk to MLflow."""
 
     def __init__(self, uri: str, run_id: str, settings: Settings) -> None:
-        super().__init__(uri)
-        self.run_id = run_id
+        self.uri, self.run_id = uri, run_id
+        self._client = Client(uri)
         self._settings = settings
         self._location: str | None = None
 
@@ -59,7 +59,7 @@ class Exchange(Connection):
 
     def close(self) -> None:
         """Delete the place with all its files."""
-        with self._talking():
+        with talking(self.uri):
             self._client.set_terminated(self.run_id, "FINISHED")
             self._client.delete_run(self.run_id)
 
@@ -67,7 +67,7 @@ class Exchange(Connection):
         """Send the files that are not there yet; each is called as it will be where it is fetched."""
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         files = tuple(VariantFile(name=name, size=sizes[name], sha256=sha256(path)) for name, path in paths.items())
-        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+        with talking(self.uri), tempfile.TemporaryDirectory() as scratch:
             there = self._client.files_in(self.run_id, OF_FILES)
             for file in files:
                 # A server may have kept the beginning of an upload that broke off.
@@ -100,20 +100,20 @@ class Exchange(Connection):
     def leave(self, name: str, result: BaseModel) -> None:
         """Write a result, the last thing that a part of the job does."""
         text = json.dumps(result.model_dump(mode="json"))  # pydantic's own JSON has null for what is not finite
-        with self._talking():
+        with talking(self.uri):
             self._client.log_text(self.run_id, text, f"results/{name}.json")
 
     def result(self, name: str) -> str | None:
         """What :meth:`leave` wrote under this name; None: nothing yet."""
         path = f"results/{name}.json"
-        with self._talking():
+        with talking(self.uri):
             there = path in self._client.files_in(self.run_id, "results")
             return self._client.text_of(self.run_id, path) if there else None
 
     def _fetch(self, file: VariantFile) -> Path:
         try:
             if self._location is None:
-                with self._talking():
+                with talking(self.uri):
                     self._location = str(self._client.get_run(self.run_id).info.artifact_uri)
             origin = download.Origin(self.uri, self._location, "this job's files")
             path = f"{OF_FILES}/{file.sha256}"

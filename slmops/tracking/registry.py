@@ -50,34 +50,31 @@ class Registry(Connection):
 
     def models(self) -> list[str]:
         """Names of all models that slmops registered."""
-        with self._talking():
-            names: list[str] = []
-            token = None
-            while token != "":
-                page = self._client.search_registered_models(page_token=token)
-                names += (model.name for model in page if model.tags.items() >= OURS.items())
-                token = page.token or ""
-            return sorted(names)
+        names: list[str] = []
+        token = None
+        while token != "":
+            page = self._client.search_registered_models(page_token=token)
+            names += (model.name for model in page if model.tags.items() >= OURS.items())
+            token = page.token or ""
+        return sorted(names)
 
     def versions(self, name: str) -> list[ModelVersion]:
         """All versions of a model that slmops registered, the newest first; none of an unknown model."""
-        with self._talking():
-            model = self._model(name)
-            if model is None:
-                return []
-            entries = self._client.search_model_versions(f"name = '{name}'")
-            made = [_version(entry, model) for entry in entries if entry.tags.keys() >= set(TAGS.values())]
-            return sorted(made, key=lambda version: -version.version)
+        model = self._model(name)
+        if model is None:
+            return []
+        entries = self._client.search_model_versions(f"name = '{name}'")
+        made = [_version(entry, model) for entry in entries if entry.tags.keys() >= set(TAGS.values())]
+        return sorted(made, key=lambda version: -version.version)
 
     def find(self, name: str, which: str) -> ModelVersion:
         """The version with this number or else this alias; UsageError if there is none, or slmops did not make it."""
-        with self._talking():
-            model = self._model(name)
-            if model is None:
-                known = ", ".join(self.models()) or "none"
-                raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
-            number = which if re.fullmatch("[1-9][0-9]*", which) else model.aliases.get(which)
-            return self._version_of(model, number, which)
+        model = self._model(name)
+        if model is None:
+            known = ", ".join(self.models()) or "none"
+            raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
+        number = which if re.fullmatch("[1-9][0-9]*", which) else model.aliases.get(which)
+        return self._version_of(model, number, which)
 
     def newest(self, name: str, variant: str) -> ModelVersion:
         """The version of a variant that was made or evaluated last; UsageError if there is none."""
@@ -104,50 +101,48 @@ class Registry(Connection):
         The folder in Foundry Local is what it is of. All but the weights is uploaded, into the logged model of the run
         that ``result`` names.
         """
-        with self._talking():
-            model = self._model(name)
-            if model is None:
-                self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
-            elif not model.tags.items() >= OURS.items():
-                problem = f"The registry has a model {name!r} that slmops did not make."
-                raise UsageError(problem, "Choose another name with --name.")
-            manifest = VersionManifest.of(name, variant, registration)
-            outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
-            passed = f"passed {outcomes.count('pass')} of {len(outcomes)}"
-            tags = {
-                "slmops.variant": variant.name,
-                "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
-                "slmops.key": variant.key,
-                "slmops.checkpoint_digest": variant.checkpoint.digest,
-                "slmops.source": variant.checkpoint.source,
-                "slmops.size_mb": f"{manifest.size_mb:.1f}",
-                "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
-                "slmops.device": manifest.device,
-                "slmops.provider": manifest.provider,
-                "slmops.gates": passed,
-                "slmops.evaluation_run": result.run_id or "",
-                "slmops.job_run": job_id,
-            }
-            known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
-            if known is None or not known.uploaded:
-                tags[FILES] = f"on {platform.node()} only"
-            if known is None:
-                number = self._create(manifest, registration.path, tags)
-            else:
-                number = str(known.version)
-                self._client.set_version_tags(name, number, tags)
-            if RESERVED.fullmatch(variant.name) is None:
-                self._client.set_registered_model_alias(name, variant.name, number)
-            return self._described(name, number)
+        model = self._model(name)
+        if model is None:
+            self._client.create_registered_model(name, tags=OURS, description="Variants that passed their gates.")
+        elif not model.tags.items() >= OURS.items():
+            problem = f"The registry has a model {name!r} that slmops did not make."
+            raise UsageError(problem, "Choose another name with --name.")
+        manifest = VersionManifest.of(name, variant, registration)
+        outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
+        passed = f"passed {outcomes.count('pass')} of {len(outcomes)}"
+        tags = {
+            "slmops.variant": variant.name,
+            "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
+            "slmops.key": variant.key,
+            "slmops.checkpoint_digest": variant.checkpoint.digest,
+            "slmops.source": variant.checkpoint.source,
+            "slmops.size_mb": f"{manifest.size_mb:.1f}",
+            "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
+            "slmops.device": manifest.device,
+            "slmops.provider": manifest.provider,
+            "slmops.gates": passed,
+            "slmops.evaluation_run": result.run_id or "",
+            "slmops.job_run": job_id,
+        }
+        known = next((one for one in self.versions(name) if self._holds(one, manifest)), None)
+        if known is None or not known.uploaded:
+            tags[FILES] = f"on {platform.node()} only"
+        if known is None:
+            number = self._create(manifest, registration.path, tags)
+        else:
+            number = str(known.version)
+            self._client.set_version_tags(name, number, tags)
+        if RESERVED.fullmatch(variant.name) is None:
+            self._client.set_registered_model_alias(name, variant.name, number)
+        return self._described(name, number)
 
     def upload(self, version: ModelVersion, folder: Path) -> ModelVersion:
         """Upload the weights of a version, as far as they are not there; that all are is noted last."""
-        with self._talking():
-            names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-            self._send(version.tags[LOGGED_MODEL], folder, (name for name in names if is_weights(name.as_posix())))
-            if not version.uploaded:
-                self._client.delete_model_version_tag(version.name, str(version.version), FILES)
-            return self._described(version.name, str(version.version))
+        names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        self._send(version.tags[LOGGED_MODEL], folder, (name for name in names if is_weights(name.as_posix())))
+        if not version.uploaded:
+            self._client.delete_model_version_tag(version.name, str(version.version), FILES)
+        return self._described(version.name, str(version.version))
 
     def promote(self, version: ModelVersion, against: ModelVersion | None, tags: dict[str, str]) -> None:
         """Make ``version``, which was judged ``against`` the champion, the champion, and that the previous one.
@@ -158,13 +153,12 @@ class Registry(Connection):
         if not version.uploaded:
             raise PromotionError(f"{version.label} was not promoted: its files are {version.tags[FILES]}.")
         self._expect_champion(against, version)
-        with self._talking():
-            number, replaced = str(version.version), str(against.version) if against else ""
-            moved = {"slmops.promoted": datetime.now(UTC).isoformat(timespec="seconds"), "slmops.replaced": replaced}
-            self._client.set_version_tags(version.name, number, {**moved, **tags})
-            if replaced not in ("", number):
-                self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)
-            self._client.set_registered_model_alias(version.name, CHAMPION, number)
+        number, replaced = str(version.version), str(against.version) if against else ""
+        moved = {"slmops.promoted": datetime.now(UTC).isoformat(timespec="seconds"), "slmops.replaced": replaced}
+        self._client.set_version_tags(version.name, number, {**moved, **tags})
+        if replaced not in ("", number):
+            self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)
+        self._client.set_registered_model_alias(version.name, CHAMPION, number)
         self._expect_champion(version, version)
 
     def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
@@ -172,20 +166,19 @@ class Registry(Connection):
 
         None is returned if there is nothing to go back to, and then nothing is changed but the tag.
         """
-        with self._talking():
-            self._client.set_version_tags(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
-            champion, previous = self.champion(failed.name), self.previous(failed.name)
-            if champion is None or champion.version != failed.version:
-                return champion  # somebody was faster
-            if previous is None or previous.version == failed.version:
-                return None
-            self._client.set_registered_model_alias(failed.name, CHAMPION, str(previous.version))
-            # What the one that failed replaced is no longer "previous"; what that replaced in its time is.
-            before = previous.tags.get("slmops.replaced", "")
-            if before and self._entry(failed.name, before) is not None:
-                self._client.set_registered_model_alias(failed.name, PREVIOUS, before)
-            else:
-                self._client.delete_registered_model_alias(failed.name, PREVIOUS)
+        self._client.set_version_tags(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
+        champion, previous = self.champion(failed.name), self.previous(failed.name)
+        if champion is None or champion.version != failed.version:
+            return champion  # somebody was faster
+        if previous is None or previous.version == failed.version:
+            return None
+        self._client.set_registered_model_alias(failed.name, CHAMPION, str(previous.version))
+        # What the one that failed replaced is no longer "previous"; what that replaced in its time is.
+        before = previous.tags.get("slmops.replaced", "")
+        if before and self._entry(failed.name, before) is not None:
+            self._client.set_registered_model_alias(failed.name, PREVIOUS, before)
+        else:
+            self._client.delete_registered_model_alias(failed.name, PREVIOUS)
         return self.champion(failed.name)
 
     def page(self, version: ModelVersion) -> str:
@@ -213,11 +206,10 @@ class Registry(Connection):
         return _version(entry, model)
 
     def _aliased(self, name: str, alias: str) -> ModelVersion | None:
-        with self._talking():
-            model = self._model(name)
-            if model is None or alias not in model.aliases:
-                return None
-            return self._version_of(model, model.aliases[alias], alias)
+        model = self._model(name)
+        if model is None or alias not in model.aliases:
+            return None
+        return self._version_of(model, model.aliases[alias], alias)
 
     def _holds(self, version: ModelVersion, manifest: VersionManifest) -> bool:
         """Whether a version is of this content, its files still there."""

@@ -49,30 +49,29 @@ class Tracker(Connection):
 
         The caller holds the model's job lock, so a run that is still open has no job any more.
         """
-        with self._talking():
-            experiment = self._experiment(name)
-            for stale in self._client.runs_of(experiment, "job", "attributes.status = 'RUNNING'"):
-                self._client.set_terminated(stale.info.run_id, "KILLED")
-            tags = {
-                KIND: "job",
-                "slmops.model": name,
-                "slmops.source": checkpoint.source,
-                "slmops.checkpoint_digest": checkpoint.digest,
-                FLOW_RUN: flow_run,
-            }
-            if checkpoint.base is not None:
-                tags["slmops.base"] = checkpoint.base
-            run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
-            params = {**_fields("job", job, exclude_none=True), **_fields("checkpoint", checkpoint, exclude_none=True)}
-            self._client.log_params(run_id, {**params, **_of_hardware(hardware)})
-            tracking_evaluation.log_inputs(self._client, run_id, job)
-            return run_id
+        experiment = self._experiment(name)
+        for stale in self._client.runs_of(experiment, "job", "attributes.status = 'RUNNING'"):
+            self._client.set_terminated(stale.info.run_id, "KILLED")
+        tags = {
+            KIND: "job",
+            "slmops.model": name,
+            "slmops.source": checkpoint.source,
+            "slmops.checkpoint_digest": checkpoint.digest,
+            FLOW_RUN: flow_run,
+        }
+        if checkpoint.base is not None:
+            tags["slmops.base"] = checkpoint.base
+        run_id = self._client.open_run(experiment, f"{name} {stamp()}", tags)
+        params = {**_fields("job", job, exclude_none=True), **_fields("checkpoint", checkpoint, exclude_none=True)}
+        self._client.log_params(run_id, {**params, **_of_hardware(hardware)})
+        tracking_evaluation.log_inputs(self._client, run_id, job)
+        return run_id
 
     def log_variant(
         self, parent: str, name: str, variant: Variant, registration: Registration, evaluation: Evaluation, logs: Path
     ) -> VariantResult:
         """Log a measured variant as a child run with a logged model; returns it as the comparison shows it."""
-        with self._talking(), tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             run_id = self._child(parent, variant.name)
             digests = {"evaluation_set_digest": evaluation.evaluation_set_digest, "text_digest": evaluation.text_digest}
             deployed = {"foundry_id": registration.foundry_id, "threads": _threads(registration)}
@@ -111,114 +110,105 @@ class Tracker(Connection):
 
     def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
         """Log a variant that failed, with the reason and what logs there are."""
-        with self._talking():
-            run_id = self._child(parent, recipe)
-            self._client.set_tags(run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
-            for log in sorted(logs.glob(f"{recipe}.*.log")):
-                self._client.log_artifact(run_id, str(log), "logs")
-            self._client.set_terminated(run_id, "FAILED")
+        run_id = self._child(parent, recipe)
+        self._client.set_tags(run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
+        for log in sorted(logs.glob(f"{recipe}.*.log")):
+            self._client.log_artifact(run_id, str(log), "logs")
+        self._client.set_terminated(run_id, "FAILED")
         return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
     def finish_job(self, comparison: Comparison, policy: Policy, report: str, note: str, *, failed: bool) -> None:
         """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
-        with self._talking():
-            run_id = comparison.run_id
-            tracking_evaluation.log_gates(self._client, comparison)
-            self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
-            self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
-            self._client.log_text(run_id, report, "report.html")
-            choice = comparison.choice
-            tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
-            self._client.set_tags(run_id, tags)
-            self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        run_id = comparison.run_id
+        tracking_evaluation.log_gates(self._client, comparison)
+        self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
+        self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
+        self._client.log_text(run_id, report, "report.html")
+        choice = comparison.choice
+        tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
+        self._client.set_tags(run_id, tags)
+        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def abort_job(self, run_id: str) -> None:
         """Close the parent run, and the child runs that are still open, as killed."""
-        with self._talking():
-            experiment = self._client.get_run(run_id).info.experiment_id
-            for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-                if run.info.run_id == run_id or run.data.tags.get(PARENT) == run_id:
-                    self._client.set_terminated(run.info.run_id, "KILLED")
+        experiment = self._client.get_run(run_id).info.experiment_id
+        for run in self._client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+            if run.info.run_id == run_id or run.data.tags.get(PARENT) == run_id:
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def log_soak(self, name: str, tags: dict[str, str], metrics: dict[str, float], memory_mb: Sequence[float]) -> str:
         """Log a soak as a run of the model's experiment; an earlier attempt of the same flow run is replaced.
 
         The memory after each request is a metric too, with the number of the request as its step.
         """
-        with self._talking():
-            tags = {KIND: "soak", "slmops.model": name, **tags}
-            title = f"soak {tags.get('slmops.variant', '')}".rstrip()
-            with self._client.only_run(self._experiment(name), title, tags) as run_id:
-                self._client.log_figures(run_id, metrics)
-                every, now = -(-len(memory_mb) // SOAK_POINTS), now_ms()
-                drawn = [(step, mb) for step, mb in enumerate(memory_mb, 1) if step % every == 0]
-                self._client.log_batch(run_id, metrics=[Metric(SOAK_MEMORY, mb, now, step) for step, mb in drawn])
-                said = {"metrics": metrics, "memory_mb": list(memory_mb)}
-                self._client.log_text(run_id, json.dumps(said), "soak.json")
-            return run_id
+        tags = {KIND: "soak", "slmops.model": name, **tags}
+        title = f"soak {tags.get('slmops.variant', '')}".rstrip()
+        with self._client.only_run(self._experiment(name), title, tags) as run_id:
+            self._client.log_figures(run_id, metrics)
+            every, now = -(-len(memory_mb) // SOAK_POINTS), now_ms()
+            drawn = [(step, mb) for step, mb in enumerate(memory_mb, 1) if step % every == 0]
+            self._client.log_batch(run_id, metrics=[Metric(SOAK_MEMORY, mb, now, step) for step, mb in drawn])
+            said = {"metrics": metrics, "memory_mb": list(memory_mb)}
+            self._client.log_text(run_id, json.dumps(said), "soak.json")
+        return run_id
 
     def recorded(self, run_id: str, folder: Path) -> Recorded:
         """What was recorded of a variant, with copies in ``folder`` of what it was measured with."""
-        with self._talking():
-            return tracking_evaluation.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
+        return tracking_evaluation.recorded(self._client, run_id, self.hardware_kind(run_id), folder)
 
     def log_remeasurement(self, result: Remeasured, request: Remeasure, hardware: Hardware, flow_run: str) -> str:
         """Log a remeasurement as a run of the model's experiment; an earlier attempt of the flow run is replaced."""
-        with self._talking():
-            tags = {
-                KIND: "remeasurement",
-                "slmops.model": result.model,
-                "slmops.version": str(result.version),
-                "slmops.variant": result.variant,
-                "slmops.recorded_run": result.recorded_run,
-                "slmops.outcome": result.outcome,
-                REASON: result.detail[:4000],
-                NOTE: drift.text(result, markdown=True),
-                FLOW_RUN: flow_run,
-            }
-            title = f"remeasurement of version {result.version}"
-            asked = _fields("remeasure", request, exclude={"name", "version"})
-            with self._client.only_run(self._experiment(result.model), title, tags) as run_id:
-                self._client.log_figures(run_id, result.metrics)
-                self._client.log_params(run_id, {**asked, **_of_hardware(hardware)})
-                self._client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
-                outcome = {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}
-                self._client.set_version_tags(result.model, str(result.version), outcome)
-            return run_id
+        tags = {
+            KIND: "remeasurement",
+            "slmops.model": result.model,
+            "slmops.version": str(result.version),
+            "slmops.variant": result.variant,
+            "slmops.recorded_run": result.recorded_run,
+            "slmops.outcome": result.outcome,
+            REASON: result.detail[:4000],
+            NOTE: drift.text(result, markdown=True),
+            FLOW_RUN: flow_run,
+        }
+        title = f"remeasurement of version {result.version}"
+        asked = _fields("remeasure", request, exclude={"name", "version"})
+        with self._client.only_run(self._experiment(result.model), title, tags) as run_id:
+            self._client.log_figures(run_id, result.metrics)
+            self._client.log_params(run_id, {**asked, **_of_hardware(hardware)})
+            self._client.log_text(run_id, result.model_dump_json(indent=2), "remeasurement.json")
+            outcome = {"slmops.remeasurement": result.outcome, "slmops.remeasurement_run": run_id}
+            self._client.set_version_tags(result.model, str(result.version), outcome)
+        return run_id
 
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all; UsageError if there is none."""
-        with self._talking():
-            everything = list(self._client.search_experiments())
-            asked = everything if name is None else filter(None, [self._client.get_experiment_by_name(name)])
-            numbers = [one.experiment_id for one in asked]
-            finished = f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''"
-            runs = self._client.search_runs(numbers, finished, max_results=1) if numbers else ()
-            if not runs:
-                of = f" of {name!r}" if name else ""
-                known = ", ".join(sorted(one.name for one in everything if one.tags.get(KIND) == "model"))
-                fix = f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first."
-                raise UsageError(f"There is no finished comparison{of}.", fix)
-            return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
+        everything = list(self._client.search_experiments())
+        asked = everything if name is None else filter(None, [self._client.get_experiment_by_name(name)])
+        numbers = [one.experiment_id for one in asked]
+        finished = f"tags.`{KIND}` = 'job' and tags.`{CHOICE}` != ''"
+        runs = self._client.search_runs(numbers, finished, max_results=1) if numbers else ()
+        if not runs:
+            of = f" of {name!r}" if name else ""
+            known = ", ".join(sorted(one.name for one in everything if one.tags.get(KIND) == "model"))
+            fix = f"Known models: {known}." if known else "Run `slmops run --model SOURCE` first."
+            raise UsageError(f"There is no finished comparison{of}.", fix)
+        return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
         """A job's comparison, and the policy of its choice."""
-        with self._talking():
-            comparison = Comparison.model_validate_json(self._client.text_of(job_id, COMPARISON_FILE))
-            return comparison, Policy.model_validate_json(self._client.text_of(job_id, POLICY_FILE))
+        comparison = Comparison.model_validate_json(self._client.text_of(job_id, COMPARISON_FILE))
+        return comparison, Policy.model_validate_json(self._client.text_of(job_id, POLICY_FILE))
 
     def conditions(self, run_id: str) -> dict[str, str]:
         """What the quality of a variant was measured with; figures of it compare only if that is the same."""
-        with self._talking():
-            run = self._client.get_run(run_id)
-            job = self._client.get_run(run.data.tags[PARENT]).data.params
-            used = [run.data.params.get(f"measured.{what}") for what in ("tokens", "questions")]
-            return {
-                EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
-                TEXT: run.data.params.get("text_digest", ""),
-                # With a time limit, how many there were time for.
-                QUICK: f"{used}" if "job.minutes" in job else job.get("job.quick", "false"),
-            }
+        run = self._client.get_run(run_id)
+        job = self._client.get_run(run.data.tags[PARENT]).data.params
+        used = [run.data.params.get(f"measured.{what}") for what in ("tokens", "questions")]
+        return {
+            EVALUATION_SET: run.data.params.get("evaluation_set_digest", ""),
+            TEXT: run.data.params.get("text_digest", ""),
+            # With a time limit, how many there were time for.
+            QUICK: f"{used}" if "job.minutes" in job else job.get("job.quick", "false"),
+        }
 
     def differences(self, run_id: str, other: str) -> tuple[str, ...]:
         """The conditions in which two variants' runs differ."""
@@ -227,8 +217,7 @@ class Tracker(Connection):
 
     def hardware_kind(self, run_id: str) -> str:
         """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
-        with self._talking():
-            params = self._client.get_run(run_id).data.params
+        params = self._client.get_run(run_id).data.params
         # Made of its parts, which the runs of before there were kinds have too.
         texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
         try:
@@ -243,23 +232,22 @@ class Tracker(Connection):
         something else or on another kind of machine. Of a version that slmops did not measure the result is empty, so
         gates that compare with it find no figure rather than being skipped.
         """
-        with self._talking():
-            version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
-            if version is None:
-                return None
-            # Its latest evaluation; the run that MLflow names is that in which it was made.
-            run_id = version.tags.get("slmops.evaluation_run", version.run_id)
-            if not run_id or MEASUREMENTS_FILE not in self._client.files_in(run_id):
-                return {}
-            measured = json.loads(self._client.text_of(run_id, MEASUREMENTS_FILE))
-            left_out: tuple[str, ...] = ()
-            if like:
-                differs = set(self.differences(run_id, like))
-                left_out += tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
-                left_out += tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
-                left_out += OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ()
-            figures = {metric: figure for metric, figure in measured.items() if not metric.startswith(left_out)}
-            return {metric: Measurement.model_validate(figure) for metric, figure in figures.items()}
+        version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
+        if version is None:
+            return None
+        # Its latest evaluation; the run that MLflow names is that in which it was made.
+        run_id = version.tags.get("slmops.evaluation_run", version.run_id)
+        if not run_id or MEASUREMENTS_FILE not in self._client.files_in(run_id):
+            return {}
+        measured = json.loads(self._client.text_of(run_id, MEASUREMENTS_FILE))
+        left_out: tuple[str, ...] = ()
+        if like:
+            differs = set(self.differences(run_id, like))
+            left_out += tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
+            left_out += tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
+            left_out += OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ()
+        figures = {metric: figure for metric, figure in measured.items() if not metric.startswith(left_out)}
+        return {metric: Measurement.model_validate(figure) for metric, figure in figures.items()}
 
     def answers_url(self, run_id: str, other: str) -> str:
         """The page with the answers of two variants' runs side by side."""
@@ -267,9 +255,8 @@ class Tracker(Connection):
 
     def download(self, uri: str, target: Path) -> Path:
         """Fetch an MLflow model or artifact URI into ``target``."""
-        with self._talking():
-            source = self._client.artifacts_of(uri) if uri.startswith("models:/") else uri
-            return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
+        source = self._client.artifacts_of(uri) if uri.startswith("models:/") else uri
+        return Path(download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=self.uri))
 
     def _with_links(self, note: str, comparison: Comparison) -> str:
         runs = {result.name: result.run_id for result in comparison.variants if result.status == "ok"}

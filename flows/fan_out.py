@@ -26,8 +26,7 @@ from tasks.variant import convert_variant, register_variant
 
 log = logging.getLogger("slmops.fan_out")
 
-ATTEMPTS = 3
-"""How often a part is started in all if its machine is lost."""
+ATTEMPTS = 3  # how often a part is started in all if its machine is lost
 POLL_S = 2.0
 LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PENDING: 900.0}
 """Seconds of silence after which a part counts as lost. Pending means that it is being started on its machine; a part
@@ -155,7 +154,6 @@ class _FanOut:
             self._measure(recipe, variant.key, send_variant(variant, self.exchange))
 
     def _measure(self, recipe: Recipe, key: str, files: Files) -> None:
-        """Measure what is converted."""
         self.progress.step()
         self.converted[recipe.name] = (key, files)
         self.due.append((recipe, "measure", 1))

@@ -125,6 +125,5 @@ class ProgressBar:
         self._id = UUID(str(created))
 
     def step(self, steps: int = 1) -> None:
-        """So many steps are done."""
         self._done += steps
         update_progress_artifact(artifact_id=self._id, progress=min(100.0, 100 * self._done / self._steps))

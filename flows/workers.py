@@ -36,8 +36,7 @@ ENVIRONMENT = {
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 """What a part needs of Prefect, on whatever worker."""
-AWAY_S = 600.0
-"""Seconds that a job waits for a Prefect server that does not answer."""
+AWAY_S = 600.0  # seconds that a job waits for a Prefect server that does not answer
 PAUSE_S = 2.0
 
 LABEL = "slmops.beat"

@@ -87,7 +87,6 @@ def watch_service(
     measured: Measurement | None,
     settings: Settings,
 ) -> Probation:
-    """Ask the new version while it serves."""
     log.info("watching %s for %d s", version.label, request.watch_s)
     watched = new_champion.watch(url, version, evaluation, request.matcher, measured, request.watch_s, settings)
     log.log(logging.INFO if watched.held else logging.WARNING, "%s", watched.detail)
@@ -105,6 +104,5 @@ def switch_back(url: str, version: ModelVersion, uri: str) -> None:
 
 @stage()
 def show_result(result: Retrained) -> None:
-    """Publish the outcome as an artifact of the flow run."""
     page = f"{result.outcome}\n\n```\n{result.text}\n```\n\n[MLflow run]({result.url})"
     create_markdown_artifact(page, artifact_key("retraining", result.model), f"{result.model}: retraining")

@@ -30,7 +30,6 @@ def start_tracking(context: JobContext, flow_run: str) -> JobContext:
 def track_variant(
     context: JobContext, variant: Variant, registration: Registration, evaluation: Evaluation
 ) -> VariantResult:
-    """Log a measured variant as a child run."""
     return Tracker(context.tracking_uri).log_variant(
         context.run_id, context.name, variant, registration, evaluation, context.logs
     )
@@ -38,7 +37,6 @@ def track_variant(
 
 @stage("track failure of {recipe}", tracking=True)
 def track_failure(context: JobContext, recipe: str, reason: str) -> VariantResult:
-    """Log a failed variant as a child run with the reason."""
     return Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
 
 

@@ -25,8 +25,7 @@ from tasks.stage import stage
 
 log = logging.getLogger("slmops.train")
 
-LAST_S = 30.0
-"""How long the end of a training waits for its last points to be sent."""
+LAST_S = 30.0  # how long the end of a training waits for its last points to be sent
 
 
 @stage()

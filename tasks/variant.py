@@ -14,7 +14,6 @@ from tasks.stage import stage
 
 @stage("convert {recipe.name}")
 def convert_variant(recipe: Recipe, context: JobContext) -> Variant:
-    """Olive conversion at one precision."""
     return convert(recipe, context.checkpoint, context.job, context.name, context.settings)
 
 

@@ -17,7 +17,6 @@ Model = Annotated[str, Parameter(help="The model.")]
 
 
 def say(text: str) -> None:
-    """Print on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

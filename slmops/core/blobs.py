@@ -13,8 +13,7 @@ from slmops.core.files import intact, link_or_copy
 from slmops.core.settings import Settings
 from slmops.core.values import VariantFile
 
-KEPT_S = 24 * 3600.0
-"""Seconds that a file stays to which nothing links."""
+KEPT_S = 24 * 3600.0  # seconds that a file stays to which nothing links
 
 
 def find(file: VariantFile, settings: Settings, *copies: Path) -> Path | None:

@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 KEEP_S = 5.0
 """Seconds before the registry is asked again, whether it answered or failed. The runtime tries four times in 4 s and
 then goes on with what it knew; a registry that is down takes longer than that to fail."""
-CLOSE_S = 5
-"""Seconds that requests have to end when the catalog is stopped."""
+CLOSE_S = 5  # seconds that requests have to end when the catalog is stopped
 
 
 def entries(registry: Registry) -> list[Entry]:

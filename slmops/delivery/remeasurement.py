@@ -97,7 +97,6 @@ def measure_speed(copy: Registration, recorded: Recorded, name: str, settings: S
 def measure_perplexity(
     copy: Registration, text: str, recorded: Recorded, name: str, settings: Settings
 ) -> dict[str, Measurement]:
-    """Perplexity on the job's text."""
     file = settings.work(name) / "text.txt"
     write_atomic(file, text)
     with locks.machine(settings):

@@ -7,8 +7,6 @@ from slmops.foundry import register_worker
 
 
 class ForgetRequest(Frozen):
-    """Models to unregister in a Foundry home."""
-
     home: Path
     foundry_ids: tuple[str, ...]
 

@@ -11,8 +11,6 @@ MAX_TOKENS = 24
 
 
 class RegisterRequest(Frozen):
-    """A folder in Foundry's layout, and the id to give it."""
-
     home: Path
     folder: Path
     foundry_id: str

@@ -23,8 +23,7 @@ from slmops.processes.daemon import HOST
 
 log = logging.getLogger(__name__)
 
-START_MESSAGE_LIMIT = 4000
-"""Characters of the longest error message, so that the line fits a pipe."""
+START_MESSAGE_LIMIT = 4000  # characters of the longest error message, so that the line fits a pipe
 
 
 class ServiceRequest(Frozen):

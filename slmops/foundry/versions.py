@@ -16,8 +16,7 @@ from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, 
 from slmops.foundry.layout import INFERENCE_MODEL, model_name
 
 VERSION_MANIFEST = "deployment.json"
-FILES = "slmops.files"
-"""The tag of a version whose weights are not in the registry, which says where they are instead."""
+FILES = "slmops.files"  # the tag of a version whose weights are not in the registry, which says where they are instead
 CHAMPION = "champion"  # alias of the version that is deployed
 PREVIOUS = "previous"  # alias of the version that was the champion before
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
@@ -126,7 +125,6 @@ class Promoted(Frozen):
 
     @property
     def text(self) -> str:
-        """A sentence for people."""
         label = f"{self.model} version {self.version} ({self.variant})"
         if not self.changed:
             return f"{label} is the champion already."

@@ -46,8 +46,6 @@ _IMPORTED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One prerequisite."""
-
     name: str
     status: Literal["ok", "warning", "failure"]
     detail: str

@@ -43,7 +43,6 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What is true at the moment of the scrape."""
         fleet = self._fleet
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         for kind, name, text, value in (

@@ -67,8 +67,6 @@ class VersionSource:
 
 @dataclass(eq=False)
 class RegistryWatch:
-    """Follows the champion of the registry."""
-
     source: VersionSource
     deploy: Callable[[ModelVersion], Awaitable[None]]  # serves a version instead of the one before, or raises
     note: Callable[[str], None]  # is told each failure, in a sentence
@@ -164,7 +162,6 @@ class RegistryWatch:
 
 
 def said(error: Exception) -> str:
-    """An error in a sentence."""
     return error.message if isinstance(error, SlmopsError) else f"{type(error).__name__}: {error}"
 
 

@@ -77,7 +77,6 @@ def without_usage(piece: bytes) -> bytes:
 
 
 def with_usage(piece: bytes) -> Iterator[dict[str, Any]]:
-    """The events with token counts, parsed."""
     for event in piece.split(END):
         if USAGE in event:
             yield json.loads(event.partition(b"data: ")[2])

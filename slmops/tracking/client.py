@@ -36,8 +36,7 @@ KIND = "slmops.kind"
 """Tag that says what slmops made: "model" (an experiment, a registered model), or what a run is of, such as "job"."""
 PARENT, NOTE, FLOW_RUN = "mlflow.parentRunId", "mlflow.note.content", "slmops.prefect_flow_run"
 REASON = "slmops.reason"
-OF_CURVES = "curves/"
-"""How the names of curves begin; MLflow's charts have a section for each such prefix."""
+OF_CURVES = "curves/"  # how the names of curves begin; MLflow's charts have a section for each such prefix
 TEXT_LIMIT = 6000  # characters that MLflow takes for a parameter
 DIGEST_LENGTH = 12  # MLflow's pages allow 36 characters; the whole digest is in the data set's profile
 _SIGN_IN = re.compile(r"//[^/\s]*@")
@@ -90,7 +89,6 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
         super().__init__(tracking_uri=uri, registry_uri=uri)
 
     def open_run(self, experiment: str, title: str, tags: Mapping[str, str]) -> str:
-        """Open a run; returns its id."""
         return str(self.create_run(experiment, run_name=title, tags=dict(tags)).info.run_id)
 
     @contextmanager
@@ -118,11 +116,9 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
         self.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in figures.items()])
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run."""
         self.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def set_version_tags(self, name: str, number: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a version in the registry."""
         for key, value in tags.items():
             self.set_model_version_tag(name, number, key, value)
 
@@ -165,11 +161,7 @@ class Connection:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._client = Client(uri)
-
-    @property
-    def shown(self) -> str:
-        """Its address as it may be shown."""
-        return without_password(self.uri)
+        self.shown = without_password(uri)  # its address as messages may have it
 
     def run_url(self, run_id: str) -> str:
         """The page of a run in MLflow's UI, in its view for models rather than for chat applications."""

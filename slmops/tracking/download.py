@@ -18,15 +18,12 @@ from slmops.core.files import intact
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 64 * 1024
-"""Bytes read at a time, which is what a broken connection can lose."""
-STALLED_S = 30.0
-"""Seconds without a byte after which a connection counts as broken."""
+BLOCK_BYTES = 64 * 1024  # bytes read at a time, which is what a broken connection can lose
+STALLED_S = 30.0  # seconds without a byte after which a connection counts as broken
 RESUME_AFTER_S = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts that bring nothing; one that brings something starts again with the first."""
 SAY_EVERY_S = 10.0
-UNKNOWN_LIMIT = 16_000_000
-"""Bytes that a file of unknown size may have."""
+UNKNOWN_LIMIT = 16_000_000  # bytes that a file of unknown size may have
 
 _LATER = (408, 425, 429)  # client errors that the same request need not meet again
 

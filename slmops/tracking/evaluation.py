@@ -31,8 +31,7 @@ from slmops.evaluation import dataset
 from slmops.evaluation.drift import Recorded
 from slmops.evaluation.quality import QUICK_TOKENS, TOKENS
 
-OF_INTERVALS = "intervals/"
-"""How the names of the ends of intervals begin; see :data:`OF_CURVES`."""
+OF_INTERVALS = "intervals/"  # how the names of the ends of intervals begin; see OF_CURVES
 HEADLINES = ("ttft_ms_p50", "decode_tok_s", "perplexity_ratio", "kl_mean", "accuracy")
 """Figures whose 95 % intervals are metrics too; the others' are in the run's description and measurements.json."""
 ANSWERS_FILE, CASES_FILE, GATES_FILE = "answers.json", "edge_cases.json", "gates.json"
@@ -51,8 +50,7 @@ TRACES_AT_ONCE = 100
 
 INPUTS = "inputs"
 """Folder of a job's run with copies of what it measured with, so that whoever has the run can measure it again."""
-KEPT_SET, KEPT_TEXT = "evaluation_set", "perplexity_text.txt"
-"""The files there, the first without its suffix."""
+KEPT_SET, KEPT_TEXT = "evaluation_set", "perplexity_text.txt"  # the files there, the first without its suffix
 _OF_JOB = ("evaluation_set", "perplexity_text", "matcher")
 _OF_JOB_AS_JSON = ("quick", "prompt_lengths", "output_lengths")
 

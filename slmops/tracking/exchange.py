@@ -26,8 +26,7 @@ from slmops.core.values import VariantFile
 from slmops.tracking import download
 from slmops.tracking.download import NotGivenError
 
-OF_FILES = "files"
-"""The kind and the name of the run, and the folder of its files."""
+OF_FILES = "files"  # the kind and the name of the run, and the folder of its files
 
 
 class Exchange:

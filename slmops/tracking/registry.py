@@ -41,8 +41,7 @@ TAGS = {
 }
 """Field of a version to the tag that has it; a version cannot do without them."""
 LOGGED_MODEL = "slmops.logged_model"
-OURS = {KIND: "model"}
-"""The tags of a registered model that slmops made."""
+OURS = {KIND: "model"}  # the tags of a registered model that slmops made
 
 
 class Registry(Connection):
@@ -182,7 +181,6 @@ class Registry(Connection):
         return self.champion(failed.name)
 
     def page(self, version: ModelVersion) -> str:
-        """The version's page in MLflow's UI."""
         return self._address(f"models/{version.name}/versions/{version.version}")
 
     def _model(self, name: str) -> RegisteredModel | None:

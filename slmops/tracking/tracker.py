@@ -194,7 +194,6 @@ class Tracker(Connection):
         return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
-        """A job's comparison, and the policy of its choice."""
         comparison = Comparison.model_validate_json(self._client.text_of(job_id, COMPARISON_FILE))
         return comparison, Policy.model_validate_json(self._client.text_of(job_id, POLICY_FILE))
 

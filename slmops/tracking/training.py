@@ -69,12 +69,11 @@ class TrainingTracker(Connection):
         # MLflow's filters cannot spell a name with both quotes.
         query = f"name = {quote}{name}{quote}"
         same = [] if quote in name else self._client.search_datasets(filter_string=query)
-        if not same:
-            fix = "Its page 'Datasets' lists them, each with its experiment."
-            raise DataError(f"MLflow at {self.shown} has no dataset of the name {name!r}.", fix)
-        if len(same) > 1:
-            said = f"MLflow at {self.shown} has more than one dataset of the name {name!r}."
-            raise DataError(said, "Delete all but one.")
+        if len(same) != 1:
+            many, fix = "no", "Its page 'Datasets' lists them, each with its experiment."
+            if same:
+                many, fix = "more than one", "Delete all but one."
+            raise DataError(f"MLflow at {self.shown} has {many} dataset of the name {name!r}.", fix)
         mlflow.set_tracking_uri(self.uri)  # a dataset loads its records from the address of the whole process
         try:
             loaded = same[0].records

@@ -11,10 +11,8 @@ from slmops.evaluation.dataset import Item
 from slmops.training.examples import Example, shown
 from slmops.training.values import DataProblem
 
-GRAM_WORDS = 5
-"""Words in an n-gram, at most."""
-LISTED_PER_KIND = 20
-"""How many harmless problems of one kind are listed one by one."""
+GRAM_WORDS = 5  # words in an n-gram, at most
+LISTED_PER_KIND = 20  # how many harmless problems of one kind are listed one by one
 
 _OPERATORS = {"-": "−", "*": "×", "/": "÷"}
 # Thai to Burmese, Khmer, kana and Chinese: scripts without spaces between words.

@@ -10,12 +10,9 @@ from typing import Any
 
 from slmops.training.values import DataProblem, ProblemKind
 
-LONGEST_LINE = 1_000_000
-"""Bytes. A longer line is not read to its end."""
-MOST_PROBLEMS = 10_000
-"""Reading stops after this many bad lines."""
-SHOWN_CHARACTERS = 80
-"""How much of an item a message shows."""
+LONGEST_LINE = 1_000_000  # bytes; a longer line is not read to its end
+MOST_PROBLEMS = 10_000  # reading stops after this many bad lines
+SHOWN_CHARACTERS = 80  # how much of an item a message shows
 
 ROLES = ("system", "user", "assistant")
 _KEYS = ("messages", "prompt", "completion", "id")

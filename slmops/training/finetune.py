@@ -29,8 +29,7 @@ log = logging.getLogger(__name__)
 
 TRAINING_FILE, DIGESTS_FILE = "training.json", "files.json"
 FILE_LIST = TypeAdapter(list[VariantFile])
-TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")
-"""The packages whose version changes the result."""
+TRAINING_PACKAGES = ("torch", "transformers", "peft", "accelerate")  # the packages whose version changes the result
 NO_INPUT = {"data", "evaluation_set", "name", "serve", "watch_s", "approval"}
 """Fields of a request that do not count: locations, since contents are digested, and what happens to the result."""
 BF16 = frozenset({"amx_bf16", "avx512_bf16", "bf16"})

@@ -17,16 +17,13 @@ from slmops.core.values import Checkpoint, Frozen
 from slmops.training.tokens_worker import IGNORED, answer_spans, labels, renderer
 from slmops.training.values import LoraSettings, LossPoint, Stopped, TrainingData, TrainingResult
 
-POINT = "loss point: "
-"""Prefix of each line of output that is a point of the loss curves."""
+POINT = "loss point: "  # prefix of each line of output that is a point of the loss curves
 
 LOSSES_FILE, ADAPTER, MERGED = "losses.jsonl", "adapter", "merged"
 STATES, WHOLE = "checkpoints", "complete.json"
 """Folder of the saved states, which transformers calls checkpoints, and the file that a whole one has."""
-WARM_UP = 0.05
-"""Share of the training in which the learning rate rises."""
-POINTS_BETWEEN = 10
-"""Points of the training loss between two validations."""
+WARM_UP = 0.05  # share of the training in which the learning rate rises
+POINTS_BETWEEN = 10  # points of the training loss between two validations
 
 
 class FinetuneRequest(Frozen):

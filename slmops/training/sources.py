@@ -22,15 +22,13 @@ from slmops.processes.children import reporting_full_disk
 from slmops.training.examples import LONGEST_LINE, shown
 from slmops.training.values import Retrain
 
-DatasetRecords = Callable[[str], list[dict[str, Any]]]
-"""Returns the records of an MLflow dataset, given its name."""
+DatasetRecords = Callable[[str], list[dict[str, Any]]]  # returns the records of an MLflow dataset, given its name
 
 WEB_SCHEMES = ("http://", "https://")
 MLFLOW_DATASET = "mlflow-dataset:"
 EVALUATION_FILES = ("evaluation.jsonl", "evaluation.csv")
 """Names under which an evaluation set is found beside training data."""
-LARGEST = 250_000_000
-"""Bytes allowed for all training files together, and for an evaluation set."""
+LARGEST = 250_000_000  # bytes allowed for all training files together, and for an evaluation set
 READ_TIMEOUT_S, DOWNLOAD_TIMEOUT_S = 30.0, 600.0
 """Seconds without a byte, and in total, after which a download is given up."""
 _OFTEN = "Try again, or fetch the file yourself and give its path."

@@ -11,8 +11,7 @@ from slmops.core.errors import DataError
 from slmops.core.values import Frozen
 from slmops.training.examples import shown
 
-IGNORED = -100
-"""Label of a token that is not learned; torch's cross entropy ignores it."""
+IGNORED = -100  # label of a token that is not learned; torch's cross entropy ignores it
 
 Render = Callable[[Sequence[ChatMessage], bool], str]
 """Turns messages into text; the flag adds the opening of an answer."""

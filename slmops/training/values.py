@@ -15,10 +15,8 @@ from slmops.core.values import Frozen, Hardware, Measurement, Name
 
 ProblemKind = Literal["schema", "roles", "empty", "oversized", "duplicate", "near_duplicate", "leak", "near_leak"]
 Stopped = Literal["epochs", "patience", "minutes"]
-WAITING = "waiting for approval"
-"""The outcome of a retraining in MLflow until a person has decided."""
-DEFAULT_POLICY = Path(__file__).with_name("policy.toml")
-"""Used when a retraining gets no policy."""
+WAITING = "waiting for approval"  # the outcome of a retraining in MLflow until a person has decided
+DEFAULT_POLICY = Path(__file__).with_name("policy.toml")  # used when a retraining gets no policy
 FIRST_REPEAT_S, DAY_S = 1800, 86400
 
 
@@ -130,8 +128,6 @@ class Seen(BaseModel, frozen=True):
 
 
 class DataProblem(Frozen):
-    """What is wrong, or worth a look, in one training item."""
-
     file: str
     line: int
     kind: ProblemKind
@@ -139,8 +135,6 @@ class DataProblem(Frozen):
 
 
 class DataReport(Frozen, use_attribute_docstrings=True):
-    """What the checks of the data found."""
-
     files: dict[str, int] = Field(description="Name of each file, and its number of items.")
     items: int = Field(description="Items for training and validation.")
     evaluation_items: int

@@ -28,6 +28,7 @@ STAMPS = {
 }
 HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx"]
 FIGURES = {"numpy", "pandas", "matplotlib", "datasets", "foundry_local_sdk"}
+EVALUATION = "from slmops.evaluation import dataset, scoring; dataset.load(None)"
 PREFLIGHT = """
 from slmops import preflight
 from slmops.core.job import Job
@@ -77,6 +78,7 @@ def test_nothing_is_timed_by_the_wall_clock() -> None:
         # The list of commands needs none of them, and half a second goes by quickly.
         ("from slmops.cli.command import run; run(['--help'])", {*FIGURES, "pydantic", "jinja2", "httpx"}),
         (PREFLIGHT, {"huggingface_hub"}),
+        (EVALUATION, {"rouge_score", "jsonschema", "httpx", "numpy", "scipy", "nltk"}),
         ("import slmops.serving.service", set()),  # MLflow takes seconds, and the registry may be away
     ],
 )

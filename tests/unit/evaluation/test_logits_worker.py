@@ -57,17 +57,29 @@ def seeded(seed: int, scale: float) -> Logits:
     return lambda ids: random_logits(seed + int(ids.sum()), len(ids), VOCABULARY, scale)
 
 
+MOST = worker.WINDOW
+
+
 @pytest.mark.parametrize(
-    ("context", "windows"), [(2048, [512, 512, 276]), (256, [256] * 5 + [20]), (1300, [512, 512, 276])]
+    ("count", "asked", "windows"),
+    [
+        *((1300, {"context_length": context}, [MOST, MOST, 276]) for context in (2048, 1300)),
+        (1300, {"context_length": 256}, [256] * 5 + [20]),
+        (2 * MOST + 10, {}, [MOST, MOST, 10]),
+        (MOST + 1, {}, [MOST]),  # a last window of one token is left out
+        (500, {"tokens": 100}, [100]),
+    ],
 )
-def test_a_window_is_no_longer_than_the_context(score: Score, context: int, windows: list[int]) -> None:
+def test_windows_are_no_longer_than_the_context_and_their_first_token_is_not_scored(
+    score: Score, count: int, asked: dict[str, int], windows: list[int]
+) -> None:
     seen: list[int] = []
 
     def logits(ids: Any) -> Any:
         seen.append(len(ids))
         return uniform(ids)
 
-    assert len(score(logits, 1300, context_length=context).nll) == 1300 - len(windows)
+    assert len(score(logits, count, **asked).nll) == sum(windows) - len(windows)
     assert seen == windows
 
 
@@ -89,18 +101,6 @@ def test_each_token_is_scored_by_what_was_said_before_it(score: Score) -> None:
     assert found.distances == {}
     expected = -math.log(math.exp(6) / (math.exp(6) + VOCABULARY - 1))
     assert score(knows_the_next, 200).nll == pytest.approx([expected] * 199)
-
-
-def test_first_token_of_each_window_is_not_scored(score: Score) -> None:
-    most = worker.WINDOW
-    for count, tokens, windows in (
-        (2 * most + 10, 10_000, [most, most, 10]),
-        (most + 1, 10_000, [most]),  # a last window of one token is left out
-        (500, 100, [100]),
-    ):
-        seen: list[Any] = []
-        found = score(lambda ids, seen=seen: (seen.append(len(ids)), uniform(ids))[1], count, tokens)
-        assert (len(found.nll), seen) == (sum(windows) - len(windows), windows)
 
 
 @pytest.mark.parametrize(

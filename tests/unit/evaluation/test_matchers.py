@@ -11,7 +11,6 @@ from slmops.core.settings import Settings
 from slmops.evaluation import matchers, scoring
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
-from tests import surroundings
 
 
 def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
@@ -232,8 +231,3 @@ def test_without_what_it_needs() -> None:
     found = scoring.judgement(Item(prompt="?", match="judge"), "x", None, Settings())
     assert found.correct is None
     assert "SLMOPS_JUDGE_URL" in (found.reason or "")
-
-
-def test_nothing_heavy_is_imported_before_it_is_used() -> None:
-    there = surroundings.imported("from slmops.evaluation import dataset, scoring; dataset.load(None)")
-    assert not there & {"rouge_score", "jsonschema", "httpx", "numpy", "scipy", "nltk"}

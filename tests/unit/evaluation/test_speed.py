@@ -29,19 +29,14 @@ Made = tuple[Variant, Registration]
 
 
 class Bench:
-    """Variants without weights in Foundry Local's cache, and a stand-in for the processes that time them.
-
-    Attributes:
-        calls: Variant, request and options of each process.
-        failing: Number of a process to what it raises.
-        loops: Seconds of the calibration loops: three before all turns, one before and one after each; then always 1.
-    """
+    """Variants without weights in Foundry Local's cache, and a stand-in for the processes that time them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.work = settings.work(NAME)
         self.calls: list[tuple[str, speed_worker.SpeedRequest, dict[str, Any]]] = []
-        self.failing: dict[int, Exception] = {}
+        self.failing: dict[int, Exception] = {}  # number of a process to what it raises
+        # Seconds of the calibration loops: three before all turns, one before and one after each; then always 1.
         self.loops: list[float] = []
         self.ends: list[Any] = []
 

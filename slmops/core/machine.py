@@ -1,6 +1,7 @@
 """This machine and the packages on it. Nothing heavy is imported."""
 
 import contextlib
+import itertools
 import os
 import platform
 import shutil
@@ -33,11 +34,11 @@ PACKAGES = (
 """The packages that a job depends on most, by their names in pip."""
 
 CPUINFO = Path("/proc/cpuinfo")
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+CONTROL_GROUP, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Limit, use, and what of the use the kernel gives back when memory is short: version 2 of control groups, then 1.
 _LIMITS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 # Energy counters of the processor's packages; readable by root only on most systems.
 POWERCAP = Path("/sys/class/powercap")
@@ -77,15 +78,22 @@ def hardware() -> Hardware:
 def memory() -> tuple[int, int]:
     """Memory that this process may use, and how much of it is available, in bytes.
 
-    A container's limit counts if it is lower than what the machine has.
+    The limit of a container, or of a control group that this process is in, counts if it is lower than what the
+    machine has.
     """
     system = psutil.virtual_memory()
     total, available = system.total, system.available
-    for limit_file, used_file, stat_file, cache in _LIMITS:
+    own: set[Path] = {Path()}
+    with contextlib.suppress(OSError):  # lines such as 4:memory:/jobs/one; the limits of /jobs count too
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            group = Path(line.split(":", 2)[2].lstrip("/"))
+            own |= {group, *group.parents}
+    for group, (kind, limit_file, used_file, cache) in itertools.product(own, _LIMITS):
+        folder = CONTROL_GROUP / kind / group
         with contextlib.suppress(OSError, ValueError):  # "max": no limit; version 1 says so with a huge number
-            limit = int((CONTROL_GROUP / limit_file).read_text())
-            stat = dict(line.split() for line in (CONTROL_GROUP / stat_file).read_text().splitlines())
-            used = int((CONTROL_GROUP / used_file).read_text()) - int(stat.get(cache, 0))
+            limit = int((folder / limit_file).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / used_file).read_text()) - int(stat.get(cache, 0))
             total, available = min(total, limit), min(available, max(0, limit - used))
     return total, available
 

@@ -59,15 +59,27 @@ def version_1(limit: int, used: int, cache: int) -> dict[str, str]:
         pytest.param(version_2("48000000000", 10**9, 0), (48e9, 32e9), id="others on the machine use more"),
         pytest.param(version_1(8 * 10**9, 3 * 10**9, 10**9), (8e9, 6e9), id="version 1"),
         pytest.param(version_1(2**63 - 4096, 3 * 10**9, 0), (64e9, 32e9), id="version 1 without a limit"),
+        pytest.param(
+            {f"jobs/{name}": text for name, text in version_2("16000000000", 10**9, 0).items()},
+            (16e9, 15e9),
+            id="the group above the process's own",
+        ),
+        pytest.param(
+            {name.replace("/", "/one/"): text for name, text in version_1(8 * 10**9, 3 * 10**9, 0).items()},
+            (8e9, 5e9),
+            id="the process's own group in version 1",
+        ),
     ],
 )
 def test_memory_is_what_the_container_may_use(
     files: dict[str, str], expected: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text("4:memory:/one\n1:cpu:/\n0::/jobs/one\n")
     monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(64e9), available=int(32e9)))
     assert machine.memory() == expected
 

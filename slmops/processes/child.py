@@ -10,17 +10,15 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel
 
 from slmops.core.errors import SlmopsError
 from slmops.core.files import write_atomic
 
-Request = TypeVar("Request", bound=BaseModel)
 
-
-def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) -> None:
+def main(handle: Callable[[Any], BaseModel]) -> None:
     """Read the request file, handle it, write the result file, exit."""
     threading.Thread(target=die_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
@@ -28,6 +26,7 @@ def main(request_type: type[Request], handle: Callable[[Request], BaseModel]) ->
     status = 1
     try:
         try:
+            request_type: type[BaseModel] = get_type_hints(handle)["request"]
             request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
             answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
         except SlmopsError as error:
@@ -58,5 +57,4 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    worker = import_module(sys.argv[1])
-    main(get_type_hints(worker.handle)["request"], worker.handle)
+    main(import_module(sys.argv[1]).handle)

@@ -5,14 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from slmops.checkpoints.chat_template import ChatTemplate, load, render
 from slmops.core.errors import CheckpointError
 from slmops.foundry.prompt_template import derive
-from tests.chat_templates import CHATS, STYLES, WITHOUT_SYSTEM, broken, chat, template, text_of
+from tests.chat_templates import CHATS, STYLES, broken, chat, template, text_of
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
@@ -129,19 +127,3 @@ def test_load_of_unreadable_files(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize("style", ["smollm2", "mistral", "phi3"])
-def test_loads_what_a_tokenizer_saves(tmp_path, style):
-    source = template(style)
-    backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=source.text, unk_token="<unk>", **source.special_tokens
-    )
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert loaded is not None
-    assert loaded.special_tokens == {"unk_token": "<unk>", **source.special_tokens}
-    for messages in WITHOUT_SYSTEM:
-        theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert render(loaded, messages) == theirs

@@ -15,21 +15,8 @@ import psutil
 from slmops.core.values import Hardware
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "olive-ai",
-    "onnxruntime",
-    "onnxruntime-genai",
-    "onnx",
-    "foundry-local-sdk",
-    "prefect",
-    "mlflow",
-    "psutil",
-    "peft",
-    "accelerate",
-    "datasets",
-    "gguf",
-    "tabulate",
+    *("torch", "transformers", "olive-ai", "onnxruntime", "onnxruntime-genai", "onnx", "foundry-local-sdk"),
+    *("prefect", "mlflow", "psutil", "peft", "accelerate", "datasets", "gguf", "tabulate"),
 )
 """The packages that a job depends on most, by their names in pip."""
 
@@ -49,15 +36,8 @@ _X86_MATRIX = ("amx_tile", "amx_int8", "amx_bf16")
 _ARM = ("neon", "dotprod", "i8mm", "bf16", "sve", "sve2")
 # What Linux on ARM and macOS call them.
 _ALIASES = {
-    "asimd": "neon",
-    "asimddp": "dotprod",
-    "advsimd": "neon",
-    "feat_dotprod": "dotprod",
-    "feat_i8mm": "i8mm",
-    "feat_bf16": "bf16",
-    "avx1_0": "avx",
-    "avx2_0": "avx2",
-    "avx512vnni": "avx512_vnni",
+    **{"asimd": "neon", "asimddp": "dotprod", "advsimd": "neon", "feat_dotprod": "dotprod", "feat_i8mm": "i8mm"},
+    **{"feat_bf16": "bf16", "avx1_0": "avx", "avx2_0": "avx2", "avx512vnni": "avx512_vnni"},
 }
 
 
@@ -79,7 +59,7 @@ def memory() -> tuple[int, int]:
     """Memory that this process may use, and how much of it is available, in bytes.
 
     The limit of a container, or of a control group that this process is in, counts if it is lower than what the
-    machine has.
+    machine has, and so does that of a process (ulimit, prlimit), which its children have too.
     """
     system = psutil.virtual_memory()
     total, available = system.total, system.available
@@ -95,6 +75,12 @@ def memory() -> tuple[int, int]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / used_file).read_text()) - int(stat.get(cache, 0))
             total, available = min(total, limit), min(available, max(0, limit - used))
+    if sys.platform != "win32":
+        import resource
+
+        for number in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+            if (most := resource.getrlimit(number)[0]) != resource.RLIM_INFINITY:
+                total, available = min(total, most), min(available, most)
     return total, available
 
 

@@ -84,6 +84,17 @@ def test_memory_is_what_the_container_may_use(
     assert machine.memory() == expected
 
 
+@pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_memory_is_what_a_process_may_have(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    unlimited, number = machine.memory(), getattr(resource, kind)
+    limits = {number: (unlimited[0] // 3, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: limits.get(asked, (resource.RLIM_INFINITY,) * 2))
+    total, available = machine.memory()
+    assert total == unlimited[0] // 3
+    assert available <= total
+
+
 def test_hardware_of_an_arm_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n\nprocessor\t: 1\n")
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from prefect import flow, runtime
 
@@ -11,6 +11,7 @@ from flows.one_machine import make_here
 from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
 from flows.workers import find_workers
 from slmops import preflight
+from slmops.checkpoints import room
 from slmops.cluster.parts import Measured, figures
 from slmops.core import blobs
 from slmops.core.context import JobContext
@@ -46,14 +47,16 @@ def optimize(job: Job) -> Comparison:
     check_environment(settings)
 
     tracking_uri = stack.tracking_uri(settings)
-    checkpoint = get_checkpoint(job, settings, tracking_uri)
-    context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
-    with turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"):
+    with ExitStack() as held:
+        peaks = held.enter_context(room.watched(settings))
+        checkpoint = get_checkpoint(job, settings, tracking_uri)
+        context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
+        held.enter_context(turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"))
         _remove_unfinished_work(context)
         context, recipes = plan_recipes(context)
         context = start_tracking(context, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: Tracker(tracking_uri).abort_job(context.run_id)):
-            comparison, url = _compare(recipes, context)
+            comparison, url = _compare(recipes, context, peaks)
         show_comparison(comparison, url)
         _remove_unfinished_work(context)
 
@@ -63,7 +66,7 @@ def optimize(job: Job) -> Comparison:
     return comparison
 
 
-def _compare(recipes: list[Recipe], context: JobContext) -> tuple[Comparison, str]:
+def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]) -> tuple[Comparison, str]:
     """Make and measure all variants, choose one, and log all of it; returns the address of its page in MLflow, too."""
     made, results = _make(recipes, context)
     policy = policies.load(context.job.policy)
@@ -77,7 +80,12 @@ def _compare(recipes: list[Recipe], context: JobContext) -> tuple[Comparison, st
             for one in judged
         ]
     comparison = Comparison(
-        model=context.name, run_id=context.run_id, choice=choice, variants=tuple(judged), baseline=baseline
+        model=context.name,
+        run_id=context.run_id,
+        choice=choice,
+        variants=tuple(judged),
+        baseline=baseline,
+        room=context.room and context.room.model_copy(update=peaks),
     )
     return comparison, finish_tracking(context, comparison, policy)
 

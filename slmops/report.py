@@ -146,13 +146,14 @@ def _verdict(gate: GateResult | None) -> str:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What the baseline is if it is no variant, what was left out, why a variant failed, what its figures are worth."""
-    extent = next((result.extent.text for result in comparison.variants if result.extent), "")
-    said = [extent] * bool(extent)
+    """What was left out, what the baseline is if it is no variant, what the job took, why a variant failed."""
+    said = [comparison.left_out] * bool(comparison.left_out)
     if one := comparison.baseline:
         known = [name for name in ("perplexity", "accuracy") if name in one.metrics]
         figures = [f"{name} {one.measurements[name].text}" for name in known]
         said.append(f"There is no fp32 variant: all is relative to the checkpoint itself ({', '.join(figures)}).")
+    if comparison.room:
+        said.append(comparison.room.text)
     return said + [
         f"{result.name}{' failed' if result.status == 'failed' else ''}: {result.reason}"
         for result in comparison.variants

@@ -33,9 +33,9 @@ def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     checkpoint, settings = context.checkpoint, context.settings
     job = room.with_baseline(context.job, checkpoint, settings)
     planned = recipes.for_job(job, checkpoint)
-    room.check([recipe.name for recipe in planned], checkpoint, job, settings, converts=not settings.pools)
+    needed = room.check([recipe.name for recipe in planned], checkpoint, job, settings, converts=not settings.pools)
     for remark in generation.remarks(checkpoint.path):
         log.warning("%s", remark)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, context.name, settings))
-    return replace(context, job=job), planned
+    return replace(context, job=job, room=needed), planned

@@ -1,14 +1,22 @@
 """Memory and disk that a job takes, and the baseline that fits them."""
 
 import logging
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.pools import GB, conversion_memory
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
+from slmops.core.values import Checkpoint, Room
+from slmops.processes import children
+from slmops.processes.memory import LOOKING
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +26,6 @@ UNTIED = 1.35
 """The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
 SMALL, SHARE = 2 * GB, 1 / 8
 """Memory that an fp32 baseline may take unless it is asked for: so much, or such a share of the machine's."""
-COPIES, BESIDE = 2.5, 2 * GB
-"""A job takes so many times the checkpoint of memory, and so much for servers and libraries, without fp32."""
 
 
 def with_baseline(job: Job, checkpoint: Checkpoint, settings: Settings) -> Job:
@@ -45,40 +51,83 @@ def with_baseline(job: Job, checkpoint: Checkpoint, settings: Settings) -> Job:
 
 def check(
     precisions: Iterable[str], checkpoint: Checkpoint, job: Job, settings: Settings, *, converts: bool = True
-) -> None:
-    """Refuse a job that the disk or the memory cannot hold, before it has worked for an hour; else say what it takes.
+) -> Room | None:
+    """Refuse a job that the disk or the memory cannot hold; else return what it takes of them, unless others convert.
 
     Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
     plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
     If the checkpoint is the baseline, unfinished work is three times the checkpoint.
     Memory, unless others convert: ``parameters x 4 bytes x 2.2`` for one conversion at a time, or 2.5 times the
-    checkpoint and 2 GB if it is the baseline. All are estimates on the safe side, in GB.
+    checkpoint and 2 GB if it is the baseline. All are estimates on the safe side.
     """
     own = job.baseline == CHECKPOINT
     names = {*precisions} if own else {BASELINE, *precisions}
     sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in names}
-    work = (
-        3 * checkpoint.size_mb * 1e6 if own else 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
-    )
-    disk = sum(sizes.values()) + work
+    memory, work = of_checkpoint(checkpoint.size_mb * 1e6)
+    if not own:
+        memory = conversion_memory(checkpoint)
+        work = 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
+    what = f"{', '.join(sorted(sizes))} of {checkpoint.name}"
+    demand(what, memory * converts, sum(sizes.values()) + work, settings, fewer=" ask for fewer precisions,")
+    return Room(memory_estimated_mb=memory / 1e6, disk_estimated_mb=work / 1e6) if converts else None
+
+
+def of_checkpoint(size: float) -> tuple[float, float]:
+    """Bytes of memory and of disk that unfinished work takes without fp32, for ``size`` bytes of weights."""
+    return 2.5 * size + 2 * GB, 3 * size
+
+
+def demand(what: str, memory: float, disk: float, settings: Settings, *, fewer: str = "") -> None:
+    """Refuse work that takes more bytes than there are, before it has gone on for an hour; else say what it takes."""
     free = machine.disk_free(settings.home)
     if disk > free:
         raise PrerequisiteError(
-            f"Not enough disk for {', '.join(sorted(sizes))} of {checkpoint.name}: about {disk / GB:.1f} GB are "
-            f"needed, and {free / GB:.1f} GB are free at {settings.home}.",
-            "Make room, ask for fewer precisions, or set SLMOPS_HOME to a folder on a larger disk.",
+            f"Not enough disk for {what}: about {disk / GB:.1f} GB are needed, and {free / GB:.1f} GB are free at "
+            f"{settings.home}.",
+            f"Make room,{fewer} or set SLMOPS_HOME to a folder on a larger disk.",
         )
-    memory = 0.0
-    if converts:
-        memory = COPIES * checkpoint.size_mb * 1e6 + BESIDE if own else conversion_memory(checkpoint)
     _, available = machine.memory()
     if memory > available:
         raise PrerequisiteError(
-            f"Not enough memory to convert {checkpoint.name}: about {memory / GB:.1f} GB are needed, and "
-            f"{available / GB:.1f} GB are available.",
+            f"Not enough memory for {what}: about {memory / GB:.1f} GB are needed, and {available / GB:.1f} GB are "
+            "available.",
             "Stop other programs, or use a machine with more memory or a smaller model.",
         )
     log.info(
-        "this takes up to %.1f GB of memory, of %.1f available, and %.1f GB of disk, of %.1f free",
+        "%s: up to %.1f GB of memory, of %.1f available, and %.1f GB of disk, of %.1f free",
+        what,
         *(bytes_ / GB for bytes_ in (memory, available, disk, free)),
     )
+
+
+@contextmanager
+def watched(settings: Settings) -> Iterator[dict[str, float]]:
+    """Yield the most that is taken from now on, as fields of :class:`Room`: looked at as often as children's memory."""
+    began_with, next_look = _beyond_variants(settings), 0.0
+    peaks = {"memory_peak_mb": 0.0, "disk_peak_mb": 0.0}
+
+    def look(child_mb: float) -> None:
+        nonlocal next_look
+        own_mb = psutil.Process().memory_info().rss / 1e6
+        peaks["memory_peak_mb"] = max(peaks["memory_peak_mb"], own_mb + child_mb)
+        if (now := time.monotonic()) >= next_look:
+            peaks["disk_peak_mb"] = max(peaks["disk_peak_mb"], _beyond_variants(settings) - began_with)
+            next_look = now + (time.monotonic() - now) / LOOKING
+
+    children.watchers.append(look)
+    try:
+        yield peaks
+    finally:
+        children.watchers.remove(look)
+
+
+def _beyond_variants(settings: Settings) -> float:
+    """MB of the files in the home that are not the variants'; one with several names counts once."""
+    sizes = {}
+    for part in (settings.work(""), settings.checkpoints, settings.blobs, settings.foundry, settings.variants):
+        for folder, _, names in os.walk(part):
+            for name in names:
+                with suppress(OSError):  # it is gone
+                    file = Path(folder, name).lstat()
+                    sizes[file.st_ino] = 0 if part == settings.variants else file.st_size
+    return sum(sizes.values()) / 1e6

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
+from slmops.core.values import Checkpoint, Room
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class JobContext:
     settings: Settings
     tracking_uri: str
     run_id: str = ""  # the job's run in MLflow; empty until there is one
+    room: Room | None = None  # what it is estimated to take of this machine
 
     @property
     def logs(self) -> Path:

@@ -324,6 +324,23 @@ class VariantResult(Frozen):
         return self.status == "ok" and not any(gate.refuses for gate in self.gates)
 
 
+class Room(Frozen):
+    """Memory and disk of a job: what was estimated before it, and the most that it took."""
+
+    memory_estimated_mb: float
+    disk_estimated_mb: float = Field(description="Beyond the variants.")
+    memory_peak_mb: float = Field(0, description="Of its process and of a child together, without the servers.")
+    disk_peak_mb: float = Field(0, description="What was added to the home beyond the variants.")
+
+    @property
+    def text(self) -> str:
+        return (
+            f"The job took at most {self.memory_peak_mb / 1000:.1f} GB of memory (estimated: "
+            f"{self.memory_estimated_mb / 1000:.1f}) and {self.disk_peak_mb / 1000:.1f} GB of disk beyond the variants "
+            f"(estimated: {self.disk_estimated_mb / 1000:.1f})."
+        )
+
+
 class Choice(Frozen):
     variant: str | None
     reason: str
@@ -337,10 +354,16 @@ class Comparison(Frozen):
     choice: Choice
     variants: tuple[VariantResult, ...]
     baseline: VariantResult | None = Field(None, description="The checkpoint, if it is the baseline; else fp32 is.")
+    room: Room | None = Field(None, description="None: other machines did the work.")
 
     @property
     def failed(self) -> list[str]:
         return [result.name for result in self.variants if result.status == "failed"]
+
+    @property
+    def left_out(self) -> str:
+        """What was left out of the text and the questions; empty if nothing was."""
+        return next((result.extent.text for result in self.variants if result.extent), "")
 
     def to_frame(self) -> "DataFrame":
         """A pandas frame, one row a variant: its status, whether it was chosen, and a column for each metric."""
@@ -352,7 +375,8 @@ class Comparison(Frozen):
         return DataFrame(rows, index=[one.name for one in self.variants])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the headline figures of each variant, and the choice with its reason."""
+        """What a notebook shows: headline figures of each variant, the choice with its reason, what was left out."""
         frame = self.to_frame()
         shown = frame[["status", "chosen", *(metric for metric in HEADLINE_METRICS if metric in frame)]]
-        return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}<p>{escape(self.choice.reason)}</p>"
+        said = "".join(f"<p>{escape(text)}</p>" for text in (self.choice.reason, self.left_out) if text)
+        return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}{said}"

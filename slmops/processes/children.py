@@ -31,6 +31,9 @@ GRACE_S = 3.0
 DISK_FULL = os.strerror(errno.ENOSPC)
 FREE_SPACE = "Free some space and run again."
 
+watchers: list[Callable[[float], None]] = []
+"""They are told the memory of a child in MB each time that it is sampled."""
+
 STEADY_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Environment of children whose memory or speed is measured; only glibc knows these variables.
 
@@ -104,6 +107,8 @@ def run(
     try:
         while child.poll() is None and not failures and not timed_out:
             memory.append((time.monotonic(), meter.mb(child.pid)))
+            for watcher in watchers:
+                watcher(memory[-1][1])
             timed_out = time.monotonic() - started > timeout_s
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(SAMPLE_EVERY_S)

@@ -121,6 +121,9 @@ class Tracker(Connection):
         """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
         run_id = comparison.run_id
         tracking_evaluation.log_gates(self._client, comparison)
+        if comparison.room:
+            took = comparison.room.model_dump()
+            self._client.log_figures(run_id, {f"job_{name}": value for name, value in took.items()})
         self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
         self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
         self._client.log_text(run_id, report, "report.html")

@@ -27,6 +27,7 @@ from slmops.core.errors import GateError, PrerequisiteError, UsageError, WorkErr
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
+from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tests import making
 from tests.shown import artifacts, flow_runs
@@ -69,7 +70,7 @@ def first(settings: Settings, job: Job) -> First:
         log = settings.logs / NAME / "fp32.olive.log"
         while not (running.done() or log.exists()):
             time.sleep(0.05)
-        asked = job.model_copy(update={"precision": ["fp32"]})
+        asked = job.model_copy(update={"precision": ["fp32"], "upload": True})
         second = pool.submit(contextvars.copy_context().run, optimize, asked)
         waiting = None
         while waiting is None and not second.done():
@@ -101,7 +102,7 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
     kept = read(MlflowClient(settings.tracking_uri), first.comparison.run_id, "comparison.json", tmp_path)
     assert Comparison.model_validate_json(kept) == first.comparison
     shown = json.loads(first.comparison.model_dump_json())
-    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline"]
+    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline", "room"]
     assert shown["baseline"] is None  # it is one of the variants
     assert shown["model"] == NAME
     assert list(shown["choice"]) == ["variant", "reason"]
@@ -123,6 +124,30 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
         assert of_it["perplexity_ratio"] == pytest.approx(of_it["perplexity"] / metrics["fp32"]["perplexity"])
     assert first.comparison.choice.variant == "int4"
     assert first.comparison.choice.reason.startswith("int4 is taken, the first in order of preference ")
+
+
+def test_what_the_job_took_is_shown_and_logged(first: First, settings: Settings) -> None:
+    took = first.comparison.room
+    assert took is not None
+    # Its own process and Olive's; less than a GB of work on a tiny model.
+    assert (
+        max(one.metrics["convert_memory_peak_mb"] for one in first.comparison.variants) < took.memory_peak_mb < 10_000
+    )
+    assert 0 < took.disk_peak_mb < 1000
+    logged = MlflowClient(settings.tracking_uri).get_run(first.comparison.run_id).data.metrics
+    assert logged == {f"job_{name}": pytest.approx(value) for name, value in took.model_dump().items()}
+    assert took.text in artifacts(flow_runs("optimize")[0])[f"report-{KEY}"]
+
+
+def test_a_job_with_upload_leaves_the_weights_in_the_registry(first: First, settings: Settings) -> None:
+    registry = Registry(settings.tracking_uri or "")
+    [fp32] = first.second.variants
+    uploaded, not_asked_for = (registry.find(NAME, variant) for variant in ("fp32", "int4"))
+    assert (fp32.version, uploaded.uploaded, not_asked_for.uploaded) == (uploaded.version, True, False)
+    assert fp32.path is not None
+    weights = {name: (fp32.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
+    assert {name: (Path(uploaded.location) / name).stat().st_size for name in weights} == weights
+    assert not (Path(not_asked_for.location) / "model.onnx").exists()
 
 
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:

@@ -1,9 +1,12 @@
 """Memory and disk that a job needs, and the baseline that fits them."""
 
+import os
 import shutil
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from slmops.checkpoints import room
@@ -12,6 +15,8 @@ from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import Job
 from slmops.core.pools import Pool
 from slmops.core.settings import Settings
+from slmops.core.values import Room
+from slmops.processes import children
 from tests.values import checkpoint
 
 LARGE = checkpoint(parameters=10**12, size_mb=2e6)
@@ -19,7 +24,10 @@ FP32, OWN = Job(model="m", baseline="fp32"), Job(model="m", baseline="checkpoint
 
 
 def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    room.check(["fp16", "int4"], checkpoint(), FP32, settings)
+    # Unfinished work: twice fp32 with 4 bytes a weight and fp32 itself for fp16, x 1.35 x 1000 weights.
+    needed = room.check(["fp16", "int4"], checkpoint(), FP32, settings)
+    assert needed == Room(memory_estimated_mb=0.0088, disk_estimated_mb=0.0162)
+    assert room.check(["int4"], checkpoint(), FP32, settings, converts=False) is None
     # fp32 4 + int4 0.75 + twice fp32 8 = 12.75 bytes a weight, x 1.35 x 10^12 weights.
     with pytest.raises(PrerequisiteError, match=r"about 17212\.5 GB") as caught:
         room.check(["int4"], LARGE, FP32, settings)
@@ -65,3 +73,31 @@ def test_other_machines_need_an_fp32_baseline(settings: Settings) -> None:
     assert room.with_baseline(Job(model="m"), LARGE, pooled).baseline == "fp32"
     with pytest.raises(UsageError, match="work pools"):
         room.with_baseline(OWN, LARGE, pooled)
+
+
+HOLD = """
+import pathlib, time
+home, held = pathlib.Path({home!r}), b"x" * 80_000_000
+for name, mb in (("work/bot/int4/big", 3), ("variants/int4/model.onnx", 5), ("mlflow/big", 7)):
+    (home / name).parent.mkdir(parents=True)
+    (home / name).write_bytes(b"x" * mb * 1_000_000)
+(home / "blobs").mkdir()
+(home / "blobs" / "model").hardlink_to(home / "variants/int4/model.onnx")
+time.sleep(1.5)
+(home / "work/bot/int4/big").unlink()
+"""
+
+
+def test_what_a_job_takes_at_most(settings: Settings) -> None:
+    """A child with 80 MB, and 3 MB of work; variants and the files of servers do not count, nor what was there."""
+    settings.checkpoints.mkdir(parents=True)
+    (settings.checkpoints / "before").write_bytes(b"x" * 11_000_000)
+    own_mb = psutil.Process(os.getpid()).memory_info().rss / 1e6
+    with room.watched(settings) as peaks:
+        program = HOLD.format(home=str(settings.home))
+        argv = [sys.executable, "-S", "-c", program]
+        finished = children.run(argv, log=settings.logs / "log", timeout_s=60)
+    assert finished.returncode == 0
+    assert peaks["disk_peak_mb"] == pytest.approx(3, abs=0.1)
+    assert finished.memory_peak_mb + own_mb / 2 < peaks["memory_peak_mb"] < finished.memory_peak_mb + own_mb + 100
+    assert not children.watchers

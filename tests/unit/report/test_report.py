@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slmops import report
-from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
+from slmops.core.values import Comparison, GateResult, Measurement, Room, VariantResult
 from slmops.report import CHARTS, INTERVALS, html
 from slmops.selection import policy
 from slmops.selection.choice import choose
@@ -47,6 +47,14 @@ def test_the_checkpoint_as_the_baseline() -> None:
         assert "There is no fp32 variant: all is relative to the checkpoint itself (" in said
         assert "checkpoint" in said.partition("There is no")[0]
     assert "checkpoint" not in report.text(WIDE)
+
+
+def test_what_the_job_took_is_beside_what_was_estimated() -> None:
+    room = Room(memory_estimated_mb=4449, disk_estimated_mb=2160, memory_peak_mb=3120.4, disk_peak_mb=899)
+    said = "3.1 GB of memory (estimated: 4.4) and 0.9 GB of disk beyond the variants (estimated: 2.2)."
+    made = WIDE.model_copy(update={"room": room})
+    assert all(said in page for page in (report.text(made), report.markdown(made, "url"), html(made)))
+    assert "estimated" not in report.text(WIDE)
 
 
 def cells(line: str) -> list[str]:
@@ -99,7 +107,7 @@ def test_what_was_left_out_is_said() -> None:
         (few.model_copy(update={"all_tokens": 512, "all_questions": 8}), ""),
     ):
         made = comparison(failed("fp32", "No."), result("int4", 110).model_copy(update={"extent": extent}))
-        pages = (report.text(made), report.markdown(made, "http://host/run"), html(made))
+        pages = (report.text(made), report.markdown(made, "http://host/run"), html(made), made._repr_html_())
         assert all(text in page for page in pages)
         assert all(("Quality was measured" in page) == bool(text) for page in pages)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import inspection, merge_worker, store, tensors, weight_files
+from slmops.checkpoints import inspection, merge_worker, room, store, tensors, weight_files
 from slmops.checkpoints.merge_worker import MergeRequest
 from slmops.checkpoints.reading import read_json
 from slmops.checkpoints.store import Hashes
@@ -48,17 +48,24 @@ def check_base(folder: Path, job: Job, where: str) -> tuple[str, dict[str, Any]]
     return root, inspection.read_config(folder, job, where)
 
 
-def base_digest(folder: Path, job: Job, hashes: Hashes | None, where: str) -> str:
-    """The digest of a base model, if it is a whole one."""
-    files = weight_files.measure(folder, *check_base(folder, job, where), where).files
-    return inspection.digest_of(hashes or inspection.digest_files(folder, files, job))
+def measure_base(folder: Path, job: Job, hashes: Hashes | None, where: str) -> tuple[str, float]:
+    """The digest of a base model and the size of its weights in MB, if it is a whole one."""
+    weights = weight_files.measure(folder, *check_base(folder, job, where), where)
+    return inspection.digest_of(hashes or inspection.digest_files(folder, weights.files, job)), weights.size_mb
 
 
-def merge(folder: Path, root: str, base: Path, digest: str, job: Job, settings: Settings) -> tuple[Path, Hashes]:
-    """The folder of the adapter in ``folder`` merged with the base of this digest, once."""
+def merge(
+    folder: Path, root: str, base: Path, digest: str, size_mb: float, job: Job, settings: Settings
+) -> tuple[Path, Hashes]:
+    """The folder of the adapter in ``folder`` merged with the base of this digest, once.
+
+    A PrerequisiteError if there is not the room that a job on a checkpoint of the base's size takes.
+    """
 
     def request(target: Path, _: Path) -> MergeRequest:
         log.info("merging %s with its base %s, once", folder, base)
+        size = size_mb * 1e6 + (folder / root).stat().st_size
+        room.demand(f"merging {folder} with {base}", *room.of_checkpoint(size), settings)
         return MergeRequest(base=base, adapter=folder, folder=target, trust_remote_code=job.trust_remote_code)
 
     own = inspection.digest_of(inspection.digest_files(folder, (root, weight_files.ADAPTER), job))

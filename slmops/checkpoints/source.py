@@ -158,8 +158,8 @@ def _whole(job: Job, settings: Settings, download: Download) -> Iterator[_Found]
         with _about_base(found.where):
             origin = stack.enter_context(_find(asked, settings, download, inspection.read_config))
             base = _plain(origin, job, settings)
-            digest = adapters.base_digest(base.folder, job, base.hashes, base.where)
-        folder, hashes = adapters.merge(found.folder, root, base.folder, digest, job, settings)
+            digest, size_mb = adapters.measure_base(base.folder, job, base.hashes, base.where)
+        folder, hashes = adapters.merge(found.folder, root, base.folder, digest, size_mb, job, settings)
         published = origin.folder.parent.name == "snapshots"  # as the hub's cache has it
         named = f"{base.where}@{origin.folder.name if published else f'sha256:{digest}'}"
         log.info("%s is merged with its base %s", found.where, named)

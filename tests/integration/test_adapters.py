@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +145,31 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refuse("size mismatch")
 
 
+RESOLVE = """
+import sys
+from pathlib import Path
+from slmops.core.job import Job
+from slmops.core.settings import Settings
+from tests import making
+making.resolve(Job.model_validate_json(sys.argv[1]), Settings(home=Path(sys.argv[2])))
+"""
+
+
+def kill_while_it_merges(asked: Job, settings: Settings) -> Path:
+    """Kill a job as soon as its child has begun, which takes seconds; returns the folder that is not whole."""
+    argv = [sys.executable, "-c", RESOLVE, asked.model_dump_json(), str(settings.home)]
+    with subprocess.Popen(argv, cwd=Path(__file__).parents[2]) as job:
+        while not [*settings.logs.glob("merging-*.log")]:
+            assert job.poll() is None
+            time.sleep(0.01)
+        job.kill()
+    assert job.returncode == -signal.SIGKILL
+    [begun] = settings.checkpoints.glob(".*.part")
+    return begun
+
+
 def test_an_adapter_is_a_checkpoint_with_a_tokenizer_of_its_own(tmp_path: Path, fresh: Settings) -> None:
-    """Its base has moved; the merged folder is made once, whole, and recorded."""
+    """Its base has moved; the merged folder is made once, whole, and recorded; one that was killed does not count."""
     from transformers import AutoTokenizer
 
     train("llama", tmp_path, target_modules=["q_proj", "v_proj"], rows=tiny.VOCABULARY + 1)
@@ -153,12 +180,16 @@ def test_an_adapter_is_a_checkpoint_with_a_tokenizer_of_its_own(tmp_path: Path, 
     moved = (tmp_path / "base").rename(tmp_path / "moved")
     before = tree(moved), tree(tmp_path / "adapter")
     asked = Job(model=str(tmp_path / "adapter"), base=str(moved))
+    unfinished = kill_while_it_merges(asked, fresh)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    assert [*fresh.checkpoints.iterdir()] == [unfinished]
     found = making.resolve(asked, fresh)
     assert (found.name, found.architecture) == ("adapter", "LlamaForCausalLM")
     assert str(found.base).startswith(f"{moved}@sha256:")
     assert AutoTokenizer.from_pretrained(found.path).eos_token == "<|done|>"
     assert json.loads((found.path / "config.json").read_text())["vocab_size"] == tiny.VOCABULARY + 1
     assert "training_args.bin" not in tree(found.path)
+    assert [*fresh.checkpoints.iterdir()] == [found.path]
     made = (found.path / "model.safetensors").stat().st_mtime_ns
     assert making.resolve(asked, fresh) == found
     assert (found.path / "model.safetensors").stat().st_mtime_ns == made

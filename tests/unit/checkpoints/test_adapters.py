@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from slmops.checkpoints import source, store
-from slmops.core.errors import CheckpointError
+from slmops.core import machine
+from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
@@ -108,6 +109,18 @@ def test_an_adapter_is_merged_once_for_each_base(
     edit_json(cached / "config.json", rms_norm_eps=1e-6)
     assert resolve(adapter, base=str(cached)).path != found.path
     assert {name: raw for name, raw in tree(folder).items() if f"{folder.name}/{name}" in before} == tree(folder)
+
+
+def test_a_merge_for_which_there_is_no_room_is_not_begun(
+    adapter: Path, resolve: Resolve, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: (8e9, 1.5e9))
+    with pytest.raises(PrerequisiteError, match=r"memory for merging .*tuned with .*v2: about 2\.0 GB .* 1\.5 GB are"):
+        resolve(adapter)
+    monkeypatch.setattr(machine, "disk_free", lambda _folder: 10)
+    with pytest.raises(PrerequisiteError, match=r"disk for merging .*tuned with .*v2: about 0\.0 GB .* 0\.0 GB are"):
+        resolve(adapter)
+    assert [*settings.checkpoints.iterdir()] == []
 
 
 def test_the_output_folder_of_a_trainer(folder: Path, resolve: Resolve, adapter: Path) -> None:

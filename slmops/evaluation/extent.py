@@ -7,8 +7,9 @@ pair. Later jobs of this model with as much time get it too, among them the same
 import hashlib
 import json
 
+from slmops.conversion import recipes
 from slmops.core.files import write_atomic
-from slmops.core.job import BASELINE, Job
+from slmops.core.job import CHECKPOINT, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 
@@ -22,7 +23,8 @@ class Share:
     def __init__(
         self, kind: str, most: int, digest: str, of: Checkpoint, name: str, job: Job, settings: Settings
     ) -> None:
-        models = len({BASELINE, *job.precision}) + (job.olive_config is not None) + (not job.quick)  # the checkpoint
+        with_checkpoint = job.baseline == CHECKPOINT or not job.quick
+        models = len(recipes.for_job(job, of)) + (job.olive_config is not None) + with_checkpoint
         # By default so much that no model runs into the timeout that is up to four times as slow as the first.
         seconds = 60 * job.minutes / models / 2 if job.minutes else settings.evaluation_timeout_s / 4
         key = json.dumps([kind, most, digest, of.name, of.parameters, seconds])

@@ -107,6 +107,8 @@ def test_all_models_of_a_job_get_what_the_first_had_time_for(settings: Settings,
         assert other.count == 40
     assert share(Job(model="m")).budget_s == settings.evaluation_timeout_s / 4
     assert share(Job(model="m", minutes=10, quick=True, precision=["int4"])).budget_s == 150
+    for quick in (False, True):  # int8, int4, and the checkpoint as their baseline
+        assert share(Job(model="m", minutes=10, baseline="checkpoint", quick=quick)).budget_s == 100
     # On another machine, by what comes with the logits.
     share().keep(25)
     elsewhere = Settings(home=tmp_path / "elsewhere")

@@ -5,6 +5,7 @@ system cannot link, those folders have copies of their own, and only what came f
 """
 
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +42,8 @@ def keep(path: Path, file: VariantFile, settings: Settings) -> None:
 
 
 def prune(settings: Settings) -> None:
-    """Remove what nothing in this home has used for a day, and what is left of downloads."""
+    """Remove what nothing in this home has used for a day, what is left of downloads, and this store's predecessor."""
+    shutil.rmtree(settings.home / "exchange", ignore_errors=True)
     for path in (*settings.blobs.glob("*"), *(settings.blobs / "downloads").rglob("*.part")):
         with suppress(FileNotFoundError):  # another process was faster
             stat = path.stat()

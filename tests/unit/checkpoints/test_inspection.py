@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ def test_a_folder_is_described_and_left_alone(folder: Path, resolve: Resolve, se
     assert not settings.checkpoints.exists()
 
 
-def test_a_tied_head_that_is_stored_counts_once(folder: Path, resolve: Resolve) -> None:
-    write_safetensors(folder / "model.safetensors", TENSORS | {"lm_head.weight": [VOCAB, HIDDEN]})
+def test_a_tied_head_that_is_stored_counts_once_and_is_the_same(folder: Path, resolve: Resolve) -> None:
+    path = folder / WEIGHTS
+    write_safetensors(path, TENSORS | {"lm_head.weight": [VOCAB, HIDDEN]})
     assert resolve(folder).parameters == PARAMETERS
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<f", 1))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        resolve(folder)
     edit_json(folder / "config.json", tie_word_embeddings=False)
     assert resolve(folder).parameters == PARAMETERS + VOCAB * HIDDEN
     assert not resolve(folder).tied_embeddings

@@ -15,7 +15,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROBE = (
     "The quick brown fox jumps over the lazy dog, and in 1969 people walked on the Moon; what comes next is unknown. "
 )
-_LENGTH = 256  # tokens that are compared
+_LENGTH = 1024  # tokens that are compared
 _SHORTEST = 16  # that a deployed context may be
 _BEFORE, _BEYOND = 8, 24  # an answer of so many tokens around each length at which attention or positions change
 _FORBIDDEN = -1e37
@@ -111,6 +111,7 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     for (ids, steps), border in zip(texts, (0, *borders), strict=True):
         with torch.no_grad():
             expected = model(torch.from_numpy(ids)[None]).logits[0].float().numpy()
+        largest = max(float(expected.max()), -float(expected.min()), 1e-9)
         computed = [(0, exported.logits(ids))]
         if steps is not None:  # the checkpoint, too, computes all anew beyond a border of rotary positions
             beyond = steps[border + 1 - len(ids) :]
@@ -120,7 +121,8 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
             right_logits = expected[start : start + len(got)]
             if got.shape != right_logits.shape or not np.isfinite(got).all():
                 return float("inf"), 0
-            errors = np.abs(got - right_logits).max(axis=1) / max(float(np.abs(expected).max()), 1e-9)
+            # In place: the logits of a large vocabulary take a gigabyte.
+            errors = np.abs(np.subtract(got, right_logits, out=got), out=got).max(axis=1) / largest
             wrong = np.flatnonzero(errors > request.tolerance)
             worst = max(worst, float(errors.max()))
             right = min(right, start + int(wrong[0])) if len(wrong) else right

@@ -158,17 +158,18 @@ def test_first_layers_stand_for_all(
 
 
 @pytest.mark.parametrize(
-    ("exported", "right"),
+    ("window", "really", "right"),
     # As if the exporter overlooked this: then nothing but the comparison would notice.
-    [({"rms_norm_eps": 1e-3}, None), ({"sliding_window": 100}, 64)],
+    [(64, {"rms_norm_eps": 1e-3}, None), (64, {"sliding_window": 100}, 64), (600, {"sliding_window": None}, 600)],
 )
 def test_an_export_that_computes_something_else(
-    olive: Run, folder: Callable[[str], Path], home: Settings, tmp_path: Path, exported: Any, right: int | None
+    olive: Run, home: Settings, tmp_path: Path, window: int, really: dict[str, Any], right: int | None
 ) -> None:
-    job = making.job(folder("mistral"))
+    model = tiny.make("mistral", tmp_path / "checkpoint", sliding_window=window)
+    job = making.job(model)
     request = export(olive, "fp32", job, making.resolve(job, home), tmp_path)
-    other = shutil.copytree(folder("mistral"), tmp_path / "other")
-    edit_json(other / "config.json", **exported)
+    other = shutil.copytree(model, tmp_path / "other")
+    edit_json(other / "config.json", **really)
     wrong = request.model_copy(update={"checkpoint": request.checkpoint.model_copy(update={"path": other})})
     with pytest.raises(ConversionError, match="MistralForCausalLM as it is configured here") as caught:
         verify_worker.handle(wrong)

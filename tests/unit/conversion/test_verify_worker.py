@@ -12,20 +12,20 @@ LONGROPE = {"rope_type": "longrope"}
 @pytest.mark.parametrize(
     ("config", "context", "length", "borders"),
     [
-        ({}, 8192, 256, {}),
+        ({}, 8192, 1024, {}),
         ({}, 100, 100, {}),
-        ({"sliding_window": 64}, 2048, 256, {64: 88}),
+        ({"sliding_window": 64}, 2048, 1024, {64: 88}),
         ({"sliding_window": 64}, 65, 65, {}),  # nobody gets beyond it
-        ({"sliding_window": 1000}, 1010, 256, {1000: 1010}),
-        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 512}}, 2048, 256, {}),
-        ({"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}, 2048, 256, {512: 536}),
-        ({"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4096}}, 131_072, 256, {4096: 4120}),
+        ({"sliding_window": 1000}, 1010, 1010, {1000: 1010}),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 512}}, 2048, 1024, {}),
+        ({"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}, 2048, 1024, {512: 536}),
+        ({"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4096}}, 131_072, 1024, {4096: 4120}),
         (
             {"sliding_window": 100, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64}},
-            *(8192, 256, {64: 88, 100: 124}),
+            *(8192, 1024, {64: 88, 100: 124}),
         ),
-        ({"sliding_window": 4096, "vocab_size": 256_000}, 8192, 256, {}),  # its logits would take 4.3 GB
-        ({"sliding_window": 8192, "num_attention_heads": 32}, 16_384, 256, {}),  # its attention 8.7 GB
+        ({"sliding_window": 4096, "vocab_size": 256_000}, 8192, 1024, {}),  # its logits would take 4.3 GB
+        ({"sliding_window": 8192, "num_attention_heads": 32}, 16_384, 1024, {}),  # its attention 8.7 GB
         ({"vocab_size": 5_000_000}, 8192, 125, {}),
     ],
 )

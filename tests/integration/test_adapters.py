@@ -1,10 +1,8 @@
 """Adapters merged for real, and what they compute then against PEFT's own forward beside the base."""
 
 import json
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -145,25 +143,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     refuse("size mismatch")
 
 
-RESOLVE = """
-import sys
-from pathlib import Path
-from slmops.core.job import Job
-from slmops.core.settings import Settings
-from tests import making
-making.resolve(Job.model_validate_json(sys.argv[1]), Settings(home=Path(sys.argv[2])))
-"""
-
-
 def kill_while_it_merges(asked: Job, settings: Settings) -> Path:
     """Kill a job as soon as its child has begun, which takes seconds; returns the folder that is not whole."""
-    argv = [sys.executable, "-c", RESOLVE, asked.model_dump_json(), str(settings.home)]
-    with subprocess.Popen(argv, cwd=Path(__file__).parents[2]) as job:
-        while not [*settings.logs.glob("merging-*.log")]:
-            assert job.poll() is None
-            time.sleep(0.01)
-        job.kill()
-    assert job.returncode == -signal.SIGKILL
+    job = multiprocessing.get_context("spawn").Process(target=making.resolve, args=(asked, settings))
+    job.start()
+    while not [*settings.logs.glob("merging-*.log")]:
+        assert job.is_alive()
+        time.sleep(0.01)
+    job.kill()
+    job.join()
     [begun] = settings.checkpoints.glob(".*.part")
     return begun
 

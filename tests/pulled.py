@@ -13,9 +13,8 @@ from slmops.core.errors import RegistrationError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import installed, pull
-from slmops.foundry import cli, forget_worker, register_worker
-from slmops.foundry.forget_worker import ForgetResult
-from slmops.foundry.register_worker import RegisterResult
+from slmops.foundry import cli, register_worker
+from slmops.foundry.register_worker import ForgetResult, RegisterResult
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
@@ -156,7 +155,7 @@ class Device:
         return folder
 
     def _call(self, handle: Any, request: Any, **_: Any) -> tuple[Any, None]:
-        if handle is forget_worker.handle:
+        if handle is register_worker.forget_all:
             gone = [one for one in request.foundry_ids if one not in self.kept]
             self.forgotten += gone
             return ForgetResult(forgotten=tuple(gone)), None

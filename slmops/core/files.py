@@ -85,6 +85,7 @@ def intact(path: Path, size: int | None, digest: str, origin: Path | None = None
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link ``source`` to ``target``; copy where the file system cannot link, and say so of a large file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         target.hardlink_to(source.resolve())
     except OSError as error:

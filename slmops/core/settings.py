@@ -5,13 +5,23 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from slmops.core.pools import Pool
 from slmops.core.validation import ADDRESS_PATTERN
+
+
+class Folder:
+    """A folder below ``home``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, settings: "Settings", _: type | None = None) -> Path:
+        return settings.home / self._name
 
 
 class Settings(BaseSettings):
@@ -78,48 +88,18 @@ class Settings(BaseSettings):
             raise ValueError(f"names {', '.join(twice)} more than once")
         return value
 
+    checkpoints: ClassVar = Folder("checkpoints")  # those that slmops unpacked or copied, one folder each
+    variants: ClassVar = Folder("variants")  # converted ones, one folder each, named by a digest of all inputs
+    blobs: ClassVar = Folder("blobs")  # the files of variants, each once: see slmops.core.blobs
+    trainings: ClassVar = Folder("trainings")  # fine-tunings, finished or not, each in a folder named in the same way
+    foundry: ClassVar = Folder("foundry")  # Foundry Local's application data; its model cache is models/ below it
+    deployed: ClassVar = Folder("deployed")  # the same for what was pulled from the registry
+    logs: ClassVar = Folder("logs")  # of the servers and of each conversion and evaluation
+    locks: ClassVar = Folder("locks")
+
     @property
     def judge_configured(self) -> bool:
         return bool(self.judge_url and self.judge_model)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoints that slmops unpacked or copied, one folder each."""
-        return self.home / "checkpoints"
-
-    @property
-    def variants(self) -> Path:
-        """Converted variants, one folder each, named by a digest of all inputs."""
-        return self.home / "variants"
-
-    @property
-    def blobs(self) -> Path:
-        """The files of variants, each once: see :mod:`slmops.core.blobs`."""
-        return self.home / "blobs"
-
-    @property
-    def trainings(self) -> Path:
-        """Fine-tunings, finished or not, one folder each, named by a digest of all inputs."""
-        return self.home / "trainings"
-
-    @property
-    def foundry(self) -> Path:
-        """Foundry Local's application data; its model cache is ``models/`` below it."""
-        return self.home / "foundry"
-
-    @property
-    def deployed(self) -> Path:
-        """The same for what was pulled from the registry."""
-        return self.home / "deployed"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of the servers and of each conversion and evaluation."""
-        return self.home / "logs"
-
-    @property
-    def locks(self) -> Path:
-        return self.home / "locks"
 
     def work(self, name: str) -> Path:
         """Unfinished work of the model ``name``; emptied when its next run begins."""

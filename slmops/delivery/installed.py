@@ -14,7 +14,7 @@ from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
 from slmops.core.values import Frozen
-from slmops.foundry import forget_worker, layout
+from slmops.foundry import layout, register_worker
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, VersionManifest
 from slmops.processes import children
 from slmops.tracking.download import part_of
@@ -102,8 +102,8 @@ def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
     """
     try:
         result, _ = children.call(
-            forget_worker.handle,
-            forget_worker.ForgetRequest(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
+            register_worker.forget_all,
+            register_worker.ForgetRequest(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
             log=settings.logs / "installed.forget.log",
             timeout_s=FORGET_S,
             error=RegistrationError,

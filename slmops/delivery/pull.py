@@ -157,7 +157,6 @@ def _bring(version: ModelVersion, settings: Settings, origin: Origin, downloads:
     missing: list[VariantFile] = []
     for file in manifest.files:
         part = part_of(downloads, file.name)
-        part.parent.mkdir(parents=True, exist_ok=True)
         if intact(part, file.size, file.sha256):
             continue
         twin = blobs.find(file, settings, settings.variants / manifest.key / file.name)

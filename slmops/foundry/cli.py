@@ -29,13 +29,13 @@ _PROGRESS = re.compile(
 _ROBOT = "\N{ROBOT FACE}"  # stands before an answer in a chat
 
 
-def confirm(called: str, models: Path) -> bool | None:
+def confirm(called: str, models: Path) -> None:
     """Look for the model ``called`` with ``foundry cache ls``, pointed at the cache folder ``models`` meanwhile.
 
-    True if it is listed, else a RegistrationError; None where there is no ``foundry`` command.
+    It is a RegistrationError if it is not listed. Where there is no ``foundry`` command, nothing is looked for.
     """
     if shutil.which("foundry") is None:
-        return None
+        return
     with _cache_at(models):
         usage = _help("cache")
         command = "list" if re.search(r"\blist\b", usage) and not re.search(r"\bls\b", usage) else "ls"
@@ -45,7 +45,6 @@ def confirm(called: str, models: Path) -> bool | None:
         raise RegistrationError(
             f"`foundry cache {command}` does not list {called} in {models}. It says: {listed.strip()}"
         )
-    return True
 
 
 def ask(called: str, models: Path, prompt: str) -> str | None:

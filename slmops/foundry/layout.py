@@ -65,7 +65,6 @@ def place(
     with folder_appears_whole(target) as scratch:
         for file in [*(f.name for f in variant.files), MANIFEST]:
             if file not in _NOT_DEPLOYED:
-                (scratch / file).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(variant.path / file, scratch / file)
         write_atomic(scratch / GENAI_CONFIG, json.dumps(genai, indent=4))
         write_atomic(scratch / INFERENCE_MODEL, json.dumps(described(version), indent=2, ensure_ascii=False))
@@ -137,9 +136,7 @@ def stage(
     folder = home / "models" / PUBLISHER / registration.path.name
     for file in registration.path.rglob("*"):
         if file.is_file() and file.name != GENAI_CONFIG:
-            target = folder / file.relative_to(registration.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link_or_copy(file, target)
+            link_or_copy(file, folder / file.relative_to(registration.path))
     config = json.loads((registration.path / GENAI_CONFIG).read_text(encoding="utf-8"))
     model, search = config["model"], config["search"]
     if fixed_length:

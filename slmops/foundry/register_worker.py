@@ -1,4 +1,7 @@
-"""Child process: register a folder in Foundry Local's local catalog, and check that it is listed and answers."""
+"""Child process: register a folder in Foundry Local's local catalog, and check that it is listed and answers.
+
+Also the way back: the catalog keeps models when their folders are removed.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,28 @@ def handle(request: RegisterRequest) -> RegisterResult:
             raise
         raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
     return RegisterResult(answer=reply.text)
+
+
+class ForgetRequest(Frozen):
+    home: Path
+    foundry_ids: tuple[str, ...]
+
+
+class ForgetResult(Frozen):
+    """The models that the catalog no longer has, or never had."""
+
+    forgotten: tuple[str, ...]
+
+
+def forget_all(request: ForgetRequest) -> ForgetResult:
+    """Unregister models; a failure is only printed."""
+    from slmops.foundry import runtime
+
+    catalog = runtime.local_catalog(runtime.manager(request.home))
+    for foundry_id in request.foundry_ids:
+        forget(catalog, foundry_id)
+    gone = (foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is None)
+    return ForgetResult(forgotten=tuple(gone))
 
 
 def forget(catalog: Any, foundry_id: str) -> None:

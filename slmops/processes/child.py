@@ -1,4 +1,4 @@
-"""The other end of :func:`slmops.processes.children.call`: the main program, which runs the ``handle`` of a worker."""
+"""The other end of :func:`slmops.processes.children.call`: the main program, which runs a function of a worker."""
 
 import json
 import logging
@@ -57,4 +57,5 @@ def die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(import_module(sys.argv[1]).handle)
+    module, _, function = sys.argv[1].partition(":")
+    main(getattr(import_module(module), function))

@@ -143,7 +143,7 @@ def call(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> tuple[Result, Finished]:
-    """Run the ``handle`` of a worker module on ``request`` in a child and return its result.
+    """Run a function of a worker module on ``request`` in a child and return its result.
 
     A SlmopsError that the child raised is raised here; a full disk is a PrerequisiteError. If the child crashed, was
     killed or took too long, ``error`` is raised with the end of the log.
@@ -153,7 +153,8 @@ def call(
     with scratch_folder(log.parent, log.stem) as work:
         request_file, result_file = work / "request.json", work / "result.json"
         request_file.write_text(request.model_dump_json(), encoding="utf-8")
-        argv = [sys.executable, "-m", "slmops.processes.child", handle.__module__, str(request_file), str(result_file)]
+        worker = f"{handle.__module__}:{handle.__name__}"
+        argv = [sys.executable, "-m", "slmops.processes.child", worker, str(request_file), str(result_file)]
         finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
         text = result_file.read_text(encoding="utf-8") if result_file.exists() else None
     if finished.timed_out:

@@ -92,7 +92,6 @@ class Exchange:
             if not stays_below(file.name):
                 raise WorkError(f"A file of this job is called {file.name!r}, which is not a name below a folder.")
             target = folder / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
             link_or_copy(self.get(file), target)
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,29 +20,18 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
+def test_write_atomic_makes_folders_and_replaces_or_if_it_fails_keeps_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a" / "b" / "x.json"
     write_atomic(path, "old and longer")
     write_atomic(path, "neü")
+    monkeypatch.setattr(Path, "replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "newer")
     assert path.read_bytes() == "neü".encode()
     assert sha256(path) == hashlib.sha256("neü".encode()).hexdigest()
     assert names(path.parent) == ["x.json"]
-
-
-def test_write_atomic_that_fails_keeps_the_old_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.json"
-    write_atomic(path, "old")
-
-    def full(*_: Path) -> Path:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert names(tmp_path) == ["x.json"]
 
 
 def test_folder_appears_with_all_that_was_written_and_nothing_of_a_process_of_the_same_number(tmp_path: Path) -> None:
@@ -103,9 +93,6 @@ def test_scratch_folders_of_dead_processes_only_are_removed(tmp_path: Path) -> N
 def test_links_where_it_can_and_else_copies_and_says_so(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Path) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
     blob, source, target = tmp_path / "blob", tmp_path / "a", tmp_path / "b"
     blob.write_text("x", encoding="utf-8")
     if how == "links what a symbolic link points to":  # as in the hub's cache, whose blobs may be removed
@@ -113,7 +100,7 @@ def test_links_where_it_can_and_else_copies_and_says_so(
     else:
         blob.rename(source)
     if how == "copies":
-        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        monkeypatch.setattr(Path, "hardlink_to", Mock(side_effect=OSError(18, "Invalid cross-device link")))
     link_or_copy(source, tmp_path / "small")
     assert caplog.messages == []
     monkeypatch.setattr(files, "LARGE_BYTES", 0)

@@ -1,7 +1,6 @@
 """The job: what it refuses, and the form that Prefect makes of its schema."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,24 +12,18 @@ from slmops.core.validation import problems
 from slmops.core.values import NAME_PATTERN, to_name
 
 
-def test_json_form_reads_back() -> None:
-    job = Job(model="org/m@main", name="bot", precision=["int4"], olive_config=Path("mine.json"), top_p=0.5, quick=True)
-    assert Job.model_validate_json(job.model_dump_json()) == job
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        ({"model": "m", "precisoin": ["int4"]}, "precisoin is not a known key"),
-        ({"model": "m", "int4_block_size": 257}, "int4_block_size must be at most 256"),
-        ({"model": "m", "matcher": "mine.py"}, "matcher must be FILE.py:FUNCTION"),
-        ({"model": "m", "prompt_lengths": []}, "prompt_lengths must not be empty"),
-    ],
-)
-def test_refused(asked: dict[str, Any], said: str) -> None:
+def test_all_that_is_wrong_is_refused_and_what_python_gives_as_other_usage_is() -> None:
+    asked: dict[str, Any] = {"model": "m", "precisoin": ["int4"], "int4_block_size": 257, "matcher": "mine.py"}
+    said = [
+        *("int4_block_size must be at most 256", "matcher must be FILE.py:FUNCTION"),
+        *("prompt_lengths must not be empty", "precisoin is not a known key"),
+    ]
     with pytest.raises(ValidationError) as raised:
-        Job.model_validate(asked)
-    assert problems(raised.value) == [said]
+        Job.model_validate({**asked, "prompt_lengths": []})
+    assert problems(raised.value) == said
+    with pytest.raises(UsageError) as usage:
+        Job(**asked, prompt_lengths=[])
+    assert [line.partition(" (got ")[0] for line in usage.value.message.splitlines()] == said
 
 
 @pytest.mark.parametrize("name", ["a", "A", "9", "support-bot", "my_model_2", "a" * 63, "x--y__z"])
@@ -49,21 +42,10 @@ def test_names_that_could_leave_a_folder_or_that_a_server_refuses(name: str) -> 
         Job(model="m", name=name)
 
 
-def test_what_python_gives_is_refused_as_other_usage_is_with_all_that_is_wrong() -> None:
-    asked: dict[str, Any] = {"model": "m", "precisoin": ["int4"], "int4_block_size": 257, "matcher": "mine.py"}
-    with pytest.raises(UsageError) as raised:
-        Job(**asked)
-    assert [line.partition(" ")[0] for line in raised.value.message.splitlines()] == [
-        "int4_block_size",
-        "matcher",
-        "precisoin",
-    ]
-
-
 @pytest.mark.parametrize(
     ("asked", "precisions"),
     [
-        ({"model": "m"}, ["fp32", "fp16", "int8", "int4"]),
+        ({"model": "org/m@main", "name": "bot", "top_p": 0.5, "quick": True}, ["fp32", "fp16", "int8", "int4"]),
         ({"olive_config": "mine.json"}, ["fp32"]),
         ({"model": "m", "olive_config": "mine.json", "precision": []}, ["fp32"]),  # as a form that is left empty
         ({"olive_config": "mine.json", "precision": ["int4"]}, ["int4"]),
@@ -73,7 +55,7 @@ def test_an_olive_config_is_made_alone_unless_more_is_asked_for(asked: dict[str,
     job = Job(**asked)
     assert job.precision == precisions
     assert Job.model_validate_json(job.model_dump_json()) == job
-    assert job.label == asked.get("model", "mine.json")
+    assert job.label == asked.get("name", asked.get("model", "mine.json"))
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,17 @@ pytestmark = pytest.mark.usefixtures("no_settings")
 NAMES = {"tracking_uri": "MLFLOW_TRACKING_URI", "prefect_api_url": "PREFECT_API_URL"}
 
 
-@pytest.mark.parametrize("empty", ["", " "])
 @pytest.mark.parametrize("field", NAMES)
-def test_an_empty_variable_is_not_set(field: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"SLMOPS_{field.upper()}", empty)
-    assert getattr(Settings(), field) is None
-    monkeypatch.setenv(NAMES[field], empty)
-    assert getattr(Settings(), field) is None
-
-
-@pytest.mark.parametrize("field", NAMES)
-def test_an_empty_variable_gives_way_to_the_name_that_others_use(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"SLMOPS_{field.upper()}", "")
-    monkeypatch.setenv(NAMES[field], "http://given")
-    assert getattr(Settings(), field) == "http://given"
-    monkeypatch.setenv(f"SLMOPS_{field.upper()}", "http://ours")
-    assert getattr(Settings(), field) == "http://ours"
+def test_an_empty_variable_is_not_set_and_gives_way_to_the_name_that_others_use(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ours, given, taken in (
+        *(("", None, None), (" ", None, None), ("", "", None), (" ", " ", None)),
+        *(("", "http://given", "http://given"), ("http://ours", "http://given", "http://ours")),
+    ):
+        monkeypatch.setenv(f"SLMOPS_{field.upper()}", ours)
+        monkeypatch.delenv(NAMES[field], raising=False) if given is None else monkeypatch.setenv(NAMES[field], given)
+        assert getattr(Settings(), field) == taken
 
 
 def test_an_empty_line_of_the_env_file_is_not_set(tmp_path: Path) -> None:

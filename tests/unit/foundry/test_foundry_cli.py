@@ -144,7 +144,7 @@ def location(foundry: Path) -> str:
 def test_listed_by_either_command(foundry: Path, models: Path, has: list[str], helps: bool, used: str) -> None:
     play(foundry, cache=has, help=helps)
     hold(models, "other-generic-cpu")
-    assert confirm(models) is True
+    confirm(models)
     listed = ["cache --help", f"cache {used}"]
     assert calls(foundry) == ["cache location", f"cache cd {models}", *listed, f"cache cd {BEFORE}"]
 
@@ -172,7 +172,7 @@ def test_not_listed(tmp_path: Path, other: str) -> None:
 def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, said: str, before: str) -> None:
     play(foundry, said=said)
     set_location(foundry, before)
-    assert confirm(models) is True
+    confirm(models)
     assert location(foundry) == before
     set_location(foundry, BEFORE)
 
@@ -196,7 +196,7 @@ def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path,
         killed.kill()
     assert location(foundry) == str(models)
     play(foundry)
-    assert confirm(models) is True
+    confirm(models)
 
 
 @pytest.mark.usefixtures("foundry")
@@ -204,7 +204,7 @@ def test_a_location_that_the_user_chose_after_a_kill_stays(models: Path, tmp_pat
     note = tmp_path / ".foundry" / "slmops-original-location.json"
     note.parent.mkdir()
     note.write_text(json.dumps({"own": "/long/ago", "ours": str(models)}), encoding="utf-8")
-    assert confirm(models) is True
+    confirm(models)
     assert not note.exists()
 
 
@@ -218,8 +218,8 @@ def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, model
 Action = Callable[[Path], object]
 
 
-def confirm(models: Path) -> object:
-    return cli.confirm(CALLED, models)
+def confirm(models: Path) -> None:
+    cli.confirm(CALLED, models)
 
 
 def ask(models: Path, question: str = QUESTION) -> str | None:
@@ -268,7 +268,8 @@ def test_command_that_hangs_or_cannot_be_started(
 
 def test_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (confirm(tmp_path), ask(tmp_path)) == (None, None)
+    confirm(tmp_path)
+    assert ask(tmp_path) is None
 
 
 WAYS: dict[str, tuple[dict[str, object], str]] = {
@@ -334,7 +335,7 @@ def test_a_service_that_keeps_the_output_open(foundry: Path, models: Path) -> No
     play(foundry, service=True)
     started = time.monotonic()
     try:
-        assert confirm(models) is True
+        confirm(models)
         assert time.monotonic() - started < 30
     finally:
         os.kill(int((foundry / "service.txt").read_text()), signal.SIGKILL)

@@ -235,7 +235,7 @@ def test_what_does_not_exist(call: Call, log: Path) -> None:
     with pytest.raises(FileNotFoundError):
         children.run(["/no/such/program"], log=log, timeout_s=1)
     with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named 'no_such_worker'"):
-        call("pass", SimpleNamespace(__module__="no_such_worker"))
+        call("pass", SimpleNamespace(__module__="no_such_worker", __name__="handle"))
 
 
 PARENT = """\

@@ -11,7 +11,6 @@ from pydantic import SecretStr
 from slmops.core.errors import ServingError
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
-from slmops.foundry.versions import ModelVersion
 from slmops.serving import new_champion
 from tests.answering import answering
 from tests.values import model_version
@@ -112,24 +111,16 @@ def test_what_fails_is_counted(
     assert seconds or result.requests <= 1  # no more is asked than there is time for
 
 
-def test_the_switch_is_waited_for(service: Service) -> None:
+def test_a_switch_is_waited_for_and_told_if_it_does_not_come(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     service.health = [None, 6, 7]
     new_champion.await_switch(service.url, VERSION, lambda: VERSION)
     assert service.health == [7]
-
-
-@pytest.mark.parametrize(
-    ("champion", "said"),
-    [
+    monkeypatch.setattr(new_champion, "SWITCH_S", 0.1)
+    service.health = [6]
+    for champion, said in (
         (model_version(6), "version 7 .*version 6"),
         (None, "version 7 .*no champion"),
         (VERSION, "did not switch .*version 6"),
-    ],
-)
-def test_a_switch_that_does_not_come_is_told(
-    service: Service, champion: ModelVersion | None, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(new_champion, "SWITCH_S", 0.1)
-    service.health = [6]
-    with pytest.raises(ServingError, match=said):
-        new_champion.await_switch(service.url, VERSION, lambda: champion)
+    ):
+        with pytest.raises(ServingError, match=said):
+            new_champion.await_switch(service.url, VERSION, lambda champion=champion: champion)  # type: ignore[misc]

@@ -105,7 +105,7 @@ def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measure
     Returns:
         What was made and measured, by the name of its recipe, and a result for each recipe.
     """
-    progress = ProgressBar(context.name, steps=2 * len(recipes))
+    tracker, progress = Tracker(context.tracking_uri), ProgressBar(context.name, steps=2 * len(recipes))
     workers = find_workers(context) if context.settings.pools else None
     outcomes = fan_out(workers, recipes, context, progress) if workers else make_here(recipes, context, progress)
     made: dict[str, Measured] = {}
@@ -114,23 +114,23 @@ def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measure
     with closing(outcomes):
         for name, outcome in outcomes:
             if isinstance(outcome, SlmopsError):
-                results[name] = track_failure(context, name, str(outcome))
+                results[name] = track_failure(tracker, context.run_id, name, str(outcome), context.logs)
                 continue
             if outcome.variant.recipe.baseline:
                 baseline = outcome
             made[name] = outcome
-            results[name] = _track(outcome, baseline, context)
+            results[name] = _track(outcome, baseline, context, tracker)
     return made, [results[recipe.name] for recipe in recipes]
 
 
-def _track(one: Measured, baseline: Measured | None, context: JobContext) -> VariantResult:
+def _track(one: Measured, baseline: Measured | None, context: JobContext, tracker: Tracker) -> VariantResult:
     """Make metrics of what was measured, and log them."""
     evaluation, left_out = figures(one, baseline)
     if left_out is not None:
         log.warning("%s: %s", one.variant.name, left_out)
     # A run's hardware says what its figures compare with: the machine that measured, whichever converted.
     variant = one.variant.model_copy(update={"hardware": one.hardware})
-    result = track_variant(context, variant, one.registration, evaluation)
+    result = track_variant(tracker, context.run_id, context.name, variant, one.registration, evaluation, context.logs)
     return result.model_copy(update={"reason": left_out})
 
 

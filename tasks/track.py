@@ -6,7 +6,7 @@ from dataclasses import replace
 from slmops import report
 from slmops.core import machine
 from slmops.core.context import JobContext
-from slmops.core.values import Comparison, Evaluation, Registration, Variant, VariantResult
+from slmops.core.values import Comparison, Registration, Variant, VariantResult
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -15,6 +15,8 @@ from tasks.stage import stage
 log = logging.getLogger("slmops.track")
 
 get_champion = stage("get champion", tracking=True)(Tracker.champion)
+track_variant = stage("track {variant.recipe.name}", tracking=True)(Tracker.log_variant)
+track_failure = stage("track failure of {recipe}", tracking=True)(Tracker.log_failure)
 
 
 @stage(tracking=True)
@@ -24,20 +26,6 @@ def start_tracking(context: JobContext, flow_run: str) -> JobContext:
         context.name, context.job, context.checkpoint, machine.hardware(), flow_run
     )
     return replace(context, run_id=run_id)
-
-
-@stage("track {variant.recipe.name}", tracking=True)
-def track_variant(
-    context: JobContext, variant: Variant, registration: Registration, evaluation: Evaluation
-) -> VariantResult:
-    return Tracker(context.tracking_uri).log_variant(
-        context.run_id, context.name, variant, registration, evaluation, context.logs
-    )
-
-
-@stage("track failure of {recipe}", tracking=True)
-def track_failure(context: JobContext, recipe: str, reason: str) -> VariantResult:
-    return Tracker(context.tracking_uri).log_failure(context.run_id, recipe, reason, context.logs)
 
 
 @stage("register version of {variant.name}", tracking=True)

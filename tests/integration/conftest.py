@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -24,9 +25,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def talkative(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that answers."""
-    return making.talkative("llama-tied", tmp_path_factory.mktemp("talkative") / "tiny")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all test processes of a run: pytest-xdist gives each a folder below the run's."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def talkative(shared: Path) -> Path:
+    """A checkpoint that answers. Nobody alters it."""
+    folder = shared / "talkative" / "tiny"
+    with FileLock(shared / "talkative.lock"):
+        return folder if folder.exists() else making.talkative("llama-tied", folder)
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +61,14 @@ def checkpoint(job: Job, home: Settings) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A home for variants that are converted once; nothing is registered there, and nobody alters it.
+def stock(shared: Path) -> Settings:
+    """A home for variants that are converted once; nothing is registered there, and nobody alters it."""
+    return Settings(home=shared / "stock")
 
-    All test processes of a run share it: pytest-xdist gives each a folder below the run's.
-    """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    return Settings(home=folder / "stock")
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    making.work_in_process(monkeypatch)
 
 
 @pytest.fixture(scope="module")

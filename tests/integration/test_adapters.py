@@ -156,6 +156,7 @@ def kill_while_it_merges(asked: Job, settings: Settings) -> Path:
     return begun
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_adapter_is_a_checkpoint_with_a_tokenizer_of_its_own(tmp_path: Path, fresh: Settings) -> None:
     """Its base has moved; the merged folder is made once, whole, and recorded; one that was killed does not count."""
     from transformers import AutoTokenizer

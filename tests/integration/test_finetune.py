@@ -18,7 +18,8 @@ from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingD
 from tests import making, retraining, tiny
 from tests.training_data import checked, turns, write_lines
 
-pytestmark = pytest.mark.integration
+# Trainer and PEFT warn.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 
 ASKED = ("Is it raining?", "Who is there?", "What time is it now?", "Where?", "Shall we go home?", "How old are you?")
 TRAINING = LoraSettings(rank=4, alpha=8, dropout=0.1, learning_rate=2e-2, epochs=4, evaluations=2, patience=9)
@@ -73,7 +74,6 @@ def test_what_comes_out(trained: Finetuned, checkpoint: Checkpoint) -> None:
     assert 0 < rates[-1] < 0.02 * TRAINING.learning_rate
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
     trained: Finetuned, checkpoint: Checkpoint, home: Settings
 ) -> None:
@@ -100,6 +100,7 @@ def test_the_merged_checkpoint_is_the_base_model_with_the_adapter(
     assert str(checkpoint.path) not in (trained.adapter / "adapter_config.json").read_text()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_it_answers_what_it_was_taught(
     trained: Finetuned, checkpoint: Checkpoint, home: Settings, tmp_path: Path
 ) -> None:
@@ -141,7 +142,7 @@ def test_what_was_altered_does_not_count(trained: Finetuned, tmp_path: Path) -> 
 
 
 def test_one_that_was_killed_is_taken_up_and_ends_the_same(
-    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, fresh: Settings
+    trained: Finetuned, checkpoint: Checkpoint, data: TrainingData, fresh: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill(point: LossPoint) -> None:
         if point.step == 14:
@@ -152,6 +153,8 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
         finetune.finetune(checkpoint, data, TRAINING, fresh, "tiny", kill)
     [folder] = fresh.trainings.iterdir()
     assert not (folder / "training.json").exists()
+    (fresh.logs / "tiny" / "finetune.log").unlink()
+    making.work_in_process(monkeypatch)
     points: list[LossPoint] = []
     finished = finetune.finetune(checkpoint, data, TRAINING, fresh, "tiny", points.append)
     assert points[0].step == 13
@@ -163,6 +166,7 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(("factor", "said"), [(1e36, r"diverged at step \d+"), (float("nan"), "base model")])
 def test_what_diverges_leaves_nothing_to_resume_and_a_broken_base_model_is_not_said_to(
     factor: float, said: str, checkpoint: Checkpoint, data: TrainingData, home: Settings, tmp_path: Path
@@ -177,6 +181,7 @@ def test_what_diverges_leaves_nothing_to_resume_and_a_broken_base_model_is_not_s
         assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
 
 
+@pytest.mark.usefixtures("in_process")
 def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     apart = training_data(tmp_path, ["Yes."] * 24, ["Nobody knows."] * 4)
     impatient = TRAINING.model_copy(update={"patience": 2, "epochs": 20.0})
@@ -187,6 +192,7 @@ def test_it_stops_when_the_validation_loss_rises(checkpoint: Checkpoint, home: S
     assert validation[finished.best_step] == min(validation.values()) == finished.validation_loss
 
 
+@pytest.mark.usefixtures("in_process")
 def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingData, home: Settings) -> None:
     short = TRAINING.model_copy(update={"minutes": 0.03, "epochs": 1.0})
     finished = finetune.finetune(checkpoint, data, short, home, "short", lambda _: None)
@@ -196,6 +202,7 @@ def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingDa
     assert finished.losses[-1].validation_loss is not None
 
 
+@pytest.mark.usefixtures("in_process")
 def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, home: Settings, tmp_path: Path) -> None:
     base = making.resolve(Job(model=str(trained.merged)), home)
     apart = training_data(tmp_path, ["Nobody knows."] * 8, ["Yes."] * 4)

@@ -46,6 +46,7 @@ def test_every_type_is_dequantized_as_gguf_does(tmp_path: Path) -> None:
         assert np.array_equal(tensor, gguf.dequantize(written[name], types[name])), types[name].name
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_link_of_the_hubs_cache(tmp_path: Path, fresh: Settings) -> None:
     gguf_files.write(tiny.make("llama", tmp_path / "base"), tmp_path / "0a1b2c")
     (tmp_path / "Mine.F32.gguf").symlink_to("0a1b2c")

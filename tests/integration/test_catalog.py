@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 @contextlib.contextmanager
-def serving(uri: str, host: str = "127.0.0.1") -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def serving(uri: str, host: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The process, its URL, and the lines that it logged up to there, without the time."""
     argv = [sys.executable, "-m", "slmops.cli", "catalog", "--from", uri, "--host", host, "--port", "0"]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
@@ -47,37 +47,35 @@ def promoted(database: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return database
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "last_words"), [(signal.SIGTERM, 0, ""), (signal.SIGINT, 130, "interrupted\n")]
-)
-def test_served_from_the_registry_until_it_is_stopped(
-    promoted: str, number: signal.Signals, status: int, last_words: str
-) -> None:
-    with serving(promoted) as (process, url, lines):
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
+    """Its status and last words."""
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    return process.returncode, said
+
+
+def test_served_from_the_registry_until_it_is_stopped(promoted: str) -> None:
+    with serving(promoted, "localhost") as (process, url, lines):
+        assert url.startswith("http://localhost:")
         assert lines == [f"The catalog answers. In Foundry Local's Configuration: catalog_urls=[({url!r}, None)]"]
         (found,) = httpx.post(url, content=body(*LIST), timeout=30).json()["value"]
         assert found["annotations"]["tags"]["alias"] == "bot"
         assert (found["properties"]["name"], found["properties"]["version"]) == ("bot-int8-generic-cpu", 1)
         assert httpx.get(url.replace(PATH, "/health")).json() == {"status": "ok", "models": 1}
-        process.send_signal(number)
-        _, said = process.communicate(timeout=20)
-        assert (process.returncode, said) == (status, last_words)
+        assert stop(process, signal.SIGTERM) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("host", "shown", "warns"),
-    [("0.0.0.0", socket.gethostname(), True), ("localhost", "localhost", False)],  # noqa: S104 - the warning is the point
-)
 def test_beyond_loopback_it_warns_and_a_registry_that_is_down_does_not_end_it(
-    monkeypatch: pytest.MonkeyPatch, host: str, shown: str, warns: bool
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    host, shown = "0.0.0.0", socket.gethostname()  # noqa: S104 - the warning is the point
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with serving("http://127.0.0.1:9", host) as (process, url, lines):
         assert url.startswith(f"http://{shown}:")
-        warned = f"warning: Anybody who reaches {host} can read the names and sizes of the promoted models."
-        assert (warned in lines) is warns
+        assert f"warning: Anybody who reaches {host} can read the names and sizes of the promoted models." in lines
         answered = httpx.post(url.replace(shown, "127.0.0.1"), content=body(*LIST), timeout=60)
         assert answered.status_code == 503
         assert answered.headers["retry-after"] == "5"
         assert "MLflow at http://127.0.0.1:9" in answered.json()["error"]["message"]
         assert process.poll() is None
+        assert stop(process, signal.SIGINT) == (130, "interrupted\n")

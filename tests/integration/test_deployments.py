@@ -1,8 +1,7 @@
 """All deployments on a real Prefect server: registered twice, changed by a user, started by an event."""
 
-import os
-import subprocess
-import sys
+import asyncio
+import runpy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,24 +39,23 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with pytest.MonkeyPatch.context() as patch, temporary_settings(prefect):
         patch.setenv("SLMOPS_HOME", str(home))
         patch.setenv("SLMOPS_TRACKING_URI", running.tracking_uri)
+        for name, value in {**stack.QUIET, "PREFECT_API_URL": running.prefect_api_url}.items():
+            patch.setenv(name, value)
         yield running
     stack.down(settings)
 
 
 @pytest.fixture(scope="module")
 def api(servers: Stack) -> Iterator[httpx.Client]:
-    register(servers)
+    register()
     with prefect_api.client(servers.prefect_api_url) as client:
         yield client
 
 
-def register(servers: Stack) -> str:
-    """Returns what the script says."""
-    env = {**os.environ, **stack.QUIET, "PREFECT_API_URL": servers.prefect_api_url}
-    command = [sys.executable, str(stack.REGISTER)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=stack.ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+def register() -> None:
+    """As the script does, but in this process, which has imported Prefect."""
+    main = runpy.run_path(str(stack.REGISTER))["main"]
+    assert asyncio.run(main(stack.ROOT / stack.DEPLOYMENTS)) == 0
 
 
 def deployments(api: httpx.Client) -> dict[str, Any]:
@@ -66,18 +64,18 @@ def deployments(api: httpx.Client) -> dict[str, Any]:
     return {one["name"]: one for one in api.post("deployments/filter", json=tagged).json()}
 
 
-def test_all_are_there_and_name_modules_and_unchanged_ones_are_not_touched(api: httpx.Client, servers: Stack) -> None:
+def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
     found = deployments(api)
     assert " ".join(found) == "look-for-news optimize prepare-environment promote remeasure retrain rollback soak"
     for one in found.values():
         assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
         assert one["enforce_parameter_schema"]
         assert not any(schedule["active"] for schedule in one["schedules"])
-    assert register(servers) == ""
-    assert [one["updated"] for one in deployments(api).values()] == [one["updated"] for one in found.values()]
 
 
-def test_what_a_user_has_set_and_what_is_somebody_elses_stays(api: httpx.Client, servers: Stack) -> None:
+def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones_are_not_touched(
+    api: httpx.Client,
+) -> None:
     before, trigger = deployments(api)["retrain"], switch_on(api)
     [schedule] = before["schedules"]
     mine = {"request": {**before["parameters"]["request"], "data": "/my/data"}}
@@ -92,18 +90,20 @@ def test_what_a_user_has_set_and_what_is_somebody_elses_stays(api: httpx.Client,
     switched_off = f"automations/{api.post('automations/', json=off).json()['id']}"
     for one in deployments(api).values():  # as if slmops had changed since: all are registered anew
         assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
-    register(servers)
-    after = deployments(api)["retrain"]
+    register()
+    registered = deployments(api)
+    after = registered["retrain"]
     assert after["version"] != "older"
     assert after["parameters"] == mine
     assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
     assert [one["name"] for one in triggers(api) if one["enabled"]] == [TRIGGER]
-    limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in deployments(api).items()}
+    limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in registered.items()}
     assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
     path = f"deployments/{theirs['id']}"
     assert api.get(path).json()["updated"] == theirs["updated"]
     assert not api.get(switched_off).json()["enabled"]
-    assert register(servers) == ""  # with theirs there, too, nothing has changed
+    register()  # with theirs there, too, nothing has changed
+    assert [one["updated"] for one in deployments(api).values()] == [one["updated"] for one in registered.values()]
     assert {api.delete(one).status_code for one in (path, switched_off)} == {204}
 
 

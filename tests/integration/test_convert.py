@@ -3,14 +3,12 @@
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -42,18 +40,47 @@ def folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+CONVERT = """
+import sys
+from pathlib import Path
+from slmops.core.settings import Settings
+from tests import making
+making.variant("fp16", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2]))
+"""
+
+
 @pytest.fixture(scope="module")
-def made(job: Job, checkpoint: Checkpoint, home: Settings, folder_of_the_user: Path) -> dict[str, Variant]:
+def killed(job: Job, home: Settings) -> int:
+    """How many processes were at work when a job was killed in the middle; they are gone."""
+    argv = [sys.executable, "-c", CONVERT, job.model, str(home.home)]
+    running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
+    log = home.logs / "tiny" / "fp16.olive.log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and "Running workflow" in log.read_text()):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worked = len(at_work(home.home))
+    running.kill()
+    running.wait()
+    while at_work(home.home):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not home.variants.exists()
+    return worked
+
+
+@pytest.fixture(scope="module")
+def made(
+    job: Job, checkpoint: Checkpoint, home: Settings, stock: Settings, folder_of_the_user: Path, killed: int
+) -> dict[str, Variant]:
+    """Each precision: fp16 after the job that was killed, the others as other tests have them, too."""
+    assert killed
+    making.place(("fp32", "int8", "int4"), job, stock, home.home)
+    asked = [making.recipe(name, job, checkpoint) for name in PRECISIONS]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder_of_the_user)
-        asked = [making.recipe(name, job, checkpoint) for name in PRECISIONS]
         return {recipe.name: convert(recipe, checkpoint, job, "tiny", home) for recipe in asked}
-
-
-def builder(name: str, precision: str, bits: Any = None) -> Recipe:
-    """A recipe of one ModelBuilder pass, as nobody should write it."""
-    config = recipes.workflow({"export": {"type": "ModelBuilder", "precision": precision}})
-    return Recipe(name=name, config=config, bits=bits)
 
 
 def left(home: Settings) -> set[str]:
@@ -96,15 +123,12 @@ def test_the_manifest_is_complete(
     assert variant.hardware == machine.hardware()
     assert variant.checkpoint == checkpoint
     assert json.loads((variant.path / "olive_config.json").read_text()) == variant.recipe.config
-    assert datetime.now(UTC) - timedelta(minutes=10) < variant.created < datetime.now(UTC)
+    assert datetime.now(UTC) - timedelta(hours=1) < variant.created < datetime.now(UTC)
     assert 1 < variant.convert_s < 300
     assert 100 < variant.convert_memory_peak_mb < 5000  # an interpreter with torch
     assert variant.recipe.bits == {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[precision]
-    if precision == "fp32":
-        assert variant.export_error is not None
-        assert 0 < variant.export_error < 1e-5
-    else:
-        assert variant.export_error is None
+    assert (variant.export_error is not None) == (precision == "fp32")
+    assert 0 < (variant.export_error or 1e-6) < 1e-5
 
 
 def test_fewer_bits_are_smaller(made: dict[str, Variant], checkpoint: Checkpoint) -> None:
@@ -126,7 +150,7 @@ def test_nothing_is_strewn_about(made: dict[str, Variant], home: Settings, folde
     assert {path.name for path in home.variants.iterdir()} == {variant.key for variant in made.values()}
     assert {path for path in left(home) if not path.startswith("variants/")} == set()
     logs = {path.name for path in (home.logs / "tiny").iterdir()}
-    assert logs == {f"{name}.{part}.log" for name in PRECISIONS for part in ("olive", "verify")}
+    assert logs == {"fp16.olive.log", "fp16.verify.log"}
 
 
 def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
@@ -151,117 +175,56 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home
     assert sorted(path.name for path in out.iterdir()) == ["fp32", "int8"]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message", "log"),
-    [
-        # Olive exits 0 with a KeyError, and with a pass that it has pruned; the third works, but not as promised.
-        (builder("eight", "int8"), r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU", "olive"),
-        (builder("half", "fp16"), r"half: Olive produced no model\. FP16 is not supported on CPU", "olive"),
-        (builder("four", "fp32", 4), "four: the weights should have 4 bits, but", "verify"),
-    ],
-)
-def test_a_conversion_that_fails_leaves_nothing(
-    job: Job, checkpoint: Checkpoint, fresh: Settings, recipe: Recipe, message: str, log: str
-) -> None:
-    with pytest.raises(ConversionError, match=message) as caught:
-        convert(recipe, checkpoint, job, "tiny", fresh)
+def test_a_conversion_that_fails_leaves_nothing(job: Job, checkpoint: Checkpoint, fresh: Settings) -> None:
+    # As nobody should write it: Olive exits 0 with a KeyError.
+    config = recipes.workflow({"export": {"type": "ModelBuilder", "precision": "int8"}})
+    said = r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU"
+    with pytest.raises(ConversionError, match=said) as caught:
+        convert(Recipe(name="eight", config=config), checkpoint, job, "tiny", fresh)
     assert caught.value.exit_code == 1
-    written = fresh.logs / "tiny" / f"{recipe.name}.{log}.log"
+    written = fresh.logs / "tiny" / "eight.olive.log"
     assert written.stat().st_size > 0
-    if log == "olive":
-        assert caught.value.fix == f"Olive's log: {written}"
+    assert caught.value.fix == f"Olive's log: {written}"
     assert left(fresh) == set()
     assert at_work(fresh.home) == []
 
 
-def test_an_export_that_differs_too_much(
-    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, fresh: Settings
+def test_a_killed_job_takes_olive_with_it_and_the_next_one_succeeds(killed: int, made: dict[str, Variant]) -> None:
+    assert killed == 2
+    assert store.load(made["fp16"].path) == made["fp16"]
+
+
+def test_without_an_fp32_variant_a_part_of_it_is_compared(
+    job: Job, checkpoint: Checkpoint, stock: Settings, fresh: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    making.place(("int8", "int4"), job, stock, fresh.home)
+    own = job.model_copy(update={"baseline": "checkpoint"})
+    variants = [
+        convert(making.recipe(name, own, checkpoint), checkpoint, own, "tiny", fresh) for name in ("int8", "int4")
+    ]
+    assert 0 < variants[0].export_error < job.export_tolerance
+    assert variants[0].export_error == variants[1].export_error
+    assert len([message for message in caplog.messages if message.startswith("comparing")]) == 1
+    assert {path.name for path in fresh.work("tiny").iterdir()} == {"export_error"}  # for the job's other variants
+
+
+def test_a_variant_does_not_slip_through_a_job_of_more_strictness_and_stays_for_others(
+    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings
 ) -> None:
     strict = job.model_copy(update={"export_tolerance": 1e-12})
-    recipe = making.recipe("fp32", strict, checkpoint)
-    with pytest.raises(ConversionError, match="does not compute what the checkpoint computes: its logits differ by"):
-        convert(recipe, checkpoint, strict, "tiny", fresh)
-    assert left(fresh) == set()
-    # A variant that was made with less strictness does not slip through, and stays for the job that allows it.
     with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
-        convert(recipe, checkpoint, strict, "tiny", home)
+        convert(making.recipe("fp32", strict, checkpoint), checkpoint, strict, "tiny", home)
     assert store.load(made["fp32"].path) == made["fp32"]
 
 
-def test_without_an_fp32_variant_a_part_of_it_is_compared_first(
-    job: Job, checkpoint: Checkpoint, fresh: Settings, caplog: pytest.LogCaptureFixture
-) -> None:
-    own = job.model_copy(update={"baseline": "checkpoint"})
-    recipe = making.recipe("int8", own, checkpoint)
-    strict = own.model_copy(update={"export_tolerance": 1e-12})
-    with pytest.raises(ConversionError, match="does not compute what the checkpoint computes"):
-        convert(recipe, checkpoint, strict, "tiny", fresh)
-    assert not (fresh.logs / "tiny" / "int8.olive.log").exists()  # refused before any conversion
-    assert left(fresh) == set()
-    variant = convert(recipe, checkpoint, own, "tiny", fresh)
-    assert 0 < variant.export_error < job.export_tolerance
-    assert {path.name for path in fresh.work("tiny").iterdir()} == {"export_error"}  # for the job's other variants
-    shutil.rmtree(fresh.work("tiny"))
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        assert convert(recipe, checkpoint, own, "tiny", fresh) == variant  # it is known by now
-    assert not any("comparing" in message for message in caplog.messages)
-    with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
-        convert(recipe, checkpoint, strict, "tiny", fresh)
-
-
-def test_a_conversion_that_takes_too_long(job: Job, checkpoint: Checkpoint, fresh: Settings) -> None:
-    impatient = fresh.model_copy(update={"conversion_timeout_s": 1.0})
-    started = time.monotonic()
-    with pytest.raises(ConversionError, match="took longer than 1 s and was stopped") as caught:
-        convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", impatient)
-    assert 1 < time.monotonic() - started < 15
-    assert caught.value.fix == f"Its log: {fresh.logs / 'tiny' / 'fp32.olive.log'}"
-    assert at_work(fresh.home) == []
-    assert left(fresh) == set()
-
-
-CONVERT = """
-import sys
-from pathlib import Path
-from slmops.core.job import Job
-from slmops.core.settings import Settings
-from tests import making
-making.variant("fp32", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2]))
-"""
-
-
-def test_a_killed_job_takes_olive_with_it_and_the_next_one_succeeds(
-    job: Job, checkpoint: Checkpoint, fresh: Settings
-) -> None:
-    argv = [sys.executable, "-c", CONVERT, job.model, str(fresh.home)]
-    running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
-    log = fresh.logs / "tiny" / "fp32.olive.log"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "Running workflow" in log.read_text()):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert len(at_work(fresh.home)) == 2
-    running.kill()
-    running.wait()
-    while at_work(fresh.home):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert not fresh.variants.exists()
-    again = convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", fresh)
-    assert store.load(again.path) == again
-    assert [path.name for path in fresh.variants.iterdir()] == [again.key]
-
-
 @pytest.fixture
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of so many KiB."""
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     if sys.platform != "linux" or os.getuid() != 0:
         pytest.skip("only root on Linux can mount a small disk")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode != 0:
         pytest.skip(f"this machine does not let root mount: {mounted.stderr.strip()}")
@@ -270,14 +233,9 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(unmount, check=True)
 
 
-@pytest.mark.parametrize(
-    ("small_disk", "message"),
-    [(600, "The disk filled up while Olive worked"), (1600, r"fp32\.olive\.log cannot be written: No space left")],
-    indirect=["small_disk"],
-)
-def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path, message: str) -> None:
+def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path) -> None:
     full = Settings(home=small_disk / "home")
-    with pytest.raises(PrerequisiteError, match=message) as caught:
+    with pytest.raises(PrerequisiteError, match="The disk filled up while Olive worked") as caught:
         convert(making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", full)
     assert caught.value.fix == "Free some space and run again."
     assert left(full) == set()

@@ -2,19 +2,22 @@
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from slmops.conversion import convert as conversion
-from slmops.conversion import olive_worker, store
+from slmops.conversion import olive_worker, store, thin_worker
 from slmops.conversion.convert import convert
 from slmops.conversion.verify_worker import VerifyResult
 from slmops.core import machine
+from slmops.core.errors import ConversionError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Frozen, Recipe, Variant, Weights
@@ -24,6 +27,7 @@ from tests.checkpoint_folders import write_checkpoint, write_json
 from tests.values import CONTENTS, VERSIONS, checkpoint, write_variant
 
 RECIPE = Recipe(name="int4", config={"passes": {"a": {"type": "Rtn"}}, "host": "local"}, bits=4)
+EIGHT = Recipe(name="int8", config={"passes": {"a": {"type": "Rtn", "bits": 8}}, "host": "local"}, bits=8)
 FOUND = Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={})
 
 
@@ -37,20 +41,31 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     conversions: list[str] = []
 
     def call(handle: Any, request: Any, **how: Any) -> tuple[Any, Finished]:
+        finished = Finished(0, 1.0, [], timed_out=False)
+        if handle is thin_worker.handle:
+            shutil.copytree(request.checkpoint, request.folder, dirs_exist_ok=True)
+            return thin_worker.Thinned(layers=2, parameters=500), finished
         if handle is olive_worker.handle:
+            how["log"].parent.mkdir(parents=True, exist_ok=True)
+            how["log"].write_text("said")
             before()
             made = Path(request.config["output_dir"])
             conversions.append(str(made))
             made.mkdir(parents=True)
-            how["log"].parent.mkdir(parents=True, exist_ok=True)
-            how["log"].write_text("said")
             for name, text in CONTENTS.items():
                 (made / name).write_text(text if name == "genai_config.json" else f"{text}, {len(conversions)}")
-            return Frozen(), Finished(0, 1.0, [], timed_out=False)
-        return VerifyResult(weights=FOUND, export_error=None), Finished(0, 1.0, [], timed_out=False)
+            return Frozen(), finished
+        error = 0.01 if request.recipe.baseline else None
+        if error is not None and error > request.tolerance:
+            raise ConversionError("The export is wrong.")
+        return VerifyResult(weights=FOUND, export_error=error), finished
 
     monkeypatch.setattr(children, "call", call)
     return conversions
+
+
+def left(settings: Settings) -> set[Path]:
+    return {path for folder in (settings.variants, settings.work("bot")) for path in folder.rglob("*")}
 
 
 def test_two_names_at_once_convert_once(tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +110,42 @@ def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
     assert len(conversions) == 1
     assert [record.levelname for record in caplog.records if str(target) in record.getMessage()] == ["WARNING"]
     assert not (target / "stale").exists()
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        *((text, text) for text in ("It took longer than 1 s and was stopped.", "The process was killed by SIGKILL.")),
+        ("The process ended with status 1 and no result.", "int4: Olive produced no model."),
+    ],
+)
+def test_an_olive_that_does_not_end_well_leaves_nothing(
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, ended: str, said: str
+) -> None:
+    play_olive(monkeypatch, before=Mock(side_effect=ConversionError(ended)))
+    with pytest.raises(ConversionError, match=re.escape(said)):
+        convert(RECIPE, tiny, Job(model="m"), "bot", settings)
+    assert left(settings) == set()
+
+
+def test_without_an_fp32_variant_a_part_of_it_is_compared_before_any_conversion(
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Job(model="m", baseline="checkpoint", export_tolerance=0.1)
+    strict = own.model_copy(update={"export_tolerance": 0.001})
+    conversions = play_olive(monkeypatch)
+    with pytest.raises(ConversionError, match="The export is wrong"):
+        convert(RECIPE, tiny, strict, "bot", settings)
+    assert conversions == [str(settings.work("bot") / "fp32" / "model")]
+    assert left(settings) == set()
+    both = [convert(recipe, tiny, own, "bot", settings) for recipe in (RECIPE, EIGHT)]
+    assert [variant.export_error for variant in both] == [0.01, 0.01]
+    assert [Path(made).parent.name for made in conversions] == ["fp32", "fp32", "int4", "int8"]
+    shutil.rmtree(settings.work("bot"))  # as at the job's end: it is known by now
+    assert convert(RECIPE, tiny, own, "bot", settings) == both[0]
+    assert len(conversions) == 4
+    with pytest.raises(ConversionError, match=r"differs from the checkpoint by 0\.01 .* and 0\.001 is allowed"):
+        convert(RECIPE, tiny, strict, "bot", settings)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from slmops.core.errors import CheckpointError, ConversionError
+from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError
 from slmops.processes import children
 from slmops.processes.children import Finished
 from slmops.processes.memory import Meter
@@ -110,6 +110,16 @@ def test_what_the_log_has(log: Path, tmp_path: Path, program: str, written: str)
     python(program, log, env={"MODE": "x"}, cwd=tmp_path)
     assert log.read_text(encoding="utf-8") == written.replace("{folder}", str(tmp_path))
     assert "MODE" not in os.environ
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the full disk is /dev/full")
+def test_a_log_that_cannot_be_written_ends_the_child(log: Path, tmp_path: Path) -> None:
+    log.parent.mkdir()
+    log.symlink_to("/dev/full")
+    said = r"child\.log cannot be written: No space left"
+    with pytest.raises(PrerequisiteError, match=said) as caught:
+        python("print('x', flush=True); " + sleeping(tmp_path / "pid"), log)
+    assert caught.value.fix == children.FREE_SPACE
 
 
 @pytest.mark.parametrize(

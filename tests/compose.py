@@ -189,7 +189,7 @@ class Compose:
             status = self._running[service].poll()
             if status is not None or time.monotonic() > deadline:
                 raise NotHealthy(f"{service} is not healthy; its status is {status}:\n{self.said(service)}")
-            time.sleep(0.2)
+            time.sleep(1)  # each look is a process
 
     def said(self, service: str) -> str:
         return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-30:])

@@ -129,10 +129,8 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
 def test_what_the_job_took_is_shown_and_logged(first: First, settings: Settings) -> None:
     took = first.comparison.room
     assert took is not None
-    # Its own process and Olive's; less than a GB of work on a tiny model.
-    assert (
-        max(one.metrics["convert_memory_peak_mb"] for one in first.comparison.variants) < took.memory_peak_mb < 10_000
-    )
+    of_olive = max(one.metrics["convert_memory_peak_mb"] for one in first.comparison.variants)
+    assert of_olive < took.memory_peak_mb < 10_000  # its own process comes on top
     assert 0 < took.disk_peak_mb < 1000
     logged = MlflowClient(settings.tracking_uri).get_run(first.comparison.run_id).data.metrics
     assert logged == {f"job_{name}": pytest.approx(value) for name, value in took.model_dump().items()}

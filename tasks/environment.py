@@ -7,11 +7,7 @@ from tasks.stage import stage
 
 @stage()
 def check_environment(settings: Settings) -> None:
-    """All checks of ``slmops doctor`` that take no time.
-
-    Raises:
-        PrerequisiteError: A check failed.
-    """
+    """All checks of ``slmops doctor`` that take no time; it is a PrerequisiteError if one fails."""
     doctor.require(doctor.check(settings, imports=False))
 
 

@@ -19,22 +19,14 @@ upload_files = stage("upload version {version.version}", tracking=True)(Registry
 
 @stage(tracking=True)
 def find_version(uri: str, name: str, which: str | None) -> ModelVersion:
-    """The version that an alias or a number names; the champion without one.
-
-    Raises:
-        UsageError: There is no such version.
-    """
+    """The version that an alias or a number names, the champion without one; a UsageError if there is none."""
     registry = Registry(uri)
     return _champion(registry, name) if which is None else registry.find(name, which)
 
 
 @stage(tracking=True)
 def find_previous(uri: str, name: str) -> tuple[ModelVersion, ModelVersion]:
-    """The champion, and what to go back to.
-
-    Raises:
-        UsageError: There is nothing to go back to.
-    """
+    """The champion, and what to go back to; a UsageError if there is nothing."""
     registry = Registry(uri)
     champion, previous = _champion(registry, name), registry.previous(name)
     if previous is None or previous.version == champion.version:

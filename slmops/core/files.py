@@ -97,8 +97,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 def read_table(path: Path, what: str) -> dict[str, Any]:
     """Read a user's file of keys and values, called ``what`` in messages: TOML by the suffix ``.toml``, else YAML.
 
-    Raises:
-        UsageError: It cannot be read, or it holds nothing or something else.
+    It is a UsageError if it cannot be read, or if it holds nothing or something else.
     """
     import yaml
 

@@ -29,8 +29,7 @@ def conversion_memory(checkpoint: Checkpoint) -> float:
 def choose(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:
     """The smallest pool for the device whose machines can hold a conversion; of several of one size the first.
 
-    Raises:
-        PrerequisiteError: None is large enough, or none is for the device.
+    It is a PrerequisiteError if none is large enough, or none is for the device.
     """
     need = conversion_memory(checkpoint) / GB
     fitting = [pool for pool in pools if pool.device == device and pool.memory_gb >= need]

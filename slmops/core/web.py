@@ -42,11 +42,8 @@ def past_proxies() -> dict[str, str]:
 def listen(host: str, port: int) -> socket.socket:
     """Open the socket of a server at a host's name or address; port 0 takes a free one.
 
-    It is done before anything is loaded, so that nobody can take the port meanwhile.
-
-    Raises:
-        UsageError: There is no such address or port.
-        PrerequisiteError: The port is in use, or the address is not one of this machine.
+    It is done before anything is loaded, so that nobody can take the port meanwhile. It is a UsageError if there is no
+    such address or port, and a PrerequisiteError if the port is in use, or the address is not one of this machine.
     """
     if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
         raise UsageError(f"There is no port {port}.", "Give one from 1 to 65535 with --port.")
@@ -70,9 +67,8 @@ def listen(host: str, port: int) -> socket.socket:
 async def read_body(request: "Request", limit: int, seconds: float) -> bytes:
     """Read a whole request body of at most ``limit`` bytes, for which the client may take so many seconds.
 
-    Raises:
-        starlette.exceptions.HTTPException: It is too large, or does not come in time. The connection is to be closed.
-        starlette.requests.ClientDisconnect: The client left.
+    It is an HTTPException, whose answer closes the connection, if it is too large or does not come in time; and a
+    ClientDisconnect if the client left.
     """
     from starlette.exceptions import HTTPException
 

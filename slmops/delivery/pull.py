@@ -102,12 +102,10 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
 def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     """Bring a version onto this device, whole and verified, and register it in Foundry Local; twice is harmless.
 
-    The next attempt goes on with what a broken one has brought. Other versions are not touched.
-
-    Raises:
-        PrerequisiteError: It does not fit this device, it was not uploaded and is not here, or the disk is full.
-        TrackingError: The registry cannot be reached, or its files are gone or altered.
-        RegistrationError: Foundry Local refuses it, or it answers nothing. A new version is then removed again.
+    The next attempt goes on with what a broken one has brought. Other versions are not touched. It is a
+    PrerequisiteError if it does not fit this device, it was not uploaded and is not here, or the disk is full; a
+    TrackingError if the registry cannot be reached, or its files are gone or altered; and a RegistrationError if
+    Foundry Local refuses it, or it answers nothing. A new version is then removed again.
     """
     with installed.locked(version.name, settings):
         return _install(version, settings, uri)

@@ -139,9 +139,6 @@ def _require_cmake() -> None:
         raise PrerequisiteError(f"{program} is CMake {found}; ONNX Runtime GenAI needs {CMAKE}.", at_least)
 
 
-# --- machine
-
-
 def _disk(home: Path) -> Check:
     folder = next(parent for parent in (home, *home.parents) if parent.exists())
     if not os.access(folder, os.W_OK):
@@ -165,9 +162,6 @@ def _cpu(here: Hardware) -> Check:
         slow = "Use a processor with AVX2 or NEON. Everything works without, but slowly."
         return Check("CPU", "warning", f"{detail}; no avx2", slow)
     return Check("CPU", "ok", detail)
-
-
-# --- packages
 
 
 def _packages() -> list[Check]:
@@ -248,9 +242,6 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
         others = {name: imported for name, imported in request.modules.items() if crashed not in (name, FOUNDRY)}
         rest = _probe(request.model_copy(update={"modules": others}), work)
         return rest.model_copy(update={"problems": {**rest.problems, crashed: f"crash: {error.message}"}})
-
-
-# --- programs and servers
 
 
 def _foundry_command(*, ask: bool) -> Check:

@@ -63,8 +63,6 @@ class Fleet:
         """All processes; while one is replaced, two may have the same version."""
         return [one for one in (self.champion, *self._spares.loaded, *self._draining) if one is not None and one.alive]
 
-    # --- its life
-
     async def start(self) -> None:
         """Serve the champion, or if that is not possible, the version that was served here last; else an error."""
         wanted: ModelVersion | None = None
@@ -110,8 +108,6 @@ class Fleet:
         await asyncio.gather(*(one.stop() for one in (self.champion, *self._draining) if one is not None))
         self.champion = None
 
-    # --- what the proxy asks for
-
     @asynccontextmanager
     async def lease(self, model: str) -> AsyncIterator[Backend]:
         """A process to send one request for ``model`` to; it is not stopped before the request has ended.
@@ -154,8 +150,6 @@ class Fleet:
 
     def _offered(self) -> list[ModelVersion]:
         return [one for one in self.watch.versions if self._options.spare > 0 or one.version == self.version]
-
-    # --- processes come and go
 
     async def _deploy(self, version: ModelVersion) -> None:
         """Make ``version`` the one that is served; if anything raises, nothing has changed."""

@@ -98,8 +98,6 @@ class Proxy:
         challenge = {"www-authenticate": "Bearer"}
         return Refused(401, "A valid token is needed: Authorization: Bearer TOKEN.", "invalid_api_key", None, challenge)
 
-    # --- the endpoints
-
     async def _answer(self, request: Request) -> RelayedResponse:
         started = time.perf_counter()
         # A web page may send other content types to any address without asking.

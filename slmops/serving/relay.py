@@ -122,8 +122,6 @@ class RelayedResponse:
                     raise
                 room = refused.room
 
-    # --- all at once
-
     async def _whole(self) -> tuple[str, bytes]:
         async with AsyncExitStack() as stack:
             backend = await self._enter(stack)
@@ -146,8 +144,6 @@ class RelayedResponse:
             kind, body = await self._sent(backend, stack, read)
             self._count(json.loads(body))
             return kind, body
-
-    # --- piece by piece
 
     async def _streamed(self, send: Send) -> None:
         async with AsyncExitStack() as stack:

@@ -54,11 +54,9 @@ def size_of(path: Path) -> int:
 def fetch(origin: Origin, name: str, size: int | None, digest: str, folder: Path) -> Path:
     """Complete ``name`` in the download folder ``folder``, as :func:`part_of` calls it.
 
-    The name is already checked; ``size`` is in bytes, where that is known, and ``digest`` the SHA-256.
-
-    Raises:
-        NotGivenError: The file is gone, or access is refused.
-        TrackingError: The connection breaks again and again, or the content has another SHA-256.
+    The name is already checked; ``size`` is in bytes, where that is known, and ``digest`` the SHA-256. It is a
+    NotGivenError if the file is gone, or access is refused; and another TrackingError if the connection breaks again
+    and again, or the content has another SHA-256.
     """
     part = part_of(folder, name)
     part.parent.mkdir(parents=True, exist_ok=True)

@@ -149,15 +149,9 @@ class TrainingTracker(Connection):
     def log_training(self, run_id: str, finetuned: Finetuned, log: Path) -> None:
         """Log a finished fine-tuning: all points of its curves, its figures, the adapter, and the worker's log."""
         self.log_losses(run_id, finetuned.losses)
-        figures = {
-            "steps": finetuned.steps,
-            "epochs": finetuned.epochs,
-            "best_step": finetuned.best_step,
-            "best_validation_loss": finetuned.validation_loss,
-            "training_s": finetuned.seconds,
-            "training_memory_peak_mb": finetuned.memory_peak_mb,
-            "trained_parameters": finetuned.trained_parameters,
-        }
+        figures = finetuned.model_dump(include={"steps", "epochs", "best_step", "trained_parameters"})
+        figures |= {"best_validation_loss": finetuned.validation_loss, "training_s": finetuned.seconds}
+        figures["training_memory_peak_mb"] = finetuned.memory_peak_mb
         self._client.log_figures(run_id, figures)
         tags = {"slmops.stopped": str(finetuned.stopped), "slmops.precision": str(finetuned.precision)}
         self._client.set_tags(run_id, tags)

@@ -1,14 +1,16 @@
-"""Energy counters of made-up processors, and memory limits of made-up containers."""
+"""Energy counters of made-up processors, memory limits of made-up containers, and machines whose speeds compare."""
 
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from slmops.core import machine
+from slmops.core.values import Hardware
 
 PACKAGE = {"intel-rapl:0": ("package-0", "2500000")}
 
@@ -113,3 +115,24 @@ def test_hardware_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     found = machine.hardware()
     assert (found.processor, found.isa) == ("Apple M3", ("neon", "dotprod"))
+
+
+KIND = "Some CPU @ 2.60GHz (Linux x86_64), 8 cores, avx avx2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, KIND),
+        ({"system": "Linux 6.11.2", "memory_gb": 64.0, "processor": "Some CPU @ 2.60GHz "}, KIND),
+        ({"system": "Windows 11"}, KIND.replace("Linux", "Windows")),
+        ({"isa": ("avx", "avx2", "avx512f")}, f"{KIND} avx512f"),
+        (
+            {"processor": "aarch64", "machine": "aarch64", "isa": (), "cores": 1},
+            "aarch64 (Linux aarch64), 1 cores, no extensions",
+        ),
+    ],
+)
+def test_machines_of_one_kind(changes: dict[str, Any], kind: str) -> None:
+    fields = {"system": "Linux 6.8.0-45", "machine": "x86_64", "processor": "Some  CPU @ 2.60GHz", "cores": 8}
+    assert Hardware(**{**fields, "memory_gb": 32.0, "isa": ("avx", "avx2"), **changes}).kind == kind

@@ -35,8 +35,7 @@ goldfish hamster hippopotamus kitten puppy
 def named(template: str) -> Callable[[], str]:
     """The name of a run, for ``flow_run_name``; a name that a person gave it stays.
 
-    Args:
-        template: With the flow's parameters in braces, such as ``"optimize {job.label}"``.
+    The template has the flow's parameters in braces, such as ``"optimize {job.label}"``.
     """
 
     def name() -> str:

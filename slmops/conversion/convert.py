@@ -147,7 +147,7 @@ def _make(
 ) -> Variant:
     work = settings.work(name) / recipe.name
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     if target.exists():
         log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
         shutil.rmtree(target)

@@ -22,13 +22,8 @@ MACHINE = "this machine's conversions and measurements"
 def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
     """Hold the lock file at ``path``, whose folder is made, readable by this user alone.
 
-    Args:
-        what: What the lock stands for, for messages: "the measurement of this machine".
-        wait: Wait for the holder, and say so, instead of refusing.
-
-    Raises:
-        BusyError: Somebody holds it and ``wait`` is false.
-        PrerequisiteError: The folder belongs to somebody else.
+    Messages call it ``what`` it stands for: "the measurement of this machine". With ``wait`` a holder is waited for,
+    which is said; else it is a BusyError. It is a PrerequisiteError if the folder belongs to somebody else.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and path.parent.stat().st_uid != os.getuid():

@@ -84,9 +84,7 @@ def problems(
 ) -> list[str]:
     """Everything that pydantic found wrong, one sentence each: ``top_p must be at most 1``.
 
-    Args:
-        name: What the user calls the value at a location.
-        got: Also quote the value.
+    ``name`` is what the user calls the value at a location. With ``got`` the value is quoted, too.
     """
     found = []
     for one in error.errors(include_url=False):

@@ -162,7 +162,7 @@ async def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monk
     ("host", "token", "error", "named"),
     [
         ("0.0.0.0", None, UsageError, "SLMOPS_SERVE_TOKEN"),  # noqa: S104 - it is refused
-        ("server.example", None, UsageError, "SLMOPS_SERVE_TOKEN"),
+        *((host, None, UsageError, "SLMOPS_SERVE_TOKEN") for host in ("server.example", "192.0.2.1", "::")),
         ("localhost", "s\u00e9cret", UsageError, "SLMOPS_SERVE_TOKEN"),
         ("localhost", "two words", UsageError, "SLMOPS_SERVE_TOKEN"),
         ("localhost", "line\nbreak", UsageError, "SLMOPS_SERVE_TOKEN"),

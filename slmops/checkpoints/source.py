@@ -20,8 +20,7 @@ from slmops.core.values import Agreement, Checkpoint, to_name
 
 log = logging.getLogger(__name__)
 
-Download = Callable[[str, Path], Path]
-"""Fetches an MLflow URI into a folder and returns where it put it."""
+Download = Callable[[str, Path], Path]  # fetches an MLflow URI into a folder and returns where it put it
 Agree = Callable[[Path, str | None], Agreement]
 """Compares Foundry Local with a checkpoint's folder and the chat template that it is to have, None for its own."""
 
@@ -31,8 +30,7 @@ _WEIGHTS = {*weight_files.ROOTS, weight_files.ADAPTER}
 _TOKENIZERS = {name for group in inspection.TOKENIZERS for name in group}
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
-MOST_CACHE = 2 * 2**30
-"""Bytes of key-value cache that a deployed variant may take unless the user asks for more."""
+MOST_CACHE = 2 * 2**30  # bytes of key-value cache that a deployed variant may take unless the user asks for more
 _SHORTEST_CUT = 256
 """Tokens of context below which prompts and answers do not fit, so that it is not cut to them unasked."""
 

@@ -15,8 +15,7 @@ from slmops.core.errors import CheckpointError
 ROOTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order."""
 ADAPTER = "adapter_config.json"
-ADAPTER_ROOTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT looks for beside it."""
+ADAPTER_ROOTS = ("adapter_model.safetensors", "adapter_model.bin")  # what PEFT looks for beside it
 PICKLES = (".bin", ".bin.index.json")
 
 _UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})

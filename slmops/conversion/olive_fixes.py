@@ -8,8 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-_WEIGHTS = 1 << 24
-"""So many weights are quantized at once; a matrix of embeddings can have 600 million."""
+_WEIGHTS = 1 << 24  # so many weights are quantized at once; a matrix of embeddings can have 600 million
 
 
 def apply() -> None:

@@ -20,8 +20,7 @@ SPEED_METRICS = {"ttft_ms_p50": 1, "decode_tok_s": -1, "prefill_tok_s": -1, "res
 """Metric to 1 if less is better, to -1 if more is."""
 MEMORY_METRICS = ("memory_loaded_mb", "memory_peak_mb")
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
-DRIFT = "drift/"
-"""Prefix of the metrics in MLflow that are ratios: measured now / recorded."""
+DRIFT = "drift/"  # prefix of the metrics in MLflow that are ratios: measured now / recorded
 SLACK = 1e-9  # 0.8 - 0.7 is no more than 0.1
 _Times = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 

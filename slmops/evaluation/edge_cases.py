@@ -35,12 +35,10 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 What = Literal["answered", "refused", "cut", "unequal", "failed", "crashed", "hung"]
 Expected = Literal["answered", "refused", "answered or refused"]
-Observation = tuple[What, str]
-"""How a case ended, and a detail for people."""
+Observation = tuple[What, str]  # how a case ended, and a detail for people
 
 ANSWER_TOKENS = 6
-INVALID_ARGUMENT = 3
-"""The runtime's code for a request that it refuses; other codes are errors inside."""
+INVALID_ARGUMENT = 3  # the runtime's code for a request that it refuses; other codes are errors inside
 QUESTION = "What is the capital of France?"
 TEXTS = {
     "empty": "",
@@ -58,11 +56,9 @@ TEXTS = {
     "ordinary_question": QUESTION,
 }
 """Cases that are one message of a user."""
-CONTEXT = 256
-"""Tokens beyond those of the chat template; less if the model has less."""
+CONTEXT = 256  # tokens beyond those of the chat template; less if the model has less
 CASE_LIMIT_S = 120.0
-REFUSAL_LIMIT_S = 5.0
-"""What does not fit must be refused at once, not after the work."""
+REFUSAL_LIMIT_S = 5.0  # what does not fit must be refused at once, not after the work
 
 
 class EdgeCase(Frozen):

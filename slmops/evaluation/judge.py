@@ -15,8 +15,7 @@ from slmops.core.values import Frozen
 from slmops.evaluation.dataset import JUDGE_MISSING, Item
 from slmops.evaluation.matchers import Judgement, document, parse_json
 
-BACKOFF_S = (0.5, 1.0, 2.0)
-"""Seconds before each retry."""
+BACKOFF_S = (0.5, 1.0, 2.0)  # seconds before each retry
 LARGEST_REPLY_BYTES = 1_000_000
 INSTRUCTIONS = """\
 You grade the answer of a language model. The next message has blocks that begin with <question {mark}>, \

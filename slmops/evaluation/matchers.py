@@ -23,10 +23,8 @@ from pydantic import Field
 from slmops.core.errors import UsageError
 from slmops.core.values import Frozen
 
-RIGHT_FROM = 0.5
-"""Score from which an answer counts as right, unless the item names another."""
-SEARCHED_CHARACTERS = 20_000
-"""How much of an answer a regular expression is shown."""
+RIGHT_FROM = 0.5  # score from which an answer counts as right, unless the item names another
+SEARCHED_CHARACTERS = 20_000  # how much of an answer a regular expression is shown
 MATCHER_MODULE = "_slmops_matcher"
 
 Function = Callable[[str, str], Any]

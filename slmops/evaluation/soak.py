@@ -22,15 +22,13 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 UNIT = "KB/request"
-LENGTHS = [32, 64, 128, 256]
-"""Tokens of the prompts, in turn; a conversation of three questions ends each turn."""
+LENGTHS = [32, 64, 128, 256]  # tokens of the prompts, in turn; a conversation of three questions ends each turn
 SOAK_TOKENS = 16
 REQUEST_LIMIT_S = 300.0
 PROGRESS = "soak: "
 EVERY = 50
 WARM_UP_LEAST = 20
-ENDS = 10
-"""The memory at the start, and at the end, is the median over so many requests."""
+ENDS = 10  # the memory at the start, and at the end, is the median over so many requests
 
 
 class Soak(Frozen, use_attribute_docstrings=True):

@@ -25,13 +25,10 @@ log = logging.getLogger(__name__)
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 QUICK_LENGTHS = 2
-HEADLINE_TOKENS = 128
-"""Prompt length of the figures that are one number; the nearest length of the grid is taken."""
-HEADLINE_REPETITIONS, HEADLINE_S = 3, 1.0
-"""At least, in each turn; the other cells have one repetition."""
+HEADLINE_TOKENS = 128  # prompt length of the figures that are one number; the nearest length of the grid is taken
+HEADLINE_REPETITIONS, HEADLINE_S = 3, 1.0  # at least, in each turn; the other cells have one repetition
 SESSIONS = (1, 2, 4)
-DISTURBED = 1.25
-"""Times the fastest calibration loop of the job."""
+DISTURBED = 1.25  # times the fastest calibration loop of the job
 CALIBRATION_BYTES = 16 * 2**20
 
 

@@ -13,10 +13,8 @@ from slmops.foundry.layout import Staged
 REST_S = 0.2  # long enough for the sampler in the parent to see the process at rest
 WARM_UP_MOST = 6
 SESSION_TOKENS = 8
-STABLE = 0.1
-"""A model is warm if a request takes as long as the one before, to within this share."""
-Window = tuple[float, float]
-"""Start and end by ``time.monotonic()``."""
+STABLE = 0.1  # a model is warm if a request takes as long as the one before, to within this share
+Window = tuple[float, float]  # start and end by time.monotonic()
 
 
 class Cell(Frozen):

@@ -15,8 +15,7 @@ from tests.e2e.test_faults import _gone, _kill_server
 
 pytestmark = pytest.mark.e2e
 
-SLOW = retraining.TRAINING.model_copy(update={"epochs": 12.0})
-"""Enough to be killed in the middle."""
+SLOW = retraining.TRAINING.model_copy(update={"epochs": 12.0})  # enough to be killed in the middle
 
 
 @pytest.fixture(scope="module")

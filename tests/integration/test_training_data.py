@@ -226,8 +226,7 @@ ANSWERS: dict[str, tuple[int, bytes, dict[str, str]]] = {
     "/forbidden.jsonl": (403, b"", {}),
     "/short.jsonl": (200, ITEM, {"Content-Length": "1000"}),
 }
-ENDLESS = {"/large.jsonl": (b"x" * 65536, 0.0), "/slow.jsonl": (b"x", 0.02)}
-"""Blocks, and seconds between them."""
+ENDLESS = {"/large.jsonl": (b"x" * 65536, 0.0), "/slow.jsonl": (b"x", 0.02)}  # blocks, and seconds between them
 
 
 @pytest.fixture(scope="module")

@@ -295,8 +295,7 @@ def test_what_makes_no_sense_is_refused(function: Callable[..., object], argumen
 # --- against simulated truth: a 95 % interval is right if it holds the truth in 95 % of the worlds
 
 WORLDS = 150  # they tell that to +-3.5 %
-FEW = 15
-"""Where each world takes long: enough to tell 0.8 from half of them."""
+FEW = 15  # where each world takes long: enough to tell 0.8 from half of them
 World = Callable[[np.random.Generator], Measurement]
 
 

@@ -10,8 +10,7 @@ from slmops.training import checks
 from slmops.training.examples import Example
 from tests.training_data import conversation
 
-NINE = "the old printer on the second floor eats paper"
-"""Nine words: five 5-grams."""
+NINE = "the old printer on the second floor eats paper"  # nine words: five 5-grams
 
 
 def example(*turns: str, line: int = 1, system: str | None = None) -> Example:

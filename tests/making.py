@@ -4,19 +4,21 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 from filelock import FileLock
-from pydantic import BaseModel
 
 from slmops.checkpoints import source
 from slmops.conversion import recipes
 from slmops.conversion.convert import convert
 from slmops.core import machine
+from slmops.core.errors import SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
@@ -103,7 +105,8 @@ def recipe(name: str, asked: Job, checkpoint: Checkpoint) -> Recipe:
 def variant(name: str, asked: Job, settings: Settings, model: str = "tiny") -> Variant:
     """A converted variant, for real; made once where several tests, or test processes, ask for it in one home."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    with FileLock(settings.home / "making.lock"):
+    with FileLock(settings.home / "making.lock"), pytest.MonkeyPatch.context() as patch:
+        work_in_process(patch)
         checkpoint = resolve(asked, settings)
         return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
 
@@ -115,22 +118,33 @@ def place(names: Iterable[str], asked: Job, stock: Settings, home: Path) -> None
         shutil.copytree(made.path, home / "variants" / made.key, copy_function=os.link)
 
 
+IN_PROCESS = (
+    *(f"slmops.checkpoints.{which}_worker" for which in ("merge", "unpack")),
+    *(f"slmops.conversion.{which}_worker" for which in ("olive", "schema", "thin", "verify")),
+    *(f"slmops.evaluation.{which}_worker" for which in ("answers", "logits")),
+    "slmops.training.finetune_worker",
+)
+"""They spend most of their time on imports. Those with Foundry Local's libraries cannot be where Olive's are."""
+
+
 def work_in_process(patch: pytest.MonkeyPatch) -> None:
     """Let workers work in this process, which saves seconds of imports: for what they make, not for how they end."""
+    real = children.call
 
-    def call(
-        handle: Callable[[BaseModel], BaseModel],
-        request: BaseModel,
-        *,
-        log: Path,
-        on_line: Callable[[str], None] = lambda _: None,
-        **_how: object,
-    ) -> tuple[BaseModel, children.Finished]:
+    def call(handle: Any, request: Any, *, log: Path, **how: Any) -> tuple[Any, children.Finished]:
+        if handle.__module__ not in IN_PROCESS or getattr(request, "foundry_id", None):
+            return real(handle, request, log=log, **how)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a+", encoding="utf-8") as said, contextlib.redirect_stdout(said):
-            made = handle(request)
-        for line in log.read_text(encoding="utf-8").splitlines():
-            on_line(line)
+        variables, quiet = mock.patch.dict(os.environ, how.get("env") or {}), warnings.catch_warnings(action="ignore")
+        try:
+            with log.open("a", encoding="utf-8") as said, contextlib.redirect_stdout(said), variables, quiet:
+                made = handle(request)
+        except SlmopsError:
+            raise
+        except Exception as broken:  # a child would end without a result
+            raise how["error"](str(broken)) from broken
+        for line in log.read_text(encoding="utf-8").splitlines() if "on_line" in how else ():
+            how["on_line"](line)
         return made, children.Finished(0, 1.0, [], timed_out=False)
 
     patch.setattr(children, "call", call)

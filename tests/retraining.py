@@ -76,4 +76,4 @@ def request(model: Path, data: Path, name: str, **changes: Any) -> Retrain:
     policy.write_text(POLICY)
     matcher.write_text(MATCHER.format(flag=str(spoilt(data))))
     asked = {"model": str(model), "data": str(data), "name": name, "policy": policy, "matcher": f"{matcher}:right"}
-    return Retrain(**{**asked, "training": TRAINING, "precision": ["fp32"], "quick": True, "watch_s": 5, **changes})
+    return Retrain(**{**asked, "training": TRAINING, "precision": ["fp32"], "quick": True, "watch_s": 3, **changes})

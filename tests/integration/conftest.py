@@ -5,7 +5,10 @@ MLflow and Prefect take seconds to import, so only the fixtures that use them do
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,23 +75,38 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def settings(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Settings]:
     """A home, an MLflow database and a Prefect server for a module of flows."""
     from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_HOME, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.testing import utilities
 
     folder = tmp_path_factory.mktemp("flow")
+    own, migrated = folder / "prefect-test.db", shared / "prefect.db"
+    if migrated.exists():  # by the first server of the run, which takes it seconds
+        shutil.copy2(migrated, own)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
         patch.setenv("SLMOPS_HOME", str(folder / "home"))
         patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         for name, value in stack.QUIET.items():
             patch.setenv(name, value)
-        with temporary_settings({PREFECT_HOME: folder / "prefect"}), prefect_test_harness(server_startup_timeout=180):
+        patch.setattr(utilities, "mkdtemp", lambda: str(folder))  # where the harness has that database
+        server = utilities.prefect_test_harness(server_startup_timeout=180)
+        with temporary_settings({PREFECT_HOME: folder / "prefect"}), server:
+            if not migrated.exists():
+                _copy_database(own, migrated)
             yield Settings()
             # The harness does this at its end without a limit, and was seen to wait for ever.
             EventsWorker.drain_all(timeout=20)
+
+
+def _copy_database(used: Path, copy: Path) -> None:
+    """Copy a SQLite database that is being written to; the copy appears when it is complete."""
+    part = copy.with_name(f"{os.getpid()}.db")
+    with contextlib.closing(sqlite3.connect(used)) as source, contextlib.closing(sqlite3.connect(part)) as target:
+        source.backup(target)
+    part.replace(copy)
 
 
 @pytest.fixture(scope="module")

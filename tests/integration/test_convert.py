@@ -43,9 +43,12 @@ def folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CONVERT = """
 import sys
 from pathlib import Path
+from slmops.conversion.convert import convert
 from slmops.core.settings import Settings
 from tests import making
-making.variant("fp16", making.job(Path(sys.argv[1])), Settings(home=sys.argv[2]))
+asked, settings = making.job(Path(sys.argv[1])), Settings(home=sys.argv[2])
+checkpoint = making.resolve(asked, settings)
+convert(making.recipe("fp16", asked, checkpoint), checkpoint, asked, "tiny", settings)
 """
 
 

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     (folder / "text.txt").write_text(text, encoding="utf-8")
     asked = making.job(talkative, evaluation_set=making.evaluation_set(folder), perplexity_text=folder / "text.txt")
     return asked.model_copy(update={"quick": False})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        making.work_in_process(patch)
+        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +182,16 @@ def test_the_checkpoint_as_the_baseline(
         quality.score_checkpoint(broken, "own", own, home)
 
 
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """An evaluation set of more questions than a quick job asks."""
+    file = tmp_path / "many.jsonl"
+    file.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
+    return file
+
+
 @pytest.mark.usefixtures("no_cases")
-def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
-    many = tmp_path / "many.jsonl"
-    many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
+def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, many: Path) -> None:
     asked = job.model_copy(update={"quick": True, "evaluation_set": many})
     assert quality.score_checkpoint(checkpoint, "quick", asked, home) is None
     found = {name: quality.measure(*one, "quick", asked, home) for name, one in made.items()}
@@ -188,9 +202,7 @@ def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Setting
 
 
 @pytest.mark.usefixtures("no_cases")
-def test_a_job_with_little_time(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
-    many = tmp_path / "many.jsonl"
-    many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
+def test_a_job_with_little_time(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, many: Path) -> None:
     asked = job.model_copy(update={"minutes": 0.001, "evaluation_set": many})
     scored = quality.score_checkpoint(checkpoint, "hasty", asked, home)
     found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}
@@ -256,7 +268,10 @@ def test_two_at_once_wait_for_each_other(
     assert any(message.startswith(waiting) for message in caplog.messages)
 
 
-def test_what_cannot_be_measured(made: Made, job: Job, home: Settings) -> None:
+def test_what_cannot_be_measured(
+    made: Made, job: Job, home: Settings, tmp_path: Path, in_process: pytest.MonkeyPatch
+) -> None:
+    in_process.undo()  # the last ones are about children
     variant, registration = made["int8"]
     quick = job.model_copy(update={"quick": True})
     unknown = registration.model_copy(update={"foundry_id": "tiny-int8-generic-cpu:7"})
@@ -266,12 +281,9 @@ def test_what_cannot_be_measured(made: Made, job: Job, home: Settings) -> None:
     with pytest.raises(EvaluationError, match="took longer than 0 s"):
         quality.measure(variant, registration, "bad", quick, impatient)
     assert making.workers("logits_worker") == []
-
-
-def test_a_question_that_the_context_has_no_room_for(made: Made, job: Job, home: Settings, tmp_path: Path) -> None:
-    variant, registration = made["int8"]
+    # A question that the context has no room for.
     (tmp_path / "long.jsonl").write_text('{"prompt": "Tell me.", "expected": "x", "max_tokens": 4096}\n')
-    asked = job.model_copy(update={"evaluation_set": tmp_path / "long.jsonl"})
+    asked = quick.model_copy(update={"evaluation_set": tmp_path / "long.jsonl"})
     with pytest.raises(EvaluationError, match=r"'Tell me\.'.*4096 output") as caught:
         quality.measure(variant, registration, "long", asked, home)
     assert "--max-length" in caught.value.fix

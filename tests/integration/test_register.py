@@ -1,6 +1,7 @@
 """Variants in Foundry Local for real: seen and asked by a process that knows only its SDK."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,30 +87,25 @@ def edit(old: str, new: str) -> Callable[[Path], object]:
     return change
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            lambda folder: os.truncate(folder / "model.onnx.data", 1000),
-            "Foundry Local refuses tiny-int8-generic-cpu:1: ",
-        ),
+def test_a_broken_model_leaves_nothing(variants: Variants, converted: Variants, job: Job, fresh: Settings) -> None:
+    good = register(variants["fp32"], "tiny", job, fresh)
+    broken = variants["int8"]
+    damages: tuple[tuple[Callable[[Path], object], str], ...] = (
+        (lambda folder: os.truncate(folder / "model.onnx.data", 1000), "Foundry Local refuses tiny-int8-generic-cpu:1"),
         (edit("model.onnx", "other.onnx"), "other.onnx failed. File doesn't exist"),
         (edit('"provider_options": []', '"provider_options": [{"cuda": {}}]'), "requires CUDAExecutionProvider"),
-    ],
-)
-def test_a_broken_model_leaves_nothing(
-    variants: Variants, job: Job, fresh: Settings, damage: Callable[[Path], object], said: str
-) -> None:
-    good = register(variants["fp32"], "tiny", job, fresh)
-    damage(variants["int8"].path)
-    with pytest.raises(RegistrationError) as caught:
-        register(variants["int8"], "tiny", job, fresh)
-    assert said in caught.value.message
-    assert folders(fresh) == ["tiny-fp32-generic-cpu-1"]
+    )
+    for damage, said in damages:
+        shutil.rmtree(broken.path)
+        shutil.copytree(converted["int8"].path, broken.path)
+        damage(broken.path)
+        with pytest.raises(RegistrationError, match=re.escape(said)):
+            register(broken, "tiny", job, fresh)
+        assert folders(fresh) == ["tiny-fp32-generic-cpu-1"]
+        registry = (fresh.foundry / "models" / "foundry.local.modelinfo.json").read_text()
+        assert "tiny-fp32-generic-cpu" in registry
+        assert "int8" not in registry
     assert application(fresh.foundry, good.foundry_id)["listed"] == [good.foundry_id]
-    registry = (fresh.foundry / "models" / "foundry.local.modelinfo.json").read_text()
-    assert "tiny-fp32-generic-cpu" in registry
-    assert "int8" not in registry
 
 
 def test_a_home_that_moved(variants: Variants, job: Job, fresh: Settings, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
 from slmops.training import finetune
 from slmops.training.values import WAITING, Retrained, RetrainError
-from tests import deployed, retraining, values
+from tests import deployed, making, retraining, values
 from tests.shown import artifacts, flow_runs
 from tests.tracked import read
 
@@ -31,6 +31,13 @@ pytestmark = pytest.mark.integration
 
 NAME = "router"
 FIRST_PORT = 15273  # not where other tests' services look for a free one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        making.work_in_process(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +226,7 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     spoiler = threading.Thread(target=spoil, daemon=True)
     spoiler.start()
     with pytest.raises(RetrainError) as caught:
-        retrain(retraining.request(model, data, NAME, watch_s=10))
+        retrain(retraining.request(model, data, NAME))
     spoiler.join()
     fails.unlink()
     result = caught.value.result

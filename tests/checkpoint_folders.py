@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-HIDDEN, VOCAB, LAYERS, INNER = 8, 10, 2, 24
+HIDDEN, VOCAB, LAYERS, INNER = 32, 10, 2, 48
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": HIDDEN,

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import architectures, chat_template
+from slmops.checkpoints import architectures, chat_template, tensors
 from slmops.checkpoints.reading import read_if_there, read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.files import sha256
@@ -39,6 +39,7 @@ TOKENIZERS = (
 )
 """Each of these groups is a tokenizer."""
 
+_HEAD_STEP = 16  # of GroupQueryAttention in ONNX Runtime
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
 
 
@@ -106,6 +107,7 @@ def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
         )
     _refuse_custom_code(folder, config, job, where)
     architectures.check(listed[0])
+    _refuse_heads(config, where)
     quantized = config.get("quantization_config") or config.get("compression_config")
     if quantized and not is_fp8(config):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
@@ -115,6 +117,19 @@ def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
             "Use the checkpoint from before it was quantized, or save what model.dequantize() gives.",
         )
     return config
+
+
+def _refuse_heads(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what the runtime's attention cannot take, which it says when an exported model first runs."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    head = tensors.head_size(config)
+    rotary = int(head * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1))
+    if head % _HEAD_STEP or rotary % _HEAD_STEP:
+        raise CheckpointError(
+            f"{where}: its heads have {head} dimensions, {rotary} of them with rotary positions. The runtime's "
+            f"attention takes multiples of {_HEAD_STEP} only, at every precision.",
+            "Use a model whose head_dim (hidden_size / num_attention_heads), also times partial_rotary_factor, is one.",
+        )
 
 
 def is_fp8(config: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, weight_files
+from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, tensors, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
@@ -96,9 +96,8 @@ def cache_bytes(config: Mapping[str, Any]) -> int:
 
     ``config`` is the content of config.json; 0 if it does not tell.
     """
-    heads = config.get("num_attention_heads") or 0
-    head_size = config.get("head_dim") or (config.get("hidden_size") or 0) // (heads or 1)
-    return (config.get("num_hidden_layers") or 0) * (config.get("num_key_value_heads") or heads) * head_size * 2 * 4
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
+    return (config.get("num_hidden_layers") or 0) * heads * tensors.head_size(config) * 2 * 4
 
 
 def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:

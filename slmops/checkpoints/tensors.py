@@ -93,11 +93,17 @@ def check(found: Shapes, architecture: str, config: Mapping[str, Any], where: st
         )
 
 
+def head_size(config: Mapping[str, Any]) -> int:
+    """Dimensions of one head of attention; 0 if config.json does not tell."""
+    size: int = config.get("head_dim") or (config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1)
+    return size
+
+
 def _wanted(architecture: str, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Shape by name, without the prefix ``model.``."""
     hidden, inner, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     rows, layers = config["vocab_size"], config["num_hidden_layers"]
-    head = config.get("head_dim") or hidden // heads
+    head = head_size(config)
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
     attention = {"q_proj": [queries, hidden], "k_proj": [keys, hidden], "v_proj": [keys, hidden]}
     mlp = {"gate_proj": [inner, hidden], "up_proj": [inner, hidden]}

@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         edit_json(adapter / "adapter_config.json", **changes)
         refuse(named)
     shutil.rmtree(tmp_path / "base")
-    tiny.make("llama", tmp_path / "base", hidden_size=32)
+    tiny.make("llama", tmp_path / "base", hidden_size=128)
     refuse("size mismatch")
 
 

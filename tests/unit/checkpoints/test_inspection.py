@@ -148,6 +148,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "whisper": (config(architectures=["WhisperForConditionalGeneration"]), "text-only"),
     "bert": (config(architectures=["BertModel"]), "BertModel cannot be converted: no exporter is known for it"),
     "olmo2": (config(architectures=["Olmo2ForCausalLM"]), "Olmo2ForCausalLM cannot be converted: the model builder"),
+    "heads": (config(hidden_size=48), "its heads have 24 dimensions, 24 of them with rotary positions"),
+    "head_dim": (config(head_dim=40), "its heads have 40 dimensions, 40 of them"),
+    "rotary part": (config(rope_parameters={"partial_rotary_factor": 0.75}), "16 dimensions, 12 of them"),
+    "older rotary part": (config(partial_rotary_factor=0.75), "16 dimensions, 12 of them"),
     "no context": (config(max_position_embeddings="-"), "max_position_embeddings"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config"),
     **{

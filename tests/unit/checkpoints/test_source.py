@@ -241,7 +241,7 @@ def test_what_the_cache_allows(config: dict[str, Any], own: int, asked: int | No
         ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 400}, 400),
         ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 256}}, 512),
         ({"original_max_position_embeddings": 256}, 512),
-        ({"max_position_embeddings": 2**30}, MOST_CACHE // 128),  # two layers, two heads of 4: 128 bytes a token
+        ({"max_position_embeddings": 2**30}, MOST_CACHE // 512),  # two layers, two heads of 16: 512 bytes a token
     ],
 )
 def test_the_context_ends_where_longrope_changes_or_the_cache_is_full(

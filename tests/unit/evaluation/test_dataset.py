@@ -180,31 +180,27 @@ def test_all_bad_lines_are_named_up_to_ten_and_ids_are_unique(tmp_path: Path) ->
     assert [i.id for i in dataset.load(path).items] == ["line-1", "1", "line-line-3", "line-3", "3"]
 
 
+OBJECT = {"match": "json_schema", "schema": {"type": "object", "required": ["a"]}, "expected": {"a": 1}}
+FENCED = '```json\n{"a": 2}\n```'  # it need not be right
+
+
 @pytest.mark.parametrize(
-    ("form", "valid", "invalid"),
+    ("asked", "valid", "invalid"),
     [
-        ("json", [' {"a": 1}\n', "4"], ['```json\n{"a": 1}\n```', '{"a": NaN}', "", "[" * 100_000]),
-        ("number", ["4", " -1,234.5.\n", "10."], ["10..", "1,23", "2 + 2", "It is 4.", ""]),
-        ("one_line", ["A sentence. And one more.\n"], ["First.\nSecond.", "First.\u2028Second.", " \n"]),
-        ({"regex": "[A-D]"}, [" B\n"], ["BC", "The answer is B"]),
-        ({"regex": "a*"}, ["a" * 20_000], ["a" * 20_001]),
+        ({"format": "json"}, [' {"a": 1}\n', "4"], [FENCED, '{"a": NaN}', "", "[" * 100_000]),
+        ({"format": "number"}, ["4", " -1,234.5.\n", "10."], ["10..", "1,23", "2 + 2", "It is 4.", ""]),
+        ({"format": "one_line"}, ["A sentence. And one more.\n"], ["First.\nSecond.", "First.\u2028Second.", " \n"]),
+        ({"format": {"regex": "[A-D]"}}, [" B\n"], ["BC", "The answer is B"]),
+        ({"format": {"regex": "a*"}}, ["a" * 20_000], ["a" * 20_001]),
+        (OBJECT, [FENCED], ['{"b": 1}']),
+        ({**OBJECT, "format": "json"}, ['{"b": 1}'], [FENCED]),
     ],
 )
-def test_format(form: Any, valid: list[str], invalid: list[str]) -> None:
-    item = Item(prompt="?", expected="x", format=form)
+def test_format(asked: dict[str, Any], valid: list[str], invalid: list[str]) -> None:
+    item = Item.model_validate({"prompt": "?", "expected": "x", **asked})
     for answer in (*valid, *invalid):
         assert item.format_valid(answer) is (answer in valid), answer[:30]
-
-
-def test_format_of_a_schema_and_none() -> None:
     assert Item(prompt="?", expected="x").format_valid("anything") is None
-    schema = {"type": "object", "required": ["a"]}
-    item = Item.model_validate({"prompt": "?", "match": "json_schema", "schema": schema, "expected": {"a": 1}})
-    assert item.format_valid('```json\n{"a": 2}\n```') is True, "it need not be right"
-    assert item.format_valid('{"b": 1}') is False
-    strict = item.model_copy(update={"format": "json"})
-    assert strict.format_valid('```json\n{"a": 1}\n```') is False
-    assert strict.format_valid('{"b": 1}') is True
 
 
 def test_subset_is_spread_over_the_categories() -> None:

@@ -76,6 +76,9 @@ def test_packaged_policy() -> None:
     ]
 
 
+KNOWN = ("kl_p99", "itl_ms_p90", "throughput_tok_s_c4", "accuracy.Größe & <mass>")
+
+
 @pytest.mark.parametrize(
     ("gate", "text"),
     [
@@ -88,10 +91,11 @@ def test_packaged_policy() -> None:
         ({"of": "difference", "to": "champion", "min": -0.1}, "accuracy at most 0.1 below the champion's"),
         ({"of": "difference", "to": "champion", "min": 0}, "accuracy not below the champion's"),
         ({"of": "difference", "to": "champion", "max": 0}, "accuracy not above the champion's"),
+        *(({"metric": metric, "max": 1}, f"{metric} at most 1") for metric in KNOWN),
     ],
 )
 def test_a_gate_in_words(gate: dict[str, Any], text: str) -> None:
-    made = Gate(metric="accuracy", **gate)
+    made = Gate(**{"metric": "accuracy", **gate})
     assert (made.text, made.limit) == (text, gate.get("max", gate.get("min")))
 
 
@@ -165,8 +169,3 @@ def test_file_that_is_no_policy(tmp_path: Path, name: str, text: str | bytes | N
         write(tmp_path, text, name)
     (line,) = refusal(Path(name) if name.startswith("~") else tmp_path / name)
     assert f"{name} {said}" in line
-
-
-@pytest.mark.parametrize("metric", ["kl_p99", "itl_ms_p90", "throughput_tok_s_c4", "accuracy.Größe & <mass>"])
-def test_metrics_that_there_are(metric: str) -> None:
-    assert Gate(metric=metric, max=1).metric == metric

@@ -76,7 +76,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
     from slmops.foundry import runtime
 
     count = prompts.counter(request.folder)
-    catalog = runtime.local_catalog(runtime.manager(request.home))
+    catalog = runtime.local_catalog(request.home)
     model = runtime.add(catalog, request.folder, request.foundry_id, "measurement")
     before = _rest()
     cold = request.drop_cache and _drop_cache(request.folder)

@@ -28,7 +28,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
     """Register, list, load, ask. A model that fails is taken out of the catalog again, with a RegistrationError."""
     from slmops.foundry import runtime
 
-    catalog = runtime.local_catalog(runtime.manager(request.home))
+    catalog = runtime.local_catalog(request.home)
     try:
         model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
         if request.foundry_id not in {one.id for listed in catalog.list_models() for one in (listed, *listed.variants)}:
@@ -64,7 +64,7 @@ def forget_all(request: ForgetRequest) -> ForgetResult:
     """Unregister models; a failure is only printed."""
     from slmops.foundry import runtime
 
-    catalog = runtime.local_catalog(runtime.manager(request.home))
+    catalog = runtime.local_catalog(request.home)
     for foundry_id in request.foundry_ids:
         forget(catalog, foundry_id)
     gone = (foundry_id for foundry_id in request.foundry_ids if catalog.get_model_variant(foundry_id) is None)

@@ -47,9 +47,9 @@ def manager(
     )
 
 
-def local_catalog(running: Any) -> Any:
-    """The catalog that holds our own models."""
-    return running.get_catalog(sdk.CatalogType.LOCAL)
+def local_catalog(home: Path) -> Any:
+    """Start the runtime and return the catalog that holds our own models."""
+    return manager(home).get_catalog(sdk.CatalogType.LOCAL)
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
@@ -68,7 +68,7 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
 
 def registered(home: Path, foundry_id: str) -> Any:
     """Start the runtime and return a model of its local catalog; an EvaluationError if it has no such model."""
-    model = local_catalog(manager(home)).get_model_variant(foundry_id)
+    model = local_catalog(home).get_model_variant(foundry_id)
     if model is None:
         raise EvaluationError(f"{foundry_id} is not registered in Foundry Local at {home}.")
     return model

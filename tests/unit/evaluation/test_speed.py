@@ -239,10 +239,8 @@ class Runtime:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def manager(self, _: Any) -> None:
+    def local_catalog(self, _home: Path) -> None:
         return None
-
-    local_catalog = manager
 
     def add(self, *_args: Any) -> Any:
         return SimpleNamespace(load=lambda: self.events.append("load"), unload=lambda: self.events.append("unload"))

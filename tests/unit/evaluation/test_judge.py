@@ -222,16 +222,13 @@ def test_key_is_in_no_log_and_no_text(server: Server, caplog: pytest.LogCaptureF
 
 @pytest.mark.usefixtures("no_settings")
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Settings().judge_configured
-    assert Settings().judge_timeout_s == 60
-    monkeypatch.setenv("SLMOPS_JUDGE_URL", "https://judge.example/v1")
-    assert not Settings().judge_configured
-    monkeypatch.setenv("SLMOPS_JUDGE_MODEL", "grader")
-    monkeypatch.setenv("SLMOPS_JUDGE_API_KEY", "")
-    assert Settings().judge_configured
-    assert Settings().judge_api_key is None
-    monkeypatch.setenv("SLMOPS_JUDGE_URL", " ")
-    assert not Settings().judge_configured
+    assert (Settings().judge_configured, Settings().judge_timeout_s) == (False, 60)
+    address = "https://judge.example/v1"
+    for url, model, configured in ((address, "", False), (address, "grader", True), (" ", "grader", False)):
+        monkeypatch.setenv("SLMOPS_JUDGE_URL", url)
+        monkeypatch.setenv("SLMOPS_JUDGE_MODEL", model)
+        monkeypatch.setenv("SLMOPS_JUDGE_API_KEY", "")
+        assert (Settings().judge_configured, Settings().judge_api_key) == (configured, None)
     for wrong in ("judge.example/v1", "http://", "ftp://judge.example", f"https://user:{KEY}@judge.example/v1"):
         monkeypatch.setenv("SLMOPS_JUDGE_URL", wrong)
         with pytest.raises(ValidationError, match="judge_url"):

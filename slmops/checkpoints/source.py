@@ -63,8 +63,9 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
         agreement = agree(folder, texts.template) if agree else None
         hashes = found.hashes or inspection.digest_files(folder, weights.files, job)
         template = (agreement and agreement.template) or texts.template
-        if template is not None or texts.rewritten or found.temporary:
-            folder, hashes = stage(folder, hashes, template, settings, texts.rewritten)
+        rewritten = {**texts.rewritten, **(agreement.files if agreement else {})}
+        if template is not None or rewritten or found.temporary:
+            folder, hashes = stage(folder, hashes, template, settings, rewritten)
         generation.stop_tokens(folder, found.where)
     per_token = cache_bytes(texts.config)
     own = texts.context_length if job.max_length else unbroken(texts.config, texts.context_length)

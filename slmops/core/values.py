@@ -90,6 +90,7 @@ class Agreement(Frozen):
 
     template: str | None = Field(description="The chat template rewritten; None: its own will do.")
     why: str | None = Field(description="How the runtime renders the checkpoint's own.")
+    files: dict[str, str] = Field(description="The tokenizer's files rewritten, by name; empty: its own will do.")
     tokenizer_mismatches: tuple[str, ...] = Field(description="Odd texts that it reads as other tokens.")
     template_mismatches: tuple[str, ...] = Field(description="How it renders odd conversations otherwise.")
 

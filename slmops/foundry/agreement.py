@@ -45,6 +45,8 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
         log.info(
             "the chat template is rewritten for Foundry Local, whose own rendering of it is another: %s", result.why
         )
+    if result.files:
+        log.info("the tokenizer is rewritten for Foundry Local, which reads and writes its blanks otherwise")
     counted = {"texts": result.tokenizer_mismatches, "conversations": result.template_mismatches}
     for what, differences in counted.items():
         if differences:

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import chat_template, inspection
+from slmops.checkpoints import chat_template
 from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.checkpoints.reading import read_if_there
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Agreement, Frozen
-from slmops.foundry import template_rewrite
+from slmops.foundry import template_rewrite, tokenizer_rewrite
 from slmops.foundry.genai_library import LibraryError, RuntimeTokenizer
 
 ALLOWED_SHARE = 0.05
@@ -73,17 +73,21 @@ def handle(request: AgreementRequest) -> Agreement:
         ) from error
     tokenizer.chat_template = request.template or tokenizer.chat_template
     tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
-    said = [read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json")]
-    for name, text in inspection.without_runs_of_blanks(*said).items():
+    said, config = (read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    files = tokenizer_rewrite.rewrite(said, config)
+    for name, text in files.items():
         (request.work / name).write_text(text, encoding="utf-8")
     template = chat_template.load(request.work)
     if template is None:
         raise CheckpointError("The tokenizer has no chat template.", "Give one with --chat-template FILE.")
-    runtime = _load(request.work)
+    runtime = _load(request.work, said.get("model", {}).get("type", "BPE"))
+    if files:
+        files["chat_template.jinja"] = template.text  # the folder's own may be in its tokenizer_config.json
     print("the runtime reads texts")
     _check_conversations(runtime, tokenizer, template)
     texts = list(dict.fromkeys(_texts(tokenizer)))
-    mismatches = [found for text in texts if (found := _mismatch(runtime, tokenizer, template, text))]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    mismatches = [found for text in texts if (found := _mismatch(runtime, tokenizer, template, special, text))]
     if len(mismatches) > ALLOWED_SHARE * len(texts):
         raise CheckpointError(
             f"Foundry Local's runtime reads or writes {len(mismatches)} of {len(texts)} texts otherwise than the "
@@ -92,12 +96,12 @@ def handle(request: AgreementRequest) -> Agreement:
         )
     print("the runtime renders the chat template")
     rewritten, why, left = _compare_templates(runtime, template)
-    return Agreement(template=rewritten, why=why, tokenizer_mismatches=mismatches, template_mismatches=left)
+    return Agreement(
+        template=rewritten, why=why, files=files, tokenizer_mismatches=mismatches, template_mismatches=left
+    )
 
 
-def _load(folder: Path) -> RuntimeTokenizer:
-    path = folder / "tokenizer.json"
-    kind = json.loads(path.read_text(encoding="utf-8"))["model"].get("type", "BPE") if path.is_file() else "BPE"
+def _load(folder: Path, kind: str) -> RuntimeTokenizer:
     if kind != "BPE":
         raise CheckpointError(
             f"The tokenizer is a {kind} model, and Foundry Local's runtime reads BPE only.", _OTHER_TOKENIZER
@@ -125,7 +129,9 @@ def _check_conversations(runtime: RuntimeTokenizer, tokenizer: Any, template: Ch
     )
 
 
-def _mismatch(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate, text: str) -> str | None:
+def _mismatch(
+    runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate, special: set[int], text: str
+) -> str | None:
     """How a text has other ids as a question, or another text comes from its own ids; None: all is well."""
     asked = text
     with suppress(CheckpointError):
@@ -133,7 +139,7 @@ def _mismatch(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate,
     if runtime.encode(asked) != tokenizer.encode(asked, add_special_tokens=False):
         return f"{text!r} read as other tokens"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if any(token.special for number, token in tokenizer.added_tokens_decoder.items() if number in ids):
+    if not special.isdisjoint(ids):
         return None  # no answer shows them
     # What becomes of an answer's first blanks depends on what stands before it.
     wanted = tokenizer.decode(ids, clean_up_tokenization_spaces=False).lstrip(" ")

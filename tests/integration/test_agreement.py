@@ -74,10 +74,11 @@ TOKENIZERS: dict[str, str | None] = {
     "digits": None,
     "adds BOS": None,
     "runs of blanks": None,
+    "blank before": None,
     "Unigram": "Unigram model",
     "WordPiece": "WordPiece model",
     "WordLevel": "WordLevel model",
-    "tokenizer.model": "texts otherwise",  # transformers reads it, and the runtime has other ids
+    "tokenizer.model": "ordinary conversation",  # transformers puts a blank before a text without special tokens
 }
 
 IN_ONE_PROCESS = """
@@ -113,15 +114,18 @@ def _tokenizer(name: str) -> Any:
         )
     elif name == "adds BOS":
         inner.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    elif name == "runs of blanks":  # as Gemma's
+    elif name in ("runs of blanks", "blank before"):  # as Gemma's and Mistral's
         pieces = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), *string.printable, "▁", "▁▁"]
         vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
         inner = tokenizers.Tokenizer(models.BPE(vocabulary, [("▁", "▁")], byte_fallback=True, unk_token="<unk>"))
         inner.normalizer = normalizers.Replace(" ", "▁")
         inner.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
         inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        inner.add_tokens([AddedToken("▁▁", normalized=False)])
-        inner.add_special_tokens(["<unk>", "<end>"])
+        if name == "runs of blanks":
+            inner.add_tokens([AddedToken("▁▁", normalized=False)])
+        else:
+            inner.normalizer, inner.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        inner.add_special_tokens(["<unk>", "<end>", "<|im_start|>"])
         made = PreTrainedTokenizerFast(
             tokenizer_object=inner, unk_token="<unk>", eos_token="<end>", chat_template=tiny.CHATML
         )

@@ -13,8 +13,10 @@ import pytest
 from slmops.checkpoints import hub, source
 from slmops.checkpoints.source import MOST_CACHE, cache_bytes, context_length
 from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
+from slmops.core.values import Agreement, Checkpoint
+from tests import making
 from tests.checkpoint_folders import edit_json, tree
 
 Resolve = Callable[..., Checkpoint]
@@ -113,6 +115,17 @@ def test_a_chat_template_of_the_users_is_staged(folder: Path, resolve: Resolve, 
     assert resolve(folder, chat_template=template) == found
     # The staged folder is a checkpoint like any other.
     assert resolve(found.path).digest == found.digest
+
+
+def test_a_tokenizer_rewritten_for_the_runtime_is_staged(folder: Path, settings: Settings) -> None:
+    files = {"tokenizer.json": '{"model": {}}', "chat_template.jinja": "{{ messages }}"}
+    agreed = Agreement(template=None, why=None, files=files, tokenizer_mismatches=(), template_mismatches=("odd",))
+    found = source.resolve(
+        Job(model=str(folder)), settings, download=making.no_download, agree=lambda _folder, _template: agreed
+    )
+    assert found.path.is_relative_to(settings.checkpoints)
+    assert {name: (found.path / name).read_text() for name in files} == files
+    assert (found.tokenizer_mismatches, found.template_mismatches) == (0, 1)
 
 
 def test_a_staged_folder_that_was_changed_is_made_again(folder: Path, resolve: Resolve) -> None:

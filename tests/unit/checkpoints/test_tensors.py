@@ -106,19 +106,3 @@ def test_tokens_beyond_the_embeddings(folder: Path, resolve: Resolve, tokenizer:
     path.write_text(json.dumps(tokenizer).replace(f": {VOCAB - 1}", f": {VOCAB}"))
     with pytest.raises(CheckpointError, match=BEYOND) if refused else nullcontext():
         resolve(folder)
-
-
-@pytest.mark.parametrize(("number", "removed"), [(1, True), (2, False)])
-def test_gemmas_runs_of_blanks_are_left_to_the_vocabulary(
-    folder: Path, resolve: Resolve, number: int, *, removed: bool
-) -> None:
-    added = [{"id": 0, "content": "<end>"}, {"id": number, "content": "▁▁"}]
-    (folder / "tokenizer.json").write_text(
-        json.dumps({"model": {"type": "BPE", "vocab": {"<end>": 0, "▁▁": 1}}, "added_tokens": added})
-    )
-    edit_json(folder / "tokenizer_config.json", added_tokens_decoder={str(one["id"]): one for one in added})
-    found = resolve(folder)
-    assert (found.path != folder) == removed
-    kept = json.loads((found.path / "tokenizer.json").read_text())["added_tokens"]
-    said = json.loads((found.path / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    assert kept == list(said.values()) == (added[:1] if removed else added)

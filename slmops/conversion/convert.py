@@ -78,14 +78,18 @@ def export(variant: Variant, folder: Path) -> Path:
 
 
 def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> float:
-    """Compare an fp32 export of the checkpoint's first layers with them, once a job; a ConversionError if it is wrong.
+    """Compare an fp32 export of the checkpoint's first layers with them; a ConversionError if it is wrong.
 
-    All layers in fp32 would take four times the memory of the checkpoint, and the exporter treats layers alike.
+    A job does so once, whatever comes of it. All layers in fp32 would take four times the memory of the checkpoint, and
+    the exporter treats layers alike.
     """
     work = settings.work(name) / BASELINE
     known = work.with_name("export_error")
     if known.exists():
-        return float(known.read_text(encoding="utf-8"))
+        found = json.loads(known.read_text(encoding="utf-8"))
+        if isinstance(found, list):
+            raise ConversionError(*found)
+        return float(found)
     shutil.rmtree(work, ignore_errors=True)
     folder = work / "checkpoint"
     folder.mkdir(parents=True)
@@ -102,10 +106,13 @@ def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Setting
         thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
         exported = recipes.recipe(BASELINE, job, thin.model_copy(update={"tied_embeddings": False}))
         _, checked = _build(exported, thin, job, name, settings, work)
+    except ConversionError as wrong:
+        write_atomic(known, json.dumps([wrong.message, wrong.fix]))
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     error = checked.export_error or 0.0
-    write_atomic(known, repr(error))
+    write_atomic(known, json.dumps(error))
     return error
 
 

@@ -57,7 +57,7 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
             return Frozen(), finished
         error = 0.01 if request.recipe.baseline else None
         if error is not None and error > request.tolerance:
-            raise ConversionError("The export is wrong.")
+            raise ConversionError("The export is wrong.", "Another tolerance.")
         return VerifyResult(weights=FOUND, export_error=error), finished
 
     monkeypatch.setattr(children, "call", call)
@@ -134,14 +134,17 @@ def test_without_an_fp32_variant_a_part_of_it_is_compared_before_any_conversion(
     own = Job(model="m", baseline="checkpoint", export_tolerance=0.1)
     strict = own.model_copy(update={"export_tolerance": 0.001})
     conversions = play_olive(monkeypatch)
-    with pytest.raises(ConversionError, match="The export is wrong"):
-        convert(RECIPE, tiny, strict, "bot", settings)
+    for recipe in (RECIPE, EIGHT):
+        with pytest.raises(ConversionError, match="The export is wrong") as caught:
+            convert(recipe, tiny, strict, "bot", settings)
+        assert caught.value.fix == "Another tolerance."
     assert conversions == [str(settings.work("bot") / "fp32" / "model")]
-    assert left(settings) == set()
+    assert left(settings) == {settings.work("bot") / "export_error"}
+    shutil.rmtree(settings.work("bot"))  # as at the job's end
     both = [convert(recipe, tiny, own, "bot", settings) for recipe in (RECIPE, EIGHT)]
     assert [variant.export_error for variant in both] == [0.01, 0.01]
     assert [Path(made).parent.name for made in conversions] == ["fp32", "fp32", "int4", "int8"]
-    shutil.rmtree(settings.work("bot"))  # as at the job's end: it is known by now
+    shutil.rmtree(settings.work("bot"))  # but it is known by now
     assert convert(RECIPE, tiny, own, "bot", settings) == both[0]
     assert len(conversions) == 4
     with pytest.raises(ConversionError, match=r"differs from the checkpoint by 0\.01 .* and 0\.001 is allowed"):

@@ -39,6 +39,7 @@ def in_fp8(folder: Path) -> dict[str, Any]:
     return meant
 
 
+@pytest.mark.usefixtures("in_process")
 def test_fp8_is_dequantized_once_and_that_is_said(
     tmp_path: Path, fresh: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_tampered_demo_is_refused(
     assert list(fresh.checkpoints.iterdir()) == []
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + b"\xff" * 500])
 def test_a_broken_gguf_file(tmp_path: Path, fresh: Settings, content: bytes) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,7 +23,7 @@ from slmops.core.values import Checkpoint
 from slmops.tracking.training import TrainingTracker
 from slmops.training import checks, data, examples, sources
 from slmops.training.values import LoraSettings, Retrain, TrainingData
-from tests import tiny, values
+from tests import making, tiny, values
 from tests.answering import answering
 from tests.training_data import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
 
@@ -39,6 +40,19 @@ def tokenizer(folder: Path, template: str | None = tiny.CHATML) -> Checkpoint:
     made.chat_template = template
     made.save_pretrained(folder)
     return values.checkpoint(path=folder, digest=folder.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    """The worker does without torch, which transformers knows of in the test's process: it is put back at the end."""
+    import torch
+    from transformers import AutoTokenizer  # noqa: F401
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        patch.setattr(making, "IN_PROCESS", ("slmops.training.tokens_worker",))
+        making.work_in_process(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from slmops.core.settings import Settings
 from tests import surroundings
@@ -42,6 +45,32 @@ def pytest_configure() -> None:
         folder.mkdir(exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all test processes of a run: pytest-xdist gives each a folder below the run's."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def databases(shared: Path) -> Path:
+    """The databases of both servers after their migrations, which take seconds; for copies."""
+    folder = shared / "databases"
+    with FileLock(shared / "databases.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                surroundings.clear(patch, folder)
+                patch.setenv("PREFECT_HOME", str(folder))
+                opened = f"MlflowClient('sqlite:///{folder / 'mlflow.db'}').search_experiments()"
+                for command in (
+                    ["-m", "prefect", "server", "database", "upgrade", "--yes"],
+                    ["-c", f"from mlflow import MlflowClient; {opened}"],
+                ):
+                    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture

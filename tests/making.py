@@ -150,6 +150,13 @@ def work_in_process(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(children, "call", call)
 
 
+def put_databases(home: Path, databases: Path) -> None:
+    """Spare the servers of a home their migrations."""
+    for name in ("prefect", "mlflow"):
+        (home / name).mkdir(parents=True)
+        shutil.copy(databases / f"{name}.db", home / name)
+
+
 def evaluation_set(folder: Path) -> Path:
     """Write the evaluation set."""
     path = folder / "three.jsonl"

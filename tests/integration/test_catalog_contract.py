@@ -1,6 +1,5 @@
 """The contract with Foundry's real SDK, which is documented nowhere, and what else comes over the network."""
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -14,7 +13,7 @@ from slmops.checkpoints import chat_template
 from slmops.core.settings import Settings
 from slmops.delivery import catalog
 from slmops.foundry import layout, prompt_template
-from slmops.foundry.private_catalog import FIELDS, OPERATORS, PATH, Query
+from slmops.foundry.private_catalog import FIELDS, OPERATORS, Query
 from tests import making
 from tests.application import Application
 from tests.catalogs import LIST, FakeRegistry, Server, body, entry, version
@@ -149,25 +148,3 @@ def test_bad_bodies_are_answered_and_then_good_ones(sent: bytes, status: int) ->
                 connection.request("POST", at.path, sent)
                 assert connection.getresponse().status == status
         assert len(httpx.post(server.url, content=body(*LIST)).json()["value"]) == 1
-
-
-def test_clients_that_hang_up_or_say_nothing_hold_nobody_up() -> None:
-    async def knock(server: Server) -> int:
-        at = httpx.URL(server.url)
-        writers = []
-        for number in range(50):
-            _, writer = await asyncio.open_connection(at.host, at.port)
-            writer.write(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{" % PATH.encode())
-            await writer.drain()
-            if number % 2:
-                writer.transport.abort()
-            else:
-                writers.append(writer)
-        async with httpx.AsyncClient() as client:
-            status = (await client.post(server.url, content=body(*LIST), timeout=5)).status_code
-        for writer in writers:
-            writer.close()
-        return status
-
-    with Server() as server:
-        assert asyncio.run(knock(server)) == 200

@@ -5,14 +5,12 @@ measured before the others begin, because they are compared with its logits. All
 TrackingError if MLflow cannot be reached, or does not take or give a file.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -78,7 +76,7 @@ class Failure(Frozen):
     fix: str | None
 
     @classmethod
-    def of(cls, error: SlmopsError) -> Failure:
+    def of(cls, error: SlmopsError) -> Self:
         return cls(kind=type(error).__name__, message=error.message, fix=error.fix)
 
     @property

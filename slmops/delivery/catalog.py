@@ -4,8 +4,6 @@ It holds names, versions and sizes, all read from the registry, and no files: a 
 pulled, and can be loaded only there. Foundry's runtime sends no token, so the catalog asks for none.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import signal
@@ -31,7 +29,7 @@ then goes on with what it knew; a registry that is down takes longer than that t
 CLOSE_S = 5  # seconds that requests have to end when the catalog is stopped
 
 
-def entries(registry: Registry) -> list[Entry]:
+def entries(registry: "Registry") -> list[Entry]:
     """What the catalog offers: the champion of each model and, to be looked up by its id, the version before it.
 
     The runtime takes the highest cached version behind an alias. After a rollback that would still be the version

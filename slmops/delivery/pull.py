@@ -3,8 +3,6 @@
 Names in a manifest come from elsewhere: they become paths only after they were checked.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -46,7 +44,7 @@ def split(reference: str) -> tuple[str, str | None]:
     return name, which or None
 
 
-def fitting(registry: Registry, name: str, which: str | None) -> ModelVersion:
+def fitting(registry: "Registry", name: str, which: str | None) -> ModelVersion:
     """The version to have on this device: the one that ``which``, an alias or a number, names; a UsageError if none is.
 
     By default it is the champion or, if that does not fit, the largest of the other versions of its job that does. A

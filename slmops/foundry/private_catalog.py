@@ -7,8 +7,6 @@ that it does not know yet), and for all versions behind an alias. A filter that 
 an answer that ignores it would be wrong.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -24,8 +22,6 @@ from slmops.foundry.layout import PUBLISHER
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
 
 PATH = "/asset-gallery/v1.0/models"
 BODY_BYTES = 64 * 1024  # of the largest request
@@ -124,7 +120,7 @@ def _entity(entry: Entry) -> dict[str, Any]:
     return {"assetId": identity, "entityId": identity, "annotations": annotations, "properties": properties}
 
 
-def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
+def app(entries: Callable[[], Sequence[Entry]]) -> "Starlette":
     """A web application that answers at :data:`PATH`, and at ``/health``.
 
     ``entries`` is called for each request, in a thread; if it raises an error of ours, the answer has status 503.
@@ -132,7 +128,7 @@ def app(entries: Callable[[], Sequence[Entry]]) -> Starlette:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 

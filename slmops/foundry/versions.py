@@ -1,13 +1,11 @@
 """Versions of a model as the registry, a device and the service pass them to each other."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints
 
@@ -38,7 +36,7 @@ class VersionManifest(Frozen):
     inference_model: dict[str, Any] = Field(description="inference_model.json without Name and Version.")
 
     @classmethod
-    def of(cls, name: str, variant: Variant, registration: Registration) -> VersionManifest:
+    def of(cls, name: str, variant: Variant, registration: Registration) -> Self:
         """The manifest of a variant as it is in Foundry Local; reads every file for its SHA-256."""
         inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
         return cls(

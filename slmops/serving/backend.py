@@ -3,8 +3,6 @@
 Each version has its own because memory is not freed inside a process, and a crash takes down all that is loaded there.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -16,7 +14,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 from pydantic import ValidationError
@@ -54,7 +52,7 @@ class Backend:
     used: float = field(default_factory=time.monotonic)  # when its last request ended
 
     @classmethod
-    async def start(cls, installed: Installed, settings: Settings) -> Backend:
+    async def start(cls, installed: Installed, settings: Settings) -> Self:
         """Start the process and wait until its service listens; if anything goes wrong, no process is left behind.
 
         A ServingError says that it ended, took too long or refuses the version; a PrerequisiteError is not its fault.
@@ -122,7 +120,7 @@ class Backend:
                 raise ServingError(f"{called} crashed in its smoke test. {ended}", f"Its log: {self._log}") from error
             raise ServingError(f"{called} failed its smoke test: {type(error).__name__} {error}") from error
 
-    async def _answers(self, client: httpx.AsyncClient, prompt: str) -> bool:
+    async def _answers(self, client: "httpx.AsyncClient", prompt: str) -> bool:
         response = await client.post(CHAT, json=self._question(prompt))
         try:
             answer = response.json()
@@ -133,7 +131,7 @@ class Backend:
             raise self._wrong(prompt, f"status {response.status_code}, finish reason {finish!r}")
         return tokens > 0
 
-    async def _streams(self, client: httpx.AsyncClient, prompt: str) -> None:
+    async def _streams(self, client: "httpx.AsyncClient", prompt: str) -> None:
         question = {**self._question(prompt), "stream": True}
         async with client.stream("POST", CHAT, json=question) as response:
             # Other lines are comments: under load the runtime sends ": keep-alive".

@@ -5,8 +5,6 @@ test), its promotion is withdrawn, and not tried again until there is a new one.
 a file that is gone), it is tried again, after pauses. Whatever fails, the version that is served stays.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading
@@ -47,7 +45,7 @@ class VersionSource:
     uri: str
 
     @cached_property
-    def registry(self) -> Registry:
+    def registry(self) -> "Registry":
         from slmops.tracking.registry import Registry
 
         return Registry(self.uri)

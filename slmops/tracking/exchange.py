@@ -5,13 +5,12 @@ SHA-256 that it was announced with, whoever had it in between. The run is a chil
 job, and ``mlflow gc`` then frees the space.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Self
 
 from slmops.tracking.client import KIND, PARENT, Client, talking
 
@@ -39,7 +38,7 @@ class Exchange:
         self._location: str | None = None
 
     @classmethod
-    def open(cls, uri: str, parent: str, settings: Settings) -> tuple[Exchange, list[str]]:
+    def open(cls, uri: str, parent: str, settings: Settings) -> tuple[Self, list[str]]:
         """Make the place for the files of the job with the run ``parent``; returns it and the runs that were deleted.
 
         Deleted are those that an earlier attempt of it left behind, and those of jobs that were killed.

@@ -1,7 +1,5 @@
 """What a retraining is asked for, and what passes between its stages."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -77,7 +75,7 @@ class Retrain(Frozen, use_attribute_docstrings=True):
     def label(self) -> str:
         return self.name or self.model
 
-    def absolute(self) -> Retrain:
+    def absolute(self) -> "Retrain":
         """The same with absolute paths, for a worker that runs in another folder."""
 
         def absolute(text: str | Path) -> str:
@@ -111,7 +109,7 @@ class Seen(BaseModel, frozen=True):
     times: int = Field(0, description="How many events there were about them.")
     again: float = Field(0, description="When the next one is due, in seconds since 1970.")
 
-    def look_at_data(self, digest: str, used: str | None, now: float) -> tuple[Seen, bool]:
+    def look_at_data(self, digest: str, used: str | None, now: float) -> "tuple[Seen, bool]":
         """What to remember, and whether an event about the training items with this digest is due.
 
         They are new until a retraining has used them, which an event does not ensure: the retraining may fail, or

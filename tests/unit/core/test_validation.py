@@ -1,11 +1,9 @@
 """Pydantic's errors in our own words."""
 
-from __future__ import annotations
-
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pytest
 from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError, model_validator
@@ -20,7 +18,7 @@ class Pair(BaseModel):
     high: int
 
     @model_validator(mode="after")
-    def _in_order(self) -> Pair:
+    def _in_order(self) -> Self:
         if self.low > self.high:
             raise ValueError("low is above high")
         return self

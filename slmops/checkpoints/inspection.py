@@ -39,6 +39,7 @@ TOKENIZERS = (
 )
 """Each of these groups is a tokenizer."""
 
+SHORTEST_CONTEXT = 256  # tokens into which prompts and answers fit
 _HEAD_STEP = 16  # of GroupQueryAttention in ONNX Runtime
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length")
 

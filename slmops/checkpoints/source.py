@@ -31,8 +31,7 @@ _TOKENIZERS = {name for group in inspection.TOKENIZERS for name in group}
 _QUANTIZATION = re.compile(r"[.\-_](ud-)?(i?q\d(_\w+)?|tq\d_\d|b?f16|f32|fp(16|32|8)|mxfp4)$", re.IGNORECASE)
 
 MOST_CACHE = 2 * 2**30  # bytes of key-value cache that a deployed variant may take unless the user asks for more
-_SHORTEST_CUT = 256
-"""Tokens of context below which prompts and answers do not fit, so that it is not cut to them unasked."""
+_RECOMPUTED = 4096  # tokens at which the runtime computes its cache anew, the border of the real LongRoPE models
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
     with _whole(job, settings, download) as found:
         folder = found.folder
         texts = inspection.read_texts(folder, job, found.where)
+        own = unbroken(texts.config, texts.context_length, job.max_length, found.where)
         root = _root(folder, found.where, job)
         weights = weight_files.measure(folder, root, texts.config, found.where)
         agreement = agree(folder, texts.template) if agree else None
@@ -68,7 +68,6 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
             folder, hashes = stage(folder, hashes, template, settings, rewritten)
         generation.stop_tokens(folder, found.where)
     per_token = cache_bytes(texts.config)
-    own = texts.context_length if job.max_length else unbroken(texts.config, texts.context_length)
     deployed = context_length(per_token, own, job.max_length)
     if deployed < texts.context_length:
         cache = f"whose cache takes {per_token * deployed / GB:.2f} GB"
@@ -113,16 +112,29 @@ def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:
     return min(own, asked or fitting)
 
 
-def unbroken(config: Mapping[str, Any], own: int) -> int:
-    """Tokens of the ``own`` context before LongRoPE changes its factors.
+def unbroken(config: Mapping[str, Any], own: int, asked: int | None, where: str) -> int:
+    """Tokens of the ``own`` context for which the runtime computes what a model with LongRoPE computes.
 
-    What is appended beyond that to tokens in the cache does not fit these, and only at 4,096 does the runtime compute
-    all of them anew.
+    Beyond its border the model has other factors, and what is appended there does not fit the keys in the cache. A
+    CheckpointError if the user ``asked`` for more, or if the border leaves too few.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     long = "longrope" in (rope.get("rope_type"), rope.get("type"))
     borders = (one.get("original_max_position_embeddings") for one in (config, rope) if long)
-    return min([own, *(int(border) for border in borders if border and border >= _SHORTEST_CUT)])
+    border = min([own, *(int(border) for border in borders if border)])
+    if border == own or (asked and (asked <= border or border == _RECOMPUTED)):
+        return own
+    enough = border >= inspection.SHORTEST_CONTEXT
+    if enough and not asked:
+        return border
+    raise CheckpointError(
+        f"{where}: LongRoPE changes its factors at {border} tokens (original_max_position_embeddings). A variant would "
+        f"be right up to there only: the runtime computes its cache anew at {_RECOMPUTED} tokens, and nowhere else.",
+        f"Use --max-length {border}, or less."
+        if enough
+        else f"{border} tokens are too few for a conversation: use a checkpoint with a border of "
+        f"{inspection.SHORTEST_CONTEXT} or more, or with the scaling of Llama 3 or YaRN.",
+    )
 
 
 def check(job: Job) -> None:

@@ -250,7 +250,6 @@ def test_what_the_cache_allows(config: dict[str, Any], own: int, asked: int | No
     ("config", "deployed"),
     [
         ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 256}}, 256),
-        ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 255}}, 512),
         ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 400}, 400),
         ({"rope_parameters": {"rope_type": "llama3", "original_max_position_embeddings": 256}}, 512),
         ({"original_max_position_embeddings": 256}, 512),
@@ -262,7 +261,29 @@ def test_the_context_ends_where_longrope_changes_or_the_cache_is_full(
 ) -> None:
     edit_json(folder / "config.json", **{"max_position_embeddings": 512, **config})
     assert resolve(folder).context_length == deployed
-    assert resolve(folder, max_length=300).context_length == 300
+    assert resolve(folder, max_length=200).context_length == 200
+
+
+@pytest.mark.parametrize(
+    ("border", "asked", "fix"),
+    [
+        (256, 257, "--max-length 256"),
+        (255, None, "too few for a conversation"),
+        (255, 256, "too few"),
+        (4096, 5000, ""),
+    ],
+)
+def test_a_context_beyond_the_border_of_longrope(
+    folder: Path, resolve: Resolve, border: int, asked: int | None, fix: str
+) -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": border}
+    edit_json(folder / "config.json", max_position_embeddings=8192, rope_parameters=rope)
+    if not fix:  # the runtime computes its cache anew there
+        assert resolve(folder, max_length=asked).context_length == asked
+        return
+    with pytest.raises(CheckpointError, match=f"changes its factors at {border} tokens") as caught:
+        resolve(folder, max_length=asked)
+    assert fix in (caught.value.fix or "")
 
 
 def test_longrope_has_the_key_that_the_exporter_reads(folder: Path, resolve: Resolve) -> None:

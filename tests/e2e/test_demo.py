@@ -1,7 +1,6 @@
-"""The main job on the real model; then Foundry Local, MLflow and Prefect are asked without our program."""
+"""The main job on the real model; then Foundry Local and MLflow are asked without our program."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,11 @@ import httpx
 import pytest
 
 from slmops.report import COLUMNS, SOMETIMES
-from tests import prefect_api
 from tests.application import application
 
 pytestmark = pytest.mark.e2e
 
 NAME = "smollm2-135m-instruct"
-RUN_S = 600
 
 
 def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> None:
@@ -75,32 +72,3 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
         [logged_model] = child["inputs"]["model_inputs"]
         model = httpx.get(f"{api}/logged-models/{logged_model['model_id']}").json()["model"]
         assert {metric["key"] for metric in model["data"]["metrics"]} >= set(variant["metrics"])
-
-
-def test_the_prefect_page_gives_the_same(slmops: Any, comparison: dict[str, Any]) -> None:
-    """The Run button posts this."""
-    assert slmops("up", "--worker").returncode == 0
-    job = {"model": "demo", "name": "from-the-page", "precision": ["fp32"], "quick": True}
-    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
-        of_it = {"deployments": {"name": {"any_": ["optimize"]}}}
-        [deployment] = api.post("deployments/filter", json=of_it).json()
-        path = f"deployments/{deployment['id']}/create_flow_run"
-        run = api.post(path, json={"parameters": {"job": job}}).json()
-        state = _wait(api, f"flow_runs/{run['id']}")
-    assert state["state_name"] == "Completed", state["state"]["message"]
-    [new] = slmops.json("compare", "from-the-page")["variants"]
-    [old] = [variant for variant in comparison["variants"] if variant["name"] == "fp32"]
-    assert new["path"] == old["path"]  # found by its content
-    assert set(new["metrics"]) == set(old["metrics"])
-    for exact in ("perplexity", "accuracy", "size_mb", "bits_per_weight"):
-        assert new["metrics"][exact] == pytest.approx(old["metrics"][exact], rel=1e-6)
-
-
-def _wait(api: httpx.Client, path: str) -> dict[str, Any]:
-    deadline = time.monotonic() + RUN_S
-    while time.monotonic() < deadline:
-        run: dict[str, Any] = api.get(path).json()
-        if run["state_type"] in {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}:
-            return run
-        time.sleep(1)
-    raise AssertionError(f"{path} did not end in {RUN_S} s")

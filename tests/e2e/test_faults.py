@@ -10,19 +10,20 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import tiny
+from tests import prefect_api, tiny
 
 pytestmark = pytest.mark.e2e
 
 ENDS = (
-    (signal.SIGKILL, "this run in Prefect"),  # preparing
+    (signal.SIGINT, "this run in Prefect"),  # preparing
     (signal.SIGKILL, "Olive runs"),  # converting
     (signal.SIGKILL, "converted in"),  # registering
     (signal.SIGTERM, "measuring speed"),
     (signal.SIGKILL, "measuring quality"),
-    (signal.SIGINT, "measuring quality"),
 )
 """How a job is ended, and at which line of its log."""
+RUN_S = 600
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 def _workers(home: Path) -> list[psutil.Process]:
@@ -44,20 +45,11 @@ def _gone(home: Path) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint that is converted by the first test, and found converted by the others."""
-    return tiny.make("llama-tied", tmp_path_factory.mktemp("faults") / "tiny-model", seed=31)
-
-
-def _arguments(model: Path, name: str) -> tuple[str, ...]:
-    return ("run", "--model", str(model), "--name", name, "--precision", "fp32", "--quick")
-
-
-def test_killed_or_interrupted_in_each_stage_the_next_run_cleans_up_and_succeeds(slmops: Any, tiny_model: Path) -> None:
+def test_after_each_end_the_next_run_cleans_up_and_one_from_the_page_succeeds(slmops: Any, tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
-    arguments = _arguments(tiny_model, "killed")
+    model = tiny.make("llama-tied", tmp_path / "tiny-model", seed=31)
+    arguments = ("run", "--model", str(model), "--name", "killed", "--precision", "fp32", "--quick")
     for sig, stage in ENDS:
         job = slmops.start(*arguments)
         job.wait_for(stage)
@@ -69,9 +61,19 @@ def test_killed_or_interrupted_in_each_stage_the_next_run_cleans_up_and_succeeds
             assert status == 130, job.lines
             assert job.lines[-1] == "interrupted"
             assert not any("Traceback" in line for line in job.lines)
-    done = slmops(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    [variant] = json.loads(done.stdout)["variants"]
+
+    job = slmops.start(*arguments)
+    job.wait_for("measuring speed")
+    _kill_server(slmops.home, "prefect")  # MLflow is waited for instead: see test_retrain.py
+    assert job.end() == 1
+    said = "\n".join(job.lines)
+    assert "prefect at http://127.0.0.1" in said.lower()
+    assert "slmops up" in said
+    assert "Traceback" not in said
+
+    assert slmops("up", "--worker").returncode == 0  # starts the server again
+    _run_from_the_page(slmops, {"model": str(model), "name": "killed", "precision": ["fp32"], "quick": True})
+    [variant] = slmops.json("compare", "killed")["variants"]
     assert variant["status"] == "ok"
     assert variant["foundry_id"] == "killed-fp32-generic-cpu:1"
     assert not (slmops.home / "work" / "killed").exists()
@@ -88,31 +90,17 @@ def test_killed_or_interrupted_in_each_stage_the_next_run_cleans_up_and_succeeds
     assert "RUNNING" not in ends
 
 
-def test_two_runs_of_one_model_at_once(slmops: Any, tiny_model: Path) -> None:
-    arguments = _arguments(tiny_model, "twice")
-    first = slmops.start(*arguments)
-    first.wait_for("measuring speed")
-    first.process.send_signal(signal.SIGSTOP)  # it must not be done before the second has looked
-    second = slmops.start(*arguments)
-    second.wait_for("waiting for the job of 'twice'")
-    first.process.send_signal(signal.SIGCONT)
-    assert (first.end(), second.end()) == (0, 0)
-    assert any(f"process {first.process.pid}" in line for line in second.lines)
-
-
-def test_prefect_dies_in_the_middle(slmops: Any, tiny_model: Path) -> None:
-    """MLflow is waited for instead: see test_retrain.py."""
-    arguments = _arguments(tiny_model, "without-prefect")
-    assert slmops("up").returncode == 0
-    job = slmops.start(*arguments)
-    job.wait_for("measuring speed")
-    _kill_server(slmops.home, "prefect")
-    assert job.end() == 1
-    said = "\n".join(job.lines)
-    assert "prefect at http://127.0.0.1" in said.lower()
-    assert "slmops up" in said
-    assert "Traceback" not in said
-    assert slmops(*arguments).returncode == 0  # starts the server again
+def _run_from_the_page(slmops: Any, job: dict[str, Any]) -> None:
+    """What the Run button posts."""
+    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
+        of_it = {"deployments": {"name": {"any_": ["optimize"]}}}
+        [deployment] = api.post("deployments/filter", json=of_it).json()
+        run = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"job": job}}).json()
+        deadline = time.monotonic() + RUN_S
+        while (state := api.get(f"flow_runs/{run['id']}").json()["state"])["type"] not in ENDED:
+            assert time.monotonic() < deadline, state
+            time.sleep(1)
+    assert state["name"] == "Completed", state["message"]
 
 
 def _kill_server(home: Path, name: str) -> None:

@@ -18,12 +18,13 @@ TOGETHER = {
     "e2e/test_broken": "the demo model",  # one home, in which it has been converted
     "e2e/test_demo": "the demo model",
     "e2e/test_deploy": "the demo model",
+    "e2e/test_faults": "a tiny model",  # one home, whose servers are started once
+    "e2e/test_retrain": "a tiny model",
 }
 LONGEST_FIRST = (
-    "e2e/test_retrain",
     "the demo model",
+    "a tiny model",
     "integration/test_retrain",
-    "e2e/test_faults",
     "integration/test_two_workers",
     "integration/test_convert",
     "integration/test_flow",
@@ -71,6 +72,12 @@ def databases(shared: Path) -> Path:
                 ):
                     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_home(shared: Path) -> Settings:
+    """A home for the demo checkpoint alone, which is unpacked once. Nobody alters it."""
+    return Settings(home=shared / "demo")
 
 
 @pytest.fixture

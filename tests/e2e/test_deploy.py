@@ -48,12 +48,7 @@ class Service:
 
     def __init__(self, slmops: Any, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._start = lambda: slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
-        self.started = self._start()
-
-    def again(self) -> None:
-        """As a supervisor does."""
-        self.started = self._start()
+        self.started = slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
 
     def wait_for(self, version: int) -> None:
         deadline = time.monotonic() + 120
@@ -70,18 +65,18 @@ class Service:
 
 @pytest.fixture(scope="module")
 def versions(slmops: Any, comparison: dict[str, Any]) -> dict[str, int]:
-    """Variant to version; fp32 is deployed."""
+    """Variant to version; the choice of the comparison is deployed."""
     made = {variant["name"]: variant["version"] for variant in comparison["variants"]}
-    done = slmops("promote", NAME, "--precision", "fp32")
+    done = slmops("promote", NAME)
     assert done.returncode == 0, done.stderr
-    assert f"{NAME} version {made['fp32']} (fp32) is the champion now." in done.stdout
+    assert f"{NAME} version {made['int8']} (int8) is the champion now." in done.stdout
     return made
 
 
 @pytest.fixture(scope="module")
 def service(slmops: Any, versions: dict[str, int]) -> Iterator[Service]:
     running = Service(slmops, *free_ports(1))
-    running.wait_for(versions["fp32"])
+    running.wait_for(versions["int8"])
     yield running
     assert running.started.end(signal.SIGTERM) in (0, 130)
 
@@ -91,7 +86,7 @@ def test_an_application_talks_to_it(service: Service) -> None:
         [sys.executable, "-c", CHAT, f"{service.url}/v1", NAME], capture_output=True, text=True, check=True
     )
     said = json.loads(done.stdout)
-    assert said["model"].startswith(f"{NAME}-fp32-generic-cpu:")
+    assert said["model"].startswith(f"{NAME}-int8-generic-cpu:")
     for way in ("answer", "streamed", "responded"):
         assert "Rome" in said[way], said
     assert said["refused"] == "model_not_found"
@@ -106,22 +101,21 @@ def test_promotion_and_rollback_under_load_lose_no_request(
     answered: Counter[str] = Counter()
 
     def keep_asking() -> None:
-        body = {"model": NAME, "max_tokens": 8, "messages": [{"role": "user", "content": PARIS}]}
+        body = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": PARIS}]}
         with httpx.Client(base_url=service.url, timeout=60) as client:
             while not stop.is_set():
                 response = client.post("/v1/chat/completions", json=body)
                 whole = response.status_code == 200 and response.json()["usage"]["completion_tokens"] > 0
                 outcomes["ok" if whole else f"{response.status_code} {response.text}"] += 1
                 answered[response.headers.get("x-slmops-version", "none")] += 1
+                stop.wait(0.2)
 
-    clients = [threading.Thread(target=keep_asking) for _ in range(3)]
+    clients = [threading.Thread(target=keep_asking) for _ in range(2)]
     for client in clients:
         client.start()
     try:
-        promoted = slmops.json("promote", NAME)  # the choice of the comparison
-        assert (promoted["variant"], promoted["replaced"]) == ("int8", versions["fp32"])
-        service.wait_for(versions["int8"])
-        assert slmops.json("rollback", NAME)["version"] == versions["fp32"]
+        promoted = slmops.json("promote", NAME, "--precision", "fp32")
+        assert (promoted["variant"], promoted["replaced"]) == ("fp32", versions["int8"])
         service.wait_for(versions["fp32"])
         assert slmops.json("rollback", NAME)["version"] == versions["int8"]
         service.wait_for(versions["int8"])
@@ -139,19 +133,6 @@ def test_status_tells_what_is_served(slmops: Any, service: Service, versions: di
     assert listed == {versions["int8"]: {"champion", "int8"}, versions["fp32"]: {"previous", "fp32"}}
 
 
-def test_it_comes_back_after_a_kill_with_the_champion_it_had(service: Service, versions: dict[str, int]) -> None:
-    before = service.started.process.pid
-    children = [int(pid) for pid in Path(f"/proc/{before}/task/{before}/children").read_text().split()]
-    assert children
-    assert service.started.end(signal.SIGKILL) == -signal.SIGKILL
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in children):  # no runtime is left behind
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    service.again()
-    service.wait_for(versions["int8"])
-
-
 def test_another_device_pulls_it(slmops: Any, versions: dict[str, int], tmp_path: Path) -> None:
     device = {"SLMOPS_HOME": str(tmp_path / "device")}
     uri = slmops.json("status")["mlflow"]["url"]
@@ -165,6 +146,3 @@ def test_another_device_pulls_it(slmops: Any, versions: dict[str, int], tmp_path
     wrong = slmops("pull", "nothing", "--from", uri, **device)
     assert wrong.returncode == 2
     assert "There is no model 'nothing'" in wrong.stderr or "Nothing of" in wrong.stderr
-    dead = slmops("pull", NAME, "--from", "http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", **device)
-    assert dead.returncode == 1
-    assert "Traceback" not in dead.stderr

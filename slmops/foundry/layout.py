@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints.source import MOST_CACHE
+from slmops.checkpoints.source import MOST_CACHE, unbroken
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
@@ -22,6 +22,11 @@ GENAI_CONFIG = "genai_config.json"
 # The first two are kept with the variant as proof, and no runtime reads them; the third is written anew.
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
+CHUNK = 256
+"""Tokens of a prompt that the runtime takes at once: all of them would need the logits of all, and be no faster.
+
+``past_present_share_buffer`` stays as the exporter has it: a cache that grows slows decoding (docs/measuring.md).
+"""
 
 
 def model_name(name: str, variant: str) -> str:
@@ -87,8 +92,10 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
         raise RegistrationError(f"{variant.path / GENAI_CONFIG} cannot be read.", "Convert the variant again.")
     asked = {key: value for key in _SEARCH if (value := getattr(job, key)) is not None}
     # The runtime allocates its cache for the context length, whatever max_length says.
-    asked["max_length"] = config["model"]["context_length"] = variant.checkpoint.context_length
+    context = asked["max_length"] = config["model"]["context_length"] = variant.checkpoint.context_length
     search = {**config.get("search", {}), **asked}
+    if unbroken(_read(variant.path / "config.json") or {}, context) == context:  # else chunks get different factors
+        search.setdefault("chunk_size", CHUNK)
     if "temperature" in asked:
         search["do_sample"] = asked["temperature"] > 0  # without sampling a temperature has no effect
     if not search.get("do_sample"):

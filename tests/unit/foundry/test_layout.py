@@ -58,7 +58,7 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
     # A temperature without sampling would do nothing.
     assert read(folder / "genai_config.json") == {
         "model": {**json.loads(CONTENTS["genai_config.json"])["model"], "context_length": 2048},
-        "search": {"max_length": 2048, **asked, "do_sample": True},
+        "search": {"max_length": 2048, **asked, "do_sample": True, "chunk_size": layout.CHUNK},
     }
     exported = json.loads(CONTENTS["genai_config.json"])
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
@@ -87,10 +87,18 @@ def test_search_settings(
     made = write_variant(tmp_path / "v", contents={"genai_config.json": config})
     made = made.model_copy(update={"checkpoint": checkpoint(context_length=1500)})
     folder, _, _ = place(made, home, **asked)
-    search = {**search, "max_length": 1500}
+    search = {**search, "max_length": 1500, "chunk_size": layout.CHUNK}
     assert read(folder / "genai_config.json") == {"model": {"context_length": 1500}, "search": search}
-    described = {key: value for key, value in search.items() if key != "do_sample"}
+    described = {key: value for key, value in search.items() if key not in ("do_sample", "chunk_size")}
     assert read(folder / "inference_model.json")["ModelConfig"] == described
+
+
+@pytest.mark.parametrize(("border", "chunks"), [(1024, False), (2048, True)])
+def test_a_prompt_across_a_longrope_border_is_whole(tmp_path: Path, home: Path, border: int, chunks: bool) -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": border}
+    made = write_variant(tmp_path / "v", contents={"config.json": json.dumps({"rope_scaling": rope})})
+    folder, _, _ = place(made, home)
+    assert ("chunk_size" in read(folder / "genai_config.json")["search"]) == chunks
 
 
 def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Path, home: Path) -> None:

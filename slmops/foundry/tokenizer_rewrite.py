@@ -6,49 +6,29 @@ Whether the result is the same has to be found out by reading texts.
 import json
 from typing import Any
 
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _BLANKS = {
     "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    "pre_tokenizer": {
-        "type": "Split",
-        "pattern": {"String": " "},
-        "behavior": "MergedWithPrevious",
-        "invert": False,
-    },
+    "pre_tokenizer": _SPLIT,
 }
 """Blanks as Gemma's tokenizer has them, which the runtime reads right."""
 
 
 def rewrite(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json for the runtime, by name; nothing if they can stay as they are."""
-    new, said = _with_plain_blanks(*_without_runs_of_blanks(tokenizer, config))
-    if new is tokenizer:
-        return {}
-    files = {"tokenizer.json": new, "tokenizer_config.json": said}
-    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}
+    """tokenizer.json and tokenizer_config.json, as transformers saves them, for the runtime; nothing if they fit it.
 
-
-def _without_runs_of_blanks(tokenizer: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Without the added tokens that are runs of "▁", Gemma's blanks.
-
-    The runtime writes an added token as it stands. The vocabulary has the same, which are read and written right.
+    The runtime writes an added token as it stands, such as Gemma's runs of "▁". The vocabulary has the same, which are
+    read and written right. Mistral's puts a blank before a text that does not begin with a special token. The runtime
+    puts one behind each special token too, and as conversations begin with one, they need none.
     """
+    new, said = dict(tokenizer), dict(config)
     vocabulary, added = (tokenizer.get("model") or {}).get("vocab"), tokenizer.get("added_tokens") or []
     runs = {token["content"]: token["id"] for token in added if set(token["content"]) == {"▁"}}
-    if not runs or not isinstance(vocabulary, dict) or any(vocabulary.get(run) != runs[run] for run in runs):
-        return tokenizer, config
-    kept = [token for token in added if token["content"] not in runs]
-    decoder = config.get("added_tokens_decoder") or {}
-    decoder = {key: token for key, token in decoder.items() if token.get("content") not in runs}
-    return {**tokenizer, "added_tokens": kept}, {**config, **({"added_tokens_decoder": decoder} if decoder else {})}
-
-
-def _with_plain_blanks(tokenizer: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Without the blank that Mistral's tokenizer puts before a text, unless the text begins with a special token.
-
-    The runtime puts one behind each special token too. Conversations begin with one, so they need none.
-    """
+    if runs and isinstance(vocabulary, dict) and all(vocabulary.get(run) == runs[run] for run in runs):
+        new["added_tokens"] = [token for token in added if token["content"] not in runs]
     before = tokenizer.get("pre_tokenizer") or {}
-    if (before.get("type"), before.get("prepend_scheme"), before.get("split")) != ("Metaspace", "first", False):
-        return tokenizer, config
-    # The class of its own would make the same normalizer anew.
-    return {**tokenizer, **_BLANKS}, {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if (before.get("type"), before.get("prepend_scheme"), before.get("split")) == ("Metaspace", "first", False):
+        new |= _BLANKS
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"  # its own class would make the same blanks anew
+    files = {"tokenizer.json": new, "tokenizer_config.json": said} if new != tokenizer else {}
+    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}

@@ -11,11 +11,11 @@ from slmops.foundry.tokenizer_rewrite import rewrite
 def test_gemmas_runs_of_blanks_are_left_to_the_vocabulary(number: int, *, removed: bool) -> None:
     added = [{"id": 0, "content": "<end>"}, {"id": number, "content": "▁▁"}]
     tokenizer = {"model": {"type": "BPE", "vocab": {"<end>": 0, "▁▁": 1}}, "added_tokens": added}
-    files = rewrite(tokenizer, {"added_tokens_decoder": {str(one["id"]): one for one in added}})
+    files = rewrite(tokenizer, {"eos_token": "<end>"})
     assert bool(files) == removed
     if removed:
         assert json.loads(files["tokenizer.json"]) == {**tokenizer, "added_tokens": added[:1]}
-        assert json.loads(files["tokenizer_config.json"]) == {"added_tokens_decoder": {"0": added[0]}}
+        assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "<end>"}
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])

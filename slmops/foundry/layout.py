@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints.source import MOST_CACHE, unbroken
+from slmops.checkpoints.source import MOST_CACHE, longrope_border
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
@@ -94,7 +94,8 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     # The runtime allocates its cache for the context length, whatever max_length says.
     context = asked["max_length"] = config["model"]["context_length"] = variant.checkpoint.context_length
     search = {**config.get("search", {}), **asked}
-    if unbroken(_read(variant.path / "config.json") or {}, context) == context:  # else chunks get different factors
+    own = _read(variant.path / "config.json") or {}
+    if longrope_border(own, context) == context:  # else the chunks of a prompt would get different factors
         search.setdefault("chunk_size", CHUNK)
     if "temperature" in asked:
         search["do_sample"] = asked["temperature"] > 0  # without sampling a temperature has no effect

@@ -38,8 +38,7 @@ def choose(
     """Judge the measured variants of a job, and take one.
 
     ``champion`` is what was measured of the variant in use, if there is one; ``baseline`` is given if it is not one of
-    the variants. Returns the choice, and all results in the
-    same order with ``gates`` and ``dominated_by`` filled in.
+    the variants. Returns the choice, and all results in the same order with ``gates`` and ``dominated_by`` filled in.
     """
     baseline = baseline or find_baseline(results)
     front = pareto(results)

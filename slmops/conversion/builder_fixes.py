@@ -14,14 +14,19 @@ def apply() -> None:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    model = importlib.import_module("onnxruntime_genai.models.builder").Model
+    builder = importlib.import_module("onnxruntime_genai.models.builder")
+    model, gemma = builder.Model, builder.GemmaModel
     init, attention, caches = model.__init__, model.make_attention, model.make_rotary_embedding_caches_from_scratch
-    layernorm = model.make_layernorm
+    layernorm, init_gemma = model.make_layernorm, gemma.__init__
 
     def made(self: Any, config: Any, *others: Any) -> None:
         _by_old_names(config)
         init(self, config, *others)
         self.checkpoint_config = config
+
+    def made_gemma(self: Any, config: Any, *others: Any) -> None:
+        init_gemma(self, config, *others)
+        self.embed_attrs["scale"] = config.hidden_size**0.5  # the builder rounds it to two decimals
 
     def make_layernorm(self: Any, layer_id: int, norm: Any, *others: Any, **named: Any) -> None:
         _widen(norm)
@@ -48,7 +53,7 @@ def apply() -> None:
         return caches(self)
 
     model.__init__, model.make_attention, model.make_layernorm = made, make_attention, make_layernorm
-    model.make_rotary_embedding_caches_from_scratch = make_caches
+    model.make_rotary_embedding_caches_from_scratch, gemma.__init__ = make_caches, made_gemma
 
 
 def _widen(*norms: Any) -> None:

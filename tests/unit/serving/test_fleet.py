@@ -7,7 +7,6 @@ import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, ServingError, TrackingError, UsageError
 from slmops.serving import fleet as module
-from slmops.serving import spares
 from slmops.serving.fleet import Fleet
 from slmops.serving.requests import Refused
 from tests import fleets
@@ -221,7 +220,7 @@ async def test_a_version_in_use_is_not_stopped_and_one_that_died_is_started_agai
     async with made.lease("bot:2"):
         with pytest.raises(Refused, match="1 versions") as caught:
             await asked(made, "bot:3")
-        assert caught.value.headers == {"retry-after": f"{spares.IN_USE_RETRY_S:.0f}"}
+        assert caught.value.headers == {"retry-after": f"{module.IN_USE_RETRY_S:.0f}"}
         assert world.running == [1, 2]
     for _ in range(2):
         assert (await asked(made, "bot:3"), world.running) == (3, [1, 3])
@@ -257,7 +256,7 @@ async def test_what_was_just_started_is_there_for_who_asked(world: World, made: 
 async def test_a_version_that_fails_is_not_started_by_each_request(
     world: World, made: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spares, "BROKEN_S", 0.2)
+    monkeypatch.setattr(module, "BROKEN_S", 0.2)
     world.bad[2] = BAD
     for _ in range(3):
         with pytest.raises(Refused, match="version 2") as caught:

@@ -41,7 +41,7 @@ def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(machine, "memory", lambda: (8e9, 4e9))  # of a container
     with pytest.raises(PrerequisiteError, match=r"about 8800\.0 GB .* 4\.0 GB"):
         room.check(["int4"], LARGE, FP32, settings)
-    with pytest.raises(PrerequisiteError, match=r"about 5002\.0 GB .* 4\.0 GB"):
+    with pytest.raises(PrerequisiteError, match=r"about 3003\.0 GB .* 4\.0 GB"):
         room.check(["int4"], LARGE, OWN, settings)
 
 

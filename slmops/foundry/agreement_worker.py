@@ -14,7 +14,7 @@ from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.checkpoints.reading import read_if_there
 from slmops.core.errors import CheckpointError
 from slmops.core.values import Agreement, Frozen
-from slmops.foundry import template_rewrite, tokenizer_rewrite
+from slmops.foundry import rewrite
 from slmops.foundry.genai_library import LibraryError, RuntimeTokenizer
 
 ALLOWED_SHARE = 0.05
@@ -74,7 +74,7 @@ def handle(request: AgreementRequest) -> Agreement:
     tokenizer.chat_template = request.template or tokenizer.chat_template
     tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
     said, config = (read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json"))
-    files = tokenizer_rewrite.rewrite(said, config)
+    files = rewrite.rewrite_tokenizer(said, config)
     for name, text in files.items():
         (request.work / name).write_text(text, encoding="utf-8")
     template = chat_template.load(request.work)
@@ -160,7 +160,7 @@ def _texts(tokenizer: Any) -> Iterator[str]:
 
 def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tuple[str | None, str | None, list[str]]:
     """The rewritten template if it is needed, what was wrong with its own, and what is still wrong."""
-    if "recursive" in template_rewrite.names(template.text):
+    if "recursive" in rewrite.names(template.text):
         raise CheckpointError(
             "The chat template has a recursive loop, which kills Foundry Local's runtime.", OTHER_TEMPLATE
         )
@@ -172,7 +172,7 @@ def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tup
     wrong, odd = differences(template, needed), differences(template, rare)
     if not wrong and not odd:
         return None, None, []
-    rewritten = template.model_copy(update={"text": template_rewrite.rewrite(template)})
+    rewritten = template.model_copy(update={"text": rewrite.rewrite_template(template)})
     still, left = differences(rewritten, needed), differences(rewritten, rare)
     if wrong and still:
         raise CheckpointError(
@@ -252,11 +252,11 @@ def _conversations(template: ChatTemplate) -> tuple[list[_Rendered], list[_Rende
     thought, blanks = "<think>\nhm\n</think>\n\nHello", (" \n a b \n ", "\n\nc ", "  d")
     needed = [*_ordinary(), _said("Hi /no_think", thought, "Bye"), _said(*blanks, system=" e\n")]
     needed += [_said(*[thought] * 5, system=thought), _said("{{ x }} {% y %} {# z #} {}", "%s \\n", "'\"")]
-    for text in template_rewrite.constants(template.text):
+    for text in rewrite.constants(template.text):
         said = (f"{text} and", f"a{text}b {text}", f"or {text}")
         needed += [_said(text), _said(*said), _said(*said, system=f"With {text} in it")]
     rare: list[_Rendered] = [(_said(text, text, text, system=said), None) for text in _RARE for said in (text, None)]
-    if "tools" in template_rewrite.names(template.text):
+    if "tools" in rewrite.names(template.text):
         tools = [{"type": "function", "function": _TOOL}]
         call = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"place": "Å"}}}
         used = [

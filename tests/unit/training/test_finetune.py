@@ -1,4 +1,4 @@
-"""The names of a fine-tuning and of a retraining's input, what is learned and saved, and what is passed on."""
+"""The names of a fine-tuning and of a retraining's input, what is learned and saved; how a retraining ends."""
 
 import json
 import shutil
@@ -9,9 +9,11 @@ from unittest import mock
 
 import pytest
 
-from slmops.training import finetune, tokens_worker
+from slmops.core.values import Measurement
+from slmops.selection import policy
+from slmops.training import answers, finetune, tokens_worker
 from slmops.training import finetune_worker as worker
-from slmops.training.values import LoraSettings, LossPoint, Retrain, Stopped, TrainingData
+from slmops.training.values import DEFAULT_POLICY, LoraSettings, LossPoint, Retrain, Retrained, Stopped, TrainingData
 from tests import values
 from tests.training_data import checked, conversation
 
@@ -172,3 +174,24 @@ def test_the_learning_rate_rises_shortly_and_falls_to_zero_with_a_budget_by_time
     assert early.rate(9) > 0.9
     assert late.rate(0) < 0.01
     assert (late.over, over.over, worker._Clock(1e6, LoraSettings(), 10).over) == (False, True, False)
+
+
+def test_a_fine_tuning_may_not_make_it_worse() -> None:
+    low, high = (Measurement(value=value, unit="1") for value in (0.4, 0.5))
+    assert "0.50 before it, 0.40 after it" in str(answers.worse(high, low))
+    assert answers.worse(high, high) is answers.worse(low, high) is None
+
+
+def test_the_policy_that_ships_can_be_read() -> None:
+    gates = [f"{gate.metric} to {gate.to}" for gate in policy.load(DEFAULT_POLICY).gates]
+    assert gates == ["accuracy to baseline", "perplexity to baseline", "accuracy to champion"]
+
+
+def test_the_text_has_accuracy_and_times() -> None:
+    base = Measurement(value=0.1, unit="1", samples=60, low=0.05, high=0.2)
+    accuracy = {"base": base, "int4": Measurement(value=1.0, unit="1", samples=1)}
+    told = {"outcome": "promoted", "detail": "It is good.", "accuracy": accuracy, "seconds": {"fine-tune": 61.6}}
+    lines = Retrained(model="bot", input_digest="a", run_id="r", url="-", **told).text.splitlines()
+    assert lines[0] == "promoted: It is good."
+    said = [" ".join(line.split()) for line in lines if line.startswith(("base", "int4", "fine-tune"))]
+    assert said == ["base 0.10 [0.05, 0.20] 60", "int4 1.00 1", "fine-tune 62"]

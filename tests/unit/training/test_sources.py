@@ -1,4 +1,4 @@
-"""Where training data come from, their digest, and what people are told of them."""
+"""Where training data come from, their digest, when they are new, and what people are told of them."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from slmops.core.settings import Settings
 from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
-from slmops.training.values import DataProblem, TrainingData
+from slmops.training.values import DAY_S, FIRST_REPEAT_S, DataProblem, Seen, TrainingData
 from tests.training_data import HELD_OUT, checked, fetch, put, refused, turns, write_lines
 
 
@@ -190,6 +191,31 @@ def test_the_digest_is_of_the_items_alone(folder: Path, settings: Settings) -> N
     for other in line(2) + line(1), line(1), line(1) + line(2) + line(2), line(1) + line(3), line(1) + line(2) + "{":
         (folder / "train.jsonl").write_text(other)
         assert data.digest(fetch(folder, settings)) != one
+
+
+def test_data_are_new_until_a_retraining_has_used_them() -> None:
+    assert Seen(version=3).look_at_data("a", None, 0) == (Seen(version=3, data="a"), False)  # nothing at the first look
+    seen, is_told = Seen(data="a").look_at_data("b", "a", 0)
+    assert (is_told, seen.data, seen.told) == (True, "a", "b")
+    # That retraining was cancelled or failed.
+    seen, is_told = seen.look_at_data("b", "a", 3600)
+    assert is_told
+    assert seen.look_at_data("b", "b", DAY_S) == (Seen(data="b"), False)
+    # Back to the old ones: the last retraining did not use those.
+    assert Seen(data="b").look_at_data("a", "b", DAY_S)[1]
+
+
+def test_an_event_that_leads_to_nothing_is_repeated_more_and_more_rarely() -> None:
+    seen, times = Seen(data="a"), []
+    for now in range(0, 7 * DAY_S, 300):
+        seen, is_told = seen.look_at_data("b", None, now)
+        if is_told:
+            times.append(now)
+    pauses = [after - before for before, after in pairwise(times)]
+    other, is_told = seen.look_at_data("c", None, times[-1] + 1)  # other new data are told at once
+    assert (is_told, other.times) == (True, 1)
+    assert pauses[:4] == [FIRST_REPEAT_S * 2**n for n in range(4)]
+    assert set(pauses[6:]) == {DAY_S}
 
 
 def test_ready_data_are_taken_only_if_intact(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
-"""Chat templates rewritten for Foundry Local's runtime: transformers must not notice."""
+"""Chat templates and tokenizers rewritten for the runtime, which tests/integration/test_agreement.py asks."""
+
+import json
 
 import pytest
 
 from slmops.checkpoints.chat_template import render
 from slmops.core.errors import CheckpointError
-from slmops.foundry.template_rewrite import constants, rewrite
+from slmops.foundry.rewrite import constants, rewrite_template, rewrite_tokenizer
 from tests.chat_templates import CHATS, STYLES, broken, chat, template
 
 THOUGHTS = [chat("a", "<think>\nhm\n</think>\n\nb", "c"), chat("/no_think", " b ", "\nc", system=" s ")]
@@ -29,7 +31,7 @@ PIECES = {
 @pytest.mark.parametrize("style", STYLES)
 def test_published_templates_render_as_before(style: str) -> None:
     own = template(style)
-    new = own.model_copy(update={"text": rewrite(own)})
+    new = own.model_copy(update={"text": rewrite_template(own)})
     for messages in [*CHATS, *THOUGHTS]:
         for prompt in (True, False):
             try:
@@ -44,7 +46,7 @@ def test_published_templates_render_as_before(style: str) -> None:
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces_render_as_before(name: str) -> None:
     own = broken(PIECES[name])
-    new = broken(rewrite(own))
+    new = broken(rewrite_template(own))
     for messages in [*CHATS, *THOUGHTS]:
         assert render(new, messages) == render(own, messages)
 
@@ -67,8 +69,31 @@ ONLY_LOOKS_SO = "{{ 'a' ~ 'b' in x }}{{ 'a' in x ~ y }}{{ 'a' in [x] }}"
     ],
 )
 def test_what_is_written(text: str, rewritten: str) -> None:
-    assert rewrite(broken(text).model_copy(update={"special_tokens": {"pad_token": "<p>"}})) == rewritten
+    assert rewrite_template(broken(text).model_copy(update={"special_tokens": {"pad_token": "<p>"}})) == rewritten
 
 
 def test_constants_are_what_to_try_in_conversations() -> None:
     assert constants("{% if 'a\\n' in x or x == \"b\" %}{{ 'a\\n' + '' }}{% endif %} c") == ["a\n", "b"]
+
+
+@pytest.mark.parametrize(("number", "removed"), [(1, True), (2, False)])
+def test_gemmas_runs_of_blanks_are_left_to_the_vocabulary(number: int, *, removed: bool) -> None:
+    added = [{"id": 0, "content": "<end>"}, {"id": number, "content": "▁▁"}]
+    tokenizer = {"model": {"type": "BPE", "vocab": {"<end>": 0, "▁▁": 1}}, "added_tokens": added}
+    files = rewrite_tokenizer(tokenizer, {"eos_token": "<end>"})
+    assert bool(files) == removed
+    if removed:
+        assert json.loads(files["tokenizer.json"]) == {**tokenizer, "added_tokens": added[:1]}
+        assert json.loads(files["tokenizer_config.json"]) == {"eos_token": "<end>"}
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_blank_before_the_text(scheme: str) -> None:
+    before = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    tokenizer = {"model": {"type": "BPE", "vocab": {}}, "normalizer": None, "pre_tokenizer": before}
+    files = rewrite_tokenizer(tokenizer, {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"})
+    assert bool(files) == (scheme == "first")
+    if files:
+        new, config = (json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json"))
+        assert (new["normalizer"]["content"], new["pre_tokenizer"]["type"]) == ("▁", "Split")
+        assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}

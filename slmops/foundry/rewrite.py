@@ -1,10 +1,13 @@
-"""A chat template in the words that Foundry Local's Jinja reads as transformers' does.
+"""Chat templates and tokenizers in the words that Foundry Local's runtime reads as transformers does.
 
 transformers renders with ``trim_blocks`` and ``lstrip_blocks``, the runtime without. To the runtime ``tools`` and
 ``documents`` are undefined, ``'x' in text`` is always false, ``'\\u00e9'`` is no escape, and ``replace`` and ``first``
 are unknown. So the blanks that count are written out here, and the rest is said otherwise. Whether that is enough
-has to be found out by rendering.
+has to be found out by rendering, and by reading texts.
 """
+
+import json
+from typing import Any
 
 from jinja2 import Environment
 
@@ -18,11 +21,14 @@ _KEYWORDS = {"if", "elif", "else", "and", "or", "not", "in", "is", "for", "set"}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _TOOLS_AS_GIVEN = "{# tools|tojson #}"
 """The runtime reshapes tools for templates in which this text is nowhere."""
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+_BLANKS = {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": _SPLIT}
+"""Blanks as Gemma's tokenizer has them, which the runtime reads right."""
 
 Token = tuple[str, str]  # Jinja's kind of token, and its text
 
 
-def rewrite(template: ChatTemplate) -> str:
+def rewrite_template(template: ChatTemplate) -> str:
     """The same template, as far as we know, for both."""
     parts, inner, ends = [], list[Token](), ("", "")
     defined = {"tools": "none", "documents": "none"}
@@ -150,3 +156,23 @@ def _solid(tokens: list[Token], at: int) -> int:
     while at < len(tokens) and tokens[at][0] == "whitespace":
         at += 1
     return at
+
+
+def rewrite_tokenizer(tokenizer: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json, as transformers saves them, for the runtime; nothing if they fit it.
+
+    The runtime writes an added token as it stands, such as Gemma's runs of "▁". The vocabulary has the same, which are
+    read and written right. Mistral's puts a blank before a text that does not begin with a special token. The runtime
+    puts one behind each special token too, and as conversations begin with one, they need none.
+    """
+    new, said = dict(tokenizer), dict(config)
+    vocabulary, added = (tokenizer.get("model") or {}).get("vocab"), tokenizer.get("added_tokens") or []
+    runs = {token["content"]: token["id"] for token in added if set(token["content"]) == {"▁"}}
+    if runs and isinstance(vocabulary, dict) and all(vocabulary.get(run) == runs[run] for run in runs):
+        new["added_tokens"] = [token for token in added if token["content"] not in runs]
+    before = tokenizer.get("pre_tokenizer") or {}
+    if (before.get("type"), before.get("prepend_scheme"), before.get("split")) == ("Metaspace", "first", False):
+        new |= _BLANKS
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"  # its own class would make the same blanks anew
+    files = {"tokenizer.json": new, "tokenizer_config.json": said} if new != tokenizer else {}
+    return {name: json.dumps(content, ensure_ascii=False) for name, content in files.items()}

@@ -24,7 +24,7 @@ from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
 from slmops.tracking.training import TrainingTracker
-from slmops.training import answers, data
+from slmops.training import data, finetune
 from slmops.training.finetune import input_digest
 from slmops.training.sources import Fetched
 from slmops.training.values import DEFAULT_POLICY, WAITING, Finetuned, Retrain, Retrained, RetrainError, TrainingData
@@ -115,7 +115,7 @@ def _make(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> Retrai
     """All stages; each of them may end it."""
     prepared, finetuned = _train(attempt, checkpoint, fetched)
     accuracy = attempt.so_far.accuracy
-    if worse := answers.worse(accuracy["base"], accuracy["finetuned"]):
+    if worse := finetune.worse(accuracy["base"], accuracy["finetuned"]):
         return attempt.ended("refused", worse)
     _measure_champion(attempt, prepared)
     try:

@@ -18,7 +18,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Measurement, artifact_key
 from slmops.tracking.tracker import Tracker
 from slmops.tracking.training import TrainingTracker
-from slmops.training import answers, data, finetune, sources
+from slmops.training import data, finetune, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, TrainingData
 from tasks.stage import stage
@@ -71,7 +71,7 @@ def answer(
 ) -> Measurement:
     """The accuracy of a checkpoint on the evaluation set, before anything is converted."""
     path = folder.merged if isinstance(folder, Finetuned) else folder.path
-    accuracy, _ = answers.answer_with_checkpoint(path, prepared.evaluation, request.matcher, name, label, settings)
+    accuracy, _ = finetune.answer_with_checkpoint(path, prepared.evaluation, request.matcher, name, label, settings)
     log.info("the %s model: accuracy %.2f of %d", label, accuracy.value, accuracy.samples)
     return accuracy
 

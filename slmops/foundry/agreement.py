@@ -42,13 +42,11 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
                 OTHER_TEMPLATE,
             ) from None
     if result.why is not None:
-        log.info(
-            "the chat template is rewritten for Foundry Local, whose own rendering of it is another: %s", result.why
-        )
+        why = "whose own rendering of it is another"
+        log.info("the chat template is rewritten for Foundry Local, %s: %s", why, result.why)
     if result.files:
         log.info("the tokenizer is rewritten for Foundry Local, which reads and writes its blanks otherwise")
-    counted = {"texts": result.tokenizer_mismatches, "conversations": result.template_mismatches}
-    for what, differences in counted.items():
+    for what, differences in (("texts", result.tokenizer_mismatches), ("conversations", result.template_mismatches)):
         if differences:
             log.warning("Foundry Local takes %d odd %s otherwise: %s", len(differences), what, differences[0])
     return result

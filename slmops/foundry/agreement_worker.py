@@ -117,16 +117,13 @@ def _load(folder: Path, kind: str) -> RuntimeTokenizer:
 
 def _check_conversations(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate) -> None:
     for messages in _ordinary():
-        with suppress(CheckpointError):  # the template refuses it
+        try:
             text = chat_template.render(template, messages)
-            if runtime.encode(text) != tokenizer.encode(text, add_special_tokens=False):
-                break
-    else:
-        return
-    raise CheckpointError(
-        f"Foundry Local's runtime reads an ordinary conversation as other tokens than the checkpoint does: {text!r}",
-        _OTHER_TOKENIZER,
-    )
+        except CheckpointError:  # the template refuses it
+            continue
+        if runtime.encode(text) != tokenizer.encode(text, add_special_tokens=False):
+            said = "Foundry Local's runtime reads an ordinary conversation as other tokens than the checkpoint does"
+            raise CheckpointError(f"{said}: {text!r}", _OTHER_TOKENIZER)
 
 
 def _mismatch(

@@ -30,11 +30,7 @@ CHUNK = 256
 
 
 def model_name(name: str, variant: str) -> str:
-    """Foundry's name of a variant, with the suffix that Foundry gives to models for any CPU.
-
-    >>> model_name("support-bot", "int4")
-    'support-bot-int4-generic-cpu'
-    """
+    """Foundry's name of a variant, with the suffix that Foundry gives to models for any CPU."""
     return f"{name}-{variant}-generic-cpu"
 
 

@@ -43,14 +43,13 @@ def rewrite_template(template: ChatTemplate) -> str:
             parts.append(f"{ends[0]} {_expression(inner).strip()} {ends[1]}")
         elif not kind.startswith(("comment", "raw")):
             inner.append((kind, _quoted(_unquoted(value)) if kind == "string" else value))
-    body = "".join(parts)
     used = names(template.text)
     sets = [
         f"{{% if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
         for name, value in defined.items()
         if name in used
     ]
-    return (_TOOLS_AS_GIVEN if "tools" in used else "") + "".join(sets) + body
+    return (_TOOLS_AS_GIVEN if "tools" in used else "") + "".join([*sets, *parts])
 
 
 def names(text: str) -> set[str]:

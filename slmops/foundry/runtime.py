@@ -88,8 +88,7 @@ def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> Timed
         started = last = time.perf_counter()
         with session.process_streaming_request(request) as stream:
             for item in stream:
-                text = item.text
-                if text:
+                if text := item.text:
                     last = time.perf_counter()
                     first = last if first is None else first
                     pieces.append(text)

@@ -73,7 +73,6 @@ def serve(request: ServiceRequest) -> Any:
     """Load the version and start the web service, whose address the manager knows; else a ServingError."""
     import foundry_local_sdk as sdk
     import uvicorn
-    from foundry_local_sdk.exception import FoundryLocalException
 
     from slmops.foundry import runtime
     from slmops.foundry.private_catalog import PATH, Entry, app
@@ -107,7 +106,7 @@ def serve(request: ServiceRequest) -> Any:
             )
         model.load()
         manager.start_web_service()
-    except FoundryLocalException as error:
+    except runtime.Fault as error:
         raise ServingError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
     log.info("%s listens at %s", request.foundry_id, manager.urls[0])
     return manager

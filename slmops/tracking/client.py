@@ -63,11 +63,7 @@ def talking(uri: str) -> Iterator[None]:
 
 
 def without_password(text: str) -> str:
-    """A text as it may be shown, without what signs in to the addresses in it.
-
-    >>> without_password("https://me:secret@mlflow.example:5000")
-    'https://***@mlflow.example:5000'
-    """
+    """A text as it may be shown, with "***" for what signs in to the addresses in it."""
     return _SIGN_IN.sub("//***@", text)
 
 

@@ -1,4 +1,5 @@
-"""Fine-tune a checkpoint with LoRA in a child process: once for the same input, and resumed if it was killed.
+"""Fine-tune a checkpoint with LoRA in a child process: once for the same input, and resumed if it was killed. Also how
+well a checkpoint answers an evaluation set, before anything is converted.
 
 ``<trainings>/<key>/`` holds ``checkpoints/`` while it trains and ``losses.jsonl``, then ``adapter/``, ``merged/``,
 ``files.json`` with their digests, and last ``training.json``, without which the training is not finished.
@@ -17,10 +18,11 @@ from pydantic import TypeAdapter
 
 from slmops.conversion import store
 from slmops.core import locks, machine
-from slmops.core.errors import PrerequisiteError, TrainingError
+from slmops.core.errors import EvaluationError, PrerequisiteError, TrainingError
 from slmops.core.files import sha256, write_atomic
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, VariantFile
+from slmops.core.values import Answer, Checkpoint, Measurement, VariantFile
+from slmops.evaluation import answers_worker, dataset, quality, scoring, statistics
 from slmops.processes import children
 from slmops.training import finetune_worker
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, Retrain, TrainingData, TrainingResult
@@ -86,6 +88,39 @@ def finetune(
         write_atomic(folder / TRAINING_FILE, finetuned.model_dump_json(indent=1))
         shutil.rmtree(folder / finetune_worker.STATES)
         return finetuned
+
+
+def answer_with_checkpoint(
+    folder: Path, evaluation_set: Path, matcher: str | None, name: str, label: str, settings: Settings
+) -> tuple[Measurement, tuple[Answer, ...]]:
+    """Have a checkpoint answer, greedily and in fp32: its accuracy over the answers that could be judged, and all.
+
+    ``label`` says which of the model's checkpoints it is. It is an EvaluationError if no answer could be judged.
+    """
+    items = dataset.load(evaluation_set, matcher=matcher, judge=settings.judge_configured).items
+    part = f"{label}.answers"
+    (settings.logs / name / f"{part}.log").unlink(missing_ok=True)
+    request = answers_worker.AnswersRequest(folder=folder, items=items, matcher=matcher)
+    with locks.machine(settings):
+        asked = quality.in_child(answers_worker.handle, request, name, part, settings, OFFLINE_ENVIRONMENT)
+    answers = scoring.ask_judge(items, asked.answers, settings)
+    judged = [answer.correct for answer in answers if answer.correct is not None]
+    if not judged:
+        raise EvaluationError(
+            f"None of the {len(answers)} answers could be judged: {answers[0].reason}",
+            "Fix the evaluation set, the matcher or the judging model.",
+        )
+    return statistics.of_proportion(sum(judged), len(judged)), answers
+
+
+def worse(base: Measurement, finetuned: Measurement) -> str | None:
+    """Say why a fine-tuned checkpoint of this accuracy is not worth converting; None if it is."""
+    if finetuned.value >= base.value:
+        return None
+    return (
+        f"The fine-tuning made the model worse: accuracy {base.value:.2f} before it, {finetuned.value:.2f} after it. "
+        "The champion stays."
+    )
 
 
 def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, versions: dict[str, str]) -> str:

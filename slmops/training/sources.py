@@ -77,9 +77,6 @@ def public(source: str) -> str:
     """A source as it may be shown: a URL without user, password, query and fragment, which may be secret.
 
     It is a DataError if it begins like a URL, and is not one.
-
-    >>> public("https://me:secret@example.org/data.jsonl?key=secret")
-    'https://example.org/data.jsonl'
     """
     if not source.startswith(WEB_SCHEMES):
         return source

@@ -13,7 +13,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.training import finetune, finetune_worker
-from slmops.training.answers import answer_with_checkpoint
+from slmops.training.finetune import answer_with_checkpoint
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
 from tests import making, retraining, tiny
 from tests.training_data import checked, turns, write_lines

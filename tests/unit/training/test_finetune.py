@@ -11,7 +11,7 @@ import pytest
 
 from slmops.core.values import Measurement
 from slmops.selection import policy
-from slmops.training import answers, finetune, tokens_worker
+from slmops.training import finetune, tokens_worker
 from slmops.training import finetune_worker as worker
 from slmops.training.values import DEFAULT_POLICY, LoraSettings, LossPoint, Retrain, Retrained, Stopped, TrainingData
 from tests import values
@@ -178,8 +178,8 @@ def test_the_learning_rate_rises_shortly_and_falls_to_zero_with_a_budget_by_time
 
 def test_a_fine_tuning_may_not_make_it_worse() -> None:
     low, high = (Measurement(value=value, unit="1") for value in (0.4, 0.5))
-    assert "0.50 before it, 0.40 after it" in str(answers.worse(high, low))
-    assert answers.worse(high, high) is answers.worse(low, high) is None
+    assert "0.50 before it, 0.40 after it" in str(finetune.worse(high, low))
+    assert finetune.worse(high, high) is finetune.worse(low, high) is None
 
 
 def test_the_policy_that_ships_can_be_read() -> None:

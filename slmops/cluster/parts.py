@@ -104,9 +104,6 @@ class PartResult(Frozen):
     logs: Files = ()
 
 
-# --- on the machine of the job
-
-
 def send_job(context: JobContext, exchange: Exchange) -> SentJob:
     """Put all that the parts need into the exchange; a CheckpointError if the checkpoint was changed while the job ran.
 
@@ -178,9 +175,6 @@ def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str |
     machines = f"Speed and memory were measured on {here}, and those of the baseline on {there}"
     compared = measured.model_copy(update={"measurements": kept, "curves": (), "samples": ()})
     return compared, f"{machines}: they do not compare, and are left out."
-
-
-# --- on any machine
 
 
 def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobContext, Recipe]:

@@ -56,7 +56,7 @@ def versions(name: str, settings: Settings) -> list[Installed]:
 
 def current(name: str, settings: Settings) -> Installed | None:
     """The version that users of this device get, or the one before if that is gone; None: neither is here."""
-    state = _read(name, settings)
+    state = _State.from_file(_file(name, settings))
     if state is None:
         return None
     here = {one.foundry_id: one for one in versions(name, settings)}
@@ -67,7 +67,7 @@ def current(name: str, settings: Settings) -> Installed | None:
 
 def make_current(version: Installed, settings: Settings) -> None:
     """Note, when :func:`locked`, that users get ``version`` now; remove all but it and the one that they had before."""
-    state = _read(version.name, settings)
+    state = _State.from_file(_file(version.name, settings))
     if state is None or state.current != version.foundry_id:
         state = _State(current=version.foundry_id, previous=state.current if state else None)
         write_atomic(_file(version.name, settings), state.model_dump_json(indent=2) + "\n")
@@ -81,7 +81,7 @@ def make_current(version: Installed, settings: Settings) -> None:
 def tidy(name: str, foundry_ids: Collection[str], settings: Settings) -> None:
     """Remove the versions of a model that are neither among ``foundry_ids`` nor what users of this device get."""
     with locked(name, settings):
-        state = _read(name, settings)
+        state = _State.from_file(_file(name, settings))
         _keep(name, {*foundry_ids, *((state.current, state.previous) if state else ())}, settings)
 
 
@@ -160,7 +160,3 @@ def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) ->
 
 def _file(name: str, settings: Settings) -> Path:
     return settings.deployed / f"{check_name(name)}.json"
-
-
-def _read(name: str, settings: Settings) -> _State | None:
-    return _State.from_file(_file(name, settings))

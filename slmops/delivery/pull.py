@@ -115,7 +115,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
         raise TrackingError(f"{version.label} was not made by slmops: its tags make no sense.")
     done = installed.place(version.name, version.variant, version.version, settings)
     folder = done.folder
-    with _writing(settings):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_scratch(folder.parent)
         here = VersionManifest.from_file(folder / VERSION_MANIFEST)
@@ -137,6 +137,10 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
                 write_atomic(scratch / layout.INFERENCE_MODEL, described)
             shutil.rmtree(downloads, ignore_errors=True)
             _register(done, settings)
+    except OSError as error:
+        problem = f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}."
+        writable = "Make it writable, or set SLMOPS_HOME to another folder."
+        raise PrerequisiteError(problem, children.FREE_SPACE if error.errno == errno.ENOSPC else writable) from error
     log.info("%s: in Foundry Local as %s", version.label, done.foundry_id)
     return done
 
@@ -243,13 +247,3 @@ def _register(done: Installed, settings: Settings) -> None:
         except SlmopsError:
             installed.forget([done.foundry_id], settings)  # a child that crashed has not
             raise
-
-
-@contextmanager
-def _writing(settings: Settings) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = f"{error.filename or settings.deployed} cannot be written: {error.strerror or error}."
-        writable = "Make it writable, or set SLMOPS_HOME to another folder."
-        raise PrerequisiteError(problem, children.FREE_SPACE if error.errno == errno.ENOSPC else writable) from error

@@ -18,7 +18,6 @@ SWITCH_S = 300.0  # for a service to fetch, load and try a version
 REQUEST_S = 120.0
 FAILURES = 3  # so many failed requests in a row end the watch; so many of other clients count against it
 VERSION_HEADER = "x-slmops-version"
-BUSY_STATUSES = (429, 503)
 
 
 class Probation(Frozen):
@@ -117,7 +116,7 @@ def _ask(client: httpx.Client, version: ModelVersion, item: dataset.Item) -> tup
         for pause in (0, 0.5, 2.0, 5.0):
             time.sleep(pause)
             reply = client.post(CHAT, json=body)
-            if reply.status_code not in BUSY_STATUSES:
+            if reply.status_code not in (429, 503):
                 break
         if reply.status_code != 200:
             return "", f"status {reply.status_code}: {reply.text[:200]}"

@@ -28,7 +28,6 @@ Returned = TypeVar("Returned")
 log = logging.getLogger(__name__)
 
 AT_FAULT = (RegistrationError, ServingError)  # the version got here, and the runtime cannot serve it
-
 DEPLOY_PAUSE_MOST_S = 300.0
 VERSIONS_S = 30.0  # how old the list of versions may become
 
@@ -37,7 +36,7 @@ VERSIONS_S = 30.0  # how old the list of versions may become
 class VersionSource:
     """The versions of one model: in MLflow's Model Registry, and installed in the Foundry home of this device.
 
-    All of it blocks, and is called in threads. MLflow takes seconds to import, so that is done in the threads too.
+    All of it blocks, and is called in threads, where MLflow is imported too: that takes seconds.
     """
 
     name: str

@@ -278,24 +278,14 @@ def test_csv_is_what_the_suffix_says_and_may_be_empty(tmp_path: Path) -> None:
         assert raised_by(table(tmp_path, empty)).message == "my.csv has no items."
 
 
-def too_many(number: int, cells: int) -> str:
-    return f"line {number}: has {cells} cells, but the header has 2"
-
-
 @pytest.mark.parametrize(
     ("column", "rows", "problems"),
     [
-        ("", "Q,A\nQ\nQ,A,x\nQ,A\n", [too_many(3, 1), too_many(4, 3)]),
-        (
-            "",
-            '"two\nlines",A\nQ,\n"two\nlines",\n',
-            [f"line {n}: 'expected' must not be empty" for n in (4, 5)],
-        ),
+        ("", "Q,A\nQ\nQ,A,x\nQ,A\n", ["line 3: has 1 cells, but the header has 2", "line 4: has 3 cells"]),
+        ("", '"two\nlines",A\nQ,\n"two\nlines",\n', ["line 4: 'expected' must", "line 5: 'expected' must"]),
         ("", 'Q,A\n"Q,A\nQ,A\n', ["line 3: is not CSV from here on: unexpected end of data"]),
-        (",max_tokens", "Q,A,many\n", ["line 2: max_tokens must be a whole number"]),
         (",format", "Q,A,xml\n", ['line 2: format must be "json"']),
         (",format", 'Q,A,"{""regex"""\n', ["line 2: format is not JSON: Expecting ':' delimiter at column 9"]),
-        (",messages", "Q,A,hello\n", ["line 2: messages is not JSON: Expecting value at column 1"]),
         (",tolerance", "Q,A,inf\n", ["line 2: tolerance must be a finite number"]),
         (",id", 'Q,A,x\n"1\n2",A,y\nQ,A,x\n', ["line 5: line 2 already has the id 'x'"]),
     ],

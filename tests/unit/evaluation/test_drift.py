@@ -1,7 +1,6 @@
 """Drift, judged on made-up figures, and the request."""
 
 from itertools import product
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -148,15 +147,8 @@ def test_quality_that_drifts_and_what_cannot_be_compared() -> None:
         drift.assess(VERSION, RECORDED, {}, measured.answers(None), [], HERE, BOT)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        *({"name": None}, {"name": "../bot"}, {"version": "a/b"}, {"quick": True}),
-        *({"max_slowdown": 0.9}, {"max_memory_growth": float("inf")}, {"max_perplexity_ratio": float("nan")}),
-        *({"max_accuracy_drop": -0.1}, {"max_accuracy_drop": 1.1}),
-    ],
-)
-def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("field", ["max_slowdown", "max_memory_growth", "max_perplexity_ratio"])
+def test_an_infinite_tolerance_is_none(field: str) -> None:
     with pytest.raises(ValidationError):
-        Remeasure(**{"name": "bot", **wrong})
+        Remeasure(name="bot", **{field: float("inf")})
     assert Remeasure(name="bot", version=3).version == "3"  # it may be a number

@@ -73,23 +73,17 @@ def test_the_lengths_that_there_is_room_for(
     assert f"template alone is 20 tokens, and the context leaves room for {context}." in raised.value.message
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A tokenizer of words that truncates, and adds special tokens to what no template has rendered."""
+def test_lengths_by_a_tokenizer_that_truncates_and_adds_special_tokens(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"<s>": 0, "<a>": 1, "<unk>": 2, "one": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.enable_truncation(8)
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("<s> {{ messages[0]['content'] }} <a>")
-    return tmp_path
-
-
-def test_lengths_by_a_real_tokenizer(folder: Path) -> None:
     for text in ("", "one", "one two three", "word " * 100):
-        assert prompts.counter(folder)(text) == 2 + len(text.split())
-    found = prompts.of_lengths([16, 64, 128], 100, folder)
+        assert prompts.counter(tmp_path)(text) == 2 + len(text.split())
+    found = prompts.of_lengths([16, 64, 128], 100, tmp_path)
     assert {tokens: len(text.split()) for tokens, text in found.items()} == {16: 14, 64: 62}
-    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(EvaluationError, match="has no chat template"):
-        prompts.of_lengths([32], 2048, folder)
+        prompts.of_lengths([32], 2048, tmp_path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-from pydantic import ValidationError
 
 from slmops.core.errors import EvaluationError, UsageError
 from slmops.core.values import Measurement
@@ -72,8 +71,6 @@ def test_a_slope_is_found_in_its_unit() -> None:
         ((12, 10.1, 14), "fail", "which is above the limit of 10", "soak_memory_mb"),
         # 100 requests, and an interval twice as wide as it may be: it takes four times as many.
         ((5, 0, 15), "inconclusive", "either side of the limit of 10; about 300 more requests", "--requests 400."),
-        ((5, 0, 20), "inconclusive", "about 800 more requests would settle it", "about --requests 900."),
-        ((20, 0, 30), "inconclusive", "about 300 more requests", "--requests 400."),
         ((12, 10, 14), "inconclusive", "about 1 more requests", "--requests 101."),
         ((10, 0, 20), "inconclusive", "either side of the limit of 10.", "More requests would hardly settle it"),
         ((1, None, None), "inconclusive", "(no interval)", "hardly"),
@@ -129,12 +126,7 @@ def test_a_champion_is_that_of_a_model_and_of_no_variant(champion: bool, asked: 
         soak.check(Soak(champion=champion, **asked))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"requests": 29}, {"max_kb_per_request": 0}, {"max_kb_per_request": float("nan")}, {"request": 30}]
-)
-def test_what_makes_no_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        Soak(**wrong)
+def test_requests_that_warm_up() -> None:
     warm_ups = {30: 20, 200: 20, 300: 30, 5000: 500}
     assert {requests: Soak(requests=requests).warm_up for requests in warm_ups} == warm_ups
 

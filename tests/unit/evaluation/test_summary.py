@@ -155,17 +155,9 @@ ENERGY = "energy_j_per_token"
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        # 10 gaps in 1 s after the first token: 100 ms each, 10 tokens/s. 40 prompt tokens in 0.2 s: 200 tokens/s.
         (
             speed(turn(ONE, throughput={1: 20.0, 4: 41.0})),
-            {
-                **{"throughput_tok_s_c1": (20, 1), "throughput_tok_s_c4": (41, 1), "decode_tok_s": (10, 1)},
-                **{"prefill_tok_s": (200, 1), "ttft_model_ms_p50": (150, 1), "decode_consistency": (1, 1)},
-                **{f"ttft_ms_p{percent}": (200, 1) for percent in (50, 90, 99)},
-                **{f"itl_ms_p{percent}": (100, 1) for percent in (50, 90, 99)},
-                **{f"response_s_p{percent}": (1.7, 1) for percent in (50, 90, 99)},
-                "load_s": (1.5, 1),
-            },
+            {"throughput_tok_s_c1": (20, 1), "throughput_tok_s_c4": (41, 1), "decode_consistency": (1, 1)},
         ),
         # A single token has no gap, but it is a first token.
         (

@@ -31,19 +31,15 @@ WRONG = [
     ("run --model m --quick=perhaps", r"--quick must be true or false \(got 'perhaps'\)"),
     ("run --model m --name ../x", r"--name may only have .* \(got '\.\./x'\)"),
     ("run --model m --int4-block-size many", r"--int4-block-size must be a whole number \(got 'many'\)"),
-    ("run --model m --int4-block-size 8", r"--int4-block-size must be at least 16 \(got '8'\)"),
-    ("run --model m --device npu", "--device must be 'cpu' or 'gpu'"),
     ("run --model m --max-length 10 --top-p 3", r"--max-length .*\n--top-p "),
     ("run --model m --job nothing.yaml", r"nothing\.yaml cannot be read: .*No such file"),
     ("run --model m --job", "--job needs a value"),
     ("retrain --model m --data d --training.rank x", "--training.rank must be a whole number"),
     ("soak --requests 29", r"--requests must be at least 30 \(got '29'\)"),
-    ("soak --max-kb-per-request 0", "--max-kb-per-request must be greater than 0"),
+    ("soak --max-kb-per-request inf", "--max-kb-per-request must be a finite number"),
     ("soak a b", "too many arguments: b"),
     ("promote", "`slmops promote` needs"),
-    ("promote ../bot", "--name may only have letters"),
     ("promote bot --force", "--force needs a value"),
-    ("promote bot --version 0", "--version must be at least 1"),
     ("rollback", "`slmops rollback` needs NAME"),
     ("rollback a/b", "'a/b'"),
     ("serve ../../etc", "'../../etc'"),
@@ -105,8 +101,6 @@ def test_job_file_may_ask_for_json(flows: Flows, slmops: Slmops, tmp_path: Path)
         ("job.yaml", "model: demo\nprecisoin: [int4]\n", r"precisoin.* from .*job\.yaml\. Did you mean --precision"),
         ("job.toml", "model = 'demo'\nfrobnicate = 1\n", r"frobnicate.* from .*job\.toml"),
         ("job.yaml", "1: demo\n", r"Unknown option: .*1.* from .*job\.yaml"),
-        ("job.yaml", "model: demo\nprecision: [int3]\n", "--precision must be 'fp32'"),
-        ("job.yaml", "model: demo\nname: a/b\n", "--name may only have"),
         ("job.toml", "model = 'demo'\nint4_block_size = 'many'\n", "--int4-block-size must be a whole number"),
         ("job.toml", JOB_YAML, r"job\.toml cannot be read"),
         ("job.yaml", "", r"job\.yaml has no keys and values"),
@@ -189,13 +183,6 @@ def test_a_home_that_cannot_be_used_is_named(
     ended, _, err = slmops("run --model demo")
     assert ended == code
     assert err.startswith(said.format(path))
-
-
-def test_a_home_inside_a_file_is_named(slmops: Slmops, home: Path) -> None:
-    home.write_text("not a folder", encoding="utf-8")
-    code, _, err = slmops("up")
-    assert code == 2
-    assert str(home) in err
 
 
 def test_a_reader_that_leaves_is_not_a_crash() -> None:

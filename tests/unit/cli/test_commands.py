@@ -51,14 +51,7 @@ DEMO = {"model": "demo", "data": "demo", "name": "ticket-router", "serve": True,
 MINE = {"model": "m", "precision": ["int4", "int8"], "olive_config": "mine.json", "quick": True}
 REQUESTS: dict[str, dict[str, Any]] = {
     "run --model=org/m@main --name bot": {"model": "org/m@main", "name": "bot"},
-    "run --model m --precision int4 --json": {"model": "m", "precision": ["int4"]},
     "run --model m --precision int4 --precision int8 --olive-config mine.json --quick": MINE,
-    "run --model m --int4-block-size 64 --int4-symmetric": {
-        "model": "m",
-        "int4_block_size": 64,
-        "int4_symmetric": True,
-    },
-    "run --model m --top-p 0.9": {"model": "m", "top_p": 0.9},
     "demo --quick": {"model": "demo", "quick": True},
     "retrain --model m --data d --watch-s 0": {"model": "m", "data": "d", "watch_s": 0},
     "retrain --demo --training.epochs 1": {**DEMO, "training": {"epochs": 1.0}},
@@ -67,7 +60,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "soak --name bot": {"name": "bot"},
     "soak bot --variant int4 --requests 40": {"name": "bot", "variant": "int4", "requests": 40},
     "soak bot --champion": {"name": "bot", "champion": True},
-    "soak --max-kb-per-request 0.5": {"max_kb_per_request": 0.5},
     "remeasure bot --version int8 --max-slowdown 2": {"name": "bot", "version": "int8", "max_slowdown": 2},
     "promote bot": {"name": "bot"},
     "promote bot --precision int8": {"name": "bot", "precision": "int8"},
@@ -128,7 +120,6 @@ def test_what_was_measured_is_printed_though_a_gate_refuses_it(
 
 @pytest.fixture
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """What a worker was given to do."""
     given: list[tuple[str, Any]] = []
     approval = SimpleNamespace(hand_over=lambda *asked: given.append(asked) or PAGE)
     monkeypatch.setitem(sys.modules, "flows.approval", approval)

@@ -189,14 +189,10 @@ Call = Callable[..., tuple[Result, Finished]]
 
 @pytest.fixture
 def call(log: Path) -> Call:
-    def run(do: str, handle: Callable[[Request], Result] = odd_worker.handle, **env: str) -> tuple[Result, Finished]:
+    def run(do: str, **env: str) -> tuple[Result, Finished]:
+        env = {"PYTHONPATH": str(ROOT), **env}
         return children.call(
-            handle,
-            Request(do=do),
-            log=log,
-            timeout_s=LONG_S,
-            error=ConversionError,
-            env={"PYTHONPATH": str(ROOT), **env},
+            odd_worker.handle, Request(do=do), log=log, timeout_s=LONG_S, error=ConversionError, env=env
         )
 
     return run
@@ -239,13 +235,6 @@ def test_worker_that_takes_too_long(call: Call, over_when_written: Path) -> None
     with pytest.raises(ConversionError, match="30 s"):
         call(sleeping(over_when_written))
     assert gone(number(over_when_written), within_s=2)
-
-
-def test_what_does_not_exist(call: Call, log: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        children.run(["/no/such/program"], log=log, timeout_s=1)
-    with pytest.raises(ConversionError, match=r"status 1 and no result: .*No module named 'no_such_worker'"):
-        call("pass", SimpleNamespace(__module__="no_such_worker", __name__="handle"))
 
 
 PARENT = """\

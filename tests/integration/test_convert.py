@@ -127,8 +127,9 @@ def test_the_manifest_is_complete(
     assert variant.checkpoint == checkpoint
     assert json.loads((variant.path / "olive_config.json").read_text()) == variant.recipe.config
     assert datetime.now(UTC) - timedelta(hours=1) < variant.created < datetime.now(UTC)
-    assert 1 < variant.convert_s < 300
-    assert 100 < variant.convert_memory_peak_mb < 5000  # an interpreter with torch
+    if precision == "fp16":  # made by a child, an interpreter with torch; the others in the tests' process
+        assert 1 < variant.convert_s < 300
+        assert 100 < variant.convert_memory_peak_mb < 5000
     assert variant.recipe.bits == {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[precision]
     assert (variant.export_error is not None) == (precision == "fp32")
     assert 0 < (variant.export_error or 1e-6) < 1e-5

@@ -30,7 +30,6 @@ def work(flow: Flow[..., Any], run: UUID) -> Any:
 
 
 def state(run: UUID) -> State[Any]:
-    """The state of a run."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_run(run).state
     assert found is not None

@@ -39,16 +39,9 @@ def installed(number: int) -> Installed:
     return Installed(name="bot", version=number, variant="int8", foundry_id=foundry_id, folder=folder)
 
 
-class FakeBackend:
-    """What a fleet sees of a process."""
-
-    url = "http://127.0.0.1:9"
-    started = 1.0
-
+class FakeBackend(Backend):
     def __init__(self, of: Installed, bad: Exception | None = None) -> None:
-        self.installed = of
-        self.used = 0.0
-        self.in_flight = 0
+        super().__init__(of, "http://127.0.0.1:9", None, Path(), Path())  # type: ignore[arg-type]
         self.stopped = False
         self._bad = bad
         self._dead = asyncio.Event()
@@ -173,19 +166,16 @@ async def until(true: Callable[[], bool], seconds: float = 3.0) -> None:
 
 
 async def promote(world: World, made: Fleet, number: int, promoted: str = "first", seconds: float = 3) -> None:
-    """Promote a version, and wait until it is served."""
     world.now = version(number, promoted)
     await until(lambda: made.version == number, seconds)
 
 
 async def rounds(world: World, count: int = 4) -> None:
-    """Wait while the watch looks so many times more."""
     wanted = world.asked["champion"] + count
     await until(lambda: world.asked["champion"] >= wanted)
 
 
 async def asked(made: Fleet, model: str = "bot") -> int:
-    """The version that answers."""
     async with made.lease(model) as backend:
         assert backend.in_flight > 0
         assert backend.alive

@@ -67,7 +67,6 @@ class Remote:
         self.manifest = VersionManifest(model=name, variant=variant, files=described(self.files), **made)
 
     def describe(self, **changes: Any) -> None:
-        """Have another manifest."""
         self.manifest = self.manifest.model_copy(update=changes)
 
     @property
@@ -96,7 +95,6 @@ class Remote:
 
     @property
     def paths(self) -> set[str]:
-        """The files that were asked for."""
         return {path for path, _ in self.asked}
 
     def offsets(self, path: str = BIG) -> list[int]:
@@ -130,7 +128,6 @@ class Device:
         return self.remote
 
     def install(self, **changes: Any) -> Installed:
-        """Install what the registry has."""
         return pull.install(self.remote.version(**changes), self.settings, URI)
 
     def refuses(self, error: type[SlmopsError], said: str, **changes: Any) -> SlmopsError:
@@ -140,7 +137,6 @@ class Device:
         return caught.value
 
     def here(self) -> list[int]:
-        """The installed versions of the bot."""
         return [one.version for one in installed.versions("bot", self.settings)]
 
     @property

@@ -38,14 +38,10 @@ class Connection:
     response: web.StreamResponse = field(default_factory=web.StreamResponse)
 
     async def piece(self, data: bytes) -> None:
-        """Begin to stream, and send this."""
         if not self.response.prepared:
             self.response.content_type = "text/event-stream"
             await self.response.prepare(self.request)
         await self.response.write(data)
-
-    async def event(self, data: Any) -> None:
-        await self.piece(event(data))
 
 
 def event(data: Any) -> bytes:
@@ -88,12 +84,11 @@ def replies(data: Any, status: int = 200) -> Script:
 async def endless(connection: Connection, text: str = "a") -> None:
     """Stream for as long as somebody listens."""
     while True:
-        await connection.event(chunk(text))
+        await connection.piece(event(chunk(text)))
         await asyncio.sleep(0.01)
 
 
 async def held(connection: Connection) -> None:
-    """Answer when it is let go."""
     await connection.let_go.wait()
     await answer(connection)
 
@@ -135,7 +130,7 @@ class OneFleet(Fleet):
 
     def __init__(self, url: str) -> None:
         super().__init__(World(), Serve())  # type: ignore[arg-type]
-        self.champion = self.backend = FakeBackend(installed(3))  # type: ignore[assignment]
+        self.champion = self.backend = FakeBackend(installed(3))
         self.backend.url = url
         self.watch.versions = [version(3)]
         self._draining = [self.backend]
@@ -205,7 +200,6 @@ class Stand:
         return await self.metric("slmops_in_flight"), await self.metric("slmops_queued")
 
     async def reaches(self, running: int, waiting: int) -> None:
-        """Wait until so many requests run and wait."""
         async with asyncio.timeout(5):
             while await self.in_flight() != (running, waiting):
                 await asyncio.sleep(0.01)

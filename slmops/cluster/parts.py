@@ -205,7 +205,6 @@ def prepare(part: Part, exchange: Exchange, settings: Settings) -> tuple[JobCont
 
 
 def clear(part: Part, settings: Settings) -> None:
-    """Remove a part's work and logs from this machine."""
     for folder in (settings.work(_own_name(part)), settings.logs / _own_name(part)):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -40,8 +40,6 @@ CHAT = "/v1/chat/completions"
 
 @dataclass(eq=False)
 class Backend:
-    """A running process with one version."""
-
     installed: Installed
     url: str  # root of its web service, such as http://127.0.0.1:41205
     _child: asyncio.subprocess.Process

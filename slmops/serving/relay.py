@@ -1,4 +1,4 @@
-"""One request on its way to a runtime process, the answer on its way back, and the count of both."""
+"""One request on its way to a runtime process, by a queue, and the answer on its way back; and the count of both."""
 
 import asyncio
 import json
@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,18 +21,59 @@ from starlette.types import Message, Receive, Scope, Send
 from slmops.serving import runtime_answers
 from slmops.serving.backend import Backend
 from slmops.serving.fleet import RESTART_S, Fleet
-from slmops.serving.limits import Admission, Serve
+from slmops.serving.limits import Serve
 from slmops.serving.requests import Asked, Refused, not_now
 from slmops.serving.runtime_answers import RuntimeRefused
 
 Done = TypeVar("Done")
 log = logging.getLogger(__name__)
 
+RETRY_S = 2.0  # after which a client should ask again
 CONNECT_S = 5.0
 LAST_WORDS_S = 1.0  # for telling a client that its answer broke off; one that does not read is left
 ABANDONED_TIMES = 2  # the request timeout, for which an answer whose client has left keeps its slot at most
 _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Admission:
+    """Lets at most ``concurrency`` requests run at once; the others wait in the order in which they came.
+
+    Those that are running include those whose client has left.
+    """
+
+    def __init__(self, limits: Serve) -> None:
+        self._limits = limits
+        self._slots = asyncio.Semaphore(limits.concurrency)  # it is fair
+        self.waiting = 0
+        self.running = 0
+
+    @asynccontextmanager
+    async def enter(self, lease: AbstractAsyncContextManager[Backend]) -> AsyncIterator[Backend]:
+        """Wait for ``lease`` and then for a slot, and hold both; Refused if the queue or the wait is too long.
+
+        In this order, because a lease can take a while, when a version has to be loaded for it first.
+        """
+        limits = self._limits
+        if self.waiting + self.running >= limits.queue + limits.concurrency:
+            raise not_now(f"{limits.queue} requests are waiting already.", RETRY_S, "overloaded")
+        async with AsyncExitStack() as stack:
+            self.waiting += 1
+            missing = "The model was not loaded"
+            try:
+                async with asyncio.timeout(limits.queue_timeout_s):
+                    leased = await stack.enter_async_context(lease)
+                    missing = "No slot was free"
+                    await stack.enter_async_context(self._slots)
+            except TimeoutError:
+                raise not_now(f"{missing} within {limits.queue_timeout_s:g} s.", RETRY_S, "overloaded") from None
+            finally:
+                self.waiting -= 1
+            self.running += 1
+            try:
+                yield leased
+            finally:
+                self.running -= 1
 
 
 class Metrics(Collector):

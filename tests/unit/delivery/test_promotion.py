@@ -70,13 +70,15 @@ def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, s
     assert (found.name, found.version, found.variant) == ("bot", *expected)
 
 
-def test_nothing_to_promote_or_two_ways_to_name_it() -> None:
+def test_nothing_to_promote_or_two_ways_to_name_it_or_an_evaluation_that_is_not_in_its_job() -> None:
     for chosen in (None, "int8"):  # nothing was chosen, or before there was a registry
         with pytest.raises(UsageError, match="Nothing passes") as caught:
             pick(Promotion(name="bot"), tracker(measured(0.5), chosen=chosen))
         assert "--precision" in str(caught.value.fix)
     with pytest.raises(UsageError, match="--precision and --version"):
         pick(Promotion(name="bot", precision="int8", version=3), tracker())
+    with pytest.raises(UsageError, match=r"bot version 2 \(int8\)"):
+        judge(tracker(measured(0.9, run_id="another")), None)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +142,6 @@ def test_speeds_of_two_kinds_of_machine_are_not_compared(doubt: Any, refused: bo
     assert [gate.outcome for gate in decision.gates] == ["pass", "inconclusive"]
     assert decision.gates[1].detail == "decode_tok_s was not measured of the champion"
     assert (promotion.refuse(decision) is not None) == refused
-
-
-def test_an_evaluation_that_is_not_in_its_job() -> None:
-    with pytest.raises(UsageError, match=r"bot version 2 \(int8\)"):
-        judge(tracker(measured(0.9, run_id="another")), None)
 
 
 @pytest.mark.parametrize(

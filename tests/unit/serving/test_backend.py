@@ -38,7 +38,6 @@ def installed(tmp_path: Path) -> Installed:
 
 @pytest.fixture
 def start(installed: Installed, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Start a process that runs this code."""
     monkeypatch.setattr(module, "SERVICE_WORKER", "scripted_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")

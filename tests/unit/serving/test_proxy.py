@@ -295,7 +295,7 @@ async def test_a_limit_of_ours_shrinks_to_the_room_that_is_left_but_not_the_clie
                 failed = {"response": {"error": {**budget(80, wanted)["error"], "code": "invalid_request_error"}}}
                 await connection.piece(b"event: response.failed\n" + event(failed))
             else:
-                await connection.event(budget(80, wanted))
+                await connection.piece(event(budget(80, wanted)))
 
     async with stand(Serve(max_output_tokens=50), script=script) as one:
         good, name = (chat, "max_tokens") if path == CHAT else (response, "max_output_tokens")

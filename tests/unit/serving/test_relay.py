@@ -99,7 +99,7 @@ async def test_an_error_that_a_stream_begins_with_has_its_status_and_a_later_one
 async def dies(connection: upstream.Connection) -> None:
     """Break off, in the middle of an answer if one was wanted."""
     if connection.body.get("user"):
-        await connection.event(chunk("a"))
+        await connection.piece(event(chunk("a")))
     raise ConnectionResetError
 
 
@@ -187,17 +187,13 @@ async def test_a_full_queue_is_a_503_at_once_and_the_others_are_answered_in_turn
         assert [received["user"] for received in one.upstream.received] == ["0", "1", "3", "4"]
 
 
-async def test_too_long_in_the_queue_is_a_503() -> None:
-    async with stand(Serve(concurrency=1, queue_timeout_s=0.1), script=held) as one:
+async def test_too_long_in_the_queue_is_a_503_and_a_version_that_takes_long_to_load_takes_no_slot() -> None:
+    async with stand(Serve(concurrency=1, queue_timeout_s=0.3), script=held) as one:
         first = await leave(one)
         for stream in (False, True):
             assert told(await one.ask(chat(stream=stream))) == (503, "overloaded")
         one.upstream.let_go.set()
         assert (await first).status_code == 200
-
-
-async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
-    async with stand(Serve(concurrency=1, queue_timeout_s=0.3)) as one:
         one.fleet.loads_s = 1
         loads = asyncio.create_task(one.ask())
         await one.reaches(0, 1)
@@ -208,7 +204,7 @@ async def test_a_version_that_takes_long_to_load_takes_no_slot() -> None:
         assert "was not loaded within 0.3 s" in refused.json()["error"]["message"]
 
 
-async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() -> None:
+async def test_a_whole_answer_that_takes_too_long_is_a_504_and_a_stream_ends_with_an_error() -> None:
     async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=held) as one:
         refused = await one.ask()
         assert told(refused) == (504, "timeout")
@@ -217,17 +213,15 @@ async def test_a_whole_answer_that_takes_too_long_is_a_504_and_keeps_its_slot() 
         await one.reaches(0, 0)  # a runtime that hangs does not keep it for ever
         one.upstream.let_go.set()
         assert (await one.ask()).status_code == 200
-
-
-async def test_a_stream_that_takes_too_long_ends_with_an_error_and_stops_the_runtime() -> None:
-    async with stand(Serve(concurrency=1, request_timeout_s=0.3), script=upstream.endless) as one:
+        one.upstream.script = upstream.endless
+        one.upstream.left.clear()
         answered = await one.ask(chat(stream=True))
         assert answered.status_code == 200
         events = answered.text.rstrip("\n").split("\n\n")
         assert len(events) > 3
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
         await asyncio.wait_for(one.upstream.left.wait(), 2)
-        assert (await one.in_flight(), await one.counted(504)) == ((0, 0), 1)
+        assert (await one.in_flight(), await one.counted(504)) == ((0, 0), 2)
 
 
 async def test_what_nobody_waits_for_is_broken_off_when_the_service_ends() -> None:

@@ -14,17 +14,13 @@ TOKENS = {
     "none": {"eos_token": "<|im_end|>"},
 }
 STYLES = {
-    style: tokens
-    for tokens, styles in (
-        ("none", ("chatml", "qwen2.5", "qwen3", "smollm3-answers", "numbered", "granite")),
-        ("im", ("smollm2",)),
-        # The first Llama 3 wrote the header of the answer whether it was asked for or not.
-        ("llama3", ("llama3-first", "llama3", "llama3.2")),
-        ("phi", ("phi3",)),
-        ("gemma", ("gemma2", "gemma3")),
-        ("s", ("mistral", "llama2", "alpaca")),
-    )
-    for style in styles
+    **dict.fromkeys(("chatml", "qwen2.5", "qwen3", "smollm3-answers", "numbered", "granite"), "none"),
+    "smollm2": "im",
+    # The first Llama 3 wrote the header of the answer whether it was asked for or not.
+    **dict.fromkeys(("llama3-first", "llama3", "llama3.2"), "llama3"),
+    "phi3": "phi",
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
+    **dict.fromkeys(("mistral", "llama2", "alpaca"), "s"),
 }
 
 

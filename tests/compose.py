@@ -45,10 +45,6 @@ class MissingVariable(Exception):
     """The file asks for a variable that is not set; ``docker compose`` would stop here."""
 
 
-class NotHealthy(Exception):
-    """A service ended, or its health check did not pass in time; the end of its log is in the message."""
-
-
 def load(variables: Mapping[str, str]) -> dict[str, Any]:
     """The file with its variables filled in; those of services whose profile is off, too, as Compose does it."""
 
@@ -130,8 +126,8 @@ class Compose:
         for service in services:
             if "healthcheck" in self.services[service]:
                 self.wait_healthy(service)
-            elif self._running[service].wait(START_S) != 0:
-                raise NotHealthy(f"{service} failed:\n{self.said(service)}")
+            else:
+                assert self._running[service].wait(START_S) == 0, self.said(service)
 
     def start(self, service: str, **environment: str) -> None:
         """Start a service's command, with variables in place of the file's, and return at once."""
@@ -185,12 +181,12 @@ class Compose:
     def wait_healthy(self, service: str) -> None:
         deadline = time.monotonic() + START_S
         while not self.healthy(service):
-            status = self._running[service].poll()
-            if status is not None or time.monotonic() > deadline:
-                raise NotHealthy(f"{service} is not healthy; its status is {status}:\n{self.said(service)}")
+            assert self._running[service].poll() is None, self.said(service)
+            assert time.monotonic() < deadline, self.said(service)
             time.sleep(1)  # each look is a process
 
     def said(self, service: str) -> str:
+        """The end of its log."""
         return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
     def log(self, service: str) -> Path:

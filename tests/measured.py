@@ -29,10 +29,8 @@ def timed(first_s: float, last_s: float, completion: int = 11, **other: Any) -> 
     return Timed(completion_tokens=completion, first_s=first_s, last_s=last_s, **values)
 
 
-def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> Turn:
+def turn(*requests: Timed, loops: tuple[float, float] = QUIET, memory: Any = ((0.5, 50.0),), **other: Any) -> Turn:
     """A round of one variant; what it does not say is some number that no test asks for."""
-    of_turn = {"disturbed": loops == BUSY, "memory": ((0.5, 50.0),)}
-    of_turn |= {key: other.pop(key) for key in of_turn.keys() & other.keys()}
     values = {
         "load_s": 1.5,
         "cold": False,
@@ -46,7 +44,8 @@ def turn(*requests: Timed, loops: tuple[float, float] = QUIET, **other: Any) -> 
         "throughput": {},
         **other,
     }
-    return Turn(measured=SpeedResult(timed=requests, **values), calibration_s=loops, **of_turn)
+    measured = SpeedResult(timed=requests, **values)
+    return Turn(measured=measured, calibration_s=loops, disturbed=loops == BUSY, memory=memory)
 
 
 def speed(*turns: Turn, cells: Sequence[tuple[int, int]] = ((128, 16),), cores: int = 4) -> Speed:

@@ -1,12 +1,19 @@
-"""What Prefect shows of the flows that a test ran."""
+"""What Prefect shows of the flows that a test ran, and its REST API."""
 
 from collections import Counter
 from typing import Any
 
+import httpx
+from prefect.client.base import PrefectHttpxSyncClient
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+
+
+def api(url: str) -> httpx.Client:
+    """A client of the API at ``url``, to which paths are relative; a server whose SQLite is busy is asked again."""
+    return PrefectHttpxSyncClient(base_url=url, timeout=30, raise_on_all_errors=False)
 
 
 def flow_runs(flow: str) -> list[FlowRun]:

@@ -91,6 +91,11 @@ class Book:
     def download(self, run_id: str, path: str) -> Path:
         return Path(self.client.download_artifacts(run_id, path, str(self.folder)))
 
+    @property
+    def stored(self) -> Path:
+        """Where MLflow has the files of version 1."""
+        return Path(self.client.get_model_version_download_uri(self.name, "1").removeprefix("file://"))
+
     def models(self) -> list[Any]:
         return list(self.client.search_logged_models([self.experiment()]))
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests import prefect_api, tiny
+from tests import shown, tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -92,7 +92,7 @@ def test_after_each_end_the_next_run_cleans_up_and_one_from_the_page_succeeds(sl
 
 def _run_from_the_page(slmops: Any, job: dict[str, Any]) -> None:
     """What the Run button posts."""
-    with prefect_api.client(slmops.json("status")["prefect"]["url"] + "/api") as api:
+    with shown.api(slmops.json("status")["prefect"]["url"] + "/api") as api:
         of_it = {"deployments": {"name": {"any_": ["optimize"]}}}
         [deployment] = api.post("deployments/filter", json=of_it).json()
         run = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"job": job}}).json()

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import prefect_api, retraining
+from tests import retraining, shown
 from tests.e2e.test_faults import _gone, _kill_server
 
 pytestmark = pytest.mark.e2e
@@ -77,7 +77,7 @@ def test_killed_at_the_end_and_without_mlflow_for_a_while_it_goes_on(slmops: Any
 @pytest.fixture
 def api(slmops: Any) -> Iterator[httpx.Client]:
     assert slmops("up", "--worker").returncode == 0
-    with prefect_api.client(f"{slmops.json('status')['prefect']['url']}/api") as client:
+    with shown.api(f"{slmops.json('status')['prefect']['url']}/api") as client:
         yield client
     assert slmops("down").returncode == 0
 

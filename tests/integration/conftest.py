@@ -18,7 +18,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from slmops.local import stack
 from tests import making
-from tests.training_data import HELD_OUT
+from tests.retraining import HELD_OUT
 
 if TYPE_CHECKING:
     from tests.tracked import Book

@@ -21,7 +21,7 @@ from slmops.tracking.training import TrainingTracker
 from slmops.training.data import digest
 from slmops.training.sources import Fetched
 from slmops.training.values import News
-from tests import making, prefect_api, retraining, values
+from tests import making, retraining, shown, values
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +49,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterat
 @pytest.fixture(scope="module")
 def api(servers: Stack) -> Iterator[httpx.Client]:
     register()
-    with prefect_api.client(servers.prefect_api_url) as client:
+    with shown.api(servers.prefect_api_url) as client:
         yield client
 
 

@@ -16,7 +16,7 @@ from slmops.training import finetune, finetune_worker
 from slmops.training.finetune import answer_with_checkpoint
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, TrainingData
 from tests import making, retraining, tiny
-from tests.training_data import checked, turns, write_lines
+from tests.retraining import checked, turns, write_lines
 
 # Trainer and PEFT warn.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]

@@ -87,7 +87,7 @@ def test_a_tutorials_config_does_what_it_says(
     assert [path.name for path in tmp_path.iterdir()] == ["My Block 64.json"]
 
 
-def test_unknown_keys_are_named_with_the_accepted_ones(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
+def test_unknown_keys_and_wrong_values_are_named(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     options = {"shared_embedings": True, "int4_is_symmetric": True}
     passes = {
         "b": {"type": "ModelBuilder", "precison": "int4", "int4_block_size": 32, "extra_options": options},
@@ -107,9 +107,6 @@ def test_unknown_keys_are_named_with_the_accepted_ones(checkpoint: Checkpoint, h
     ):
         assert wrong in problem
         assert accepted in problem
-
-
-def test_wrong_values_are_named(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     passes = {
         "q": {"type": "Rtn", "bits": 5, "group_size": "many"},
         "b": {"type": "ModelBuilder", "precision": "int4", "int4_block_size": 33},

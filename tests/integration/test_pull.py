@@ -1,4 +1,4 @@
-"""Pulling from a real MLflow server into a real Foundry Local, over connections that break."""
+"""Pulling from a real MLflow server into a real Foundry Local, and what servers of all kinds answer."""
 
 import contextlib
 import json
@@ -8,8 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from slmops.processes.daemon import HOST
 from slmops.tracking import download
 from slmops.tracking.download import BLOCK_BYTES
 from tests import making
+from tests.answering import answering
 from tests.application import application
 from tests.tracked import Book, Made
 
@@ -45,13 +49,12 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = daemon.free_port(5600, [])
-        self.artifacts = folder / "artifacts"
         self.url = f"http://{HOST}:{self.port}"
         self.start()
 
     def start(self) -> None:
         storage = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        storage += ["--artifacts-destination", str(self.artifacts), "--workers", "1"]
+        storage += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
         command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self.port), *storage]
         env = {**stack._clean_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         log = self.folder / "server.log"
@@ -134,7 +137,7 @@ def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 @pytest.fixture
 def stored(server: Server, version: ModelVersion) -> Path:
     """Where the server keeps the files of the version."""
-    return server.artifacts / version.location.partition(":/")[2]
+    return server.folder / "artifacts" / version.location.partition(":/")[2]
 
 
 def catalog(home: Settings) -> dict[str, str]:
@@ -166,7 +169,7 @@ def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, l
 
     # Once more, through a line that would not carry the file again.
     line.cuts, line.offsets[:] = [0] * 9, []
-    assert pull.pull(f"{NAME}", "fp32", fresh, line.url) == done
+    assert pull.pull(NAME, "fp32", fresh, line.url) == done
     assert line.offsets == []
 
 
@@ -219,12 +222,92 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
         install(version=4, location=str(folder), manifest_sha256=manifest.sha256)
     assert catalog(fresh) == kept
     assert [one.version for one in installed.versions(NAME, fresh)] == [3, 2]
-
-    # A file is gone from the server.
-    shutil.rmtree(fresh.blobs)  # or it would be linked from there
-    gone = (stored / "genai_config.json").rename(fresh.home / "gone")
-    with pytest.raises(download.NotGivenError, match=r"genai_config\.json"):
-        install(version=5)
-    gone.rename(stored / "genai_config.json")
-    assert catalog(fresh) == kept
     assert installed.current(NAME, fresh) == made[2]
+
+
+# --- one file: servers of all kinds, and what MLflow's client makes of it ---
+
+DATA = bytes(range(250)) * 1000
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Any]:
+    """Servers of all kinds, by the first part of the path behind the route."""
+    seen: list[tuple[str, dict[str, str]]] = []
+
+    def respond(request: BaseHTTPRequestHandler, _: object) -> tuple[int, bytes, dict[str, str]]:
+        kind = request.path.split("/artifacts/")[1].split("/")[0]
+        seen.append((request.path, dict(request.headers)))
+        if kind.isdigit():
+            return int(kind), b"", {}
+        whole = {"Content-Length": str(len(DATA))}
+        if kind == "stalled":
+            request.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 250000\r\n\r\n" + DATA[:100_000])
+            time.sleep(1)
+            request.wfile = BytesIO()  # nobody hears the rest
+        return 200, DATA[:100_000] if kind == "short" else DATA, whole
+
+    with answering(respond) as url:
+        yield SimpleNamespace(url=url, seen=seen)
+
+
+@pytest.mark.parametrize("offset", [0, 1, BLOCK_BYTES, 249_999, 250_000])
+def test_a_server_that_knows_no_ranges(other: Any, offset: int) -> None:
+    got = b"".join(download.read(other.url, "mlflow-artifacts:/plain", "a b/ö#?.txt", offset))
+    assert got == DATA[offset:]
+    path, headers = other.seen[-1]
+    assert path == "/api/2.0/mlflow-artifacts/artifacts/plain/a%20b/%C3%B6%23%3F.txt"
+    assert headers.get("Range") == (f"bytes={offset}-" if offset else None)
+    assert headers["Accept-Encoding"] == "identity"
+
+
+def test_the_sign_in_of_mlflow_is_used(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    list(download.read(f"{other.url}/below", "mlflow-artifacts:/plain", "x", 0))
+    path, headers = other.seen[-1]
+    assert path == "/below/api/2.0/mlflow-artifacts/artifacts/plain/x"
+    assert headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 429, 500, 503])
+def test_what_a_server_says(other: Any, status: int) -> None:
+    before, said = len(other.seen), rf"answers {status} \({HTTPStatus(status).phrase}\) for x"
+    if status in (404, 410):
+        said = r"^x is gone from the registry\."
+    with pytest.raises(TrackingError, match=said) as caught:
+        list(download.read(other.url, f"mlflow-artifacts:/{status}", "x", 10))
+    assert isinstance(caught.value, download.NotGivenError) == (status < 429)
+    assert len(other.seen) == before + 1  # nothing is retried behind our back
+    assert list(download.read(other.url, "mlflow-artifacts:/416", "x", 10)) == []
+
+
+@pytest.mark.parametrize("kind", ["short", "stalled"])
+def test_a_connection_that_breaks_or_stalls(other: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(download, "STALLED_S", 0.5)
+    got: list[bytes] = []
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="failed") as caught:
+        got.extend(download.read(other.url, f"mlflow-artifacts:/{kind}", "x", 0))
+    assert not isinstance(caught.value, download.NotGivenError)
+    assert 100_000 - BLOCK_BYTES <= sum(map(len, got)) <= 100_000
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_files_in_a_folder(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "model.onnx").write_bytes(b"x" * BLOCK_BYTES + b"yz")
+
+    def ask(path: str, offset: int) -> list[bytes]:
+        return list(download.read(f"sqlite:///{tmp_path / 'mlflow.db'}", f"{scheme}{tmp_path}", path, offset))
+
+    assert ask("deep/model.onnx", 0) == [b"x" * BLOCK_BYTES, b"yz"]
+    assert (ask("deep/model.onnx", BLOCK_BYTES + 1), ask("deep/model.onnx", BLOCK_BYTES + 9)) == ([b"z"], [])
+    with pytest.raises(download.NotGivenError, match=r"^nothing is gone from the registry\."):
+        ask("nothing", 0)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///x.db"])
+def test_nobody_is_there(uri: str) -> None:
+    with pytest.raises(TrackingError, match=f"^MLflow at {uri} failed"):
+        list(download.read(uri, "mlflow-artifacts:/1", "x", 0))

@@ -50,11 +50,6 @@ class Job(Book):
         champion, previous = self.registry.champion(self.name), self.registry.previous(self.name)
         return champion and champion.version, previous and previous.version
 
-    @property
-    def stored(self) -> Path:
-        """Where the files of version 1 are."""
-        return Path(self.client.get_model_version_download_uri(self.name, "1").removeprefix("file://"))
-
 
 @pytest.fixture
 def job(book: Book, database: str) -> Job:

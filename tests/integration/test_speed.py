@@ -25,7 +25,6 @@ pytestmark = pytest.mark.integration
 NAME = "tiny"
 LENGTHS = [32, 128, 400]  # of which a quick job takes the first two
 Made = tuple[Variant, Registration]
-Files = dict[str, tuple[int, int, int]]
 Measured = dict[str, Speed | SlmopsError]
 
 
@@ -59,29 +58,27 @@ def hasty(made: dict[str, Made], tmp_path_factory: pytest.TempPathFactory) -> Ma
     return variant, registration
 
 
-def files(folder: Path) -> Files:
+def files(folder: Path) -> dict[str, tuple[int, int, int]]:
     """Inode, size and time of all files."""
     found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {str(path): (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 @pytest.fixture(scope="module")
-def untouched(made: dict[str, Made], hasty: Made, home: Settings) -> Files:
-    """Foundry Local's files as they were before anything was measured."""
-    assert {variant.name for variant, _ in (*made.values(), hasty)} == {"fp32", "int8", "hasty"}
-    return files(home.foundry)
+def measured(made: dict[str, Made], hasty: Made, job: Job, home: Settings) -> Measured:
+    """What a quick job measures, of which nothing is left; what is deployed is as it was."""
+    before = files(home.foundry)
+    found = speed.measure([*made.values(), hasty], NAME, job, home)
+    assert files(home.foundry) == before
+    assert not list(home.work(NAME).glob("*-speed"))
+    logs = {path.name.split(".")[0] for path in (home.logs / NAME).glob("*.speed.log")}
+    assert logs == found.keys() == {"fp32", "int8", "hasty"}
+    return found
 
 
 @pytest.fixture(scope="module")
-def measured(made: dict[str, Made], hasty: Made, job: Job, home: Settings, untouched: Files) -> Measured:
-    assert untouched
-    return speed.measure([*made.values(), hasty], NAME, job, home)
-
-
-@pytest.fixture(scope="module")
-def thorough(made: dict[str, Made], job: Job, home: Settings, untouched: Files) -> Speed:
+def thorough(made: dict[str, Made], job: Job, home: Settings) -> Speed:
     """What a job that is not quick measures of one variant."""
-    assert untouched
     asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64, 400], "output_lengths": [4, 24]})
     return of(speed.measure([made["int8"]], NAME, asked, home), "int8")
 
@@ -164,17 +161,6 @@ def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, m
     assert found.throughput == {}
 
 
-def test_nothing_is_left_and_what_is_deployed_is_as_it_was(
-    measured: Measured, home: Settings, untouched: Files
-) -> None:
-    assert len(measured) == 3
-    assert files(home.foundry) == untouched
-    registry = home.foundry / "models" / "foundry.local.modelinfo.json"
-    assert "measurement" not in registry.read_text(encoding="utf-8")
-    assert not [path for path in home.work(NAME).iterdir() if path.name.endswith("-speed")]
-    assert {path.name.split(".")[0] for path in (home.logs / NAME).glob("*.speed.log")} == measured.keys()
-
-
 THOROUGH_UNITS = {
     **making.UNITS,
     **({"load_cold_s": "s"} if hasattr(os, "posix_fadvise") else {}),
@@ -229,4 +215,4 @@ def test_one_that_breaks_does_not_stop_the_others(
         assert isinstance(found[name], EvaluationError)
         assert said in str(found[name])
     assert of(found, "fp32").turns
-    assert not [path for path in home.work(NAME).iterdir() if path.name.endswith("-speed")]
+    assert not list(home.work(NAME).glob("*-speed"))

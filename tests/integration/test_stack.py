@@ -20,7 +20,7 @@ from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import ServerStatus, Stack
 from slmops.processes import daemon
-from tests import prefect_api, surroundings
+from tests import shown, surroundings
 
 pytestmark = pytest.mark.integration
 
@@ -63,18 +63,6 @@ def proxy() -> Iterator[socket.socket]:
     """Whatever wants to leave this machine comes by here."""
     with socket.create_server((daemon.HOST, 0)) as other:
         yield other
-
-
-def asked(other: socket.socket) -> bytes:
-    """What those said who connected; who looks for a free port, or for somebody else's server, says nothing."""
-    other.setblocking(False)
-    said = b""
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            with other.accept()[0] as visitor, contextlib.suppress(TimeoutError, ConnectionError):
-                visitor.settimeout(1)
-                said += visitor.recv(200)
-    return said
 
 
 def clean_environment(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -201,7 +189,7 @@ def test_flows_are_silent_and_their_records_reach_the_server(
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    with prefect_api.client(running.prefect_api_url) as api:
+    with shown.api(running.prefect_api_url) as api:
         said = [record["message"] for record in api.post("logs/filter", json={"limit": 50}).json()]
     assert said.count("hello from slmops") == 2
     assert any("Traceback" in message and "this is meant to fail" in message for message in said)
@@ -225,7 +213,7 @@ def test_the_worker_runs_deployments_and_down_ends_its_flow_runs(
     assert stack.up(settings, worker=True).started == ()
     assert pids(settings)["worker"] == worker
 
-    with prefect_api.client(running.prefect_api_url) as api:
+    with shown.api(running.prefect_api_url) as api:
         [deployment] = api.post("deployments/filter", json={}).json()
         ask = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"seconds": 60}})
         run = f"flow_runs/{ask.json()['id']}"
@@ -264,7 +252,12 @@ def test_down_stops_everything_and_nothing_left_the_machine(
     assert ours(settings) == []
     assert not (settings.home / "stack.json").exists()
     assert stack.down(settings) == []
-    assert asked(proxy) == b""
+    proxy.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            with proxy.accept()[0] as visitor, contextlib.suppress(TimeoutError, ConnectionError):
+                visitor.settimeout(1)
+                assert visitor.recv(200) == b""  # who looks for a free port, or for somebody's server, says nothing
     with pytest.raises(httpx.ConnectError):
         httpx.get(running.prefect_url)
 

@@ -135,9 +135,7 @@ def test_gates(book: Book) -> None:
     assert (rows[2]["more_samples"], type(rows[2]["more_samples"])) == (12, int)
     links = ", ".join(f"[{one}]({book.tracker.answers_url(runs[one], runs['fp32'])})" for one in ("int8", "int4"))
     assert book.tags(parent)["mlflow.note.content"] == f"**note**\n\nAnswers beside those of fp32: {links}"
-
-
-def test_a_job_without_gates_and_baseline(book: Book) -> None:
+    # A job without gates and baseline.
     parent = book.start()
     lone = values.result("int4", 100).model_copy(update={"run_id": book.log(parent=parent)})
     book.finish(parent, lone, note="**note**")

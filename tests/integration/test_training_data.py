@@ -25,7 +25,7 @@ from slmops.training import checks, data, examples, sources
 from slmops.training.values import LoraSettings, Retrain, TrainingData
 from tests import making, tiny, values
 from tests.answering import answering
-from tests.training_data import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
+from tests.retraining import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
 
 if TYPE_CHECKING:
     from tests.tracked import Book
@@ -154,14 +154,8 @@ def test_too_few_items_and_a_bad_evaluation_set(checkpoint: Checkpoint, home: Se
         prepare(put(tmp_path, HELD_OUT + "{", train=[pair("a"), pair("b")]), checkpoint, home)
 
 
-def test_a_checkpoint_without_a_template(home: Settings, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="bare") as caught:
-        prepare(put(tmp_path / "data", train=[pair("a"), pair("b")]), tokenizer(tmp_path / "bare", None), home)
-    assert "chat_template.jinja" in (caught.value.fix or "")
-
-
-def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) -> None:
-    """Each item fails in a way of its own."""
+def test_a_template_that_is_not_there_or_cannot_be_trained_with(home: Settings, tmp_path: Path) -> None:
+    # Each of the first three items fails in a way of its own.
     template = (
         "{% for message in messages %}{{ message.role }}: "
         "{% if 'refuse' in message.content %}{{ raise_exception('no\x1b such thing') }}{% endif %}"
@@ -170,8 +164,12 @@ def test_a_template_that_cannot_be_trained_with(home: Settings, tmp_path: Path) 
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     items = [pair("refuse"), pair("unstable"), pair("c", "left out"), pair("d"), pair("e")]
+    source = put(tmp_path / "data", train=items)
+    with pytest.raises(DataError, match="bare") as caught:
+        prepare(source, tokenizer(tmp_path / "bare", None), home)
+    assert "chat_template.jinja" in (caught.value.fix or "")
     with pytest.raises(DataError, match=r"no\\x1b such thing") as caught:
-        prepare(put(tmp_path / "data", train=items), tokenizer(tmp_path / "odd", template), home)
+        prepare(source, tokenizer(tmp_path / "odd", template), home)
     places = [line.split(": ")[0] for line in caught.value.message.splitlines()[1:]]
     assert places == [f"  - train.jsonl:{line}" for line in (1, 2, 3)]
 
@@ -220,9 +218,6 @@ def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Pa
     assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
     assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
     assert len(examples.read(fetch("mlflow-dataset:it's mine", home, held_out, **given).files).examples) == 1
-
-
-def test_an_mlflow_dataset_that_is_not_there_or_twice(made: Make, database: str) -> None:
     for _ in range(2):
         made("twice", [{"inputs": {"prompt": "P"}}])
     for name in ("twice", "absent", "x' OR name != '", "'\"", "%"):

@@ -10,7 +10,7 @@ import pytest
 from slmops.evaluation.dataset import Item
 from slmops.training import checks, examples
 from slmops.training.examples import Example, ExamplesRead
-from tests.training_data import conversation
+from tests.retraining import conversation
 
 GOOD = '{"prompt": "Hi?", "completion": "Ho."}'
 TURNS = tuple(conversation("Hi?", "Ho."))

@@ -15,7 +15,7 @@ from slmops.training import finetune, tokens_worker
 from slmops.training import finetune_worker as worker
 from slmops.training.values import DEFAULT_POLICY, LoraSettings, LossPoint, Retrain, Retrained, Stopped, TrainingData
 from tests import values
-from tests.training_data import checked, conversation
+from tests.retraining import checked, conversation
 
 VERSIONS = {"torch": "2", "transformers": "5", "peft": "0.1", "accelerate": "1", "mlflow": "3"}
 

@@ -19,7 +19,7 @@ from slmops.evaluation import dataset
 from slmops.training import checks, data, examples, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import DAY_S, FIRST_REPEAT_S, DataProblem, Seen, TrainingData
-from tests.training_data import HELD_OUT, checked, fetch, put, refused, turns, write_lines
+from tests.retraining import HELD_OUT, checked, fetch, put, refused, turns, write_lines
 
 
 def line(number: int) -> str:

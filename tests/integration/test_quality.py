@@ -179,16 +179,12 @@ def test_the_checkpoint_as_the_baseline(
     assert {*int8.distances} == {CHECKPOINT_REFERENCE}
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
-    """An evaluation set of more questions than a quick job asks."""
-    file = tmp_path / "many.jsonl"
-    file.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
-    return file
-
-
 @pytest.mark.usefixtures("no_cases")
-def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, many: Path) -> None:
+def test_a_job_that_is_quick_or_has_little_time(
+    made: Made, job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
     asked = job.model_copy(update={"quick": True, "evaluation_set": many})
     assert quality.score_checkpoint(checkpoint, "quick", asked, home) is None
     found = {name: quality.measure(*one, "quick", asked, home) for name, one in made.items()}
@@ -197,9 +193,6 @@ def test_a_quick_job(made: Made, job: Job, checkpoint: Checkpoint, home: Setting
     assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE_REFERENCE}}
     assert {len(one.answers) for one in found.values()} == {quality.QUICK_ITEMS}
 
-
-@pytest.mark.usefixtures("no_cases")
-def test_a_job_with_little_time(made: Made, job: Job, checkpoint: Checkpoint, home: Settings, many: Path) -> None:
     asked = job.model_copy(update={"minutes": 0.001, "evaluation_set": many})
     scored = quality.score_checkpoint(checkpoint, "hasty", asked, home)
     found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}

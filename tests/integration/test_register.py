@@ -20,7 +20,6 @@ from tests.application import application
 
 pytestmark = pytest.mark.integration
 
-
 Variants = dict[str, Variant]
 
 

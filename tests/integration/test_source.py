@@ -204,9 +204,7 @@ def test_a_hub_id_and_later_its_copy_without_network(ask: Ask) -> None:
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in found.path.iterdir()} == wanted
     assert ask(f"org/tiny@{COMMIT}").path == ask("org/tiny", CLOSED).path == found.path
-
-
-def test_a_base_of_an_adapter_needs_no_chat_template(ask: Ask) -> None:
+    # The base of an adapter needs no chat template.
     with pytest.raises(CheckpointError, match="org/base has no chat template"):
         ask("org/base")
     fetched = hub.fetch("org/base", None, Job(model="org/base"), inspection.read_config)

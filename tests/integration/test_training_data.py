@@ -25,14 +25,12 @@ from slmops.training import checks, data, examples, sources
 from slmops.training.values import LoraSettings, Retrain, TrainingData
 from tests import making, tiny, values
 from tests.answering import answering
-from tests.retraining import HELD_OUT, fetch, lines, nothing, pair, put, refused, turns
+from tests.retraining import HELD_OUT, WORDS, fetch, lines, nothing, pair, put, refused, turns
 
 if TYPE_CHECKING:
     from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
-
-WORDS = ("printer", "invoice", "password", "screen", "parcel", "login")
 
 
 def tokenizer(folder: Path, template: str | None = tiny.CHATML) -> Checkpoint:
@@ -62,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def prepared(home: Settings, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
-    items = [pair(f"My {one} and {two} broke.", "ok") for one, two in permutations(WORDS, 2)]
+    items = [pair(f"My {one} and {two} broke.", "ok") for one, two in permutations(WORDS[:6], 2)]
     repeated = [items[0], pair("my PRINTER and invoice broke!", "bad\u2028news")]
     return prepare(put(tmp_path_factory.mktemp("data"), train=items + repeated), checkpoint, home)
 

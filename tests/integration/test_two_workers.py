@@ -109,13 +109,7 @@ def isolated() -> bool:
 def machines(
     names: Sequence[str], folder: Path, ports: Sequence[int], hidden: Sequence[Path]
 ) -> Iterator[list[Machine]]:
-    """Set machines up in a folder; afterwards nothing of them is left but their folders.
-
-    Args:
-        names: At most 5 letters each.
-        ports: What listens on 127.0.0.1 and is to be reached from them.
-        hidden: Folders that they must not see.
-    """
+    """Set machines up (at most 5 letters each) in a folder, which stays; they reach ``ports`` of 127.0.0.1 here."""
     roots = {name: folder / name for name in names}
     apart = isolated()
     with contextlib.ExitStack() as stack:
@@ -301,7 +295,7 @@ def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None
         assert [log.name for log in (finished.home / "logs" / NAME).glob(f"{result.name}.olive.log")]
 
 
-def test_both_machines_took_part_and_what_was_lost_was_done_again(finished: Finished) -> None:
+def test_both_machines_took_part_and_what_was_lost_was_done_again(finished: Finished, servers: Compose) -> None:
     for worker in finished.workers:
         assert "Finished in state Completed()" in worker.said()
         assert list((worker.root / "slmops_home" / "variants").iterdir())
@@ -319,8 +313,7 @@ def test_both_machines_took_part_and_what_was_lost_was_done_again(finished: Fini
     assert states.keys() == wanted
     assert all(found.count("Completed") == 1 for found in states.values())
 
-
-def test_the_files_on_their_way_are_gone(finished: Finished, servers: Compose) -> None:
+    # The files on their way are gone.
     client = MlflowClient(servers.tracking_uri)
     experiment = client.get_experiment_by_name(NAME)
     files = client.search_runs([experiment.experiment_id], "tags.`slmops.kind` = 'files'", ViewType.ALL)

@@ -2,11 +2,14 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from slmops.core.values import Checkpoint
+
+Resolve = Callable[..., Checkpoint]
 HIDDEN, VOCAB, LAYERS, INNER = 32, 10, 2, 48
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import slmops
+
 ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("slmops", "flows", "tasks") for path in sorted((ROOT / folder).rglob("*.py"))]
 PRODUCT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES}
@@ -29,6 +31,11 @@ STAMPS = {
 HEAVY = ["prefect", "mlflow", "torch", "olive", "onnxruntime", "onnxruntime_genai", "transformers", "onnx"]
 FIGURES = {"numpy", "pandas", "matplotlib", "datasets", "foundry_local_sdk"}
 EVALUATION = "from slmops.evaluation import dataset, scoring; dataset.load(None)"
+PUBLIC = {
+    *("optimize", "Job", "Comparison"),
+    *("SlmopsError", "UsageError", "CheckpointError", "RecipeError", "PrerequisiteError", "BusyError", "WorkError"),
+    *("ConversionError", "RegistrationError", "EvaluationError", "TrackingError", "GateError"),
+}
 PREFLIGHT = """
 from slmops import preflight
 from slmops.core.job import Job
@@ -44,6 +51,12 @@ def test_a_package_says_what_it_is_about(package: Path) -> None:
 def test_no_file_is_longer_than_one_room_and_few_lie_directly_in_slmops() -> None:
     assert len(list((ROOT / "slmops").glob("[!_]*.py"))) <= MOST_MODULES
     assert [path for path, text in PRODUCT.items() if len(text.splitlines()) > MOST_LINES] == []
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(slmops.__all__) == PUBLIC
+    assert all(hasattr(slmops, name) for name in PUBLIC)
+    assert all(name in (slmops.__doc__ or "") for name in ("optimize", "Job", "Comparison"))
 
 
 def test_a_public_name_means_one_thing() -> None:

@@ -1,6 +1,5 @@
 """A checkpoint, a home, and a way to resolve the one in the other."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint
 from tests import making
-from tests.checkpoint_folders import write_checkpoint
+from tests.checkpoint_folders import Resolve, write_checkpoint
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def resolve(settings: Settings) -> Callable[..., Checkpoint]:
+def resolve(settings: Settings) -> Resolve:
     def call(model: object, download: source.Download = making.no_download, **job: Any) -> Checkpoint:
         return source.resolve(Job(model=str(model), **job), settings, download=download)
 

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from slmops.core import machine
 from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
-from tests.checkpoint_folders import edit_json, tree, write_json, write_safetensors
+from tests.checkpoint_folders import Resolve, edit_json, tree, write_json, write_safetensors
 
-Resolve = Callable[..., Checkpoint]
 LORA = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
 
 

@@ -12,20 +12,19 @@ import pytest
 from slmops.checkpoints import architectures
 from slmops.core.errors import CheckpointError
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
 from tests.checkpoint_folders import (
     HIDDEN,
     INNER,
     PARAMETERS,
     TENSORS,
     VOCAB,
+    Resolve,
     edit_json,
     tree,
     write_json,
     write_safetensors,
 )
 
-Resolve = Callable[..., Checkpoint]
 Change = Callable[[Path], object]
 
 

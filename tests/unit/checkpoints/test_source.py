@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,11 +14,9 @@ from slmops.checkpoints.source import MOST_CACHE, cache_bytes, context_length
 from slmops.core.errors import CheckpointError, PrerequisiteError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Agreement, Checkpoint
+from slmops.core.values import Agreement
 from tests import making
-from tests.checkpoint_folders import edit_json, tree
-
-Resolve = Callable[..., Checkpoint]
+from tests.checkpoint_folders import Resolve, edit_json, tree
 
 
 def test_a_relative_path_and_a_home_path(folder: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,9 +26,6 @@ def test_a_relative_path_and_a_home_path(folder: Path, resolve: Resolve, monkeyp
     assert resolve(f"~/{folder.name}").path == folder
     monkeypatch.chdir(folder.parent.parent)  # and what looks like a hub id
     assert resolve(f"{folder.parent.name}/{folder.name}").path == folder
-
-
-NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"
 
 
 def test_a_folder_of_the_hubs_cache_where_each_file_is_a_link(folder: Path, resolve: Resolve) -> None:
@@ -45,6 +39,9 @@ def test_a_folder_of_the_hubs_cache_where_each_file_is_a_link(folder: Path, reso
     template.write_text("{{ messages }}!")
     assert resolve(snapshot).digest == resolve(folder).digest
     assert not any(file.is_symlink() for file in resolve(snapshot, chat_template=template).path.iterdir())
+
+
+NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"
 
 
 @pytest.mark.parametrize("model", [*NOWHERE.split(), "org/na me"])
@@ -266,12 +263,7 @@ def test_the_context_ends_where_longrope_changes_or_the_cache_is_full(
 
 @pytest.mark.parametrize(
     ("border", "asked", "fix"),
-    [
-        (256, 257, "--max-length 256"),
-        (255, None, "too few for a conversation"),
-        (255, 256, "too few"),
-        (4096, 5000, ""),
-    ],
+    [(256, 257, "--max-length 256"), (255, None, "too few for a conversation"), (4096, 5000, "")],
 )
 def test_a_context_beyond_the_border_of_longrope(
     folder: Path, resolve: Resolve, border: int, asked: int | None, fix: str

@@ -127,7 +127,6 @@ def made(by_bits: dict[str, int], four: int = 0, eight: int = 0) -> Weights:
 @pytest.mark.parametrize(
     ("bits", "found", "said"),
     [
-        (32, made({"32": 1000}), None),
         (32, made({"32": 950, "16": 50}), None),
         (16, made({"16": 960, "32": 40}), None),
         (8, made({"8": 1000}, eight=3), None),
@@ -136,15 +135,11 @@ def made(by_bits: dict[str, int], four: int = 0, eight: int = 0) -> Weights:
         (None, made({"32": 1000}), None),
         (None, made({}), None),
         (4, made({"32": 1000}), "int4: the weights should have 4 bits, but there are 1,000 of 32 bits."),
-        (4, made({"8": 1000}, eight=7), "int4: the weights should have 4 bits, but there are 1,000 of 8 bits."),
         (4, made({"4": 400, "8": 600}, four=4, eight=4), "but there are 400 of 4 bits, 600 of 8 bits."),
         (4, made({"4": 600, "32": 400}, four=9), "but there are 600 of 4 bits, 400 of 32 bits."),
-        (8, made({"4": 1000}, four=3), "but there are 1,000 of 4 bits."),
         (8, made({"8": 940, "32": 60}, eight=3), "but there are 940 of 8 bits, 60 of 32 bits."),
-        (16, made({"32": 1000}), "but there are 1,000 of 32 bits."),
         (32, made({"16": 51, "32": 949}), "but there are 51 of 16 bits, 949 of 32 bits."),
         (32, made({}), "but there are none at all."),
-        (4, made({}), "but there are none at all."),
     ],
 )
 def test_a_broken_promise_is_refused_with_what_was_found(bits: Any, found: Weights, said: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slmops import report
-from slmops.core.values import Comparison, GateResult, Measurement, Room, VariantResult
+from slmops.core.values import HEADLINE_METRICS, Comparison, GateResult, Measurement, Room, VariantResult
 from slmops.report import CHARTS, INTERVALS, html
 from slmops.selection import policy
 from slmops.selection.choice import choose
@@ -312,3 +312,26 @@ def test_comparison_that_was_stored_without_measurements() -> None:
     made = Comparison.model_validate(stored)
     assert row(made, "int4") == ["int4", "110.0", "0.18", "123", "45.7", "220", "1.083", "0.041", "0.45", "-", "chosen"]
     assert "<svg" in html(made)
+
+
+def test_in_a_notebook_a_comparison_is_a_frame_and_a_table() -> None:
+    shown = comparison(
+        result("fp32", 600), failed("int8", "No."), result("int4", 110.04, 1.083, 0.45), chosen="int4", reason="<b>"
+    )
+    frame = shown.to_frame()
+    assert list(frame.index) == ["fp32", "int8", "int4"]
+    assert list(frame["status"]) == ["ok", "failed", "ok"]
+    assert list(frame.index[frame["chosen"]]) == ["int4"]
+    assert frame.loc["int4", "size_mb"] == 110.04
+    table = shown._repr_html_()
+    assert table.startswith("<table")
+    assert all(f"<th>{cell}</th>" in table for cell in ("fp32", "int8", "int4", "size_mb"))
+    assert "<td>1.083</td>" in table
+    assert table.endswith("<p>&lt;b&gt;</p>")
+    nothing = comparison(failed("fp32", "No."))
+    assert list(nothing.to_frame().columns) == ["status", "chosen"]
+    assert "<th>fp32</th>" in nothing._repr_html_()
+
+
+def test_the_table_has_the_figures_of_the_report() -> None:
+    assert [metric for _, metric, *_ in report.COLUMNS] == list(HEADLINE_METRICS)

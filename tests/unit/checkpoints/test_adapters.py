@@ -112,7 +112,7 @@ def test_a_merge_for_which_there_is_no_room_is_not_begun(
     adapter: Path, resolve: Resolve, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "memory", lambda: (8e9, 1.5e9))
-    with pytest.raises(PrerequisiteError, match=r"memory for merging .*tuned with .*v2: about 2\.0 GB .* 1\.5 GB are"):
+    with pytest.raises(PrerequisiteError, match=r"memory for merging .*tuned with .*v2: about 3\.0 GB .* 1\.5 GB are"):
         resolve(adapter)
     monkeypatch.setattr(machine, "disk_free", lambda _folder: 10)
     with pytest.raises(PrerequisiteError, match=r"disk for merging .*tuned with .*v2: about 0\.0 GB .* 0\.0 GB are"):

@@ -290,7 +290,7 @@ def test_a_connection_that_breaks_or_stalls(other: Any, monkeypatch: pytest.Monk
         got.extend(download.read(other.url, f"mlflow-artifacts:/{kind}", "x", 0))
     assert not isinstance(caught.value, download.NotGivenError)
     assert 100_000 - BLOCK_BYTES <= sum(map(len, got)) <= 100_000
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

@@ -128,7 +128,7 @@ def test_prompts_have_the_lengths_asked_for_and_what_the_process_showed(
         assert 0.9 * cell.prompt_tokens <= timed.prompt_tokens <= cell.prompt_tokens
         assert 0 < timed.tokenize_s < timed.first_s < timed.last_s <= timed.total_s < 60
     check_windows(turn, unloaded=True)
-    assert all(0 < seconds < 1 for seconds in turn.calibration_s)
+    assert min(turn.calibration_s) > 0
     began, ended = turn.measured.measured
     assert 0 < turn.measured.cpu_s <= 1.1 * found.cores * (ended - began)
     assert 0 < turn.measured.load_s < 60

@@ -191,7 +191,7 @@ def test_slow_server(server: Server, reply: Reply) -> None:
     server.replies = [reply]
     started = time.monotonic()
     assert unscored(server, judge_timeout_s=0.1) == "the judge did not answer within 0.1 s"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 6  # trickles take 8 s if nobody ends them
     assert len(server.requests) == 4
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,10 +65,8 @@ def find(settings: Settings, name: str) -> Check:
     return found
 
 
-def test_without_imports_it_is_fast_and_changes_nothing(settings: Settings) -> None:
-    start = time.monotonic()
+def test_without_imports_it_changes_nothing(settings: Settings) -> None:
     checks = doctor.check(settings, imports=False)
-    assert time.monotonic() - start < 1
     names = [one.name for one in checks]
     assert len(names) == len(set(names))
     assert {"Python", "memory", "disk", "CPU", *machine.PACKAGES, "Prefect server", "MLflow server"} <= set(names)

@@ -129,12 +129,12 @@ def test_a_log_that_cannot_be_written_ends_the_child(log: Path, tmp_path: Path) 
 def test_status_and_time(log: Path, end: str, status: int) -> None:
     finished = python(f"import time; time.sleep(0.3); {end}", log)
     assert finished.returncode == status
-    assert 0.3 <= finished.seconds < 5
+    assert 0.3 <= finished.seconds < 60
 
 
 @pytest.mark.parametrize("held_by", ["the child", "its child"])
 def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
-    program = "import time; x = b'x' * 60_000_000; time.sleep(0.6)"
+    program = "import time; x = b'x' * 60_000_000; time.sleep(3)"
     before = time.monotonic()
     finished = python(starting("run", program) if held_by == "its child" else program, log)
     assert 60 < finished.memory_peak_mb < 300

@@ -50,7 +50,6 @@ def holder(lock: Path) -> Iterator[Holder]:
 
 
 def who(lock: Path) -> Any:
-    """The note about the holder."""
     return json.loads(lock.with_suffix(".json").read_text(encoding="utf-8"))
 
 

@@ -21,17 +21,9 @@ from tests.measured import word_tokenizer
 LOAD_S = 100.0
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    made = SimpleNamespace(now=0.0, monotonic=lambda: made.now)
     for module in (logits_worker, answers_worker):
         monkeypatch.setattr(module, "time", made)
     return made
@@ -42,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     [(None, 2000), (1e6, 2000), (LOAD_S + 4 * 9, 2000), (LOAD_S + 3 * 9, 1536), (LOAD_S + 2.9 * 9, 1024), (1, 1024)],
 )
 def test_whole_windows_of_the_text(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
 ) -> None:
     def load(_folder: Path) -> Any:
         clock.now += LOAD_S
@@ -64,7 +56,7 @@ def test_whole_windows_of_the_text(
 
 @pytest.mark.parametrize(("budget_s", "used"), [(None, 40), (1e6, 40), (LOAD_S + 50, 26), (LOAD_S + 1, 20), (1, 20)])
 def test_questions_of_all_categories(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, budget_s: float | None, used: int
 ) -> None:
     items = [Item(id=str(n), prompt=f"Q{n}", expected=f"Q{n}", category=f"c{n // 20}") for n in range(40)]
 

@@ -120,34 +120,23 @@ def test_conversation_and_no_reference() -> None:
 
 
 NO_COMPLETION = "the judge's reply is not a chat completion"
+RIGHT = Judgement(score=1, correct=True)
 
 
 @pytest.mark.parametrize(
     ("status", "body", "expected", "asked"),
     [
-        *(
-            (200, completion(content), Judgement(score=score, correct=correct), 1)
-            for content, score, correct in (
-                (' {"score": 0, "correct": false}\n', 0, False),
-                ('```json\n{"correct": true, "score": 0.5}\n```', 0.5, True),
-                ('{"correct": true, "score": 1.0, "reason": "as in the reference"}', 1, True),
-            )
-        ),
+        (200, completion(' {"score": 0, "correct": false}\n'), Judgement(score=0, correct=False), 1),
+        (200, completion('```json\n{"correct": true, "score": 1.0, "reason": "It is."}\n```'), RIGHT, 1),
         *(
             (200, body, NO_COMPLETION, 1)
             for body in (b"", b"<html>", b"\xff", b"[]", b'{"choices": []}', completion(None), b" " * 1_000_001 + GOOD)
         ),
-        *(
-            (200, completion(said), "is not JSON", 1)
-            for said in ("", "It is right.", '{"correct": true, "score": NaN}')
-        ),
+        *((200, completion(said), "is not JSON", 1) for said in ("It is right.", '{"correct": true, "score": NaN}')),
         (200, completion("true"), "the judge gave no grade", 1),
         (200, completion('{"correct": true}'), "score is missing", 1),
         *((200, completion(f'{{"correct": {wrong}, "score": 1}}'), "correct must be", 1) for wrong in ('"true"', "1")),
-        *(
-            (200, completion(f'{{"correct": true, "score": {wrong}}}'), "score must be", 1)
-            for wrong in ('"1"', "true", "10")
-        ),
+        *((200, completion(f'{{"correct": true, "score": {wrong}}}'), "score must be", 1) for wrong in ('"1"', "10")),
         (401, b"", "the judge answered 401: check SLMOPS_JUDGE_API_KEY", 1),
         (404, b"", "the judge answered 404: check SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL", 1),
         (500, b"", "the judge answered 500", 4),

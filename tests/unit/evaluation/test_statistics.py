@@ -290,11 +290,6 @@ def scores(differ: float, source: np.random.Generator) -> Measurement:
     return st.paired_mean_difference(ours.tolist(), theirs.tolist())
 
 
-def ratio(tokens: int, source: np.random.Generator) -> Measurement:
-    baseline = source.gamma(1, 3, tokens)
-    return st.perplexity_ratio(baseline + 0.02 + 0.3 * correlated(source, tokens, 0.3), baseline)
-
-
 def slope(count: int, rho: float, source: np.random.Generator) -> Measurement:
     """MB after each request: noise of 2 MB, and every fiftieth request leaves 100 MB until the next."""
     noise, spikes = correlated(source, count, rho), source.random(count) < 0.02
@@ -312,11 +307,9 @@ def slope(count: int, rho: float, source: np.random.Generator) -> Measurement:
         (0, lambda source: st.blocked_percentile(correlated(source, 640, 0.6), 50, "nats"), 0.9, 1, FEW),
         (0, lambda source: st.of_percentile(correlated(source, 640, 0.6), 50, "nats"), 0, 0.84, FEW),
         (0, lambda source: st.blocked_mean(correlated(source, 2048, 0.6), "1"), 0.92, 0.98, WORLDS),
-        (10, lambda source: st.of_mean(source.normal(10, 2, 8), "ms"), 0.92, 0.98, WORLDS),
         # Where hardly any pair differs, it errs on the wide side.
         *((-0.05 * differ, partial(scores, differ), 0.92, 1, WORLDS) for differ in (0.1, 0.3)),
         (-0.05, partial(scores, 1), 0.92, 0.98, WORLDS),
-        *((math.exp(0.02), partial(ratio, tokens), 0.92, 0.98, WORLDS) for tokens in (1400, 2048)),
         (0, partial(slope, 12, 0), 0.92, 1, WORLDS),  # five blocks: their interval is nearly all there is
         *((0, partial(slope, count, rho), 0.92, 0.98, WORLDS) for count, rho in ((100, 0.5), (300, 0.5), (1000, 0.8))),
     ],

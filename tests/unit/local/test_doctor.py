@@ -44,7 +44,6 @@ def settings(tmp_path: Path, no_settings: None) -> Settings:  # noqa: ARG001
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source tree of its own."""
     root = tmp_path / "tree"
     root.mkdir()
     monkeypatch.setattr(stack, "ROOT", root)

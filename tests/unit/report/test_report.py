@@ -17,7 +17,6 @@ REASON = "int4 is taken, the smallest that no gate refuses."
 
 
 def gate(name: str = "kl_mean at most 0.1", outcome: str = "pass", **changes: Any) -> GateResult:
-    """A gate's verdict on one variant."""
     others = {"advisory": False, "refuses": outcome == "fail", "value": 0.05, "limit": 0.1, "detail": "So it is."}
     return GateResult(gate=name, metric=name.split()[0], outcome=outcome, **{**others, **changes})
 
@@ -66,7 +65,6 @@ def pipes(line: str) -> list[str]:
 
 
 def row(made: Comparison, name: str) -> list[str]:
-    """The cells of a variant's line."""
     return next(cells(line) for line in report.table(made).splitlines() if cells(line)[0] == name)
 
 

@@ -1,4 +1,4 @@
-"""The job: what it refuses, and the form that Prefect makes of its schema."""
+"""The job: what it refuses."""
 
 import re
 from typing import Any
@@ -79,14 +79,3 @@ def test_to_name(text: str, name: str) -> None:
     assert to_name(text) == name
     assert re.match(NAME_PATTERN, name)
     assert to_name(name) == name
-
-
-def test_schema_is_a_form_that_explains_itself() -> None:
-    """What its fields offer and refuse is in the snapshot of the deployments."""
-    schema = Job.model_json_schema()
-    assert "required" not in schema
-    assert schema["additionalProperties"] is False
-    for name, field in schema["properties"].items():
-        assert field.get("description", "").endswith("."), name
-    titles = [field["title"] for field in schema["properties"].values()]
-    assert len(set(titles)) == len(titles)

@@ -37,10 +37,8 @@ def agree(folder: Path, template: str | None, job: Job, settings: Settings) -> A
                 env={"TZ": "UTC", "HF_HUB_OFFLINE": "1"},
             )
         except RegistrationError as error:
-            raise CheckpointError(
-                f"Foundry Local's runtime does not survive the tokenizer or the chat template: {error.message}",
-                OTHER_TEMPLATE,
-            ) from None
+            said = f"Foundry Local's runtime does not survive the tokenizer or the chat template: {error.message}"
+            raise CheckpointError(said, OTHER_TEMPLATE) from None
     if result.why is not None:
         why = "whose own rendering of it is another"
         log.info("the chat template is rewritten for Foundry Local, %s: %s", why, result.why)

@@ -68,9 +68,8 @@ def handle(request: AgreementRequest) -> Agreement:
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.folder, trust_remote_code=request.trust_remote_code)
     except Exception as error:  # whatever the tokenizer's class raises
-        raise CheckpointError(
-            f"transformers cannot load the tokenizer: {error}", "Save it again: tokenizer.save_pretrained(folder)."
-        ) from error
+        fix = "Save it again: tokenizer.save_pretrained(folder)."
+        raise CheckpointError(f"transformers cannot load the tokenizer: {error}", fix) from error
     tokenizer.chat_template = request.template or tokenizer.chat_template
     tokenizer.save_pretrained(request.work)  # as the exporter does, which may write other files than there are
     said, config = (read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json"))
@@ -103,16 +102,14 @@ def handle(request: AgreementRequest) -> Agreement:
 
 def _load(folder: Path, kind: str) -> RuntimeTokenizer:
     if kind != "BPE":
-        raise CheckpointError(
-            f"The tokenizer is a {kind} model, and Foundry Local's runtime reads BPE only.", _OTHER_TOKENIZER
-        )
+        said = f"The tokenizer is a {kind} model, and Foundry Local's runtime reads BPE only."
+        raise CheckpointError(said, _OTHER_TOKENIZER)
     print("the runtime loads the tokenizer")
     try:
         return RuntimeTokenizer(folder)
     except LibraryError as error:
-        raise CheckpointError(
-            f"Foundry Local's runtime cannot load the tokenizer: {_line(error)}", _OTHER_TOKENIZER
-        ) from None
+        said = f"Foundry Local's runtime cannot load the tokenizer: {_line(error)}"
+        raise CheckpointError(said, _OTHER_TOKENIZER) from None
 
 
 def _check_conversations(runtime: RuntimeTokenizer, tokenizer: Any, template: ChatTemplate) -> None:
@@ -158,9 +155,8 @@ def _texts(tokenizer: Any) -> Iterator[str]:
 def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tuple[str | None, str | None, list[str]]:
     """The rewritten template if it is needed, what was wrong with its own, and what is still wrong."""
     if "recursive" in rewrite.names(template.text):
-        raise CheckpointError(
-            "The chat template has a recursive loop, which kills Foundry Local's runtime.", OTHER_TEMPLATE
-        )
+        said = "The chat template has a recursive loop, which kills Foundry Local's runtime."
+        raise CheckpointError(said, OTHER_TEMPLATE)
     needed, rare = _conversations(template)
 
     def differences(deployed: ChatTemplate, conversations: list[_Rendered]) -> list[str]:
@@ -172,9 +168,8 @@ def _compare_templates(runtime: RuntimeTokenizer, template: ChatTemplate) -> tup
     rewritten = template.model_copy(update={"text": rewrite.rewrite_template(template)})
     still, left = differences(rewritten, needed), differences(rewritten, rare)
     if wrong and still:
-        raise CheckpointError(
-            f"Foundry Local's runtime renders the chat template otherwise: {still[0]}", OTHER_TEMPLATE
-        )
+        said = f"Foundry Local's runtime renders the chat template otherwise: {still[0]}"
+        raise CheckpointError(said, OTHER_TEMPLATE)
     if wrong or (not still and len(left) < len(odd)):
         return rewritten.text, (wrong or odd)[0], left
     return None, None, odd

@@ -42,9 +42,8 @@ def confirm(called: str, models: Path) -> None:
         listed = _foundry("cache", command)
     # Not as the end of a longer name: support-bot-int4 is not bot-int4.
     if not re.search(rf"(?<![\w.-]){re.escape(called)}", listed):
-        raise RegistrationError(
-            f"`foundry cache {command}` does not list {called} in {models}. It says: {listed.strip()}"
-        )
+        said = f"`foundry cache {command}` does not list {called} in {models}. It says: {listed.strip()}"
+        raise RegistrationError(said)
 
 
 def ask(called: str, models: Path, prompt: str) -> str | None:

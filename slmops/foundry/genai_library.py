@@ -30,8 +30,6 @@ class LibraryError(Exception):
 
 
 class RuntimeTokenizer:
-    """A tokenizer as the runtime has it."""
-
     def __init__(self, folder: Path) -> None:
         """Load it; ``folder`` holds nothing but its files, and gets a genai_config.json."""
         (folder / "genai_config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
@@ -72,9 +70,8 @@ class RuntimeTokenizer:
     def render(self, template: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> str:
         """Render a conversation up to where the answer begins."""
         given = [json.dumps(each).encode() if each is not None else None for each in (messages, tools)]
-        with self._text(
-            "TokenizerApplyChatTemplate", self._tokenizer, template.encode(), *given, c_bool(True)
-        ) as rendered:
+        asked = (self._tokenizer, template.encode(), *given, c_bool(True))
+        with self._text("TokenizerApplyChatTemplate", *asked) as rendered:
             return rendered.decode()
 
     def _call(self, name: str, *arguments: object) -> None:

@@ -76,8 +76,7 @@ def forget(catalog: Any, foundry_id: str) -> None:
     from slmops.foundry import runtime
 
     try:
-        model = catalog.get_model_variant(foundry_id)
-        if model is not None:
+        if (model := catalog.get_model_variant(foundry_id)) is not None:
             if model.is_loaded:
                 model.unload()
             catalog.unregister_model(foundry_id)

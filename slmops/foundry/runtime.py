@@ -68,8 +68,7 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
 
 def registered(home: Path, foundry_id: str) -> Any:
     """Start the runtime and return a model of its local catalog; an EvaluationError if it has no such model."""
-    model = local_catalog(home).get_model_variant(foundry_id)
-    if model is None:
+    if (model := local_catalog(home).get_model_variant(foundry_id)) is None:
         raise EvaluationError(f"{foundry_id} is not registered in Foundry Local at {home}.")
     return model
 

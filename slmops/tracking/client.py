@@ -125,8 +125,7 @@ class Client(MlflowClient):  # type: ignore[misc]  # MLflow has no types
 
     def files_in(self, run_id: str, folder: str | None = None) -> dict[str, int]:
         """Path and size in bytes of the files directly in a folder of a run's artifacts."""
-        listed = self.list_artifacts(run_id, folder)
-        return {file.path: file.file_size or 0 for file in listed if not file.is_dir}
+        return {file.path: file.file_size or 0 for file in self.list_artifacts(run_id, folder) if not file.is_dir}
 
     def artifacts_of(self, model: str) -> str:
         """The artifact URI behind a ``models:/`` one.

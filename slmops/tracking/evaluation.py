@@ -267,14 +267,13 @@ def _trace(answer: Answer, experiment: str, run_id: str, model_id: str, start_ms
         "finish_reason": answer.finish_reason,
         "completion_tokens": answer.completion_tokens,
     }
-    start_ns = start_ms * 1_000_000
     exported: dict[str, Any] = {
         "trace_id": info.trace_id,
         "span_id": span_id,
         "parent_span_id": None,
         "name": "answer",
-        "start_time_unix_nano": start_ns,
-        "end_time_unix_nano": start_ns + round(answer.seconds * 1e9),
+        "start_time_unix_nano": start_ms * 1_000_000,
+        "end_time_unix_nano": start_ms * 1_000_000 + round(answer.seconds * 1e9),
         "status": {"code": "STATUS_CODE_OK"},
         "attributes": {key: json.dumps(value) for key, value in attributes.items()},
     }

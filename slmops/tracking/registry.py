@@ -45,8 +45,6 @@ OURS = {KIND: "model"}  # the tags of a registered model that slmops made
 
 
 class Registry(Connection):
-    """The Model Registry of one MLflow server."""
-
     def models(self) -> list[str]:
         """Names of all models that slmops registered."""
         names: list[str] = []
@@ -108,7 +106,6 @@ class Registry(Connection):
             raise UsageError(problem, "Choose another name with --name.")
         manifest = VersionManifest.of(name, variant, registration)
         outcomes = [gate.outcome for gate in result.gates if gate.outcome != "skipped"]
-        passed = f"passed {outcomes.count('pass')} of {len(outcomes)}"
         tags = {
             "slmops.variant": variant.name,
             "slmops.recipe": json.dumps(variant.recipe.config, sort_keys=True)[:4000],
@@ -119,7 +116,7 @@ class Registry(Connection):
             "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
             "slmops.device": manifest.device,
             "slmops.provider": manifest.provider,
-            "slmops.gates": passed,
+            "slmops.gates": f"passed {outcomes.count('pass')} of {len(outcomes)}",
             "slmops.evaluation_run": result.run_id or "",
             "slmops.job_run": job_id,
         }

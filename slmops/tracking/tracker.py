@@ -42,8 +42,6 @@ SOAK_POINTS = 300  # of the memory, at most: pages draw no more; the artifact ha
 
 
 class Tracker(Connection):
-    """The jobs and measurements of one MLflow server."""
-
     def start_job(self, name: str, job: Job, checkpoint: Checkpoint, hardware: Hardware, flow_run: str) -> str:
         """Open the parent run and close those that killed jobs of this model left open.
 
@@ -122,8 +120,7 @@ class Tracker(Connection):
         run_id = comparison.run_id
         tracking_evaluation.log_gates(self._client, comparison)
         if comparison.room:
-            took = comparison.room.model_dump()
-            self._client.log_figures(run_id, {f"job_{name}": value for name, value in took.items()})
+            self._client.log_figures(run_id, {f"job_{name}": value for name, value in comparison.room})
         self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
         self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
         self._client.log_text(run_id, report, "report.html")

@@ -29,8 +29,6 @@ SERIES = ("train_loss", "validation_loss", "learning_rate")
 
 
 class TrainingTracker(Connection):
-    """The retrainings of one MLflow server."""
-
     def last(self, name: str, input_digest: str) -> Retrained | None:
         """The result of the model's last retraining that came to an end and did not fail, if it had the same input."""
         ended = self._ended(name)

@@ -112,8 +112,7 @@ def leaks(examples: Sequence[Example], items: Sequence[Item], threshold: float) 
     problems: dict[int, DataProblem] = {}
     for place, (number, said) in enumerate(turns):
         if (other := exactly.get(" ".join(said))) is not None:
-            problem = examples[number].problem("leak", f"asks the same as {names[other]}")
-            problems.setdefault(number, problem)
+            problems.setdefault(number, examples[number].problem("leak", f"asks the same as {names[other]}"))
         elif place in near:
             other, similarity = near[place]
             detail = f"asks nearly the same as {names[other]} (similarity {similarity:.2f})"

@@ -185,9 +185,8 @@ def _check_turns(messages: tuple[dict[str, str], ...]) -> None:
     for number, message in enumerate(messages[first:], first):
         expected = ROLES[1 + (number - first) % 2]
         if message["role"] != expected:
-            raise _BadLine(
-                "roles", f"message {number + 1} is from the {message['role']}, and should be from the {expected}"
-            )
+            detail = f"message {number + 1} is from the {message['role']}, and should be from the {expected}"
+            raise _BadLine("roles", detail)
     if messages[-1]["role"] != "assistant":
         raise _BadLine("roles", f"ends with the {messages[-1]['role']}, not with an answer")
     for number, message in enumerate(messages):

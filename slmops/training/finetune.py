@@ -25,6 +25,7 @@ from slmops.core.values import Answer, Checkpoint, Measurement, VariantFile
 from slmops.evaluation import answers_worker, dataset, quality, scoring, statistics
 from slmops.processes import children
 from slmops.training import finetune_worker
+from slmops.training.finetune_worker import FinetuneRequest
 from slmops.training.values import Finetuned, LoraSettings, LossPoint, Retrain, TrainingData, TrainingResult
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,7 @@ def finetune(
     versions, hardware = machine.versions(), machine.hardware()
     folder = settings.trainings / key(checkpoint.digest, data, training, versions)
     bf16 = bool(BF16 & set(hardware.isa))
-    request = finetune_worker.FinetuneRequest(
-        checkpoint=checkpoint, data=data, training=training, bf16=bf16, folder=folder
-    )
+    request = FinetuneRequest(checkpoint=checkpoint, data=data, training=training, bf16=bf16, folder=folder)
     with children.reporting_full_disk(settings.home), locks.machine(settings):
         if (done := load(folder)) is not None:
             log.info("unchanged since it was fine-tuned")
@@ -106,10 +105,8 @@ def answer_with_checkpoint(
     answers = scoring.ask_judge(items, asked.answers, settings)
     judged = [answer.correct for answer in answers if answer.correct is not None]
     if not judged:
-        raise EvaluationError(
-            f"None of the {len(answers)} answers could be judged: {answers[0].reason}",
-            "Fix the evaluation set, the matcher or the judging model.",
-        )
+        said = f"None of the {len(answers)} answers could be judged: {answers[0].reason}"
+        raise EvaluationError(said, "Fix the evaluation set, the matcher or the judging model.")
     return statistics.of_proportion(sum(judged), len(judged)), answers
 
 
@@ -117,10 +114,8 @@ def worse(base: Measurement, finetuned: Measurement) -> str | None:
     """Say why a fine-tuned checkpoint of this accuracy is not worth converting; None if it is."""
     if finetuned.value >= base.value:
         return None
-    return (
-        f"The fine-tuning made the model worse: accuracy {base.value:.2f} before it, {finetuned.value:.2f} after it. "
-        "The champion stays."
-    )
+    accuracy = f"{base.value:.2f} before it, {finetuned.value:.2f} after it"
+    return f"The fine-tuning made the model worse: accuracy {accuracy}. The champion stays."
 
 
 def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, versions: dict[str, str]) -> str:
@@ -174,7 +169,7 @@ def _files(folder: Path) -> list[VariantFile]:
 
 
 def _train(
-    request: finetune_worker.FinetuneRequest, settings: Settings, name: str, on_loss: Callable[[LossPoint], None]
+    request: FinetuneRequest, settings: Settings, name: str, on_loss: Callable[[LossPoint], None]
 ) -> tuple[TrainingResult, children.Finished]:
     text = settings.logs / name / "finetune.log"
     if (request.folder / finetune_worker.STATES).exists():

@@ -103,11 +103,8 @@ def handle(request: FinetuneRequest) -> TrainingResult:
     before = next(one["eval_loss"] for one in state["log_history"] if "eval_loss" in one)
     if state["best_metric"] > before:
         shutil.rmtree(request.folder / STATES)
-        raise _diverged(
-            request.training,
-            f"The model became worse: its validation loss was {before:.3g} before the training, "
-            f"and at best {state['best_metric']:.3g} afterwards.",
-        )
+        losses = f"{before:.3g} before the training, and at best {state['best_metric']:.3g} afterwards"
+        raise _diverged(request.training, f"The model became worse: its validation loss was {losses}.")
     parameters = _adapter(request.folder, state["best_global_step"])
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     (request.folder / MERGED).mkdir()
@@ -206,9 +203,8 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
     except FloatingPointError as error:
         shutil.rmtree(folder / STATES, ignore_errors=True)  # a resumed training would diverge again
         if trainer.state.global_step == 0:
-            raise TrainingError(
-                f"The base model's {error} before any training, so its weights are broken.", "Fetch or make it again."
-            ) from None
+            said = f"The base model's {error} before any training, so its weights are broken."
+            raise TrainingError(said, "Fetch or make it again.") from None
         raise _diverged(training, f"The training diverged at step {trainer.state.global_step}: its {error}.") from None
     finished = resumable(folder)
     if finished is None or finished[1].stopped is None:
@@ -218,8 +214,6 @@ def _train(request: FinetuneRequest, kept: tuple[int, WholeMark] | None) -> tupl
 
 @dataclass
 class _Clock:
-    """How far the training is."""
-
     before: float  # seconds of earlier attempts
     training: LoraSettings
     steps: int

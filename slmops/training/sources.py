@@ -105,9 +105,8 @@ def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) 
     except SlmopsError:
         raise
     except Exception as error:  # the clients of storage services raise errors of any class
-        raise DataError(
-            f"MLflow does not return {source}: {error}", "Check the URI and the tracking server (SLMOPS_TRACKING_URI)."
-        ) from error
+        fix = "Check the URI and the tracking server (SLMOPS_TRACKING_URI)."
+        raise DataError(f"MLflow does not return {source}: {error}", fix) from error
     files, beside = _local(root)
     if root.is_file():
         for name in EVALUATION_FILES:
@@ -121,9 +120,8 @@ def _download(url: str, file: Path) -> None:
 
     where = public(url)
     if "@" in urlsplit(url).netloc:
-        raise DataError(
-            f"The URL of {where} contains a name or a password.", "Leave them out: they would end up in logs."
-        )
+        fix = "Leave them out: they would end up in logs."
+        raise DataError(f"The URL of {where} contains a name or a password.", fix)
     # httpx's timeout covers a single read, so data that trickle in would never time out.
     deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
     try:
@@ -191,9 +189,8 @@ def _local(root: Path) -> tuple[list[Path], Path | None]:
                 f"Give a .jsonl file, a folder, a URL, an MLflow artifact URI, {MLFLOW_DATASET}NAME or '{DEMO}'.",
             )
         if root.suffix.lower() != ".jsonl":
-            raise DataError(
-                f"{root} is not a .jsonl file.", "Write one JSON object per line, and let its name end in .jsonl."
-            )
+            fix = "Write one JSON object per line, and let its name end in .jsonl."
+            raise DataError(f"{root} is not a .jsonl file.", fix)
         return [root], _beside(root.parent)
     except OSError as error:
         raise _unreadable(shown(str(root)), error) from None

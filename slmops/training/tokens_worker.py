@@ -38,10 +38,8 @@ def handle(request: TokensRequest) -> TokensResult:
 
     tokenizer = AutoTokenizer.from_pretrained(request.checkpoint, local_files_only=True, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise DataError(
-            f"The checkpoint {request.checkpoint} has no chat template, which says how a conversation is written.",
-            "Put the chat_template.jinja of the model that it was made from into its folder.",
-        )
+        missing = f"The checkpoint {request.checkpoint} has no chat template, which says how a conversation is written."
+        raise DataError(missing, "Put the chat_template.jinja of the model that it was made from into its folder.")
     render = renderer(tokenizer)
     tokens: list[int] = []
     refused: dict[int, str] = {}

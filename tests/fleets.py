@@ -190,11 +190,10 @@ class Device(World):
         self.settings = settings
         self.here = {one.version: one for one in versions}
 
+    start = Backend.start
+
     def install(self, wanted: ModelVersion) -> Installed:
         return self.here[wanted.version]
-
-    async def start(self, of: Installed, settings: Settings) -> Any:
-        return await Backend.start(of, settings)
 
 
 def serve(home: str, version: str, options: str) -> None:

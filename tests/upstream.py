@@ -205,23 +205,6 @@ class Stand:
                 await asyncio.sleep(0.01)
 
 
-class _Quick(uvicorn.Server):
-    """The server without its naps, which are longer than most tests."""
-
-    async def main_loop(self) -> None:
-        await self.on_tick(0)
-        while not self.should_exit:
-            await asyncio.sleep(0.002)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002 - uvicorn calls it so
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        while self.server_state.tasks:
-            await asyncio.sleep(0.002)
-
-
 def client_of(port: int) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10)
 
@@ -238,15 +221,16 @@ async def stand(
         port = listening.getsockname()[1]
         limits = limits or Serve()
         proxy = Proxy(fleet, limits, token, local=local)  # type: ignore[arg-type]
-        server = _Quick(service.config(proxy, limits))
-        running = asyncio.create_task(server.serve(sockets=[listening]))
+        server = uvicorn.Server(service.config(proxy, limits))
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup(sockets=[listening])  # alone: the naps of serve() are longer than most tests
         try:
             async with client_of(port) as client:
                 yield Stand(client, upstream, fleet, port)
         finally:
             upstream.let_go.set()
-            server.should_exit = True
-            await running
+            await server.shutdown(sockets=[listening])
             await proxy.close()
     assert fleet.backend.in_flight == 0
 

@@ -86,10 +86,7 @@ class Kept:
 
 
 def serve(uri: str, host: str, port: int) -> None:
-    """Answer at an address and port (0: a free one) until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt).
-
-    Errors are those of :func:`slmops.core.web.listen`.
-    """
+    """Answer at an address and port (0: a free one) until SIGTERM (returns) or Ctrl-C (KeyboardInterrupt)."""
     with web.listen(host, port) as listener:  # before anything that takes a while
         import uvicorn
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -36,25 +36,35 @@ _BROKEN = (aiohttp.ClientError, ConnectionError, EOFError)
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Admission:
-    """Lets at most ``concurrency`` requests run at once; the others wait in the order in which they came.
+class Relay:
+    """What all requests share. So many as ``limits`` says run at once; the others wait in the order in which they came.
 
-    Those that are running include those whose client has left.
+    Those that run include those whose client has left; ``abandonable`` are answers that go on then.
     """
 
-    def __init__(self, limits: Serve) -> None:
-        self._limits = limits
+    def __init__(self, fleet: Fleet, limits: Serve) -> None:
+        self.fleet = fleet
+        self.limits = limits
         self._slots = asyncio.Semaphore(limits.concurrency)  # it is fair
-        self.waiting = 0
-        self.running = 0
+        self.waiting = self.running = 0
+        self.metrics = Metrics(self)
+        self.abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
+        # aiohttp takes the least time for each piece of a stream.
+        self.session = aiohttp.ClientSession(
+            headers={"content-type": "application/json"},
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            trust_env=False,
+            auto_decompress=False,
+        )
 
     @asynccontextmanager
-    async def enter(self, lease: AbstractAsyncContextManager[Backend]) -> AsyncIterator[Backend]:
-        """Wait for ``lease`` and then for a slot, and hold both; Refused if the queue or the wait is too long.
+    async def enter(self, model: str) -> AsyncIterator[Backend]:
+        """Wait for a process and then for a slot, and hold both; Refused if the queue or the wait is too long.
 
-        In this order, because a lease can take a while, when a version has to be loaded for it first.
+        In this order, because the first can take a while, when a version has to be loaded for it.
         """
-        limits = self._limits
+        limits = self.limits
         if self.waiting + self.running >= limits.queue + limits.concurrency:
             raise not_now(f"{limits.queue} requests are waiting already.", RETRY_S, "overloaded")
         async with AsyncExitStack() as stack:
@@ -62,7 +72,7 @@ class Admission:
             missing = "The model was not loaded"
             try:
                 async with asyncio.timeout(limits.queue_timeout_s):
-                    leased = await stack.enter_async_context(lease)
+                    leased = await stack.enter_async_context(self.fleet.lease(model))
                     missing = "No slot was free"
                     await stack.enter_async_context(self._slots)
             except TimeoutError:
@@ -75,6 +85,12 @@ class Admission:
             finally:
                 self.running -= 1
 
+    async def close(self) -> None:
+        for task in self.abandonable:
+            task.cancel()
+        await asyncio.gather(*self.abandonable, return_exceptions=True)
+        await self.session.close()
+
 
 class Metrics(Collector):
     """Prometheus metrics of one service since its start, in a registry of its own. No label carries text of a client.
@@ -83,9 +99,8 @@ class Metrics(Collector):
     off. Its endpoint is a path or "other"; its version is "" if none was asked.
     """
 
-    def __init__(self, fleet: Fleet, admission: Admission) -> None:
-        self._fleet = fleet
-        self._admission = admission
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
         self._registry = CollectorRegistry()
         counter = partial(Counter, registry=self._registry)
         histogram = partial(Histogram, buckets=BUCKETS_S, registry=self._registry)
@@ -105,11 +120,11 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        fleet = self._fleet
+        fleet = self._relay.fleet
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         for kind, name, text, value in (
-            (gauge, "slmops_in_flight", "Requests that are being answered.", self._admission.running),
-            (gauge, "slmops_queued", "Requests that wait.", self._admission.waiting),
+            (gauge, "slmops_in_flight", "Requests that are being answered.", self._relay.running),
+            (gauge, "slmops_queued", "Requests that wait.", self._relay.waiting),
             (gauge, "slmops_ready", "1 if the champion answers.", fleet.ready),
             (gauge, "slmops_registry_up", "1 if the registry answered when it was last asked.", fleet.watch.reachable),
             (counter, "slmops_switches", "Changes to another version.", fleet.switches),
@@ -128,31 +143,6 @@ class Metrics(Collector):
             version = fleet.champion.installed
             served.add_metric([fleet.name, str(version.version), version.variant], 1)
         yield served
-
-
-class Relay:
-    """What all requests share; ``abandonable`` are the answers that go on when their client has left."""
-
-    def __init__(self, fleet: Fleet, limits: Serve) -> None:
-        self.fleet = fleet
-        self.limits = limits
-        self.admission = Admission(limits)
-        self.metrics = Metrics(fleet, self.admission)
-        self.abandonable: set[asyncio.Task[tuple[str, bytes]]] = set()
-        # aiohttp takes the least time for each piece of a stream.
-        self.session = aiohttp.ClientSession(
-            headers={"content-type": "application/json"},
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-            trust_env=False,
-            auto_decompress=False,
-        )
-
-    async def close(self) -> None:
-        for task in self.abandonable:
-            task.cancel()
-        await asyncio.gather(*self.abandonable, return_exceptions=True)
-        await self.session.close()
 
 
 @dataclass
@@ -187,8 +177,7 @@ class RelayedResponse:
         return {"type": "http.response.start", "status": 200, "headers": headers}
 
     async def _enter(self, stack: AsyncExitStack) -> Backend:
-        lease = self.relay.fleet.lease(self.asked.model)
-        backend = await stack.enter_async_context(self.relay.admission.enter(lease))
+        backend = await stack.enter_async_context(self.relay.enter(self.asked.model))
         self._version = str(backend.installed.version)
         return backend
 
@@ -204,10 +193,7 @@ class RelayedResponse:
     async def _sent(
         self, backend: Backend, stack: AsyncExitStack, read: Callable[[aiohttp.ClientResponse], Awaitable[Done]]
     ) -> Done:
-        """What ``read`` makes of the runtime's answer.
-
-        A token limit of ours that is more than the context has room for is lowered, and the request sent again.
-        """
+        """What ``read`` makes of the answer; a token limit of ours that is more than there is room for is lowered."""
         room: int | None = None
         while True:
             payload = self.asked.payload(backend.installed.foundry_id, room)

@@ -14,8 +14,6 @@ from slmops.selection.policy import Gate, Policy
 from tests import values
 
 ACCURACY = Gate(metric="accuracy", of="difference", to="champion", min=-0.1, inconclusive="accept")
-
-
 CHAMPION = values.model_version(1, variant="fp32")
 
 

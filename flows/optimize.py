@@ -7,8 +7,8 @@ from contextlib import ExitStack, closing
 from prefect import flow, runtime
 
 from flows.fan_out import fan_out
-from flows.one_machine import make_here
 from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
+from flows.variant import make_here
 from flows.workers import find_workers
 from slmops import preflight
 from slmops.checkpoints import room
@@ -24,10 +24,8 @@ from slmops.evaluation import summary
 from slmops.local import stack
 from slmops.selection import policy as policies
 from slmops.tracking.tracker import Tracker
-from tasks.checkpoint import get_checkpoint, plan_recipes
-from tasks.choose import choose_variant, show_comparison
-from tasks.environment import check_environment
-from tasks.track import finish_tracking, get_champion, register_version, start_tracking, track_failure, track_variant
+from tasks import track as steps
+from tasks.prepare import check_environment, get_checkpoint, plan_recipes
 
 log = logging.getLogger("slmops.optimize")
 
@@ -54,10 +52,10 @@ def optimize(job: Job) -> Comparison:
         held.enter_context(turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"))
         _remove_unfinished_work(context)
         context, recipes = plan_recipes(context)
-        context = start_tracking(context, runtime.flow_run.id or "")
+        context = steps.start_tracking(context, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: Tracker(tracking_uri).abort_job(context.run_id)):
             comparison, url = _compare(recipes, context, peaks)
-        show_comparison(comparison, url)
+        steps.show_comparison(comparison, url)
         _remove_unfinished_work(context)
 
     if error := _unsuccessful(comparison):
@@ -71,14 +69,11 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
     made, results = _make(recipes, context)
     policy = policies.load(context.job.policy)
     measured = next((result.run_id for result in results if result.status == "ok"), None)
-    champion = get_champion(Tracker(context.tracking_uri), context.name, measured)
+    champion = steps.get_champion(Tracker(context.tracking_uri), context.name, measured)
     baseline = _checkpoint_as_baseline(made, context)
-    choice, judged = choose_variant(results, policy, champion, baseline)
+    choice, judged = steps.choose_variant(results, policy, champion, baseline)
     if choice.variant is not None:  # else there was nothing to judge by, or nothing that passed
-        judged = [
-            register_version(context, made[one.name].variant, made[one.name].registration, one) if one.accepted else one
-            for one in judged
-        ]
+        judged = [steps.register_version(context, made[one.name], one) if one.accepted else one for one in judged]
     comparison = Comparison(
         model=context.name,
         run_id=context.run_id,
@@ -87,7 +82,7 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
         baseline=baseline,
         room=context.room and context.room.model_copy(update=peaks),
     )
-    return comparison, finish_tracking(context, comparison, policy)
+    return comparison, steps.finish_tracking(context, comparison, policy)
 
 
 def _checkpoint_as_baseline(made: dict[str, Measured], context: JobContext) -> VariantResult | None:
@@ -114,7 +109,7 @@ def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measure
     with closing(outcomes):
         for name, outcome in outcomes:
             if isinstance(outcome, SlmopsError):
-                results[name] = track_failure(tracker, context.run_id, name, str(outcome), context.logs)
+                results[name] = steps.track_failure(tracker, context.run_id, name, str(outcome), context.logs)
                 continue
             if outcome.variant.recipe.baseline:
                 baseline = outcome
@@ -130,7 +125,9 @@ def _track(one: Measured, baseline: Measured | None, context: JobContext, tracke
         log.warning("%s: %s", one.variant.name, left_out)
     # A run's hardware says what its figures compare with: the machine that measured, whichever converted.
     variant = one.variant.model_copy(update={"hardware": one.hardware})
-    result = track_variant(tracker, context.run_id, context.name, variant, one.registration, evaluation, context.logs)
+    result = steps.track_variant(
+        tracker, context.run_id, context.name, variant, one.registration, evaluation, context.logs
+    )
     return result.model_copy(update={"reason": left_out})
 
 

@@ -7,7 +7,7 @@ from prefect.artifacts import create_table_artifact
 
 from slmops.core.settings import Settings
 from slmops.local import doctor
-from tasks.environment import build_onnxruntime_genai, check_everything, install_tested_packages
+from tasks.prepare import build_onnxruntime_genai, check_everything, install_tested_packages
 
 
 @flow(name="prepare-environment", persist_result=False)

@@ -12,7 +12,7 @@ from slmops.core.values import Answer, Measurement
 from slmops.delivery import remeasurement
 from slmops.evaluation.drift import DriftError, Remeasure, Remeasured, assess
 from slmops.local import stack
-from tasks.environment import check_environment
+from tasks.prepare import check_environment
 from tasks.promote import check_files, find_version
 from tasks.remeasure import ask_questions, find_record, measure_perplexity, measure_speed, track_remeasurement
 

@@ -29,8 +29,7 @@ from slmops.training.finetune import input_digest
 from slmops.training.sources import Fetched
 from slmops.training.values import DEFAULT_POLICY, WAITING, Finetuned, Retrain, Retrained, RetrainError, TrainingData
 from tasks import retrain as steps
-from tasks.checkpoint import get_checkpoint
-from tasks.environment import check_environment
+from tasks.prepare import check_environment, get_checkpoint
 from tasks.promote import find_version
 from tasks.train import answer, check_data, fetch_data, finetune_model
 

@@ -11,9 +11,9 @@ from slmops.core.settings import Settings
 from slmops.delivery.remeasurement import copied, home_of
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target, check
 from slmops.local import stack
-from tasks.environment import check_environment
+from tasks.prepare import check_environment
 from tasks.promote import check_files, find_version
-from tasks.soak import find_variant, soak_variant, track_soak
+from tasks.remeasure import find_variant, soak_variant, track_soak
 
 log = logging.getLogger("slmops.soak")
 

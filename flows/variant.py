@@ -1,24 +1,61 @@
-"""What one machine does of a job that fans out: it converts by one recipe, or measures one variant."""
+"""What one machine does: all variants of a job, or one part of a job that fans out."""
 
 from dataclasses import replace
 
 from prefect import flow
 from pydantic import Json
 
-from flows.running import plainly
+from flows.running import ProgressBar, plainly
 from flows.workers import beating
 from slmops.checkpoints import room
 from slmops.cluster import parts
-from slmops.cluster.parts import Failure, Figures, Part, PartResult
+from slmops.cluster.parts import Failure, Figures, Measured, Outcomes, Part, PartResult
 from slmops.core import blobs, machine
 from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.settings import Settings
-from slmops.core.values import Recipe
+from slmops.core.values import Recipe, Registration, Variant
 from slmops.local import stack
 from slmops.tracking.exchange import Exchange
 from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
 from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
+
+
+def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
+    """Convert all, then measure them side by side; yield each recipe's outcome as it comes."""
+    made: dict[str, tuple[Variant, Registration]] = {}
+    for recipe in recipes:
+        try:
+            variant = convert_variant(recipe, context)
+            made[recipe.name] = (variant, register_variant(variant, context))
+        except SlmopsError as error:
+            progress.step(2)  # one that is not made is not measured
+            yield recipe.name, error
+        else:
+            progress.step()
+    if not made:
+        return
+    speeds = measure_speed(list(made.values()), context)
+    scored = score_checkpoint(context)
+    hardware = machine.hardware()
+    for variant, registration in made.values():
+        outcome: Measured | SlmopsError
+        speed = speeds[variant.name]
+        try:
+            if isinstance(speed, SlmopsError):
+                raise speed
+            outcome = Measured(
+                variant=variant,
+                registration=registration,
+                speed=speed,
+                quality=measure_quality(variant, registration, context),
+                scored=scored,
+                hardware=hardware,
+            )
+        except SlmopsError as error:
+            outcome = error
+        progress.step()
+        yield variant.name, outcome
 
 
 @flow(name="variant", persist_result=False)

@@ -1,4 +1,4 @@
-"""Find what was recorded of a version, measure it again, log and show how the two compare."""
+"""Remeasurement and soak: find what is to be measured, measure it, log and show the result."""
 
 from pathlib import Path
 
@@ -7,8 +7,9 @@ from prefect.artifacts import create_markdown_artifact
 from slmops.core import machine
 from slmops.core.values import artifact_key
 from slmops.delivery import remeasurement
-from slmops.evaluation import drift
+from slmops.evaluation import drift, soak
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
+from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
@@ -24,6 +25,7 @@ def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
 measure_speed = stage("measure speed again")(remeasurement.measure_speed)
 measure_perplexity = stage("measure perplexity again")(remeasurement.measure_perplexity)
 ask_questions = stage("ask again")(remeasurement.ask_questions)
+soak_variant = stage("soak {target.variant}")(soak.measure)
 
 
 @stage(tracking=True)
@@ -37,4 +39,33 @@ def track_remeasurement(
     about = f"{result.model}: version {result.version} measured again"
     page = f"{drift.text(result, markdown=True)}\n\n{links}"
     create_markdown_artifact(page, artifact_key("remeasure", result.model), about)
+    return result.model_copy(update={"run_id": run_id})
+
+
+@stage(tracking=True)
+def find_variant(uri: str, request: Soak) -> Target:
+    """The variant of the latest comparison."""
+    return soak.find(Tracker(uri).latest(request.name), request.variant)
+
+
+@stage(tracking=True)
+def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_run: str) -> SoakResult:
+    """Log it as a run of the model's experiment, and publish it on the Prefect page; returns it with the run's id."""
+    tracker = Tracker(uri)
+    version = {} if result.version is None else {"slmops.version": str(result.version)}
+    run_id = tracker.log_soak(
+        result.model,
+        {
+            "slmops.variant": result.variant,
+            "slmops.foundry_id": result.foundry_id,
+            **version,
+            "slmops.outcome": result.outcome,
+            "slmops.reason": result.detail,
+            "slmops.prefect_flow_run": flow_run,
+        },
+        result.metrics,
+        [kb / 1e3 for kb in memory_kb],
+    )
+    page = f"```\n{soak.text(result)}\n```\n\n[MLflow run]({tracker.run_url(run_id)})"
+    create_markdown_artifact(page, artifact_key("soak", result.model), f"{result.model}: soak of {result.variant}")
     return result.model_copy(update={"run_id": run_id})

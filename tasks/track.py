@@ -1,12 +1,16 @@
-"""Log a job to MLflow."""
+"""Choose a variant, log the job to MLflow, and show it on the Prefect page."""
 
 import logging
 from dataclasses import replace
 
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
 from slmops import report
+from slmops.cluster.parts import Measured
 from slmops.core import machine
 from slmops.core.context import JobContext
-from slmops.core.values import Comparison, Registration, Variant, VariantResult
+from slmops.core.values import Comparison, VariantResult, artifact_key
+from slmops.selection import choice
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
@@ -14,6 +18,7 @@ from tasks.stage import stage
 
 log = logging.getLogger("slmops.track")
 
+choose_variant = stage("choose variant")(choice.choose)
 get_champion = stage("get champion", tracking=True)(Tracker.champion)
 track_variant = stage("track {variant.recipe.name}", tracking=True)(Tracker.log_variant)
 track_failure = stage("track failure of {recipe}", tracking=True)(Tracker.log_failure)
@@ -28,16 +33,14 @@ def start_tracking(context: JobContext, flow_run: str) -> JobContext:
     return replace(context, run_id=run_id)
 
 
-@stage("register version of {variant.name}", tracking=True)
-def register_version(
-    context: JobContext, variant: Variant, registration: Registration, result: VariantResult
-) -> VariantResult:
+@stage("register version of {result.name}", tracking=True)
+def register_version(context: JobContext, made: Measured, result: VariantResult) -> VariantResult:
     """Make an accepted variant a version of the registered model; returns the result with its number."""
     registry = Registry(context.tracking_uri)
-    version = registry.add(context.name, variant, registration, result, context.run_id)
+    version = registry.add(context.name, made.variant, made.registration, result, context.run_id)
     if context.job.upload:
-        registry.upload(version, registration.path)
-    log.info("%s: version %d of %s in the registry", variant.name, version.version, context.name)
+        registry.upload(version, made.registration.path)
+    log.info("%s: version %d of %s in the registry", result.name, version.version, context.name)
     return result.model_copy(update={"version": version.version})
 
 
@@ -50,3 +53,17 @@ def finish_tracking(context: JobContext, comparison: Comparison, policy: Policy)
         comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=bool(comparison.failed)
     )
     return url
+
+
+@stage()
+def show_comparison(comparison: Comparison, run_url: str) -> None:
+    """Publish report, table and link as artifacts of the flow run."""
+    name = comparison.model
+    page = report.markdown(comparison, run_url)
+    rows = [
+        {"variant": result.name, "status": result.status, **{k: round(v, 4) for k, v in result.metrics.items()}}
+        for result in comparison.variants
+    ]
+    create_markdown_artifact(page, artifact_key("report", name), f"{name}: comparison and choice")
+    create_table_artifact(rows, artifact_key("metrics", name), f"{name}: every metric of every variant")
+    create_link_artifact(run_url, f"{name} in MLflow", artifact_key("mlflow", name))

@@ -1,4 +1,4 @@
-"""Get the checkpoint and decide how to convert it, before any work."""
+"""Before any work: is everything there, what is the checkpoint, and how is it to be converted?"""
 
 import logging
 from dataclasses import replace
@@ -11,10 +11,21 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement, Checkpoint, Recipe
 from slmops.foundry import agreement
+from slmops.local import doctor
 from slmops.tracking.tracker import Tracker
 from tasks.stage import stage
 
 log = logging.getLogger("slmops.checkpoint")
+
+check_everything = stage("check everything")(doctor.check)
+install_tested_packages = stage("install tested packages")(doctor.fix)
+build_onnxruntime_genai = stage("build onnxruntime genai")(doctor.build_genai)
+
+
+@stage()
+def check_environment(settings: Settings) -> None:
+    """All checks of ``slmops doctor`` that take no time; it is a PrerequisiteError if one fails."""
+    doctor.require(doctor.check(settings, imports=False))
 
 
 @stage()

@@ -16,8 +16,8 @@ from flows.workers import Workers, cancel_parts, crash, look, submit
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
 from slmops.conversion import convert, store
 from slmops.core import machine
-from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError, SlmopsError, TrackingError, WorkError
+from slmops.core.job import JobContext
 from slmops.core.values import Recipe
 from slmops.evaluation.quality import Quality
 from slmops.tracking.exchange import Exchange

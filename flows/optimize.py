@@ -14,10 +14,9 @@ from slmops import preflight
 from slmops.checkpoints import room
 from slmops.cluster.parts import Measured, figures
 from slmops.core import blobs
-from slmops.core.context import JobContext
 from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
-from slmops.core.job import CHECKPOINT, Job
+from slmops.core.job import CHECKPOINT, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Recipe, VariantResult
 from slmops.evaluation import summary

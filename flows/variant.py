@@ -11,8 +11,8 @@ from slmops.checkpoints import room
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure, Figures, Measured, Outcomes, Part, PartResult
 from slmops.core import blobs, machine
-from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError, TrackingError
+from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Registration, Variant
 from slmops.local import stack

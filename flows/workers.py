@@ -23,10 +23,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Crashed, Pending
 
+from slmops.checkpoints import room
 from slmops.cluster.parts import Part
-from slmops.core import pools
-from slmops.core.context import JobContext
 from slmops.core.errors import PrerequisiteError
+from slmops.core.job import JobContext
 
 log = logging.getLogger("slmops.fan_out")
 
@@ -61,7 +61,7 @@ def find_workers(context: JobContext) -> Workers:
     The deployment names the flow as a module, so it is found wherever slmops is installed. It is a PrerequisiteError
     if no pool is large enough, or if Prefect does not have it.
     """
-    pool = pools.choose(context.settings.pools, context.checkpoint, context.job.device).name
+    pool = room.choose_pool(context.settings.pools, context.checkpoint, context.job.device).name
 
     def deployed(client: SyncPrefectClient) -> UUID:
         try:

@@ -2,7 +2,7 @@
 
 from slmops.cluster import parts
 from slmops.cluster.parts import Files, Part, PartResult
-from slmops.core.context import JobContext
+from slmops.core.job import JobContext
 from slmops.tracking.exchange import Exchange
 from tasks.stage import stage
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from slmops.checkpoints import generation, room, source
 from slmops.conversion import olive_config, recipes
-from slmops.core.context import JobContext
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement, Checkpoint, Recipe
 from slmops.foundry import agreement

@@ -8,7 +8,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from slmops import report
 from slmops.cluster.parts import Measured
 from slmops.core import machine
-from slmops.core.context import JobContext
+from slmops.core.job import JobContext
 from slmops.core.values import Comparison, VariantResult, artifact_key
 from slmops.selection import choice
 from slmops.selection.policy import Policy

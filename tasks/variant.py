@@ -4,8 +4,8 @@ The timeouts are those of the child processes, which are killed whole; a task's 
 """
 
 from slmops.conversion.convert import convert
-from slmops.core.context import JobContext
 from slmops.core.errors import SlmopsError
+from slmops.core.job import JobContext
 from slmops.core.values import Recipe, Registration, Variant
 from slmops.evaluation import quality, speed
 from slmops.foundry.register import register

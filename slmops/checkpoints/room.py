@@ -1,9 +1,9 @@
-"""Memory and disk that a job takes, and the baseline that fits them."""
+"""Memory and disk that a job takes, and the baseline and the work pool that fit."""
 
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,14 +12,14 @@ import psutil
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import BASELINE, CHECKPOINT, Job
-from slmops.core.pools import GB, conversion_memory
-from slmops.core.settings import Settings
+from slmops.core.settings import Pool, Settings
 from slmops.core.values import Checkpoint, Room
 from slmops.processes import children
-from slmops.processes.memory import LOOKING
 
 log = logging.getLogger(__name__)
 
+GB = 1e9
+CONVERSION_COPIES = 2.2  # the checkpoint in fp32, the graph that is built from it, and the interpreter with torch
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35  # the model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint
@@ -111,7 +111,7 @@ def watched(settings: Settings) -> Iterator[dict[str, float]]:
         peaks["memory_peak_mb"] = max(peaks["memory_peak_mb"], own_mb + child_mb)
         if (now := time.monotonic()) >= next_look:
             peaks["disk_peak_mb"] = max(peaks["disk_peak_mb"], _beyond_variants(settings) - began_with)
-            next_look = now + (time.monotonic() - now) / LOOKING
+            next_look = now + (time.monotonic() - now) / children.LOOKING
 
     children.watchers.append(look)
     try:
@@ -130,3 +130,25 @@ def _beyond_variants(settings: Settings) -> float:
                     file = Path(folder, name).lstat()
                     sizes[file.st_ino] = 0 if part == settings.variants else file.st_size
     return sum(sizes.values()) / 1e6
+
+
+def conversion_memory(checkpoint: Checkpoint) -> float:
+    """Bytes of memory that one conversion needs, estimated high: ``parameters x 4 x 2.2``."""
+    return checkpoint.parameters * 4 * CONVERSION_COPIES
+
+
+def choose_pool(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:
+    """The smallest pool for the device whose machines can hold a conversion; of several of one size the first.
+
+    It is a PrerequisiteError if none is large enough, or none is for the device.
+    """
+    need = conversion_memory(checkpoint) / GB
+    fitting = [pool for pool in pools if pool.device == device and pool.memory_gb >= need]
+    if not fitting:
+        known = ", ".join(f"{pool.name} ({pool.memory_gb:g} GB, {pool.device})" for pool in pools)
+        raise PrerequisiteError(
+            f"No work pool can convert {checkpoint.name}: about {need:.1f} GB of memory on a {device} machine are "
+            f"needed, and there are {known}.",
+            "Name a pool of larger machines in SLMOPS_POOLS, or use a smaller model.",
+        )
+    return min(fitting, key=lambda pool: pool.memory_gb)

@@ -10,11 +10,11 @@ from typing import Any
 
 from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, tensors, weight_files
 from slmops.checkpoints.reading import read_if_there
+from slmops.checkpoints.room import GB
 from slmops.checkpoints.store import stage, unpacked
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, scratch_folder, sha256
 from slmops.core.job import Job
-from slmops.core.pools import GB
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement, Checkpoint, to_name
 

@@ -18,10 +18,9 @@ from slmops.checkpoints import inspection, weight_files
 from slmops.checkpoints.store import RECORD, stage
 from slmops.conversion import store
 from slmops.core import errors
-from slmops.core.context import JobContext
 from slmops.core.errors import CheckpointError, SlmopsError, WorkError
 from slmops.core.files import folder_appears_whole, remove_scratch
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
 from slmops.core.values import (

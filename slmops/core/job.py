@@ -1,13 +1,15 @@
 """What to do: one model that is the flags of ``slmops run``, a job file and the form in the Prefect UI."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from slmops.core.errors import UsageError
+from slmops.core.settings import Settings
 from slmops.core.validation import MATCHER_PATTERN, problems
-from slmops.core.values import Frozen, Name
+from slmops.core.values import Checkpoint, Frozen, Name, Room
 
 Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
 BASELINE: Precision = "fp32"
@@ -90,3 +92,24 @@ class Job(Frozen, use_attribute_docstrings=True):
     @property
     def label(self) -> str:
         return self.name or self.model or str(self.olive_config)
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """What all stages of one job on one machine share."""
+
+    job: Job
+    name: str  # the model's in MLflow and Foundry Local
+    checkpoint: Checkpoint
+    settings: Settings
+    tracking_uri: str
+    run_id: str = ""  # the job's run in MLflow; empty until there is one
+    room: Room | None = None  # what it is estimated to take of this machine
+
+    @property
+    def logs(self) -> Path:
+        return self.settings.logs / self.name
+
+    @property
+    def work(self) -> Path:
+        return self.settings.work(self.name)

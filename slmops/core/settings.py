@@ -5,13 +5,21 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from slmops.core.pools import Pool
-from slmops.core.validation import ADDRESS_PATTERN
+from slmops.core.validation import ADDRESS_PATTERN, POOL_PATTERN
+from slmops.core.values import Frozen
+
+
+class Pool(Frozen):
+    """Machines of one size behind one Prefect work pool."""
+
+    name: str = Field(pattern=POOL_PATTERN, description="The work pool's name in Prefect.")
+    memory_gb: float = Field(gt=0, description="What one job may use on any of its machines, in 10^9 bytes.")
+    device: Literal["cpu"] = Field("cpu", description="What its machines can convert and measure for.")
 
 
 class Folder:

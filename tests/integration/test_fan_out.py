@@ -21,12 +21,10 @@ from flows.variant import variant
 from slmops.cluster import parts
 from slmops.cluster.parts import Part, PartResult
 from slmops.conversion import store
-from slmops.core.context import JobContext
 from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError, TrackingError, WorkError
 from slmops.core.files import sha256, write_atomic
-from slmops.core.job import Job
-from slmops.core.pools import Pool
-from slmops.core.settings import Settings
+from slmops.core.job import Job, JobContext
+from slmops.core.settings import Pool, Settings
 from slmops.core.values import Recipe, VariantFile
 from slmops.tracking.exchange import Exchange
 from tests import making

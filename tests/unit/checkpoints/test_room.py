@@ -12,8 +12,7 @@ from slmops.checkpoints import room
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import Job
-from slmops.core.pools import Pool
-from slmops.core.settings import Settings
+from slmops.core.settings import Pool, Settings
 from slmops.core.values import Room
 from slmops.processes import children
 from tests.values import checkpoint

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from slmops.checkpoints.room import choose_pool, conversion_memory
 from slmops.core.errors import PrerequisiteError
-from slmops.core.pools import Pool, choose, conversion_memory
-from slmops.core.settings import Settings
+from slmops.core.settings import Pool, Settings
 from slmops.local import stack
 from tests import values
 
@@ -61,13 +61,13 @@ def test_the_smallest_pool_that_is_large_enough_is_taken(parameters: int, taken:
     checkpoint = values.checkpoint(parameters=parameters)
     assert conversion_memory(checkpoint) == pytest.approx(8.8 * parameters)  # of one conversion in fp32
     twin = Pool(name="a", memory_gb=8)  # of two of one size the first is taken
-    assert choose([HUGE, SMALL, LARGE, twin], checkpoint, "cpu") == taken
+    assert choose_pool([HUGE, SMALL, LARGE, twin], checkpoint, "cpu") == taken
 
 
 @pytest.mark.parametrize(("parameters", "device"), [(70_000_000_000, "cpu"), (1000, "gpu")])
 def test_need_and_pools_are_named_where_none_fits(parameters: int, device: str) -> None:
     with pytest.raises(PrerequisiteError, match="No work pool can convert tiny") as caught:
-        choose([SMALL, LARGE], values.checkpoint(parameters=parameters), device)
+        choose_pool([SMALL, LARGE], values.checkpoint(parameters=parameters), device)
     need = f"about {parameters * 8.8 / 1e9:.1f} GB of memory on a {device} machine"
     assert need in caught.value.message
     assert "small (8 GB, cpu), large (64 GB, cpu)" in caught.value.message

@@ -19,7 +19,6 @@ import pytest
 from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError
 from slmops.processes import children
 from slmops.processes.children import Finished
-from slmops.processes.memory import Meter
 from tests.unit.processes import odd_worker
 from tests.unit.processes.odd_worker import Request, Result
 
@@ -280,7 +279,7 @@ def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [])
     monkeypatch.setattr(psutil.Process, "memory_full_info", exact)
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _process: Info)
-    meter = Meter()
+    meter = children.Meter()
     while now[0] < 1010:
         assert meter.mb(os.getpid()) == 900
         now[0] += 0.1

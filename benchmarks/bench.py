@@ -20,7 +20,7 @@ from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
 from slmops.core.values import Comparison, Registration, VariantResult
-from slmops.evaluation import prompts, speed, speed_worker
+from slmops.evaluation import prompts, speed
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
 
@@ -94,13 +94,11 @@ def _agreement(variant: VariantResult, home: Path) -> None:
 
 
 def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[float]]:
-    cell = speed_worker.Cell(
-        prompt_tokens=speed.HEADLINE_TOKENS, output_tokens=tokens, text=text, repetitions=REPETITIONS
-    )
+    cell = speed.Cell(prompt_tokens=speed.HEADLINE_TOKENS, output_tokens=tokens, text=text, repetitions=REPETITIONS)
     result, _ = children.call(
-        "slmops.evaluation.speed_worker",
-        speed_worker.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
-        speed_worker.SpeedResult,
+        "slmops.evaluation.speed",
+        speed.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
+        speed.SpeedResult,
         work=home / "work",
         log=home / "bench.log",
         timeout_s=600,

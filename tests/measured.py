@@ -12,8 +12,7 @@ from slmops.evaluation import dataset
 from slmops.evaluation.drift import Recorded
 from slmops.evaluation.logits_worker import Distance
 from slmops.evaluation.quality import Quality
-from slmops.evaluation.speed import Speed, Turn
-from slmops.evaluation.speed_worker import Cell, SpeedResult, Timed
+from slmops.evaluation.speed import Cell, Speed, SpeedResult, Timed, Turn
 from tests import values
 
 QUIET, BUSY = (1.0, 1.0), (1.0, 2.0)  # seconds of the calibration loops before and after a turn

@@ -1,10 +1,13 @@
 """Quality of one variant: distributions on a text, answers to the evaluation set, edge cases."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slmops.conversion import recipes
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
@@ -14,7 +17,6 @@ from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, 
 from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker, scoring
 from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
-from slmops.evaluation.extent import Share
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.foundry.layout import sessions_that_fit
 from slmops.processes import children
@@ -38,6 +40,34 @@ class Quality(Frozen):
     text_digest: str
     evaluation_set_digest: str
     extent: Extent
+
+
+class Share:
+    """At most ``count`` tokens or questions; if nobody has found out yet, what there is time for in ``budget_s``.
+
+    The first model that is measured finds out what there is time for, and the others get the same: so they compare pair
+    by pair. Later jobs of this model with as much time get it too, among them the same job after it was killed.
+    """
+
+    def __init__(
+        self, kind: str, most: int, digest: str, of: Checkpoint, name: str, job: Job, settings: Settings
+    ) -> None:
+        with_checkpoint = job.baseline == CHECKPOINT or not job.quick
+        models = len(recipes.for_job(job, of)) + (job.olive_config is not None) + with_checkpoint
+        # By default so much that no model runs into the timeout that is up to four times as slow as the first.
+        seconds = 60 * job.minutes / models / 2 if job.minutes else settings.evaluation_timeout_s / 4
+        key = json.dumps([kind, most, digest, of.name, of.parameters, seconds])
+        kept = settings.home / "extents" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        # The first travels to the other machines of a job, with the logits.
+        self._files = (settings.work(name) / "logits" / kind, kept)
+        known = [int(file.read_text(encoding="utf-8")) for file in self._files if file.exists()]
+        self.count = known[0] if known else most
+        self.budget_s = None if known else seconds
+
+    def keep(self, count: int) -> None:
+        """Remember how many there were time for."""
+        for file in self._files:
+            write_atomic(file, str(count))
 
 
 def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality | None:

@@ -17,8 +17,7 @@ from statistics import median
 from slmops.core.values import Answer, Checkpoint, CurvePoint, Evaluation, Measurement, Variant
 from slmops.evaluation import edge_cases, statistics
 from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, Quality
-from slmops.evaluation.speed import Speed, Turn
-from slmops.evaluation.speed_worker import Timed
+from slmops.evaluation.speed import Speed, Timed, Turn
 
 PERCENTILES = (50, 90, 99)
 REQUEST_FIGURES: dict[str, tuple[str, Callable[[Timed], float | None]]] = {

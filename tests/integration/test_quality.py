@@ -19,8 +19,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Registration, Variant
 from slmops.evaluation import edge_cases, quality, speed
-from slmops.evaluation.extent import LEAST_TOKENS
-from slmops.evaluation.logits_worker import WINDOW
+from slmops.evaluation.logits_worker import LEAST_TOKENS, WINDOW
 from slmops.evaluation.quality import BASELINE_REFERENCE, CHECKPOINT_REFERENCE, TOKENS, Quality
 from slmops.evaluation.speed import Speed
 from slmops.foundry.register import register

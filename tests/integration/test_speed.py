@@ -11,7 +11,7 @@ from slmops.core.errors import EvaluationError, SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
-from slmops.evaluation import prompts, speed, speed_worker, summary
+from slmops.evaluation import prompts, speed, summary
 from slmops.evaluation.speed import Speed, Turn
 from slmops.foundry.layout import stage
 from slmops.foundry.register import register
@@ -141,11 +141,11 @@ def test_prompts_have_the_lengths_asked_for_and_what_the_process_showed(
 def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, measured: Measured) -> None:
     cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
 
-    def timed(*, fixed_length: bool) -> speed_worker.SpeedResult:
+    def timed(*, fixed_length: bool) -> speed.SpeedResult:
         staged = stage(hasty[1], home.work(NAME) / "alone", fixed_length=fixed_length).model_dump()
         result, _ = children.call(
-            speed_worker.handle,
-            speed_worker.SpeedRequest(**staged, cells=(cell,)),
+            speed.handle,
+            speed.SpeedRequest(**staged, cells=(cell,)),
             log=home.logs / "alone.log",
             timeout_s=60,
             error=EvaluationError,

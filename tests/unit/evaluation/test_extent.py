@@ -12,9 +12,9 @@ import pytest
 from slmops import foundry
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.evaluation import answers_worker, dataset, extent, logits_worker
+from slmops.evaluation import answers_worker, dataset, logits_worker
 from slmops.evaluation.dataset import Item
-from slmops.evaluation.extent import Share
+from slmops.evaluation.quality import Share
 from tests import values
 from tests.measured import word_tokenizer
 
@@ -112,6 +112,6 @@ def test_the_least_is_enough_for_an_interval_and_for_the_margin_of_the_policy() 
     from slmops.evaluation import statistics
     from slmops.selection import policy
 
-    assert extent.LEAST_TOKENS // statistics.BLOCK_TOKENS > statistics.MIN_SAMPLES
+    assert logits_worker.LEAST_TOKENS // statistics.BLOCK_TOKENS > statistics.MIN_SAMPLES
     [margin] = {-gate.limit for gate in policy.load().gates if gate.metric == "accuracy"}
-    assert margin >= 2 / extent.LEAST_QUESTIONS
+    assert margin >= 2 / answers_worker.LEAST_QUESTIONS

@@ -15,9 +15,8 @@ from slmops.core.errors import EvaluationError, SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
-from slmops.evaluation import speed, speed_worker
-from slmops.evaluation.speed import Speed
-from slmops.evaluation.speed_worker import Cell
+from slmops.evaluation import speed
+from slmops.evaluation.speed import Cell, Speed
 from slmops.foundry.layout import Staged
 from slmops.processes.children import Finished
 from tests.measured import turn, word_tokenizer
@@ -34,7 +33,7 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.work = settings.work(NAME)
-        self.calls: list[tuple[str, speed_worker.SpeedRequest, dict[str, Any]]] = []
+        self.calls: list[tuple[str, speed.SpeedRequest, dict[str, Any]]] = []
         self.failing: dict[int, Exception] = {}  # number of a process to what it raises
         # Seconds of the calibration loops: three before all turns, one before and one after each; then always 1.
         self.loops: list[float] = []
@@ -54,10 +53,8 @@ class Bench:
         """A job with variants of these names, of a letter each."""
         return speed.measure([self.make(name) for name in names], NAME, Job(model="m", **asked), self.settings)
 
-    def call(
-        self, handle: Any, request: speed_worker.SpeedRequest, **options: Any
-    ) -> tuple[speed_worker.SpeedResult, Finished]:
-        assert handle is speed_worker.handle
+    def call(self, handle: Any, request: speed.SpeedRequest, **options: Any) -> tuple[speed.SpeedResult, Finished]:
+        assert handle is speed.handle
         assert (request.folder / "tokenizer.json").is_file()
         assert request.home in request.folder.parents
         self.ends.append(json.loads((request.folder / "genai_config.json").read_text())["model"]["eos_token_id"])
@@ -73,7 +70,7 @@ class Bench:
         return "".join(name for name, _, _ in self.calls)
 
     @property
-    def requests(self) -> list[speed_worker.SpeedRequest]:
+    def requests(self) -> list[speed.SpeedRequest]:
         return [request for _, request, _ in self.calls]
 
 
@@ -263,9 +260,9 @@ def test_several_sessions_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runtime = Runtime()
     word_tokenizer(tmp_path)
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
-    monkeypatch.setattr(speed_worker, "time", runtime.time)
+    monkeypatch.setattr(speed, "time", runtime.time)
     where = {"home": tmp_path, "folder": tmp_path, "foundry_id": "x:1", "context_length": 2048}
-    found = speed_worker.handle(speed_worker.SpeedRequest(**where, cells=CELLS, sessions=sessions))
+    found = speed.handle(speed.SpeedRequest(**where, cells=CELLS, sessions=sessions))
     asked = ["ask 16"] * 2 + ["ask 16"] * 3 + ["ask 32"] * 2  # the first two warm up
     assert runtime.events == ["load", *asked, *["ask 8"] * sum(sessions), "unload"]
     assert [timed.cell for timed in found.timed] == [0] * 3 + [1] * 2

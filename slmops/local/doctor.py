@@ -1,6 +1,7 @@
 """The prerequisites of a job: each is a check that says what is wrong and how to fix it."""
 
 import contextlib
+import importlib
 import os
 import platform
 import shutil
@@ -21,9 +22,8 @@ from packaging.version import InvalidVersion, Version
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, WorkError
 from slmops.core.settings import Settings
-from slmops.core.values import Hardware
-from slmops.local import doctor_probe, stack
-from slmops.local.doctor_probe import FOUNDRY, TRYING, ProbeRequest, ProbeResult
+from slmops.core.values import Frozen, Hardware
+from slmops.local import stack
 from slmops.processes import children
 
 MEMORY_GB = (4, 8)  # what is necessary and what is recommended, in 10^9 bytes
@@ -32,6 +32,8 @@ CMAKE = Version("3.31")  # what ONNX Runtime GenAI's CMakeLists.txt asks for
 PROBE_S = 300.0
 PIP_S = 3600.0
 BUILD_S = 4 * 3600.0
+TRYING = "trying "
+FOUNDRY = "Foundry Local"
 FIX_PACKAGES = "Run `slmops doctor --fix`, or `pip install -c constraints.txt -e .` in slmops' source tree."
 
 # What must be imported to know that a package works: what breaks first if other packages do not fit.
@@ -50,6 +52,22 @@ class Check:
     status: Literal["ok", "warning", "failure"]
     detail: str
     fix: str | None = None
+
+
+class ProbeRequest(Frozen):
+    """The modules of each package to import, and a folder for Foundry Local's runtime if it has to start."""
+
+    modules: dict[str, tuple[str, ...]]
+    foundry: Path | None = None
+
+
+class ProbeResult(Frozen):
+    """What is wrong with each package, and what the two runtimes say of themselves."""
+
+    problems: dict[str, str]
+    onnxruntime_providers: tuple[str, ...] = ()
+    foundry_version: str | None = None
+    foundry_providers: tuple[str, ...] = ()
 
 
 def check(settings: Settings, *, imports: bool = True) -> list[Check]:
@@ -228,7 +246,7 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
         return children.call(
-            doctor_probe.handle,
+            handle,
             request,
             log=work / "probe.log",
             timeout_s=PROBE_S,
@@ -273,3 +291,42 @@ def _server(name: str, server: stack.ServerStatus, given: str | None) -> Check:
         return Check(name, "warning", "not running", "Run `slmops up`.")
     advice = "Start it, or unset the variable that names it so that slmops starts one of its own."
     return Check(name, "failure", f"{given} does not answer", advice)
+
+
+# --- in a child process, so that a crash does not end the doctor
+
+
+def handle(request: ProbeRequest) -> ProbeResult:
+    """Import one package after the other, and print which, so that the parent knows where a crash was."""
+    problems: dict[str, str] = {}
+    for package, modules in request.modules.items():
+        print(f"{TRYING}{package}", flush=True)
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            problems[package] = _one_line(error)
+    if request.foundry is not None and not problems:
+        return _start_foundry(request.foundry)
+    providers = []
+    if "onnxruntime" in request.modules and "onnxruntime" not in problems:
+        providers = importlib.import_module("onnxruntime").get_available_providers()
+    return ProbeResult(problems=problems, onnxruntime_providers=tuple(providers))
+
+
+def _start_foundry(folder: Path) -> ProbeResult:
+    print(f"{TRYING}{FOUNDRY}", flush=True)
+    try:
+        # Here, not above: it loads a native GenAI library that cannot live with the one that Olive uses.
+        from slmops.foundry import runtime
+
+        running = runtime.manager(folder)
+        providers = tuple(str(provider.name) for provider in running.discover_eps())
+        version = importlib.import_module("foundry_local_sdk").__version__
+        return ProbeResult(problems={}, foundry_version=version, foundry_providers=providers)
+    except (Exception, SystemExit) as error:
+        return ProbeResult(problems={FOUNDRY: _one_line(error)})
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -57,10 +57,15 @@ def optimize(job: Job) -> Comparison:
         steps.show_comparison(comparison, url)
         _remove_unfinished_work(context)
 
-    if error := _unsuccessful(comparison):
-        error.comparison = comparison
-        raise error
-    return comparison
+    error: SlmopsError
+    if failed := comparison.failed:
+        error = WorkError(f"{len(failed)} of {len(comparison.variants)} variants failed: {', '.join(failed)}.")
+    elif comparison.choice.variant is None:
+        error = GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
+    else:
+        return comparison
+    error.comparison = comparison
+    raise error
 
 
 def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]) -> tuple[Comparison, str]:
@@ -94,11 +99,7 @@ def _checkpoint_as_baseline(made: dict[str, Measured], context: JobContext) -> V
 
 
 def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measured], list[VariantResult]]:
-    """Make and measure all variants here or on other machines; if one fails, the others go on.
-
-    Returns:
-        What was made and measured, by the name of its recipe, and a result for each recipe.
-    """
+    """Make and measure all variants here or on other machines; returns what was made, and a result for each recipe."""
     tracker, progress = Tracker(context.tracking_uri), ProgressBar(context.name, steps=2 * len(recipes))
     workers = find_workers(context) if context.settings.pools else None
     outcomes = fan_out(workers, recipes, context, progress) if workers else make_here(recipes, context, progress)
@@ -128,15 +129,6 @@ def _track(one: Measured, baseline: Measured | None, context: JobContext, tracke
         tracker, context.run_id, context.name, variant, one.registration, evaluation, context.logs
     )
     return result.model_copy(update={"reason": left_out})
-
-
-def _unsuccessful(comparison: Comparison) -> SlmopsError | None:
-    """Why the job has not done all that was asked of it."""
-    if failed := comparison.failed:
-        return WorkError(f"{len(failed)} of {len(comparison.variants)} variants failed: {', '.join(failed)}.")
-    if comparison.choice.variant is None:
-        return GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
-    return None
 
 
 def _remove_unfinished_work(context: JobContext) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, wraps
+from functools import wraps
 from importlib.resources import files
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
@@ -48,13 +48,9 @@ def named(template: str) -> Callable[[], str]:
 def is_made_up(name: str) -> bool:
     """Whether it looks like a name that Prefect made up, such as ``amber-fox``: adjectives and an animal or a fruit."""
     *adjectives, noun = name.split("-")
-    return not name or (bool(adjectives) and noun in _nouns())
-
-
-@cache
-def _nouns() -> frozenset[str]:
     lists = (files("coolname") / "data" / f"{kind}.txt" for kind in ("animal", "animal_breed", "animal_legendary"))
-    return frozenset(word for words in lists for word in words.read_text(encoding="utf-8").split()) | {*_FRUIT.split()}
+    nouns = {*_FRUIT.split(), *(word for words in lists for word in words.read_text(encoding="utf-8").split())}
+    return not name or (bool(adjectives) and noun in nouns)
 
 
 def plainly(function: Callable[P, R]) -> Callable[P, R]:

@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from slmops.checkpoints import generation, room, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
-from slmops.core.values import Agreement, Checkpoint, Recipe
+from slmops.core.values import Checkpoint, Recipe
 from slmops.foundry import agreement
 from slmops.local import doctor
 from slmops.tracking.tracker import Tracker
@@ -30,10 +30,7 @@ def check_environment(settings: Settings) -> None:
 @stage()
 def get_checkpoint(job: Job, settings: Settings, tracking_uri: str) -> Checkpoint:
     """The checked checkpoint as a local folder, with a chat template that Foundry Local renders rightly."""
-
-    def agree(folder: Path, template: str | None) -> Agreement:
-        return agreement.agree(folder, template, job, settings)
-
+    agree = partial(agreement.agree, job=job, settings=settings)
     return source.resolve(job, settings, download=Tracker(tracking_uri).download, agree=agree)
 
 

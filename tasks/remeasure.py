@@ -66,6 +66,6 @@ def track_soak(uri: str, result: SoakResult, memory_kb: tuple[float, ...], flow_
         result.metrics,
         [kb / 1e3 for kb in memory_kb],
     )
-    page = f"```\n{soak.text(result)}\n```\n\n[MLflow run]({tracker.run_url(run_id)})"
+    page = f"```\n{result.text}\n```\n\n[MLflow run]({tracker.run_url(run_id)})"
     create_markdown_artifact(page, artifact_key("soak", result.model), f"{result.model}: soak of {result.variant}")
     return result.model_copy(update={"run_id": run_id})

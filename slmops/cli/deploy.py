@@ -36,19 +36,15 @@ def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> 
         from flows.promote import promote
 
         if promotion.approval:
-            _check_gates(promotion, servers.tracking_uri)  # what a gate refuses needs no person
+            from slmops.delivery import promotion as deciding
+
+            refused = deciding.refuse(deciding.decide(servers.tracking_uri, promotion))
+            if refused is not None and promotion.force is None:
+                raise refused  # what a gate refuses needs no person
             hand_over("promote", promotion, json=json)
         else:
             promoted = promote(promotion)
             show(promoted, promoted.text, json=json, page=promoted.url)
-
-
-def _check_gates(request: Promotion, uri: str) -> None:
-    from slmops.delivery import promotion
-
-    refused = promotion.refuse(promotion.decide(uri, request))
-    if refused is not None and request.force is None:
-        raise refused
 
 
 def rollback(name: Model, /, *, json: Json = False) -> None:

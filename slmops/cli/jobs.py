@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from slmops import preflight
+from slmops import preflight, report
 from slmops.cli.prefect import hand_over, prefect_running
 from slmops.cli.terminal import Flat, Json, say, show
 from slmops.core.errors import SlmopsError
@@ -14,7 +14,6 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.evaluation import drift
-from slmops.evaluation import soak as soaking
 from slmops.evaluation.drift import Remeasure, Remeasured
 from slmops.evaluation.soak import Soak, SoakResult
 from slmops.local import stack
@@ -88,20 +87,12 @@ def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
         from slmops.tracking.tracker import Tracker
 
         page = Tracker(tracking_uri).run_url(result.run_id)
-    show(result, _text(result), json=json, page=page)
+    if isinstance(result, Comparison):
+        text = report.text(result)
+    elif isinstance(result, Remeasured):
+        text = drift.text(result)
+    else:
+        text = result.text
+    show(result, text, json=json, page=page)
     if page and isinstance(result, Comparison) and result.choice.variant is not None:
         say(f"deploy {result.choice.variant}: slmops promote {result.model}")
-
-
-def _text(result: FlowResult) -> str:
-    match result:
-        case Comparison():
-            from slmops import report
-
-            return report.text(result)
-        case Retrained():
-            return result.text
-        case SoakResult():
-            return soaking.text(result)
-        case Remeasured():
-            return drift.text(result)

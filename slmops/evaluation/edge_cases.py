@@ -258,9 +258,6 @@ def write(progress: Path, line: CaseProgress) -> None:
         file.write(line.model_dump_json() + "\n")
 
 
-# --- the cases
-
-
 def longer_than_context(probe: Probe) -> Observation:
     return probe.answer("word " * (2 * probe.context_length))
 

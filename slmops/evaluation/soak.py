@@ -90,6 +90,12 @@ class SoakResult(Target):
             "memory_end_mb": self.memory_end_mb,
         }
 
+    @property
+    def text(self) -> str:
+        """What ``slmops soak`` prints."""
+        memory = f"{self.memory_start_mb:.1f} MB at the start, {self.memory_end_mb:.1f} MB at the end"
+        return f"{self.outcome}: {self.detail}\nmemory of the process: {memory}"
+
 
 class SoakError(GateError):
     """The memory grows, or nothing shows that it does not."""
@@ -170,12 +176,6 @@ def judge(target: Target, memory_kb: Sequence[float], limit: float) -> SoakResul
         detail=f"{target.variant}: over {slope.samples} requests the memory grows by {slope.value:.2f} KB a request "
         f"({interval}), which {found}.",
     )
-
-
-def text(result: SoakResult) -> str:
-    """What ``slmops soak`` prints."""
-    memory = f"{result.memory_start_mb:.1f} MB at the start, {result.memory_end_mb:.1f} MB at the end"
-    return f"{result.outcome}: {result.detail}\nmemory of the process: {memory}"
 
 
 def handle(request: SoakRequest) -> SoakSeries:

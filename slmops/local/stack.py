@@ -95,7 +95,10 @@ def up(settings: Settings, *, worker: bool = False) -> Stack:
     if worker and not (ROOT / DEPLOYMENTS).is_file():
         missing = f"There are no deployments to register: {ROOT / DEPLOYMENTS} is missing."
         raise PrerequisiteError(missing, "Install slmops from its source tree (pip install -e .) to use a worker.")
-    _check_given(settings)
+    for name, url in _given(settings).items():
+        if url and (problem := _problem(name, url)):
+            advice = f"Start it or correct the URL; or unset {_VARIABLES[name]}, and slmops starts a server of its own."
+            raise PrerequisiteError(f"The {_TITLES[name]} at {url} does not answer: {problem}.", advice)
     with exclusive(settings.locks / "stack.lock", "the local servers", wait=True):
         servers = _read(settings)
         started: list[Server] = []
@@ -196,9 +199,6 @@ def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     }
 
 
-# --- starting
-
-
 def _given(settings: Settings) -> dict[Server, str | None]:
     """The servers that a job needs, and where the settings say that they are; None: it is for us to start it."""
     return {"prefect": settings.prefect_api_url, "mlflow": settings.tracking_uri}
@@ -274,9 +274,6 @@ def _runs_well(name: Server, servers: dict[Server, Daemon], within_s: float = RE
     return False
 
 
-# --- the worker and its deployments
-
-
 def _work(settings: Settings, stack: Stack, servers: dict[Server, Daemon], started: list[Server]) -> None:
     """Register the deployments, and start a worker unless one runs."""
     log = settings.logs / "deploy.log"
@@ -311,17 +308,6 @@ def _worker_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     return variables
 
 
-# --- health
-
-
-def _check_given(settings: Settings) -> None:
-    """Servers that the user named must answer: there is nothing that we could start in their place."""
-    for name, url in _given(settings).items():
-        if url and (problem := _problem(name, url)):
-            advice = f"Start it or correct the URL; or unset {_VARIABLES[name]}, and slmops starts a server of its own."
-            raise PrerequisiteError(f"The {_TITLES[name]} at {url} does not answer: {problem}.", advice)
-
-
 def _problem(name: Server, url: str) -> str | None:
     """Why a server that the user named cannot be used; None if it can."""
     if not url.startswith(("http://", "https://")):
@@ -336,9 +322,6 @@ def _status(name: Server, given: str | None, servers: dict[Server, Daemon]) -> S
     if name not in servers:
         return ServerStatus(url=None, ok=False)
     return ServerStatus(url=servers[name].url, ok=daemon.healthy(servers[name], *_HEALTH[name]))
-
-
-# --- state
 
 
 def _stack(settings: Settings, servers: dict[Server, Daemon]) -> Stack:

@@ -84,7 +84,7 @@ def test_flags_are_the_request(flows: Flows, slmops: Slmops, arguments: str) -> 
         ("promote bot", PROMOTED, PROMOTED.text),
         ("rollback bot", PROMOTED, PROMOTED.text),
         ("retrain --model m --data d", RETRAINED, RETRAINED.text),
-        ("soak", SOAKED, soak.text(SOAKED)),
+        ("soak", SOAKED, SOAKED.text),
         ("remeasure bot", REMEASURED, drift.text(REMEASURED)),
     ],
 )

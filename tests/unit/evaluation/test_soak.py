@@ -85,7 +85,7 @@ def test_what_is_said(
     result = soak.judge(TARGET, [0.0] * 100, LIMIT)
     assert result.outcome == outcome
     assert said in result.detail
-    assert soak.text(result).startswith(f"{outcome}: int8: over 100 requests the memory grows by ")
+    assert result.text.startswith(f"{outcome}: int8: over 100 requests the memory grows by ")
     if fix is not None:
         error = SoakError(result)
         assert (error.exit_code, error.result) == (3, result)

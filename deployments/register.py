@@ -35,18 +35,8 @@ def version_of(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-async def create_pool(client: PrefectClient, name: str) -> None:
-    """Make a pool of workers that start processes; `prefect work-pool create` would ask GitHub for a list first."""
-    template = ProcessWorker.get_default_base_job_template()
-    with contextlib.suppress(ObjectAlreadyExists):
-        await client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
-
-
 async def registered(client: PrefectClient, names: list[str]) -> dict[str, DeploymentResponse]:
-    """Those of our deployments that are there.
-
-    Each of our flows has the name of its deployment. A deployment of the same name for another flow is somebody else's.
-    """
+    """Those of our deployments that are there; one of the same name for another flow is somebody else's."""
     found = {}
     for name in names:
         with contextlib.suppress(ObjectNotFound):
@@ -76,8 +66,11 @@ async def main(file: Path) -> int:
     names = [one["name"] for one in defined]
     version = version_of(file)
     async with get_client() as client:
+        # `prefect work-pool create` would ask GitHub for a list of templates first.
+        template = ProcessWorker.get_default_base_job_template()
         for pool in {one["work_pool"]["name"] for one in defined}:
-            await create_pool(client, pool)
+            with contextlib.suppress(ObjectAlreadyExists):
+                await client.create_work_pool(WorkPoolCreate(name=pool, type="process", base_job_template=template))
         before = await registered(client, names)
         if len(before) == len(names) and all(one.version == version for one in before.values()):
             return 0

@@ -154,10 +154,7 @@ def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple
 
 
 def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
-    """Measure the champion with the same questions as its challenger. The same files stay the same version.
-
-    If that does not work, the two cannot be compared, and the promotion says so.
-    """
+    """Measure the champion with the same questions as its challenger; if that fails, the promotion says so."""
     uri = attempt.tracker.uri
     champion = steps.find_outdated_champion(uri, attempt.name, prepared, attempt.request, attempt.settings)
     if champion is None:

@@ -33,10 +33,7 @@ goldfish hamster hippopotamus kitten puppy
 
 
 def named(template: str) -> Callable[[], str]:
-    """The name of a run, for ``flow_run_name``; a name that a person gave it stays.
-
-    The template has the flow's parameters in braces, such as ``"optimize {job.label}"``.
-    """
+    """The ``flow_run_name`` of a template such as ``"optimize {job.label}"``; a name that a person gave stays."""
 
     def name() -> str:
         given = str(runtime.flow_run.name or "")
@@ -54,10 +51,7 @@ def is_made_up(name: str) -> bool:
 
 
 def plainly(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a run that ends with an error of ours say so in one message, without a traceback in its log.
-
-    Whoever calls the flow gets the error itself.
-    """
+    """Let a run end with an error of ours in one message, without a traceback; its caller gets the error."""
 
     @wraps(function)
     def ended(*args: P.args, **kwargs: P.kwargs) -> R:

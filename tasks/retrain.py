@@ -42,10 +42,7 @@ roll_back = stage("roll back version {failed.version}", tracking=True)(Registry.
 def find_outdated_champion(
     uri: str, name: str, data: TrainingData, request: Retrain, settings: Settings
 ) -> ModelVersion | None:
-    """The champion, if it was measured with something else than its challenger will be, and can be measured again.
-
-    It can if it came of a retraining in this home, and the checkpoint is still here.
-    """
+    """The champion, if it was not measured as its challenger will be, and its checkpoint is still in this home."""
     champion = Registry(uri).champion(name)
     if champion is None or champion.variant not in get_args(Precision):
         return None
@@ -62,10 +59,7 @@ def find_outdated_champion(
 
 @stage("switch the service to version {version.version}")
 def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
-    """Wait until the service of this machine serves the new champion; returns its address, None without a service.
-
-    It is a ServingError if it goes on with the old one.
-    """
+    """Wait until the service serves the new champion; its address, None without one. ServingError: it does not."""
     running = home_service.status(settings.home)
     if request.serve:
         url = home_service.ensure(version.name, settings, uri)

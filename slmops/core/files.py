@@ -33,10 +33,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def folder_appears_whole(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder beside ``target``, which becomes ``target`` if the block succeeds.
-
-    If another process completes ``target`` meanwhile, that one is kept.
-    """
+    """Yield a folder beside ``target``, which becomes it if the block succeeds and no other process was faster."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(scratch, ignore_errors=True)

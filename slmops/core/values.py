@@ -47,12 +47,7 @@ class Frozen(BaseModel):
 
 
 def to_name(text: str) -> str:
-    """Make a model name out of any text: lower case, with only the characters that MLflow, Foundry Local and
-    Prefect all accept.
-
-    >>> to_name("Org/Qwen2.5-0.5B-Instruct")
-    'qwen2-5-0-5b-instruct'
-    """
+    """A name that MLflow, Foundry Local and Prefect accept: org/Qwen2.5-0.5B becomes qwen2-5-0-5b."""
     base = text.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9_]+", "-", base).strip("-_")[:63].rstrip("-_") or "model"
 

@@ -114,8 +114,7 @@ def _windows(request: LogitsRequest) -> tuple[list[NDArray[Any]], int]:
 
     tokenizer = Tokenizer.from_file(str(request.folder / "tokenizer.json"))
     tokenizer.no_truncation()
-    text = request.text.read_text(encoding="utf-8")
-    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(request.text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     ids = np.array(whole[: request.tokens], np.int64)
     if len(ids) < 2:
         raise EvaluationError("The perplexity text has fewer than two tokens.", "Give a longer text.")

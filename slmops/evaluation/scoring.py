@@ -158,10 +158,9 @@ def ask_about(item: Item, answer: str, settings: Settings) -> Judgement:
     """Ask the judging model, and up to three times again if it is busy, broken or out of reach."""
     if not settings.judge_configured:
         return Judgement(reason=JUDGE_MISSING)
-    messages = conversation(item, answer)
     for pause in (*BACKOFF_S, None):
         try:
-            return read_grade(_post(messages, settings))
+            return read_grade(_post(conversation(item, answer), settings))
         except _Failed as failure:
             reason = str(failure)
             if pause is None or not failure.retry:

@@ -184,7 +184,6 @@ def handle(request: SoakRequest) -> SoakSeries:
     model = runtime.registered(request.home, request.foundry_id)
     talks = conversations(Path(model.get_path()))
     model.load()
-    process = psutil.Process()
     memory = []
     for number in range(-request.warm_up, request.requests):
         # Renewed by each request. If native code hangs, a thread that needs no Python ends the process.
@@ -192,7 +191,7 @@ def handle(request: SoakRequest) -> SoakSeries:
         runtime.ask(model, talks[number % len(talks)], max_tokens=SOAK_TOKENS)
         if number < 0:
             continue
-        memory.append(private_kb(process))
+        memory.append(private_kb(psutil.Process()))
         if (number + 1) % EVERY == 0:
             print(f"{PROGRESS}{number + 1} of {request.requests} requests, {memory[-1] / 1e3:.0f} MB", flush=True)
     faulthandler.cancel_dump_traceback_later()

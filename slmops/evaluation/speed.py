@@ -115,8 +115,7 @@ class _Contestant:
     def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
         self.name = variant.name
         self.log = settings.logs / name / f"{variant.name}.speed.log"
-        home = settings.work(name) / f"{variant.name}-speed"
-        self.staged: Staged = stage(registration, home, fixed_length=True)
+        self.staged = stage(registration, settings.work(name) / f"{variant.name}-speed", fixed_length=True)
         self.cells = grid(self.staged, job)
         self.turns: list[Turn] = []
 
@@ -220,8 +219,7 @@ def handle(request: SpeedRequest) -> SpeedResult:
     from slmops.foundry import runtime
 
     count = prompts.counter(request.folder)
-    catalog = runtime.local_catalog(request.home)
-    model = runtime.add(catalog, request.folder, request.foundry_id, "measurement")
+    model = runtime.add(runtime.local_catalog(request.home), request.folder, request.foundry_id, "measurement")
     before = _rest()
     cold = request.drop_cache and _drop_cache(request.folder)
     started = time.perf_counter()

@@ -249,8 +249,7 @@ def _answers(answers: Sequence[Answer], baseline: Sequence[Answer] | None) -> Me
     if judged:
         measured["accuracy"] = _accuracy(judged)
         for category in dict.fromkeys(answer.category for answer in judged):
-            of_category = [answer for answer in judged if answer.category == category]
-            measured[f"accuracy.{category}"] = _accuracy(of_category)
+            measured[f"accuracy.{category}"] = _accuracy([one for one in judged if one.category == category])
     if scores := [answer.score for answer in answers if answer.score is not None]:
         measured["score"] = statistics.of_mean(scores, "1")
     if formats := [answer.format_valid for answer in answers if answer.format_valid is not None]:

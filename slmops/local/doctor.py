@@ -121,8 +121,7 @@ def build_genai(path: Path, settings: Settings) -> Path:
     before = set(path.glob("build/**/*.whl"))
     log = settings.logs / "build-genai.log"
     log.unlink(missing_ok=True)
-    command = [sys.executable, "build.py", "--config", "Release"]
-    built = children.run(command, log=log, timeout_s=BUILD_S, cwd=path)
+    built = children.run([sys.executable, "build.py", "--config", "Release"], log=log, timeout_s=BUILD_S, cwd=path)
     # An unchanged tree builds the same wheel again; then the newest is the right one.
     wheels = sorted(path.glob("build/**/*.whl"), key=lambda wheel: (wheel not in before, wheel.stat().st_mtime))
     if built.returncode != 0 or not wheels:
@@ -137,8 +136,7 @@ def _pip(arguments: list[str], settings: Settings, what: str) -> None:
     log = settings.logs / "pip.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    done = children.run(command, log=log, timeout_s=PIP_S, cwd=stack.ROOT)
-    if done.returncode != 0:
+    if children.run(command, log=log, timeout_s=PIP_S, cwd=stack.ROOT).returncode != 0:
         raise PrerequisiteError(f"pip could not {what}: {children.last_words(log)}", f"Its log: {log}")
 
 
@@ -320,8 +318,7 @@ def _start_foundry(folder: Path) -> ProbeResult:
         # Here, not above: it loads a native GenAI library that cannot live with the one that Olive uses.
         from slmops.foundry import runtime
 
-        running = runtime.manager(folder)
-        providers = tuple(str(provider.name) for provider in running.discover_eps())
+        providers = tuple(str(provider.name) for provider in runtime.manager(folder).discover_eps())
         version = importlib.import_module("foundry_local_sdk").__version__
         return ProbeResult(problems={}, foundry_version=version, foundry_providers=providers)
     except (Exception, SystemExit) as error:

@@ -94,28 +94,23 @@ def test_what_is_said(
         assert not {name for name in result.metrics if name.endswith(("_low", "_high"))}
 
 
-NONE = UsageError("No variant of tiny was chosen.", "Name one with --variant: fp32, int8.")
-UNKNOWN = UsageError("tiny has no variant 'int2'.", "Its variants: fp32, int8.")
-FAILED = UsageError("The variant int4 of tiny cannot be asked: Olive failed.", "Variants that can: fp32, int8.")
-
-
 @pytest.mark.parametrize(
     ("chosen", "wanted", "found"),
     [
         *(("int8", None, "int8"), ("int8", "fp32", "fp32"), (None, "fp32", "fp32")),
-        *((None, None, NONE), ("int8", "int2", UNKNOWN), ("int8", "int4", FAILED)),
+        *((None, None, "No variant of"), ("int8", "int2", "no variant 'int2'"), ("int8", "int4", "Olive failed")),
     ],
 )
-def test_which_variant(chosen: str | None, wanted: str | None, found: str | UsageError) -> None:
+def test_which_variant(chosen: str | None, wanted: str | None, found: str) -> None:
     ok = {name: values.result(name, 100) for name in ("fp32", "int8")}
     registered = [one.model_copy(update={"foundry_id": f"tiny-{name}-generic-cpu:1"}) for name, one in ok.items()]
     both = values.comparison(*registered, values.failed("int4", "Olive failed"), chosen=chosen)
-    if isinstance(found, str):
+    if found in ok:
         assert soak.find(both, wanted) == Target(model="tiny", variant=found, foundry_id=f"tiny-{found}-generic-cpu:1")
         return
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=found) as caught:
         soak.find(both, wanted)
-    assert (caught.value.message, caught.value.fix, caught.value.exit_code) == (found.message, found.fix, 2)
+    assert "fp32, int8." in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("champion", [True, False])

@@ -51,8 +51,6 @@ def test_defect_8_rounds_that_differ_widen_the_interval() -> None:
         found = st.percentile_of_rounds(rounds, 50, "ms")
         assert (found.value, found.samples, found.unit) == (np.median(rounds), 30, "ms")
         assert least < found.high - found.low < least + 10
-    naive = st.of_percentile(np.concatenate(apart), 50, "ms")
-    assert naive.high - naive.low < 15
     # One round, and rounds of one, are independent samples.
     assert st.percentile_of_rounds([requests], 50, "ms") == st.of_percentile(requests, 50, "ms")
     two = st.percentile_of_rounds([[1, 2, 3], [11, 12, 13]], 50, "ms")
@@ -297,9 +295,7 @@ def slope(count: int, rho: float, source: np.random.Generator) -> Measurement:
         # Defect 8: rounds differ, and tokens are correlated.
         (0, lambda source: st.percentile_of_rounds(rounds(source, 0), 50, "ms"), 0.94, 1, FEW),
         (0, lambda source: st.percentile_of_rounds(rounds(source), 50, "ms"), 0.8, 1, FEW),
-        (0, lambda source: st.of_percentile(np.concatenate(rounds(source)), 50, "ms"), 0, 0.59, FEW),
         (0, lambda source: st.blocked_percentile(correlated(source, 640, 0.6), 50, "nats"), 0.9, 1, FEW),
-        (0, lambda source: st.of_percentile(correlated(source, 640, 0.6), 50, "nats"), 0, 0.84, FEW),
         (0, lambda source: st.blocked_mean(correlated(source, 2048, 0.6), "1"), 0.92, 0.98, WORLDS),
         # Where hardly any pair differs, it errs on the wide side.
         *((-0.05 * differ, partial(scores, differ), 0.92, 1, WORLDS) for differ in (0.1, 0.3)),

@@ -227,7 +227,6 @@ def test_no_champion_yet_refuses_nothing() -> None:
         pytest.param(PERPLEXITY, {}, "inconclusive", None, id="not measured"),
         pytest.param(AT_MOST, {}, "pass", 0.0, id="its distance from itself needs no measuring"),
         pytest.param(AT_LEAST, {}, "pass", 1.0, id="nor does its agreement"),
-        pytest.param({"metric": "mcnemar_p", "min": 0.05}, {}, "pass", 1.0, id="nor that nothing changed"),
         pytest.param({"metric": "accuracy", "min": 0.9}, {"accuracy": exact(0.5)}, "fail", 0.5, id="an absolute gate"),
     ],
 )

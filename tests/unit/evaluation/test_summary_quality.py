@@ -23,19 +23,12 @@ KL = {"kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement"}
 CHECKPOINT = {"hf_perplexity_ratio", "hf_kl_mean", "hf_top1_agreement"}
 
 
-def baseline(raw: Quality) -> tuple[float, Quality]:
-    return 4.0, raw
-
-
-def evaluate(
-    raw: Quality, beside: tuple[float, Quality] | None = None, checkpoint_nll: tuple[float, ...] | None = None
-) -> Evaluation:
-    """Of an int4 variant of 1 MB."""
-    return summary.evaluation(variant(Path("int4")), speed(turn(timed(0.2, 1.2))), raw, beside, checkpoint_nll)
-
-
-def figures(*arguments: Any) -> dict[str, Measurement]:
-    return evaluate(*arguments).measurements
+def figures(
+    raw: Quality, beside: Quality | None = None, checkpoint_nll: tuple[float, ...] | None = None
+) -> dict[str, Measurement]:
+    """Of an int4 variant of 1 MB, beside a baseline of 4 MB."""
+    baseline, timings = beside and (4.0, beside), speed(turn(timed(0.2, 1.2)))
+    return summary.evaluation(variant(Path("int4")), timings, raw, baseline, checkpoint_nll).measurements
 
 
 def nlls(seed: int, shift: float = 0) -> tuple[float, ...]:
@@ -52,7 +45,7 @@ def distance(seed: int) -> Distance:
 def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
     far, farther = distance(2), distance(3)
     raw = quality(nlls(1, 0.1), baseline=far, hugging_face=farther)
-    found = figures(raw, baseline(quality(nlls(1))), nlls(1, -0.2))
+    found = figures(raw, quality(nlls(1)), nlls(1, -0.2))
     expected = {"perplexity": math.exp(np.mean(nlls(1, 0.1))), "perplexity_ratio": math.exp(0.1)}
     expected |= {"kl_mean": np.mean(far.kl), "kl_median": np.median(far.kl), "kl_p99": np.percentile(far.kl, 99)}
     expected |= {"kl_max": max(far.kl), "top1_agreement": np.mean(far.same_top), "hf_perplexity_ratio": math.exp(0.3)}
@@ -66,7 +59,7 @@ def test_distances_to_the_baseline_and_to_the_checkpoint() -> None:
 
 def test_the_checkpoint_as_the_baseline() -> None:
     far, own = distance(2), quality(nlls(1), answers(True, False))
-    found = figures(quality(nlls(2), answers(True, True), hugging_face=far), baseline(own), own.nll)
+    found = figures(quality(nlls(2), answers(True, True), hugging_face=far), own, own.nll)
     assert {*found} >= RELATIVE - {"score_drop"} | KL | CHECKPOINT
     for name in ("kl_mean", "top1_agreement", "perplexity_ratio"):
         assert found[name] == found[f"hf_{name}"]
@@ -79,16 +72,15 @@ def test_the_checkpoint_as_the_baseline() -> None:
 def test_what_was_not_compared() -> None:
     for raw, nll in ((quality(nlls(1)), nlls(1)), (quality(nlls(1), hugging_face=distance(3)), None)):
         assert not figures(raw, None, nll).keys() & (RELATIVE | KL | CHECKPOINT)
-    found = figures(quality(nlls(2)), baseline(quality(nlls(1))))  # and it is not taken for the baseline
+    found = figures(quality(nlls(2)), quality(nlls(1)))  # and it is not taken for the baseline
     assert not found.keys() & KL
     assert found.keys() >= RELATIVE
 
 
 def test_baseline_against_itself() -> None:
     raw = quality(nlls(1), answers(True, False, None, True, True), hugging_face=distance(3))
-    beside = baseline(raw)
     fp32 = variant(Path("fp32"), "fp32", files={"model.onnx": 4_000_000})
-    found = summary.evaluation(fp32, speed(turn(timed(0.2, 1.2))), raw, beside, nlls(1)).measurements
+    found = summary.evaluation(fp32, speed(turn(timed(0.2, 1.2))), raw, (4.0, raw), nlls(1)).measurements
     expected = {**dict.fromkeys(RELATIVE | KL, 0), "size_ratio": 1, "perplexity_ratio": 1, "length_ratio": 1}
     expected |= {"top1_agreement": 1, "mcnemar_p": 1}
     assert {name: found[name].value for name in expected} == expected
@@ -141,7 +133,7 @@ ENDS = each("finish_reason", "stop", "length", "stop", "content_filter", "stop",
     ],
 )
 def test_answers(raw: Quality, beside: Quality | None, expected: dict[str, tuple[float, int] | None]) -> None:
-    found = figures(raw, beside and baseline(beside))
+    found = figures(raw, beside)
     for name, wanted in expected.items():
         shown = (found[name].value, found[name].samples) if name in found else None
         assert shown == (wanted and (pytest.approx(wanted[0]), wanted[1])), name
@@ -151,7 +143,7 @@ def test_units_and_intervals_of_answers() -> None:
     found = figures(JUDGED)
     assert found["accuracy"].note == f"standard error {math.sqrt(0.75 * 0.25 / 3):.3f}"
     assert found["accuracy"].low < 0.75
-    assert (found["unscored"].unit, figures(quality(), baseline(quality()))["flips"].unit) == ("items", "items")
+    assert (found["unscored"].unit, figures(quality(), quality())["flips"].unit) == ("items", "items")
     assert figures(GRADED)["score"].low < np.mean(SCORES)
 
 
@@ -163,7 +155,7 @@ def test_the_policy_knows_just_what_is_measured_and_all_of_it_survives_json() ->
     rounds = [cold, *[turn(*requests, energy_j=50.0, memory=memory)] * 2]
     answered = (answer(0, format_valid=True), answer(1, False, category="capitals"), answer(2, None))
     raw = quality(nlls(1), answered, baseline=distance(2), hugging_face=distance(3))
-    timings, beside = speed(*rounds, cells=((128, 16), (32, 16))), baseline(quality(nlls(2), raw.answers))
+    timings, beside = speed(*rounds, cells=((128, 16), (32, 16))), (4.0, quality(nlls(2), raw.answers))
     made = summary.evaluation(variant(Path("int4")), timings, raw, beside, nlls(3))
     assert made.measurements.keys() == KNOWN_METRICS | {f"{CATEGORY}general", f"{CATEGORY}capitals"}
     assert {name: made.measurements[name].unit for name in making.RELATIVE_UNITS} == making.RELATIVE_UNITS

@@ -17,7 +17,7 @@ def _causal(families: str) -> frozenset[str]:
 
 PROVEN = _causal("Granite Gemma2 Gemma3 Llama Mistral Phi3 Qwen2 Qwen3 SmolLM3")
 """Each one is exported by an integration test with all that its family has (windows, layers without rotary positions,
-scalings), and its logits are compared with the checkpoint's; builder_fixes.py corrects what the exporter gets wrong."""
+scalings), and its logits are compared with the checkpoint's; conversion/fixes.py corrects the exporter."""
 
 UNPROVEN = _causal("Ernie4_5 Gemma GptOss HunYuanDenseV1 InternLM2 Lfm2 Nemotron Olmo Phi Phi3Small") | {
     "ChatGLMForConditionalGeneration",

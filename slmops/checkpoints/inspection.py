@@ -49,7 +49,6 @@ class TextFacts:
     """What the small files of a checkpoint say."""
 
     config: Mapping[str, Any]  # content of config.json
-    architecture: str  # the first in config.json
     context_length: int  # tokens
     template: str | None  # the chat template that must be written into the folder; None: the folder's own will do
     rewritten: Mapping[str, str]  # the files that must be others than the folder's, by name
@@ -86,7 +85,7 @@ def read_texts(folder: Path, job: Job, where: str) -> TextFacts:
             f"{where}/config.json does not say how long a sequence may be (max_position_embeddings).",
             "Add max_position_embeddings with the model's context length in tokens.",
         )
-    return TextFacts(config, config["architectures"][0], context, template, _with_old_rope_type(config))
+    return TextFacts(config, context, template, _with_old_rope_type(config))
 
 
 def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import adapters, demo_package, fp8, generation, hub, inspection, tensors, weight_files
+from slmops.checkpoints import adapters, demo_package, generation, hub, inspection, tensors, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.room import GB
-from slmops.checkpoints.store import stage, unpacked
+from slmops.checkpoints.store import dequantized, stage, unpacked
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, scratch_folder, sha256
 from slmops.core.job import Job
@@ -80,7 +80,7 @@ def resolve(job: Job, settings: Settings, *, download: Download, agree: Agree | 
         base=found.base,
         path=folder,
         digest=inspection.digest_of(hashes),
-        architecture=texts.architecture,
+        architecture=texts.config["architectures"][0],
         parameters=weights.parameters,
         size_mb=weights.size_mb,
         context_length=deployed,
@@ -185,7 +185,7 @@ def _plain(found: _Found, job: Job, settings: Settings) -> _Found:
     config = read_if_there(found.folder, "config.json", found.where)
     if not inspection.is_fp8(config) or weight_files.ADAPTER in inspection.names(found.folder):
         return found
-    folder, hashes = fp8.dequantized(found.folder, config, job, settings, found.where)
+    folder, hashes = dequantized(found.folder, config, job, settings, found.where)
     return replace(found, folder=folder, hashes=hashes, temporary=False)
 
 

@@ -1,4 +1,4 @@
-"""The folders below ``settings.checkpoints``: unpacked GGUF files, merged adapters, copies staged with other texts.
+"""The folders below ``settings.checkpoints``: unpacked files, merged adapters, copies staged with other texts.
 
 Each is named by a digest, made behind a lock, and appears whole. It is verified before it is used again, because a
 user, a full disk or a hard link may have changed it.
@@ -11,13 +11,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from slmops.checkpoints import inspection, unpack_worker
+from slmops.checkpoints import inspection, unpack_worker, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.unpack_worker import UnpackRequest
 from slmops.core import machine
-from slmops.core.errors import ConversionError
+from slmops.core.errors import CheckpointError, ConversionError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, remove_scratch, sha256, write_atomic
+from slmops.core.job import Job
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
@@ -87,6 +89,31 @@ def unpacked(digest: str, fetch: Callable[[Path], Path], settings: Settings) -> 
         return UnpackRequest(source=gguf, folder=folder)
 
     return made(digest, "unpacking", unpack_worker.handle, request, settings)
+
+
+def dequantized(
+    folder: Path, config: Mapping[str, Any], job: Job, settings: Settings, where: str
+) -> tuple[Path, Hashes]:
+    """The folder of a checkpoint in FP8 in its own dtype: transformers needs no GPU and no other package for that."""
+    root = weight_files.choose(inspection.names(folder), where, allow_pickle=False)
+    files, found = weight_files.read(folder, root, where)
+    block = config["quantization_config"].get("weight_block_size")
+    for name, (dtype, shape, _) in found.items():
+        scale = found.get(f"{name}_scale_inv")
+        # transformers takes numbers without a scale as they are, and other blocks than these for equally large ones.
+        even = scale and (not block or all(n == m * b for n, m, b in zip(shape, scale.shape, block, strict=False)))
+        if dtype.startswith("F8") and not even:
+            raise CheckpointError(
+                f"{where} cannot be dequantized: {name} of shape {shape} has no scales for blocks of {block}.",
+                "Use the checkpoint from before it was quantized.",
+            )
+    log.warning("%s is stored in FP8: variants are compared with what it is dequantized to", where)
+    digest = inspection.digest_of(inspection.digest_files(folder, files, job))
+
+    def request(target: Path, _: Path) -> UnpackRequest:
+        return UnpackRequest(source=folder, folder=target)
+
+    return made(digest, "dequantizing", unpack_worker.handle, request, settings)
 
 
 def stage(

@@ -80,8 +80,7 @@ def measure(folder: Path, root: str, config: Mapping[str, Any], where: str) -> W
     if root.endswith(PICKLES):
         return _estimate(files, size, config)
     _refuse_misfit(found, config, where)
-    shapes = {name: one.shape for name, one in found.items()}
-    tensors.check(shapes, config["architectures"][0], config, where)
+    tensors.check({name: one.shape for name, one in found.items()}, config["architectures"][0], config, where)
     weights = {name: one.shape for name, one in found.items() if one.dtype in _UNQUANTIZED}
     head = next((name for name in weights if name.endswith("lm_head.weight")), None)
     tied = tensors.is_tied(config, config["architectures"][0], head=head is not None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.checkpoints import generation
-from slmops.conversion import olive_log, olive_worker, recipes, store, thin_worker, verify_worker
+from slmops.conversion import olive_worker, recipes, store, thin_worker, verify_worker
 from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import folder_appears_whole, write_atomic
@@ -214,7 +214,7 @@ def _run_olive(
     recipe: Recipe, config: dict[str, Any], work: Path, made: Path, olive_text: Path, settings: Settings
 ) -> children.Finished:
     def progress(line: str) -> None:
-        if kind := olive_log.running_pass(line):
+        if kind := olive_worker.running_pass(line):
             log.info("%s: Olive runs %s", recipe.name, kind)
 
     try:
@@ -239,7 +239,7 @@ def _run_olive(
     if children.DISK_FULL in text:
         raise PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
     raise ConversionError(
-        f"{recipe.name}: Olive produced no model. {olive_log.cause(text)}", f"Olive's log: {olive_text}"
+        f"{recipe.name}: Olive produced no model. {olive_worker.cause(text)}", f"Olive's log: {olive_text}"
     )
 
 

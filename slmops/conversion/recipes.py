@@ -52,11 +52,6 @@ def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
 
 def recipe(name: str, job: Job, checkpoint: Checkpoint) -> Recipe:
     """How to make the variant ``name``."""
-    config = workflow(_passes(name, job, checkpoint))
-    return Recipe(name=name, config=config, bits=_BITS[name], baseline=name == BASELINE)
-
-
-def _passes(name: str, job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     passes: dict[str, Any] = {}
     rtn = {"type": "Rtn", "lm_head": True, "embeds": True}
     # Weights go into a file beside the graph: a protobuf above 2 GB cannot be written.
@@ -76,7 +71,7 @@ def _passes(name: str, job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         passes["tie"] = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], **saved}
     if name == "fp16":
         passes["to_fp16"] = {"type": "OnnxFloatToFloat16", "keep_io_types": True, **saved}
-    return passes
+    return Recipe(name=name, config=workflow(passes), bits=_BITS[name], baseline=name == BASELINE)
 
 
 def workflow(passes: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from slmops.checkpoints import model as stored
 from slmops.checkpoints.inspection import SHORTEST_CONTEXT
+from slmops.checkpoints.source import longrope_border
 from slmops.conversion import weights
 from slmops.core.errors import ConversionError
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
@@ -151,10 +152,7 @@ def _continued(folder: Path, ids: Any, length: int) -> tuple[Any, Any]:
 
 def probes(config: Mapping[str, Any], context_length: int) -> tuple[int, dict[int, int]]:
     """How many tokens of a text are compared; and each length at which config.json changes the model, with the end."""
-    rope = config.get("rope_parameters") or {}
-    borders = {config.get("sliding_window")}
-    if rope.get("rope_type") == "longrope":  # other factors for longer sequences
-        borders |= {one.get("original_max_position_embeddings") for one in (config, rope)}
+    borders = {config.get("sliding_window"), longrope_border(config, context_length)}
     rows, heads = _MEMORY / 4 / config["vocab_size"], config.get("num_attention_heads") or 1
     most = min(context_length, int(rows), int(math.sqrt(_MEMORY / 4 / heads)))
     within = sorted(border for border in borders if border and _BEFORE < border < most - 1)

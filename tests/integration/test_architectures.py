@@ -11,8 +11,8 @@ import pytest
 
 from slmops.checkpoints import architectures
 from slmops.checkpoints import model as stored
-from slmops.conversion import builder_fixes, thin_worker, verify_worker
 from slmops.conversion import convert as conversion
+from slmops.conversion import fixes, thin_worker, verify_worker
 from slmops.core.errors import ConversionError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -48,7 +48,7 @@ def olive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         from olive.passes.onnx import model_builder
 
         patch.setattr(model_builder, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
-        builder_fixes.apply()
+        fixes.apply()
         yield olive.run
 
 

@@ -19,7 +19,7 @@ from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
 from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.onnx.graph_surgeries import GraphSurgeries
 from onnx import helper, numpy_helper
-from slmops.conversion import olive_fixes
+from slmops.conversion import fixes
 
 KINDS = [(8, True, 16), (8, False, 32), (4, False, 16), (4, True, 64), (4, True, -1), (8, True, 0)]
 torch.manual_seed(0)
@@ -68,8 +68,8 @@ source = model(here / "source")
 def everything(name):
     return dict(fp32=quantize(matrix), bf16=quantize(rounded), tied=tied(source, here / name))
 before = everything("before")
-olive_fixes.apply()
-olive_fixes._WEIGHTS = 3 * 64
+fixes.apply()
+fixes._WEIGHTS = 3 * 64
 print("RESULT" + json.dumps([before, everything("after")]))
 """
 

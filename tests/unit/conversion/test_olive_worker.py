@@ -2,7 +2,7 @@
 
 import pytest
 
-from slmops.conversion.olive_log import cause, running_pass
+from slmops.conversion.olive_worker import cause, running_pass
 
 NO_CAUSE = "Olive's log names no cause; --log-level debug makes it say more"
 START = """\

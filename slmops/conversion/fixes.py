@@ -1,0 +1,142 @@
+"""What the exporter and Olive do wrongly or with too much memory, corrected. For child processes only.
+
+The model builder of onnxruntime-genai 0.14.1 reads config.json by names that transformers 5 has given up, chooses the
+layers with a window of attention by rules of its own, and overlooks YaRN and layers without rotary positions. It is the
+comparison of the fp32 export with the checkpoint that decides whether an export is right.
+
+Olive 0.13 takes several times the memory that it needs. With these corrections a 4 B checkpoint in bf16 is quantized on
+a machine of 16 GB. What is made is the same, except that a checkpoint in 16 bits is quantized in fp32: in its own 16
+bits a weight is rounded before it is rounded to 8 bits.
+"""
+
+import contextlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+_WEIGHTS = 1 << 24  # so many weights are quantized at once; a matrix of embeddings can have 600 million
+
+
+def apply() -> None:
+    """Correct the classes of the builder and of Olive in this process."""
+    _export_as_transformers_computes()
+    _quantize_by_rows()
+    _tie_without_loading()
+
+
+def _export_as_transformers_computes() -> None:
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    builder = importlib.import_module("onnxruntime_genai.models.builder")
+    model, gemma = builder.Model, builder.GemmaModel
+    init, attention, caches = model.__init__, model.make_attention, model.make_rotary_embedding_caches_from_scratch
+    layernorm, init_gemma = model.make_layernorm, gemma.__init__
+
+    def made(self: Any, config: Any, *others: Any) -> None:
+        _by_old_names(config)
+        init(self, config, *others)
+        self.checkpoint_config = config
+
+    def made_gemma(self: Any, config: Any, *others: Any) -> None:
+        init_gemma(self, config, *others)
+        self.embed_attrs["scale"] = config.hidden_size**0.5  # the builder rounds it to two decimals
+
+    def make_layernorm(self: Any, layer_id: int, norm: Any, *others: Any, **named: Any) -> None:
+        _widen(norm)
+        layernorm(self, layer_id, norm, *others, **named)
+
+    def make_attention(self: Any, layer_id: int, module: Any, *others: Any, **named: Any) -> None:
+        _widen(getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+        config, before = self.checkpoint_config, self.window_size
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+        rotary = getattr(config, "no_rope_layers", None)  # 1 for a layer that has rotary positions
+        self.window_size = window if window and (not kinds or kinds[layer_id] == "sliding_attention") else -1
+        self.attention_attrs["rope"] = not rotary or bool(rotary[layer_id])
+        attention(self, layer_id, module, *others, **named)
+        self.window_size = before
+
+    def make_caches(self: Any) -> Any:
+        config, rope = self.checkpoint_config, self.rope_attrs
+        if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "yarn":
+            frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+            angles = torch.outer(torch.arange(rope["cache_length"]).float(), frequencies)
+            return angles.cos() * factor, angles.sin() * factor
+        if rope["theta"] == getattr(self, "rope_local_theta", None):
+            rope["rescale_factors"] = 1  # Gemma 3 scales the positions of its layers without a window only
+        return caches(self)
+
+    model.__init__, model.make_attention, model.make_layernorm = made, make_attention, make_layernorm
+    model.make_rotary_embedding_caches_from_scratch, gemma.__init__ = make_caches, made_gemma
+
+
+def _widen(*norms: Any) -> None:
+    """Gemma's norms multiply by 1 + weight, a sum that 16 bits are too few for; transformers adds in fp32."""
+    for norm in norms:
+        if getattr(norm, "weight", None) is not None:
+            norm.weight.data = norm.weight.data.float()
+
+
+def _by_old_names(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope:  # Gemma 3: one base for layers with a window, another for the others
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_scaling = rope = rope["full_attention"]
+    if "partial_rotary_factor" in rope:
+        config.partial_rotary_factor = rope["partial_rotary_factor"]
+    if not hasattr(config, "rms_norm_eps") and hasattr(config, "layer_norm_eps"):
+        config.rms_norm_eps = config.layer_norm_eps
+
+
+def _quantize_by_rows() -> None:
+    """A scale belongs to a group of weights in a row, so rows can be quantized some at a time."""
+    import torch
+    from olive.common.quant.utils import WeightQuantizer
+
+    find_qparams, quantize = WeightQuantizer.find_qparams, WeightQuantizer.quantize
+
+    def find(self: Any, tensor: Any) -> Any:
+        if not self.group_size:
+            return find_qparams(self, tensor)
+        found = [find_qparams(self, rows.float()) for rows in tensor.split(_rows(tensor))]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    def quantized(self: Any, tensor: Any, scales: Any, zero_points: Any) -> Any:
+        if not self.group_size or self.signed:
+            return quantize(self, tensor, scales, zero_points)
+        made = torch.empty(tensor.shape, dtype=torch.uint8)
+        split = (part.split(_rows(tensor)) for part in (made, tensor, scales, zero_points))
+        for rows, weights, *others in zip(*split, strict=True):
+            rows.copy_(quantize(self, weights.float(), *others))
+        return made
+
+    WeightQuantizer.find_qparams, WeightQuantizer.quantize = find, quantized
+
+
+def _rows(tensor: Any) -> int:
+    return max(1, _WEIGHTS // int(tensor.shape[1]))
+
+
+def _tie_without_loading() -> None:
+    """Tying embeddings changes the graph. The surgery loads all the weights, four times over."""
+    import onnx
+    import onnx_ir as ir
+    from olive.model.utils import resolve_onnx_path
+    from olive.passes.onnx.common import ir_model_to_olive_model
+    from olive.passes.onnx.graph_surgeries import GraphSurgeries
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+    run = GraphSurgeries._run_for_config
+
+    def tie(self: Any, model: Any, config: Any, output: str) -> Any:
+        if [surgery["surgeon"] for surgery in config.surgeries] != ["TieWordEmbeddings"]:
+            return run(self, model, config, output)
+        source = Path(model.model_path).absolute()
+        proto = onnx.load(str(source), load_external_data=False)
+        with contextlib.chdir(source.parent):  # the surgery reads two tensors, beside the current folder
+            tied = ir.from_proto(self.init_surgeon_instance(config.surgeries[0])(proto))
+        ir.external_data.set_base_dir(tied.graph, source.parent)
+        tied = DeduplicateHashedInitializersPass()(tied).model if config.remove_duplicate_initializers else tied
+        return ir_model_to_olive_model(tied, resolve_onnx_path(output, source.name), config)
+
+    GraphSurgeries._run_for_config = tie

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from slmops.serving.fleet import Fleet
 from slmops.serving.limits import Serve
 from tests import making, values
 
-CREATED = datetime(2026, 1, 2, tzinfo=UTC)
 DOWN = TrackingError("MLflow at http://x does not answer.", "Start it.")
 BAD = ServingError("bot-int8-generic-cpu:2 failed its smoke test: asked 'Say hello.', it gave status 500.")
 

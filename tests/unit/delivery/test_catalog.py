@@ -1,16 +1,14 @@
 """What the private catalog offers, and how long it keeps that."""
 
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from slmops.core.errors import PrerequisiteError, TrackingError, UsageError
+from slmops.core.errors import TrackingError, UsageError
 from slmops.delivery import catalog
 from slmops.foundry.private_catalog import Entry
 from slmops.foundry.versions import ModelVersion
@@ -61,12 +59,3 @@ def test_many_requests_read_the_registry_once_and_a_failure_is_kept_no_longer_th
     time.sleep(0.35)
     with pytest.raises(ZeroDivisionError):  # a mistake of ours is not hidden behind what was
         kept()
-
-
-def test_an_address_that_is_taken(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(PrerequisiteError, match=str(port)) as caught:
-            catalog.serve(f"sqlite:///{tmp_path}/never-made.db", "127.0.0.1", port)
-    assert "--port" in (caught.value.fix or "")
-    assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ async def test_the_champion_is_served_and_written_down_and_who_leaves_is_not_cou
     assert made.running == [made.champion]
     rows = made.models()
     assert [row["id"] for row in rows] == ["bot", *(f"bot:{number}" for number in (5, 4, 3, 2, 1))]
-    created = int(fleets.CREATED.timestamp())
+    created = int(version(1).created.timestamp())
     assert {(row["object"], row["owned_by"], row["created"]) for row in rows} == {("model", "slmops", created)}
     assert (world.installs, world.withdrawn) == ([1], [])
     with pytest.raises(TimeoutError):

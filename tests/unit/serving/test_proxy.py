@@ -79,7 +79,7 @@ async def test_a_service_on_loopback_answers_to_no_other_name(one: Stand) -> Non
         assert answered.status_code == 200
 
 
-async def test_nothing_else_is_here(one: Stand) -> None:
+async def test_models_and_health_and_nothing_else_are_here(one: Stand) -> None:
     for expected, wrong in {
         (405, "method_not_allowed"): (f"GET {CHAT}", "DELETE /v1/models", f"OPTIONS {RESPONSES}"),
         (404, "model_not_found"): ("GET /v1/models/x",),
@@ -92,9 +92,6 @@ async def test_nothing_else_is_here(one: Stand) -> None:
             answered = await one.client.request(*asked.split())
             assert told(answered) == expected, asked
             assert (expected[0] == 405) == ("allow" in answered.headers)
-
-
-async def test_models_and_health(one: Stand) -> None:
     listed = (await one.client.get("/v1/models")).json()
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["bot", "bot:3"]

@@ -40,14 +40,11 @@ async def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
         assert await one.metric("slmops_completion_tokens_total") == 3
 
 
-async def test_an_answer_that_speaks_of_events_is_none(one: Stand) -> None:
+async def test_an_answer_that_speaks_of_events_is_none_and_tokens_of_responses_are_counted(one: Stand) -> None:
     said = event(chunk('data: {"error": 1}\n\nevent: response.failed\n\n"usage":{} "choices":[] "delta"'))
     one.upstream.script = streams(said)
     assert (await one.ask(chat(stream=True))).content == said
     assert await one.counted(200) == 1
-
-
-async def test_tokens_of_responses_are_counted(one: Stand) -> None:
     usage = {"input_tokens": 5, "output_tokens": 4}
     one.upstream.script = replies({"usage": usage})
     assert (await one.ask(response(), RESPONSES)).json() == {"usage": usage}
@@ -58,7 +55,7 @@ async def test_tokens_of_responses_are_counted(one: Stand) -> None:
     )
     streamed = await one.ask(response(stream=True), RESPONSES)
     assert streamed.text.count("event: ") == 3
-    assert "stream_options" not in one.upstream.received[1]
+    assert "stream_options" not in one.upstream.received[2]
     assert await one.metric("slmops_prompt_tokens_total") == 10
     assert await one.metric("slmops_completion_tokens_total") == 8
 
@@ -149,7 +146,7 @@ async def leave(one: Stand, **fields: Any) -> asyncio.Task[httpx.Response]:
     return task
 
 
-async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
+async def test_a_client_that_leaves_stops_a_stream_and_leaves_the_slot_of_a_whole_answer_taken() -> None:
     async with stand(Serve(concurrency=1), script=upstream.endless) as one:
         async with one.client.stream("POST", CHAT, json=chat(stream=True)) as streaming:
             pieces = streaming.aiter_raw()  # who drops it leaves
@@ -158,10 +155,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_runtime() -> None:
         await asyncio.wait_for(one.upstream.left.wait(), 2)
         await one.reaches(0, 0)
         assert await one.counted(499) == 1
-
-
-async def test_a_client_that_leaves_a_whole_answer_leaves_its_slot_taken() -> None:
-    async with stand(Serve(concurrency=1), script=held) as one:
+        one.upstream.script = held
         (await leave(one)).cancel()
         waits = await leave(one)
         await asyncio.sleep(0.1)

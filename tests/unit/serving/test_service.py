@@ -135,9 +135,10 @@ async def test_a_request_that_does_not_end_does_not_keep_it(
         assert one.note.read_text(encoding="utf-8") == "{}"  # another service's note stays
 
 
-async def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_what_turns_out_not_to_be_http_is_answered_once_and_more_connections_than_there_can_be_get_a_503(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(service, "IDLE_CONNECTIONS", 4 - Serve().concurrency - Serve().queue)
     async with serving(tmp_path) as one:
         # Refused at once, for its kind.
         reader, writer = await one.post("transfer-encoding: chunked", kind="text/plain", body=b"zz\r\n")
@@ -145,17 +146,12 @@ async def test_a_request_that_turns_out_not_to_be_http_is_answered_once(
         assert answered.startswith(b"HTTP/1.1 400")
         assert answered.count(b"HTTP/1.1") == 1
         writer.close()
-    assert not any(record.exc_info for record in caplog.records)
-
-
-async def test_more_connections_than_there_can_be_get_a_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "IDLE_CONNECTIONS", 4 - Serve().concurrency - Serve().queue)
-    async with serving(tmp_path) as one:
         opened = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(4)]
         assert (await one.client.get("/health")).status_code == 503
         for _, writer in opened:
             writer.close()
         await one.answers()
+    assert not any(record.exc_info for record in caplog.records)
 
 
 @pytest.mark.parametrize(

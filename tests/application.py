@@ -1,12 +1,10 @@
 """An application that uses Foundry Local: nothing of slmops in it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 # It does what it is told, line by line, and says what came of it.
 APPLICATION = """
@@ -71,7 +69,7 @@ class Application:
         argv = [sys.executable, "-c", APPLICATION, str(home), str(data), url, override]
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __enter__(self) -> Application:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,8 +77,6 @@ class Application:
         self.process.communicate()
 
     def __call__(self, *command: str | int | None) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

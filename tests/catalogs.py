@@ -1,14 +1,12 @@
 """What the tests of the private catalog share: entries, requests, and servers."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 
@@ -110,7 +108,7 @@ class Server:
         await self._app(scope, keep, send)
         self.bodies.append(bytes(body))
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -62,6 +62,5 @@ def body(style: str, messages: list[dict[str, str]]) -> str:
     return text if style == "llama2" else text.removeprefix(bos)
 
 
-def proves(style: str, strings: dict[str, str] | None, chats: list[list[dict[str, str]]]) -> bool:
-    assert strings is not None
+def proves(style: str, strings: dict[str, str], chats: list[list[dict[str, str]]]) -> bool:
     return all(fill(strings, messages) == body(style, messages) for messages in chats)

@@ -66,7 +66,6 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def write_checkpoint(path: Path) -> Path:
-    """A whole checkpoint."""
     path.mkdir()
     write_json(path / "config.json", CONFIG)
     write_json(path / "tokenizer.json", {"version": "1.0"})

@@ -5,8 +5,6 @@ of this checkout. PostgreSQL comes from a package; what its image does before th
 networks, capabilities and read-only roots are not imitated.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -21,7 +19,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -90,7 +88,7 @@ class Compose:
             else:
                 shutil.copy2(ROOT / name, app / name)
 
-    def __enter__(self) -> Compose:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -62,7 +62,6 @@ def answer(number: int, correct: bool | None = True, **changes: Any) -> Answer:
 
 
 def answers(*correct: bool | None) -> tuple[Answer, ...]:
-    """One answer each."""
     return tuple(answer(number, one) for number, one in enumerate(correct))
 
 

@@ -111,7 +111,6 @@ class Book:
         return json.loads(read(self.client, run_id, path, self.folder))
 
     def table(self, run_id: str, path: str) -> list[dict[str, Any]]:
-        """The rows of a table."""
         table = self.json(run_id, path)
         return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 

@@ -42,7 +42,6 @@ CONTENTS = {
 
 
 def checkpoint(**changes: Any) -> Checkpoint:
-    """A checkpoint of nothing."""
     return Checkpoint(
         name="tiny",
         source="org/tiny",

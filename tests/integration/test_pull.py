@@ -105,7 +105,7 @@ class Request(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        pass
 
 
 @pytest.fixture(scope="module")

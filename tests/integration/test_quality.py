@@ -61,7 +61,6 @@ def made(job: Job, home: Settings, stock: Settings) -> Made:
 @pytest.fixture(scope="module")
 def checkpoint_nll(checkpoint: Checkpoint, job: Job, home: Settings) -> tuple[float, ...]:
     scored = quality.score_checkpoint(checkpoint, NAME, job, home)
-    assert scored is not None
     assert scored.answers == ()
     return scored.nll
 
@@ -170,7 +169,6 @@ def test_the_checkpoint_as_the_baseline(
 ) -> None:
     own = job.model_copy(update={"quick": True, "baseline": "checkpoint"})
     found = quality.score_checkpoint(checkpoint, "own", own, home)
-    assert found is not None
     # The fp32 variant, which computes the same in Foundry Local, says the same.
     assert [one.answer for one in found.answers] == [one.answer for one in scored["fp32"].answers]
     assert np.allclose(found.nll, scored["fp32"].nll[: len(found.nll)], atol=1e-3)
@@ -196,7 +194,6 @@ def test_a_job_that_is_quick_or_has_little_time(
     scored = quality.score_checkpoint(checkpoint, "hasty", asked, home)
     found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}
     # The same ones for all, so that they compare; and no fewer than gates need.
-    assert scored is not None
     for one in found.values():
         assert len(one.nll) == len(scored.nll) == LEAST_TOKENS - math.ceil(LEAST_TOKENS / WINDOW)
         assert one.extent.model_dump().items() >= {"tokens": 1024, "questions": 20, "all_questions": 25}.items()

@@ -112,7 +112,6 @@ def test_a_home_that_moved(variants: Variants, job: Job, fresh: Settings, tmp_pa
     moved = Settings(home=tmp_path / "elsewhere")
     fresh.home.rename(moved.home)
     variant = store.load(moved.variants / variants["fp32"].key)
-    assert variant is not None
     after = register(variant, "tiny", job, moved)
     assert after.foundry_id == before.foundry_id
     assert after.path == moved.foundry / before.path.relative_to(fresh.foundry)

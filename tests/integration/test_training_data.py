@@ -1,7 +1,5 @@
 """Training data from MLflow and from a web server, good and bad, and their checks with a real tokenizer."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time
@@ -12,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -26,9 +24,6 @@ from slmops.training.values import LoraSettings, Retrain, TrainingData
 from tests import making, tiny, values
 from tests.answering import answering
 from tests.retraining import HELD_OUT, WORDS, fetch, lines, nothing, pair, put, refused, turns
-
-if TYPE_CHECKING:
-    from tests.tracked import Book
 
 pytestmark = pytest.mark.integration
 
@@ -172,7 +167,7 @@ def test_a_template_that_is_not_there_or_cannot_be_trained_with(home: Settings, 
     assert places == [f"  - train.jsonl:{line}" for line in (1, 2, 3)]
 
 
-def test_mlflow_artifacts(book: Book, home: Settings, tmp_path: Path) -> None:
+def test_mlflow_artifacts(book: Any, home: Settings, tmp_path: Path) -> None:
     client, download = book.client, book.tracker.download
     run_id = client.create_run(client.create_experiment("data")).info.run_id
     client.log_artifacts(run_id, str(put(tmp_path / "data", train=[pair("a")], validation=[pair("b")])), "data")
@@ -189,7 +184,7 @@ Make = Callable[[str, list[dict[str, Any]]], None]
 
 
 @pytest.fixture
-def made(book: Book, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def made(book: Any, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows

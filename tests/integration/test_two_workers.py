@@ -41,8 +41,6 @@ BLOCK = 64 * 1024
 
 @dataclass
 class Machine:
-    """One of them."""
-
     name: str
     root: Path  # the only folder that it writes to
     host: str  # where it finds what listens on 127.0.0.1 here
@@ -77,7 +75,6 @@ class Machine:
         return named
 
     def kill(self) -> None:
-        """As if somebody pulled the plug."""
         members = self.processes()
         for member in members:
             with contextlib.suppress(psutil.Error):
@@ -273,7 +270,6 @@ def in_a_second_conversion(workers: list[Machine]) -> Machine | None:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for it, and return what it is."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := condition()):
         assert time.monotonic() < deadline, what
@@ -287,10 +283,8 @@ def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None
     for result in results.values():
         assert result.reason is None
         assert result.metrics.keys() == {*making.UNITS, *making.RELATIVE_UNITS}
-        assert result.path is not None
         assert result.path.parent == finished.home / "variants"
         kept = store.load(result.path)
-        assert kept is not None
         assert kept.name == result.name
         assert [log.name for log in (finished.home / "logs" / NAME).glob(f"{result.name}.olive.log")]
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -43,31 +43,6 @@ HEADERS = 1000  # more bytes than the headers of an answer
 ENDLESS = 1 << 40
 
 
-class Server:
-    """An MLflow server that can be stopped and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = daemon.free_port(5600, [])
-        self.url = f"http://{HOST}:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        storage = ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        storage += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
-        command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self.port), *storage]
-        env = {**stack._clean_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        log = self.folder / "server.log"
-        self._running = daemon.spawn(command, port=self.port, mark=str(self.folder), env=env, log=log)
-        deadline = time.monotonic() + 60
-        while (problem := daemon.problem(f"{self.url}/health", "OK")) is not None:
-            assert time.monotonic() < deadline, problem
-            time.sleep(0.1)
-
-    def stop(self) -> None:
-        daemon.stop(self._running)
-
-
 class Line(ThreadingHTTPServer):
     """What lies between a device and the server: it breaks on demand, while it carries the big file."""
 
@@ -75,7 +50,6 @@ class Line(ThreadingHTTPServer):
         super().__init__((HOST, 0), Request)
         self.url, self.target = f"http://{HOST}:{self.server_port}", (HOST, port)
         self.cuts: list[int] = []  # bytes of each answer that come through
-        self.cut: Callable[[], None] = lambda: None  # what happens then
         self.offsets: list[int] = []  # from where the file was asked for
         self.carried = 0  # bytes of the file and its headers
 
@@ -99,8 +73,6 @@ class Request(BaseHTTPRequestHandler):
                 self.wfile.write(data)
                 left -= len(data)
                 line.carried += len(data) * big
-        if left == 0:
-            line.cut()
 
     do_POST = do_GET
 
@@ -109,35 +81,51 @@ class Request(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server"))
-    yield made
-    made.stop()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server has."""
+    return tmp_path_factory.mktemp("server")
 
 
 @pytest.fixture(scope="module")
-def version(server: Server, job: Job, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
+def port(folder: Path) -> Iterator[int]:
+    """An MLflow server."""
+    port = daemon.free_port(5600, [])
+    storage = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    storage += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), *storage]
+    env = {**stack._clean_environment(), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    running = daemon.spawn(command, port=port, mark=str(folder), env=env, log=folder / "server.log")
+    deadline = time.monotonic() + 60
+    while (problem := daemon.problem(f"http://{HOST}:{port}/health", "OK")) is not None:
+        assert time.monotonic() < deadline, problem
+        time.sleep(0.1)
+    yield port
+    daemon.stop(running)
+
+
+@pytest.fixture(scope="module")
+def version(port: int, job: Job, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
     """A promoted version with the files of a real variant, made on another machine."""
-    folder = tmp_path_factory.mktemp("maker")
-    made = Made(folder / "made")
+    maker = tmp_path_factory.mktemp("maker")
+    made = Made(maker / "made")
     made.variant = making.variant("fp32", job, stock)
-    made.registration = register(made.variant, NAME, job, Settings(home=folder))
-    return Book(server.url, NAME, folder).add(made, promote=True)
+    made.registration = register(made.variant, NAME, job, Settings(home=maker))
+    return Book(f"http://{HOST}:{port}", NAME, maker).add(made, promote=True)
 
 
 @pytest.fixture
-def line(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+def line(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     monkeypatch.setattr(download, "RESUME_AFTER_S", (0.05,) * 4)
-    with Line(server.port) as made:
+    with Line(port) as made:
         threading.Thread(target=made.serve_forever, daemon=True).start()
         yield made
         made.shutdown()
 
 
 @pytest.fixture
-def stored(server: Server, version: ModelVersion) -> Path:
+def stored(folder: Path, version: ModelVersion) -> Path:
     """Where the server keeps the files of the version."""
-    return server.folder / "artifacts" / version.location.partition(":/")[2]
+    return folder / "artifacts" / version.location.partition(":/")[2]
 
 
 def catalog(home: Settings) -> dict[str, str]:
@@ -173,32 +161,11 @@ def test_a_connection_cut_at_three_points(stored: Path, version: ModelVersion, l
     assert line.offsets == []
 
 
-def test_a_server_that_stops_in_the_middle_and_comes_back(
-    server: Server, stored: Path, version: ModelVersion, line: Line, fresh: Settings
-) -> None:
-    whole = (stored / BIG).stat().st_size
-    line.cuts, line.cut = [whole // 2], server.stop
-    with pytest.raises(TrackingError) as caught:
-        pull.pull(NAME, None, fresh, line.url)
-    assert caught.value.message.startswith(f"{BIG} of tiny version {version.version} (fp32) ")
-    assert f"MLflow at {line.url} failed" in caught.value.message
-    assert caught.value.fix
-    assert installed.versions(NAME, fresh) == []
-
-    server.start()
-    line.cut = lambda: None
-    line.offsets.clear()
-    done = pull.pull(NAME, None, fresh, line.url)
-    assert len(line.offsets) == 1
-    assert whole // 2 - HEADERS - BLOCK_BYTES <= line.offsets[0] <= whole // 2
-    assert installed.current(NAME, fresh) == done
-
-
 def test_versions_come_and_go_in_foundrys_catalog_too(
-    server: Server, stored: Path, version: ModelVersion, fresh: Settings
+    port: int, stored: Path, version: ModelVersion, fresh: Settings
 ) -> None:
     def install(**changes: Any) -> Installed:
-        return pull.install(version.model_copy(update=changes), fresh, server.url)
+        return pull.install(version.model_copy(update=changes), fresh, f"http://{HOST}:{port}")
 
     made = []
     for number in (1, 2, 3):
@@ -210,16 +177,16 @@ def test_versions_come_and_go_in_foundrys_catalog_too(
     assert (made[1].folder / BIG).samefile(made[2].folder / BIG)
 
     # Every SHA-256 is right, and yet it does not load.
-    folder = fresh.home / "broken"
-    shutil.copytree(stored, folder)
-    config = folder / "genai_config.json"
+    broken = fresh.home / "broken"
+    shutil.copytree(stored, broken)
+    config = broken / "genai_config.json"
     config.write_text(config.read_text().replace("model.onnx", "other.onnx"))
-    manifest = VersionManifest.model_validate_json((folder / VERSION_MANIFEST).read_bytes())
-    files = tuple(file for file in files_of(folder) if file.name != VERSION_MANIFEST)
+    manifest = VersionManifest.model_validate_json((broken / VERSION_MANIFEST).read_bytes())
+    files = tuple(file for file in files_of(broken) if file.name != VERSION_MANIFEST)
     manifest = manifest.model_copy(update={"files": files})
-    (folder / VERSION_MANIFEST).write_text(manifest.text)
+    (broken / VERSION_MANIFEST).write_text(manifest.text)
     with pytest.raises(RegistrationError, match=r"other\.onnx"):
-        install(version=4, location=str(folder), manifest_sha256=manifest.sha256)
+        install(version=4, location=str(broken), manifest_sha256=manifest.sha256)
     assert catalog(fresh) == kept
     assert [one.version for one in installed.versions(NAME, fresh)] == [3, 2]
     assert installed.current(NAME, fresh) == made[2]

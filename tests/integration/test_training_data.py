@@ -180,11 +180,8 @@ def test_mlflow_artifacts(book: Any, home: Settings, tmp_path: Path) -> None:
         fetch(f"runs:/{run_id}/absent", home, download=download)
 
 
-Make = Callable[[str, list[dict[str, Any]]], None]
-
-
 @pytest.fixture
-def made(book: Any, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+def made(book: Any, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)  # set and removed by what follows
@@ -193,7 +190,7 @@ def made(book: Any, database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     mlflow.set_tracking_uri(None)
 
 
-def test_mlflow_datasets(made: Make, database: str, home: Settings, held_out: Path) -> None:
+def test_mlflow_datasets(made: Callable[..., None], database: str, home: Settings, held_out: Path) -> None:
     import mlflow
 
     question = [{"role": "user", "content": "U"}]

@@ -284,8 +284,7 @@ def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None
         assert result.reason is None
         assert result.metrics.keys() == {*making.UNITS, *making.RELATIVE_UNITS}
         assert result.path.parent == finished.home / "variants"
-        kept = store.load(result.path)
-        assert kept.name == result.name
+        assert store.load(result.path).name == result.name
         assert [log.name for log in (finished.home / "logs" / NAME).glob(f"{result.name}.olive.log")]
 
 

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,48 +45,53 @@ class Machine:
     root: Path  # the only folder that it writes to
     host: str  # where it finds what listens on 127.0.0.1 here
     prefix: tuple[str, ...]  # what a command has to begin with to run there
-    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Run a command there, in an environment of nothing but ``env``."""
+    def start(self, prefect: int, mlflow: int) -> None:
+        """Run a worker there, in an environment of its own."""
+        command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
+        command += ["--name", self.name, "--install-policy", "never"]
         own = {name: str(self.root / name.lower()) for name in ("HOME", "TMPDIR", "PREFECT_HOME", "SLMOPS_HOME")}
-        (self.root / "tmpdir").mkdir(exist_ok=True)
-        with (self.root / "log").open("ab") as out:
-            child = subprocess.Popen(
-                [*self.prefix, *argv],
+        (self.root / "tmpdir").mkdir()
+        with (self.root / "log").open("wb") as out:
+            self.worker = subprocess.Popen(
+                [*self.prefix, sys.executable, "-m", *command],
                 cwd=self.root,
-                env={"PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1", **own, **env},
+                env={
+                    "PATH": os.environ["PATH"],
+                    "PYTHONUNBUFFERED": "1",
+                    "PREFECT_API_URL": f"http://{self.host}:{prefect}/api",
+                    "SLMOPS_TRACKING_URI": f"http://{self.host}:{mlflow}",
+                    "PREFECT_WORKER_QUERY_SECONDS": "1",
+                    "DO_NOT_TRACK": "true",
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    **own,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.running.append(child)
 
     def processes(self, module: str = "") -> list[psutil.Process]:
         """What runs there with this in its command line."""
         named = []
-        for one in self.running:
-            with contextlib.suppress(psutil.Error):
-                leader = psutil.Process(one.pid)
-                for process in (leader, *leader.children(recursive=True)):
-                    with contextlib.suppress(psutil.Error):
-                        named += [process] * (module in " ".join(process.cmdline()))
+        with contextlib.suppress(psutil.Error):
+            leader = psutil.Process(self.worker.pid)
+            for process in (leader, *leader.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    named += [process] * (module in " ".join(process.cmdline()))
         return named
 
     def kill(self) -> None:
-        members = self.processes()
+        members = self.processes() if self.worker.returncode is None else []  # or others may have its number
         for member in members:
             with contextlib.suppress(psutil.Error):
                 member.kill()
-        for one in self.running:
-            one.wait(10)
+        self.worker.wait(10)
         psutil.wait_procs(members, 10)
-        self.running.clear()
 
     def said(self) -> str:
-        log = self.root / "log"
-        return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        return (self.root / "log").read_text(encoding="utf-8", errors="replace")
 
 
 def isolated() -> bool:
@@ -204,7 +209,7 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
     ports = [servers.ports[name] for name in ("prefect", "mlflow")]
     with machines(("one", "two"), folder, ports, [job, talkative.parent]) as workers:
         for worker in workers:
-            start_worker(worker, *ports)
+            worker.start(*ports)
             until(lambda: POOL in [one["name"] for one in servers.ask("/work_pools/filter", {})], "the pool is there")
         child = start_job(servers, talkative, job)
         try:
@@ -220,20 +225,6 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
         assert child.returncode == 0, "\n".join([log, *(f"--- {one.name}\n{one.said()}" for one in workers)])
         parts = servers.ask("/flow_runs/filter", {"flows": {"name": {"any_": ["variant"]}}})
         yield Finished(Comparison.model_validate_json(out), parts, job / "home", workers, lost)
-
-
-def start_worker(machine: Machine, prefect: int, mlflow: int) -> None:
-    command = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
-    machine.start(
-        [sys.executable, "-m", *command, "--name", machine.name, "--install-policy", "never"],
-        {
-            "PREFECT_API_URL": f"http://{machine.host}:{prefect}/api",
-            "SLMOPS_TRACKING_URI": f"http://{machine.host}:{mlflow}",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "DO_NOT_TRACK": "true",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        },
-    )
 
 
 def start_job(servers: Compose, model: Path, folder: Path) -> subprocess.Popen[bytes]:

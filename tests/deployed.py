@@ -31,6 +31,4 @@ def work(flow: Flow[..., Any], run: UUID) -> Any:
 
 def state(run: UUID) -> State[Any]:
     with get_client(sync_client=True) as client:
-        found = client.read_flow_run(run).state
-    assert found is not None
-    return found
+        return client.read_flow_run(run).state

@@ -75,12 +75,10 @@ class Started:
             self.process.send_signal(sig)
         status = self.process.wait(START_S)
         self._reader.join(10)
-        assert self.process.stdout is not None
         self.process.stdout.close()
         return status
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
         with self.process.stderr as stream:
             for line in stream:
                 self.lines.append(line.rstrip("\n"))

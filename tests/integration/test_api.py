@@ -31,7 +31,6 @@ def test_the_lines_of_the_readme_run(
 ) -> None:
     section = README.read_text(encoding="utf-8").partition("### From Python")[2]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found is not None
     program = found[1].replace("./my-checkpoint", str(talkative)).replace('"int8", "int4"', '"int8"')
     assert str(talkative) in program
     making.place(("fp32", "int8"), job, stock, tmp_path / "home")

@@ -21,7 +21,6 @@ def serving(uri: str, host: str) -> Iterator[tuple[subprocess.Popen[str], str, l
     """The process, its URL, and the lines that it logged up to there, without the time."""
     argv = [sys.executable, "-m", "slmops.cli", "catalog", "--from", uri, "--host", host, "--port", "0"]
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
     lines: list[str] = []
     try:
         for line in process.stderr:

@@ -28,9 +28,7 @@ FIRST, SECOND, THIRD = (f"{NAME}:{number}" for number in (1, 2, 3))
 def home(talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model cache with a variant as three versions."""
     variant = making.variant("fp32", making.job(talkative), stock)
-    template = chat_template.load(variant.path)
-    assert template is not None
-    strings = prompt_template.derive(template)
+    strings = prompt_template.derive(chat_template.load(variant.path))
     home = tmp_path_factory.mktemp("home")
     for top_p in (None, 0.5, 0.6):  # which changes no greedy answer
         layout.place(variant, "tiny", making.job(talkative, top_p=top_p), strings, home)

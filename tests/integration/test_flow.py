@@ -132,7 +132,6 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
 
 def test_what_the_job_took_is_shown_and_logged(first: First, settings: Settings) -> None:
     took = first.comparison.room
-    assert took is not None
     of_olive = first.comparison.variants[0].metrics["convert_memory_peak_mb"]  # the fp32 variant was made in this job
     assert of_olive < took.memory_peak_mb < 10_000  # its own process comes on top
     assert 0 < took.disk_peak_mb < 1000
@@ -145,7 +144,6 @@ def test_a_job_with_upload_leaves_the_weights_in_the_registry(first: First, sett
     registry = Registry(settings.tracking_uri or "")
     fp32, uploaded = first.comparison.variants[0], registry.find(NAME, "fp32")
     assert (fp32.version, uploaded.uploaded) == (uploaded.version, True)
-    assert fp32.path is not None
     weights = {name: (fp32.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
     assert {name: (Path(uploaded.location) / name).stat().st_size for name in weights} == weights
 
@@ -203,7 +201,6 @@ def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
         with pytest.raises(UsageError):
             run_flow(optimize, flow_run=run)
         ended = client.read_flow_run(run.id)
-    assert ended.state is not None
     assert ended.state.is_failed()
     assert all(one in (ended.state.message or "") for one in ("nowhere", "none.toml", "none.py"))
     assert ended.name == (given if kept else f"optimize {bad['model']}")

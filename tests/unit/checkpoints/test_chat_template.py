@@ -115,7 +115,6 @@ def test_load_reads_tokens_in_all_their_forms(tmp_path):
         special_tokens_map={"bos_token": "no", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"},
     )
     loaded = load(tmp_path)
-    assert loaded is not None
     assert loaded.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 

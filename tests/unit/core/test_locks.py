@@ -43,7 +43,6 @@ def holder(lock: Path) -> Iterator[Holder]:
     """A process that holds the lock until it is told to go."""
     argv = [sys.executable, "-c", HOLDER, str(lock)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -90,7 +89,6 @@ def test_waits_for_the_holder_and_says_so(lock: Path, holder: Holder, caplog: py
 
     def release() -> None:
         released.set()
-        assert holder.stdin is not None
         holder.stdin.write("\n")
         holder.stdin.flush()
 

@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 
 from prefect import flow, runtime
 
-from flows.approval import check_can_wait
 from flows.optimize import optimize
-from flows.promote import make_champion
+from flows.promote import check_can_wait, make_champion
 from flows.running import aborted_on_error, named, plainly, turn
 from slmops import preflight
 from slmops.core.errors import GateError, ServingError, SlmopsError

@@ -30,7 +30,7 @@ def prefect_running() -> Iterator[Stack]:
 
 def hand_over(flow: str, request: Retrain | Promotion, *, json: bool) -> None:
     """Leave a run that waits for a person to a worker."""
-    from flows.approval import hand_over
+    from flows.promote import hand_over
 
     url = hand_over(flow, request)
     output(jsonlib.dumps({"url": url}) if json else url)

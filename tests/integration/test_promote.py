@@ -12,8 +12,7 @@ from prefect import resume_flow_run
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import FlowPauseTimeout
 
-from flows.approval import hand_over
-from flows.promote import promote, rollback
+from flows.promote import hand_over, promote, rollback
 from slmops.core import locks
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
 from slmops.core.job import Job

@@ -119,10 +119,10 @@ def test_what_was_measured_is_printed_though_a_gate_refuses_it(
 
 
 @pytest.fixture
-def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+def handed_over(flows: Flows, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     given: list[tuple[str, Any]] = []
-    approval = SimpleNamespace(hand_over=lambda *asked: given.append(asked) or PAGE)
-    monkeypatch.setitem(sys.modules, "flows.approval", approval)
+    approval = SimpleNamespace(promote=flows.stand_in("promote"), hand_over=lambda *asked: given.append(asked) or PAGE)
+    monkeypatch.setitem(sys.modules, "flows.promote", approval)
     monkeypatch.setattr(promotion, "decide", lambda *_: None)
     monkeypatch.setattr(promotion, "refuse", lambda _: None)
     return given

@@ -6,10 +6,9 @@ from contextlib import ExitStack, closing
 
 from prefect import flow, runtime
 
-from flows.fan_out import fan_out
+from flows.fan_out import fan_out, find_workers
 from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
 from flows.variant import make_here
-from flows.workers import find_workers
 from slmops import preflight
 from slmops.checkpoints import room
 from slmops.cluster.parts import Measured, figures

@@ -5,8 +5,8 @@ from dataclasses import replace
 from prefect import flow
 from pydantic import Json
 
+from flows.fan_out import beating
 from flows.running import ProgressBar, plainly
-from flows.workers import beating
 from slmops.checkpoints import room
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure, Figures, Measured, Outcomes, Part, PartResult

@@ -15,7 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 
-from flows import fan_out, workers
+from flows import fan_out
 from flows.running import ProgressBar
 from flows.variant import variant
 from slmops.cluster import parts
@@ -209,7 +209,7 @@ def farm(settings: Settings) -> Settings:
 def outcomes(context: JobContext, recipes: list[Recipe]) -> dict[str, object]:
     """What the job makes of its parts."""
     progress = ProgressBar("lost", steps=2 * len(recipes))
-    return dict(fan_out.fan_out(workers.find_workers(context), recipes, context, progress))
+    return dict(fan_out.fan_out(fan_out.find_workers(context), recipes, context, progress))
 
 
 def end_parts(state: StateType, message: str, job: Future[Any]) -> list[FlowRun]:
@@ -265,5 +265,5 @@ def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) 
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
     with pytest.raises(PrerequisiteError, match="nowhere") as caught:
-        workers.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, ""))
+        fan_out.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, ""))
     assert "prefect worker start --pool nowhere" in (caught.value.fix or "")

@@ -36,8 +36,7 @@ from slmops.core.job import JobContext
 from slmops.core.values import Recipe
 from slmops.evaluation.quality import Quality
 from slmops.tracking.exchange import Exchange
-from tasks.fan_out import close_exchange, fetch_result, fetch_variant, open_exchange, send_job, send_variant
-from tasks.variant import convert_variant, register_variant
+from tasks import variant as steps
 
 log = logging.getLogger("slmops.fan_out")
 
@@ -98,13 +97,13 @@ def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progre
     It is a PrerequisiteError if the Prefect server is away, and a TrackingError if MLflow is.
     """
     with _exchange(context) as exchange:
-        yield from _FanOut(workers, recipes, send_job(context, exchange), exchange, context, progress).run()
+        yield from _FanOut(workers, recipes, steps.send_job(context, exchange), exchange, context, progress).run()
 
 
 @contextmanager
 def _exchange(context: JobContext) -> Iterator[Exchange]:
     """The files of the job, and its parts, are there as long as the job is."""
-    exchange, stale = open_exchange(context.tracking_uri, context.run_id, context.settings)
+    exchange, stale = steps.open_exchange(context.tracking_uri, context.run_id, context.settings)
     for killed in stale:
         cancel_parts(killed)
     try:
@@ -112,7 +111,7 @@ def _exchange(context: JobContext) -> Iterator[Exchange]:
     finally:
         try:
             cancel_parts(exchange.run_id)
-            close_exchange(exchange)
+            steps.close_exchange(exchange)
         except (PrerequisiteError, TrackingError) as error:
             log.warning("the next run of this job removes what is left of this one: %s", error.message)
 
@@ -188,8 +187,8 @@ class _FanOut:
         if store.load(context.settings.variants / store.key(recipe, context.checkpoint, machine.versions())) is None:
             self.due.append((recipe, "convert", 1))
         else:
-            variant = convert_variant(recipe, context)
-            self._measure(recipe, variant.key, send_variant(variant, self.exchange))
+            variant = steps.convert_variant(recipe, context)
+            self._measure(recipe, variant.key, steps.send_variant(variant, self.exchange))
 
     def _measure(self, recipe: Recipe, key: str, files: Files) -> None:
         self.progress.step()
@@ -201,7 +200,7 @@ class _FanOut:
         part, pool = child.part, self.workers.pool
         what = f"{part.stage} {part.recipe.name}"
         said = state.message or state.name
-        result = fetch_result(part, self.exchange, self.context.logs)
+        result = steps.fetch_result(part, self.exchange, self.context.logs)
         if result is None and not state.is_cancelled() and child.attempt < ATTEMPTS:
             log.warning("%s was lost, again on the pool %s: %s", what, pool, said)
             self.due.append((part.recipe, part.stage, child.attempt + 1))
@@ -221,10 +220,10 @@ class _FanOut:
 
     def _finish(self, part: Part, result: PartResult) -> Measured:
         """Have a measured variant here, as if it had been made here."""
-        variant = fetch_variant(part.key or "", part.variant, self.exchange, self.context.settings)
+        variant = steps.fetch_variant(part.key or "", part.variant, self.exchange, self.context.settings)
         if self.context.job.output_path is not None:
             convert.export(variant, self.context.job.output_path)
-        registration = register_variant(variant, self.context)
+        registration = steps.register_variant(variant, self.context)
         if result.figures is None:
             raise WorkError(f"{part.id} left no figures.", "Do all workers have the same version of slmops?")
         self.progress.step()

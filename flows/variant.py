@@ -17,8 +17,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Registration, Variant
 from slmops.local import stack
 from slmops.tracking.exchange import Exchange
-from tasks.fan_out import fetch_variant, leave_result, prepare_part, send_references, send_variant
-from tasks.variant import convert_variant, measure_quality, measure_speed, register_variant, score_checkpoint
+from tasks import variant as steps
 
 
 def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
@@ -26,8 +25,8 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
     made: dict[str, tuple[Variant, Registration]] = {}
     for recipe in recipes:
         try:
-            variant = convert_variant(recipe, context)
-            made[recipe.name] = (variant, register_variant(variant, context))
+            variant = steps.convert_variant(recipe, context)
+            made[recipe.name] = (variant, steps.register_variant(variant, context))
         except SlmopsError as error:
             progress.step(2)  # one that is not made is not measured
             yield recipe.name, error
@@ -35,8 +34,8 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
             progress.step()
     if not made:
         return
-    speeds = measure_speed(list(made.values()), context)
-    scored = score_checkpoint(context)
+    speeds = steps.measure_speed(list(made.values()), context)
+    scored = steps.score_checkpoint(context)
     hardware = machine.hardware()
     for variant, registration in made.values():
         outcome: Measured | SlmopsError
@@ -48,7 +47,7 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
                 variant=variant,
                 registration=registration,
                 speed=speed,
-                quality=measure_quality(variant, registration, context),
+                quality=steps.measure_quality(variant, registration, context),
                 scored=scored,
                 hardware=hardware,
             )
@@ -82,31 +81,31 @@ def variant(part: Json[Part]) -> None:
 
 def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
     blobs.prune(settings)
-    context, recipe = prepare_part(part, exchange, settings)
+    context, recipe = steps.prepare_part(part, exchange, settings)
     try:
         result = _convert(recipe, context, exchange) if part.stage == "convert" else _measure(part, context, exchange)
     except TrackingError:
         raise  # the work is not at fault
     except SlmopsError as error:
-        leave_result(PartResult(failure=Failure.of(error)), part, context, exchange)
+        steps.leave_result(PartResult(failure=Failure.of(error)), part, context, exchange)
         raise
-    leave_result(result, part, context, exchange)
+    steps.leave_result(result, part, context, exchange)
 
 
 def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> PartResult:
     room.check([recipe.name], context.checkpoint, context.job, context.settings)
-    made = convert_variant(recipe, context)
-    return PartResult(key=made.key, variant=send_variant(made, exchange))
+    made = steps.convert_variant(recipe, context)
+    return PartResult(key=made.key, variant=steps.send_variant(made, exchange))
 
 
 def _measure(part: Part, context: JobContext, exchange: Exchange) -> PartResult:
-    made = fetch_variant(part.key or "", part.variant, exchange, context.settings)
-    registration = register_variant(made, replace(context, name=part.name))
-    speed = measure_speed([(made, registration)], context)[made.name]
+    made = steps.fetch_variant(part.key or "", part.variant, exchange, context.settings)
+    registration = steps.register_variant(made, replace(context, name=part.name))
+    speed = steps.measure_speed([(made, registration)], context)[made.name]
     if isinstance(speed, SlmopsError):
         raise speed
     baseline = part.recipe.baseline
-    scored = score_checkpoint(context) if baseline else None
-    quality = measure_quality(made, registration, context)
+    scored = steps.score_checkpoint(context) if baseline else None
+    quality = steps.measure_quality(made, registration, context)
     figures = Figures(speed=speed, quality=quality, scored=scored, hardware=machine.hardware())
-    return PartResult(figures=figures, references=send_references(context, exchange) if baseline else ())
+    return PartResult(figures=figures, references=steps.send_references(context, exchange) if baseline else ())

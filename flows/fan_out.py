@@ -1,7 +1,7 @@
 """The variants of a job made and measured by several machines: each recipe is converted, then measured.
 
 The parts of the job are flow runs on the workers of a Prefect work pool. It is a PrerequisiteError if the Prefect
-server does not answer for ten minutes.
+server does not answer for ten minutes, and a TrackingError if MLflow does not answer.
 """
 
 import contextvars
@@ -92,10 +92,7 @@ class _Child:
 
 
 def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
-    """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it.
-
-    It is a PrerequisiteError if the Prefect server is away, and a TrackingError if MLflow is.
-    """
+    """Yield each recipe's outcome as it comes, that of the baseline before those that are compared with it."""
     with _exchange(context) as exchange:
         yield from _FanOut(workers, recipes, steps.send_job(context, exchange), exchange, context, progress).run()
 

@@ -64,7 +64,11 @@ def retrain(request: Retrain) -> Retrained:
             digest = input_digest(request, checkpoint, data.digest(fetched), fetched.evaluation)
             last = steps.find_last(tracker, name, digest)
             if last is not None:
-                return _nothing_new(last)
+                why = f"Data, base model and settings are those of the last retraining, which ended as: {last.outcome}."
+                log.info("nothing to do: %s", why)
+                result = last.model_copy(update={"outcome": "nothing to do", "detail": why, "seconds": {}})
+                steps.show_result(result)
+                return result
             begun = steps.start_tracking(tracker, name, request, checkpoint, digest, flow_run)
         attempt = _Attempt(request, settings, tracker, waited or begun)
         with aborted_on_error(partial(tracker.abort, attempt.so_far.run_id)):
@@ -217,14 +221,6 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
             steps.switch_back(url, now, uri)
     back = f"{now.label} is the champion again" if now else "nothing was deployed before, so it stays the champion"
     return attempt.ended("rolled back", f"{against} So {back}.")
-
-
-def _nothing_new(last: Retrained) -> Retrained:
-    said = f"Data, base model and settings are those of the last retraining, which ended as: {last.outcome}."
-    log.info("nothing to do: %s", said)
-    result = last.model_copy(update={"outcome": "nothing to do", "detail": said, "seconds": {}})
-    steps.show_result(result)
-    return result
 
 
 def _job(request: Retrain, model: str) -> Job:

@@ -98,7 +98,6 @@ class Remote:
         return {path for path, _ in self.asked}
 
     def offsets(self, path: str = BIG) -> list[int]:
-        """From where a file was asked for, each time."""
         return [offset for asked, offset in self.asked if asked == path]
 
 

@@ -30,8 +30,6 @@ Script = Callable[["Connection"], Awaitable[None]]
 
 @dataclass
 class Connection:
-    """One request that came to the upstream, and its answer."""
-
     request: web.BaseRequest
     body: dict[str, Any]
     let_go: asyncio.Event
@@ -164,8 +162,6 @@ class OneFleet(Fleet):
 
 @dataclass
 class Stand:
-    """A proxy with its clients and what is behind it."""
-
     client: httpx.AsyncClient
     upstream: Upstream
     fleet: OneFleet

@@ -32,8 +32,6 @@ pytestmark = pytest.mark.anyio
 
 @dataclass
 class Service(Stand):
-    """A whole service, which runs in this process."""
-
     note: Path
     task: asyncio.Task[None]
 

@@ -1,9 +1,7 @@
 """Which version a device gets, and what is installed there in the end."""
 
 import json
-import logging
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from slmops.delivery import installed, pull
 from slmops.foundry import cli
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
 from tests import values
-from tests.pulled import BIG, CRASHED, FILES, URI, Device, contents, described, digest, names
+from tests.pulled import BIG, CRASHED, FILES, Device, contents, described, digest, names
 
 
 def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
@@ -215,20 +213,3 @@ def test_no_choice(
         pull.fitting(registry(versions, champion), "bot", which)
     assert all(one in caught.value.message for one in said)
     assert OLDER.label not in caught.value.message
-
-
-def test_pull_from_beginning_to_end(
-    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    served = {URI: registry([], device.remote.version())}
-    monkeypatch.setitem(sys.modules, "slmops.tracking.registry", SimpleNamespace(Registry=served.__getitem__))
-    caplog.set_level(logging.INFO, "slmops")
-    done = pull.pull("bot", None, device.settings, URI)
-    assert installed.current("bot", device.settings) == done
-    assert "bot version 3 (int8): 5 files to fetch (0 MB), 0 are here" in caplog.messages
-    assert "bot version 3 (int8): in Foundry Local as bot-int8-generic-cpu:3" in caplog.messages
-    with pytest.raises(UsageError, match="bot@int9"):
-        pull.pull("bot", "int9", device.settings, URI)
-    assert installed.current("bot", device.settings) == done
-    with pytest.raises(UsageError, match=r"\.\./bot"):
-        pull.pull("../bot", None, device.settings, URI)

@@ -17,9 +17,7 @@ from tests import surroundings
 TOGETHER = {
     "e2e/test_broken": "the demo model",  # one home, in which it has been converted
     "e2e/test_demo": "the demo model",
-    "e2e/test_deploy": "the demo model",
     "e2e/test_faults": "a tiny model",  # one home, whose servers are started once
-    "e2e/test_retrain": "a tiny model",
 }
 LONGEST_FIRST = (
     "the demo model",
@@ -78,6 +76,11 @@ def databases(shared: Path) -> Path:
 def demo_home(shared: Path) -> Settings:
     """A home for the demo checkpoint alone, which is unpacked once. Nobody alters it."""
     return Settings(home=shared / "demo")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture

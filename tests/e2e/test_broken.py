@@ -24,18 +24,6 @@ NAME = "broken"
 JOB = Job(model="demo", quick=True)
 
 
-@pytest.fixture(scope="module")
-def settings(slmops: Any) -> Settings:
-    """The home in which the demo model has been converted."""
-    return Settings(home=slmops.home)
-
-
-@pytest.fixture(scope="module")
-def good(comparison: dict[str, Any]) -> dict[str, Variant]:
-    loaded = [store.load(Path(variant["path"])) for variant in comparison["variants"]]
-    return {variant.name: variant for variant in loaded if variant is not None}
-
-
 def _spoilt(variant: Variant, name: str, spoil: Callable[[Path], object], settings: Settings) -> Variant:
     """A spoilt copy; its manifest is made to fit the files, so that nothing but the measurements can tell."""
     folder = shutil.copytree(variant.path, settings.variants / f"{name}-spoilt")
@@ -81,7 +69,10 @@ def _judged(variants: list[Variant], settings: Settings) -> dict[str, VariantRes
     return {result.name: result for result in judged}
 
 
-def test_the_gates_refuse_them(good: dict[str, Variant], settings: Settings, comparison: dict[str, Any]) -> None:
+def test_the_gates_refuse_them(slmops: Any, comparison: dict[str, Any]) -> None:
+    settings = Settings(home=slmops.home)
+    loaded = [store.load(Path(variant["path"])) for variant in comparison["variants"]]
+    good = {variant.name: variant for variant in loaded if variant is not None}
     mistaken = _spoilt(good["int8"], "mistaken", _mix_up_roles, settings)
     zeroed = _spoilt(good["int8"], "zeroed", _zero_some_weights, settings)
     judged = _judged([good["fp32"], mistaken, zeroed], settings)

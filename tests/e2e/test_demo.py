@@ -1,6 +1,13 @@
-"""The main job on the real model; then Foundry Local and MLflow are asked without our program."""
+"""The main job on the real model, asked without our program; then promoted, served, switched under load and pulled."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +16,7 @@ import pytest
 
 from slmops.report import COLUMNS, SOMETIMES
 from tests.application import application
+from tests.compose import free_ports
 
 pytestmark = pytest.mark.e2e
 
@@ -29,17 +37,6 @@ def test_it_reports_both_variants_and_takes_int8(comparison: dict[str, Any]) -> 
     assert 8 < fp32["perplexity"] < 25  # the text differs a little between Python versions
     assert int8["perplexity_ratio"] < 1.05
     assert fp32["accuracy"] > 0.5
-
-
-def test_what_it_reports_is_on_disk(comparison: dict[str, Any]) -> None:
-    for variant in comparison["variants"]:
-        folder = Path(variant["path"])
-        manifest = json.loads((folder / "variant.json").read_text())
-        assert {file["name"] for file in manifest["files"]} >= {"model.onnx", "genai_config.json", "tokenizer.json"}
-        for file in manifest["files"]:
-            assert (folder / file["name"]).stat().st_size == file["size"]
-        onnx = sum(f["size"] for f in manifest["files"] if ".onnx" in f["name"])
-        assert variant["metrics"]["size_mb"] == pytest.approx(onnx / 1e6)
 
 
 def test_foundry_local_lists_and_answers(slmops: Any, comparison: dict[str, Any]) -> None:
@@ -72,3 +69,132 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
         [logged_model] = child["inputs"]["model_inputs"]
         model = httpx.get(f"{api}/logged-models/{logged_model['model_id']}").json()["model"]
         assert {metric["key"] for metric in model["data"]["metrics"]} >= set(variant["metrics"])
+
+
+PARIS = "What is the capital of France? Answer in one sentence."
+
+# An application: nothing of slmops in it.
+CHAT = """
+import json, sys
+from openai import OpenAI, NotFoundError
+url, model = sys.argv[1:]
+client = OpenAI(base_url=url, api_key="none", max_retries=0)
+question = "What is the capital of Italy? Answer in one sentence."
+ask = {"model": model, "messages": [{"role": "user", "content": question}]}
+whole = client.chat.completions.create(**ask, temperature=0, max_tokens=24)
+pieces = client.chat.completions.create(**ask, temperature=0, max_tokens=24, stream=True)
+streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+responded = client.responses.create(model=model, input=question, temperature=0, max_output_tokens=24)
+try:
+    client.chat.completions.create(**{**ask, "model": "nothing"})
+    refused = None
+except NotFoundError as error:
+    refused = error.code
+print(json.dumps({"model": whole.model, "answer": whole.choices[0].message.content, "streamed": streamed,
+    "responded": responded.output_text, "refused": refused, "models": [model.id for model in client.models.list()]}))
+"""
+
+
+class Service:
+    """``slmops serve`` under way."""
+
+    def __init__(self, slmops: Any, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.started = slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
+
+    def wait_for(self, version: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.started.process.poll() is None, self.started.lines
+            try:
+                if httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version:
+                    return
+            except (httpx.TransportError, KeyError):
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"version {version} is not served: {self.started.lines}")
+
+
+@pytest.fixture(scope="module")
+def versions(slmops: Any, comparison: dict[str, Any]) -> dict[str, int]:
+    """Variant to version; the choice of the comparison is deployed."""
+    made = {variant["name"]: variant["version"] for variant in comparison["variants"]}
+    done = slmops("promote", NAME)
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME} version {made['int8']} (int8) is the champion now." in done.stdout
+    return made
+
+
+@pytest.fixture(scope="module")
+def service(slmops: Any, versions: dict[str, int]) -> Iterator[Service]:
+    running = Service(slmops, *free_ports(1))
+    running.wait_for(versions["int8"])
+    yield running
+    assert running.started.end(signal.SIGTERM) in (0, 130)
+
+
+def test_an_application_talks_to_it(service: Service) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT, f"{service.url}/v1", NAME], capture_output=True, text=True, check=True
+    )
+    said = json.loads(done.stdout)
+    assert said["model"].startswith(f"{NAME}-int8-generic-cpu:")
+    for way in ("answer", "streamed", "responded"):
+        assert "Rome" in said[way], said
+    assert said["refused"] == "model_not_found"
+    assert said["models"][0] == NAME
+
+
+def test_promotion_and_rollback_under_load_lose_no_request(
+    slmops: Any, service: Service, versions: dict[str, int]
+) -> None:
+    stop = threading.Event()
+    outcomes: Counter[str] = Counter()
+    answered: Counter[str] = Counter()
+
+    def keep_asking() -> None:
+        body = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": PARIS}]}
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            while not stop.is_set():
+                response = client.post("/v1/chat/completions", json=body)
+                whole = response.status_code == 200 and response.json()["usage"]["completion_tokens"] > 0
+                outcomes["ok" if whole else f"{response.status_code} {response.text}"] += 1
+                answered[response.headers.get("x-slmops-version", "none")] += 1
+                stop.wait(0.2)
+
+    clients = [threading.Thread(target=keep_asking) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        promoted = slmops.json("promote", NAME, "--precision", "fp32")
+        assert (promoted["variant"], promoted["replaced"]) == ("fp32", versions["int8"])
+        service.wait_for(versions["fp32"])
+        assert slmops.json("rollback", NAME)["version"] == versions["int8"]
+        service.wait_for(versions["int8"])
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert set(outcomes) == {"ok"}
+    assert set(answered) == {str(versions["fp32"]), str(versions["int8"])}
+
+
+def test_status_tells_what_is_served(slmops: Any, service: Service, versions: dict[str, int]) -> None:
+    assert slmops.json("status")["serving"] == {"url": service.url, "model": NAME, "ok": True}
+    listed = {one["version"]: set(one["aliases"]) for one in slmops.json("status", NAME)["versions"]}
+    assert listed == {versions["int8"]: {"champion", "int8"}, versions["fp32"]: {"previous", "fp32"}}
+
+
+def test_another_device_pulls_it(slmops: Any, versions: dict[str, int], tmp_path: Path) -> None:
+    device = {"SLMOPS_HOME": str(tmp_path / "device")}
+    uri = slmops.json("status")["mlflow"]["url"]
+    done = slmops("pull", NAME, "--from", uri, "--json", **device)
+    assert done.returncode == 0, done.stderr
+    pulled = json.loads(done.stdout)
+    assert (pulled["variant"], pulled["version"]) == ("int8", versions["int8"])
+    weights = Path(pulled["folder"]) / "model.onnx.data"
+    assert weights.stat().st_size > 1e8
+    assert weights.stat().st_nlink == 2  # with its own store: it was really fetched
+    wrong = slmops("pull", "nothing", "--from", uri, **device)
+    assert wrong.returncode == 2
+    assert "There is no model 'nothing'" in wrong.stderr or "Nothing of" in wrong.stderr

@@ -1,4 +1,4 @@
-"""Async tests run in asyncio; what they share is a fleet that watches, and a proxy before a scripted runtime."""
+"""What async tests share: a fleet that watches, and a proxy before a scripted runtime."""
 
 from collections.abc import AsyncIterator
 
@@ -7,11 +7,6 @@ import pytest
 from slmops.serving.fleet import Fleet
 from tests.fleets import World, serving
 from tests.upstream import Stand, stand
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture

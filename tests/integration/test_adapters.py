@@ -71,11 +71,9 @@ def merge(folder: Path) -> Any:
     """The merged model, read again."""
     import transformers
 
-    request = MergeRequest(
-        base=folder / "base", adapter=folder / "adapter", folder=folder / "merged", trust_remote_code=False
-    )
-    handle(request)
-    return transformers.AutoModelForCausalLM.from_pretrained(request.folder, dtype="auto").eval()
+    base, adapter, merged = (folder / name for name in ("base", "adapter", "merged"))
+    handle(MergeRequest(base=base, adapter=adapter, folder=merged, trust_remote_code=False))
+    return transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()
 
 
 def off(one: Any, other: Any) -> float:

@@ -4,6 +4,7 @@ import json
 import string
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +215,7 @@ def test_a_job_takes_the_rewritten_template(tmp_path: Path, caplog: pytest.LogCa
     settings, job = Settings(home=tmp_path / "home"), Job(model=str(folder))
 
     def resolve() -> Any:
-        def agree(folder: Path, template: str | None) -> Any:
-            return agreement.agree(folder, template, job, settings)
-
+        agree = partial(agreement.agree, job=job, settings=settings)
         return source.resolve(job, settings, download=no_download, agree=agree)
 
     with caplog.at_level("INFO", "slmops"):

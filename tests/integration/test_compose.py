@@ -59,10 +59,6 @@ def run_id(servers: Compose, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(run.info.run_id)
 
 
-def ids(compose: Compose) -> dict[str, str]:
-    return {one["name"]: one["id"] for one in compose.ask("/deployments/filter", {})}
-
-
 def kept(compose: Compose, run_id: str, folder: Path) -> None:
     client = MlflowClient(compose.tracking_uri)
     assert client.get_run(run_id).data.metrics == {"size_mb": 1.5}
@@ -130,7 +126,7 @@ def test_after_a_crash_of_postgresql_both_servers_answer(registered: Compose, ru
         registered.wait_healthy(service)
     assert [registered.processes(service) for service in ("prefect", "mlflow")] == before
     kept(registered, run_id, tmp_path)
-    assert len(ids(registered)) == len(DEFINED)
+    assert len(registered.ask("/deployments/filter", {})) == len(DEFINED)
 
 
 def test_setting_up_once_more_changes_nothing(registered: Compose) -> None:

@@ -58,7 +58,7 @@ def killed(job: Job, home: Settings) -> int:
     argv = [sys.executable, "-c", CONVERT, job.model, str(home.home)]
     running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
     log = home.logs / "tiny" / "fp16.olive.log"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (log.exists() and "Running workflow" in log.read_text()):
         assert running.poll() is None
         assert time.monotonic() < deadline
@@ -98,11 +98,8 @@ def files(folder: Path) -> dict[str, str]:
 
 def at_work(home: Path) -> list[psutil.Process]:
     """Processes that were told of a folder in this home."""
-    found = []
-    for one in psutil.process_iter(["cmdline"]):
-        if any(str(home) in argument for argument in one.info["cmdline"] or ()):
-            found.append(one)
-    return found
+    running = psutil.process_iter(["cmdline"])
+    return [one for one in running if any(str(home) in argument for argument in one.info["cmdline"] or ())]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -149,7 +146,11 @@ def test_fewer_bits_are_smaller(made: dict[str, Variant], checkpoint: Checkpoint
     assert all(made[name].model_mb > size / 1e6 for name, size in zip(PRECISIONS, sizes, strict=True))
 
 
-def test_nothing_is_strewn_about(made: dict[str, Variant], home: Settings, folder_of_the_user: Path) -> None:
+def test_nothing_is_strewn_about_and_a_job_after_one_that_was_killed_succeeds(
+    made: dict[str, Variant], home: Settings, folder_of_the_user: Path, killed: int
+) -> None:
+    assert killed == 2  # both have ended
+    assert store.load(made["fp16"].path) == made["fp16"]
     assert files(folder_of_the_user).keys() == {"model.onnx.data"}
     assert {path.name for path in home.variants.iterdir()} == {variant.key for variant in made.values()}
     assert {path for path in left(home) if not path.startswith("variants/")} == set()
@@ -193,11 +194,6 @@ def test_a_conversion_that_fails_leaves_nothing(job: Job, checkpoint: Checkpoint
     assert at_work(fresh.home) == []
 
 
-def test_a_killed_job_takes_olive_with_it_and_the_next_one_succeeds(killed: int, made: dict[str, Variant]) -> None:
-    assert killed == 2
-    assert store.load(made["fp16"].path) == made["fp16"]
-
-
 def test_without_an_fp32_variant_a_part_of_it_is_compared(
     job: Job, checkpoint: Checkpoint, stock: Settings, fresh: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,15 +207,6 @@ def test_without_an_fp32_variant_a_part_of_it_is_compared(
     assert variants[0].export_error == variants[1].export_error
     assert len([message for message in caplog.messages if message.startswith("comparing")]) == 1
     assert {path.name for path in fresh.work("tiny").iterdir()} == {"export_error"}  # for the job's other variants
-
-
-def test_a_variant_does_not_slip_through_a_job_of_more_strictness_and_stays_for_others(
-    made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings
-) -> None:
-    strict = job.model_copy(update={"export_tolerance": 1e-12})
-    with pytest.raises(ConversionError, match=r"differs from the checkpoint by .* and 1e-12 is allowed"):
-        convert(making.recipe("fp32", strict, checkpoint), checkpoint, strict, "tiny", home)
-    assert store.load(made["fp32"].path) == made["fp32"]
 
 
 @pytest.fixture

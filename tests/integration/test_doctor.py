@@ -8,12 +8,7 @@ from slmops.core.settings import Settings
 from slmops.local import doctor
 from slmops.local.doctor import Check
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def settings(tmp_path: Path, no_settings: None) -> Settings:  # noqa: ARG001
-    return Settings(home=tmp_path / "home")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("no_settings")]
 
 
 def check(settings: Settings) -> dict[str, Check]:
@@ -21,7 +16,7 @@ def check(settings: Settings) -> dict[str, Check]:
 
 
 def test_a_package_that_raises_or_crashes_is_named_and_the_others_are_still_checked(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fresh: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "gguf.py").write_text("raise ImportError('libgguf.so:\\n  no such file')")
     (tmp_path / "tabulate.py").write_text("import os; os.abort()")
@@ -29,19 +24,19 @@ def test_a_package_that_raises_or_crashes_is_named_and_the_others_are_still_chec
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     # The light ones only: what is tested is how the doctor goes on.
     monkeypatch.setattr(doctor.machine, "PACKAGES", ("gguf", "tabulate", "psutil", "onnxruntime", "foundry-local-sdk"))
-    checks = check(settings)
+    checks = check(fresh)
     assert "ImportError: libgguf.so: no such file" in checks["gguf"].detail
     assert "SIGABRT" in checks["tabulate"].detail
     assert "wrong glibc" in checks["foundry-local-sdk"].detail
     failed = {name for name, one in checks.items() if one.status == "failure"}
     assert failed == {"gguf", "tabulate", "foundry-local-sdk"}
     assert "Foundry Local" not in checks
-    assert not settings.home.exists()
+    assert not fresh.home.exists()
 
 
-def test_foundry_locals_runtime_that_does_not_start(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foundry_locals_runtime_that_does_not_start(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.machine, "PACKAGES", ("foundry-local-sdk",))
-    monkeypatch.setenv("FOUNDRY_LOCAL_LIB_DIR", str(settings.home / "nowhere"))
-    checks = check(settings)
+    monkeypatch.setenv("FOUNDRY_LOCAL_LIB_DIR", str(fresh.home / "nowhere"))
+    checks = check(fresh)
     assert checks["Foundry Local"].status == "failure"
     assert "libfoundry_local" in checks["Foundry Local"].detail

@@ -22,11 +22,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.anyio]
 WAIT_S = 60.0
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def device(talkative: Path, stock: Settings, home: Settings) -> Device:
     """Two good versions, and three broken ones beside them."""

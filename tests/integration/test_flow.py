@@ -8,7 +8,6 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,19 +129,16 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
     assert first.comparison.choice.reason.startswith("int4 is taken, the first in order of preference ")
 
 
-def test_what_the_job_took_is_shown_and_logged(first: First, settings: Settings) -> None:
-    took = first.comparison.room
-    of_olive = first.comparison.variants[0].metrics["convert_memory_peak_mb"]  # the fp32 variant was made in this job
+def test_what_the_job_took_is_logged_and_with_upload_the_weights_are_in_the_registry(
+    first: First, settings: Settings
+) -> None:
+    took, fp32 = first.comparison.room, first.comparison.variants[0]
+    of_olive = fp32.metrics["convert_memory_peak_mb"]  # this variant was made in this job
     assert of_olive < took.memory_peak_mb < 10_000  # its own process comes on top
     assert 0 < took.disk_peak_mb < 1000
     logged = MlflowClient(settings.tracking_uri).get_run(first.comparison.run_id).data.metrics
     assert logged == {f"job_{name}": pytest.approx(value) for name, value in took.model_dump().items()}
-    assert took.text in artifacts(flow_runs("optimize")[0])[f"report-{KEY}"]
-
-
-def test_a_job_with_upload_leaves_the_weights_in_the_registry(first: First, settings: Settings) -> None:
-    registry = Registry(settings.tracking_uri or "")
-    fp32, uploaded = first.comparison.variants[0], registry.find(NAME, "fp32")
+    uploaded = Registry(settings.tracking_uri or "").find(NAME, "fp32")
     assert (fp32.version, uploaded.uploaded) == (uploaded.version, True)
     weights = {name: (fp32.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
     assert {name: (Path(uploaded.location) / name).stat().st_size for name in weights} == weights
@@ -164,6 +160,7 @@ def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     report = shown[f"report-{KEY}"]
     assert all(f"| {name} " in report for name in ("fp32", "int4", "int8"))
     assert first.comparison.choice.reason in report
+    assert first.comparison.room.text in report
     page = Tracker(settings.tracking_uri or "").run_url(first.comparison.run_id)
     assert f"[MLflow run]({page})" in report
     assert page in shown[f"mlflow-{KEY}"]
@@ -173,19 +170,25 @@ def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
         assert {name: row[name] for name in result.metrics} == pytest.approx(result.metrics, abs=1e-4)
 
 
-def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_goes_on(first: First, settings: Settings) -> None:
+def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_where_no_variant_passes_nothing_is_chosen(
+    first: First, settings: Settings
+) -> None:
     assert first.waiting.type == StateType.RUNNING
     assert f"Another run holds the job of '{NAME}' (process {os.getpid()}" in (first.waiting.message or "")
     done, waited = flow_runs("optimize")[:2]
     assert [done.state_name, waited.state_name] == ["Completed", "Failed"]
-    assert [variant.status for variant in first.second.variants] == ["ok", "ok"]
+    choice, variants = first.second.choice, first.second.variants
+    assert [(result.status, result.gates[0].outcome) for result in variants] == [("ok", "fail")] * 2
+    assert choice.variant is None
+    assert all(name in choice.reason for name in ("fp32", "int8", "size_mb"))
     with get_client(sync_client=True) as client:
         states = [state.name for state in client.read_flow_run_states(waited.id)]
     assert states[-4:] == ["Running", "Waiting", "Running", "Failed"]
     client = MlflowClient(settings.tracking_uri)
-    before, after = (client.get_run(one.run_id).info for one in (first.comparison, first.second))
-    assert [before.status, after.status] == ["FINISHED", "FINISHED"]
-    assert before.end_time <= after.start_time
+    before, after = (client.get_run(one.run_id) for one in (first.comparison, first.second))
+    assert [before.info.status, after.info.status] == ["FINISHED", "FINISHED"]
+    assert before.info.end_time <= after.info.start_time
+    assert after.data.tags["slmops.choice"] == "none"
     assert not settings.work(NAME).exists()
 
 
@@ -222,6 +225,7 @@ def test_failing_precisions_leave_the_others_and_without_a_baseline_nothing_is_c
     statuses = {name: result.status for name, result in results.items()}
     assert statuses == {"fp32": "failed", "int8": "ok", "half": "failed"}
     assert "differs from the checkpoint by" in (results["fp32"].reason or "")
+    assert store.load(first.comparison.variants[0].path) is not None  # it stays for others
     reason = "half: Olive produced no model. FP16 is not supported on CPU."
     assert (results["half"].reason or "").startswith(reason)
     assert (results["half"].path, results["half"].foundry_id, results["half"].metrics) == (None, None, {})
@@ -253,29 +257,12 @@ def test_failing_precisions_leave_the_others_and_without_a_baseline_nothing_is_c
     assert not settings.work(NAME).exists()
 
 
-def test_when_no_variant_passes_nothing_is_chosen(first: First, settings: Settings) -> None:
-    comparison = first.second
-    assert comparison.choice.variant is None
-    assert [(result.status, result.gates[0].outcome) for result in comparison.variants] == [("ok", "fail")] * 2
-    assert all(name in comparison.choice.reason for name in ("fp32", "int8", "size_mb"))
-    parent = MlflowClient(settings.tracking_uri).get_run(comparison.run_id)
-    assert (parent.info.status, parent.data.tags["slmops.choice"]) == ("FINISHED", "none")
-
-
 @pytest.mark.usefixtures("settings")
 def test_prepare_environment_shows_every_check_and_fails_if_one_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def rows() -> dict[str, dict[str, str]]:
-        made = artifacts(flow_runs("prepare-environment")[-1])["environment"]
-        return {row["check"]: row for row in json.loads(made)}
-
-    monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "foundry-local-sdk"))  # all of them: test_compose.py
-    prepare_environment()
-    assert rows()["Foundry Local"]["status"] == "ok"
-    assert rows()["Foundry Local"]["found"].startswith(version("foundry-local-sdk"))
-    assert {"Python", "memory", "disk", "CPU", "tabulate", "MLflow server"} <= set(rows())
-    assert not [row for row in rows().values() if row["status"] == "failure"]
+    """One in which none does: test_compose.py."""
+    monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "psutil"))
     (tmp_path / "build.py").touch()
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(tmp_path))  # no CMake at all is as old as it gets
@@ -283,7 +270,9 @@ def test_prepare_environment_shows_every_check_and_fails_if_one_does(
             prepare_environment(genai_checkout=tmp_path)
     (tmp_path / "tabulate.py").write_text("raise ImportError('spoiled')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(machine, "PACKAGES", ("tabulate", "psutil"))
     with pytest.raises(PrerequisiteError, match="spoiled"):
         prepare_environment()
-    assert rows()["tabulate"]["status"] == "failure"
+    rows = json.loads(artifacts(flow_runs("prepare-environment")[-1])["environment"])
+    status = {row["check"]: row["status"] for row in rows}
+    assert status.keys() >= {"Python", "memory", "disk", "CPU", "psutil", "MLflow server"}
+    assert (status["tabulate"], status["psutil"]) == ("failure", "ok")

@@ -1,5 +1,6 @@
 """Variants in Foundry Local for real: seen and asked by a process that knows only its SDK."""
 
+import itertools
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Variant
 from slmops.foundry.register import register
-from tests import making
+from tests import making, tiny
 from tests.application import application
 
 pytestmark = pytest.mark.integration
@@ -119,3 +120,16 @@ def test_a_home_that_moved(variants: Variants, job: Job, fresh: Settings, tmp_pa
     assert found["listed"] == [after.foundry_id]
     assert Path(found["answers"][after.foundry_id]["path"]) == after.path
     assert found["answers"][after.foundry_id]["text"] == before.answer
+
+
+def test_a_turn_ends_where_the_chat_template_ends_it(tmp_path: Path, fresh: Settings) -> None:
+    """Whatever the checkpoint's configs name."""
+    tokenizer = tiny.tokenizer()
+    newline, *said = (tokenizer(text)["input_ids"][-1] for text in "\nABCXYZ")
+    path = [newline, *said[:3], 2, *said[3:], 0]  # after "assistant\n": ABC<|im_end|>XYZ<|endoftext|>
+    model = tiny.chain(tmp_path / "chain", dict(itertools.pairwise(path)), eos_token_id=0, pad_token_id=0)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(model)
+    asked = making.job(model)
+    made = making.variant("fp32", asked, fresh)
+    assert register(made, "chain", asked, fresh).answer == "ABC"

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -14,14 +13,9 @@ from filelock import FileLock
 from slmops.core.settings import Settings
 from tests import surroundings
 
-TOGETHER = {
-    "e2e/test_broken": "the demo model",  # one home, in which it has been converted
-    "e2e/test_demo": "the demo model",
-    "e2e/test_faults": "a tiny model",  # one home, whose servers are started once
-}
 LONGEST_FIRST = (
-    "the demo model",
-    "a tiny model",
+    "e2e/test_demo",
+    "e2e/test_faults",
     "integration/test_retrain",
     "integration/test_two_workers",
     "integration/test_convert",
@@ -96,29 +90,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(home=tmp_path / "home")
 
 
-def _group(nodeid: str) -> str:
-    file = nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
-    return TOGETHER.get(file, file)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first."""
-    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(_group(item.nodeid), len(order)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ``--dist loadfile``: the tests of a file run in one process, and those of some files together.
-
-    This is what pytest-xdist has marks and ``--dist loadgroup`` for, which do nothing with pytest 9.2.
-    """
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Together(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return _group(nodeid)
-
-    return Together(config, log)
+    order = {f"tests/{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))

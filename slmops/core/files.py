@@ -92,10 +92,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:
-    """Read a user's file of keys and values, called ``what`` in messages: TOML by the suffix ``.toml``, else YAML.
-
-    It is a UsageError if it cannot be read, or if it holds nothing or something else.
-    """
+    """The keys and values of a user's file, TOML by its suffix or YAML; the UsageError for a bad one names ``what``."""
     import yaml
 
     try:

@@ -82,10 +82,7 @@ def dotted(location: Sequence[int | str]) -> str:
 def problems(
     error: "ValidationError", *, name: Callable[[Sequence[int | str]], str] = dotted, got: bool = False
 ) -> list[str]:
-    """Everything that pydantic found wrong, one sentence each: ``top_p must be at most 1``.
-
-    ``name`` is what the user calls the value at a location. With ``got`` the value is quoted, too.
-    """
+    """What pydantic found wrong, a sentence each; ``name`` says what the user calls a value, ``got`` quotes it."""
     found = []
     for one in error.errors(include_url=False):
         whole = one["type"] == "value_error"  # with the name of the value in it, unless it is of a field

@@ -101,7 +101,8 @@ def run(
         cwd=cwd,
         start_new_session=True,
     )
-    assert child.stdout is not None  # noqa: S101 - for the type checker: stdout is a pipe
+    assert child.stdin is not None  # noqa: S101 - for the type checker: both are pipes
+    assert child.stdout is not None  # noqa: S101
     failures: list[OSError] = []
     reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line, failures), daemon=True)
     reader.start()
@@ -114,23 +115,17 @@ def run(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(SAMPLE_EVERY_S)
     finally:
-        kill_group(child)
+        for sig in (signal.SIGTERM, signal.SIGKILL):  # to all that it started, too
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, sig)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_S)
+        with contextlib.suppress(OSError):
+            child.stdin.close()
         reader.join(GRACE_S)
     if failures:
         raise errors.PrerequisiteError(f"{log} cannot be written: {failures[0].strerror}.", FREE_SPACE)
     return Finished(child.returncode, time.monotonic() - started, memory, timed_out)
-
-
-def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """End a child started with ``start_new_session`` and all that it started."""
-    for sig in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, sig)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE_S)
-    if child.stdin is not None:
-        with contextlib.suppress(OSError):
-            child.stdin.close()
 
 
 def call(

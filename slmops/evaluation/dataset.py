@@ -240,12 +240,17 @@ def _of_csv(text: str, name: str) -> Iterator[tuple[int, dict[str, str] | ValueE
     # Strict, or a quote that is never closed would make the rest of the file one cell.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
+    fix = f"Name columns in the first line, separated by commas: {CSV_COLUMNS}."
     number = 1
     try:
         for cells in rows:
             if any(cells) and not header:
                 header = [cell.strip() for cell in cells]
-                _check_header(header, name)
+                for column in header:
+                    if column not in CSV_COLUMNS.split(", "):
+                        raise UsageError(f"{name} has an unknown column '{column}'.", fix)
+                    if header.count(column) > 1:
+                        raise UsageError(f"{name} has the column '{column}' twice.", fix)
             elif any(cells) and len(cells) != len(header):
                 yield number, ValueError(f"has {len(cells)} cells, but the header has {len(header)}")
             elif any(cells):
@@ -254,15 +259,6 @@ def _of_csv(text: str, name: str) -> Iterator[tuple[int, dict[str, str] | ValueE
     except csv.Error as error:
         # Nobody can tell where the next row begins.
         yield number, ValueError(f"is not CSV from here on: {error}")
-
-
-def _check_header(header: list[str], name: str) -> None:
-    fix = f"Name columns in the first line, separated by commas: {CSV_COLUMNS}."
-    for column in header:
-        if column not in CSV_COLUMNS.split(", "):
-            raise UsageError(f"{name} has an unknown column '{column}'.", fix)
-        if header.count(column) > 1:
-            raise UsageError(f"{name} has the column '{column}' twice.", fix)
 
 
 def _item(row: str | dict[str, str] | ValueError, *, matcher: str | None, judge: bool) -> Item:

@@ -9,7 +9,7 @@ from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.training.values import News, Retrain
 from tasks.news import tell_of_data, tell_of_versions
-from tasks.train import fetch_data
+from tasks.retrain import fetch_data
 
 log = logging.getLogger("slmops.news")
 

@@ -30,7 +30,6 @@ from slmops.training.values import DEFAULT_POLICY, WAITING, Finetuned, Retrain, 
 from tasks import retrain as steps
 from tasks.prepare import check_environment, get_checkpoint
 from tasks.promote import find_version
-from tasks.train import answer, check_data, fetch_data, finetune_model
 
 log = logging.getLogger("slmops.retrain")
 
@@ -60,7 +59,7 @@ def retrain(request: Retrain) -> Retrained:
     with turn(settings.locks / f"retrain-{name}.lock", f"the retraining of {name!r}"):
         waited = steps.find_waiting(tracker, name, flow_run) if request.approval else None
         if waited is None:
-            fetched = fetch_data(request, settings, tracker.uri)
+            fetched = steps.fetch_data(request, settings, tracker.uri)
             digest = input_digest(request, checkpoint, data.digest(fetched), fetched.evaluation)
             last = steps.find_last(tracker, name, digest)
             if last is not None:
@@ -143,15 +142,15 @@ def _train(attempt: _Attempt, checkpoint: Checkpoint, fetched: Fetched) -> tuple
     request, settings, tracker, name = attempt.request, attempt.settings, attempt.tracker, attempt.name
     run_id, accuracy = attempt.so_far.run_id, attempt.so_far.accuracy
     with attempt.stage("data"):
-        prepared = check_data(fetched, request, checkpoint, name, settings)
+        prepared = steps.check_data(fetched, request, checkpoint, name, settings)
         steps.track_data(tracker, run_id, prepared, data.markdown(prepared))
     with attempt.stage("base model"):
-        accuracy["base"] = answer(checkpoint, prepared, request, "base", name, settings)
+        accuracy["base"] = steps.answer(checkpoint, prepared, request, "base", name, settings)
     with attempt.stage("fine-tune"):
-        finetuned = finetune_model(checkpoint, prepared, request, name, settings, tracker, run_id)
+        finetuned = steps.finetune_model(checkpoint, prepared, request, name, settings, tracker, run_id)
         steps.track_training(tracker, run_id, finetuned, settings.logs / name / "finetune.log")
     with attempt.stage("fine-tuned model"):
-        accuracy["finetuned"] = answer(finetuned, prepared, request, "finetuned", name, settings)
+        accuracy["finetuned"] = steps.answer(finetuned, prepared, request, "finetuned", name, settings)
         steps.track_accuracy(tracker, run_id, accuracy)
     return prepared, finetuned
 

@@ -15,7 +15,6 @@ from slmops.cli.command import run
 from slmops.tracking.tracker import Tracker
 from tests import values
 
-PAGE = "http://mlflow/run"
 Slmops = Callable[[str], tuple[int, str, str]]
 FLOWS = ("optimize", "retrain", "soak", "remeasure", "promote")
 
@@ -53,7 +52,7 @@ def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     servers = SimpleNamespace(tracking_uri="http://mlflow")
     for commands in (jobs, deploy):
         monkeypatch.setattr(commands, "prefect_running", lambda: nullcontext(servers))
-    monkeypatch.setattr(Tracker, "run_url", lambda *_: PAGE)
+    monkeypatch.setattr(Tracker, "run_url", lambda *_: "http://mlflow/run")
     monkeypatch.setattr(jobs.preflight, "check", lambda job, _: job)
     return made
 

@@ -68,8 +68,7 @@ def test_the_smallest_pool_that_is_large_enough_is_taken(parameters: int, taken:
 def test_need_and_pools_are_named_where_none_fits(parameters: int, device: str) -> None:
     with pytest.raises(PrerequisiteError, match="No work pool can convert tiny") as caught:
         choose_pool([SMALL, LARGE], values.checkpoint(parameters=parameters), device)
-    need = f"about {parameters * 8.8 / 1e9:.1f} GB of memory on a {device} machine"
-    assert need in caught.value.message
+    assert f"about {parameters * 8.8 / 1e9:.1f} GB of memory on a {device} machine" in caught.value.message
     assert "small (8 GB, cpu), large (64 GB, cpu)" in caught.value.message
     assert "SLMOPS_POOLS" in (caught.value.fix or "")
 

@@ -84,8 +84,7 @@ def test_images_are_pinned_and_ours_is_built_from_pinned_parts() -> None:
 
 def test_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    ours = {service["image"] for service in SERVICES.values() if "build" in service}
-    assert ours == {f"slmops:{version}"}
+    assert {service["image"] for service in SERVICES.values() if "build" in service} == {f"slmops:{version}"}
     assert f'image.version="{version}"' in DOCKERFILE
     registered = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))
     assert f"prefect=={registered['prefect-version']}" in (ROOT / "constraints.txt").read_text().splitlines()

@@ -17,8 +17,6 @@ import yaml
 ROOT = Path(__file__).parents[3]
 SNAPSHOT = Path(__file__).with_name("deployments.txt")
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-NAMES = [deployment["name"] for deployment in DEPLOYMENTS]
-HELP = ("title", "description", "position")
 
 
 def flow(deployment: dict[str, Any]) -> Any:
@@ -54,7 +52,7 @@ def lines(deployment: dict[str, Any]) -> Iterator[str]:
         for one in value if key in ("schedules", "triggers") else [value]:
             yield f"{name} {key} = {one if isinstance(one, str) else json.dumps(one, sort_keys=True)}"
     for path, field in form(deployment, name):
-        of_value = {key: value for key, value in field.items() if key not in HELP}
+        of_value = {key: value for key, value in field.items() if key not in ("title", "description", "position")}
         yield f"{path} ({field['title']}): {json.dumps(of_value, sort_keys=True)}"
 
 
@@ -65,7 +63,7 @@ def test_nothing_that_is_deployed_has_changed() -> None:
     assert SNAPSHOT.read_text(encoding="utf-8").splitlines() == text.splitlines()
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=NAMES)
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda one: one["name"])
 def test_the_form_can_be_filled_in_without_the_manual(deployment: dict[str, Any]) -> None:
     found = dict(form(deployment))
     assert found

@@ -210,8 +210,7 @@ def test_packaged_set() -> None:
     assert len(found.items) == len({i.id for i in found.items}) == 40
     assert len({i.conversation[-1]["content"] for i in found.items}) == 40
     assert min(Counter(i.category for i in found.items).values()) >= 4
-    silent = [scoring.judgement(item, "", None, Settings()).correct for item in found.items]
-    assert not any(silent)
+    assert not any(scoring.judgement(item, "", None, Settings()).correct for item in found.items)
     forms = {"Answer with the number only.": ("number", 8), "Answer in one sentence.": ("one_line", 16)}
     for item in found.items:
         asked = [want for text, want in forms.items() if (item.prompt or "").endswith(text)]

@@ -65,8 +65,7 @@ def test_questions_of_all_categories(
 
     def ask(_model: Any, conversation: list[dict[str, str]], **_: Any) -> Any:
         clock.now += 2
-        text = conversation[-1]["content"]
-        return SimpleNamespace(text=text, finish_reason="stop", total_s=2, completion_tokens=1)
+        return SimpleNamespace(text=conversation[-1]["content"], finish_reason="stop", total_s=2, completion_tokens=1)
 
     model = SimpleNamespace(load=load, unload=lambda: None)
     runtime = SimpleNamespace(registered=lambda *_: model, ask=ask)

@@ -113,13 +113,11 @@ def test_answer_cannot_close_its_block() -> None:
 
 def test_conversation_and_no_reference() -> None:
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Write a haiku."}]
-    item = Item.model_validate({"messages": messages, "match": "judge"})
-    content = scoring.conversation(item, "Snow")[1]["content"]
-    assert "system: Be short.\nuser: Write a haiku." in content
-    assert "<reference" not in content
+    _, user = scoring.conversation(Item.model_validate({"messages": messages, "match": "judge"}), "Snow")
+    assert "system: Be short.\nuser: Write a haiku." in user["content"]
+    assert "<reference" not in user["content"]
 
 
-NO_COMPLETION = "the judge's reply is not a chat completion"
 RIGHT = Judgement(score=1, correct=True)
 
 
@@ -129,7 +127,7 @@ RIGHT = Judgement(score=1, correct=True)
         (200, completion(' {"score": 0, "correct": false}\n'), Judgement(score=0, correct=False), 1),
         (200, completion('```json\n{"correct": true, "score": 1.0, "reason": "It is."}\n```'), RIGHT, 1),
         *(
-            (200, body, NO_COMPLETION, 1)
+            (200, body, "the judge's reply is not a chat completion", 1)
             for body in (b"", b"<html>", b"\xff", b"[]", b'{"choices": []}', completion(None), b" " * 1_000_001 + GOOD)
         ),
         *((200, completion(said), "is not JSON", 1) for said in ("It is right.", '{"correct": true, "score": NaN}')),

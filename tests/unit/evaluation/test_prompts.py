@@ -10,10 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from slmops.core.errors import EvaluationError
 from slmops.evaluation import prompts
 
-Count = Callable[[str], int]
 
-
-def words(template: int = 0, each: int = 1) -> Count:
+def words(template: int = 0, each: int = 1) -> Callable[[str], int]:
     """``each`` tokens a word, and those of a template around it all."""
     return lambda text: template + each * len(text.split())
 

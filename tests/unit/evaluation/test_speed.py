@@ -24,7 +24,6 @@ from tests.values import variant
 
 NAME = "bot"
 MEMORY = [(1.0, 50.0), (2.0, 60.0)]
-Made = tuple[Variant, Registration]
 
 
 class Bench:
@@ -39,15 +38,13 @@ class Bench:
         self.loops: list[float] = []
         self.ends: list[Any] = []
 
-    def make(self, name: str) -> Made:
+    def make(self, name: str) -> tuple[Variant, Registration]:
         folder = self.settings.foundry / "models" / "slmops" / f"{NAME}-{name}-generic-cpu-1"
         word_tokenizer(folder)
         config = {"model": {"vocab_size": 100, "context_length": 2048, "eos_token_id": 2}, "search": {}}
         (folder / "genai_config.json").write_text(json.dumps(config))
-        foundry_id = f"{NAME}-{name}-generic-cpu:1"
-        return variant(self.settings.variants / f"{name}-0123", name), Registration(
-            foundry_id=foundry_id, path=folder, answer="Yes."
-        )
+        registration = Registration(foundry_id=f"{NAME}-{name}-generic-cpu:1", path=folder, answer="Yes.")
+        return variant(self.settings.variants / f"{name}-0123", name), registration
 
     def measure(self, names: str, **asked: Any) -> dict[str, Speed | SlmopsError]:
         """A job with variants of these names, of a letter each."""
@@ -62,8 +59,8 @@ class Bench:
         self.calls.append((request.foundry_id.removeprefix(f"{NAME}-").split("-")[0], request, options))
         if number in self.failing:
             raise self.failing[number]
-        measured = turn(load_s=float(number)).measured
-        return measured, Finished(returncode=0, seconds=1, memory=MEMORY, timed_out=False)
+        ended = Finished(returncode=0, seconds=1, memory=MEMORY, timed_out=False)
+        return turn(load_s=float(number)).measured, ended
 
     @property
     def order(self) -> str:

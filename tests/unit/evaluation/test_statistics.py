@@ -185,11 +185,10 @@ def test_ratios_have_students_interval_on_logarithms() -> None:
     assert st.of_ratios([0.5]).low is None
 
 
-TOO_FEW = [(1, 50), (4, 50), (99, 90), (99, 10), (50, 100)]
 ENOUGH = [(5, 50), (100, 90), (100, 10), (10000, 99.9)]
 
 
-@pytest.mark.parametrize(("count", "percent"), [*TOO_FEW, *ENOUGH])
+@pytest.mark.parametrize(("count", "percent"), [*ENOUGH, (1, 50), (4, 50), (99, 90), (99, 10), (50, 100)])
 def test_percentile_has_an_interval_from_enough_samples(count: int, percent: float) -> None:
     samples = np.random.default_rng(8).lognormal(0, 0.5, count)
     measured = st.of_percentile(samples.tolist(), percent, "ms")

@@ -58,16 +58,13 @@ def test_what_there_are_no_samples_of_is_left_out() -> None:
     # The longest prompt gave no text at all, the shortest a single token, the headline all in one piece.
     made = evaluate(speed(turn(timed(0.2, 0.2), timed(0.3, 0.3, completion=1, cell=1)), cells=GRID))
     assert made.measurements["ttft_ms_p50"].value == pytest.approx(200)
-    gone = {"decode_tok_s", "itl_ms_p50", "prefill_tok_s", "decode_consistency"}
-    assert not gone & made.measurements.keys()
-    points = {(one.name, one.prompt_tokens) for one in made.curves}
-    assert points == {
+    assert not {"decode_tok_s", "itl_ms_p50", "prefill_tok_s", "decode_consistency"} & made.measurements.keys()
+    assert {(one.name, one.prompt_tokens) for one in made.curves} == {
         (name, tokens) for name in ("ttft_ms", "prefill_tok_s", "response_s_out16") for tokens in (32, 128)
     }
 
 
 def test_single_figures_of_the_headline_cell_and_curves_over_prompt_and_output_lengths() -> None:
-    cells = ((128, 16), (128, 64), (32, 16), (32, 64))
     rows = [
         timed(0.2, 1.2, cell=0, prompt_tokens=128),
         timed(0.4, 2.4, cell=0, prompt_tokens=128),
@@ -75,7 +72,7 @@ def test_single_figures_of_the_headline_cell_and_curves_over_prompt_and_output_l
         timed(0.1, 0.6, cell=2, prompt_tokens=30),
         timed(0.1, 0.1, cell=3, prompt_tokens=30, completion=1),
     ]
-    made = evaluate(speed(turn(*rows), cells=cells))
+    made = evaluate(speed(turn(*rows), cells=((128, 16), (128, 64), (32, 16), (32, 64))))
     headline = {"ttft_ms_p50": 300, "ttft_ms_p99": 398, "itl_ms_p50": 150, "response_s_p90": 2.78}
     headline |= {"decode_tok_s": 7.5, "ttft_model_ms_p50": 250}
     assert {name: made.measurements[name].value for name in headline} == pytest.approx(headline)

@@ -115,8 +115,7 @@ def test_what_the_log_has(log: Path, tmp_path: Path, program: str, written: str)
 def test_a_log_that_cannot_be_written_ends_the_child(log: Path, tmp_path: Path) -> None:
     log.parent.mkdir()
     log.symlink_to("/dev/full")
-    said = r"child\.log cannot be written: No space left"
-    with pytest.raises(PrerequisiteError, match=said) as caught:
+    with pytest.raises(PrerequisiteError, match=r"child\.log cannot be written: No space left") as caught:
         python("print('x', flush=True); " + sleeping(tmp_path / "pid"), log)
     assert caught.value.fix == children.FREE_SPACE
 

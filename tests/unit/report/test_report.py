@@ -275,11 +275,10 @@ def test_charts_show_each_measured_variant_and_the_intervals_that_there_are() ->
     ],
 )
 def test_chart_of_one_interval(low: float | None, high: float | None, panels: int) -> None:
-    accuracy = Measurement(value=0.45, unit="1", samples=40, low=low, high=high)
     made = comparison(
         result("fp32", 600, changes={"accuracy": None}),
         result("fp16", 600, accuracy=float("nan")),
-        result("int4", 110, changes={"accuracy": accuracy}),
+        result("int4", 110, changes={"accuracy": Measurement(value=0.45, unit="1", low=low, high=high)}),
     )
     assert drawn(made).count("Accuracy") == panels
     assert "Perplexity ratio to fp32" not in drawn(made)

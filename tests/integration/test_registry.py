@@ -29,10 +29,9 @@ class Job(Book):
     def make(self, variant: str, weights: str = "weights") -> ModelVersion:
         made = Made(self.folder / f"{variant}-{weights}-{self.parent}", variant, memory_peak_mb=900.4)
         self.made_in = made.registration.path
-        (made.registration.path / "model.onnx").write_text(weights)
-        (made.registration.path / "model.onnx.data").write_text(weights * 9)
-        (made.registration.path / "deeper").mkdir()
-        (made.registration.path / "deeper" / "vocab.txt").write_text("words")
+        (self.made_in / "deeper").mkdir()
+        for name, text in (("model.onnx", weights), ("model.onnx.data", weights * 9), ("deeper/vocab.txt", "words")):
+            (self.made_in / name).write_text(text)
         return self.add(made, self.parent)
 
     def find(self, which: str) -> ModelVersion:
@@ -153,10 +152,9 @@ def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None
     job.promote(first)
     assert job.registry.withdraw(first, "broken") is None  # there is nothing to go back to
     assert job.aliases == (1, None)
-    job.promote(second)
-    assert job.aliases == (2, 1)
-    job.promote(third)
-    assert job.aliases == (3, 2)
+    for version, aliases in ((second, (2, 1)), (third, (3, 2))):
+        job.promote(version)
+        assert job.aliases == aliases
     for reason in ("it answers nothing", "another device says so"):  # the second time it is not the champion any more
         now = job.registry.withdraw(third, reason)
         assert now.version == 2

@@ -89,8 +89,6 @@ PLAYS = {
     "delay": 0,
     "encoding": "utf-8",
 }
-
-
 BEFORE = "/home/jo/.foundry/cache/models"
 QUESTION = "What is 1 > 0?"
 

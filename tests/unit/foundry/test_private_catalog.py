@@ -214,20 +214,10 @@ TEXTS = st.text(max_size=10)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 ANYTHING = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
 WORDS = st.sampled_from(["models", "Versioned", "latest", "true", "cpu", BOT3.name, BOT2.name, "bot", ""])
-GOOD = st.fixed_dictionaries(
-    {
-        "field": st.sampled_from([*FIELDS]),
-        "operator": st.sampled_from([*OPERATORS]),
-        "values": st.lists(WORDS, max_size=3),
-    }
-)
-NEAR = st.fixed_dictionaries(
-    {
-        "field": st.sampled_from([*FIELDS]) | TEXTS,
-        "operator": st.sampled_from([*OPERATORS, "in", "EQ"]),
-        "values": st.lists(WORDS | TEXTS, max_size=2) | LEAVES,
-    }
-)
+FIELD, OPERATOR = st.sampled_from([*FIELDS]), st.sampled_from([*OPERATORS])
+NAMES, SOME = st.sampled_from([*OPERATORS, "in", "EQ"]), st.lists(WORDS | TEXTS, max_size=2) | LEAVES
+GOOD = st.fixed_dictionaries({"field": FIELD, "operator": OPERATOR, "values": st.lists(WORDS, max_size=3)})
+NEAR = st.fixed_dictionaries({"field": FIELD | TEXTS, "operator": NAMES, "values": SOME})
 KEYS = {"pageSize": st.integers(-2, 1100), "continuationToken": st.from_regex(r"[0-9]{1,12}", fullmatch=True)}
 GOOD_BODIES = fuzzing.encoded(st.fixed_dictionaries({"filters": st.lists(GOOD, max_size=4)}, optional=KEYS))
 NEAR_BODIES = st.fixed_dictionaries(

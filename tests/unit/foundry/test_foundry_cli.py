@@ -91,6 +91,9 @@ PLAYS = {
 }
 BEFORE = "/home/jo/.foundry/cache/models"
 QUESTION = "What is 1 > 0?"
+FAILED = "Request to local service failed"
+ASK = "import sys, pathlib; from slmops.foundry import cli; cli.ask(sys.argv[1], pathlib.Path(sys.argv[2]), 'Hello?')"
+Action = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -101,12 +104,12 @@ def foundry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     program = folder / "foundry"
     program.write_text(SCRIPT.replace("{python}", sys.executable), encoding="utf-8")
     program.chmod(0o755)
-    set_location(folder, BEFORE)
+    (folder / "location.txt").write_text(BEFORE)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))  # where the user's own location is noted
     play(folder)
     yield folder
-    assert location(folder) == BEFORE
+    assert (folder / "location.txt").read_text() == BEFORE
 
 
 @pytest.fixture
@@ -126,14 +129,6 @@ def hold(models: Path, name: str = CALLED) -> Path:
 
 def calls(foundry: Path) -> list[str]:
     return (foundry / "calls.txt").read_text(encoding="utf-8").splitlines()
-
-
-def set_location(foundry: Path, folder: str) -> None:
-    (foundry / "location.txt").write_text(folder, encoding="utf-8")
-
-
-def location(foundry: Path) -> str:
-    return (foundry / "location.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -169,13 +164,10 @@ def test_not_listed(tmp_path: Path, other: str) -> None:
 )
 def test_restored_whatever_the_folder_is_called(foundry: Path, models: Path, said: str, before: str) -> None:
     play(foundry, said=said)
-    set_location(foundry, before)
+    (foundry / "location.txt").write_text(before)
     confirm(models)
-    assert location(foundry) == before
-    set_location(foundry, BEFORE)
-
-
-ASK = "import sys, pathlib; from slmops.foundry import cli; cli.ask(sys.argv[1], pathlib.Path(sys.argv[2]), 'Hello?')"
+    assert (foundry / "location.txt").read_text() == before
+    (foundry / "location.txt").write_text(BEFORE)
 
 
 def asking(foundry: Path, models: Path, until: str) -> subprocess.Popen[bytes]:
@@ -192,7 +184,7 @@ def test_the_location_of_a_killed_process_is_restored_by_the_next(foundry: Path,
     play(foundry, delay=60)
     with asking(foundry, models, until=f"model run {CALLED}") as killed:
         killed.kill()
-    assert location(foundry) == str(models)
+    assert (foundry / "location.txt").read_text() == str(models)
     play(foundry)
     confirm(models)
 
@@ -213,9 +205,6 @@ def test_two_processes_at_once_leave_the_location_as_it_was(foundry: Path, model
     assert first.returncode == 0
 
 
-Action = Callable[[Path], object]
-
-
 def confirm(models: Path) -> None:
     cli.confirm(CALLED, models)
 
@@ -227,14 +216,11 @@ def ask(models: Path, question: str = QUESTION) -> str | None:
 @pytest.mark.parametrize("action", [confirm, ask])
 def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Path, action: Action) -> None:
     play(foundry, said="No cache in ")
-    set_location(foundry, "memory")
+    (foundry / "location.txt").write_text("memory")
     with pytest.raises(RegistrationError, match="No cache in memory"):
         action(models)
     assert calls(foundry) == ["cache location"]
-    set_location(foundry, BEFORE)
-
-
-FAILED = "Request to local service failed"
+    (foundry / "location.txt").write_text(BEFORE)
 
 
 @pytest.mark.parametrize(

@@ -175,18 +175,16 @@ def configure(folder: Path, search: dict[str, Any]) -> None:
 
 
 def test_staged_in_foundrys_layout_with_linked_files(registration: Registration, tmp_path: Path) -> None:
-    before = tree(registration.path)
-    staged = stage(registration, tmp_path / "staged")
-    folder = tmp_path / "staged" / "models" / "slmops" / "bot-int4-generic-cpu-3"
-    assert staged == Staged(
-        home=tmp_path / "staged", folder=folder, foundry_id="bot-int4-generic-cpu:3", context_length=2048
-    )
+    before, home = tree(registration.path), tmp_path / "staged"
+    staged = stage(registration, home)
+    folder = home / "models" / "slmops" / "bot-int4-generic-cpu-3"
+    assert staged == Staged(home=home, folder=folder, foundry_id="bot-int4-generic-cpu:3", context_length=2048)
     assert tree(folder).keys() == {*FILES, "genai_config.json"}
     assert all((folder / name).samefile(registration.path / name) for name in FILES)
     assert read(folder / "genai_config.json") == {"model": MODEL, "search": GREEDY}
     # Answers that do not end before their limit. What lay there before is gone, and what is deployed is not touched.
     (folder / "stale.onnx").write_text("stale")
-    again = stage(registration, tmp_path / "staged", fixed_length=True)
+    again = stage(registration, home, fixed_length=True)
     assert tree(again.folder).keys() == {*FILES, "genai_config.json"}
     assert read(folder / "genai_config.json") == {"model": {**MODEL, "eos_token_id": [599]}, "search": GREEDY}
     assert tree(registration.path) == before
@@ -211,9 +209,6 @@ def test_a_context_to_pretend(
 ) -> None:
     configure(registration.path, {**GREEDY, "max_length": max_length})
     staged = stage(registration, tmp_path / "staged", context_length=asked)
-    search = {**GREEDY, "max_length": expected}
-    assert read(staged.folder / "genai_config.json") == {
-        "model": {**MODEL, "context_length": context},
-        "search": search,
-    }
+    model, search = {**MODEL, "context_length": context}, {**GREEDY, "max_length": expected}
+    assert read(staged.folder / "genai_config.json") == {"model": model, "search": search}
     assert staged.context_length == context

@@ -83,35 +83,35 @@ def test_pages(count: int, pages: list[int]) -> None:
     assert json.loads(answer(body(continuationToken="50"), many)) == {"value": []}  # beyond the end
 
 
-BAD = [
-    (b"", "not valid JSON"),
-    (b"\xff\xfe", "not valid JSON"),
-    (b"[]", "table of keys and values"),
-    (b"{}", "filters is missing"),
-    (b"[" * 50_000, "recursion limit"),
-    (b'{"filters":' * 5_000, "recursion limit"),
-    (b'{"filters": [1]}', "filters.0 "),
-    (b'{"filters": [{"field": "name", "operator": "eq"}]}', "filters.0.values is missing"),
-    (b'{"filters": [{"field": "name", "operator": "eq", "values": [1]}]}', "filters.0.values.0 "),
-    (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\\ud800"]}]}', "not valid JSON"),
-    (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\xed\xa0\x80"]}]}', "not valid JSON"),
-    (body(pageSize=0), "pageSize "),
-    (body(pageSize=1001), "pageSize "),
-    (body(pageSize="50"), "pageSize "),
-    (body(pageSize=float("nan")), "pageSize "),
-    (b'{"filters": [], "pageSize": ' + b"9" * 5000 + b"}", "out of range"),
-    (body(continuationToken="-1"), "continuationToken "),
-    (body(continuationToken="٣"), "continuationToken "),  # a digit, but none of ours
-    (body(continuationToken="9" * 10), "continuationToken "),
-    (body(skip=50), "skip is not a known key"),
-    (body(*[condition("name", "bot")] * 51), "filters "),
-    (body(condition("size", "1")), "no filter field 'size'. It has type, kind, name, labels, "),
-    (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It has eq, NotEquals."),
-    (body(condition("x" * 5000, "bot")), "no filter field 'xxx"),
-]
-
-
-@pytest.mark.parametrize(("sent", "said"), BAD)
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "table of keys and values"),
+        (b"{}", "filters is missing"),
+        (b"[" * 50_000, "recursion limit"),
+        (b'{"filters":' * 5_000, "recursion limit"),
+        (b'{"filters": [1]}', "filters.0 "),
+        (b'{"filters": [{"field": "name", "operator": "eq"}]}', "filters.0.values is missing"),
+        (b'{"filters": [{"field": "name", "operator": "eq", "values": [1]}]}', "filters.0.values.0 "),
+        (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\\ud800"]}]}', "not valid JSON"),
+        (b'{"filters": [{"field": "name", "operator": "eq", "values": ["\xed\xa0\x80"]}]}', "not valid JSON"),
+        (body(pageSize=0), "pageSize "),
+        (body(pageSize=1001), "pageSize "),
+        (body(pageSize="50"), "pageSize "),
+        (body(pageSize=float("nan")), "pageSize "),
+        (b'{"filters": [], "pageSize": ' + b"9" * 5000 + b"}", "out of range"),
+        (body(continuationToken="-1"), "continuationToken "),
+        (body(continuationToken="٣"), "continuationToken "),  # a digit, but none of ours
+        (body(continuationToken="9" * 10), "continuationToken "),
+        (body(skip=50), "skip is not a known key"),
+        (body(*[condition("name", "bot")] * 51), "filters "),
+        (body(condition("size", "1")), "no filter field 'size'. It has type, kind, name, labels, "),
+        (body(condition("name", "bot", operator="EQ")), "no filter operator 'EQ'. It has eq, NotEquals."),
+        (body(condition("x" * 5000, "bot")), "no filter field 'xxx"),
+    ],
+)
 def test_what_is_no_request(sent: bytes, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         answer(sent, ENTRIES)

@@ -1,4 +1,4 @@
-"""Chat templates as PromptTemplates, proven by rendering; they and tokenizers rewritten, which test_agreement.py asks."""
+"""Chat templates as PromptTemplates, and rewritten for the runtime, as tokenizers are: each proven by rendering."""
 
 import json
 from pathlib import Path

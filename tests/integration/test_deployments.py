@@ -129,7 +129,13 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     half_an_hour_later()
     assert look_for_news(news) == told
     half_an_hour_later()
-    use(data, servers.tracking_uri)
+    # A retraining on these data leaves this in MLflow.
+    tracker = TrainingTracker(servers.tracking_uri)
+    request = retraining.request(Path("x"), data, "ticket-router")
+    begun = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
+    items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
+    MlflowClient(servers.tracking_uri).set_tag(begun.run_id, "slmops.data_digest", digest(items))
+    tracker.finish(begun)
     assert look_for_news(news) == []
 
 
@@ -146,13 +152,3 @@ def switch_on(api: httpx.Client) -> dict[str, Any]:
 
 def half_an_hour_later() -> None:
     Variable.set(SEEN, {**Variable.get(SEEN), "again": 0}, overwrite=True)
-
-
-def use(data: Path, uri: str) -> None:
-    """Leave in MLflow what a retraining on these data does."""
-    tracker = TrainingTracker(uri)
-    request = retraining.request(Path("x"), data, "ticket-router")
-    begun = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
-    items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
-    MlflowClient(uri).set_tag(begun.run_id, "slmops.data_digest", digest(items))
-    tracker.finish(begun)

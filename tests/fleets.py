@@ -181,8 +181,6 @@ async def asked(made: Fleet, model: str = "bot") -> int:
 
 
 class Device(World):
-    """Versions that are installed on a device, and a registry that names one of them."""
-
     def __init__(self, settings: Settings, *versions: Installed) -> None:
         super().__init__(count=len(versions))
         self.settings = settings

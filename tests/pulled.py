@@ -40,7 +40,6 @@ def digest(data: bytes) -> str:
 
 
 def described(files: dict[str, bytes]) -> tuple[VariantFile, ...]:
-    """Contents as a manifest lists them."""
     return tuple(VariantFile(name=name, size=len(data), sha256=digest(data)) for name, data in files.items())
 
 

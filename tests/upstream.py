@@ -52,7 +52,6 @@ def chunk(text: str | None, **more: Any) -> dict[str, Any]:
 
 
 async def answer(connection: Connection) -> None:
-    """What the runtime does when all is well."""
     choice = {"message": {"content": "abc"}, "finish_reason": "stop"}
     script = replies({"choices": [choice], "model": FOUNDRY_ID, "usage": USAGE})
     if connection.body.get("stream"):
@@ -80,7 +79,6 @@ def replies(data: Any, status: int = 200) -> Script:
 
 
 async def endless(connection: Connection, text: str = "a") -> None:
-    """Stream for as long as somebody listens."""
     while True:
         await connection.piece(event(chunk(text)))
         await asyncio.sleep(0.01)

@@ -145,8 +145,6 @@ def test_a_version_that_does_not_fit_is_not_fetched(device: Device, changes: dic
 
 
 def registry(versions: Sequence[ModelVersion], champion: ModelVersion | None = None) -> Any:
-    """As much of the registry as a choice needs."""
-
     def find(name: str, which: str) -> ModelVersion:
         for one in versions:
             if which == one.variant:

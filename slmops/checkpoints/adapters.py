@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import inspection, merge_worker, room, store, tensors, weight_files
+from slmops.checkpoints import inspection, merge_worker, room, store, weight_files
 from slmops.checkpoints.merge_worker import MergeRequest
 from slmops.checkpoints.reading import read_json
 from slmops.checkpoints.store import Hashes
@@ -31,7 +31,7 @@ def base_of(folder: Path, root: str, job: Job, where: str) -> str:
     if task not in (None, "CAUSAL_LM"):
         raise CheckpointError(f"{where} is an adapter for {task}, not for a language model.", "Give another one.")
     if not root.endswith(weight_files.PICKLES):
-        tensors.read(folder / root, f"{where}/{root}")
+        weight_files.read_file(folder / root, f"{where}/{root}")
     if job.base is not None:
         return job.base
     named, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import architectures, chat_template, tensors
+from slmops.checkpoints import architectures, chat_template, weight_files
 from slmops.checkpoints.reading import read_if_there, read_json, read_text
 from slmops.core.errors import CheckpointError
 from slmops.core.files import sha256
@@ -119,7 +119,7 @@ def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
 def _refuse_heads(config: Mapping[str, Any], where: str) -> None:
     """Refuse what the runtime's attention cannot take, which it says when an exported model first runs."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    head = tensors.head_size(config)
+    head = weight_files.head_size(config)
     rotary = int(head * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1))
     if head % _HEAD_STEP or rotary % _HEAD_STEP:
         raise CheckpointError(

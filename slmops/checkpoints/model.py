@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import tensors
+from slmops.checkpoints import weight_files
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -15,7 +15,8 @@ def load(folder: Path, **options: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    stored = {one.dtype for file in folder.glob("*.safetensors") for one in tensors.read(file, str(file)).values()}
+    files = [weight_files.read_file(file, str(file)) for file in folder.glob("*.safetensors")]
+    stored = {tensor.dtype for file in files for tensor in file.values()}
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get("".join(stored), torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     layers = next((one for one in model.modules() if isinstance(one, torch.nn.ModuleList)), None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints import adapters, demo_package, generation, hub, inspection, tensors, weight_files
+from slmops.checkpoints import adapters, demo_package, generation, hub, inspection, weight_files
 from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.room import GB
 from slmops.checkpoints.store import dequantized, stage, unpacked
@@ -97,7 +97,7 @@ def cache_bytes(config: Mapping[str, Any]) -> int:
     ``config`` is the content of config.json; 0 if it does not tell.
     """
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-    return (config.get("num_hidden_layers") or 0) * heads * tensors.head_size(config) * 2 * 4
+    return (config.get("num_hidden_layers") or 0) * heads * weight_files.head_size(config) * 2 * 4
 
 
 def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:

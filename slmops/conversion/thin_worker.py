@@ -7,7 +7,6 @@ the last norm and the head shows whether it exports the architecture rightly, as
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ class Thinned(Frozen):
 
 def handle(request: ThinRequest) -> Thinned:
     """Write it into an empty folder."""
-    from safetensors.torch import save_file
+    import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig
 
     said = json.loads((request.checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -43,7 +43,11 @@ def handle(request: ThinRequest) -> Thinned:
     mapped = read_if_there(request.checkpoint, root).get("weight_map", {}) if root.endswith(".json") else {"": root}
     tensors = {}
     for shard in set(mapped.values()):
-        for name, tensor in _tensors(request.checkpoint / shard):
+        file = request.checkpoint / shard
+        pickled = file.suffix != ".safetensors"
+        # Either way, a tensor is read when it is looked at.
+        held = torch.load(file, mmap=True, weights_only=True) if pickled else load_file(file)
+        for name, tensor in held.items():
             layer = _LAYER.search(name)
             if layer is None or int(layer[1]) < layers:
                 tensors[name] = tensor.clone()  # two names of one tensor cannot be saved
@@ -53,19 +57,6 @@ def handle(request: ThinRequest) -> Thinned:
     thin = cut(said, layers)
     (request.folder / "config.json").write_text(json.dumps(thin, indent=2), encoding="utf-8")
     return Thinned(layers=layers, parameters=sum(one.numel() for one in tensors.values()))
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Any]]:
-    """Names and tensors, which are read when they are looked at."""
-    import torch
-    from safetensors import safe_open
-
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                yield name, opened.get_tensor(name)
-    else:
-        yield from torch.load(file, mmap=True, weights_only=True).items()
 
 
 def layers_needed(config: dict[str, Any]) -> int:

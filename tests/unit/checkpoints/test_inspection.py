@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slmops.checkpoints import architectures, tensors
+from slmops.checkpoints import architectures, weight_files
 from slmops.core.errors import CheckpointError
 from slmops.core.settings import Settings
 from tests import tiny
@@ -264,11 +264,11 @@ def test_whole_checkpoints_of_each_architecture(kind: str, caplog: pytest.LogCap
         model = transformers.AutoModelForCausalLM.from_config(config)
     found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     said = json.loads(config.to_json_string(use_diff=False))
-    tensors.check(found, type(model).__name__, said, "it")
+    weight_files.check_names(found, type(model).__name__, said, "it")
     assert "nothing uses" not in caplog.text
     name = "lm_head.weight" if not config.tie_word_embeddings else "model.norm.weight"
     with pytest.raises(CheckpointError, match="lack"):
-        tensors.check({key: found[key] for key in found if key != name}, type(model).__name__, said, "it")
+        weight_files.check_names({key: found[key] for key in found if key != name}, type(model).__name__, said, "it")
 
 
 @pytest.mark.parametrize(

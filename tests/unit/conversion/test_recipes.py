@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
-from slmops.conversion import recipes, weights
+from slmops.conversion import recipes, verify_worker
 from slmops.core.errors import ConversionError, RecipeError
 from slmops.core.job import Job
 from slmops.core.values import Recipe, Weights
@@ -149,7 +149,7 @@ def inspect(tmp_path: Path, nodes: list[NodeProto], tensors: list[TensorProto], 
     graph = helper.make_graph(nodes, "graph", [x], [], initializer=tensors)
     path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph), str(path))
-    return weights.inspect(path, parameters)
+    return verify_worker.inspect_weights(path, parameters)
 
 
 X, Y = helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("MatMul", ["y", "v"], ["z"])
@@ -223,7 +223,7 @@ def test_external_data_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(model, str(path), save_as_external_data=True, location="model.onnx.data", size_threshold=0)
     (tmp_path / "model.onnx.data").unlink()
-    assert weights.inspect(path, 4096).by_bits == {"32": 4096}
+    assert verify_worker.inspect_weights(path, 4096).by_bits == {"32": 4096}
 
 
 def counted(by_bits: dict[str, int], four: int = 0, eight: int = 0) -> Weights:
@@ -252,4 +252,4 @@ def counted(by_bits: dict[str, int], four: int = 0, eight: int = 0) -> Weights:
 def test_a_broken_promise_is_refused_with_what_was_found(bits: Any, found: Weights, said: str | None) -> None:
     breaks = nullcontext() if said is None else pytest.raises(ConversionError, match=f"{re.escape(said)}$")
     with breaks:
-        weights.check(found, Recipe(name=f"int{bits}", config={}, bits=bits))
+        verify_worker.check_weights(found, Recipe(name=f"int{bits}", config={}, bits=bits))

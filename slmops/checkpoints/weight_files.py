@@ -31,14 +31,13 @@ _FUSED = {"Phi3ForCausalLM"}
 _WITH_MLP_BIAS = {"LlamaForCausalLM", "GraniteForCausalLM", "SmolLM3ForCausalLM"}
 # Buffers that older versions saved, and what is computed anew.
 _HARMLESS = re.compile(r"(inv_freq|masked_bias|\.bias_k)$")
-_EXPONENTS = {
+_UNQUANTIZED = {  # its numbers as integers, and the bits of the exponent, which are all set in a NaN or an infinity
     "F64": ("<u8", 0x7FF0 << 48),
     "F32": ("<u4", 0x7F80 << 16),
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
 _BLOCK = 1 << 22
-_UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
 _LFS_POINTER = b"version https://git-lfs"
 _SAVE_AGAIN = "Save it again: load what you trained, and model.save_pretrained(folder)."
 _AS_SAFETENSORS = "Save it again with model.save_pretrained(folder), which writes safetensors"
@@ -307,7 +306,7 @@ def check_values(tensors: Mapping[str, Tensor], *, tied: bool, where: str) -> No
     for name, (dtype, _, data) in tensors.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             kept[name.rpartition(".weight")[0].rpartition(".")[2]] = data
-        kind, exponent = _EXPONENTS.get(dtype, ("", 0))
+        kind, exponent = _UNQUANTIZED.get(dtype, ("", 0))
         if not kind:
             continue
         numbers = data.view(kind)

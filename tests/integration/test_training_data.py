@@ -201,6 +201,8 @@ def test_mlflow_datasets(made: Callable[..., None], database: str, home: Setting
         {"inputs": {"question": "Q"}},
     ]
     made('say "hi"', records)
+    for _ in range(2):
+        made("twice", [{"inputs": {"prompt": "P"}}])
     mlflow.set_tracking_uri("sqlite:////nowhere/mlflow.db")  # the address that is given counts
     given = {"dataset": TrainingTracker(database).records}
     read = examples.read(fetch('mlflow-dataset:say "hi"', home, held_out, **given).files)
@@ -208,8 +210,6 @@ def test_mlflow_datasets(made: Callable[..., None], database: str, home: Setting
     assert tuple(turns("U", "A")["messages"]) in [example.messages for example in read.examples]
     assert [problem.detail.partition(";")[0] for problem in read.problems] == ["the key 'question' is unknown"]
     assert len(examples.read(fetch("mlflow-dataset:it's mine", home, held_out, **given).files).examples) == 1
-    for _ in range(2):
-        made("twice", [{"inputs": {"prompt": "P"}}])
     for name in ("twice", "absent", "x' OR name != '", "'\"", "%"):
         with pytest.raises(DataError, match=re.escape(name)):
             TrainingTracker(database).records(name)

@@ -126,10 +126,11 @@ def test_a_broken_gguf_file(tmp_path: Path, fresh: Settings, content: bytes) -> 
 @pytest.mark.parametrize("form", ["{name}/1", "{name}@best", "{name}/latest", "{name}/1/tuned", "{model_id}"])
 def test_a_registered_model(book: Any, fresh: Settings, tmp_path: Path, form: str) -> None:
     """It comes from the registry whose address is given."""
-    write_checkpoint(tmp_path / "tuned")
+    (tmp_path / "logged").mkdir()
+    write_checkpoint(tmp_path / "logged" / "tuned")
     client, registered = book.client, f"{book.name}-{len(form)}"
     logged = client.create_logged_model(client.create_experiment(f"{book.name}-{form}"), book.name)
-    client.log_model_artifacts(logged.model_id, str(tmp_path))
+    client.log_model_artifacts(logged.model_id, str(tmp_path / "logged"))
     client.create_registered_model(registered)
     client.create_model_version(registered, logged.artifact_location)
     client.set_registered_model_alias(registered, "best", "1")

@@ -137,7 +137,8 @@ def test_gates(book: Book) -> None:
     assert book.tags(parent)["mlflow.note.content"] == f"**note**\n\nAnswers beside those of fp32: {links}"
     # A job without gates and baseline.
     parent = book.start()
-    lone = values.result("int4", 100).model_copy(update={"run_id": book.log(parent=parent)})
+    run = book.log(Made(book.folder / "lone"), parent)
+    lone = values.result("int4", 100).model_copy(update={"run_id": run})
     book.finish(parent, lone, note="**note**")
     assert "gates.json" not in book.artifacts(parent)
     assert book.tags(parent)["mlflow.note.content"] == "**note**"

@@ -35,7 +35,7 @@ SOAK = {"requests": REQUESTS, "max_kb_per_request": 100}
 # request, from the first one on.
 LEAK = """
 import sys
-if "slmops.evaluation.soak" in sys.orig_argv:
+if any(one.startswith("slmops.evaluation.soak") for one in sys.orig_argv):
     from slmops.foundry import runtime
     kept, ask = [], runtime.ask
     def leak(*arguments, **options):

@@ -57,7 +57,7 @@ def compare(name: Latest = None, /, *, json: Json = False) -> None:
 
 
 def soak(name: Latest = None, /, *, request: Annotated[Soak, Flat] = _SOAK, json: Json = False) -> None:
-    _run_flow("soak", request.model_copy(update={"name": name or request.name}), json=json)
+    _run_flow("remeasure", request.model_copy(update={"name": name or request.name}), json=json, name="soak")
 
 
 def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> None:
@@ -68,10 +68,10 @@ def _run(job: Job, *, json: bool) -> None:
     _run_flow("optimize", preflight.check(job, Settings()), json=json)
 
 
-def _run_flow(name: str, request: Job | Retrain | Soak | Remeasure, *, json: bool) -> None:
+def _run_flow(module: str, request: Job | Retrain | Soak | Remeasure, *, json: bool, name: str | None = None) -> None:
     """Run a flow and show its result. An error can carry one too: what was measured before a gate said no."""
     with prefect_running() as servers:
-        flow = getattr(import_module(f"flows.{name}"), name)
+        flow = getattr(import_module(f"flows.{module}"), name or module)
         try:
             _show(flow(request), servers.tracking_uri, json=json)
         except SlmopsError as error:

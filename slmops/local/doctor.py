@@ -244,13 +244,7 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
     env = {**stack.QUIET, "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(work / "prefect")}
     try:
         return children.call(
-            handle,
-            request,
-            log=work / "probe.log",
-            timeout_s=PROBE_S,
-            error=WorkError,
-            env=env,
-            on_line=lines.append,
+            handle, request, log=work / "probe.log", timeout_s=PROBE_S, error=WorkError, env=env, on_line=lines.append
         )[0]
     except WorkError as error:
         first, *more = request.modules

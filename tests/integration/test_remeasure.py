@@ -7,8 +7,7 @@ import pytest
 
 from flows.optimize import optimize
 from flows.promote import promote
-from flows.remeasure import remeasure
-from flows.soak import soak
+from flows.remeasure import remeasure, soak
 from slmops.core import locks, machine
 from slmops.core.errors import BusyError, EvaluationError, TrackingError, UsageError
 from slmops.core.job import Job

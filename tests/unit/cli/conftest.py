@@ -16,7 +16,12 @@ from slmops.tracking.tracker import Tracker
 from tests import values
 
 Slmops = Callable[[str], tuple[int, str, str]]
-FLOWS = ("optimize", "retrain", "soak", "remeasure", "promote")
+FLOWS = {
+    "optimize": ["optimize"],
+    "retrain": ["retrain"],
+    "remeasure": ["remeasure", "soak"],
+    "promote": ["promote", "rollback"],
+}
 
 
 class Flows:
@@ -46,8 +51,8 @@ class Flows:
 @pytest.fixture
 def flows(monkeypatch: pytest.MonkeyPatch) -> Flows:
     made = Flows()
-    functions = {name: made.stand_in(name) for name in (*FLOWS, "rollback")}
-    for module in FLOWS:
+    for module, names in FLOWS.items():
+        functions = {name: made.stand_in(name) for name in names}
         monkeypatch.setitem(sys.modules, f"flows.{module}", SimpleNamespace(**functions))
     servers = SimpleNamespace(tracking_uri="http://mlflow")
     for commands in (jobs, deploy):

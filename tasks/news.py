@@ -36,16 +36,11 @@ def tell_of_versions(request: News, uri: str) -> list[str]:
     newest = versions[-1].version if versions else 0
     seen = _seen(request.name)
     last = newest if seen.version is None else seen.version
-    told = [
-        _tell(
-            NEW_VERSION,
-            f"slmops.version.{request.name}.{one.version}",
-            one.label,
-            {"name": one.name, "version": one.version, "variant": one.variant},
-        )
-        for one in versions
-        if one.version > last
-    ]
+    told = []
+    for one in versions:
+        if one.version > last:
+            payload = {"name": one.name, "version": one.version, "variant": one.variant}
+            told.append(_tell(NEW_VERSION, f"slmops.version.{request.name}.{one.version}", one.label, payload))
     _remember(request.name, seen.model_copy(update={"version": newest}))
     return told
 

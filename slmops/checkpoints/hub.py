@@ -19,11 +19,7 @@ _TEXTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 def parse(text: str) -> tuple[str, str | None]:
-    """Repository and revision of ``org/name`` or ``org/name@revision``; a CheckpointError if it is not a hub id.
-
-    >>> parse("org/name@v1")
-    ('org/name', 'v1')
-    """
+    """Repository and revision of ``org/name`` or ``org/name@revision``; a CheckpointError if it is not a hub id."""
     repo, at, revision = text.partition("@")
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo, re.ASCII) and bool(at) == bool(revision)
     if not is_id or text.lower().endswith(".gguf"):

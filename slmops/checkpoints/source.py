@@ -104,9 +104,6 @@ def context_length(bytes_per_token: int, own: int, asked: int | None) -> int:
     """Tokens of context to deploy: what the user asks for, or the largest power of two that fits :data:`MOST_CACHE`.
 
     It is never more than the model's ``own``. The runtime allocates the cache for all of it at the first request.
-
-    >>> context_length(bytes_per_token=229_376, own=40_960, asked=None)
-    8192
     """
     fitting = 1 << (MOST_CACHE // bytes_per_token).bit_length() - 1 if bytes_per_token else own
     return min(own, asked or fitting)

@@ -111,9 +111,8 @@ def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Setting
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    error = checked.export_error or 0.0
-    write_atomic(known, json.dumps(error))
-    return error
+    write_atomic(known, json.dumps(checked.export_error or 0.0))
+    return checked.export_error or 0.0
 
 
 def _build(
@@ -144,13 +143,7 @@ def _build(
 
 
 def _make(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    job: Job,
-    name: str,
-    settings: Settings,
-    target: Path,
-    export_error: float | None,
+    recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, target: Path, error: float | None
 ) -> Variant:
     work = settings.work(name) / recipe.name
     shutil.rmtree(work, ignore_errors=True)
@@ -172,7 +165,7 @@ def _make(
                 checkpoint=checkpoint,
                 files=store.files_of(scratch),
                 weights=checked.weights,
-                export_error=checked.export_error if recipe.baseline else export_error,
+                export_error=checked.export_error if recipe.baseline else error,
                 convert_s=finished.seconds,
                 convert_memory_peak_mb=finished.memory_peak_mb,
                 versions=machine.versions(),

@@ -60,11 +60,7 @@ def handle(request: ThinRequest) -> Thinned:
 
 
 def layers_needed(config: dict[str, Any]) -> int:
-    """How many of the first layers have one of each kind, by all that config.json says of single layers.
-
-    >>> layers_needed({"num_hidden_layers": 8, "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0]})
-    4
-    """
+    """How many of the first layers have one of each kind, by all that config.json says of single layers."""
     count: int = config["num_hidden_layers"]
     lists = _of_layers(config, count).values()
     kinds = [json.dumps([one[layer] for one in lists]) for layer in range(count)]

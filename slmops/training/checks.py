@@ -43,10 +43,7 @@ def words(text: str) -> list[str]:
 
 
 def asked(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """The words of the last user message, preceded by those of earlier ones until there are at least five.
-
-    "Yes, please" alone does not say what was asked.
-    """
+    """The words of the last user messages, at least five if there are: "Yes, please" does not say what was asked."""
     found: list[str] = []
     for message in reversed(messages):
         if message["role"] == "user":
@@ -181,10 +178,7 @@ def _similar(
 
 
 def _gram(length: int) -> int:
-    """Words per n-gram for a question of ``length`` words.
-
-    It is five from eight words on. With one word more or less at its end, the similarity is then still 0.8.
-    """
+    """Words per n-gram: five from eight words on, where a word more at the end leaves a similarity of 0.8."""
     return min(GRAM_WORDS, length, max(2, length - 3))
 
 

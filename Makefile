@@ -17,6 +17,7 @@ check: $(READY)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@$(BIN)/mypy benchmarks/*.py
 	@$(BIN)/lint-imports --no-logo
 
 unit: $(READY)

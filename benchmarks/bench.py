@@ -89,17 +89,15 @@ def _agreement(variant: VariantResult, home: Path) -> None:
         f"{AGREEMENT_ROUNDS} interleaved rounds of {REPETITIONS}"
     )
     for name in ours:
-        mine, direct = median(ours[name]), median(theirs[name])
-        print(f"  {name:13} slmops {mine:7.2f}  direct {direct:7.2f}  difference {100 * (mine / direct - 1):+.1f} %")
+        own, direct = median(ours[name]), median(theirs[name])
+        print(f"  {name:13} slmops {own:7.2f}  direct {direct:7.2f}  difference {100 * (own / direct - 1):+.1f} %")
 
 
 def _ours(staged: Staged, text: str, tokens: int, home: Path) -> dict[str, list[float]]:
     cell = speed.Cell(prompt_tokens=speed.HEADLINE_TOKENS, output_tokens=tokens, text=text, repetitions=REPETITIONS)
     result, _ = children.call(
-        "slmops.evaluation.speed",
-        speed.SpeedRequest(home=staged.home, folder=staged.folder, foundry_id=staged.foundry_id, cells=(cell,)),
-        speed.SpeedResult,
-        work=home / "work",
+        speed.handle,
+        speed.SpeedRequest(**staged.model_dump(), cells=(cell,)),
         log=home / "bench.log",
         timeout_s=600,
         error=EvaluationError,

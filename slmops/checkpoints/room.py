@@ -121,15 +121,18 @@ def watched(settings: Settings) -> Iterator[dict[str, float]]:
 
 
 def _beyond_variants(settings: Settings) -> float:
-    """MB of the files in the home that are not the variants'; one with several names counts once."""
-    sizes = {}
+    """MB of the files in the home that are not the variants'; one with several names counts once, or not at all if one
+    of them is elsewhere: a link to the user's checkpoint takes no disk."""
+    sizes: dict[int, int] = {}
+    elsewhere: dict[int, int] = {}
     for part in (settings.work(""), settings.checkpoints, settings.blobs, settings.foundry, settings.variants):
         for folder, _, names in os.walk(part):
             for name in names:
                 with suppress(OSError):  # it is gone
                     file = Path(folder, name).lstat()
                     sizes[file.st_ino] = 0 if part == settings.variants else file.st_size
-    return sum(sizes.values()) / 1e6
+                    elsewhere[file.st_ino] = elsewhere.get(file.st_ino, file.st_nlink) - 1
+    return sum(size for inode, size in sizes.items() if not elsewhere[inode]) / 1e6
 
 
 def conversion_memory(checkpoint: Checkpoint) -> float:

@@ -86,8 +86,7 @@ def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Setting
     work = settings.work(name) / BASELINE
     known = work.with_name("export_error")
     if known.exists():
-        found = json.loads(known.read_text(encoding="utf-8"))
-        if isinstance(found, list):
+        if isinstance(found := json.loads(known.read_text(encoding="utf-8")), list):
             raise ConversionError(*found)
         return float(found)
     shutil.rmtree(work, ignore_errors=True)

@@ -136,9 +136,8 @@ def shortened(problems: Sequence[DataProblem]) -> list[DataProblem]:
     """The first problems, and one that counts the rest."""
     if len(problems) <= LISTED_PER_KIND:
         return list(problems)
-    further = problems[LISTED_PER_KIND]
     detail = f"and {len(problems) - LISTED_PER_KIND} more like this, from here on"
-    return [*problems[:LISTED_PER_KIND], further.model_copy(update={"detail": detail})]
+    return [*problems[:LISTED_PER_KIND], problems[LISTED_PER_KIND].model_copy(update={"detail": detail})]
 
 
 def _similar(

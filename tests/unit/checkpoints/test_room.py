@@ -81,6 +81,7 @@ for name, mb in (("work/bot/int4/big", 3), ("variants/int4/model.onnx", 5), ("ml
     (home / name).write_bytes(b"x" * mb * 1_000_000)
 (home / "blobs").mkdir()
 (home / "blobs" / "model").hardlink_to(home / "variants/int4/model.onnx")
+(home / "checkpoints" / "staged").hardlink_to(home / "the user's")
 time.sleep(1.5)
 (home / "work/bot/int4/big").unlink()
 """
@@ -90,6 +91,7 @@ def test_what_a_job_takes_at_most(settings: Settings) -> None:
     """A child with 80 MB, and 3 MB of work; variants and the files of servers do not count, nor what was there."""
     settings.checkpoints.mkdir(parents=True)
     (settings.checkpoints / "before").write_bytes(b"x" * 11_000_000)
+    (settings.home / "the user's").write_bytes(b"x" * 13_000_000)  # as if it was elsewhere
     own_mb = psutil.Process().memory_info().rss / 1e6
     argv = [sys.executable, "-S", "-c", HOLD.format(home=str(settings.home))]
     with room.watched(settings) as peaks:

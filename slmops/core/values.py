@@ -331,7 +331,7 @@ class Room(Frozen):
     @property
     def text(self) -> str:
         return (
-            f"The job took at most {self.memory_peak_mb / 1000:.1f} GB of memory (estimated: "
+            f"The job took at most {self.memory_peak_mb / 1000:.1f} GB of memory (a conversion alone was estimated at "
             f"{self.memory_estimated_mb / 1000:.1f}) and {self.disk_peak_mb / 1000:.1f} GB of disk beyond the variants "
             f"(estimated: {self.disk_estimated_mb / 1000:.1f})."
         )

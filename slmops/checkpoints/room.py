@@ -19,7 +19,6 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 GB = 1e9
-CONVERSION_COPIES = 2.2  # the checkpoint in fp32, the graph that is built from it, and the interpreter with torch
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
 """Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
 UNTIED = 1.35  # the model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint
@@ -55,9 +54,7 @@ def check(
 
     Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
     plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
-    If the checkpoint is the baseline, unfinished work is three times the checkpoint.
-    Memory, unless others convert: ``parameters x 4 bytes x 2.2`` for one conversion at a time, or 1.5 times the
-    checkpoint and 3 GB if it is the baseline. All are estimates on the safe side.
+    Memory, unless others convert: that of one conversion. With the checkpoint as baseline see :func:`of_checkpoint`.
     """
     own = job.baseline == CHECKPOINT
     names = {*precisions} if own else {BASELINE, *precisions}
@@ -121,8 +118,7 @@ def watched(settings: Settings) -> Iterator[dict[str, float]]:
 
 
 def _beyond_variants(settings: Settings) -> float:
-    """MB of the files in the home that are not the variants'; one with several names counts once, or not at all if one
-    of them is elsewhere: a link to the user's checkpoint takes no disk."""
+    """MB of the home's files, each once, but for variants and for what has a name elsewhere: links take no disk."""
     sizes: dict[int, int] = {}
     elsewhere: dict[int, int] = {}
     for part in (settings.work(""), settings.checkpoints, settings.blobs, settings.foundry, settings.variants):
@@ -136,8 +132,8 @@ def _beyond_variants(settings: Settings) -> float:
 
 
 def conversion_memory(checkpoint: Checkpoint) -> float:
-    """Bytes of memory that one conversion needs, estimated high: ``parameters x 4 x 2.2``."""
-    return checkpoint.parameters * 4 * CONVERSION_COPIES
+    """Bytes that one conversion needs, estimated high: the checkpoint in fp32, the graph made from it, and torch."""
+    return checkpoint.parameters * 4 * 2.2
 
 
 def choose_pool(pools: Sequence[Pool], checkpoint: Checkpoint, device: str) -> Pool:

@@ -115,7 +115,7 @@ def unbroken(config: Mapping[str, Any], own: int, asked: int | None, where: str)
     Beyond its border the model has other factors, and what is appended there does not fit the keys in the cache. A
     CheckpointError if the user ``asked`` for more, or if the border leaves too few.
     """
-    border = longrope_border(config, own)
+    border = inspection.longrope_border(config, own)
     if border == own or (asked and (asked <= border or border == _RECOMPUTED)):
         return own
     enough = border >= inspection.SHORTEST_CONTEXT
@@ -129,14 +129,6 @@ def unbroken(config: Mapping[str, Any], own: int, asked: int | None, where: str)
         else f"{border} tokens are too few for a conversation: use a checkpoint with a border of "
         f"{inspection.SHORTEST_CONTEXT} or more, or with the scaling of Llama 3 or YaRN.",
     )
-
-
-def longrope_border(config: Mapping[str, Any], own: int) -> int:
-    """Tokens of a context of ``own`` before a model with LongRoPE, by its config.json, changes its factors."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    long = "longrope" in (rope.get("rope_type"), rope.get("type"))
-    borders = (one.get("original_max_position_embeddings") for one in (config, rope) if long)
-    return min([own, *(int(border) for border in borders if border)])
 
 
 def check(job: Job) -> None:

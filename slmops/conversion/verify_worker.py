@@ -11,8 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from slmops.checkpoints import model as stored
-from slmops.checkpoints.inspection import SHORTEST_CONTEXT
-from slmops.checkpoints.source import longrope_border
+from slmops.checkpoints.inspection import SHORTEST_CONTEXT, longrope_border
 from slmops.core.errors import ConversionError
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
 

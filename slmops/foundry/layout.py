@@ -10,7 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from slmops.checkpoints.source import MOST_CACHE, longrope_border
+from slmops.checkpoints.inspection import longrope_border
+from slmops.checkpoints.source import MOST_CACHE
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job

@@ -93,7 +93,7 @@ def _do(part: Part, exchange: Exchange, settings: Settings) -> None:
 
 
 def _convert(recipe: Recipe, context: JobContext, exchange: Exchange) -> PartResult:
-    room.check([recipe.name], context.checkpoint, context.job, context.settings)
+    room.check([recipe], context.checkpoint, context.job, context.settings)
     made = steps.convert_variant(recipe, context)
     return PartResult(key=made.key, variant=steps.send_variant(made, exchange))
 

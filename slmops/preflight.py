@@ -27,7 +27,7 @@ def check(job: Job, settings: Settings) -> Job:
     checks: list[Callable[[], object]] = [
         lambda: source.check(olive_config.with_model(job)),
         lambda: _check_template(job),
-        lambda: recipes.check(job),
+        lambda: recipes.check(job, settings),
         lambda: olive_config.read(job.olive_config) if job.olive_config else None,
         lambda: policy.load(job.policy),
         lambda: dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured),

@@ -39,8 +39,10 @@ def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     """The job with its baseline, and its recipes, each known to fit the checkpoint, the disk and the memory."""
     checkpoint, settings = context.checkpoint, context.settings
     job = room.with_baseline(context.job, checkpoint, settings)
-    planned = recipes.for_job(job, checkpoint)
-    needed = room.check([recipe.name for recipe in planned], checkpoint, job, settings, converts=not settings.pools)
+    planned = recipes.for_job(job, checkpoint, settings)
+    needed = room.check(planned, checkpoint, job, settings, converts=not settings.pools)
+    for file, recipe in recipes.own(planned, settings):
+        olive_config.check(file, recipe.config, checkpoint, context.name, settings)
     for remark in generation.remarks(checkpoint.path):
         log.warning("%s", remark)
     if job.olive_config is not None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Queue
-from typing import get_args
 from uuid import UUID
 
 import httpx
@@ -17,8 +16,8 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
+from slmops.conversion import recipe_files
 from slmops.core.errors import ServingError, TrackingError
-from slmops.core.job import Precision
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Measurement, artifact_key
 from slmops.evaluation import dataset
@@ -152,7 +151,7 @@ def find_outdated_champion(
 ) -> ModelVersion | None:
     """The champion, if it was not measured as its challenger will be, and its checkpoint is still in this home."""
     champion = Registry(uri).champion(name)
-    if champion is None or champion.variant not in get_args(Precision):
+    if champion is None or champion.variant not in recipe_files.find(settings):
         return None
     checkpoint = Path(champion.tags.get("slmops.source", ""))
     if settings.trainings not in checkpoint.parents or not checkpoint.is_dir():

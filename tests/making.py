@@ -97,8 +97,8 @@ def resolve(asked: Job, settings: Settings) -> Checkpoint:
 
 
 def recipe(name: str, asked: Job, checkpoint: Checkpoint) -> Recipe:
-    """One of the job's recipes."""
-    [found] = [recipe for recipe in recipes.for_job(asked, checkpoint) if recipe.name == name]
+    """One of the job's recipes, which come with slmops."""
+    [found] = [recipe for recipe in recipes.for_job(asked, checkpoint, Settings()) if recipe.name == name]
     return found
 
 

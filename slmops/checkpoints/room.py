@@ -13,14 +13,14 @@ from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.settings import Pool, Settings
-from slmops.core.values import Checkpoint, Room
+from slmops.core.values import Checkpoint, Recipe, Room
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
 GB = 1e9
-BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.75}
-"""Bytes of one weight in an ONNX variant, scales included; anything else counts as fp32."""
+BYTES_PER_WEIGHT = {32: 4.0, 16: 2.0, 8: 1.1, 4: 0.75, None: 4.0}
+"""Bytes of one weight in an ONNX variant, scales included, by the bits that its recipe promises; None: no promise."""
 UNTIED = 1.35  # the model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint
 SMALL, SHARE = 2 * GB, 1 / 8
 """Memory that an fp32 baseline may take unless it is asked for: so much, or such a share of the machine's."""
@@ -48,21 +48,21 @@ def with_baseline(job: Job, checkpoint: Checkpoint, settings: Settings) -> Job:
 
 
 def check(
-    precisions: Iterable[str], checkpoint: Checkpoint, job: Job, settings: Settings, *, converts: bool = True
+    recipes: Iterable[Recipe], checkpoint: Checkpoint, job: Job, settings: Settings, *, converts: bool = True
 ) -> Room | None:
     """Refuse a job that the disk or the memory cannot hold; else return what it takes of them, unless others convert.
 
-    Disk: the sum of ``parameters x bytes per weight x 1.35`` over the precisions asked for and the fp32 baseline,
-    plus twice the largest of them for unfinished work, plus one more fp32 if fp16 is asked for, which is made from it.
+    Disk: the sum of ``parameters x bytes per weight x 1.35`` over the recipes and the fp32 baseline,
+    plus twice the largest of them for unfinished work, plus one more fp32 if one is in 16 bits, which is made from it.
     Memory, unless others convert: that of one conversion. With the checkpoint as baseline see :func:`of_checkpoint`.
     """
     own = job.baseline == CHECKPOINT
-    names = {*precisions} if own else {BASELINE, *precisions}
-    sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT.get(name, 4.0) * UNTIED for name in names}
+    bits = {recipe.name: recipe.bits for recipe in recipes} | ({} if own else {BASELINE: 32})
+    sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT[of] * UNTIED for name, of in bits.items()}
     memory, work = of_checkpoint(checkpoint.size_mb * 1e6)
     if not own:
         memory = conversion_memory(checkpoint)
-        work = 2 * max(sizes.values()) + (sizes[BASELINE] if "fp16" in sizes else 0)
+        work = 2 * max(sizes.values()) + (sizes[BASELINE] if 16 in bits.values() else 0)
     what = f"{', '.join(sorted(sizes))} of {checkpoint.name}"
     demand(what, memory * converts, sum(sizes.values()) + work, settings, fewer=" ask for fewer precisions,")
     return Room(memory_estimated_mb=memory / 1e6, disk_estimated_mb=work / 1e6) if converts else None

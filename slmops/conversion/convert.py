@@ -103,7 +103,7 @@ def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Setting
         )
         log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
         thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
-        exported = recipes.recipe(BASELINE, job, thin.model_copy(update={"tied_embeddings": False}))
+        exported = recipes.recipe(BASELINE, job, thin.model_copy(update={"tied_embeddings": False}), settings)
         _, checked = _build(exported, thin, job, name, settings, work)
     except ConversionError as wrong:
         write_atomic(known, json.dumps([wrong.message, wrong.fix]))
@@ -123,7 +123,7 @@ def _build(
     olive_text.unlink(missing_ok=True)
     config = workflow(recipe, checkpoint, job, work, made)
     finished = _run_olive(recipe, config, work, made, olive_text, settings)
-    _complete_genai_config(made / "genai_config.json", checkpoint)
+    _complete_genai_config(made / "genai_config.json", checkpoint, recipe)
     checked, _ = children.call(
         verify_worker.handle,
         verify_worker.VerifyRequest(
@@ -186,8 +186,8 @@ def _make(
     return variant
 
 
-def _complete_genai_config(path: Path, checkpoint: Checkpoint) -> None:
-    """Write in what the exporter leaves out: tokens that end an answer, and the checkpoint's sampling settings."""
+def _complete_genai_config(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Write in what the exporter leaves out: tokens that end an answer, the checkpoint's sampling, the recipe's own."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         model, said = config["model"], config["model"].get("eos_token_id")
@@ -199,7 +199,7 @@ def _complete_genai_config(path: Path, checkpoint: Checkpoint) -> None:
     if model.get("pad_token_id") is None:
         model["pad_token_id"] = ends[0]
     config["search"] = {**config.get("search", {}), **generation.settings(checkpoint.path)}
-    write_atomic(path, json.dumps(config, indent=4))
+    write_atomic(path, json.dumps(recipes.merged(config, recipe.genai), indent=4))
 
 
 def _run_olive(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slmops.conversion import schema_worker
+from slmops.conversion import recipe_files, schema_worker
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import RecipeError, UsageError, WorkError
 from slmops.core.job import Job
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 _PLACEHOLDER = re.compile(r"^(?:\$\{|\{|<)\s*([\w .-]+?)\s*(?:\}|>)$")
 # Keys of the widely copied "quantization_config", which Olive ignores, and the ones that have an effect.
 _TRANSLATED = {"block_size": "int4_block_size", "is_symmetric": "int4_is_symmetric"}
-_RESERVED = {"fp32", "fp16", "int8", "int4", "bf16"}
 
 
 def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> Recipe:
@@ -38,9 +37,20 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         config |= config.pop("engine")
     for key in ("output_dir", "cache_dir", "cache_config", "clean_cache", "log_severity_level", "no_artifacts"):
         config.pop(key, None)
+    check(path, config, checkpoint, name, settings)
+    own = to_name(path.stem)
+    return Recipe(name=f"{own}-olive" if own in {*recipe_files.find(settings), "bf16"} else own, config=config)
+
+
+def check(path: Path, config: dict[str, Any], checkpoint: Checkpoint, name: str, settings: Settings) -> None:
+    """Have Olive look at the workflow in a file; a RecipeError names what it would refuse, or ignore without an error.
+
+    The log is one of the model's ``name``.
+    """
+    model = {**config.get("input_model", {"type": "HfModel"}), "model_path": str(checkpoint.path)}
     result, _ = children.call(
         schema_worker.handle,
-        Workflow(config={**config, "input_model": {**config["input_model"], "model_path": str(checkpoint.path)}}),
+        Workflow(config={**config, "input_model": model}),
         log=settings.logs / name / "olive-config.log",
         timeout_s=300,
         error=WorkError,
@@ -50,8 +60,6 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         raise RecipeError(
             f"{path} would not do what it says:\n  - " + "\n  - ".join(result.problems), "Correct the file."
         )
-    own = to_name(path.stem)
-    return Recipe(name=f"{own}-olive" if own in _RESERVED else own, config=config)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,23 +1,21 @@
-"""Precision name -> Olive workflow config, as plain data.
+"""The recipes of a job: what their files say, fitted to its checkpoint."""
 
-Each recipe was chosen by measuring on the CPU. The obvious ones do not work there: ModelBuilder refuses fp16 for the
-CPU provider, its int8 raises KeyError, dynamic int8 loses quality. ModelBuilder writes tied embeddings twice, so a
-checkpoint that ties them gets a TieWordEmbeddings surgery, which makes a 135 M model a sixth smaller.
-"""
-
+import copy
+from pathlib import Path
 from typing import Any
 
+from slmops.conversion import recipe_files
 from slmops.core.errors import RecipeError
-from slmops.core.job import BASELINE, CHECKPOINT, Job
+from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
+from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
 
-_INT8_GROUP = 32
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
-_BITS: dict[str, Any] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
-_THROUGH_FP32 = ("fp32", "fp16")
+_BLOCK_OPTIONS = ("group_size", "block_size", "int4_block_size")  # of Olive's passes, for weights that share a scale
+_TIE = {"surgeon": "TieWordEmbeddings"}
 
 
-def check(job: Job) -> None:
+def check(job: Job, settings: Settings) -> None:
     """Refuse, with a RecipeError, precisions and devices that cannot work, whatever the checkpoint."""
     if job.device != "cpu" or job.provider != "CPUExecutionProvider":
         raise RecipeError(
@@ -30,48 +28,64 @@ def check(job: Job) -> None:
             "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises.",
             "Use fp16 (half the size of fp32) or int8.",
         )
+    for name in job.precision:
+        recipe_files.load(name, settings)
 
 
-def for_job(job: Job, checkpoint: Checkpoint) -> list[Recipe]:
-    """The recipes of a job's precisions, the baseline always first; a RecipeError if one of them cannot work.
+def names(job: Job, settings: Settings) -> list[str]:
+    """The names of a job's recipes, the baseline always first.
 
-    If the checkpoint is the baseline, nothing is made that has to be exported in fp32.
+    If the checkpoint is the baseline, nothing is made that has to be exported in fp32; a RecipeError if that is all.
     """
-    check(job)
-    names = dict.fromkeys((BASELINE, *job.precision))
-    if job.baseline == CHECKPOINT:
-        if not ({*names} - {*_THROUGH_FP32} or job.olive_config):
-            asked = " and ".join(job.precision)
-            raise RecipeError(
-                f"{asked} is made through an fp32 export, which is not made as the checkpoint is the baseline.",
-                "Use --baseline fp32, or --precision int8.",
-            )
-        names = {name: None for name in names if name not in _THROUGH_FP32}
-    return [recipe(name, job, checkpoint) for name in names]
+    asked = list(dict.fromkeys((BASELINE, *job.precision)))
+    if job.baseline != CHECKPOINT:
+        return asked
+    quantized = [name for name in asked if not _is_exported_in_fp32(name, settings)]
+    if not (quantized or job.olive_config):
+        raise RecipeError(
+            f"{' and '.join(job.precision)} is made through an fp32 export, which is not made as the checkpoint is the "
+            "baseline.",
+            "Use --baseline fp32, or --precision int8.",
+        )
+    return quantized
 
 
-def recipe(name: str, job: Job, checkpoint: Checkpoint) -> Recipe:
+def for_job(job: Job, checkpoint: Checkpoint, settings: Settings) -> list[Recipe]:
+    """The job's recipes in the order of :func:`names`; a RecipeError if one of them cannot work."""
+    check(job, settings)
+    return [recipe(name, job, checkpoint, settings) for name in names(job, settings)]
+
+
+def own(planned: list[Recipe], settings: Settings) -> list[tuple[Path, Recipe]]:
+    """Those that the user has written, each with its file."""
+    files = recipe_files.find(settings)
+    return [(files[one.name], one) for one in planned if one.name not in SHIPPED]
+
+
+def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> Recipe:
     """How to make the variant ``name``."""
+    file = recipe_files.load(name, settings)
+    passes = copy.deepcopy(file.passes)
+    if name == "int4":
+        asked = {"group_size": job.int4_block_size, "sym": job.int4_symmetric}
+        for step in passes.values():
+            step.update({key: value for key, value in asked.items() if key in step and value is not None})
+    return fitted(Recipe(name=name, config=workflow(passes), bits=file.bits, genai=file.genai), checkpoint)
+
+
+def fitted(planned: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe for a checkpoint: without tying embeddings that it does not tie, and with blocks that it can have."""
     passes: dict[str, Any] = {}
-    rtn = {"type": "Rtn", "lm_head": True, "embeds": True}
-    # Weights go into a file beside the graph: a protobuf above 2 GB cannot be written.
-    saved = {"save_as_external_data": True}
-    if name == "int8":
-        _must_divide(name, _INT8_GROUP, checkpoint)
-        passes["quantize"] = {**rtn, "bits": 8, "group_size": _INT8_GROUP}
-    elif name == "int4":  # but 8 bits for the layers that lose most (k_quant_mixed) and for embeddings and head
-        _must_divide(name, job.int4_block_size, checkpoint)
-        passes["mix"] = {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"}
-        eight = {name: {"bits": 8} for name in ("lm_head", "model.embed_tokens")}
-        options = {"group_size": job.int4_block_size, "sym": job.int4_symmetric, "overrides": eight}
-        passes["quantize"] = {**rtn, "bits": 4, **options}
-    # ModelBuilder's int4 exports whatever bits the quantized checkpoint has, also 8.
-    passes["export"] = {"type": "ModelBuilder", "precision": "int4" if "quantize" in passes else "fp32"}
-    if checkpoint.tied_embeddings:
-        passes["tie"] = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], **saved}
-    if name == "fp16":
-        passes["to_fp16"] = {"type": "OnnxFloatToFloat16", "keep_io_types": True, **saved}
-    return Recipe(name=name, config=workflow(passes), bits=_BITS[name], baseline=name == BASELINE)
+    for key, step in planned.config["passes"].items():
+        for block in (step[option] for option in _BLOCK_OPTIONS if isinstance(step.get(option), int)):
+            _must_divide(planned.name, block, checkpoint)
+        surgeries = step.get("surgeries")
+        if _TIE in (surgeries or ()) and not checkpoint.tied_embeddings:
+            step = {**step, "surgeries": [one for one in surgeries if one != _TIE]}
+        if step.get("surgeries") != []:
+            passes[key] = step
+    config = {**planned.config, "passes": passes}
+    return planned.model_copy(update={"config": config, "baseline": planned.name == BASELINE})
 
 
 def workflow(passes: dict[str, Any]) -> dict[str, Any]:
@@ -83,14 +97,31 @@ def workflow(passes: dict[str, Any]) -> dict[str, Any]:
     return {"systems": {"local": system}, "host": "local", "target": "local", "passes": passes}
 
 
+def merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A table with the values of another one put in, tables within them merged in the same way."""
+    result = dict(table)
+    for key, value in other.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _is_exported_in_fp32(name: str, settings: Settings) -> bool:
+    steps = recipe_files.load(name, settings).passes.values()
+    return any((step["type"].lower(), step.get("precision")) == ("modelbuilder", "fp32") for step in steps)
+
+
 def _must_divide(name: str, block: int, checkpoint: Checkpoint) -> None:
     fitting = [size for size in _BLOCK_SIZES if not any(n % size for n in checkpoint.linear_sizes)]
-    if block in fitting:
+    if block in fitting or block <= 0:  # Olive's -1 and 0: one block for a whole row or matrix
         return
     if block not in _BLOCK_SIZES:
         why = f"a block of {block} weights is not one of {', '.join(map(str, _BLOCK_SIZES))}, which the kernels have"
     else:
         wrong = ", ".join(str(size) for size in checkpoint.linear_sizes if size % block)
         why = f"a block of {block} weights does not divide this model's layer sizes ({wrong})"
-    fix = f"Use --int4-block-size {' or '.join(map(str, fitting))}." if fitting and name == "int4" else None
-    raise RecipeError(f"{name}: {why}.", fix or "This model needs an Olive config of your own (--olive-config).")
+    fix = "This model needs an Olive config of your own (--olive-config)."
+    if fitting and (name == "int4" or name not in SHIPPED):
+        place = "--int4-block-size" if name == "int4" else "in its file a block of"
+        fix = f"Use {place} {' or '.join(map(str, fitting))}."
+    raise RecipeError(f"{name}: {why}.", fix)

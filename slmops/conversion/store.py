@@ -7,7 +7,7 @@ from pathlib import Path
 from slmops.core.files import intact, sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
-FORMAT = 4  # what slmops itself does to a variant; a change of it makes all variants anew
+FORMAT = 5  # what slmops itself does to a variant; a change of it makes all variants anew
 # The packages whose versions change the result.
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 
@@ -17,6 +17,8 @@ def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str
     went_in = {
         "format": FORMAT,
         "config": recipe.config,
+        "order": list(recipe.config.get("passes", {})),
+        "genai": recipe.genai,
         "checkpoint": checkpoint.digest,
         "compared": checkpoint.context_length if recipe.baseline else None,  # with the checkpoint, up to this length
         "versions": {name: versions.get(name) for name in DECISIVE},

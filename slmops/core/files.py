@@ -1,6 +1,7 @@
 """Files: written so that nobody ever sees half of one, and the tables that a user writes."""
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -92,15 +93,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:
-    """The keys and values of a user's file, TOML by its suffix or YAML; the UsageError for a bad one names ``what``."""
+    """What a user's file holds, TOML or JSON by its suffix, else YAML; the UsageError for a bad one names ``what``."""
     import yaml
 
     try:
         text = path.expanduser().read_text(encoding="utf-8")
-        table = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+        parse = {".toml": tomllib.loads, ".json": json.loads}.get(path.suffix.lower(), yaml.safe_load)
+        table = parse(text)
     except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:  # RuntimeError: ~ of nobody
         said = " ".join(str(error).split())
-        raise UsageError(f"The {what} {path} cannot be read: {said}", "Give a TOML or YAML file.") from None
+        raise UsageError(f"The {what} {path} cannot be read: {said}", "Give a TOML, JSON or YAML file.") from None
     if not isinstance(table, dict) or not table:
         raise UsageError(f"The {what} {path} has no keys and values.", "Write them as key: value, or as TOML.")
     return table

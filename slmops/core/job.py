@@ -4,15 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import MATCHER_PATTERN, problems
-from slmops.core.values import Checkpoint, Frozen, Name, Room
+from slmops.core.values import NAME_PATTERN, Checkpoint, Frozen, Name, Room
 
-Precision = Literal["fp32", "fp16", "int8", "int4", "bf16"]
-BASELINE: Precision = "fp32"
+SHIPPED = ("fp32", "fp16", "int8", "int4")
+"""The recipes that come with slmops, as files of :mod:`slmops.conversion.recipe_files`."""
+_FORM = [
+    {"title": "Comes with slmops", "type": "string", "enum": [*SHIPPED]},
+    {"title": "Your own recipe", "type": "string", "pattern": NAME_PATTERN},
+]
+Precision = Annotated[str, StringConstraints(pattern=NAME_PATTERN), WithJsonSchema({"anyOf": _FORM})]
+"""Name of a recipe, shipped or the user's own."""
+BASELINE = "fp32"
 CHECKPOINT = "checkpoint"
 
 
@@ -32,10 +39,12 @@ class Job(Frozen, use_attribute_docstrings=True):
     olive_config: Path | None = None
     """Your own Olive workflow (JSON) as a variant, named after the file."""
     precision: list[Precision] = Field(default=[], title="Precisions", validate_default=True)
-    """Variants to make: all but bf16 by default, or none beside an Olive config. An fp32 baseline is always made."""
-    int4_block_size: int = Field(32, ge=16, le=256, title="int4 block size")
-    """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer."""
-    int4_symmetric: bool = Field(False, title="int4 symmetric", description="No zero points: smaller and less exact.")
+    """Variants to make, by their recipes: fp32, fp16, int8 and int4 by default, or none beside an Olive config. An fp32
+    baseline is always made. `slmops recipes` lists what there is, your own included."""
+    int4_block_size: int | None = Field(None, ge=16, le=256, title="int4 block size")
+    """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer. By default that of
+    the recipe int4."""
+    int4_symmetric: bool | None = Field(None, title="int4 symmetric", description="No zero points: less exact.")
     device: Literal["cpu", "gpu"] = Field("cpu", description="What the variants are made for.")
     provider: Literal["CPUExecutionProvider", "CUDAExecutionProvider"] = Field(
         "CPUExecutionProvider", title="Execution provider", description="ONNX Runtime's execution provider."
@@ -87,7 +96,7 @@ class Job(Frozen, use_attribute_docstrings=True):
     @field_validator("precision")
     @classmethod
     def _usual(cls, asked: list[Precision], info: ValidationInfo) -> list[Precision]:
-        return asked or ([BASELINE] if info.data.get("olive_config") else ["fp32", "fp16", "int8", "int4"])
+        return asked or ([BASELINE] if info.data.get("olive_config") else [*SHIPPED])
 
     @property
     def label(self) -> str:

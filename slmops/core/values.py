@@ -91,11 +91,12 @@ class Agreement(Frozen):
 
 
 class Recipe(Frozen):
-    """How a variant is made: a named Olive workflow."""
+    """How a variant is made: a named Olive workflow, and settings of the runtime."""
 
-    name: str = Field(pattern=NAME_PATTERN, description="The variant's name: fp32, int4, or the Olive file's stem.")
+    name: str = Field(pattern=NAME_PATTERN, description="The variant's name: fp32, int4, or a file's stem.")
     config: dict[str, Any] = Field(description="Olive's workflow config, without input model and output folder.")
     bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
+    genai: dict[str, Any] = Field({}, description="What is put into the exporter's genai_config.json.")
     baseline: bool = Field(False, description="It must compute what the checkpoint computes.")
 
     @property

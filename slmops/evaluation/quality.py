@@ -53,7 +53,7 @@ class Share:
         self, kind: str, most: int, digest: str, of: Checkpoint, name: str, job: Job, settings: Settings
     ) -> None:
         with_checkpoint = job.baseline == CHECKPOINT or not job.quick
-        models = len(recipes.for_job(job, of)) + (job.olive_config is not None) + with_checkpoint
+        models = len(recipes.names(job, settings)) + (job.olive_config is not None) + with_checkpoint
         # By default so much that no model runs into the timeout that is up to four times as slow as the first.
         seconds = 60 * job.minutes / models / 2 if job.minutes else settings.evaluation_timeout_s / 4
         key = json.dumps([kind, most, digest, of.name, of.parameters, seconds])

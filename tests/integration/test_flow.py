@@ -147,7 +147,7 @@ def test_what_the_job_took_is_logged_and_with_upload_the_weights_are_in_the_regi
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     run = flow_runs("optimize")[0]
     assert (run.name, run.state_name) == (f"optimize {job.label}", "Completed")
-    assert run.parameters["job"]["int4_block_size"] == 32  # defaults included: it can be started again as it was
+    assert run.parameters["job"]["export_tolerance"] == 1e-3  # defaults included: it can be started again as it was
     stages = ("convert", "register", "measure quality of", "track")
     made = {f"{what} {name}" for what in stages for name in ("fp32", "int4", "int8")} | {"measure speed"}
     tasks = task_runs(run)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slmops.conversion import olive_config
+from slmops.conversion import olive_config, recipes
 from slmops.conversion.convert import convert
 from slmops.core.errors import ConversionError, RecipeError
 from slmops.core.job import Job
@@ -118,6 +118,15 @@ def test_unknown_keys_and_wrong_values_are_named(checkpoint: Checkpoint, home: S
         "  - passes.q.group_size must be a whole number",
         "  - passes.b.int4_block_size must be 16, 32, 64, 128 or 256",
     ]
+    # A recipe of the user's own in the same way.
+    fresh = Settings(home=tmp_path)
+    fresh.recipes.mkdir()
+    file = fresh.recipes / "mine.json"
+    file.write_text(json.dumps({"when": "x", "bits": 8, "passes": {"q": {"type": "Rtn", "bits": 8, "grupsize": 32}}}))
+    planned = recipes.for_job(Job(model="m", precision=["mine"]), checkpoint, fresh)
+    for path, recipe in recipes.own(planned, fresh):
+        with pytest.raises(RecipeError, match=r"recipes/mine.json(.|\n)*passes\.q \(Rtn\): unknown key 'grupsize'"):
+            olive_config.check(path, recipe.config, checkpoint, "tiny", fresh)
 
 
 @pytest.mark.parametrize(

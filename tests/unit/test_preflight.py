@@ -59,6 +59,7 @@ def check(folder: Path, model: str = "demo", **options: Any) -> None:
         ({"output_path": "{}/file"}, UsageError, "file"),
         ({"output_path": "{}/file/below"}, UsageError, "file"),
         ({"precision": ["bf16"]}, RecipeError, "bf16"),
+        ({"precision": ["int3"]}, RecipeError, "Did you mean int"),
     ],
     ids=str,
 )

@@ -13,35 +13,36 @@ from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Pool, Settings
-from slmops.core.values import Room
+from slmops.core.values import Recipe, Room
 from slmops.processes import children
 from tests.values import checkpoint
 
+FP16, INT4 = (Recipe(name=f"of-{bits}", config={}, bits=bits) for bits in (16, 4))
 LARGE = checkpoint(parameters=10**12, size_mb=2e6)
 FP32, OWN = Job(model="m", baseline="fp32"), Job(model="m", baseline="checkpoint")
 
 
 def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     # Unfinished work: twice fp32 with 4 bytes a weight and fp32 itself for fp16, x 1.35 x 1000 weights.
-    needed = room.check(["fp16", "int4"], checkpoint(), FP32, settings)
+    needed = room.check([FP16, INT4], checkpoint(), FP32, settings)
     assert needed == Room(memory_estimated_mb=0.0088, disk_estimated_mb=0.0162)
-    assert room.check(["int4"], checkpoint(), FP32, settings, converts=False) is None
+    assert room.check([INT4], checkpoint(), FP32, settings, converts=False) is None
     # fp32 4 + int4 0.75 + twice fp32 8 = 12.75 bytes a weight, x 1.35 x 10^12 weights.
     with pytest.raises(PrerequisiteError, match=r"about 17212\.5 GB") as caught:
-        room.check(["int4"], LARGE, FP32, settings)
+        room.check([INT4], LARGE, FP32, settings)
     assert caught.value.exit_code == 2
     with pytest.raises(PrerequisiteError, match=r"about 25312\.5 GB"):
         # and 2 for fp16 itself and 4 for the fp32 that it is made from
-        room.check(["int4", "fp16"], LARGE, FP32, settings)
+        room.check([INT4, FP16], LARGE, FP32, settings)
     # int4 0.75 x 1.35, and three times the checkpoint
-    with pytest.raises(PrerequisiteError, match=r"disk for int4 of .*: about 7012\.5 GB"):
-        room.check(["int4"], LARGE, OWN, settings)
+    with pytest.raises(PrerequisiteError, match=r"disk for of-4 of .*: about 7012\.5 GB"):
+        room.check([INT4], LARGE, OWN, settings)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**18))
     monkeypatch.setattr(machine, "memory", lambda: (8e9, 4e9))  # of a container
     with pytest.raises(PrerequisiteError, match=r"about 8800\.0 GB .* 4\.0 GB"):
-        room.check(["int4"], LARGE, FP32, settings)
+        room.check([INT4], LARGE, FP32, settings)
     with pytest.raises(PrerequisiteError, match=r"about 3003\.0 GB .* 4\.0 GB"):
-        room.check(["int4"], LARGE, OWN, settings)
+        room.check([INT4], LARGE, OWN, settings)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 WRONG = [
-    ("run --model m --precision int3", r"--precision must be 'fp32', 'fp16', 'int8', 'int4' or 'bf16' \(got 'int3'\)"),
+    ("run --model m --precision ../int4", r"--precision may only have letters, .* \(got '../int4'\)"),
     ("run --model m --frobnicate 1", "--frobnicate"),
     ("run --model m --precisoin int4", "Did you mean --precision"),
     ("run --model m --model n", "--model is given more than once"),

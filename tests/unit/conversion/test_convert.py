@@ -165,9 +165,14 @@ def test_what_the_exporter_leaves_out_of_its_config(
     tiny: Checkpoint, tmp_path: Path, generation_config: dict[str, Any], exported: Any, deployed: dict[str, Any]
 ) -> None:
     write_json(tiny.path / "generation_config.json", generation_config)
-    config = {"model": {"eos_token_id": exported, "pad_token_id": 2 if exported else None}, "search": {"top_k": 50}}
+    config = {"eos_token_id": exported, "pad_token_id": 2 if exported else None}
+    config = {"model": {**config, "decoder": {"filename": "model.onnx"}}, "search": {"top_k": 50}}
     write_json(tmp_path / "genai_config.json", config)
-    conversion._complete_genai_config(tmp_path / "genai_config.json", tiny)
+    own = EIGHT.model_copy(update={"genai": {"search": {"top_k": 30}, "model": {"decoder": {"threads": 2}}}})
+    for recipe, top_k in ((RECIPE, deployed.get("top_k", 50)), (own, 30)):  # what the recipe says comes last
+        conversion._complete_genai_config(tmp_path / "genai_config.json", tiny, recipe)
+        assert json.loads((tmp_path / "genai_config.json").read_text())["search"]["top_k"] == top_k
+    deployed = {**deployed, "top_k": 30, "decoder": {"filename": "model.onnx", "threads": 2}}
     made = json.loads((tmp_path / "genai_config.json").read_text())
     both = {**made["model"], **made["search"]}
     assert {key: both[key] for key in deployed} == deployed
@@ -180,7 +185,7 @@ def test_a_config_that_names_no_model_is_left_to_the_check_of_the_files(
 ) -> None:
     path = tmp_path / "genai_config.json"
     path.write_text(content)
-    conversion._complete_genai_config(path, tiny)
+    conversion._complete_genai_config(path, tiny, RECIPE)
     assert path.read_text() == content
 
 
@@ -209,6 +214,9 @@ def test_key_is_the_name_and_a_digest_of_what_decides() -> None:
     others = {
         "the same": key(),
         "config": key({"config": {"passes": {"a": {"type": "Gptq"}}}}),
+        "passes": key({"config": {"passes": {"a": {}, "b": {}}}}),
+        "the order of passes": key({"config": {"passes": {"b": {}, "a": {}}}}),
+        "settings of the runtime": key({"genai": {"search": {"top_k": 1}}}),
         "checkpoint": key(digest="d" * 64),
         "baseline": key({"baseline": True}),
         "baseline compared up to another length": key({"baseline": True}, context_length=64),

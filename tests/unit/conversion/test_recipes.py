@@ -13,13 +13,14 @@ from onnx import NodeProto, TensorProto, helper
 from slmops.conversion import recipes, verify_worker
 from slmops.core.errors import ConversionError, RecipeError
 from slmops.core.job import Job
+from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Weights
 from tests.values import checkpoint
 
 
 def made(*precision: str, tied: bool = True, sizes: tuple[int, ...] = (576, 1536), **asked: Any) -> list[Recipe]:
     job = Job(model="m", precision=list(precision), **asked)
-    return recipes.for_job(job, checkpoint(tied_embeddings=tied, linear_sizes=sizes))
+    return recipes.for_job(job, checkpoint(tied_embeddings=tied, linear_sizes=sizes), Settings())
 
 
 def passes(recipe: Recipe) -> list[dict[str, Any]]:

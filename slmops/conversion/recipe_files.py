@@ -1,0 +1,73 @@
+"""Recipes as files: those that come with slmops, and the user's own in ``recipes/`` of the home, in TOML or JSON."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from slmops.core.errors import RecipeError
+from slmops.core.files import read_table
+from slmops.core.job import CHECKPOINT, SHIPPED
+from slmops.core.settings import Settings
+from slmops.core.validation import problems
+from slmops.core.values import NAME_PATTERN, Frozen
+
+FOLDER = Path(__file__).with_name("shipped")
+# What a variant cannot be called: an alias of the registry, or something else of a comparison.
+_TAKEN = {*SHIPPED, "bf16", CHECKPOINT, "champion", "previous", "latest"}
+
+
+class RecipeFile(Frozen):
+    """What a recipe's file says. Its name is that of the file."""
+
+    when: str = Field(min_length=1, description="One sentence: when to take it.")
+    bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
+    passes: dict[str, dict[str, Any]] = Field(min_length=1, description="Olive's passes in their order.")
+    genai: dict[str, Any] = Field({}, description="Settings of the runtime that are put into genai_config.json.")
+
+    @field_validator("passes")
+    @classmethod
+    def _named(cls, passes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, step in passes.items():
+            if not isinstance(step.get("type"), str):
+                raise ValueError(f'needs the type of each pass: {name} has none, such as type = "ModelBuilder"')
+        return passes
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The types of its passes."""
+        return tuple(step["type"] for step in self.passes.values())
+
+
+def find(settings: Settings) -> dict[str, Path]:
+    """The files of all recipes by name, the shipped ones first; a RecipeError if a file cannot have its name."""
+    found = {name: FOLDER / f"{name}.toml" for name in SHIPPED}
+    for path in sorted(settings.recipes.glob("[!.]*")):
+        if path.suffix not in (".toml", ".json"):
+            continue
+        if path.stem in _TAKEN or not re.fullmatch(NAME_PATTERN, path.stem) or re.fullmatch(r"v\d+", path.stem):
+            raise RecipeError(
+                f"{path}: a recipe of your own cannot be called {path.stem!r}.",
+                f"Give the file another name, of letters, digits, - and _, and none of {', '.join(sorted(_TAKEN))}.",
+            )
+        if path.stem in found:
+            raise RecipeError(f"{path} and {found[path.stem].name} have one name.", "Rename one of them.")
+        found[path.stem] = path
+    return found
+
+
+def load(name: str, settings: Settings) -> RecipeFile:
+    """The recipe of this name; a RecipeError if there is none, or if its file is broken."""
+    known = find(settings)
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        fix = f"Known are {', '.join(known)}; one of your own is a file in {settings.recipes}."
+        raise RecipeError(f"There is no recipe {name!r}.{hint}", fix)
+    table = read_table(known[name], "recipe")
+    try:
+        return RecipeFile.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError(f"{known[name]}: {'; '.join(problems(error))}.", "Correct it; see docs/recipes.md.") from None

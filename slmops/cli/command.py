@@ -31,6 +31,7 @@ COMMANDS = {
         "Does nothing if the data and the checkpoint are those of the last time.\n\n"
         "Ends with 3 if a gate refuses the result, or if it is rolled back.",
     ),
+    "recipes": ("jobs", "List what can be made, your own recipes included: passes, bits, when to take each."),
     "compare": ("jobs", "Print the latest comparison."),
     "soak": (
         "jobs",

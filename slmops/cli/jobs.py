@@ -1,5 +1,6 @@
-"""The commands that convert, train and measure: run, demo, retrain, compare, soak, remeasure."""
+"""The commands that convert, train and measure: run, demo, retrain, recipes, compare, soak, remeasure."""
 
+import json as jsonlib
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,8 @@ from cyclopts import Parameter
 
 from slmops import preflight, report
 from slmops.cli.prefect import hand_over, prefect_running
-from slmops.cli.terminal import Flat, Json, say, show
+from slmops.cli.terminal import Flat, Json, output, say, show
+from slmops.conversion import recipe_files
 from slmops.core.errors import SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
@@ -48,6 +50,19 @@ def retrain(
             hand_over("retrain", request.absolute(), json=json)
     else:
         _run_flow("retrain", request, json=json)
+
+
+def recipes(*, json: Json = False) -> None:
+    settings = Settings()
+    found = [(name, path, recipe_files.load(name, settings)) for name, path in recipe_files.find(settings).items()]
+    if json:
+        rows = [{"name": name, "file": str(path), "chain": one.chain, **one.model_dump()} for name, path, one in found]
+        output(jsonlib.dumps(rows, indent=2))
+        return
+    for name, path, one in found:
+        bits = f"{one.bits} bits" if one.bits else "any bits"
+        place = "" if path.parent == recipe_files.FOLDER else f"\n    {path}"
+        output(f"{name}: {bits}; {' > '.join(one.chain)}\n    {one.when}{place}")
 
 
 def compare(name: Latest = None, /, *, json: Json = False) -> None:

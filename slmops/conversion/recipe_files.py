@@ -1,17 +1,19 @@
 """Recipes as files: those that come with slmops, and the user's own in ``recipes/`` of the home, in TOML or JSON."""
 
+import copy
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from slmops.core.errors import RecipeError
 from slmops.core.files import read_table
 from slmops.core.job import CHECKPOINT, SHIPPED
 from slmops.core.settings import Settings
-from slmops.core.validation import problems
+from slmops.core.validation import dotted, problems
 from slmops.core.values import NAME_PATTERN, Frozen
 
 FOLDER = Path(__file__).with_name("shipped")
@@ -26,6 +28,7 @@ class RecipeFile(Frozen):
     bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
     passes: dict[str, dict[str, Any]] = Field(min_length=1, description="Olive's passes in their order.")
     genai: dict[str, Any] = Field({}, description="Settings of the runtime that are put into genai_config.json.")
+    sweep: dict[str, dict[str, Any]] = Field({}, description="By pass and option, the values that a sweep tries.")
 
     @field_validator("passes")
     @classmethod
@@ -34,6 +37,33 @@ class RecipeFile(Frozen):
             if not isinstance(step.get("type"), str):
                 raise ValueError(f'needs the type of each pass: {name} has none, such as type = "ModelBuilder"')
         return passes
+
+    @field_validator("sweep")
+    @classmethod
+    def _of_passes(cls, sweep: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        passes = info.data.get("passes", sweep)
+        if unknown := [name for name in sweep if name not in passes]:
+            raise ValueError(f"has {unknown[0]}, which is none of its passes: {', '.join(passes)}")
+        for place, values in _leaves(sweep):
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"needs a list of values: {dotted(place)} is {values!r}")
+        return sweep
+
+    @property
+    def choices(self) -> dict[str, list[Any]]:
+        """The values that a sweep tries, by option: ``quantize.group_size`` to ``[16, 32]``."""
+        return {dotted(place): values for place, values in _leaves(self.sweep)}
+
+    def with_options(self, options: dict[str, Any]) -> Self:
+        """The recipe with one value each of some of its :attr:`choices`, and without them."""
+        passes: dict[str, Any] = copy.deepcopy(self.passes)
+        for (*tables, option), _ in _leaves(self.sweep):
+            table = passes
+            for key in tables:
+                table = table.setdefault(key, {})
+            if (name := dotted([*tables, option])) in options:
+                table[option] = options[name]
+        return self.model_copy(update={"passes": passes, "sweep": {}})
 
     @property
     def chain(self) -> tuple[str, ...]:
@@ -71,3 +101,12 @@ def load(name: str, settings: Settings) -> RecipeFile:
         return RecipeFile.model_validate(table)
     except ValidationError as error:
         raise RecipeError(f"{known[name]}: {'; '.join(problems(error))}.", "Correct it; see docs/recipes.md.") from None
+
+
+def _leaves(table: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What is in a table and in the tables within it, each with its keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*place, key))
+        else:
+            yield (*place, key), value

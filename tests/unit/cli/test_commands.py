@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from slmops import report
 from slmops.core import errors
+from slmops.core.job import SHIPPED
 from slmops.delivery import promotion, pull
 from slmops.evaluation import drift, soak
 from slmops.evaluation.drift import DriftError, Remeasured
@@ -194,3 +195,17 @@ def test_status_of_nothing(slmops: Slmops, home: Path, monkeypatch: pytest.Monke
     expected = {"home": str(home), "prefect": stopped, "mlflow": stopped, "serving": None}
     assert json.loads(slmops("status --json")[1]) == expected
     assert slmops("status")[1].splitlines()[1:] == ["prefect  -  not running", "mlflow   -  not running"]
+
+
+def test_recipes_are_listed_with_the_users_own(slmops: Slmops, home: Path) -> None:
+    (home / "recipes").mkdir(parents=True)
+    mine = {"when": "On phones.", "passes": {"a": {"type": "Rtn"}, "b": {"type": "ModelBuilder"}}}
+    (home / "recipes" / "mine.json").write_text(json.dumps(mine))
+    code, out, _ = slmops("recipes")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "fp32: 32 bits; ModelBuilder > GraphSurgeries"
+    assert lines[-3:] == ["mine: any bits; Rtn > ModelBuilder", "    On phones.", f"    {home}/recipes/mine.json"]
+    rows = json.loads(slmops("recipes --json")[1])
+    assert [row["name"] for row in rows] == [*SHIPPED, "mine"]
+    assert (rows[-1]["passes"], rows[-1]["chain"]) == (mine["passes"], ["Rtn", "ModelBuilder"])

@@ -53,6 +53,22 @@ def test_a_recipe_of_the_users_own_is_found_by_its_name(settings: Settings) -> N
     assert caught.value.fix == "Use in its file a block of 16 or 32."
 
 
+def test_the_values_that_a_sweep_tries_are_put_in_one_each(settings: Settings) -> None:
+    sweep = """
+    [sweep.quantize]
+    group_size = [16, 32]
+    overrides.head.bits = [4, 8]
+    modules = [["a"], []]
+    """
+    write(settings, "small.toml", SMALL + sweep)
+    file = recipe_files.load("small", settings)
+    group_size, bits, modules = "quantize.group_size", "quantize.overrides.head.bits", "quantize.modules"
+    assert file.choices == {group_size: [16, 32], bits: [4, 8], modules: [["a"], []]}
+    made = file.with_options({group_size: 16, bits: 8})
+    assert made.passes["quantize"] == {"type": "Rtn", "bits": 4, "group_size": 16, "overrides": {"head": {"bits": 8}}}
+    assert (made.choices, made.genai, file.passes["quantize"]["group_size"]) == ({}, file.genai, 64)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -68,6 +84,9 @@ def test_a_recipe_of_the_users_own_is_found_by_its_name(settings: Settings) -> N
         ("mine.json", {"when": "x", "passes": {"a": {"bits": 4}}}, "passes needs the type of each pass: a has none"),
         ("mine.json", {"when": "x", "passes": {"a": {"type": "Rtn"}}, "bits": 5}, "bits must be 4, 8, 16 or 32"),
         ("mine.json", {"when": "x", "passes": {"a": {"type": "Rtn"}}, "bit": 4}, "bit is not a known key"),
+        ("mine.toml", SMALL + "[sweep.mix]\na = [1]", "sweep has mix, which is none of its passes: quantize, export"),
+        ("mine.toml", SMALL + "[sweep.export]\na = 1", r"sweep needs a list of values: export\.a is 1"),
+        ("mine.toml", SMALL + "[sweep.export]\na = []", r"sweep needs a list of values: export\.a is \[\]"),
         ("int4.toml", SMALL, "int4.toml: a recipe of your own cannot be called 'int4'"),
         ("checkpoint.toml", SMALL, "cannot be called 'checkpoint'"),
         ("v1.toml", SMALL, "cannot be called 'v1'"),  # MLflow takes it for a version

@@ -48,7 +48,7 @@ WRONG = [
     ("catalog --port x", r"--port must be a whole number \(got 'x'\)"),
     ("pull bot@", "'bot@'"),
     ("status a/b", "'a/b'"),
-    ("frobnicate", 'Unknown command "frobnicate". Available commands: run, demo, retrain, compare,'),
+    ("frobnicate", 'Unknown command "frobnicate". Available commands: run, demo, retrain, recipes,'),
     ("--frobnicate", "--frobnicate"),
 ]
 

@@ -118,7 +118,7 @@ def read_config(folder: Path, job: Job, where: str) -> dict[str, Any]:
 
 def _refuse_heads(config: Mapping[str, Any], where: str) -> None:
     """Refuse what the runtime's attention cannot take, which it says when an exported model first runs."""
-    rope = _rope(config)
+    rope = rotary_positions(config)
     head = weight_files.head_size(config)
     rotary = int(head * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1))
     if head % _HEAD_STEP or rotary % _HEAD_STEP:
@@ -131,13 +131,13 @@ def _refuse_heads(config: Mapping[str, Any], where: str) -> None:
 
 def longrope_border(config: Mapping[str, Any], own: int) -> int:
     """Tokens of a context of ``own`` before a model with LongRoPE, by its config.json, changes its factors."""
-    rope = _rope(config)
+    rope = rotary_positions(config)
     long = "longrope" in (rope.get("rope_type"), rope.get("type"))
     borders = (one.get("original_max_position_embeddings") for one in (config, rope) if long)
     return min([own, *(int(border) for border in borders if border)])
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def rotary_positions(config: Mapping[str, Any]) -> dict[str, Any]:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 

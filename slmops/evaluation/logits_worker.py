@@ -34,6 +34,7 @@ class LogitsRequest(Frozen):
 
     folder: Path
     hugging_face: bool = False
+    gguf: Path | None = None  # the weights, for llama.cpp; the folder has the tokenizer
     trust_remote_code: bool = False
     text: Path
     tokens: int
@@ -124,6 +125,12 @@ def _windows(request: LogitsRequest) -> tuple[list[NDArray[Any]], int]:
 
 def _logits(request: LogitsRequest, windows: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
     """Logits of each window, shape (tokens, vocabulary)."""
+    if request.gguf:
+        from slmops.evaluation.gguf_model import GgufModel
+
+        gguf = GgufModel(request.gguf, WINDOW)
+        yield from (gguf.logits(window) for window in windows)
+        return
     if not request.hugging_face:
         from slmops.conversion.logits import OnnxModel
 

@@ -56,6 +56,7 @@ class SpeedRequest(Staged):
     cells: tuple[Cell, ...]
     sessions: tuple[int, ...] = ()
     drop_cache: bool = False
+    gguf: Path | None = None  # the weights, for llama.cpp; the folder has the tokenizer and the template
 
 
 class Timed(Frozen):
@@ -216,12 +217,10 @@ def calibrate() -> float:
 
 def handle(request: SpeedRequest) -> SpeedResult:
     """Load, warm up, time each cell, time several sessions at once, unload."""
-    from slmops.foundry import runtime
-
     count = prompts.counter(request.folder)
-    model = runtime.add(runtime.local_catalog(request.home), request.folder, request.foundry_id, "measurement")
+    model = _model(request)
     before = _rest()
-    cold = request.drop_cache and _drop_cache(request.folder)
+    cold = request.drop_cache and _drop_cache(request.gguf.parent if request.gguf else request.folder)
     started = time.perf_counter()
     model.load()
     load_s = time.perf_counter() - started
@@ -273,10 +272,24 @@ def handle(request: SpeedRequest) -> SpeedResult:
     )
 
 
-def _ask(model: Any, cell: Cell) -> Any:
+def _model(request: SpeedRequest) -> Any:
+    """What is loaded, asked and unloaded."""
+    if request.gguf:
+        from slmops.evaluation.gguf_model import GgufChat
+
+        return GgufChat(request.gguf, request.folder, request.context_length)
     from slmops.foundry import runtime
 
-    return runtime.ask(model, [{"role": "user", "content": cell.text}], max_tokens=cell.output_tokens)
+    return runtime.add(runtime.local_catalog(request.home), request.folder, request.foundry_id, "measurement")
+
+
+def _ask(model: Any, cell: Cell) -> Any:
+    message = {"role": "user", "content": cell.text}
+    if ask := getattr(model, "ask", None):
+        return ask([message], max_tokens=cell.output_tokens)
+    from slmops.foundry import runtime
+
+    return runtime.ask(model, [message], max_tokens=cell.output_tokens)
 
 
 def _warm_up(model: Any, cell: Cell) -> None:

@@ -84,6 +84,7 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
         variants=tuple(judged),
         baseline=baseline,
         room=context.room and context.room.model_copy(update=peaks),
+        measured_earlier=next((one.earlier for one in made.values()), {}),
     )
     return comparison, steps.finish_tracking(context, comparison, policy)
 

@@ -15,6 +15,9 @@ from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Registration, Variant
+from slmops.evaluation.earlier import Earlier
+from slmops.evaluation.quality import Quality
+from slmops.evaluation.speed import Speed
 from slmops.local import stack
 from slmops.tracking.exchange import Exchange
 from tasks import variant as steps
@@ -34,27 +37,40 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
             progress.step()
     if not made:
         return
-    speeds = steps.measure_speed(list(made.values()), context)
-    scored = steps.score_checkpoint(context)
-    hardware = machine.hardware()
+    earlier = Earlier(list(made.values()), context.job, context.settings)
+    speeds: dict[str, Speed | SlmopsError]
+    if known := earlier.speeds():
+        speeds = {**known.variants}
+    else:
+        speeds = steps.measure_speed(list(made.values()), context)
+        earlier.keep_speeds(speeds)
+    scores = earlier.qualities()
+    scored = scores.checkpoint if scores else steps.score_checkpoint(context)
+    taken_over = {what: one.measured for what, one in (("speed", known), ("quality", scores)) if one}
+    qualities: dict[str, Quality] = {}
     for variant, registration in made.values():
         outcome: Measured | SlmopsError
         speed = speeds[variant.name]
         try:
             if isinstance(speed, SlmopsError):
                 raise speed
+            quality = scores.variants[variant.name] if scores else steps.measure_quality(variant, registration, context)
             outcome = Measured(
                 variant=variant,
                 registration=registration,
                 speed=speed,
-                quality=steps.measure_quality(variant, registration, context),
+                quality=quality,
                 scored=scored,
-                hardware=hardware,
+                hardware=machine.hardware(),
+                earlier=taken_over,
             )
+            qualities[variant.name] = quality
         except SlmopsError as error:
             outcome = error
         progress.step()
         yield variant.name, outcome
+    if not scores:
+        earlier.keep_qualities(qualities, scored)
 
 
 @flow(name="variant", persist_result=False)

@@ -152,6 +152,9 @@ def remarks(comparison: Comparison) -> list[str]:
         known = [name for name in ("perplexity", "accuracy") if name in one.metrics]
         figures = [f"{name} {one.measurements[name].text}" for name in known]
         said.append(f"There is no fp32 variant: all is relative to the checkpoint itself ({', '.join(figures)}).")
+    if earlier := comparison.measured_earlier:
+        dated = " and ".join(f"{what} on {when:%Y-%m-%d at %H:%M} UTC" for what, when in earlier.items())
+        said.append(f"Nothing has changed since an earlier job measured {dated}; --remeasure measures anew.")
     if comparison.room:
         said.append(comparison.room.text)
     return said + [

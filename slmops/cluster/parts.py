@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Generator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -142,6 +143,7 @@ class Measured(Figures):
 
     variant: Variant
     registration: Registration
+    earlier: dict[str, datetime] = Field({}, description="What was taken over from an earlier job, and its age.")
 
 
 Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]  # recipe name, and what became of it

@@ -81,6 +81,8 @@ class Job(Frozen, use_attribute_docstrings=True):
     upload: bool = False
     """Put all accepted variants into the registry whole, for other machines; by default a promotion does that."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
+    remeasure: bool = False
+    """Measure anew, instead of taking over what an earlier job measured of the same variants on this machine."""
 
     if not TYPE_CHECKING:
 

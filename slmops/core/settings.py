@@ -100,6 +100,7 @@ class Settings(BaseSettings):
     variants: ClassVar = Folder("variants")  # converted ones, one folder each, named by a digest of all inputs
     blobs: ClassVar = Folder("blobs")  # the files of variants, each once: see slmops.core.blobs
     recipes: ClassVar = Folder("recipes")  # files that the user puts there: see slmops.conversion.recipe_files
+    measurements: ClassVar = Folder("measurements")  # raw results of jobs: see slmops.evaluation.earlier
     trainings: ClassVar = Folder("trainings")  # fine-tunings, finished or not, each in a folder named in the same way
     foundry: ClassVar = Folder("foundry")  # Foundry Local's application data; its model cache is models/ below it
     deployed: ClassVar = Folder("deployed")  # the same for what was pulled from the registry

@@ -352,6 +352,9 @@ class Comparison(Frozen):
     variants: tuple[VariantResult, ...]
     baseline: VariantResult | None = Field(None, description="The checkpoint, if it is the baseline; else fp32 is.")
     room: Room | None = Field(None, description="None: other machines did the work.")
+    measured_earlier: dict[str, datetime] = Field(
+        {}, description="What was taken over from an earlier job ('speed', 'quality'), and when that was measured."
+    )
 
     @property
     def failed(self) -> list[str]:

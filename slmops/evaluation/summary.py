@@ -108,6 +108,11 @@ def of_speed(speed: Speed) -> Measurements:
     return {**_times(speed), **_memory(speed), **_marked(measured, turns), "noise_percent": noise}
 
 
+def disturbed(speed: Speed) -> bool:
+    """Whether the machine was busy with something else while one of the figures was measured."""
+    return any(MACHINE_BUSY in (one.note or "") for one in of_speed(speed).values())
+
+
 def _undisturbed(turns: Sequence[Turn]) -> list[Turn]:
     """The turns to take figures from: the undisturbed ones, or all if there are none."""
     return [turn for turn in turns if not turn.disturbed] or list(turns)

@@ -37,6 +37,8 @@ from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK,
 
 COMPARISON_FILE, POLICY_FILE = "comparison.json", "policy.json"
 CHOICE = "slmops.choice"
+EARLIER = "slmops.measured_earlier."
+"""Tag of what was taken over from an earlier job, speed or quality, with the time at which that was measured."""
 SOAK_MEMORY = "soak_memory_mb"
 SOAK_POINTS = 300  # of the memory, at most: pages draw no more; the artifact has them all
 
@@ -126,7 +128,11 @@ class Tracker(Connection):
         self._client.log_text(run_id, report, "report.html")
         choice = comparison.choice
         tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
-        self._client.set_tags(run_id, tags)
+        dated = {f"{EARLIER}{what}": when.isoformat() for what, when in comparison.measured_earlier.items()}
+        for measured in comparison.variants if dated else ():
+            if measured.run_id and measured.status == "ok":
+                self._client.set_tags(measured.run_id, dated)
+        self._client.set_tags(run_id, tags | dated)
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def abort_job(self, run_id: str) -> None:

@@ -26,6 +26,7 @@ from slmops.core.errors import GateError, PrerequisiteError, UsageError, WorkErr
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
+from slmops.evaluation import speed
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tests import making
@@ -54,7 +55,7 @@ def job(talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @dataclass
 class First:
-    """The first run of the job, and one that was started while it worked, had to wait for it, and chose nothing."""
+    """The first run of the job, and one with another policy that waited for it, and measured and chose nothing."""
 
     comparison: Comparison
     second: Comparison
@@ -66,13 +67,14 @@ def first(settings: Settings, job: Job, stock: Settings, tmp_path_factory: pytes
     making.place(("int8", "int4"), job, stock, settings.home)
     impossible = tmp_path_factory.mktemp("policy") / "impossible.yaml"
     impossible.write_text("gates: [{metric: size_mb, max: 0.000001}]")
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "DISTURBED", math.inf)  # figures from a busy machine would not be taken over
         # Prefect keeps its settings in context variables.
         running = pool.submit(contextvars.copy_context().run, optimize, job.model_copy(update={"upload": True}))
         log = settings.logs / NAME / "fp32.olive.log"
         while not (running.done() or log.exists()):
             time.sleep(0.05)
-        asked = job.model_copy(update={"precision": ["int8"], "policy": impossible})
+        asked = job.model_copy(update={"policy": impossible})
         said = "No variant passes the policy's gates"
         second = pool.submit(contextvars.copy_context().run, unsuccessful, asked, GateError, said)
         waiting = None
@@ -105,7 +107,7 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
     kept = read(MlflowClient(settings.tracking_uri), first.comparison.run_id, "comparison.json", tmp_path)
     assert Comparison.model_validate_json(kept) == first.comparison
     shown = json.loads(first.comparison.model_dump_json())
-    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline", "room"]
+    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline", "room", "measured_earlier"]
     assert shown["baseline"] is None  # it is one of the variants
     assert shown["model"] == NAME
     assert list(shown["choice"]) == ["variant", "reason"]
@@ -178,7 +180,7 @@ def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_where_no_va
     done, waited = flow_runs("optimize")[:2]
     assert [done.state_name, waited.state_name] == ["Completed", "Failed"]
     choice, variants = first.second.choice, first.second.variants
-    assert [(result.status, result.gates[0].outcome) for result in variants] == [("ok", "fail")] * 2
+    assert [(result.status, result.gates[0].outcome) for result in variants] == [("ok", "fail")] * 3
     assert choice.variant is None
     assert all(name in choice.reason for name in ("fp32", "int8", "size_mb"))
     with get_client(sync_client=True) as client:
@@ -190,6 +192,20 @@ def test_a_second_run_of_the_same_model_waits_in_a_visible_state_and_where_no_va
     assert before.info.end_time <= after.info.start_time
     assert after.data.tags["slmops.choice"] == "none"
     assert not settings.work(NAME).exists()
+
+
+def test_an_unchanged_job_takes_over_what_was_measured_and_says_so(first: First, settings: Settings) -> None:
+    earlier = first.second.measured_earlier
+    assert (first.comparison.measured_earlier, [*earlier]) == ({}, ["speed", "quality"])
+    for before, after in zip(first.comparison.variants, first.second.variants, strict=True):
+        assert after.measurements == before.measurements
+        tags = MlflowClient(settings.tracking_uri).get_run(after.run_id).data.tags
+        assert [tags[f"slmops.measured_earlier.{what}"] for what in earlier] == [
+            when.isoformat() for when in earlier.values()
+        ]
+    run = flow_runs("optimize")[1]
+    assert not [name for name in task_runs(run) if name.startswith(("measure", "score"))]
+    assert f"measured speed on {earlier['speed']:%Y-%m-%d at %H:%M} UTC" in artifacts(run)[f"report-{KEY}"]
 
 
 @pytest.mark.usefixtures("settings")

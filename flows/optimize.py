@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from contextlib import ExitStack, closing
 
 from prefect import flow, runtime
@@ -24,6 +25,7 @@ from slmops.selection import policy as policies
 from slmops.tracking.tracker import Tracker
 from tasks import track as steps
 from tasks.prepare import check_environment, get_checkpoint, plan_recipes
+from tasks.stage import timed
 
 log = logging.getLogger("slmops.optimize")
 
@@ -37,13 +39,13 @@ def optimize(job: Job) -> Comparison:
         SlmopsError: What went wrong. If single variants failed, or no variant passes the gates, the error comes last
             and carries the comparison.
     """
-    settings = Settings()
+    began, settings = time.monotonic(), Settings()
     log.info("this run in Prefect: %s", runtime.flow_run.ui_url)
-    job = preflight.check(job, settings)
-    check_environment(settings)
-
-    tracking_uri = stack.tracking_uri(settings)
     with ExitStack() as held:
+        seconds = held.enter_context(timed())
+        job = preflight.check(job, settings)
+        check_environment(settings)
+        tracking_uri = stack.tracking_uri(settings)
         peaks = held.enter_context(room.watched(settings))
         checkpoint = get_checkpoint(job, settings, tracking_uri)
         context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
@@ -55,6 +57,7 @@ def optimize(job: Job) -> Comparison:
             comparison, url = _compare(recipes, context, peaks)
         steps.show_comparison(comparison, url)
         _remove_unfinished_work(context)
+        steps.track_seconds(context, seconds, time.monotonic() - began)
 
     error: SlmopsError
     if failed := comparison.failed:

@@ -1,7 +1,12 @@
 """How a stage of a flow becomes a Prefect task."""
 
 import logging
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Task, task
@@ -19,6 +24,19 @@ R = TypeVar("R")
 _PAUSES_S = [2.0, 5.0, 15.0, 30.0, 60.0]
 """A server may be away for a minute or two: restarted, or moved to another machine."""
 
+_seconds: ContextVar[defaultdict[str, float] | None] = ContextVar("seconds", default=None)
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Yield the seconds that each stage within the block has taken so far in all its runs, by the task's name."""
+    found: defaultdict[str, float] = defaultdict(float)
+    before = _seconds.set(found)
+    try:
+        yield found
+    finally:
+        _seconds.reset(before)
+
 
 def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a task that is named after it: ``find_version`` becomes "find version".
@@ -35,6 +53,16 @@ def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[C
 
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         name = function.__name__.replace("_", " ")
+
+        @wraps(function)
+        def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+            began = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if (seconds := _seconds.get()) is not None:
+                    seconds[name] += time.monotonic() - began
+
         return task(
             name=name,
             task_run_name=run_name or name,
@@ -43,7 +71,7 @@ def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[C
             retries=len(_PAUSES_S) if tracking else 0,
             retry_delay_seconds=_PAUSES_S if tracking else None,
             retry_condition_fn=_may_pass if tracking else None,
-        )(function)
+        )(counted)
 
     return decorate
 

@@ -18,6 +18,9 @@ from tasks.stage import stage
 
 log = logging.getLogger("slmops.track")
 
+WORK = ("convert variant", "register variant", "measure speed", "score checkpoint", "measure quality")
+"""The stages that are conversion or measurement; all else that a job does is orchestration."""
+
 choose_variant = stage("choose variant")(choice.choose)
 get_champion = stage("get champion", tracking=True)(Tracker.champion)
 track_variant = stage("track {variant.recipe.name}", tracking=True)(Tracker.log_variant)
@@ -53,6 +56,16 @@ def finish_tracking(context: JobContext, comparison: Comparison, policy: Policy)
         comparison, policy, report.html(comparison), report.markdown(comparison, url), failed=bool(comparison.failed)
     )
     return url
+
+
+@stage(tracking=True)
+def track_seconds(context: JobContext, seconds: dict[str, float], total_s: float) -> None:
+    """Put the seconds of each stage into the job's run, those of the whole job, and those that are orchestration."""
+    orchestration_s = total_s - sum(seconds.get(name, 0.0) for name in WORK)
+    figures = {f"stage_{name.replace(' ', '_')}_s": value for name, value in seconds.items()}
+    figures |= {"job_s": total_s, "job_orchestration_s": orchestration_s}
+    Tracker(context.tracking_uri).log_figures(context.run_id, figures)
+    log.info("the job took %.0f s, of which %.0f s were orchestration", total_s, orchestration_s)
 
 
 @stage()

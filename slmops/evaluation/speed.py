@@ -34,7 +34,7 @@ SESSIONS = (1, 2, 4)
 DISTURBED = 1.25  # times the fastest calibration loop of the job
 CALIBRATION_BYTES = 16 * 2**20
 REST_S = 0.2  # long enough for the sampler in the parent to see the process at rest
-WARM_UP_MOST = 6
+WARM_UP_MOST, WARM_UP_TOKENS = 6, 4
 SESSION_TOKENS = 8
 STABLE = 0.1  # a model is warm if a request takes as long as the one before, to within this share
 Window = tuple[float, float]  # start and end by time.monotonic()
@@ -294,7 +294,7 @@ def _ask(model: Any, cell: Cell) -> Any:
 
 def _warm_up(model: Any, cell: Cell) -> None:
     """Ask until two requests in a row take about as long; the first ones touch fresh memory."""
-    last = float("inf")
+    cell, last = cell.model_copy(update={"output_tokens": WARM_UP_TOKENS}), float("inf")
     for _ in range(WARM_UP_MOST):
         now = _ask(model, cell).total_s
         if abs(now - last) <= STABLE * now:

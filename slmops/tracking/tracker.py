@@ -135,6 +135,10 @@ class Tracker(Connection):
         self._client.set_tags(run_id, tags | dated)
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
+    def log_figures(self, run_id: str, figures: dict[str, float]) -> None:
+        """Add single figures to a run, which may be finished."""
+        self._client.log_figures(run_id, figures)
+
     def abort_job(self, run_id: str) -> None:
         """Close the parent run, and the child runs that are still open, as killed."""
         experiment = self._client.get_run(run_id).info.experiment_id

@@ -139,7 +139,7 @@ def test_what_the_job_took_is_logged_and_with_upload_the_weights_are_in_the_regi
     assert of_olive < took.memory_peak_mb < 10_000  # its own process comes on top
     assert 0 < took.disk_peak_mb < 1000
     logged = MlflowClient(settings.tracking_uri).get_run(first.comparison.run_id).data.metrics
-    assert logged == {f"job_{name}": pytest.approx(value) for name, value in took.model_dump().items()}
+    assert {name: logged[f"job_{name}"] for name in took.model_dump()} == pytest.approx(took.model_dump())
     uploaded = Registry(settings.tracking_uri or "").find(NAME, "fp32")
     assert (fp32.version, uploaded.uploaded) == (uploaded.version, True)
     weights = {name: (fp32.path / name).stat().st_size for name in ("model.onnx", "model.onnx.data")}
@@ -148,6 +148,11 @@ def test_what_the_job_took_is_logged_and_with_upload_the_weights_are_in_the_regi
 
 def test_what_prefect_shows(first: First, settings: Settings, job: Job) -> None:
     run = flow_runs("optimize")[0]
+    logged = MlflowClient(settings.tracking_uri).get_run(first.comparison.run_id).data.metrics
+    named = {name.removeprefix("stage_").removesuffix("_s") for name in logged if name.startswith("stage_")}
+    assert named >= {"convert_variant", "register_variant", "measure_speed", "measure_quality", "log_variant"}
+    assert sum(logged[f"stage_{name}_s"] for name in named) < logged["job_s"] < run.total_run_time.total_seconds() + 1
+    assert 0 < logged["job_orchestration_s"] < logged["job_s"] - logged["stage_measure_speed_s"]
     assert (run.name, run.state_name) == (f"optimize {job.label}", "Completed")
     assert run.parameters["job"]["export_tolerance"] == 1e-3  # defaults included: it can be started again as it was
     stages = ("convert", "register", "measure quality of", "track")

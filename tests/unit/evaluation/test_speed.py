@@ -258,7 +258,7 @@ def test_several_sessions_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(speed, "time", runtime.time)
     where = {"home": tmp_path, "folder": tmp_path, "foundry_id": "x:1", "context_length": 2048}
     found = speed.handle(speed.SpeedRequest(**where, cells=CELLS, sessions=sessions))
-    asked = ["ask 16"] * 2 + ["ask 16"] * 3 + ["ask 32"] * 2  # the first two warm up
+    asked = ["ask 4"] * 2 + ["ask 16"] * 3 + ["ask 32"] * 2  # the first two warm up
     assert runtime.events == ["load", *asked, *["ask 8"] * sum(sessions), "unload"]
     assert [timed.cell for timed in found.timed] == [0] * 3 + [1] * 2
     assert found.energy_tokens == 3 * (5 + 16) + 2 * (5 + 32)

@@ -145,7 +145,7 @@ def work_in_process(patch: pytest.MonkeyPatch) -> None:
             raise how["error"](str(broken)) from broken
         for line in log.read_text(encoding="utf-8").splitlines() if "on_line" in how else ():
             how["on_line"](line)
-        return made, children.Finished(0, 1.0, [], timed_out=False)
+        return made, children.Finished(0, 1.0, [])
 
     patch.setattr(children, "call", call)
 

@@ -1,8 +1,12 @@
 """Make one variant: Olive in a child process, checked, with a manifest, in its folder whole or not at all."""
 
+import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 from slmops.checkpoints import generation
 from slmops.conversion import olive_worker, recipes, store, thin_worker, verify_worker
 from slmops.core import blobs, locks, machine
-from slmops.core.errors import ConversionError, PrerequisiteError
+from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
 from slmops.core.files import folder_appears_whole, write_atomic
 from slmops.core.job import BASELINE, CHECKPOINT, Job
 from slmops.core.settings import Settings
@@ -19,22 +23,47 @@ from slmops.processes import children
 
 log = logging.getLogger(__name__)
 
+_CACHE = ".cache"  # below a model's work folder; no recipe is called so
 _SEVERITY = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
 
-def convert(recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> Variant:
+@contextmanager
+def together(name: str, settings: Settings) -> Iterator[children.Child]:
+    """Within the block, conversions of the model ``name`` share a child process and what Olive has cached."""
+    cached = settings.work(name) / _CACHE
+    shutil.rmtree(cached, ignore_errors=True)  # of a job that was killed
+    try:
+        with children.Child() as child:
+            yield child
+    finally:
+        shutil.rmtree(cached, ignore_errors=True)
+
+
+def convert(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    job: Job,
+    name: str,
+    settings: Settings,
+    within: children.Child | None = None,
+) -> Variant:
     """Convert a checkpoint, or return the variant that was made earlier from the same input.
 
-    Its work folder and logs are called by the model's ``name``. A ConversionError, with the cause from Olive's log, if
-    it made nothing or nothing that works; a PrerequisiteError if the disk is full or ``output_path`` taken.
+    Its work folder and logs are called by the model's ``name``; all is done ``within`` a child that others share, see
+    :func:`together`. A ConversionError, with the cause from Olive's log, if it made nothing or nothing that works; a
+    PrerequisiteError if the disk is full or ``output_path`` taken.
     """
+    if within is None:
+        with together(name, settings) as child:
+            return convert(recipe, checkpoint, job, name, settings, child)
     target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)
     if variant is None or not _proven(variant, checkpoint, job):
         with locks.machine(settings), children.reporting_full_disk(settings.home):
-            error = _export_error(checkpoint, job, name, settings) if job.baseline == CHECKPOINT else None
+            builder = _Builder(job, name, settings, within)
+            error = builder.export_error(checkpoint) if job.baseline == CHECKPOINT else None
             # Look again: another job may have made it while this one waited.
-            variant = _made_before(target, recipe, job) or _make(recipe, checkpoint, job, name, settings, target, error)
+            variant = _made_before(target, recipe, job) or builder.make(recipe, checkpoint, target, error)
         if error is not None:
             variant = variant.model_copy(update={"export_error": error})
     deployed = variant.checkpoint.model_copy(update={"context_length": checkpoint.context_length})
@@ -77,113 +106,187 @@ def export(variant: Variant, folder: Path) -> Path:
     return target
 
 
-def _export_error(checkpoint: Checkpoint, job: Job, name: str, settings: Settings) -> float:
-    """Compare an fp32 export of the checkpoint's first layers with them; a ConversionError if it is wrong.
+@dataclass(frozen=True)
+class _Builder:
+    """Makes variants of one model in a child."""
 
-    A job does so once, whatever comes of it. All layers in fp32 would take four times the memory of the checkpoint, and
-    the exporter treats layers alike.
-    """
-    work = settings.work(name) / BASELINE
-    known = work.with_name("export_error")
-    if known.exists():
-        if isinstance(found := json.loads(known.read_text(encoding="utf-8")), list):
-            raise ConversionError(*found)
-        return float(found)
-    shutil.rmtree(work, ignore_errors=True)
-    folder = work / "checkpoint"
-    folder.mkdir(parents=True)
-    try:
-        thinned, _ = children.call(
-            thin_worker.handle,
-            thin_worker.ThinRequest(checkpoint=checkpoint.path, folder=folder, trust_remote_code=job.trust_remote_code),
-            log=settings.logs / name / "thin.log",
-            timeout_s=settings.conversion_timeout_s,
-            error=ConversionError,
-            env=_environment(work, offline=True),
-        )
-        log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
-        thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
-        exported = recipes.recipe(BASELINE, job, thin.model_copy(update={"tied_embeddings": False}), settings)
-        _, checked = _build(exported, thin, job, name, settings, work)
-    except ConversionError as wrong:
-        write_atomic(known, json.dumps([wrong.message, wrong.fix]))
-        raise
-    finally:
+    job: Job
+    name: str
+    settings: Settings
+    child: children.Child
+
+    @property
+    def work(self) -> Path:
+        return self.settings.work(self.name)
+
+    @property
+    def logs(self) -> Path:
+        return self.settings.logs / self.name
+
+    def _cache(self, recipe: Recipe) -> Path:
+        """Olive's cache, which the next recipe has, too, if it begins with the same pass: fp16 comes out of fp32."""
+        first = json.dumps(next(iter(recipe.config["passes"].values())), sort_keys=True)
+        cache = self.work / _CACHE / "olive" / hashlib.sha256(first.encode()).hexdigest()[:16]
+        for other in {*cache.parent.glob("*")} - {cache}:
+            shutil.rmtree(other, ignore_errors=True)
+        return cache
+
+    def _environment(self, *, offline: bool) -> dict[str, str]:
+        """Olive sends nothing, and ModelBuilder's intermediate files stay out of the user's hub cache."""
+        return {
+            "OLIVE_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_CACHE": str(self.work / _CACHE / "hub"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def export_error(self, checkpoint: Checkpoint) -> float:
+        """Compare an fp32 export of the checkpoint's first layers with them; a ConversionError if it is wrong.
+
+        A job does so once, whatever comes of it. All layers in fp32 would take four times the memory of the checkpoint,
+        and the exporter treats layers alike.
+        """
+        work = self.work / BASELINE
+        known = work.with_name("export_error")
+        if known.exists():
+            if isinstance(found := json.loads(known.read_text(encoding="utf-8")), list):
+                raise ConversionError(*found)
+            return float(found)
         shutil.rmtree(work, ignore_errors=True)
-    write_atomic(known, json.dumps(checked.export_error or 0.0))
-    return checked.export_error or 0.0
+        folder = work / "checkpoint"
+        folder.mkdir(parents=True)
+        try:
+            thinned, _ = children.call(
+                thin_worker.handle,
+                thin_worker.ThinRequest(
+                    checkpoint=checkpoint.path, folder=folder, trust_remote_code=self.job.trust_remote_code
+                ),
+                log=self.logs / "thin.log",
+                timeout_s=self.settings.conversion_timeout_s,
+                error=ConversionError,
+                env=self._environment(offline=True),
+                within=self.child,
+            )
+            log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
+            thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
+            exported = recipes.recipe(BASELINE, self.job, thin.model_copy(update={"tied_embeddings": False}), self.settings)
+            _, checked = self._build(exported, thin, work)
+        except ConversionError as wrong:
+            write_atomic(known, json.dumps([wrong.message, wrong.fix]))
+            raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        write_atomic(known, json.dumps(checked.export_error or 0.0))
+        return checked.export_error or 0.0
 
-
-def _build(
-    recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, work: Path
-) -> tuple[children.Finished, verify_worker.VerifyResult]:
-    """Convert into ``work/model`` and check what came out."""
-    made, logs = work / "model", settings.logs / name
-    olive_text = logs / f"{recipe.name}.olive.log"
-    olive_text.unlink(missing_ok=True)
-    config = workflow(recipe, checkpoint, job, work, made)
-    finished = _run_olive(recipe, config, work, made, olive_text, settings)
-    _complete_genai_config(made / "genai_config.json", checkpoint, recipe)
-    checked, _ = children.call(
-        verify_worker.handle,
-        verify_worker.VerifyRequest(
-            folder=made,
-            recipe=recipe,
-            checkpoint=checkpoint,
-            tolerance=job.export_tolerance,
-            trust_remote_code=job.trust_remote_code,
-        ),
-        log=logs / f"{recipe.name}.verify.log",
-        timeout_s=settings.conversion_timeout_s,
-        error=ConversionError,
-        env=_environment(work, offline=True),
-    )
-    return finished, checked
-
-
-def _make(
-    recipe: Recipe, checkpoint: Checkpoint, job: Job, name: str, settings: Settings, target: Path, error: float | None
-) -> Variant:
-    work = settings.work(name) / recipe.name
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
-        shutil.rmtree(target)
-    try:
-        finished, checked = _build(recipe, checkpoint, job, name, settings, work)
-        with folder_appears_whole(target) as scratch:
-            for path in (work / "model").iterdir():
-                if path.name != "model_config.json":  # Olive's own, with paths of this machine
-                    path.rename(scratch / path.name)
-            shutil.copyfile(settings.logs / name / f"{recipe.name}.olive.log", scratch / "olive.log")
-            write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
-            variant = Variant(
-                key=target.name,
+    def _build(
+        self, recipe: Recipe, checkpoint: Checkpoint, work: Path
+    ) -> tuple[children.Finished, verify_worker.VerifyResult]:
+        """Convert into ``work/model`` and check what came out."""
+        made, logs = work / "model", self.logs
+        olive_text = logs / f"{recipe.name}.olive.log"
+        olive_text.unlink(missing_ok=True)
+        cache = self._cache(recipe)
+        config = workflow(recipe, checkpoint, self.job, cache, made)
+        try:
+            finished = self._run_olive(recipe, config, work, made, olive_text)
+        except SlmopsError:  # it may be half-written
+            shutil.rmtree(cache, ignore_errors=True)
+            raise
+        _complete_genai_config(made / "genai_config.json", checkpoint, recipe)
+        checked, _ = children.call(
+            verify_worker.handle,
+            verify_worker.VerifyRequest(
+                folder=made,
                 recipe=recipe,
                 checkpoint=checkpoint,
-                files=store.files_of(scratch),
-                weights=checked.weights,
-                export_error=checked.export_error if recipe.baseline else error,
-                convert_s=finished.seconds,
-                convert_memory_peak_mb=finished.memory_peak_mb,
-                versions=machine.versions(),
-                hardware=machine.hardware(),
-                created=datetime.now(UTC),
-                path=target,
-            )
-            for file in variant.files:
-                blobs.keep(scratch / file.name, file, settings)
-            manifest = variant.model_dump_json(indent=2)
-            write_atomic(scratch / MANIFEST, manifest)
-        if (target / MANIFEST).read_text(encoding="utf-8") != manifest:
-            # Another machine with the same home was faster: its files are in place, and ours are gone.
-            variant = store.load(target) or variant
-    finally:
+                tolerance=self.job.export_tolerance,
+                trust_remote_code=self.job.trust_remote_code,
+            ),
+            log=logs / f"{recipe.name}.verify.log",
+            timeout_s=self.settings.conversion_timeout_s,
+            error=ConversionError,
+            env=self._environment(offline=True),
+            within=self.child,
+        )
+        return finished, checked
+
+    def make(self, recipe: Recipe, checkpoint: Checkpoint, target: Path, error: float | None) -> Variant:
+        """Convert a checkpoint whose export is off by ``error``, as far as that is known by now."""
+        work = self.work / recipe.name
         shutil.rmtree(work, ignore_errors=True)
-    made_as = f"{variant.model_mb:.0f} MB, {variant.weights.bits_per_weight:.1f} bits per weight"
-    log.info("%s: converted in %.0f s, %s", recipe.name, variant.convert_s, made_as)
-    return variant
+        work.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            log.warning("%s: %s is incomplete or altered; making it again", recipe.name, target)
+            shutil.rmtree(target)
+        try:
+            finished, checked = self._build(recipe, checkpoint, work)
+            with folder_appears_whole(target) as scratch:
+                for path in (work / "model").iterdir():
+                    if path.name != "model_config.json":  # Olive's own, with paths of this machine
+                        path.rename(scratch / path.name)
+                shutil.copyfile(self.logs / f"{recipe.name}.olive.log", scratch / "olive.log")
+                write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
+                variant = Variant(
+                    key=target.name,
+                    recipe=recipe,
+                    checkpoint=checkpoint,
+                    files=store.files_of(scratch),
+                    weights=checked.weights,
+                    export_error=checked.export_error if recipe.baseline else error,
+                    convert_s=finished.seconds,
+                    convert_memory_peak_mb=finished.memory_peak_mb,
+                    versions=machine.versions(),
+                    hardware=machine.hardware(),
+                    created=datetime.now(UTC),
+                    path=target,
+                )
+                for file in variant.files:
+                    blobs.keep(scratch / file.name, file, self.settings)
+                manifest = variant.model_dump_json(indent=2)
+                write_atomic(scratch / MANIFEST, manifest)
+            if (target / MANIFEST).read_text(encoding="utf-8") != manifest:
+                # Another machine with the same home was faster: its files are in place, and ours are gone.
+                variant = store.load(target) or variant
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        made_as = f"{variant.model_mb:.0f} MB, {variant.weights.bits_per_weight:.1f} bits per weight"
+        log.info("%s: converted in %.0f s, %s", recipe.name, variant.convert_s, made_as)
+        return variant
+
+    def _run_olive(
+        self, recipe: Recipe, config: dict[str, Any], work: Path, made: Path, olive_text: Path
+    ) -> children.Finished:
+        def progress(line: str) -> None:
+            if kind := olive_worker.running_pass(line):
+                log.info("%s: Olive runs %s", recipe.name, kind)
+
+        try:
+            _, finished = children.call(
+                olive_worker.handle,
+                olive_worker.Workflow(config=config),
+                log=olive_text,
+                timeout_s=self.settings.conversion_timeout_s,
+                error=ConversionError,
+                env=self._environment(offline=not recipe.users_own),  # a user's own may want data from the hub
+                # onnx refuses to write a file of a name that exists in the current folder, such as a user's
+                # model.onnx.data. But paths in a user's own config are relative to where the user is.
+                cwd=None if recipe.users_own else work,
+                on_line=progress,
+                within=self.child,
+            )
+            if any(made.rglob("*.onnx")):  # files prove the success, not what Olive says
+                return finished
+        except ConversionError as error:
+            if "was stopped" in error.message or "killed by" in error.message:
+                raise
+        text = olive_text.read_text(encoding="utf-8", errors="replace")
+        if children.DISK_FULL in text:
+            raise PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
+        raise ConversionError(
+            f"{recipe.name}: Olive produced no model. {olive_worker.cause(text)}", f"Olive's log: {olive_text}"
+        )
 
 
 def _complete_genai_config(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -202,40 +305,7 @@ def _complete_genai_config(path: Path, checkpoint: Checkpoint, recipe: Recipe) -
     write_atomic(path, json.dumps(recipes.merged(config, recipe.genai), indent=4))
 
 
-def _run_olive(
-    recipe: Recipe, config: dict[str, Any], work: Path, made: Path, olive_text: Path, settings: Settings
-) -> children.Finished:
-    def progress(line: str) -> None:
-        if kind := olive_worker.running_pass(line):
-            log.info("%s: Olive runs %s", recipe.name, kind)
-
-    try:
-        _, finished = children.call(
-            olive_worker.handle,
-            olive_worker.Workflow(config=config),
-            log=olive_text,
-            timeout_s=settings.conversion_timeout_s,
-            error=ConversionError,
-            env=_environment(work, offline=not recipe.users_own),  # a user's own may want data from the hub
-            # onnx refuses to write a file of a name that exists in the current folder, such as a user's
-            # model.onnx.data. But paths in a user's own config are relative to where the user is.
-            cwd=None if recipe.users_own else work,
-            on_line=progress,
-        )
-        if any(made.rglob("*.onnx")):  # files prove the success, not what Olive says
-            return finished
-    except ConversionError as error:
-        if "took longer" in error.message or "killed by" in error.message:
-            raise
-    text = olive_text.read_text(encoding="utf-8", errors="replace")
-    if children.DISK_FULL in text:
-        raise PrerequisiteError("The disk filled up while Olive worked.", children.FREE_SPACE)
-    raise ConversionError(
-        f"{recipe.name}: Olive produced no model. {olive_worker.cause(text)}", f"Olive's log: {olive_text}"
-    )
-
-
-def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made: Path) -> dict[str, Any]:
+def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, cache: Path, made: Path) -> dict[str, Any]:
     """The recipe's workflow with what belongs to this run."""
     model = {"type": "HfModel", **recipe.config.get("input_model", {}), "model_path": str(checkpoint.path)}
     model["load_kwargs"] = {**model.get("load_kwargs", {}), "trust_remote_code": job.trust_remote_code}
@@ -249,18 +319,7 @@ def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, work: Path, made:
         "input_model": model,
         "passes": passes,
         "output_dir": str(made),
-        "cache_dir": str(work / "cache"),
+        "cache_dir": str(cache),
         "no_artifacts": True,
         "log_severity_level": _SEVERITY[job.log_level],
-    }
-
-
-def _environment(work: Path, *, offline: bool) -> dict[str, str]:
-    """Olive sends nothing, and ModelBuilder's intermediate files stay out of the user's hub cache."""
-    return {
-        "OLIVE_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_CACHE": str(work / "hub"),
-        "TOKENIZERS_PARALLELISM": "false",
     }

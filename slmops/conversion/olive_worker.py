@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import cache
 from typing import Any
 
 from slmops.conversion import fixes
@@ -27,9 +28,15 @@ def handle(request: Workflow) -> Frozen:
     """Run the workflow; it leaves its model in a folder that it names."""
     from olive import run
 
-    fixes.apply()
+    _correct()
     run(request.config)
     return Frozen()
+
+
+@cache
+def _correct() -> None:
+    """Once in a process, which may run several workflows."""
+    fixes.apply()
 
 
 def cause(text: str) -> str:

@@ -1,5 +1,8 @@
-"""The other end of :func:`slmops.processes.children.call`: the main program, which runs a function of a worker."""
+"""The other end of :func:`slmops.processes.children.call`: the main program, which runs functions of workers."""
 
+import contextlib
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -10,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel
@@ -17,27 +21,48 @@ from pydantic import BaseModel
 from slmops.core.errors import SlmopsError
 from slmops.core.files import write_atomic
 
+DONE = b"\0done\n"
+"""Follows the last output of a call."""
 
-def main(handle: Callable[[Any], BaseModel]) -> None:
-    """Read the request file, handle it, write the result file, exit."""
-    threading.Thread(target=die_with_parent, daemon=True).start()
+
+def main() -> None:
+    """Do the calls that are read from standard input, one after the other, until it closes."""
+    calls: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=die_with_parent, args=(calls.put,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    request_file, result_file = Path(sys.argv[-2]), Path(sys.argv[-1])
-    status = 1
+    while True:
+        _do(**json.loads(calls.get()))
+
+
+def _do(*, worker: str, request: str, result: str, cwd: str, stays: bool) -> None:
+    """Read the request file, handle it, write the result file, and say so."""
     try:
+        os.chdir(cwd)
+        module, _, function = worker.partition(":")
+        handle: Callable[[Any], BaseModel] = getattr(import_module(module), function)
+        request_type: type[BaseModel] = get_type_hints(handle)["request"]
         try:
-            request_type: type[BaseModel] = get_type_hints(handle)["request"]
-            request = request_type.model_validate_json(request_file.read_text(encoding="utf-8"))
-            answer: dict[str, object] = {"result": handle(request).model_dump(mode="json")}
+            asked = request_type.model_validate_json(Path(request).read_text(encoding="utf-8"))
+            answer: dict[str, object] = {"result": handle(asked).model_dump(mode="json")}
         except SlmopsError as error:
             traceback.print_exc()
             answer = {"error": type(error).__name__, "message": error.message, "fix": error.fix}
-        write_atomic(result_file, json.dumps(answer))
-        status = int("error" in answer)
+        if stays:
+            _give_memory_back()
+        write_atomic(Path(result), json.dumps(answer))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(1, DONE)
     except BaseException:
         traceback.print_exc()
-    finally:
-        leave(status)
+        leave(1)
+
+
+def _give_memory_back() -> None:
+    """What a call no longer needs is not to count for the next one."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def leave(status: int) -> None:
@@ -47,15 +72,15 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def die_with_parent() -> None:
-    """Wait until standard input closes, which happens when the parent is gone, and kill the whole group."""
-    while os.read(0, 4096):
-        pass
+def die_with_parent(heard: Callable[[bytes], None] = lambda _: None) -> None:
+    """Tell each line of standard input until it closes, when the parent is gone; then kill the whole group."""
+    with open(0, "rb", closefd=False) as lines:
+        for line in lines:
+            heard(line)
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    module, _, function = sys.argv[1].partition(":")
-    main(getattr(import_module(module), function))
+    main()

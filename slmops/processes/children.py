@@ -18,19 +18,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar, get_type_hints
+from typing import IO, Any, Self, TypeVar, get_type_hints
 
 import psutil
 from pydantic import BaseModel
 
 from slmops.core import errors, web
 from slmops.core.files import scratch_folder
+from slmops.processes.child import DONE
 
 SAMPLE_EVERY_S = 0.1
 GRACE_S = 3.0
 LOOKING = 0.02  # share of the time that may go into exact looks at memory
 DISK_FULL = os.strerror(errno.ENOSPC)
 FREE_SPACE = "Free some space and run again."
+HANGS_S = 600.0
+"""Seconds without a line of output, and without a second of CPU time, after which a child counts as hung."""
 
 watchers: list[Callable[[float], None]] = []
 """They are told the memory of a child in MB each time that it is sampled."""
@@ -65,7 +68,7 @@ class Finished:
     returncode: int  # negative is the signal that killed it
     seconds: float
     memory: list[tuple[float, float]] = field(repr=False)  # time.monotonic() and MB of the whole process group
-    timed_out: bool
+    stopped: str | None = None  # why, if it was
 
     @property
     def memory_peak_mb(self) -> float:
@@ -88,11 +91,11 @@ def run(
     log cannot be written, for example because the disk is full, the child is stopped: a PrerequisiteError.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    memory: list[tuple[float, float]] = []
-    timed_out = False
-    meter = Meter()
-    child = subprocess.Popen(
+    return _watch(_start(argv, env, cwd), log, timeout_s, on_line)
+
+
+def _start(argv: Sequence[str], env: dict[str, str] | None, cwd: Path | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         argv,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -101,31 +104,82 @@ def run(
         cwd=cwd,
         start_new_session=True,
     )
-    assert child.stdin is not None  # noqa: S101 - for the type checker: both are pipes
-    assert child.stdout is not None  # noqa: S101
-    failures: list[OSError] = []
-    reader = threading.Thread(target=_copy_output, args=(child.stdout, log, on_line, failures), daemon=True)
-    reader.start()
+
+
+def _watch(
+    process: subprocess.Popen[bytes], log: Path, timeout_s: float, on_line: Callable[[str], None] | None
+) -> Finished:
+    """Wait until the child has ended, which it is made to in time, or says that a call is done."""
+    started = active = time.monotonic()
+    memory: list[tuple[float, float]] = []
+    signs = 0
+    stopped: str | None = None
+    meter = Meter()
+    output = _Output(process, log, on_line)
+    output.start()
     try:
-        while child.poll() is None and not failures and not timed_out:
-            memory.append((time.monotonic(), meter.mb(child.pid)))
+        while not output.done and process.poll() is None and output.failure is None and stopped is None:
+            memory.append((now := time.monotonic(), meter.mb(process.pid)))
             for watcher in watchers:
                 watcher(memory[-1][1])
-            timed_out = time.monotonic() - started > timeout_s
+            before, signs = signs, output.lines + meter.cpu_s()
+            active = active if signs == before else now
+            if now - started > timeout_s:
+                stopped = f"It took longer than {timeout_s:.0f} s and was stopped."
+            elif now - active > HANGS_S:
+                stopped = f"It neither said nor did anything for {HANGS_S:.0f} s and was stopped."
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(SAMPLE_EVERY_S)
+                process.wait(SAMPLE_EVERY_S)
     finally:
-        for sig in (signal.SIGTERM, signal.SIGKILL):  # to all that it started, too
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, sig)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(GRACE_S)
-        with contextlib.suppress(OSError):
-            child.stdin.close()
-        reader.join(GRACE_S)
-    if failures:
-        raise errors.PrerequisiteError(f"{log} cannot be written: {failures[0].strerror}.", FREE_SPACE)
-    return Finished(child.returncode, time.monotonic() - started, memory, timed_out)
+        if not output.done:
+            _end(process)
+        output.join(GRACE_S)
+    if output.failure is not None:
+        raise errors.PrerequisiteError(f"{log} cannot be written: {output.failure.strerror}.", FREE_SPACE)
+    return Finished(process.returncode or 0, time.monotonic() - started, memory, stopped)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for sig in (signal.SIGTERM, signal.SIGKILL):  # to all that it started, too
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, sig)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    with contextlib.suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+class Child:
+    """A process for one call after the other, so that what they import and load is there once.
+
+    A call during which it ends, or is stopped, costs nothing but itself: the next one has a new process. One that
+    needs other variables has, too. The process ends with the ``with`` block.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._env: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            _end(self._process)
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+
+    def ask(self, label: Sequence[str], env: dict[str, str], cwd: Path | None, **call: Any) -> subprocess.Popen[bytes]:
+        """Have a process do a call; a new one has the ``label`` in its command line."""
+        if self._process is None or self._process.poll() is not None or env != self._env:
+            self.__exit__()
+            self._process, self._env = _start([sys.executable, "-m", "slmops.processes.child", *label], env, cwd), env
+        assert self._process.stdin is not None  # noqa: S101 - for the type checker: it is a pipe
+        with contextlib.suppress(OSError):  # it has just ended, as whoever waits for it will see
+            self._process.stdin.write(json.dumps({**call, "cwd": str(cwd or Path.cwd())}).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._process
 
 
 def call(
@@ -138,23 +192,27 @@ def call(
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
+    within: Child | None = None,
 ) -> tuple[Result, Finished]:
-    """Run a function of a worker module on ``request`` in a child and return its result.
+    """Run a function of a worker module on ``request`` in a child, by default one of its own; return its result.
 
     A SlmopsError that the child raised is raised here; a full disk is a PrerequisiteError. If the child crashed, was
-    killed or took too long, ``error`` is raised with the end of the log.
+    killed, hung or took too long, ``error`` is raised with the end of the log. What is given back of a child that stays
+    is the memory, before the call is done.
     """
     # torch's threads wait for each other by spinning, which takes two to four times the CPU time on a busy machine.
     env = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
-    with scratch_folder(log.parent, log.stem) as work:
+    with scratch_folder(log.parent, log.stem) as work, contextlib.ExitStack() as held:
+        asked = within or held.enter_context(Child())
         request_file, result_file = work / "request.json", work / "result.json"
         request_file.write_text(request.model_dump_json(), encoding="utf-8")
         worker = f"{handle.__module__}:{handle.__name__}"
-        argv = [sys.executable, "-m", "slmops.processes.child", worker, str(request_file), str(result_file)]
-        finished = run(argv, log=log, timeout_s=timeout_s, env=env, cwd=cwd, on_line=on_line)
+        files = {"request": str(request_file), "result": str(result_file)}
+        process = asked.ask((worker, str(log)), env, cwd, worker=worker, **files, stays=within is not None)
+        finished = _watch(process, log, timeout_s, on_line)
         text = result_file.read_text(encoding="utf-8") if result_file.exists() else None
-    if finished.timed_out:
-        raise error(f"It took longer than {timeout_s:.0f} s and was stopped.", f"Its log: {log}")
+    if finished.stopped is not None:
+        raise error(finished.stopped, f"Its log: {log}")
     if text is None:
         said = last_words(log)
         if DISK_FULL in said:
@@ -184,18 +242,41 @@ def died(returncode: int) -> str:
     return f"The process was killed by {name}{hint}"
 
 
-def _copy_output(stream: IO[bytes], log: Path, on_line: Callable[[str], None] | None, failures: list[OSError]) -> None:
-    try:
-        with stream, log.open("a", encoding="utf-8") as out:
-            for raw in stream:
-                # A progress bar rewrites its line with carriage returns: keep the last state only.
-                line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
-                out.write(line + "\n")
-                out.flush()
-                if on_line is not None:
-                    on_line(line)
-    except OSError as error:
-        failures.append(error)
+class _Output(threading.Thread):
+    """Copies what a process says into a log, until it ends or says that a call is done."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], log: Path, on_line: Callable[[str], None] | None = None
+    ) -> None:
+        super().__init__(daemon=True)
+        self._stream, self._log, self._on_line = process.stdout, log, on_line
+        self.done = False
+        self.failure: OSError | None = None
+        self.lines = 0
+
+    def run(self) -> None:
+        """Read to the end."""
+        assert self._stream is not None  # noqa: S101 - for the type checker: it is a pipe
+        try:
+            with self._log.open("a", encoding="utf-8") as out:
+                for raw in self._stream:
+                    if raw != DONE:
+                        self._take(raw.removesuffix(DONE), out)
+                    if raw.endswith(DONE):
+                        self.done = True
+                        return
+        except OSError as error:
+            self.failure = error
+        self._stream.close()
+
+    def _take(self, raw: bytes, out: IO[str]) -> None:
+        # A progress bar rewrites its line with carriage returns: keep the last state only.
+        line = raw.decode("utf-8", errors="replace").rstrip("\r\n").rpartition("\r")[2]
+        out.write(line + "\n")
+        out.flush()
+        self.lines += 1
+        if self._on_line is not None:
+            self._on_line(line)
 
 
 class Meter:
@@ -221,6 +302,10 @@ class Meter:
         resident = sum(_size(member, exact=False)[0] for member in self._members)
         return max(0, resident - self._shared) / 1e6
 
+    def cpu_s(self) -> int:
+        """Whole seconds of CPU time that those have taken who were there at the last exact look."""
+        return int(sum(_cpu(member) for member in self._members))
+
     def _look(self, pid: int) -> int:
         """Bytes of the resident size that count for other processes."""
         try:
@@ -239,3 +324,10 @@ def _size(process: psutil.Process, *, exact: bool) -> tuple[int, int]:
     except psutil.Error:
         return 0, 0
     return info.rss, getattr(info, "pss", info.rss)
+
+
+def _cpu(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.Error):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0

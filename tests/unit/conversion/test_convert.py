@@ -41,7 +41,7 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     conversions: list[str] = []
 
     def call(handle: Any, request: Any, **how: Any) -> tuple[Any, Finished]:
-        finished = Finished(0, 1.0, [], timed_out=False)
+        finished = Finished(0, 1.0, [])
         if handle is thin_worker.handle:
             shutil.copytree(request.checkpoint, request.folder, dirs_exist_ok=True)
             return thin_worker.Thinned(layers=2, parameters=500), finished

@@ -59,7 +59,7 @@ class Bench:
         self.calls.append((request.foundry_id.removeprefix(f"{NAME}-").split("-")[0], request, options))
         if number in self.failing:
             raise self.failing[number]
-        ended = Finished(returncode=0, seconds=1, memory=MEMORY, timed_out=False)
+        ended = Finished(returncode=0, seconds=1, memory=MEMORY)
         return turn(load_s=float(number)).measured, ended
 
     @property

@@ -91,7 +91,7 @@ def test_output_goes_to_the_log_and_line_by_line_to_the_caller(log: Path) -> Non
     lines: list[str] = []
     program = "import sys; print('out', flush=True); print('ünd err', file=sys.stderr, flush=True); print('last')"
     finished = python(program, log, on_line=lines.append, env={"PYTHONIOENCODING": "utf-8"})
-    assert (finished.returncode, finished.timed_out) == (0, False)
+    assert (finished.returncode, finished.stopped) == (0, None)
     assert lines == ["out", "ünd err", "last"]
     python("print(2)", log)
     assert log.read_text(encoding="utf-8") == "out\nünd err\nlast\n2\n"
@@ -147,7 +147,8 @@ def test_a_child_whose_time_is_over_ends_and_its_children_too(
     log: Path, over_when_written: Path, program: Callable[[str], str], ended_by: int
 ) -> None:
     finished = python(program(sleeping(over_when_written)), log)
-    assert (finished.timed_out, finished.returncode) == (True, -ended_by)
+    assert finished.returncode == -ended_by
+    assert finished.stopped == "It took longer than 30 s and was stopped."
     assert gone(number(over_when_written), within_s=2)
 
 
@@ -155,7 +156,7 @@ def test_children_left_behind_by_a_child_that_ended_are_ended(log: Path, tmp_pat
     file = tmp_path / "pid"
     wait = f"import pathlib, time\nwhile not pathlib.Path({str(file)!r}).exists(): time.sleep(0.02)"
     finished = python(starting("Popen", sleeping(file)) + wait, log)
-    assert (finished.returncode, finished.timed_out) == (0, False)
+    assert (finished.returncode, finished.stopped) == (0, None)
     assert gone(number(file), within_s=2)
 
 

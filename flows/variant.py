@@ -10,6 +10,7 @@ from flows.running import ProgressBar, plainly
 from slmops.checkpoints import room
 from slmops.cluster import parts
 from slmops.cluster.parts import Failure, Figures, Measured, Outcomes, Part, PartResult
+from slmops.conversion.convert import in_order, together
 from slmops.core import blobs, machine
 from slmops.core.errors import SlmopsError, TrackingError
 from slmops.core.job import JobContext
@@ -19,22 +20,31 @@ from slmops.evaluation.earlier import Earlier
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed
 from slmops.local import stack
+from slmops.processes.children import Child
 from slmops.tracking.exchange import Exchange
 from tasks import variant as steps
 
 
 def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
     """Convert all, then measure them side by side; yield each recipe's outcome as it comes."""
+    converted: list[Variant] = []
+    with together(context.name, context.settings) as child:
+        for recipe in in_order(recipes):
+            try:
+                converted.append(steps.convert_variant(recipe, context, child))
+            except SlmopsError as error:
+                progress.step(2)  # one that is not made is not measured
+                yield recipe.name, error
     made: dict[str, tuple[Variant, Registration]] = {}
-    for recipe in recipes:
-        try:
-            variant = steps.convert_variant(recipe, context)
-            made[recipe.name] = (variant, steps.register_variant(variant, context))
-        except SlmopsError as error:
-            progress.step(2)  # one that is not made is not measured
-            yield recipe.name, error
-        else:
-            progress.step()
+    with Child() as child:
+        for variant in converted:
+            try:
+                made[variant.name] = (variant, steps.register_variant(variant, context, child))
+            except SlmopsError as error:
+                progress.step(2)
+                yield variant.name, error
+            else:
+                progress.step()
     if not made:
         return
     earlier = Earlier(list(made.values()), context.job, context.settings)

@@ -11,6 +11,7 @@ from slmops.core.job import JobContext
 from slmops.core.values import Recipe, Registration, Variant
 from slmops.evaluation import quality, speed
 from slmops.foundry.register import register
+from slmops.processes.children import Child
 from slmops.tracking.exchange import Exchange
 from tasks.stage import stage
 
@@ -29,14 +30,14 @@ prepare_part = stage("prepare part", tracking=True)(parts.prepare)
 
 
 @stage("convert {recipe.name}")
-def convert_variant(recipe: Recipe, context: JobContext) -> Variant:
-    return convert(recipe, context.checkpoint, context.job, context.name, context.settings)
+def convert_variant(recipe: Recipe, context: JobContext, within: Child | None = None) -> Variant:
+    return convert(recipe, context.checkpoint, context.job, context.name, context.settings, within)
 
 
 @stage("register {variant.recipe.name}")
-def register_variant(variant: Variant, context: JobContext) -> Registration:
+def register_variant(variant: Variant, context: JobContext, within: Child | None = None) -> Registration:
     """Foundry Local registration, listing and one answered prompt."""
-    return register(variant, context.name, context.job, context.settings)
+    return register(variant, context.name, context.job, context.settings, within)
 
 
 @stage()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,19 @@ def together(name: str, settings: Settings) -> Iterator[children.Child]:
             yield child
     finally:
         shutil.rmtree(cached, ignore_errors=True)
+
+
+def in_order(recipes: Iterable[Recipe]) -> list[Recipe]:
+    """Recipes of one job in an order in which those that begin with the same pass follow each other: fp32, fp16."""
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault(_first_pass(recipe), []).append(recipe)
+    return [recipe for group in groups.values() for recipe in group]
+
+
+def _first_pass(recipe: Recipe) -> str:
+    first = json.dumps(next(iter(recipe.config["passes"].values())), sort_keys=True)
+    return hashlib.sha256(first.encode()).hexdigest()[:16]
 
 
 def convert(
@@ -125,8 +138,7 @@ class _Builder:
 
     def _cache(self, recipe: Recipe) -> Path:
         """Olive's cache, which the next recipe has, too, if it begins with the same pass: fp16 comes out of fp32."""
-        first = json.dumps(next(iter(recipe.config["passes"].values())), sort_keys=True)
-        cache = self.work / _CACHE / "olive" / hashlib.sha256(first.encode()).hexdigest()[:16]
+        cache = self.work / _CACHE / "olive" / _first_pass(recipe)
         for other in {*cache.parent.glob("*")} - {cache}:
             shutil.rmtree(other, ignore_errors=True)
         return cache

@@ -28,14 +28,17 @@ def handle(request: Workflow) -> Frozen:
     """Run the workflow; it leaves its model in a folder that it names."""
     from olive import run
 
-    _correct()
+    _prepare()
     run(request.config)
     return Frozen()
 
 
 @cache
-def _correct() -> None:
-    """Once in a process, which may run several workflows."""
+def _prepare() -> None:
+    """Once in a process, which may run several workflows on one checkpoint: Olive reads it all for each, to name it."""
+    from olive.model.config import model_config
+
+    model_config.hash_file = cache(model_config.hash_file)
     fixes.apply()
 
 

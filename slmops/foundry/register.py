@@ -18,8 +18,12 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 
-def register(variant: Variant, name: str, job: Job, settings: Settings) -> Registration:
+def register(
+    variant: Variant, name: str, job: Job, settings: Settings, within: children.Child | None = None
+) -> Registration:
     """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
+
+    It is done ``within`` a child that others share, or one of its own.
 
     A RegistrationError if Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
     """
@@ -36,7 +40,8 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
         try:
             cli.confirm(called, models)
             placed = settings.foundry, folder, foundry_id, f"{name} {variant.name}"
-            answer = register_folder(*placed, log=settings.logs / name / f"{variant.name}.register.log")
+            log_file = settings.logs / name / f"{variant.name}.register.log"
+            answer = register_folder(*placed, log=log_file, within=within)
         except SlmopsError:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -45,8 +50,12 @@ def register(variant: Variant, name: str, job: Job, settings: Settings) -> Regis
     return Registration(foundry_id=foundry_id, path=folder, answer=answer)
 
 
-def register_folder(home: Path, folder: Path, foundry_id: str, display_name: str, *, log: Path) -> str:
+def register_folder(
+    home: Path, folder: Path, foundry_id: str, display_name: str, *, log: Path, within: children.Child | None = None
+) -> str:
     """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError."""
     request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name)
-    result, _ = children.call(register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError)
+    result, _ = children.call(
+        register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError, within=within
+    )
     return result.answer

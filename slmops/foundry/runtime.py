@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def manager(
     )
 
 
+@cache
 def local_catalog(home: Path) -> Any:
-    """Start the runtime and return the catalog that holds our own models."""
+    """Start the runtime, once in a process, and return the catalog that holds our own models."""
     return manager(home).get_catalog(sdk.CatalogType.LOCAL)
 
 

@@ -61,6 +61,7 @@ def _do(*, worker: str, request: str, result: str, cwd: str, stays: bool) -> Non
 def _give_memory_back() -> None:
     """What a call no longer needs is not to count for the next one."""
     gc.collect()
+    gc.freeze()  # libraries are a million objects, through which each later collection would go
     with contextlib.suppress(OSError, AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,6 +1,7 @@
 """Child process: do what a test says."""
 
 import os
+import time
 
 from slmops.core.values import Frozen
 
@@ -19,5 +20,5 @@ class Result(Frozen):
 
 
 def handle(request: Request) -> Result:
-    exec(request.do)  # noqa: S102
+    exec(request.do, {"os": os, "time": time})  # noqa: S102
     return Result(mode=os.environ.get("MODE"), pid=os.getpid())

@@ -248,6 +248,43 @@ def test_worker_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert gone(worker, within_s=5)
 
 
+FULL = "import builtins; held = [bytes(1000) for _ in range(200_000)]; builtins.last = bytes(1000); "
+
+
+def test_a_child_that_stays_does_all_calls_until_one_kills_it_each_with_its_own_log_and_memory(tmp_path: Path) -> None:
+    env = {"PYTHONPATH": str(ROOT)}
+
+    def ask(name: str, do: str) -> tuple[Result, Finished]:
+        asked, how = Request(do=do), {"timeout_s": LONG_S, "error": ConversionError, "env": env, "within": child}
+        return children.call(odd_worker.handle, asked, log=tmp_path / name, **how)
+
+    with children.Child() as child:
+        first, large = ask("one", FULL + "print('a line'); print('half a line', end=''); time.sleep(0.5)")
+        second, small = ask("two", "import builtins; assert builtins.last; print('two'); time.sleep(0.5)")
+        with pytest.raises(CheckpointError):
+            ask("three", "from slmops.core import errors; raise errors.CheckpointError('Empty.')")
+        third, _ = ask("four", "")
+        assert first.pid == second.pid == third.pid
+        assert large.memory_peak_mb - small.memory_peak_mb > 150  # it was given back
+        for end in ("os.kill(os.getpid(), 9)", "raise KeyError('lost')"):
+            with pytest.raises(ConversionError, match=r"SIGKILL|KeyError: 'lost'"):
+                ask("five", end)
+            assert gone(third.pid, within_s=2)
+            anew, _ = ask("six", "print('six')")
+            assert anew.pid != third.pid
+            third = anew
+    assert gone(third.pid, within_s=2)
+    logs = [(tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two", "four", "six")]
+    assert logs == ["a line\nhalf a line\n", "two\n", "", "six\n" * 2]
+
+
+def test_a_child_that_neither_says_nor_does_anything_is_stopped(log: Path, over_when_written: Path) -> None:
+    asked, how = Request(do=sleeping(over_when_written)), {"timeout_s": 7200, "error": ConversionError}
+    with pytest.raises(ConversionError, match="It neither said nor did anything for 600 s and was stopped"):
+        children.call(odd_worker.handle, asked, log=log, env={"PYTHONPATH": str(ROOT)}, **how)
+    assert gone(number(over_when_written), within_s=2)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

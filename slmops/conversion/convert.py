@@ -182,7 +182,9 @@ class _Builder:
             )
             log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
             thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
-            exported = recipes.recipe(BASELINE, self.job, thin.model_copy(update={"tied_embeddings": False}), self.settings)
+            exported = recipes.recipe(
+                BASELINE, self.job, thin.model_copy(update={"tied_embeddings": False}), self.settings
+            )
             _, checked = self._build(exported, thin, work)
         except ConversionError as wrong:
             write_atomic(known, json.dumps([wrong.message, wrong.fix]))

@@ -19,7 +19,7 @@ from prefect.states import Failed
 
 from slmops.core import locks
 from slmops.core.errors import BusyError, SlmopsError, TrackingError
-from slmops.core.values import artifact_key
+from tasks.stage import artifact_key
 
 P = ParamSpec("P")
 R = TypeVar("R")

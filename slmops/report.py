@@ -112,7 +112,13 @@ def _cell(result: VariantResult, metric: str, write: Callable[[float], str], int
         return "-"
     ends = interval_of(result.measurements.get(metric)) if interval else None
     value = write(result.metrics[metric])
-    return f"{value} [{write(ends[0])}, {write(ends[1])}]" if ends else value
+    return marked(result, metric, f"{value} [{write(ends[0])}, {write(ends[1])}]" if ends else value)
+
+
+def marked(result: VariantResult, metric: str, text: str) -> str:
+    """A text of a figure, as ``~62*`` if it was disturbed."""
+    measurement = result.measurements.get(metric)
+    return measurement.marked(text) if measurement else text
 
 
 def interval_of(measurement: Measurement | None) -> tuple[float, float] | None:
@@ -142,12 +148,14 @@ def _verdict(gate: GateResult | None) -> str:
     if gate is None:
         return "-"
     outcome = "FAIL" if gate.outcome == "fail" else gate.outcome
-    return outcome if gate.value is None else f"{outcome} {gate.value:.4g}"
+    if gate.value is None:
+        return outcome
+    return f"{outcome} ~{gate.value:.4g}*" if gate.disturbed else f"{outcome} {gate.value:.4g}"
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What was left out, what the baseline is if it is no variant, what the job took, why a variant failed."""
-    said = [comparison.left_out] * bool(comparison.left_out)
+    """What was disturbed or left out, what the baseline is if no variant, what the job took, why a variant failed."""
+    said = [text for text in (comparison.busy, comparison.left_out) if text]
     if one := comparison.baseline:
         known = [name for name in ("perplexity", "accuracy") if name in one.metrics]
         figures = [f"{name} {one.measurements[name].text}" for name in known]
@@ -185,7 +193,8 @@ def _charts(comparison: Comparison) -> str:
     bars = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, metric) in zip(bars.subplots(2, 2).flat, CHARTS, strict=True):
         known = {r.name: r.metrics[metric] for r in measured if math.isfinite(r.metrics.get(metric, math.nan))}
-        axes.bar_label(axes.bar(list(known), list(known.values()), color="#4477aa"), fmt="%.4g")
+        labels = [marked(r, metric, f"{known[r.name]:.4g}") for r in measured if r.name in known]
+        axes.bar_label(axes.bar(list(known), list(known.values()), color="#4477aa"), labels)
         axes.set_title(title)
         axes.margins(y=0.15)
     return _svg(bars) + _interval_chart(measured, comparison)
@@ -203,8 +212,8 @@ def _interval_chart(measured: list[VariantResult], comparison: Comparison) -> st
     figure = Figure(figsize=(3.3 * len(shown), 3.5), layout="constrained")
     figure.suptitle("95 % intervals")
     for axes, (title, metric) in zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        known = {r.name: r.measurements[metric] for r in measured if metric in r.measurements}
-        known = {name: one for name, one in known.items() if math.isfinite(one.value)}
+        found = {r.name: r.measurements[metric] for r in measured if metric in r.measurements}
+        known = {one.marked(name): one for name, one in found.items() if math.isfinite(one.value)}
         values = [one.value for one in known.values()]
         ends = [interval_of(one) or (one.value, one.value) for one in known.values()]
         # A bootstrap's interval need not hold the value itself.

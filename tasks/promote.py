@@ -4,12 +4,11 @@ from prefect.artifacts import create_markdown_artifact
 
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import artifact_key
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
-from tasks.stage import stage
+from tasks.stage import artifact_key, stage
 
 judge_challenger = stage("judge the challenger", tracking=True)(promotion.decide)
 # As a device would fetch it: each SHA-256, registered in Foundry Local, and it answers.

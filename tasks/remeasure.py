@@ -5,14 +5,13 @@ from pathlib import Path
 from prefect.artifacts import create_markdown_artifact
 
 from slmops.core import machine
-from slmops.core.values import artifact_key
 from slmops.delivery import remeasurement
 from slmops.evaluation import drift, soak
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak, SoakResult, Target
 from slmops.foundry.versions import ModelVersion
 from slmops.tracking.tracker import Tracker
-from tasks.stage import stage
+from tasks.stage import artifact_key, stage
 
 
 @stage("find record of version {version.version}", tracking=True)

@@ -19,7 +19,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from slmops.conversion import recipe_files
 from slmops.core.errors import ServingError, TrackingError
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Measurement, artifact_key
+from slmops.core.values import Checkpoint, Measurement
 from slmops.evaluation import dataset
 from slmops.foundry.versions import ModelVersion
 from slmops.serving import home_service, new_champion
@@ -31,7 +31,7 @@ from slmops.tracking.training import TrainingTracker
 from slmops.training import data, finetune, sources
 from slmops.training.sources import Fetched
 from slmops.training.values import Finetuned, LossPoint, Retrain, Retrained, TrainingData
-from tasks.stage import stage
+from tasks.stage import artifact_key, stage
 
 log = logging.getLogger("slmops.retrain")
 

@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
 from slmops.core.errors import TrackingError
+from slmops.core.values import to_name
 
 # The library's records go to the Prefect page too (PREFECT_LOGGING_EXTRA_LOGGERS); Prefect sets no level for them.
 logging.getLogger("slmops").setLevel(logging.INFO)
@@ -36,6 +37,11 @@ def timed() -> Iterator[dict[str, float]]:
         yield found
     finally:
         _seconds.reset(before)
+
+
+def artifact_key(kind: str, name: str) -> str:
+    """The key of one of Prefect's artifacts, which takes lower case, digits and dashes only."""
+    return f"{kind}-{to_name(name).replace('_', '-')}"
 
 
 def stage(run_name: str | None = None, *, tracking: bool = False) -> Callable[[Callable[P, R]], Task[P, R]]:

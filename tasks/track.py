@@ -9,12 +9,12 @@ from slmops import report
 from slmops.cluster.parts import Measured
 from slmops.core import machine
 from slmops.core.job import JobContext
-from slmops.core.values import Comparison, VariantResult, artifact_key
+from slmops.core.values import Comparison, VariantResult
 from slmops.selection import choice
 from slmops.selection.policy import Policy
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
-from tasks.stage import stage
+from tasks.stage import artifact_key, stage
 
 log = logging.getLogger("slmops.track")
 
@@ -73,10 +73,12 @@ def show_comparison(comparison: Comparison, run_url: str) -> None:
     """Publish report, table and link as artifacts of the flow run."""
     name = comparison.model
     page = report.markdown(comparison, run_url)
-    rows = [
-        {"variant": result.name, "status": result.status, **{k: round(v, 4) for k, v in result.metrics.items()}}
-        for result in comparison.variants
-    ]
+    rows = [{"variant": result.name, "status": result.status, **_shown(result)} for result in comparison.variants]
     create_markdown_artifact(page, artifact_key("report", name), f"{name}: comparison and choice")
     create_table_artifact(rows, artifact_key("metrics", name), f"{name}: every metric of every variant")
     create_link_artifact(run_url, f"{name} in MLflow", artifact_key("mlflow", name))
+
+
+def _shown(result: VariantResult) -> dict[str, float | str]:
+    values = {metric: round(value, 4) for metric, value in result.metrics.items()}
+    return values | {metric: report.marked(result, metric, str(values[metric])) for metric in result.disturbed}

@@ -26,7 +26,6 @@ from slmops.core.settings import Settings
 from slmops.core.validation import problems
 from slmops.core.values import (
     MANIFEST,
-    OF_MACHINE,
     Checkpoint,
     Evaluation,
     Frozen,
@@ -38,7 +37,7 @@ from slmops.core.values import (
 )
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed
-from slmops.evaluation.summary import evaluation
+from slmops.evaluation.summary import OF_MACHINE, evaluation
 from slmops.tracking.exchange import Exchange
 
 Stage = Literal["convert", "measure"]

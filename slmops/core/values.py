@@ -18,11 +18,6 @@ MANIFEST = "variant.json"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of a model or a variant; it may become part of a path, and MLflow and Foundry Local accept it."""
-OF_MACHINE = (
-    *("convert_", "load_", "ttft_", "itl_", "response_", "decode_", "prefill_", "throughput_"),
-    *("memory_", "cpu_", "energy_", "noise_"),
-)
-"""Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 HEADLINE_METRICS = (
     *("size_mb", "size_ratio", "ttft_ms_p50", "decode_tok_s", "memory_peak_mb"),
     *("perplexity_ratio", "kl_mean", "hf_kl_mean", "hf_top1_agreement", "accuracy"),
@@ -55,11 +50,6 @@ def to_name(text: str) -> str:
 def is_weights(file: str) -> bool:
     """Whether a variant's file of this name is an ONNX graph or its data, nothing small."""
     return ".onnx" in file
-
-
-def artifact_key(kind: str, name: str) -> str:
-    """The key of one of Prefect's artifacts, which takes lower case, digits and dashes only."""
-    return f"{kind}-{to_name(name).replace('_', '-')}"
 
 
 class Checkpoint(Frozen):
@@ -182,6 +172,7 @@ class Measurement(Frozen):
     low: float | None = Field(None, description="Lower end of the 95 % interval; None: too few samples.")
     high: float | None = Field(None, description="Upper end of the 95 % interval; an exact figure's own value.")
     note: str | None = Field(None, description="A caveat, such as 'indicative: 12 samples'.")
+    disturbed: bool = Field(False, description="The machine was busy with something else meanwhile.")
 
     @classmethod
     def exact(cls, value: float, unit: str, samples: int = 1) -> "Measurement":
@@ -197,10 +188,14 @@ class Measurement(Frozen):
 
     @property
     def text(self) -> str:
-        """``1.105 [1.082, 1.129]``, or the value alone."""
+        """``1.105 [1.082, 1.129]``, or the value alone; marked if it was disturbed."""
         figures = (self.value, *(self.interval or ()))
         value, *ends = (f"{x:,.0f}" if 1000 <= abs(x) < math.inf else f"{x:.4g}" for x in figures)
-        return f"{value} [{', '.join(ends)}]" if ends else value
+        return self.marked(f"{value} [{', '.join(ends)}]" if ends else value)
+
+    def marked(self, text: str) -> str:
+        """A text of this figure: ``~62*`` if it was disturbed. :attr:`Comparison.busy` is the footnote."""
+        return f"~{text}*" if self.disturbed else text
 
     def mapped(self, function: Callable[[float], float]) -> Self:
         """A rising function of the figure and of the ends of its interval."""
@@ -295,6 +290,7 @@ class GateResult(Frozen):
     low: float | None = None
     high: float | None = None
     limit: float
+    disturbed: bool = Field(False, description="The machine was busy with something else while it was measured.")
     more_samples: int | None = Field(None, description="About how many more would settle an inconclusive gate.")
     detail: str = Field(description="A sentence for people.")
 
@@ -314,6 +310,11 @@ class VariantResult(Frozen):
     gates: tuple[GateResult, ...] = ()
     dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
     extent: Extent | None = None
+
+    @property
+    def disturbed(self) -> list[str]:
+        """The metrics during whose measurement the machine was busy with something else."""
+        return [metric for metric, one in self.measurements.items() if one.disturbed]
 
     @property
     def accepted(self) -> bool:
@@ -365,6 +366,20 @@ class Comparison(Frozen):
         """What was left out of the text and the questions; empty if nothing was."""
         return next((result.extent.text for result in self.variants if result.extent), "")
 
+    @property
+    def busy(self) -> str:
+        """The footnote of disturbed headline figures: whose they are; empty if there are none."""
+        measured = [result for result in self.variants if result.status == "ok"]
+        rough = [result.name for result in measured if not set(HEADLINE_METRICS).isdisjoint(result.disturbed)]
+        steady = [result.name for result in measured if result.name not in rough]
+        if not rough:
+            return ""
+        said = (
+            f"* The machine was busy with something else while {', '.join(rough)} took a turn: these figures are rough"
+        )
+        compare = f", do not compare with those of {', '.join(steady)}, which were not disturbed," * bool(steady)
+        return f"{said}{compare} and take no part in choosing the fastest. The next run measures them anew."
+
     def to_frame(self) -> "DataFrame":
         """A pandas frame, one row a variant: its status, whether it was chosen, and a column for each metric."""
         from pandas import DataFrame
@@ -375,8 +390,11 @@ class Comparison(Frozen):
         return DataFrame(rows, index=[one.name for one in self.variants])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: headline figures of each variant, the choice with its reason, what was left out."""
+        """What a notebook shows: headline figures of each variant, the choice with its reason, what to mind."""
         frame = self.to_frame()
-        shown = frame[["status", "chosen", *(metric for metric in HEADLINE_METRICS if metric in frame)]]
-        said = "".join(f"<p>{escape(text)}</p>" for text in (self.choice.reason, self.left_out) if text)
+        shown = frame[["status", "chosen", *(metric for metric in HEADLINE_METRICS if metric in frame)]].astype(object)
+        for one in self.variants:
+            for metric in {*shown}.intersection(one.disturbed):
+                shown.loc[one.name, metric] = one.measurements[metric].text
+        said = "".join(f"<p>{escape(text)}</p>" for text in (self.choice.reason, self.left_out, self.busy) if text)
         return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}{said}"

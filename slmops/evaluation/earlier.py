@@ -25,26 +25,26 @@ from slmops.foundry.layout import GENAI_CONFIG, INFERENCE_MODEL
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # how slmops measures; a change of it makes all measurements anew
+MEASURED_AS = 1  # how slmops measures; a change of it makes all measurements anew
 
 
-class Kept(Frozen):
+class Together(Frozen):
     """Results by the variant's name."""
 
     measured: datetime
     keys: tuple[str, ...]  # of the variants in the store
 
 
-class Speeds(Kept):
+class Speeds(Together):
     variants: dict[str, Speed]
 
 
-class Qualities(Kept):
+class Qualities(Together):
     variants: dict[str, Quality]
     checkpoint: Quality | None  # what the checkpoint's own were, if it was scored
 
 
-Some = TypeVar("Some", bound=Kept)
+Some = TypeVar("Some", bound=Together)
 
 
 class Earlier:
@@ -54,7 +54,7 @@ class Earlier:
         self._keys = tuple(variant.key for variant, _ in made)
         self._anew = job.remeasure
         common = {
-            "format": FORMAT,
+            "format": MEASURED_AS,
             "hardware": machine.hardware().kind,
             "versions": machine.versions(),
             "variants": {variant.key: _files(variant, registration) for variant, registration in made},
@@ -107,7 +107,7 @@ class Earlier:
         return found
 
     @staticmethod
-    def _write(kept: Kept, path: Path) -> None:
+    def _write(kept: Together, path: Path) -> None:
         write_atomic(path, kept.model_dump_json())
 
 

@@ -29,6 +29,11 @@ REQUEST_FIGURES: dict[str, tuple[str, Callable[[Timed], float | None]]] = {
     "response_s": ("s", lambda one: one.total_s),
 }
 """Name to unit, and to the figure of one request; None: it has none."""
+OF_MACHINE = (
+    *("convert_", "load_", "ttft_", "itl_", "response_", "decode_", "prefill_", "throughput_"),
+    *("memory_", "cpu_", "energy_", "noise_"),
+)
+"""Prefixes of the metrics that depend on the machine: they can only be compared on machines of one kind."""
 MACHINE_BUSY = "the machine was busy with something else"
 Measurements = dict[str, Measurement]
 
@@ -110,7 +115,7 @@ def of_speed(speed: Speed) -> Measurements:
 
 def disturbed(speed: Speed) -> bool:
     """Whether the machine was busy with something else while one of the figures was measured."""
-    return any(MACHINE_BUSY in (one.note or "") for one in of_speed(speed).values())
+    return any(one.disturbed for one in of_speed(speed).values())
 
 
 def _undisturbed(turns: Sequence[Turn]) -> list[Turn]:
@@ -119,13 +124,11 @@ def _undisturbed(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _marked(measured: Measurements, turns: Sequence[Turn]) -> Measurements:
-    """The same, with a note if all the turns behind them were disturbed."""
+    """The same, marked if all the turns behind them were disturbed."""
     if not all(turn.disturbed for turn in turns):
         return measured
-    return {
-        name: one.model_copy(update={"note": f"{one.note}; {MACHINE_BUSY}" if one.note else MACHINE_BUSY})
-        for name, one in measured.items()
-    }
+    notes = {name: "; ".join(filter(None, (one.note, MACHINE_BUSY))) for name, one in measured.items()}
+    return {n: one.model_copy(update={"note": notes[n], "disturbed": True}) for n, one in measured.items()}
 
 
 def _times(speed: Speed) -> Measurements:

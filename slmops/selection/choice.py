@@ -81,7 +81,7 @@ def pareto(results: list[VariantResult]) -> dict[str, str]:
     and quality, and better in one of them.
 
     Quality is ``kl_mean``, or ``perplexity`` if a variant lacks that. Values are compared, not intervals. A variant
-    that lacks one of the figures takes no part.
+    that lacks one of the figures, or whose figure was disturbed, takes no part.
     """
     measured = [result for result in results if result.status == "ok"]
     quality = "kl_mean" if all(math.isfinite(_cost(result, "kl_mean")) for result in measured) else "perplexity"
@@ -120,6 +120,7 @@ def _judge(
         value=figure and figure.value,
         low=figure and figure.low,
         high=figure and figure.high,
+        disturbed=figure is not None and figure.disturbed,
         limit=gate.limit,
         more_samples=more,
         detail=detail,
@@ -193,11 +194,12 @@ def _difference(one: Measurement, other: Measurement) -> Measurement:
     """
     value = one.value - other.value
     samples = min((side.samples for side in (one, other) if side.low != side.high), default=one.samples)
+    made = Measurement(value=value, unit=one.unit, samples=samples, disturbed=one.disturbed or other.disturbed)
     if one.low is None or one.high is None or other.low is None or other.high is None:
-        return Measurement(value=value, unit=one.unit, samples=samples)
+        return made
     low = value - math.hypot(one.value - one.low, other.high - other.value)
     high = value + math.hypot(one.high - one.value, other.value - other.low)
-    return Measurement(value=value, unit=one.unit, samples=samples, low=low, high=high)
+    return made.model_copy(update={"low": low, "high": high})
 
 
 def _negated(one: Measurement) -> Measurement:
@@ -206,7 +208,9 @@ def _negated(one: Measurement) -> Measurement:
 
 
 def _cost(result: VariantResult, metric: str) -> float:
-    """A metric turned so that less is better; infinite where there is no figure."""
+    """A metric turned so that less is better; infinite where there is no figure, or one that was disturbed."""
+    if metric in result.disturbed:
+        return math.inf
     value = result.metrics.get(metric, OF_ITSELF.get(metric, math.nan) if result.name == BASELINE else math.nan)
     if metric == "decode_tok_s":
         value = -value
@@ -243,6 +247,8 @@ def _because(chosen: VariantResult, policy: Policy, *, alone: bool) -> str:
         return "as there is no other variant"
     if chosen.name == BASELINE and policy.objective in {"preference", "best_quality"}:
         return "the baseline itself"
+    if policy.objective == "fastest" and math.isinf(_cost(chosen, "decode_tok_s")):
+        return "the smallest that no gate refuses, as none that passes has a speed that was not disturbed"
     first = {
         "preference": "the first in order of preference",
         "smallest": "the smallest",

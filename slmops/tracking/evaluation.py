@@ -102,7 +102,7 @@ def description(evaluation: Evaluation) -> str:
         one = measured[name]
         ends = one.interval
         interval = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
-        line = _line(name, f"{one.value:.6g}", interval, one.unit, str(one.samples), one.note or "")
+        line = _line(name, one.marked(f"{one.value:.6g}"), interval, one.unit, str(one.samples), one.note or "")
         size += len(line) + 1
         if size > TAG_LIMIT - 500:
             return "\n".join([*lines, "", "The other figures are in measurements.json."])
@@ -125,7 +125,7 @@ def log_tables(client: Client, run_id: str, tables: dict[str, Rows]) -> None:
 
 
 def log_gates(client: Client, comparison: Comparison) -> None:
-    """Log what the gates said: as tags of each variant's run, and as a table in the job's."""
+    """Log what the gates said, as tags of each variant's run and as a table in the job's, and what was disturbed."""
     rows: Rows = []
     for result in comparison.variants:
         rows += [{"variant": result.name, **row} for row in _rows(result.gates)]
@@ -133,6 +133,8 @@ def log_gates(client: Client, comparison: Comparison) -> None:
         if result.gates:
             refusing = "; ".join(gate.gate for gate in result.gates if gate.refuses)
             tags["slmops.gates"] = f"refused: {refusing}"[:TAG_LIMIT] if refusing else "passed"
+        if result.disturbed:
+            tags["slmops.disturbed"] = ", ".join(result.disturbed)
         if result.dominated_by is not None:
             tags["slmops.dominated_by"] = result.dominated_by
         if result.run_id is not None and tags:

@@ -17,7 +17,6 @@ from mlflow.entities import LoggedModelInput, Metric
 from slmops.core.errors import UsageError
 from slmops.core.job import BASELINE, Job
 from slmops.core.values import (
-    OF_MACHINE,
     Checkpoint,
     Comparison,
     Evaluation,
@@ -30,6 +29,7 @@ from slmops.core.values import (
 )
 from slmops.evaluation import drift
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
+from slmops.evaluation.summary import OF_MACHINE
 from slmops.foundry.versions import CHAMPION
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation

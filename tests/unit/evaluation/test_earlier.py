@@ -97,7 +97,7 @@ def test_another_machine_package_variant_or_file_is_measured(
             patch.setattr(machine, name, value)
             assert known(made, job, settings) == (False, False)
     with monkeypatch.context() as patch:
-        patch.setattr(earlier, "FORMAT", 0)
+        patch.setattr(earlier, "MEASURED_AS", 0)
         assert known(made, job, settings) == (False, False)
     assert known(made[:1], job, settings) == (False, False)  # it was not measured side by side with these alone
     judged = settings.model_copy(update={"judge_url": "http://127.0.0.1:1/v1", "judge_model": "j"})

@@ -112,6 +112,7 @@ def test_if_all_turns_were_disturbed_all_are_used_and_it_is_said() -> None:
     assert found["load_s"].samples == 3
     assert found["ttft_ms_p50"].note == f"indicative: 3 samples; {NOTE}"  # both
     said = {name for name, one in found.items() if one.note and NOTE in one.note}
+    assert said == {name for name, one in found.items() if one.disturbed}
     assert {"decode_tok_s", "prefill_tok_s", "load_s", "response_s_p99", "cpu_percent", "energy_j_per_token"} <= said
     assert not said & {"size_mb", "memory_peak_mb", "perplexity", "accuracy", "noise_percent", "edge_cases_passed"}
     assert found["decode_consistency"].note == NOTE  # it has an interval, and no note of its own

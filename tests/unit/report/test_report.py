@@ -329,5 +329,30 @@ def test_in_a_notebook_a_comparison_is_a_frame_and_a_table() -> None:
     assert "<th>fp32</th>" in nothing._repr_html_()
 
 
+def test_disturbed_figures_are_marked_wherever_they_are_shown() -> None:
+    busy = Measurement(value=45.67, unit="tokens/s", low=40, high=50, disturbed=True)
+    rough = result("int4", 110, changes={"decode_tok_s": busy}).model_copy(
+        update={"gates": (gate("decode_tok_s at least 40", value=45.67, disturbed=True),)}
+    )
+    steady = result("fp32", 600)
+    made = comparison(steady, rough)
+    assert row(made, "int4")[4] == "~45.7 [40.0, 50.0]*"
+    assert row(made, "fp32")[4] == "45.7"
+    said = "* The machine was busy with something else while int4 took a turn: these figures are rough, do not compare "
+    said += "with those of fp32, which were not disturbed, and take no part in choosing the fastest."
+    for page in (report.text(made), report.markdown(made, "url"), html(made), made._repr_html_()):
+        assert said in unescape(page)
+        assert "~45" in page
+    assert cells(report.gates(made).splitlines()[-1])[-1] == "pass ~45.67*"
+    assert "~45.67*" in html(made)  # in the gates and the chart
+    assert busy.text == "~45.67 [40, 50]*"
+    shown = made.model_dump(mode="json")["variants"][1]["measurements"]
+    assert [name for name, one in shown.items() if one["disturbed"]] == ["decode_tok_s"]
+    alone = comparison(rough)
+    assert "these figures are rough and take no part in choosing" in report.text(alone)
+    elsewhere = {"load_cold_s": Measurement(value=3, unit="s", disturbed=True)}  # which no table shows
+    assert "busy" not in report.text(comparison(steady, result("int4", 110, changes=elsewhere)))
+
+
 def test_the_table_has_the_figures_of_the_report() -> None:
     assert [metric for _, metric, *_ in report.COLUMNS] == list(HEADLINE_METRICS)

@@ -105,6 +105,12 @@ def speed(name: str, size_mb: float, tok_s: float, perplexity_ratio: float = 1.0
     return result(name, size_mb, perplexity_ratio, changes={"decode_tok_s": exact(tok_s)})
 
 
+def busy(name: str, tok_s: float, size_mb: float = 110) -> VariantResult:
+    """One that was disturbed."""
+    made = exact(tok_s).model_copy(update={"disturbed": True})
+    return result(name, size_mb, changes={"decode_tok_s": made})
+
+
 NAMED = (
     speed("fp32", 600, 20),
     speed("fp16", 300, 15, 1.001),
@@ -144,6 +150,8 @@ def test_order_of_each_objective(policy_: dict[str, Any], order: str, results: l
         ("fastest", [FP32, speed("int8", 180, 45.67)], "int8"),
         ("fastest", [speed("mine", 600, 45.67), FP32], "fp32"),
         ("fastest", [FP32, result("int8", 180, changes={"decode_tok_s": None})], "fp32"),
+        ("fastest", [speed("fp32", 600, 20), speed("int8", 180, 50), busy("int4", 90)], "int8"),
+        ("fastest", [busy("fp32", 20, 600), busy("int8", 50, 180), busy("int4", 40)], "int4"),  # the smallest
         ("best_quality", [FP32, result("fp16", 300), result("int8", 180)], "int8"),
         ("best_quality", [FP32, result("fp16", 300, 1.01), result("int8", 180, changes={"kl_mean": None})], "fp16"),
         ("smallest", [FP32, result("int8", 600)], "fp32"),
@@ -152,6 +160,18 @@ def test_order_of_each_objective(policy_: dict[str, Any], order: str, results: l
 )
 def test_ties_and_what_is_missing(objective: Any, results: list[VariantResult], chosen: str) -> None:
     assert choose(results, Policy(objective=objective))[0].variant == chosen
+
+
+def test_a_disturbed_speed_is_not_called_the_fastest_and_dominates_nothing() -> None:
+    rough, steady = [speed("fp32", 600, 20), busy("int4", 90)], [speed("fp32", 600, 20), speed("int4", 110, 90)]
+    assert (pareto(steady), pareto(rough)) == ({"fp32": "int4"}, {})
+    said = choose([busy("fp32", 20, 600), busy("int4", 90)], Policy(objective="fastest"))[0]
+    assert said.variant == "int4"
+    assert "as none that passes has a speed that was not disturbed" in said.reason
+    gate = Gate(metric="decode_tok_s", of="ratio", to="baseline", min=2)
+    judged = choose(rough, Policy(gates=(gate,)))[1][1].gates[0]
+    assert judged.disturbed
+    assert "4.5*" in judged.detail
 
 
 STRICT = DEFAULT.model_copy(update={"gates": (*DEFAULT.gates, Gate(metric="accuracy", min=0.6))})

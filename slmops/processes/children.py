@@ -125,9 +125,9 @@ def _watch(
             before, signs = signs, output.lines + meter.cpu_s()
             active = active if signs == before else now
             if now - started > timeout_s:
-                stopped = f"It took longer than {timeout_s:.0f} s and was stopped."
+                stopped = f"It took longer than {timeout_s:g} s and was stopped."
             elif now - active > HANGS_S:
-                stopped = f"It neither said nor did anything for {HANGS_S:.0f} s and was stopped."
+                stopped = f"It neither said nor did anything for {HANGS_S:g} s and was stopped."
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
     finally:

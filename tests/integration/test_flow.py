@@ -27,6 +27,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.evaluation import speed
+from slmops.processes import children
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 from tests import making
@@ -234,19 +235,32 @@ def test_bad_input_from_the_form_ends_as_one_message_and_a_typed_name_stays(
 
 
 def test_failing_precisions_leave_the_others_and_without_a_baseline_nothing_is_chosen(
-    first: First, settings: Settings, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    first: First,
+    settings: Settings,
+    job: Job,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "slmops")
+
+    def kill(_mb: float) -> None:
+        for process in making.workers("int4.olive.log"):
+            process.kill()
+
+    monkeypatch.setattr(children, "watchers", [kill])
     config = tmp_path / "half.json"  # which Olive takes, and of which it makes nothing
     passes = {"export": {"type": "ModelBuilder", "precision": "fp16"}}
     config.write_text(json.dumps({"input_model": {"model_path": job.model}, "passes": passes}))
-    update = {"model": "", "precision": ["int8"], "olive_config": config, "export_tolerance": 1e-12}
-    comparison = unsuccessful(job.model_copy(update=update), WorkError, r"2 of 3 variants failed: fp32, half\.")
+    update = {"model": "", "precision": ["int4", "int8"], "int4_block_size": 64, "olive_config": config}
+    asked = job.model_copy(update={**update, "export_tolerance": 1e-12})
+    comparison = unsuccessful(asked, WorkError, r"3 of 4 variants failed: fp32, int4, half\.")
     results = {result.name: result for result in comparison.variants}
     statuses = {name: result.status for name, result in results.items()}
-    assert statuses == {"fp32": "failed", "int8": "ok", "half": "failed"}
+    assert statuses == {"fp32": "failed", "int4": "failed", "int8": "ok", "half": "failed"}
     assert "differs from the checkpoint by" in (results["fp32"].reason or "")
     assert store.load(first.comparison.variants[0].path) is not None  # it stays for others
+    assert "The process was killed by SIGKILL" in (results["int4"].reason or "")
     reason = "half: Olive produced no model. FP16 is not supported on CPU."
     assert (results["half"].reason or "").startswith(reason)
     assert (results["half"].path, results["half"].foundry_id, results["half"].metrics) == (None, None, {})
@@ -261,7 +275,10 @@ def test_failing_precisions_leave_the_others_and_without_a_baseline_nothing_is_c
     assert any(message.startswith("int8: unchanged since it was converted") for message in caplog.messages)
 
     client = MlflowClient(settings.tracking_uri)
-    parent, failed = (client.get_run(run) for run in (comparison.run_id, results["half"].run_id))
+    parent, killed, failed = (
+        client.get_run(run) for run in (comparison.run_id, results["int4"].run_id, results["half"].run_id)
+    )
+    assert (killed.info.status, killed.data.tags["slmops.reason"]) == ("FAILED", results["int4"].reason)
     assert (parent.info.status, failed.info.status) == ("FAILED", "FAILED")
     assert failed.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert failed.data.tags["slmops.reason"].startswith(reason)
@@ -270,10 +287,11 @@ def test_failing_precisions_leave_the_others_and_without_a_baseline_nothing_is_c
 
     run = flow_runs("optimize")[-1]
     assert run.state_name == "Failed"
-    assert "2 of 3 variants failed: fp32, half." in str(run.state.message if run.state else "")
+    assert "3 of 4 variants failed: fp32, int4, half." in str(run.state.message if run.state else "")
     shown = artifacts(run)
     assert shown[f"progress-{KEY}"] == 100
     assert f"half failed: {reason}" in shown[f"report-{KEY}"]
+    assert "int4 failed: The process was killed by SIGKILL" in shown[f"report-{KEY}"]
     assert task_runs(run)["convert half"] == "Failed"
     assert not settings.work(NAME).exists()
 

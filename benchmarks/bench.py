@@ -3,7 +3,8 @@
     python benchmarks/bench.py
 
 Runs the demo job twice from nothing in a home of its own, then times one variant in turns by slmops and by
-``direct.py``, which calls the runtime with nothing of slmops in between; then ``serving.py`` and ``cut.py``.
+``direct.py``, which calls the runtime with nothing of slmops in between; then ``conversion.py``, ``serving.py`` and
+``cut.py``.
 """
 
 import json
@@ -50,7 +51,11 @@ def main() -> None:
             sys.stdout.flush()  # the others print by themselves
             status = subprocess.run([SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
             uri = json.loads(status)["mlflow"]["url"]
-            for program in (["serving.py", first.model, "int8", "fp16"], ["cut.py", first.model, uri]):
+            for program in (
+                ["conversion.py", "demo"],
+                ["serving.py", first.model, "int8", "fp16"],
+                ["cut.py", first.model, uri],
+            ):
                 subprocess.run([sys.executable, str(HERE / program[0]), *program[1:]], env=env, check=True)
         finally:
             subprocess.run([SLMOPS, "down"], env=env, check=False)

@@ -4,11 +4,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from slmops.conversion import recipes
-from slmops.core import locks
+from slmops.core import locks, machine
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
 from slmops.core.job import CHECKPOINT, Job
@@ -108,12 +109,23 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         log.info("%s: measuring quality", variant.name)
         of_job = (variant.checkpoint, name, job, settings)
         references = {which: file for which, file in files.items() if file.exists()}
-        scored, text_digest = _score(variant.name, *of_job, folder=registration.path, references=references, write=own)
+        files_of: dict[str, Any] = {"folder": registration.path, "references": references, "write": own}
         sessions = sessions_that_fit(registration.path, MOST_SESSIONS)
         asked: dict[str, Any] = {"folder": settings.foundry, "foundry_id": registration.foundry_id}
-        answers = _ask(variant.name, evaluation_set, *of_job, sessions=sessions, **asked)
-        cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
+        # The child is the first to end: of an interruption nobody waits for the thread.
+        with ThreadPoolExecutor(1) as beside, children.Child() as child:
+            scoring = beside.submit(_score, variant.name, *of_job, within=child, **files_of)
+            if not _fits_twice(variant, job):
+                wait([scoring])
+            answers = _ask(variant.name, evaluation_set, *of_job, sessions=sessions, **asked)
+            cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
+            scored, text_digest = scoring.result()
     return _quality(scored, text_digest, evaluation_set, answers, cases, settings)
+
+
+def _fits_twice(variant: Variant, job: Job) -> bool:
+    """Whether the text may be scored while questions are answered: each process loads the variant."""
+    return job.baseline != CHECKPOINT and 4 * variant.model_mb * 1e6 < machine.memory()[1]
 
 
 def _quality(
@@ -137,7 +149,13 @@ def _quality(
 
 
 def _score(
-    label: str, checkpoint: Checkpoint, name: str, job: Job, settings: Settings, **model: Any
+    label: str,
+    checkpoint: Checkpoint,
+    name: str,
+    job: Job,
+    settings: Settings,
+    within: children.Child | None = None,
+    **model: Any,
 ) -> tuple[LogitsResult, str]:
     """What a model makes of its share of the text, and the text's digest."""
     text, digest = dataset.perplexity_text(job.perplexity_text)
@@ -146,7 +164,7 @@ def _score(
     share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
     model |= {"context_length": checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
     request = LogitsRequest(text=file, tokens=share.count, budget_s=share.budget_s, **model)
-    scored = in_child(logits_worker.handle, request, name, f"{label}.logits", settings)
+    scored = in_child(logits_worker.handle, request, name, f"{label}.logits", settings, within=within)
     share.keep(scored.tokens)
     return scored, digest
 
@@ -172,6 +190,7 @@ def in_child(
     log: str,
     settings: Settings,
     env: dict[str, str] | None = None,
+    within: children.Child | None = None,
 ) -> Result:
     """Score a text or have a model answer; EvaluationError if it fails, UsageError for a bad matcher.
 
@@ -185,6 +204,7 @@ def in_child(
         timeout_s=settings.evaluation_timeout_s,
         error=EvaluationError,
         env=env,
+        within=within,
     )
     return found
 

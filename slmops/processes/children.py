@@ -36,7 +36,8 @@ HANGS_S = 600.0
 """Seconds without a line of output, and without a second of CPU time, after which a child counts as hung."""
 
 watchers: list[Callable[[float], None]] = []
-"""They are told the memory of a child in MB each time that it is sampled."""
+"""They are told the memory in MB of the children at work, each time that one of them is sampled."""
+_taken: dict[int, float] = {}  # MB by process
 
 STEADY_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 """Environment of children whose memory or speed is measured; only glibc knows these variables.
@@ -120,8 +121,9 @@ def _watch(
     try:
         while not output.done and process.poll() is None and output.failure is None and stopped is None:
             memory.append((now := time.monotonic(), meter.mb(process.pid)))
+            _taken[process.pid] = memory[-1][1]
             for watcher in watchers:
-                watcher(memory[-1][1])
+                watcher(sum([*_taken.values()]))
             before, signs = signs, output.lines + meter.cpu_s()
             active = active if signs == before else now
             if now - started > timeout_s:
@@ -131,6 +133,7 @@ def _watch(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
     finally:
+        _taken.pop(process.pid, None)
         if not output.done:
             _end(process)
         output.join(GRACE_S)

@@ -51,6 +51,7 @@ COMMANDS = {
     "doctor": ("local", "Check every prerequisite and say how to get what is missing."),
     "up": ("local", "Start the local Prefect and MLflow servers."),
     "down": ("local", "Stop the local servers, the worker, and the service that a retraining started."),
+    "prune": ("local", "Say what the home holds and what refers to it, and remove what nothing refers to."),
     "status": ("local", "Say what is running, or which versions of a model there are and which is deployed."),
 }
 """Each command's module and its help; only the module of the command that is called is imported."""

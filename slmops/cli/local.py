@@ -1,4 +1,4 @@
-"""The commands about this machine: doctor, up, down, status."""
+"""The commands about this machine: doctor, up, down, status, prune."""
 
 import json as jsonlib
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from slmops.cli import deploy
-from slmops.cli.terminal import Json, output, say
+from slmops.cli.terminal import Json, output, say, show
 from slmops.core.settings import Settings
 from slmops.local import stack
 
@@ -16,6 +16,7 @@ Fix = Annotated[bool, Parameter(help="Install the tested set of packages first."
 GenaiCheckout = Annotated[
     Path | None, Parameter(help="Build ONNX Runtime GenAI from this source checkout and install the wheel first.")
 ]
+Yes = Annotated[bool, Parameter(help="Remove it, rather than only say what would be removed.")]
 Worker = Annotated[bool, Parameter(help="Also register the deployments and start a worker that runs them.")]
 
 
@@ -49,6 +50,14 @@ def down() -> None:
     service = ["service"] if home_service.stop(settings) else []
     stopped = [*service, *stack.down(settings)]
     say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+def prune(*, yes: Yes = False, json: Json = False) -> None:
+    from slmops.delivery import prune as pruning
+
+    settings = Settings()
+    found = pruning.prune(settings, stack.tracking_uri(settings), remove=yes)
+    show(found, found.text, json=json)
 
 
 def status(name: str | None = None, /, *, json: Json = False) -> None:

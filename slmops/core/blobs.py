@@ -41,11 +41,12 @@ def keep(path: Path, file: VariantFile, settings: Settings) -> None:
         (settings.blobs / file.sha256).hardlink_to(path)
 
 
-def prune(settings: Settings) -> None:
-    """Remove what nothing in this home has used for a day, what is left of downloads, and this store's predecessor."""
+def prune(settings: Settings, unused_s: float = KEPT_S) -> None:
+    """Remove what nothing in this home has used for so many seconds, what is left of downloads, and this store's
+    predecessor."""
     shutil.rmtree(settings.home / "exchange", ignore_errors=True)
     for path in (*settings.blobs.glob("*"), *(settings.blobs / "downloads").rglob("*.part")):
         with suppress(FileNotFoundError):  # another process was faster
             stat = path.stat()
-            if path.is_file() and stat.st_nlink == 1 and time.time() - stat.st_mtime > KEPT_S:
+            if path.is_file() and stat.st_nlink == 1 and time.time() - stat.st_mtime > unused_s:
                 path.unlink()

@@ -203,6 +203,10 @@ class Tracker(Connection):
             raise UsageError(f"There is no finished comparison{of}.", fix)
         return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
+    def models(self) -> list[str]:
+        """The names of all models of which there are jobs."""
+        return [one.name for one in self._client.search_experiments() if one.tags.get(KIND) == "model"]
+
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
         comparison = Comparison.model_validate_json(self._client.text_of(job_id, COMPARISON_FILE))
         return comparison, Policy.model_validate_json(self._client.text_of(job_id, POLICY_FILE))

@@ -12,13 +12,13 @@ from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
 from flows.variant import make_here
 from slmops import preflight
 from slmops.checkpoints import room
-from slmops.cluster.parts import Measured, figures
+from slmops.cluster.parts import Measured, MeasuredPeer, figures, peer_figures
 from slmops.core import blobs
 from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
 from slmops.core.job import CHECKPOINT, Job, JobContext
 from slmops.core.settings import Settings
-from slmops.core.values import Comparison, Recipe, VariantResult
+from slmops.core.values import PEER_PREFIX, Comparison, Recipe, VariantResult
 from slmops.evaluation import summary
 from slmops.local import stack
 from slmops.selection import policy as policies
@@ -72,7 +72,7 @@ def optimize(job: Job) -> Comparison:
 
 def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]) -> tuple[Comparison, str]:
     """Make and measure all variants, choose one, and log all of it; returns the address of its page in MLflow, too."""
-    made, results = _make(recipes, context)
+    made, results, peers = _make(recipes, context)
     policy = policies.load(context.job.policy)
     measured = next((result.run_id for result in results if result.status == "ok"), None)
     champion = steps.get_champion(Tracker(context.tracking_uri), context.name, measured)
@@ -88,6 +88,7 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
         baseline=baseline,
         room=context.room and context.room.model_copy(update=peaks),
         measured_earlier=next((one.earlier for one in made.values()), {}),
+        peers=tuple(peers),
     )
     return comparison, steps.finish_tracking(context, comparison, policy)
 
@@ -101,8 +102,10 @@ def _checkpoint_as_baseline(made: dict[str, Measured], context: JobContext) -> V
     return VariantResult(name=CHECKPOINT, status="ok", metrics=metrics, measurements=figures)
 
 
-def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measured], list[VariantResult]]:
-    """Make and measure all variants here or on other machines; returns what was made, and a result for each recipe."""
+def _make(
+    recipes: list[Recipe], context: JobContext
+) -> tuple[dict[str, Measured], list[VariantResult], list[VariantResult]]:
+    """Make and measure all variants here or on other machines; returns what was made, results, and those of peers."""
     tracker, progress = Tracker(context.tracking_uri), ProgressBar(context.name, steps=2 * len(recipes))
     workers = find_workers(context) if context.settings.pools else None
     outcomes = fan_out(workers, recipes, context, progress) if workers else make_here(recipes, context, progress)
@@ -112,13 +115,19 @@ def _make(recipes: list[Recipe], context: JobContext) -> tuple[dict[str, Measure
     with closing(outcomes):
         for name, outcome in outcomes:
             if isinstance(outcome, SlmopsError):
-                results[name] = steps.track_failure(tracker, context.run_id, name, str(outcome), context.logs)
+                kind = "peer" if name.startswith(PEER_PREFIX) else "variant"
+                results[name] = steps.track_failure(tracker, context.run_id, name, str(outcome), context.logs, kind)
+                continue
+            if isinstance(outcome, MeasuredPeer):
+                measured = peer_figures(outcome, baseline, context.checkpoint)
+                results[name] = steps.track_peer(tracker, context.run_id, name, measured)
                 continue
             if outcome.variant.recipe.baseline:
                 baseline = outcome
             made[name] = outcome
             results[name] = _track(outcome, baseline, context, tracker)
-    return made, [results[recipe.name] for recipe in recipes]
+    variants = [results.pop(recipe.name) for recipe in recipes]
+    return made, variants, list(results.values())
 
 
 def _track(one: Measured, baseline: Measured | None, context: JobContext, tracker: Tracker) -> VariantResult:

@@ -9,7 +9,7 @@ from flows.fan_out import beating
 from flows.running import ProgressBar, plainly
 from slmops.checkpoints import room
 from slmops.cluster import parts
-from slmops.cluster.parts import Failure, Figures, Measured, Outcomes, Part, PartResult
+from slmops.cluster.parts import Failure, Figures, Measured, MeasuredPeer, Outcomes, Part, PartResult
 from slmops.conversion.convert import in_order, together
 from slmops.core import blobs, machine
 from slmops.core.errors import SlmopsError, TrackingError
@@ -17,8 +17,9 @@ from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Registration, Variant
 from slmops.evaluation.earlier import Earlier
+from slmops.evaluation.peers import NAMES as PEERS
 from slmops.evaluation.quality import Quality
-from slmops.evaluation.speed import Speed
+from slmops.evaluation.speed import Peer, Speed
 from slmops.local import stack
 from slmops.processes.children import Child
 from slmops.tracking.exchange import Exchange
@@ -47,12 +48,18 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
                 progress.step()
     if not made:
         return
+    peers: list[Peer] = []
+    if context.job.peer:
+        try:
+            peers = steps.make_gguf_files(context)
+        except SlmopsError as error:
+            yield from ((name, error) for name in PEERS)
     earlier = Earlier(list(made.values()), context.job, context.settings)
     speeds: dict[str, Speed | SlmopsError]
     if known := earlier.speeds():
         speeds = {**known.variants}
     else:
-        speeds = steps.measure_speed(list(made.values()), context)
+        speeds = steps.measure_speed(list(made.values()), context, peers)
         earlier.keep_speeds(speeds)
     scores = earlier.qualities()
     scored = scores.checkpoint if scores else steps.score_checkpoint(context)
@@ -79,8 +86,27 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
             outcome = error
         progress.step()
         yield variant.name, outcome
+    for peer in peers:
+        yield peer.name, _measure_peer(peer, speeds[peer.name], scored, context)
     if not scores:
         earlier.keep_qualities(qualities, scored)
+
+
+def _measure_peer(
+    peer: Peer, speed: Speed | SlmopsError, scored: Quality | None, context: JobContext
+) -> MeasuredPeer | SlmopsError:
+    try:
+        if isinstance(speed, SlmopsError):
+            raise speed
+        return MeasuredPeer(
+            size_mb=peer.file.stat().st_size / 1e6,
+            speed=speed,
+            quality=steps.score_peer(peer, context),
+            scored=scored,
+            hardware=machine.hardware(),
+        )
+    except SlmopsError as error:
+        return error
 
 
 @flow(name="variant", persist_result=False)

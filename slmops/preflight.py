@@ -1,5 +1,6 @@
 """Is what a job was given usable? Looked at before anything starts: in about a second, and all of it at once."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
@@ -7,7 +8,7 @@ from textwrap import indent
 from slmops.checkpoints import inspection, source
 from slmops.checkpoints.chat_template import ChatTemplate
 from slmops.conversion import olive_config, recipes
-from slmops.core.errors import SlmopsError, UsageError
+from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.evaluation import dataset, matchers
@@ -34,6 +35,7 @@ def check(job: Job, settings: Settings) -> Job:
         lambda: matchers.load_function(job.matcher) if job.matcher else None,
         lambda: dataset.perplexity_text(job.perplexity_text),
         lambda: _check_folder(job.output_path) if job.output_path else None,
+        lambda: _check_peer(settings) if job.peer else None,
     ]
     problems: dict[str, SlmopsError] = {}  # a broken chat template is a problem of the checkpoint, too
     for one in checks:
@@ -52,6 +54,18 @@ def check(job: Job, settings: Settings) -> Job:
 def _check_template(job: Job) -> None:
     if (text := inspection.read_template(job)) is not None and job.chat_template is not None:
         prompt_template.derive(ChatTemplate(path=job.chat_template, text=text))
+
+
+def _check_peer(settings: Settings) -> None:
+    if settings.pools:
+        said = "A peer is measured beside the variants, which a job on work pools measures elsewhere."
+        raise UsageError(said, "Leave out --peer, or unset SLMOPS_POOLS.")
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise PrerequisiteError(
+            "--peer llama.cpp needs the package llama-cpp-python, which is not installed.",
+            "In slmops' source tree: pip install -c constraints.txt -e '.[peers]'. docs/measuring.md says with which "
+            "CMAKE_ARGS.",
+        )
 
 
 def _check_folder(path: Path) -> None:

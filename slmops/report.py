@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import tabulate
 
 from slmops.core.job import BASELINE
-from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
+from slmops.core.values import PEER_PREFIX, Comparison, GateResult, Measurement, VariantResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,12 +52,17 @@ INTERVALS = (
 
 def table(comparison: Comparison, style: str = "simple") -> str:
     """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``."""
+    results = (*comparison.variants, *comparison.peers)
     shown = {metric for result in comparison.variants for metric, value in result.metrics.items() if value}
     columns = [one for one in (*COLUMNS, *MISMATCHES) if one[1] in shown or one[1] not in SOMETIMES]
-    chosen = comparison.choice.variant
     rows = [
-        [result.name, *(_cell(result, *column[1:]) for column in columns), _gates_of(result), _mark(result, chosen)]
-        for result in comparison.variants
+        [
+            result.name.removeprefix(PEER_PREFIX),
+            *(_cell(result, *column[1:]) for column in columns),
+            _gates_of(result),
+            _mark(result, comparison),
+        ]
+        for result in results
     ]
     headers = ["variant", *(_of_baseline(title, comparison) for title, *_ in columns), "gates", ""]
     return _tabulate(rows, headers, style, ["left", *["right"] * len(columns), "left", "left"])
@@ -136,10 +141,12 @@ def _gates_of(result: VariantResult) -> str:
     return f"{outcomes.count('pass')}/{len(outcomes)}" if outcomes else "-"
 
 
-def _mark(result: VariantResult, chosen: str | None) -> str:
+def _mark(result: VariantResult, comparison: Comparison) -> str:
     if result.status != "ok":
         return result.status
-    if result.name == chosen:
+    if result in comparison.peers:
+        return "llama.cpp"
+    if result.name == comparison.choice.variant:
         return "chosen"
     return f"dominated by {result.dominated_by}" if result.dominated_by else ""
 
@@ -163,11 +170,16 @@ def remarks(comparison: Comparison) -> list[str]:
     if earlier := comparison.measured_earlier:
         dated = " and ".join(f"{what} on {when:%Y-%m-%d at %H:%M} UTC" for what, when in earlier.items())
         said.append(f"Nothing has changed since an earlier job measured {dated}; --remeasure measures anew.")
+    if comparison.peers:
+        names = ", ".join(result.name.removeprefix(PEER_PREFIX) for result in comparison.peers)
+        said.append(
+            f"{names}: the same checkpoint in llama.cpp, for reference; no gate judges it, and it is not chosen."
+        )
     if comparison.room:
         said.append(comparison.room.text)
     return said + [
         f"{result.name}{' failed' if result.status == 'failed' else ''}: {result.reason}"
-        for result in comparison.variants
+        for result in (*comparison.variants, *comparison.peers)
         if result.reason
     ]
 
@@ -185,7 +197,7 @@ def html(comparison: Comparison) -> str:
 
 
 def _charts(comparison: Comparison) -> str:
-    measured = [result for result in comparison.variants if result.status == "ok"]
+    measured = [result for result in (*comparison.variants, *comparison.peers) if result.status == "ok"]
     if not measured:
         return ""
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from slmops.conversion import olive_config, recipes
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
+from slmops.evaluation import gguf_worker
 from slmops.foundry import agreement
 from slmops.local import doctor
 from slmops.tracking.tracker import Tracker
@@ -38,6 +39,8 @@ def get_checkpoint(job: Job, settings: Settings, tracking_uri: str) -> Checkpoin
 def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     """The job with its baseline, and its recipes, each known to fit the checkpoint, the disk and the memory."""
     checkpoint, settings = context.checkpoint, context.settings
+    if context.job.peer:
+        gguf_worker.check(checkpoint.path)
     job = room.with_baseline(context.job, checkpoint, settings)
     planned = recipes.for_job(job, checkpoint, settings)
     needed = room.check(planned, checkpoint, job, settings, converts=not settings.pools)

@@ -18,12 +18,16 @@ from tasks.stage import artifact_key, stage
 
 log = logging.getLogger("slmops.track")
 
-WORK = ("convert variant", "register variant", "measure speed", "score checkpoint", "measure quality")
+WORK = (
+    *("convert variant", "register variant", "measure speed", "score checkpoint", "measure quality"),
+    *("make gguf files", "score peer"),
+)
 """The stages that are conversion or measurement; all else that a job does is orchestration."""
 
 choose_variant = stage("choose variant")(choice.choose)
 get_champion = stage("get champion", tracking=True)(Tracker.champion)
 track_variant = stage("track {variant.recipe.name}", tracking=True)(Tracker.log_variant)
+track_peer = stage("track {name}", tracking=True)(Tracker.log_peer)
 track_failure = stage("track failure of {recipe}", tracking=True)(Tracker.log_failure)
 
 
@@ -73,7 +77,8 @@ def show_comparison(comparison: Comparison, run_url: str) -> None:
     """Publish report, table and link as artifacts of the flow run."""
     name = comparison.model
     page = report.markdown(comparison, run_url)
-    rows = [{"variant": result.name, "status": result.status, **_shown(result)} for result in comparison.variants]
+    results = (*comparison.variants, *comparison.peers)
+    rows = [{"variant": result.name, "status": result.status, **_shown(result)} for result in results]
     create_markdown_artifact(page, artifact_key("report", name), f"{name}: comparison and choice")
     create_table_artifact(rows, artifact_key("metrics", name), f"{name}: every metric of every variant")
     create_link_artifact(run_url, f"{name} in MLflow", artifact_key("mlflow", name))

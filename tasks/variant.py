@@ -3,13 +3,16 @@
 The timeouts are those of the child processes, which are killed whole; a task's own timeout would leave them running.
 """
 
+from collections.abc import Sequence
+
 from slmops.cluster import parts
 from slmops.cluster.parts import Files, Part, PartResult
 from slmops.conversion.convert import convert
 from slmops.core.errors import SlmopsError
 from slmops.core.job import JobContext
 from slmops.core.values import Recipe, Registration, Variant
-from slmops.evaluation import quality, speed
+from slmops.evaluation import peers, quality, speed
+from slmops.evaluation.speed import Peer
 from slmops.foundry.register import register
 from slmops.processes.children import Child
 from slmops.tracking.exchange import Exchange
@@ -40,12 +43,15 @@ def register_variant(variant: Variant, context: JobContext, within: Child | None
     return register(variant, context.name, context.job, context.settings, within)
 
 
+make_gguf_files = stage()(peers.make_gguf_files)
+
+
 @stage()
 def measure_speed(
-    made: list[tuple[Variant, Registration]], context: JobContext
+    made: list[tuple[Variant, Registration]], context: JobContext, peers: Sequence[Peer] = ()
 ) -> dict[str, speed.Speed | SlmopsError]:
-    """Speed and memory of all variants, in interleaved rounds, each turn in a fresh process."""
-    return speed.measure(made, context.name, context.job, context.settings)
+    """Speed and memory of all variants and peers, in interleaved rounds, each turn in a fresh process."""
+    return speed.measure(made, context.name, context.job, context.settings, peers)
 
 
 @stage()
@@ -58,6 +64,12 @@ def score_checkpoint(context: JobContext) -> quality.Quality | None:
 def measure_quality(variant: Variant, registration: Registration, context: JobContext) -> quality.Quality:
     """Distributions, answers and edge cases of one variant, each in a fresh process."""
     return quality.measure(variant, registration, context.name, context.job, context.settings)
+
+
+@stage("score {peer.name}")
+def score_peer(peer: Peer, context: JobContext) -> quality.Quality:
+    """Distributions of a GGUF file, in a fresh process."""
+    return quality.score_peer(peer, context.checkpoint, context.name, context.job, context.settings)
 
 
 @stage(tracking=True)

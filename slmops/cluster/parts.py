@@ -30,6 +30,7 @@ from slmops.core.values import (
     Evaluation,
     Frozen,
     Hardware,
+    Measurement,
     Recipe,
     Registration,
     Variant,
@@ -37,7 +38,7 @@ from slmops.core.values import (
 )
 from slmops.evaluation.quality import Quality
 from slmops.evaluation.speed import Speed
-from slmops.evaluation.summary import OF_MACHINE, evaluation
+from slmops.evaluation.summary import OF_MACHINE, evaluation, of_peer
 from slmops.tracking.exchange import Exchange
 
 Stage = Literal["convert", "measure"]
@@ -145,7 +146,14 @@ class Measured(Figures):
     earlier: dict[str, datetime] = Field({}, description="What was taken over from an earlier job, and its age.")
 
 
-Outcomes = Generator[tuple[str, Measured | SlmopsError], None, None]  # recipe name, and what became of it
+class MeasuredPeer(Figures):
+    """What was measured of a GGUF file."""
+
+    size_mb: float
+
+
+Outcomes = Generator[tuple[str, Measured | MeasuredPeer | SlmopsError], None, None]
+"""The name of a recipe or a peer, and what became of it."""
 
 
 def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | None:
@@ -162,11 +170,22 @@ def fetch_result(part: Part, exchange: Exchange, logs: Path) -> PartResult | Non
     return result
 
 
+def _against(one: Figures, baseline: Measured | None, checkpoint: Checkpoint) -> tuple[float, Quality] | None:
+    """Size in MB and quality of what is compared with."""
+    if one.scored and one.scored.answers:  # as those of the baseline
+        return checkpoint.size_mb, one.scored
+    return (baseline.variant.model_mb, baseline.quality) if baseline else None
+
+
+def peer_figures(one: MeasuredPeer, baseline: Measured | None, checkpoint: Checkpoint) -> dict[str, Measurement]:
+    """The metrics of a peer, relative to the baseline if there is one."""
+    against, nll = _against(one, baseline, checkpoint), one.scored.nll if one.scored else None
+    return of_peer(one.size_mb, checkpoint, one.speed, one.quality, against, nll)
+
+
 def figures(one: Measured, baseline: Measured | None) -> tuple[Evaluation, str | None]:
     """The metrics that compare with the baseline, and why the others are left out; None: none are."""
-    against = (baseline.variant.model_mb, baseline.quality) if baseline else None
-    if one.scored and one.scored.answers:  # as those of the baseline
-        against = one.variant.checkpoint.size_mb, one.scored
+    against = _against(one, baseline, one.variant.checkpoint)
     measured = evaluation(one.variant, one.speed, one.quality, against, one.scored.nll if one.scored else None)
     here, there = one.hardware.kind, (baseline or one).hardware.kind
     if here == there:

@@ -80,6 +80,8 @@ class Job(Frozen, use_attribute_docstrings=True):
     """About how long the text and the questions may take, all models together; fewer of both are used if need be."""
     upload: bool = False
     """Put all accepted variants into the registry whole, for other machines; by default a promotion does that."""
+    peer: Literal["llama.cpp"] | None = None
+    """Also measure its Q8_0 and Q4_K_M of the checkpoint, as a reference that is never chosen."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
     remeasure: bool = False
     """Measure anew, instead of taking over what an earlier job measured of the same variants on this machine."""

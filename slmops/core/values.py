@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MANIFEST = "variant.json"
+PEER_PREFIX = "llama.cpp-"  # of peers' names; no recipe's name has a dot
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of a model or a variant; it may become part of a path, and MLflow and Foundry Local accept it."""
@@ -356,6 +357,7 @@ class Comparison(Frozen):
     measured_earlier: dict[str, datetime] = Field(
         {}, description="What was taken over from an earlier job ('speed', 'quality'), and when that was measured."
     )
+    peers: tuple[VariantResult, ...] = Field((), description="llama.cpp's files of the checkpoint, for reference.")
 
     @property
     def failed(self) -> list[str]:

@@ -52,7 +52,7 @@ class Earlier:
 
     def __init__(self, made: Sequence[tuple[Variant, Registration]], job: Job, settings: Settings) -> None:
         self._keys = tuple(variant.key for variant, _ in made)
-        self._anew = job.remeasure
+        self._anew = job.remeasure or job.peer is not None  # which is measured in the same rounds
         common = {
             "format": MEASURED_AS,
             "hardware": machine.hardware().kind,

@@ -19,6 +19,7 @@ from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker
 from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
+from slmops.evaluation.speed import Peer
 from slmops.foundry.layout import sessions_that_fit
 from slmops.processes import children
 from slmops.processes.children import Request, Result
@@ -126,6 +127,17 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
 def _fits_twice(variant: Variant, job: Job) -> bool:
     """Whether the text may be scored while questions are answered: each process loads the variant."""
     return job.baseline != CHECKPOINT and 4 * variant.model_mb * 1e6 < machine.memory()[1]
+
+
+def score_peer(peer: Peer, checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality:
+    """What llama.cpp makes of the text, relative to the references that there are; it is asked no questions."""
+    files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
+    references = {which: file for which, file in files.items() if file.exists()}
+    with locks.machine(settings):
+        log.info("%s: measuring quality", peer.name)
+        of_job = (checkpoint, name, job, settings)
+        scored, digest = _score(peer.name, *of_job, folder=peer.folder, gguf=peer.file, references=references)
+    return _quality(scored, digest, EvaluationSet(items=(), digest=""), (), (), settings)
 
 
 def _quality(

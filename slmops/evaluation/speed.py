@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,27 +113,47 @@ class Speed(Frozen):
     cores: int
 
 
+class Peer(Frozen):
+    """A GGUF file of the checkpoint, which is measured beside the variants."""
+
+    name: str
+    file: Path
+    folder: Path  # of the checkpoint, for its tokenizer and chat template
+    context_length: int
+
+
 class _Contestant:
-    def __init__(self, variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> None:
-        self.name = variant.name
-        self.log = settings.logs / name / f"{variant.name}.speed.log"
-        self.staged = stage(registration, settings.work(name) / f"{variant.name}-speed", fixed_length=True)
-        self.cells = grid(self.staged, job)
+    def __init__(self, which: str, asked: SpeedRequest, name: str, job: Job, settings: Settings) -> None:
+        self.name = which
+        self.log = settings.logs / name / f"{which}.speed.log"
+        self.asked = asked.model_copy(update={"cells": grid(asked, job)})
         self.turns: list[Turn] = []
 
 
 def measure(
-    made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings
+    made: list[tuple[Variant, Registration]], name: str, job: Job, settings: Settings, peers: Sequence[Peer] = ()
 ) -> dict[str, Speed | SlmopsError]:
-    """Measure all variants in interleaved rounds; by name their turns, or the error that made a variant drop out."""
+    """Measure all variants and peers in interleaved rounds; by name their turns, or the error that ended them."""
     contestants: list[_Contestant] = []
     results: dict[str, Speed | SlmopsError] = {}
     with locks.machine(settings):
         for variant, registration in made:
             try:
-                contestants.append(_Contestant(variant, registration, name, job, settings))
+                staged = stage(registration, settings.work(name) / f"{variant.name}-speed", fixed_length=True)
+                asked = SpeedRequest(**staged.model_dump(), cells=())
+                contestants.append(_Contestant(variant.name, asked, name, job, settings))
             except SlmopsError as error:
                 results[variant.name] = error
+        for peer in peers:
+            asked = SpeedRequest(
+                home=settings.work(name),
+                folder=peer.folder,
+                foundry_id=peer.name,
+                context_length=peer.context_length,
+                cells=(),
+                gguf=peer.file,
+            )
+            contestants.append(_Contestant(peer.name, asked, name, job, settings))
         rounds = QUICK_ROUNDS if job.quick else ROUNDS
         fastest = min(calibrate() for _ in range(3))
         for number in range(rounds):
@@ -150,7 +171,7 @@ def measure(
         # Again, now that the fastest loop of the whole job is known.
         limit = DISTURBED * fastest
         turns = (turn.model_copy(update={"disturbed": max(turn.calibration_s) > limit}) for turn in one.turns)
-        results[one.name] = Speed(cells=one.cells, turns=tuple(turns), cores=cores)
+        results[one.name] = Speed(cells=one.asked.cells, turns=tuple(turns), cores=cores)
     for variant, _ in made:
         shutil.rmtree(settings.work(name) / f"{variant.name}-speed", ignore_errors=True)
     return results
@@ -158,16 +179,16 @@ def measure(
 
 def _take_turn(one: _Contestant, fastest: float, settings: Settings, *, first: bool) -> float:
     """Measure once, and once more if that was disturbed. Returns the fastest calibration loop so far."""
-    most = sessions_that_fit(one.staged.folder, max(SESSIONS))
+    most = 0 if one.asked.gguf else sessions_that_fit(one.asked.folder, max(SESSIONS))
     for _ in range(2):
         before = calibrate()
         measured, finished = children.call(
             handle,
-            SpeedRequest(
-                **one.staged.model_dump(),
-                cells=one.cells,
-                sessions=tuple(one for one in SESSIONS if one <= most) if first else (),
-                drop_cache=first,
+            one.asked.model_copy(
+                update={
+                    "sessions": tuple(sessions for sessions in SESSIONS if sessions <= most) if first else (),
+                    "drop_cache": first,
+                }
             ),
             log=one.log,
             timeout_s=settings.evaluation_timeout_s,

@@ -48,19 +48,14 @@ def evaluation(
     """All figures of a variant, those relative to the baseline (its MB and quality) only if there is one, and every
     timed request."""
     measured = {
-        "size_mb": Measurement.exact(variant.model_mb, "MB"),
-        "size_source_ratio": Measurement.exact(variant.model_mb / variant.checkpoint.size_mb, "1"),
+        **of_peer(variant.model_mb, variant.checkpoint, speed, quality, baseline, checkpoint_nll),
         "bits_per_weight": Measurement.exact(variant.weights.bits_per_weight, "bits"),
         "tokenizer_mismatches": Measurement.exact(variant.checkpoint.tokenizer_mismatches, "texts"),
         "template_mismatches": Measurement.exact(variant.checkpoint.template_mismatches, "conversations"),
         "convert_s": Measurement(value=variant.convert_s, unit="s"),
         "convert_memory_peak_mb": Measurement(value=variant.convert_memory_peak_mb, unit="MB"),
-        **of_speed(speed),
-        **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
         **_answers(quality.answers, baseline[1].answers if baseline else None),
     }
-    if baseline:
-        measured["size_ratio"] = Measurement.exact(variant.model_mb / baseline[0], "1")
     if quality.cases:
         measured["edge_cases_passed"] = edge_cases.measurement(quality.cases)
     return Evaluation(
@@ -85,6 +80,26 @@ def evaluation(
         text_digest=quality.text_digest,
         extent=quality.extent,
     )
+
+
+def of_peer(
+    size_mb: float,
+    checkpoint: Checkpoint,
+    speed: Speed,
+    quality: Quality,
+    baseline: tuple[float, Quality] | None,
+    checkpoint_nll: tuple[float, ...] | None,
+) -> Measurements:
+    """The figures that any file of weights has, ONNX or not."""
+    measured = {
+        "size_mb": Measurement.exact(size_mb, "MB"),
+        "size_source_ratio": Measurement.exact(size_mb / checkpoint.size_mb, "1"),
+        **of_speed(speed),
+        **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
+    }
+    if baseline:
+        measured["size_ratio"] = Measurement.exact(size_mb / baseline[0], "1")
+    return measured
 
 
 def of_checkpoint(checkpoint: Checkpoint, quality: Quality) -> Measurements:

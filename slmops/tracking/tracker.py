@@ -108,14 +108,23 @@ class Tracker(Connection):
             extent=evaluation.extent,
         )
 
-    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path) -> VariantResult:
-        """Log a variant that failed, with the reason and what logs there are."""
-        run_id = self._child(parent, recipe)
+    def log_failure(self, parent: str, recipe: str, reason: str, logs: Path, kind: str = "variant") -> VariantResult:
+        """Log a variant or a peer that failed, with the reason and what logs there are."""
+        run_id = self._child(parent, recipe, kind)
         self._client.set_tags(run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
         for log in sorted(logs.glob(f"{recipe}.*.log")):
             self._client.log_artifact(run_id, str(log), "logs")
         self._client.set_terminated(run_id, "FAILED")
         return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
+
+    def log_peer(self, parent: str, name: str, measured: dict[str, Measurement]) -> VariantResult:
+        """Log a peer of the variants as a child run; returns it as the comparison shows it."""
+        run_id = self._child(parent, name, "peer")
+        figures = {metric: one.value for metric, one in measured.items()}
+        self._client.log_figures(run_id, figures)
+        self._client.log_text(run_id, json.dumps({k: v.model_dump() for k, v in measured.items()}), MEASUREMENTS_FILE)
+        self._client.set_terminated(run_id, "FINISHED")
+        return VariantResult(name=name, status="ok", run_id=run_id, metrics=figures, measurements=measured)
 
     def finish_job(self, comparison: Comparison, policy: Policy, report: str, note: str, *, failed: bool) -> None:
         """Put the comparison, the gates, the policy and the choice into the parent run and close it."""
@@ -277,17 +286,17 @@ class Tracker(Connection):
         links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
         return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
-    def _child(self, parent: str, recipe: str) -> str:
+    def _child(self, parent: str, recipe: str, kind: str = "variant") -> str:
         """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
         experiment = self._client.get_run(parent).info.experiment_id
         of_parent = (f"tags.`{PARENT}` = '{parent}'", f"tags.`slmops.variant` = '{recipe}'")
-        for run in self._client.runs_of(experiment, "variant", *of_parent):
+        for run in self._client.runs_of(experiment, kind, *of_parent):
             of_run = f"source_run_id = '{run.info.run_id}'"
             for model in self._client.search_logged_models([experiment], of_run):
                 self._client.delete_logged_model(model.model_id)
             tracking_evaluation.delete_answers(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
-        tags = {PARENT: parent, KIND: "variant", "slmops.variant": recipe}
+        tags = {PARENT: parent, KIND: kind, "slmops.variant": recipe}
         return self._client.open_run(experiment, recipe, tags)
 
 

@@ -108,7 +108,7 @@ def test_the_comparison_has_the_promised_form_and_is_stored(first: First, settin
     kept = read(MlflowClient(settings.tracking_uri), first.comparison.run_id, "comparison.json", tmp_path)
     assert Comparison.model_validate_json(kept) == first.comparison
     shown = json.loads(first.comparison.model_dump_json())
-    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline", "room", "measured_earlier"]
+    assert list(shown) == ["model", "run_id", "choice", "variants", "baseline", "room", "measured_earlier", "peers"]
     assert shown["baseline"] is None  # it is one of the variants
     assert shown["model"] == NAME
     assert list(shown["choice"]) == ["variant", "reason"]

@@ -87,6 +87,15 @@ def test_a_job_from_start_to_end(book: Book) -> None:
     assert book.artifacts(failed) == {"logs/fp32.olive.log"}
     measured = book.json(run_id, "measurements.json")
     assert measured["perplexity"] == made.evaluation.measurements["perplexity"].model_dump()
+    figures = {"size_mb": Measurement.exact(143, "MB")}
+    peer = book.tracker.log_peer(parent, "llama.cpp-Q8_0", figures)
+    assert peer == VariantResult(
+        name="llama.cpp-Q8_0", status="ok", run_id=peer.run_id, metrics={"size_mb": 143}, measurements=figures
+    )
+    beside = book.run(str(peer.run_id))
+    assert beside.data.tags.items() >= {"slmops.kind": "peer", "mlflow.parentRunId": parent}.items()
+    assert beside.data.metrics == {"size_mb": 143}
+    assert book.json(str(peer.run_id), "measurements.json") == {"size_mb": figures["size_mb"].model_dump()}
     assert book.json(run_id, "samples.json") == [{"prompt_tokens": 32, "first_s": 0.08}]
     assert book.json(run_id, "variant.json") == made.variant.model_dump(mode="json")
     tags = {"slmops.choice": "int4", "slmops.reason": "Because.", "mlflow.note.content": "**note**"}

@@ -9,7 +9,7 @@ import pytest
 from slmops import optimize, preflight
 from slmops.checkpoints import hub
 from slmops.cli.command import run
-from slmops.core.errors import CheckpointError, RecipeError, SlmopsError, UsageError
+from slmops.core.errors import CheckpointError, PrerequisiteError, RecipeError, SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 
@@ -70,6 +70,17 @@ def test_what_cannot_be_used_is_named(
     with pytest.raises(kind) as caught:
         check(folder, **given)
     assert named in str(caught.value)
+
+
+def test_a_peer_needs_its_package_and_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, pools, kind, said in (
+        (False, "", PrerequisiteError, r"llama-cpp-python.*\n.*pip install -c constraints.txt -e '.\[peers\]'"),
+        (True, '[{"name": "big", "memory_gb": 64}]', UsageError, "SLMOPS_POOLS"),
+    ):
+        monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _, there=installed: there or None)
+        monkeypatch.setenv("SLMOPS_POOLS", pools)
+        with pytest.raises(kind, match=said):
+            check(folder, peer="llama.cpp")
 
 
 def test_all_that_is_wrong_is_named_at_once_and_nothing_twice(folder: Path) -> None:

@@ -16,7 +16,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
 from slmops.evaluation import speed
-from slmops.evaluation.speed import Cell, Speed
+from slmops.evaluation.speed import Cell, Peer, Speed
 from slmops.foundry.layout import Staged
 from slmops.processes.children import Finished
 from tests.measured import turn, word_tokenizer
@@ -53,7 +53,7 @@ class Bench:
     def call(self, handle: Any, request: speed.SpeedRequest, **options: Any) -> tuple[speed.SpeedResult, Finished]:
         assert handle is speed.handle
         assert (request.folder / "tokenizer.json").is_file()
-        assert request.home in request.folder.parents
+        assert request.gguf or request.home in request.folder.parents
         self.ends.append(json.loads((request.folder / "genai_config.json").read_text())["model"]["eos_token_id"])
         number = len(self.calls)
         self.calls.append((request.foundry_id.removeprefix(f"{NAME}-").split("-")[0], request, options))
@@ -144,6 +144,20 @@ def test_what_a_turn_is_asked_for_and_what_is_kept_of_it(bench: Bench) -> None:
     # Nothing is left of the staged variants, and what is deployed is as it was.
     assert not files(bench.work)
     assert files(bench.settings.foundry) == before
+
+
+def test_a_peer_has_its_turn_in_each_round_with_the_same_prompts_and_one_session(bench: Bench) -> None:
+    made = bench.make("a")
+    file = bench.settings.home / "Q8_0.gguf"
+    peer = Peer(name="P", file=file, folder=made[1].path, context_length=2048)
+    bench.failing[5] = EvaluationError("It broke.")
+    found = speed.measure([made], NAME, Job(model="m"), bench.settings, [peer])
+    assert bench.order == "aP" * 3
+    ours, theirs = bench.requests[0], bench.requests[1]
+    assert (ours.cells, ours.sessions, ours.gguf) == (theirs.cells, (1, 2, 4), None)
+    assert (theirs.sessions, theirs.drop_cache, theirs.gguf, theirs.folder) == ((), True, file, made[1].path)
+    assert isinstance(found["a"], Speed)
+    assert found["P"] == bench.failing[5]
 
 
 def test_a_repeated_turn_is_asked_for_the_same(bench: Bench) -> None:

@@ -56,6 +56,18 @@ def test_what_the_job_took_is_beside_what_was_estimated() -> None:
     assert "estimated" not in report.text(WIDE)
 
 
+def test_peers_are_rows_for_reference_which_no_gate_judges() -> None:
+    peers = (result("llama.cpp-Q8_0", 143, 1.005), failed("llama.cpp-Q4_K_M", "It cannot be loaded."))
+    made = WIDE.model_copy(update={"peers": peers})
+    assert (row(made, "Q8_0")[-2:], row(made, "Q4_K_M")[-1]) == (["-", "llama.cpp"], "failed")
+    assert "Q8_0" not in report.gates(made)
+    for said in (report.text(made), report.markdown(made, "url"), html(made)):
+        assert "Q8_0, Q4_K_M: the same checkpoint in llama.cpp, for reference" in said
+        assert "llama.cpp-Q4_K_M failed: It cannot be loaded." in said
+    assert "llama.cpp-Q8_0" in html(made).partition("<svg")[2]
+    assert "llama.cpp" not in report.text(WIDE)
+
+
 def cells(line: str) -> list[str]:
     return re.split(r"\s{2,}", line.strip())
 

@@ -1,0 +1,64 @@
+"""What becomes of the peers of a job on one machine, whatever happens to them."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from flows import variant as flow
+from slmops.cluster.parts import MeasuredPeer
+from slmops.core.errors import EvaluationError
+from slmops.core.job import Job, JobContext
+from slmops.core.settings import Settings
+from slmops.evaluation.speed import Peer
+from tests import measured, values
+
+QUALITY, SPEED = measured.quality(), measured.speed(measured.turn(measured.timed(0.1, 1)))
+BROKEN = EvaluationError("It broke.")
+NAMES = ["llama.cpp-Q8_0", "llama.cpp-Q4_K_M"]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
+    """The stages of a job with one variant, which fails to be measured, and two peers."""
+    made = Mock()
+    made.convert_variant.return_value = values.variant(tmp_path)
+    files = [tmp_path / f"{name}.gguf" for name in NAMES]
+    for file in files:
+        file.write_bytes(bytes(2_000_000))
+    where: dict[str, Any] = {"folder": tmp_path, "context_length": 64}
+    made.make_gguf_files.return_value = [Peer(name=file.stem, file=file, **where) for file in files]
+    made.measure_speed.return_value = {"int4": BROKEN, **dict.fromkeys(NAMES, SPEED)}
+    made.score_checkpoint.return_value = None
+    made.score_peer.return_value = QUALITY
+    monkeypatch.setattr(flow, "steps", made)
+    monkeypatch.setattr(
+        flow, "Earlier", lambda *_: Mock(**{"speeds.return_value": None, "qualities.return_value": None})
+    )
+    monkeypatch.setattr(flow, "together", lambda *_: nullcontext())
+    return made
+
+
+def outcomes(folder: Path, peer: str | None = "llama.cpp") -> dict[str, Any]:
+    settings = Settings(home=folder)
+    context = JobContext(Job(model="m", peer=peer), "tiny", values.checkpoint(), settings, "")
+    return dict(flow.make_here([values.variant(folder).recipe], context, Mock()))
+
+
+def test_peers_are_measured_with_the_variants(steps: Mock, tmp_path: Path) -> None:
+    found = outcomes(tmp_path)
+    assert steps.measure_speed.call_args.args[2] == steps.make_gguf_files.return_value
+    whole = MeasuredPeer(size_mb=2, speed=SPEED, quality=QUALITY, hardware=flow.machine.hardware())
+    assert found == {"int4": BROKEN, **dict.fromkeys(NAMES, whole)}
+    assert outcomes(tmp_path, None).keys() == {"int4"}
+
+
+def test_a_peer_that_fails_leaves_the_others(steps: Mock, tmp_path: Path) -> None:
+    steps.measure_speed.return_value = {"int4": BROKEN, NAMES[0]: BROKEN, NAMES[1]: SPEED}
+    found = outcomes(tmp_path)
+    assert found[NAMES[0]] is BROKEN
+    assert isinstance(found[NAMES[1]], MeasuredPeer)
+    steps.make_gguf_files.side_effect = BROKEN
+    assert outcomes(tmp_path) == dict.fromkeys([*NAMES, "int4"], BROKEN)

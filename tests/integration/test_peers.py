@@ -10,9 +10,10 @@ import pytest
 
 from slmops.checkpoints import model as stored
 from slmops.core.errors import CheckpointError
+from slmops.core.settings import Settings
 from slmops.evaluation import gguf_worker
 from slmops.evaluation.gguf_worker import GgufRequest
-from tests import tiny
+from tests import making, tiny
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
 with_llama_cpp = pytest.mark.skipif(
@@ -76,3 +77,28 @@ def test_llama_cpp_computes_the_same_and_quantizes(kind: str, tmp_path: Path) ->
     assert "CPU" in made.system_info
     sizes = [(asked.folder / f"{kind}.gguf").stat().st_size for kind in ("F32", "Q8_0", "Q4_0")]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@with_llama_cpp
+def test_a_job_shows_them_beside_its_variants(settings: Settings, talkative: Path, stock: Settings) -> None:
+    from mlflow import MlflowClient
+
+    from flows.optimize import optimize
+
+    job = making.job(talkative, name="beside", precision=["int8"], peer="llama.cpp")
+    making.place(("fp32", "int8"), job, stock, settings.home)
+    made = optimize(job)
+    q8, q4 = made.peers
+    assert [one.name for one in made.peers] == ["llama.cpp-Q8_0", "llama.cpp-Q4_K_M"]
+    assert made.choice.variant in ("fp32", "int8")
+    of_variants = {metric for metric in made.variants[1].metrics if metric.startswith(("size", "ttft", "decode", "kl"))}
+    for one in made.peers:
+        assert (one.status, one.gates) == ("ok", ())
+        assert one.metrics.keys() > of_variants
+        run = MlflowClient(settings.tracking_uri).get_run(one.run_id)
+        assert run.data.tags["slmops.kind"] == "peer"
+        assert run.data.metrics.keys() == one.metrics.keys()
+    assert 0 < q8.metrics["kl_mean"] < q4.metrics["kl_mean"]
+    assert q8.metrics["perplexity_ratio"] == pytest.approx(1, abs=0.1)
+    assert q4.metrics["size_mb"] < q8.metrics["size_mb"] < made.variants[0].metrics["size_mb"]
+    assert not list(settings.home.rglob("*.gguf"))

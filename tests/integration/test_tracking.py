@@ -9,6 +9,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from slmops.core.errors import TrackingError, UsageError
+from slmops.core.values import Measurement, VariantResult
 from slmops.evaluation import dataset
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.tracker import Tracker

@@ -38,6 +38,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
         flow, "Earlier", lambda *_: Mock(**{"speeds.return_value": None, "qualities.return_value": None})
     )
     monkeypatch.setattr(flow, "together", lambda *_: nullcontext())
+    monkeypatch.setattr(flow, "in_order", list)
     return made
 
 

@@ -16,9 +16,9 @@ from slmops.cluster.parts import Measured, MeasuredPeer, figures, peer_figures
 from slmops.core import blobs
 from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
-from slmops.core.job import CHECKPOINT, Job, JobContext
+from slmops.core.job import CHECKPOINT, PEER_PREFIX, Job, JobContext
 from slmops.core.settings import Settings
-from slmops.core.values import PEER_PREFIX, Comparison, Recipe, VariantResult
+from slmops.core.values import Comparison, Recipe, VariantResult
 from slmops.evaluation import summary
 from slmops.local import stack
 from slmops.selection import policy as policies

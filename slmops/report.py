@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import tabulate
 
-from slmops.core.job import BASELINE
-from slmops.core.values import PEER_PREFIX, Comparison, GateResult, Measurement, VariantResult
+from slmops.core.job import BASELINE, PEER_PREFIX
+from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

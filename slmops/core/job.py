@@ -21,6 +21,7 @@ Precision = Annotated[str, StringConstraints(pattern=NAME_PATTERN), WithJsonSche
 """Name of a recipe, shipped or the user's own."""
 BASELINE = "fp32"
 CHECKPOINT = "checkpoint"
+PEER_PREFIX = "llama.cpp-"  # of peers' names; no recipe's name has a dot
 
 
 class Job(Frozen, use_attribute_docstrings=True):

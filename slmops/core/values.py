@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MANIFEST = "variant.json"
-PEER_PREFIX = "llama.cpp-"  # of peers' names; no recipe's name has a dot
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """Name of a model or a variant; it may become part of a path, and MLflow and Foundry Local accept it."""
@@ -354,9 +353,7 @@ class Comparison(Frozen):
     variants: tuple[VariantResult, ...]
     baseline: VariantResult | None = Field(None, description="The checkpoint, if it is the baseline; else fp32 is.")
     room: Room | None = Field(None, description="None: other machines did the work.")
-    measured_earlier: dict[str, datetime] = Field(
-        {}, description="What was taken over from an earlier job ('speed', 'quality'), and when that was measured."
-    )
+    measured_earlier: dict[str, datetime] = Field({}, description="When 'speed', 'quality' were measured, if earlier.")
     peers: tuple[VariantResult, ...] = Field((), description="llama.cpp's files of the checkpoint, for reference.")
 
     @property
@@ -371,7 +368,7 @@ class Comparison(Frozen):
     @property
     def busy(self) -> str:
         """The footnote of disturbed headline figures: whose they are; empty if there are none."""
-        measured = [result for result in self.variants if result.status == "ok"]
+        measured = [result for result in (*self.variants, *self.peers) if result.status == "ok"]
         rough = [result.name for result in measured if not set(HEADLINE_METRICS).isdisjoint(result.disturbed)]
         steady = [result.name for result in measured if result.name not in rough]
         if not rough:

@@ -4,8 +4,7 @@ import logging
 
 from slmops.core import locks
 from slmops.core.errors import EvaluationError
-from slmops.core.job import JobContext
-from slmops.core.values import PEER_PREFIX
+from slmops.core.job import PEER_PREFIX, JobContext
 from slmops.evaluation import gguf_worker
 from slmops.evaluation.gguf_worker import GgufRequest
 from slmops.evaluation.speed import Peer

@@ -82,7 +82,7 @@ class Job(Frozen, use_attribute_docstrings=True):
     upload: bool = False
     """Put all accepted variants into the registry whole, for other machines; by default a promotion does that."""
     peer: Literal["llama.cpp"] | None = None
-    """Also measure its Q8_0 and Q4_K_M of the checkpoint, as a reference that is never chosen."""
+    """Also measure llama.cpp's Q8_0 and Q4_K_M of the checkpoint: a reference that is never chosen."""
     quick: bool = Field(False, description="Fewer repetitions: rougher figures, sooner.")
     remeasure: bool = False
     """Measure anew, instead of taking over what an earlier job measured of the same variants on this machine."""

@@ -121,6 +121,11 @@ class Peer(Frozen):
     folder: Path  # of the checkpoint, for its tokenizer and chat template
     context_length: int
 
+    def asked(self, home: Path) -> SpeedRequest:
+        """What to time, without the cells."""
+        where = {"home": home, "folder": self.folder, "foundry_id": self.name, "context_length": self.context_length}
+        return SpeedRequest.model_validate({**where, "cells": (), "gguf": self.file})
+
 
 class _Contestant:
     def __init__(self, which: str, asked: SpeedRequest, name: str, job: Job, settings: Settings) -> None:
@@ -145,15 +150,10 @@ def measure(
             except SlmopsError as error:
                 results[variant.name] = error
         for peer in peers:
-            asked = SpeedRequest(
-                home=settings.work(name),
-                folder=peer.folder,
-                foundry_id=peer.name,
-                context_length=peer.context_length,
-                cells=(),
-                gguf=peer.file,
-            )
-            contestants.append(_Contestant(peer.name, asked, name, job, settings))
+            try:
+                contestants.append(_Contestant(peer.name, peer.asked(settings.work(name)), name, job, settings))
+            except SlmopsError as error:
+                results[peer.name] = error
         rounds = QUICK_ROUNDS if job.quick else ROUNDS
         fastest = min(calibrate() for _ in range(3))
         for number in range(rounds):

@@ -126,7 +126,7 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
 
 def _fits_twice(variant: Variant, job: Job) -> bool:
     """Whether the text may be scored while questions are answered: each process loads the variant."""
-    return job.baseline != CHECKPOINT and 4 * variant.model_mb * 1e6 < machine.memory()[1]
+    return job.baseline != CHECKPOINT and 8 * variant.model_mb * 1e6 < machine.memory()[1]
 
 
 def score_peer(peer: Peer, checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality:

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 from slmops.checkpoints import chat_template
-from slmops.core import locks
+from slmops.core import locks, machine
 from slmops.core.errors import CheckpointError, RegistrationError, SlmopsError
-from slmops.core.files import remove_scratch
+from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Registration, Variant
+from slmops.core.values import Frozen, Registration, Variant
 from slmops.foundry import cli, layout, prompt_template, register_worker
 from slmops.foundry.register_worker import RegisterRequest
 from slmops.processes import children
@@ -18,12 +18,20 @@ from slmops.processes import children
 log = logging.getLogger(__name__)
 
 
+class Answered(Frozen):
+    """What a registered folder has answered, and with which packages."""
+
+    answer: str
+    versions: dict[str, str]
+
+
 def register(
     variant: Variant, name: str, job: Job, settings: Settings, within: children.Child | None = None
 ) -> Registration:
     """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
 
-    It is done ``within`` a child that others share, or one of its own.
+    It is done ``within`` a child that others share, or one of its own. What has answered before is not asked again, unless
+    other packages are installed now.
 
     A RegistrationError if Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
     """
@@ -41,7 +49,11 @@ def register(
             cli.confirm(called, models)
             placed = settings.foundry, folder, foundry_id, f"{name} {variant.name}"
             log_file = settings.logs / name / f"{variant.name}.register.log"
-            answer = register_folder(*placed, log=log_file, within=within)
+            proof = settings.foundry / "answered" / f"{folder.name}.json"
+            before = None if new or job.remeasure else Answered.from_file(proof)
+            known = before.answer if before and before.versions == machine.versions() else None
+            answer = register_folder(*placed, log=log_file, within=within, known=known)
+            write_atomic(proof, Answered(answer=answer, versions=machine.versions()).model_dump_json())
         except SlmopsError:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -51,10 +63,20 @@ def register(
 
 
 def register_folder(
-    home: Path, folder: Path, foundry_id: str, display_name: str, *, log: Path, within: children.Child | None = None
+    home: Path,
+    folder: Path,
+    foundry_id: str,
+    display_name: str,
+    *,
+    log: Path,
+    within: children.Child | None = None,
+    known: str | None = None,
 ) -> str:
-    """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError."""
-    request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name)
+    """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError.
+
+    It is not asked if its answer is ``known``.
+    """
+    request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name, answer=known)
     result, _ = children.call(
         register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError, within=within
     )

@@ -18,6 +18,7 @@ class RegisterRequest(Frozen):
     folder: Path
     foundry_id: str
     display_name: str
+    answer: str | None = None  # known from before: then it is not asked
 
 
 class RegisterResult(Frozen):
@@ -33,6 +34,8 @@ def handle(request: RegisterRequest) -> RegisterResult:
         model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
         if request.foundry_id not in {one.id for listed in catalog.list_models() for one in (listed, *listed.variants)}:
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
+        if request.answer is not None:
+            return RegisterResult(answer=request.answer)
         model.load()
         for prompt in PROMPTS:
             reply = runtime.ask(model, [{"role": "user", "content": prompt}], max_tokens=MAX_TOKENS)

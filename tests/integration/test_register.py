@@ -15,7 +15,7 @@ from slmops.core.errors import RegistrationError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Variant
-from slmops.foundry.register import register
+from slmops.foundry.register import Answered, register
 from tests import making, tiny
 from tests.application import application
 
@@ -58,7 +58,17 @@ def test_a_registered_variant_answers_to_an_application(variants: Variants, job:
 
 def test_twice_is_harmless_and_a_change_is_a_new_version(variants: Variants, job: Job, fresh: Settings) -> None:
     first = register(variants["fp32"], "tiny", job, fresh)
-    assert register(variants["fp32"], "tiny", job, fresh) == first
+    # What has answered is not asked again; other packages, or a job that measures anew, ask.
+    [proof] = (fresh.foundry / "answered").iterdir()
+    text = proof.read_text()
+    known = Answered.model_validate_json(text).model_copy(update={"answer": "Known."})
+    proof.write_text(known.model_dump_json())
+    assert register(variants["fp32"], "tiny", job, fresh) == first.model_copy(update={"answer": "Known."})
+    assert register(variants["fp32"], "tiny", job.model_copy(update={"remeasure": True}), fresh) == first
+    for other in (known.model_copy(update={"versions": {}}).model_dump_json(), "{"):
+        proof.write_text(other)
+        assert register(variants["fp32"], "tiny", job, fresh) == first
+    assert proof.read_text() == text
     assert application(fresh.foundry)["listed"] == [first.foundry_id]
 
     changed = job.model_copy(update={"max_length": 128, "temperature": 0.5})

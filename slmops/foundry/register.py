@@ -30,8 +30,8 @@ def register(
 ) -> Registration:
     """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
 
-    It is done ``within`` a child that others share, or one of its own. What has answered before is not asked again, unless
-    other packages are installed now.
+    It is done ``within`` a child that others share, or one of its own. What has answered before is not asked again,
+    unless other packages are installed now.
 
     A RegistrationError if Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
     """

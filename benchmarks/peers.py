@@ -38,7 +38,7 @@ PAIRS = {"int8": "Q8_0", "int4": "Q4_K_M"}
 TOKENS = 2048
 LENGTHS = (128, 512, 1024)  # prompt tokens; the decode rate is that after the first
 OUTPUT, REPETITIONS = 48, 5  # at the first length, in each turn
-LONG_REPETITIONS = 3  # of the others
+LONG_REPETITIONS = 2  # of the others
 TOLERANCE = 1e-3
 FIGURES = ("tokens/s", *(f"first ms {length}" for length in LENGTHS), "memory MB")
 Row = dict[str, str]
@@ -49,13 +49,12 @@ class Contest:
 
     def __init__(self, checkpoint: Path, ours: dict[str, Path], types: list[str], gguf: Path, scratch: Path) -> None:
         self.checkpoint, self.ours, self.scratch = checkpoint, ours, scratch
+        self.fastest = speed.calibrate()
         request = GgufRequest(checkpoint=checkpoint, folder=gguf, types=tuple(types), tolerance=TOLERANCE)
         made, _ = self.call(gguf_worker.handle, request)
         self.theirs = {kind: gguf / f"{kind}.gguf" for kind in types}
         self.fp32_mb = (gguf / "F32.gguf").stat().st_size / 1e6
-        print(
-            f"llama.cpp: {made.system_info}\nlargest error of its fp32 logits: {made.error:.1g} of the largest logit\n"
-        )
+        print(f"llama.cpp: {made.system_info}\nits logits in fp32 differ by {made.error:.1g} of the largest one\n")
 
     def call(self, handle: Callable[[Request], Result], request: Request) -> tuple[Result, Finished]:
         log = self.scratch / "peers.log"
@@ -111,16 +110,9 @@ class Contest:
             where = {"home": self.scratch, "folder": self.checkpoint, "foundry_id": kind, "context_length": context}
             asked[kind] = SpeedRequest(**where, cells=cells, gguf=file)
         turns: dict[str, list[dict[str, list[float]]]] = {label: [] for label in asked}
-        loops = []
         for number in range(rounds):
             for label in list(asked) if number % 2 else list(asked)[::-1]:
-                loops.append(speed.calibrate())
-                measured, finished = self.call(speed.handle, asked[label])
-                first = [[one.first_s * 1e3 for one in measured.timed if one.cell == at] for at in range(len(cells))]
-                gaps = [one.gap_s for one in measured.timed if one.cell == 0]
-                rates = [1 / gap for gap in gaps if gap]
-                turns[label].append(dict(zip(FIGURES, (rates, *first, [finished.memory_peak_mb]), strict=True)))
-        print(f"a fixed loop before each turn took {max(loops) / min(loops):.2f} times as long at most as at least\n")
+                turns[label].append(self._turn(label, asked[label]))
         medians = {
             label: {
                 figure: _text(statistics.percentile_of_rounds([one[figure] for one in own], 50, ""), ".1f")
@@ -139,6 +131,21 @@ class Contest:
                 ]
                 ratios.append([f"{label} / {kind}", *(_text(one, ".3f") for one in each)])
         return medians, ratios
+
+    def _turn(self, label: str, asked: SpeedRequest) -> dict[str, list[float]]:
+        """The samples of each figure, in a process of its own; once more, at most twice, if the machine was busy."""
+        for attempt in range(3):
+            before = speed.calibrate()
+            measured, finished = self.call(speed.handle, asked)
+            loops = (before, speed.calibrate())
+            self.fastest = min(self.fastest, *loops)
+            if max(loops) <= speed.DISTURBED * self.fastest:
+                break
+            print(f"{label}: the machine was busy{', and the figures count' * (attempt == 2)}", flush=True)
+        cells = range(len(asked.cells))
+        first = [[one.first_s * 1e3 for one in measured.timed if one.cell == at] for at in cells]
+        rates = [1 / one.gap_s for one in measured.timed if one.cell == 0 and one.gap_s]
+        return dict(zip(FIGURES, (rates, *first, [finished.memory_peak_mb]), strict=True))
 
     def _stage(self, label: str, folder: Path) -> SpeedRequest:
         registration = Registration(foundry_id=f"{label}-generic-cpu:1", path=folder, answer="")

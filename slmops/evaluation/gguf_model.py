@@ -2,10 +2,15 @@
 
 import ctypes
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Threads that sleep while they wait, as our other children want them, decode at a third of llama.cpp's speed. Its
+# OpenMP reads this when it is loaded.
+os.environ.pop("OMP_WAIT_POLICY", None)
 
 import llama_cpp
 import numpy as np

@@ -4,7 +4,7 @@
 
 Runs the demo job twice from nothing in a home of its own, then times one variant in turns by slmops and by
 ``direct.py``, which calls the runtime with nothing of slmops in between; then ``conversion.py``, ``serving.py`` and
-``cut.py``.
+``cut.py``, and, if llama-cpp-python is installed, ``peers.py``.
 """
 
 import json
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ from slmops import report
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
-from slmops.core.values import Comparison, Registration, VariantResult
+from slmops.core.values import MANIFEST, Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
@@ -51,14 +52,25 @@ def main() -> None:
             sys.stdout.flush()  # the others print by themselves
             status = subprocess.run([SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
             uri = json.loads(status)["mlflow"]["url"]
-            for program in (
+            programs = [
                 ["conversion.py", "demo"],
                 ["serving.py", first.model, "int8", "fp16"],
                 ["cut.py", first.model, uri],
-            ):
+            ]
+            if find_spec("llama_cpp"):
+                programs.append(["peers.py", *_peers(first, Path(home))])
+            for program in programs:
                 subprocess.run([sys.executable, str(HERE / program[0]), *program[1:]], env=env, check=True)
         finally:
             subprocess.run([SLMOPS, "down"], env=env, check=False)
+
+
+def _peers(first: Comparison, home: Path) -> list[str]:
+    """The checkpoint, and each variant as it is deployed."""
+    manifest = json.loads((Path(str(first.variants[0].path)) / MANIFEST).read_text(encoding="utf-8"))
+    deployed = home / "foundry" / "models" / "slmops"
+    folders = [f"{one.name}={deployed / str(one.foundry_id).replace(':', '-')}" for one in first.variants]
+    return [manifest["checkpoint"]["path"], *folders]
 
 
 def _timed(env: dict[str, str]) -> tuple[Comparison, float]:

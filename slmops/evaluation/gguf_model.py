@@ -16,11 +16,10 @@ import llama_cpp
 import numpy as np
 import psutil
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from slmops.checkpoints import chat_template
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
+from slmops.evaluation import prompts
 
 UBATCH = 512  # llama.cpp's default: so many tokens of a prompt are computed at once
 
@@ -96,13 +95,7 @@ class GgufChat:
     """A file with the tokenizer and the chat template of its checkpoint, which lie in ``folder``."""
 
     def __init__(self, file: Path, folder: Path, context: int) -> None:
-        self._file, self._context = file, context
-        template = chat_template.load(folder)
-        if template is None:
-            raise EvaluationError(f"{folder} has no chat template.")
-        self._template = template
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()
+        self._file, self._context, self._encode = file, context, prompts.encoder(folder)
 
     def load(self) -> None:
         self._model = GgufModel(self._file, self._context)
@@ -110,15 +103,13 @@ class GgufChat:
     def unload(self) -> None:
         self._model.close()
 
-    def ask(self, messages: list[dict[str, str]], *, max_tokens: int) -> GgufReply:
-        """Answer a conversation greedily and up to the limit, rendered, tokenized and decoded as a runtime does it."""
+    def ask(self, text: str, max_tokens: int) -> GgufReply:
+        """Answer greedily, up to the limit. Rendering and tokenizing count, as they do in a runtime."""
         started = time.perf_counter()
-        rendered = chat_template.render(self._template, messages)
-        ids = next_ids = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        ids = next_ids = self._encode(text)
         self._model.forget()
         stamps = []
         for _ in range(max_tokens):
             next_ids = [self._model.likeliest(next_ids)]
-            self._tokenizer.decode(next_ids)
             stamps.append(time.perf_counter() - started)
         return GgufReply(len(ids), max_tokens, stamps[0], stamps[-1], stamps[-1])

@@ -13,8 +13,8 @@ _REPORT = (
 )
 
 
-def counter(folder: Path) -> Callable[[str], int]:
-    """A function that counts the tokens of a user's message, including the template."""
+def encoder(folder: Path) -> Callable[[str], list[int]]:
+    """A function that gives the token ids of a user's message, including the template."""
     from tokenizers import Tokenizer
 
     template = chat_template.load(folder)
@@ -23,11 +23,17 @@ def counter(folder: Path) -> Callable[[str], int]:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
 
-    def count(text: str) -> int:
+    def encode(text: str) -> list[int]:
         rendered = chat_template.render(template, [{"role": "user", "content": text}])
-        return len(tokenizer.encode(rendered, add_special_tokens=False).ids)
+        return list(tokenizer.encode(rendered, add_special_tokens=False).ids)
 
-    return count
+    return encode
+
+
+def counter(folder: Path) -> Callable[[str], int]:
+    """A function that counts the tokens of a user's message, including the template."""
+    encode = encoder(folder)
+    return lambda text: len(encode(text))
 
 
 def of_length(tokens: int, count: Callable[[str], int]) -> str | None:

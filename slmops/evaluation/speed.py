@@ -305,12 +305,11 @@ def _model(request: SpeedRequest) -> Any:
 
 
 def _ask(model: Any, cell: Cell) -> Any:
-    message = {"role": "user", "content": cell.text}
-    if ask := getattr(model, "ask", None):
-        return ask([message], max_tokens=cell.output_tokens)
+    if ask := getattr(model, "ask", None):  # llama.cpp's
+        return ask(cell.text, cell.output_tokens)
     from slmops.foundry import runtime
 
-    return runtime.ask(model, [message], max_tokens=cell.output_tokens)
+    return runtime.ask(model, [{"role": "user", "content": cell.text}], max_tokens=cell.output_tokens)
 
 
 def _warm_up(model: Any, cell: Cell) -> None:

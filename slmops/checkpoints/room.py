@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 GB = 1e9
 BYTES_PER_WEIGHT = {32: 4.0, 16: 2.0, 8: 1.1, 4: 0.75, None: 4.0}
 """Bytes of one weight in an ONNX variant, scales included, by the bits that its recipe promises; None: no promise."""
+GGUF_BYTES = 4 + 1.1 + 0.8  # of one weight in llama.cpp's files: fp32, Q8_0, Q4_K_M
 UNTIED = 1.35  # the model builder unties embeddings: the fp32 export of a tied 135 M model is 1.21 times its checkpoint
 SMALL, SHARE = 2 * GB, 1 / 8
 """Memory that an fp32 baseline may take unless it is asked for: so much, or such a share of the machine's."""
@@ -63,6 +64,7 @@ def check(
     if not own:
         memory = conversion_memory(checkpoint)
         work = 2 * max(sizes.values()) + (sizes[BASELINE] if 16 in bits.values() else 0)
+    work += GGUF_BYTES * checkpoint.parameters * (job.peer is not None)
     what = f"{', '.join(sorted(sizes))} of {checkpoint.name}"
     demand(what, memory * converts, sum(sizes.values()) + work, settings, fewer=" ask for fewer precisions,")
     return Room(memory_estimated_mb=memory / 1e6, disk_estimated_mb=work / 1e6) if converts else None

@@ -45,6 +45,16 @@ def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyP
         room.check([INT4], LARGE, OWN, settings)
 
 
+def test_files_for_a_peer_take_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: (10**18, 10**18))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=10**18))
+    found = [
+        room.check([INT4], LARGE, FP32.model_copy(update={"peer": peer}), settings) for peer in (None, "llama.cpp")
+    ]
+    without, beside = (one.disk_estimated_mb for one in found if one)
+    assert beside - without == pytest.approx(5.9 * LARGE.parameters / 1e6)
+
+
 @pytest.mark.parametrize(
     ("millions", "gb", "asked", "expected"),
     [

@@ -50,13 +50,13 @@ def optimize(job: Job) -> Comparison:
         checkpoint = get_checkpoint(job, settings, tracking_uri)
         context = JobContext(job, job.name or checkpoint.name, checkpoint, settings, tracking_uri)
         held.enter_context(turn(settings.locks / f"run-{context.name}.lock", f"the job of {context.name!r}"))
-        _remove_unfinished_work(context)
+        remove_unfinished_work(context)
         context, recipes = plan_recipes(context)
         context = steps.start_tracking(context, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: Tracker(tracking_uri).abort_job(context.run_id)):
             comparison, url = _compare(recipes, context, peaks)
         steps.show_comparison(comparison, url)
-        _remove_unfinished_work(context)
+        remove_unfinished_work(context)
         steps.track_seconds(context, seconds, time.monotonic() - began)
 
     error: SlmopsError
@@ -143,7 +143,7 @@ def _track(one: Measured, baseline: Measured | None, context: JobContext, tracke
     return result.model_copy(update={"reason": left_out})
 
 
-def _remove_unfinished_work(context: JobContext) -> None:
+def remove_unfinished_work(context: JobContext) -> None:
     """Remove this run's, or what a killed run of this model left behind; the job's lock says that it is dead."""
     shutil.rmtree(context.work, ignore_errors=True)
     remove_scratch(context.settings.variants)

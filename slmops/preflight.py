@@ -7,13 +7,14 @@ from textwrap import indent
 
 from slmops.checkpoints import inspection, source
 from slmops.checkpoints.chat_template import ChatTemplate
-from slmops.conversion import olive_config, recipes
+from slmops.conversion import olive_config, recipe_files, recipes
 from slmops.core.errors import PrerequisiteError, SlmopsError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.evaluation import dataset, matchers
 from slmops.foundry import prompt_template
 from slmops.selection import policy
+from slmops.selection.sweep import Sweep
 
 
 def check(job: Job, settings: Settings) -> Job:
@@ -49,6 +50,14 @@ def check(job: Job, settings: Settings) -> Job:
     for problem in problems.values():
         raise problem
     return olive_config.with_model(job)
+
+
+def check_sweep(sweep: Sweep, settings: Settings) -> Job:
+    """The job whose checkpoint and baseline the trials of a sweep have, checked as :func:`check` does."""
+    if sweep.save is not None:
+        recipe_files.place_of(sweep.save, settings)
+    swept = [name for name in recipe_files.find(settings) if recipe_files.load(name, settings).sweep]
+    return check(sweep.job(sweep.precision or swept), settings)
 
 
 def _check_template(job: Job) -> None:

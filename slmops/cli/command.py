@@ -32,6 +32,12 @@ COMMANDS = {
         "Ends with 3 if a gate refuses the result, or if it is rolled back.",
     ),
     "recipes": ("jobs", "List what can be made, your own recipes included: passes, bits, when to take each."),
+    "sweep": (
+        "jobs",
+        "Search recipes and their options for the best trades of size for KL divergence.\n\n"
+        "Speed is not measured: `slmops run` does that with a recipe that was saved.\n\n"
+        "A sweep that was ended goes on when the same one is started again.",
+    ),
     "compare": ("jobs", "Print the latest comparison."),
     "soak": (
         "jobs",

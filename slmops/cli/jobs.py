@@ -1,4 +1,4 @@
-"""The commands that convert, train and measure: run, demo, retrain, recipes, compare, soak, remeasure."""
+"""The commands that convert, train and measure: run, demo, retrain, recipes, sweep, compare, soak, remeasure."""
 
 import json as jsonlib
 from importlib import import_module
@@ -19,9 +19,10 @@ from slmops.evaluation import drift
 from slmops.evaluation.drift import Remeasure, Remeasured
 from slmops.evaluation.soak import Soak, SoakResult
 from slmops.local import stack
+from slmops.selection.sweep import Sweep, Swept
 from slmops.training.values import Retrain, Retrained
 
-FlowResult = Comparison | Retrained | SoakResult | Remeasured
+FlowResult = Comparison | Retrained | SoakResult | Remeasured | Swept
 JobFile = Annotated[
     Path | None, Parameter(name="--job", help="TOML or YAML file with any of these options; flags win.")
 ]
@@ -65,6 +66,11 @@ def recipes(*, json: Json = False) -> None:
         output(f"{name}: {bits}; {' > '.join(one.chain)}\n    {one.when}{place}")
 
 
+def sweep(*, request: Annotated[Sweep, Flat], json: Json = False) -> None:
+    preflight.check_sweep(request, Settings())
+    _run_flow("sweep", request, json=json)
+
+
 def compare(name: Latest = None, /, *, json: Json = False) -> None:
     from slmops.tracking.tracker import Tracker
 
@@ -83,7 +89,9 @@ def _run(job: Job, *, json: bool) -> None:
     _run_flow("optimize", preflight.check(job, Settings()), json=json)
 
 
-def _run_flow(module: str, request: Job | Retrain | Soak | Remeasure, *, json: bool, name: str | None = None) -> None:
+def _run_flow(
+    module: str, request: Job | Retrain | Soak | Remeasure | Sweep, *, json: bool, name: str | None = None
+) -> None:
     """Run a flow and show its result. An error can carry one too: what was measured before a gate said no."""
     with prefect_running() as servers:
         flow = getattr(import_module(f"flows.{module}"), name or module)

@@ -54,6 +54,18 @@ class RecipeFile(Frozen):
         """The values that a sweep tries, by option: ``quantize.group_size`` to ``[16, 32]``."""
         return {dotted(place): values for place, values in _leaves(self.sweep)}
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """Its own values of the options of :attr:`choices`, as far as they are among these."""
+        found = {}
+        for place, values in _leaves(self.sweep):
+            value: Any = self.passes
+            for key in place:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value in values:
+                found[dotted(place)] = value
+        return found
+
     def with_options(self, options: dict[str, Any]) -> Self:
         """The recipe with one value each of some of its :attr:`choices`, and without them."""
         passes: dict[str, Any] = copy.deepcopy(self.passes)
@@ -75,17 +87,29 @@ def find(settings: Settings) -> dict[str, Path]:
     """The files of all recipes by name, the shipped ones first; a RecipeError if a file cannot have its name."""
     found = {name: FOLDER / f"{name}.toml" for name in SHIPPED}
     for path in sorted(settings.recipes.glob("[!.]*")):
-        if path.suffix not in (".toml", ".json"):
-            continue
-        if path.stem in _TAKEN or not re.fullmatch(NAME_PATTERN, path.stem) or re.fullmatch(r"v\d+", path.stem):
-            raise RecipeError(
-                f"{path}: a recipe of your own cannot be called {path.stem!r}.",
-                f"Give the file another name, of letters, digits, - and _, and none of {', '.join(sorted(_TAKEN))}.",
-            )
-        if path.stem in found:
-            raise RecipeError(f"{path} and {found[path.stem].name} have one name.", "Rename one of them.")
-        found[path.stem] = path
+        if path.suffix in (".toml", ".json"):
+            _check_name(path)
+            if path.stem in found:
+                raise RecipeError(f"{path} and {found[path.stem].name} have one name.", "Rename one of them.")
+            found[path.stem] = path
     return found
+
+
+def place_of(name: str, settings: Settings) -> Path:
+    """The file of a new recipe; a RecipeError if there is one of this name, or if it cannot have it."""
+    path = settings.recipes / f"{name}.json"
+    _check_name(path)
+    if name in find(settings):
+        raise RecipeError(f"There is a recipe {name!r} already.", "Take another name, or remove its file.")
+    return path
+
+
+def _check_name(path: Path) -> None:
+    if path.stem in _TAKEN or not re.fullmatch(NAME_PATTERN, path.stem) or re.fullmatch(r"v\d+", path.stem):
+        raise RecipeError(
+            f"{path}: a recipe of your own cannot be called {path.stem!r}.",
+            f"Give the file another name, of letters, digits, - and _, and none of {', '.join(sorted(_TAKEN))}.",
+        )
 
 
 def load(name: str, settings: Settings) -> RecipeFile:

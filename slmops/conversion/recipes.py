@@ -1,10 +1,10 @@
 """The recipes of a job: what their files say, fitted to its checkpoint."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from slmops.conversion import recipe_files
+from slmops.conversion.recipe_files import RecipeFile
 from slmops.core.errors import RecipeError
 from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
@@ -65,27 +65,42 @@ def own(planned: list[Recipe], settings: Settings) -> list[tuple[Path, Recipe]]:
 def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> Recipe:
     """How to make the variant ``name``."""
     file = recipe_files.load(name, settings)
-    passes = copy.deepcopy(file.passes)
     if name == "int4":
         asked = {"group_size": job.int4_block_size, "sym": job.int4_symmetric}
-        for step in passes.values():
-            step.update({key: value for key, value in asked.items() if key in step and value is not None})
-    return fitted(Recipe(name=name, config=workflow(passes), bits=file.bits, genai=file.genai), checkpoint)
+        passes = {
+            key: {**step, **{option: value for option, value in asked.items() if option in step and value is not None}}
+            for key, step in file.passes.items()
+        }
+        file = file.model_copy(update={"passes": passes})
+    return of_file(name, file, checkpoint)
 
 
-def fitted(planned: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe for a checkpoint: without tying embeddings that it does not tie, and with blocks that it can have."""
+def of_file(name: str, file: RecipeFile, checkpoint: Checkpoint) -> Recipe:
+    """What a file says, for a checkpoint: no tying of embeddings that it does not tie, and blocks that it can have."""
     passes: dict[str, Any] = {}
-    for key, step in planned.config["passes"].items():
+    for key, step in file.passes.items():
         for block in (step[option] for option in _BLOCK_OPTIONS if isinstance(step.get(option), int)):
-            _must_divide(planned.name, block, checkpoint)
-        surgeries = step.get("surgeries")
-        if _TIE in (surgeries or ()) and not checkpoint.tied_embeddings:
+            _must_divide(name, block, checkpoint)
+        surgeries = step.get("surgeries") or []
+        if _TIE in surgeries and not checkpoint.tied_embeddings:
             step = {**step, "surgeries": [one for one in surgeries if one != _TIE]}
         if step.get("surgeries") != []:
             passes[key] = step
-    config = {**planned.config, "passes": passes}
-    return planned.model_copy(update={"config": config, "baseline": planned.name == BASELINE})
+    return Recipe(name=name, config=workflow(passes), bits=file.bits, genai=file.genai, baseline=name == BASELINE)
+
+
+def choices(name: str, file: RecipeFile, checkpoint: Checkpoint) -> dict[str, list[Any]]:
+    """The values that a sweep tries, by option, without those that cannot be had for a checkpoint."""
+
+    def fits(option: str, value: Any) -> bool:
+        try:
+            of_file(name, file.with_options({option: value}), checkpoint)
+        except RecipeError:
+            return False
+        return True
+
+    found = {option: [value for value in values if fits(option, value)] for option, values in file.choices.items()}
+    return {option: values or file.choices[option] for option, values in found.items()}  # a trial says what is wrong
 
 
 def workflow(passes: dict[str, Any]) -> dict[str, Any]:

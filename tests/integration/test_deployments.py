@@ -67,7 +67,7 @@ def deployments(api: httpx.Client) -> dict[str, Any]:
 
 def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
     found = deployments(api)
-    assert " ".join(found) == "look-for-news optimize prepare-environment promote remeasure retrain rollback soak"
+    assert " ".join(found) == "look-for-news optimize prepare-environment promote remeasure retrain rollback soak sweep"
     for one in found.values():
         assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
         assert one["enforce_parameter_schema"]

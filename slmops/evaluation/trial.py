@@ -1,0 +1,59 @@
+"""What a sweep measures of a variant: how far it is from the baseline, on the first tokens of the text and on all."""
+
+from pathlib import Path
+from statistics import fmean
+
+from slmops.core import locks
+from slmops.core.files import write_atomic
+from slmops.core.job import JobContext
+from slmops.core.values import Variant
+from slmops.evaluation import dataset, logits_worker, statistics
+from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
+from slmops.evaluation.quality import BASELINE_REFERENCE, TOKENS, in_child
+
+FIRST_TOKENS = 256
+
+
+def score_baseline(variant: Variant | None, context: JobContext) -> LogitsResult:
+    """Score the baseline, None being the checkpoint itself, and leave its distributions for the trials."""
+    folder = variant.path if variant else context.checkpoint.path
+    _score("baseline", folder, FIRST_TOKENS, context, is_baseline=True)
+    return _score("baseline", folder, TOKENS, context, is_baseline=True)
+
+
+def first_kl(variant: Variant, context: JobContext) -> float:
+    """Mean KL divergence of the baseline to a variant on the first tokens of the text, in nats."""
+    scored = _score(variant.name, variant.path, FIRST_TOKENS, context)
+    return fmean(scored.distances[BASELINE_REFERENCE].kl)
+
+
+def measure(variant: Variant, baseline: LogitsResult, baseline_mb: float, context: JobContext) -> dict[str, float]:
+    """Size, and distance to the baseline on the whole text, by the names that the metrics have in a job."""
+    scored = _score(variant.name, variant.path, TOKENS, context)
+    distance = scored.distances[BASELINE_REFERENCE]
+    return {
+        "size_mb": variant.model_mb,
+        "size_ratio": variant.model_mb / baseline_mb,
+        "bits_per_weight": variant.weights.bits_per_weight,
+        "kl_mean": fmean(distance.kl),
+        "top1_agreement": fmean(distance.same_top),
+        "perplexity_ratio": statistics.perplexity_ratio(scored.nll, baseline.nll).value,
+    }
+
+
+def _score(label: str, folder: Path, tokens: int, context: JobContext, *, is_baseline: bool = False) -> LogitsResult:
+    work, checkpoint = context.work / "sweep", context.checkpoint
+    reference = work / f"{tokens}.f32"
+    write_atomic(work / "text.txt", dataset.perplexity_text(context.job.perplexity_text)[0])
+    request = LogitsRequest(
+        folder=folder,
+        hugging_face=folder == checkpoint.path,
+        trust_remote_code=context.job.trust_remote_code,
+        text=work / "text.txt",
+        tokens=tokens,
+        context_length=checkpoint.context_length,
+        references={} if is_baseline else {BASELINE_REFERENCE: reference},
+        write=reference if is_baseline else None,
+    )
+    with locks.machine(context.settings):
+        return in_child(logits_worker.handle, request, context.name, f"{label}.logits", context.settings)

@@ -6,14 +6,14 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import dataclass
 
 from prefect import flow, runtime
 
 from flows.optimize import remove_unfinished_work
-from flows.running import ProgressBar, aborted_on_error, named, plainly, turn
+from flows.running import aborted_on_error, named, plainly, turn
 from slmops import preflight
 from slmops.conversion import recipe_files, recipes, store
+from slmops.conversion.convert import together
 from slmops.conversion.recipe_files import RecipeFile
 from slmops.core import machine
 from slmops.core.errors import ConversionError, EvaluationError, RecipeError
@@ -22,8 +22,8 @@ from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe
 from slmops.evaluation import dataset
-from slmops.evaluation.logits_worker import LogitsResult
 from slmops.local import stack
+from slmops.processes.children import Child
 from slmops.selection import sweep as results
 from slmops.selection.search import Search
 from slmops.selection.sweep import Sweep, Swept, Trial
@@ -62,17 +62,15 @@ def sweep(request: Sweep) -> Swept:
         run_id = steps.open_sweep(tracker, context.name, request, checkpoint, digest, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: tracker.abort_job(run_id)):
             if len(search.trials) < request.trials:
-                bench = _prepare(planned, files, context)
-                progress = ProgressBar(context.name, steps=request.trials)
-                progress.step(len(search.trials))
                 end = started + 60 * (request.minutes or math.inf)
-                while len(search.trials) < request.trials and time.monotonic() < end and (trial := search.ask()):
-                    ended = bench.attempt(trial, search.trials)
-                    log.info("trial %d %s", ended.number, ended.ended)
-                    steps.track_trial(tracker, run_id, ended, context.logs)
-                    search.tell(ended)
-                    _remove_beaten(search.trials)
-                    progress.step()
+                with together(context.name, settings) as converter, Child() as scorer:
+                    bench = _Bench(planned, files, context, converter, scorer)
+                    while len(search.trials) < request.trials and time.monotonic() < end and (trial := search.ask()):
+                        ended = bench.attempt(trial, search.trials)
+                        log.info("trial %d %s", ended.number, ended.ended)
+                        steps.track_trial(tracker, run_id, ended, context.logs)
+                        search.tell(ended)
+                        _remove_beaten(search.trials)
             result = _result(search.trials, run_id, request, files, context)
             steps.close_sweep(tracker, result)
         steps.show_front(result, tracker.run_url(run_id))
@@ -80,40 +78,40 @@ def sweep(request: Sweep) -> Swept:
     return result
 
 
-@dataclass(frozen=True)
 class _Bench:
-    """What trials are made of and compared with."""
+    """Makes trials and compares them with the baseline."""
 
-    context: JobContext
-    files: dict[str, RecipeFile]
-    baseline: LogitsResult
-    baseline_mb: float
+    def __init__(
+        self,
+        planned: list[Recipe],
+        files: dict[str, RecipeFile],
+        context: JobContext,
+        converter: Child,
+        scorer: Child,
+    ) -> None:
+        """Make the baseline, unless that is the checkpoint itself, and score it."""
+        self._files, self._context, self._converter, self._scorer = files, context, converter, scorer
+        variant = next((convert_variant(one, context, converter) for one in planned if one.baseline), None)
+        self._baseline = steps.score_baseline(variant, context, scorer)
+        self._baseline_mb = variant.model_mb if variant else context.checkpoint.size_mb
 
     def attempt(self, trial: Trial, earlier: list[Trial]) -> Trial:
         """Convert and measure a trial, on the whole text only if no earlier one is far better on its first tokens."""
         log.info("trial %d: %s, %s", trial.number, trial.recipe, trial.text)
+        context = self._context
         try:
-            file = self.files[trial.recipe].with_options(trial.options)
-            variant = convert_variant(recipes.of_file(trial.variant, file, self.context.checkpoint), self.context)
-            found = {"size_mb": variant.model_mb, "first_kl": steps.score_first(variant, self.context)}
-            if why := results.why_hopeless(earlier, **found):
+            file = self._files[trial.recipe].with_options(trial.options)
+            recipe = recipes.of_file(trial.variant, file, context.checkpoint)
+            variant = convert_variant(recipe, context, self._converter)
+            found = {"size_mb": variant.model_mb, "size_ratio": variant.model_mb / self._baseline_mb}
+            found["first_kl"] = steps.score_first(variant, context, self._scorer)
+            if why := results.why_hopeless(earlier, found):
                 shutil.rmtree(variant.path)
                 return trial.model_copy(update={"outcome": "stopped", "detail": why, "metrics": found})
-            found |= steps.measure_trial(variant, self.baseline, self.baseline_mb, self.context)
+            found |= steps.measure_trial(variant, self._baseline, context, self._scorer)
             return trial.model_copy(update={"outcome": "measured", "metrics": found, "path": variant.path})
         except (ConversionError, EvaluationError, RecipeError) as error:
             return trial.model_copy(update={"outcome": "failed", "detail": str(error)})
-
-
-def _prepare(planned: list[Recipe], files: dict[str, RecipeFile], context: JobContext) -> _Bench:
-    """Make the baseline, unless that is the checkpoint itself, and score it."""
-    variant = next((convert_variant(one, context) for one in planned if one.baseline), None)
-    return _Bench(
-        context=context,
-        files=files,
-        baseline=steps.score_baseline(variant, context),
-        baseline_mb=variant.model_mb if variant else context.checkpoint.size_mb,
-    )
 
 
 def _remove_beaten(trials: list[Trial]) -> None:

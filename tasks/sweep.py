@@ -2,11 +2,10 @@
 
 from prefect.artifacts import create_markdown_artifact
 
-from slmops.core.values import artifact_key
 from slmops.evaluation import trial
 from slmops.selection.sweep import Swept
 from slmops.tracking.sweeps import SweepTracker
-from tasks.stage import stage
+from tasks.stage import artifact_key, stage
 
 open_sweep = stage("open sweep", tracking=True)(SweepTracker.start)
 track_trial = stage("track trial {trial.number}", tracking=True)(SweepTracker.log_trial)

@@ -10,38 +10,35 @@ from slmops.core.values import Variant
 from slmops.evaluation import dataset, logits_worker, statistics
 from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
 from slmops.evaluation.quality import BASELINE_REFERENCE, TOKENS, in_child
+from slmops.processes.children import Child
 
 FIRST_TOKENS = 256
 
 
-def score_baseline(variant: Variant | None, context: JobContext) -> LogitsResult:
+def score_baseline(variant: Variant | None, context: JobContext, within: Child) -> LogitsResult:
     """Score the baseline, None being the checkpoint itself, and leave its distributions for the trials."""
     folder = variant.path if variant else context.checkpoint.path
-    _score("baseline", folder, FIRST_TOKENS, context, is_baseline=True)
-    return _score("baseline", folder, TOKENS, context, is_baseline=True)
+    _score(folder, FIRST_TOKENS, context, within, is_baseline=True)
+    return _score(folder, TOKENS, context, within, is_baseline=True)
 
 
-def first_kl(variant: Variant, context: JobContext) -> float:
+def first_kl(variant: Variant, context: JobContext, within: Child) -> float:
     """Mean KL divergence of the baseline to a variant on the first tokens of the text, in nats."""
-    scored = _score(variant.name, variant.path, FIRST_TOKENS, context)
-    return fmean(scored.distances[BASELINE_REFERENCE].kl)
+    return fmean(_score(variant.path, FIRST_TOKENS, context, within).distances[BASELINE_REFERENCE].kl)
 
 
-def measure(variant: Variant, baseline: LogitsResult, baseline_mb: float, context: JobContext) -> dict[str, float]:
-    """Size, and distance to the baseline on the whole text, by the names that the metrics have in a job."""
-    scored = _score(variant.name, variant.path, TOKENS, context)
+def measure(variant: Variant, baseline: LogitsResult, context: JobContext, within: Child) -> dict[str, float]:
+    """The distance to the baseline on the whole text, by the names that the metrics have in a job."""
+    scored = _score(variant.path, TOKENS, context, within)
     distance = scored.distances[BASELINE_REFERENCE]
     return {
-        "size_mb": variant.model_mb,
-        "size_ratio": variant.model_mb / baseline_mb,
-        "bits_per_weight": variant.weights.bits_per_weight,
         "kl_mean": fmean(distance.kl),
         "top1_agreement": fmean(distance.same_top),
         "perplexity_ratio": statistics.perplexity_ratio(scored.nll, baseline.nll).value,
     }
 
 
-def _score(label: str, folder: Path, tokens: int, context: JobContext, *, is_baseline: bool = False) -> LogitsResult:
+def _score(folder: Path, tokens: int, context: JobContext, within: Child, *, is_baseline: bool = False) -> LogitsResult:
     work, checkpoint = context.work / "sweep", context.checkpoint
     reference = work / f"{tokens}.f32"
     write_atomic(work / "text.txt", dataset.perplexity_text(context.job.perplexity_text)[0])
@@ -56,4 +53,4 @@ def _score(label: str, folder: Path, tokens: int, context: JobContext, *, is_bas
         write=reference if is_baseline else None,
     )
     with locks.machine(context.settings):
-        return in_child(logits_worker.handle, request, context.name, f"{label}.logits", context.settings)
+        return in_child(logits_worker.handle, request, context.name, "trial.logits", context.settings, within=within)

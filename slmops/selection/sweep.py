@@ -130,13 +130,13 @@ def knee(found: Sequence[Trial]) -> Trial | None:
     return found[sums.index(min(sums))] if found else None
 
 
-def why_hopeless(trials: Sequence[Trial], size_mb: float, first_kl: float) -> str | None:
-    """Why a trial need not be measured on the whole text: the trial that is no larger and far closer; None: it may be
-    worth it."""
+def why_hopeless(trials: Sequence[Trial], found: dict[str, float]) -> str | None:
+    """The trial that is no larger than what was ``found`` of another, and far closer on the first tokens, as a reason
+    not to measure that on all of them; None: there is none."""
     for one in front(trials):
-        theirs = one.metrics["first_kl"]
-        if one.metrics["size_mb"] <= size_mb and HOPELESS * theirs < first_kl:
-            return f"trial {one.number} is no larger, with a KL divergence of {theirs:.3g} against {first_kl:.3g}"
+        theirs, ours = one.metrics["first_kl"], found["first_kl"]
+        if one.metrics["size_mb"] <= found["size_mb"] and HOPELESS * theirs < ours:
+            return f"trial {one.number} is no larger, with a KL divergence of {theirs:.3g} against {ours:.3g}"
     return None
 
 

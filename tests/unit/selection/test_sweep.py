@@ -96,5 +96,5 @@ def test_the_front_has_what_nothing_beats_and_the_knee_is_far_below_the_line_bet
 def test_a_trial_is_given_up_if_one_that_is_no_larger_is_twice_as_close(
     size: float, first_kl: float, why: str | None
 ) -> None:
-    said = sweep.why_hopeless([*TRIALS, FAILED], size, first_kl)
+    said = sweep.why_hopeless([*TRIALS, FAILED], {"size_mb": size, "first_kl": first_kl})
     assert said == why or (why is not None and why in str(said))

@@ -58,20 +58,20 @@ class Search:
         sampler: BaseSampler = TPESampler(seed=len(known))
         while True:
             self._study.sampler = sampler
-            trial = self._suggest()
+            trial = self._suggest(len(known))
             if trial.variant not in known:
                 return trial
-            self._study.tell(trial.number, state=TrialState.FAIL)
-            sampler = RandomSampler(seed=trial.number)  # the other one can insist on what it knows
+            self._study.tell(self._asked, state=TrialState.FAIL)
+            sampler = RandomSampler(seed=self._asked.number)  # the other one can insist on what it knows
 
-    def _suggest(self) -> Trial:
+    def _suggest(self, number: int) -> Trial:
         self._asked = self._study.ask()
         recipe = self._asked.suggest_categorical("recipe", [*self._choices])
         options: dict[str, Any] = {
             option: json.loads(self._asked.suggest_categorical(f"{recipe}.{option}", [_text(one) for one in values]))
             for option, values in self._choices[recipe].items()
         }
-        return Trial(number=self._asked.number, recipe=recipe, options=options)
+        return Trial(number=number, recipe=recipe, options=options)
 
     def tell(self, trial: Trial) -> None:
         """Remember what came of the trial that was asked for last."""

@@ -9,10 +9,11 @@ import pytest
 
 from flows import variant as flow
 from slmops.cluster.parts import MeasuredPeer
-from slmops.core.errors import EvaluationError
+from slmops.core.errors import CheckpointError, EvaluationError
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.evaluation.speed import Peer
+from tasks.prepare import plan_recipes
 from tests import measured, values
 
 QUALITY, SPEED = measured.quality(), measured.speed(measured.turn(measured.timed(0.1, 1)))
@@ -63,3 +64,11 @@ def test_a_peer_that_fails_leaves_the_others(steps: Mock, tmp_path: Path) -> Non
     assert isinstance(found[NAMES[1]], MeasuredPeer)
     steps.make_gguf_files.side_effect = BROKEN
     assert outcomes(tmp_path) == dict.fromkeys([*NAMES, "int4"], BROKEN)
+
+
+def test_a_checkpoint_that_is_no_gguf_is_refused_before_anything_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Phi3ForCausalLM"]}')
+    settings = Settings(home=tmp_path / "home")
+    context = JobContext(Job(model="m", peer="llama.cpp"), "tiny", values.checkpoint(path=tmp_path), settings, "")
+    with pytest.raises(CheckpointError, match="Phi3ForCausalLM"):
+        plan_recipes.fn(context)

@@ -20,6 +20,7 @@ FLOWS = {
     "optimize": ["optimize"],
     "retrain": ["retrain"],
     "remeasure": ["remeasure", "soak"],
+    "sweep": ["sweep"],
     "promote": ["promote", "rollback"],
 }
 

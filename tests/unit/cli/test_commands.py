@@ -56,6 +56,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "demo --quick": {"model": "demo", "quick": True},
     "retrain --model m --data d --watch-s 0": {"model": "m", "data": "d", "watch_s": 0},
     "retrain --demo --training.epochs 1": {**DEMO, "training": {"epochs": 1.0}},
+    "sweep --model m --precision int4 --trials 3": {"model": "m", "precision": ["int4"], "trials": 3},
     "soak": {},
     "soak bot": {"name": "bot"},
     "soak --name bot": {"name": "bot"},

@@ -1,6 +1,5 @@
 """Make one variant: Olive in a child process, checked, with a manifest, in its folder whole or not at all."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -40,16 +39,20 @@ def together(name: str, settings: Settings) -> Iterator[children.Child]:
 
 
 def in_order(recipes: Iterable[Recipe]) -> list[Recipe]:
-    """Recipes of one job in an order in which those that begin with the same pass follow each other: fp32, fp16."""
-    groups: dict[str, list[Recipe]] = {}
+    """Recipes of one job, each behind one that it goes on from if there is one, as fp16 does from fp32."""
+    ordered: list[Recipe] = []
     for recipe in recipes:
-        groups.setdefault(_first_pass(recipe), []).append(recipe)
-    return [recipe for group in groups.values() for recipe in group]
+        origins = [place for place, one in enumerate(ordered, 1) if _begins_with(_passes(recipe), _passes(one))]
+        ordered.insert(max(origins, default=len(ordered)), recipe)
+    return ordered
 
 
-def _first_pass(recipe: Recipe) -> str:
-    first = json.dumps(next(iter(recipe.config["passes"].values())), sort_keys=True)
-    return hashlib.sha256(first.encode()).hexdigest()[:16]
+def _passes(recipe: Recipe) -> list[Any]:
+    return list(recipe.config["passes"].values())
+
+
+def _begins_with(passes: list[Any], others: list[Any]) -> bool:
+    return passes[: len(others)] == others
 
 
 def convert(
@@ -137,10 +140,13 @@ class _Builder:
         return self.settings.logs / self.name
 
     def _cache(self, recipe: Recipe) -> Path:
-        """Olive's cache, which the next recipe has, too, if it begins with the same pass: fp16 comes out of fp32."""
-        cache = self.work / _CACHE / "olive" / _first_pass(recipe)
-        for other in {*cache.parent.glob("*")} - {cache}:
-            shutil.rmtree(other, ignore_errors=True)
+        """Olive's cache, with what the conversion before this one made if this one goes on from it."""
+        cache = self.work / _CACHE / "olive"
+        note = cache / "passes.json"
+        before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else []
+        if not _begins_with(_passes(recipe), before):
+            shutil.rmtree(cache)
+        write_atomic(note, json.dumps(_passes(recipe)))
         return cache
 
     def _environment(self, *, offline: bool) -> dict[str, str]:

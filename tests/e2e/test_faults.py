@@ -62,7 +62,7 @@ def test_after_each_end_the_next_run_cleans_up_and_one_from_the_page_succeeds(sl
             assert job.lines[-1] == "interrupted"
             assert not any("Traceback" in line for line in job.lines)
 
-    job = slmops.start(*arguments)
+    job = slmops.start(*arguments, "--remeasure")
     job.wait_for("measuring speed")
     _kill_server(slmops.home, "prefect")  # MLflow is waited for instead: see the retraining below
     assert job.end() == 1

@@ -1,5 +1,6 @@
 """When a variant is made, when the one that is there is used, and what of it is compared: a function plays Olive."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -126,6 +127,37 @@ def test_an_olive_that_does_not_end_well_leaves_nothing(
     with pytest.raises(ConversionError, match=re.escape(said)):
         convert(RECIPE, tiny, Job(model="m"), "bot", settings)
     assert left(settings) == set()
+
+
+@pytest.mark.parametrize(("failing", "found"), [("fp32", []), (None, ["fp32"])])
+def test_a_recipe_that_goes_on_from_another_follows_it_and_has_what_olive_cached_unless_that_failed(
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, failing: str | None, found: list[str]
+) -> None:
+    export, tie, half = ({"type": kind} for kind in ("ModelBuilder", "GraphSurgeries", "OnnxFloatToFloat16"))
+    chains = {"fp32": [export, tie], "int8": [{"type": "Rtn"}, export], "fp16": [export, tie, half]}
+    recipes = [
+        Recipe(name=name, config={"passes": {str(number): step for number, step in enumerate(chain)}})
+        for name, chain in chains.items()
+    ]
+    made_of: list[str] = []
+    cached: dict[str, list[str]] = {}
+
+    def olive() -> None:
+        cache = settings.work("bot") / ".cache" / "olive"
+        cached[made_of[-1]] = sorted(path.name for path in cache.iterdir() if path.suffix != ".json")
+        (cache / made_of[-1]).touch()
+        if failing == made_of[-1]:
+            raise ConversionError("The process was killed by SIGKILL.")
+
+    play_olive(monkeypatch, before=olive)
+    with conversion.together("bot", settings) as child:
+        for recipe in conversion.in_order(recipes):
+            made_of.append(recipe.name)
+            with contextlib.suppress(ConversionError):
+                convert(recipe, tiny, Job(model="m"), "bot", settings, child)
+    assert made_of == ["fp32", "fp16", "int8"]
+    assert cached == {"fp32": [], "fp16": found, "int8": []}
+    assert list(settings.work("bot").rglob("*")) == []
 
 
 def test_without_an_fp32_variant_a_part_of_it_is_compared_before_any_conversion(

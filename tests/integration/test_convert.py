@@ -174,9 +174,10 @@ def test_a_conversion_whose_child_is_stopped_or_killed_costs_nothing_else(distur
     assert said["int4"] == "It neither said nor did anything for 1.5 s and was stopped."
     assert said["fp16"].startswith("The process was killed by SIGKILL (often: out of memory): ")
     assert "fp16.olive.log" in (disturbed.failures["fp16"].fix or "")
-    int8 = f"variants/{disturbed.variants['int8'].key}/"
+    # The hub's cache of a killed exporter goes with the others' at the end.
+    expected = (f"variants/{disturbed.variants['int8'].key}/", "work/tiny/.cache/hub/")
     assert disturbed.files
-    assert all(path.startswith(int8) for path in disturbed.files)
+    assert {path for path in disturbed.files if not path.startswith(expected)} == set()
 
 
 def test_fewer_bits_are_smaller(made: dict[str, Variant], checkpoint: Checkpoint) -> None:

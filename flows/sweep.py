@@ -58,7 +58,7 @@ def sweep(request: Sweep) -> Swept:
         files = {one.name: recipe_files.load(one.name, settings) for one in planned if one.name in job.precision}
         choices = {name: recipes.choices(name, file, checkpoint) for name, file in files.items()}
         digest = _digest(files, choices, context)
-        search = Search(f"{context.name} {digest}", choices, {name: one.own for name, one in files.items()}, settings)
+        search = Search(f"{context.name} {digest}", choices, settings)
         run_id = steps.open_sweep(tracker, context.name, request, checkpoint, digest, runtime.flow_run.id or "")
         with aborted_on_error(lambda _: tracker.abort_job(run_id)):
             if len(search.trials) < request.trials:

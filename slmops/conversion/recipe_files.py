@@ -56,14 +56,13 @@ class RecipeFile(Frozen):
 
     @property
     def own(self) -> dict[str, Any]:
-        """Its own values of the options of :attr:`choices`, as far as they are among these."""
+        """Its own values of the options of :attr:`choices`; None: it leaves that to the pass."""
         found = {}
-        for place, values in _leaves(self.sweep):
+        for place, _ in _leaves(self.sweep):
             value: Any = self.passes
             for key in place:
                 value = value.get(key) if isinstance(value, dict) else None
-            if value in values:
-                found[dotted(place)] = value
+            found[dotted(place)] = value
         return found
 
     def with_options(self, options: dict[str, Any]) -> Self:

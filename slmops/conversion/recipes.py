@@ -90,7 +90,7 @@ def of_file(name: str, file: RecipeFile, checkpoint: Checkpoint) -> Recipe:
 
 
 def choices(name: str, file: RecipeFile, checkpoint: Checkpoint) -> dict[str, list[Any]]:
-    """The values that a sweep tries, by option, without those that cannot be had for a checkpoint."""
+    """The values that a sweep tries, by option, the recipe's own first, and none that a checkpoint cannot have."""
 
     def fits(option: str, value: Any) -> bool:
         try:
@@ -100,7 +100,11 @@ def choices(name: str, file: RecipeFile, checkpoint: Checkpoint) -> dict[str, li
         return True
 
     found = {option: [value for value in values if fits(option, value)] for option, values in file.choices.items()}
-    return {option: values or file.choices[option] for option, values in found.items()}  # a trial says what is wrong
+    own = file.own
+    return {
+        option: sorted(values or file.choices[option], key=lambda value: bool(value != own[option]))
+        for option, values in found.items()
+    }
 
 
 def workflow(passes: dict[str, Any]) -> dict[str, Any]:

@@ -18,14 +18,8 @@ _ENDED = {"measured": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed
 class Search:
     """The trials of one search, which goes on where it was when it is opened again under the same name."""
 
-    def __init__(
-        self,
-        name: str,
-        choices: Mapping[str, dict[str, list[Any]]],
-        own: Mapping[str, dict[str, Any]],
-        settings: Settings,
-    ) -> None:
-        """Search the values of the options of each recipe, beginning with those that it has by itself."""
+    def __init__(self, name: str, choices: Mapping[str, dict[str, list[Any]]], settings: Settings) -> None:
+        """Search the values of the options of each recipe, beginning with the first of each option."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         settings.home.mkdir(parents=True, exist_ok=True)
         self._choices = choices
@@ -36,9 +30,8 @@ class Search:
             load_if_exists=True,
         )
         if not self._study.trials:
-            for recipe, values in own.items():
-                known = {option: value for option, value in values.items() if value in choices[recipe][option]}
-                first = {f"{recipe}.{option}": _text(value) for option, value in known.items()}
+            for recipe, options in choices.items():
+                first = {f"{recipe}.{option}": _text(values[0]) for option, values in options.items()}
                 self._study.enqueue_trial({"recipe": recipe, **first})
         for killed in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(killed.number, state=TrialState.FAIL)

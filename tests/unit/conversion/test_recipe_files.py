@@ -64,6 +64,11 @@ def test_the_values_that_a_sweep_tries_are_put_in_one_each(settings: Settings) -
     file = recipe_files.load("small", settings)
     group_size, bits, modules = "quantize.group_size", "quantize.overrides.head.bits", "quantize.modules"
     assert file.choices == {group_size: [16, 32], bits: [4, 8], modules: [["a"], []]}
+    assert recipes.choices("small", file, checkpoint(linear_sizes=(64,))) == file.choices
+    own = file.with_options({group_size: 32, modules: []}).model_copy(update={"sweep": file.sweep})
+    of_own = {group_size: [32, 16], bits: [4, 8], modules: [[], ["a"]]}  # its own values first
+    assert recipes.choices("small", own, checkpoint(linear_sizes=(64,))) == of_own
+    assert recipes.choices("small", file, checkpoint(linear_sizes=(48,)))[group_size] == [16]
     made = file.with_options({group_size: 16, bits: 8})
     assert made.passes["quantize"] == {"type": "Rtn", "bits": 4, "group_size": 16, "overrides": {"head": {"bits": 8}}}
     assert (made.choices, made.genai, file.passes["quantize"]["group_size"]) == ({}, file.genai, 64)

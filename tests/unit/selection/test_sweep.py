@@ -10,10 +10,10 @@ from slmops.selection.search import Search
 from slmops.selection.sweep import Trial
 
 CHOICES: dict[str, dict[str, list[Any]]] = {
-    "int4": {"q.group_size": [16, 32, 64], "q.overrides": [{"head": {"bits": 8}}, {}]},
+    "int4": {"q.group_size": [32, 16, 64], "q.overrides": [{"head": {"bits": 8}}, {}]},
     "int8": {},
 }
-OWN = {"int4": {"q.group_size": 32, "q.overrides": {}}, "int8": {}}
+FIRST = [("int4", {"q.group_size": 32, "q.overrides": {"head": {"bits": 8}}}), ("int8", {})]
 ALL = 7
 
 
@@ -23,7 +23,7 @@ def measured(number: int, size: float, kl: float, first: float | None = None) ->
 
 
 def search(settings: Settings, name: str = "bot 1") -> Search:
-    return Search(name, CHOICES, OWN, settings)
+    return Search(name, CHOICES, settings)
 
 
 def end(trial: Trial, outcome: str = "measured") -> Trial:
@@ -39,7 +39,7 @@ def test_each_combination_is_tried_once_beginning_with_the_recipes_themselves(se
         assert trial is not None
         one.tell(end(trial, outcome))
         tried.append(trial)
-    assert [(trial.recipe, trial.options) for trial in tried[:2]] == [*OWN.items()]
+    assert [(trial.recipe, trial.options) for trial in tried[:2]] == FIRST
     assert len({trial.variant for trial in tried}) == ALL
     assert all(value in CHOICES[trial.recipe][name] for trial in tried for name, value in trial.options.items())
     assert one.ask() is None

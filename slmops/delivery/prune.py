@@ -17,7 +17,7 @@ from slmops.core.errors import RegistrationError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Frozen, Variant
 from slmops.delivery import installed
-from slmops.evaluation.earlier import Together
+from slmops.evaluation.earlier import Qualities, Speeds
 from slmops.foundry import layout, register_worker
 from slmops.processes import children
 from slmops.tracking.registry import Registry
@@ -111,7 +111,7 @@ def _things(settings: Settings, referred: dict[str, list[str]], names: set[str])
     for folder in _in(settings.checkpoints):
         yield thing("checkpoint", folder, (key for key, path in made_of.items() if path.is_relative_to(folder)))
     for file in _in(settings.measurements):
-        kept = Together.from_file(file)
+        kept = Speeds.from_file(file) or Qualities.from_file(file)
         yield thing("measurements", file, kept.keys if kept and made_of.keys() >= {*kept.keys} else ())
     for folder in _in(settings.work("")):
         yield thing("unfinished work", folder)

@@ -35,7 +35,7 @@ class Home:
         (settings.home / DEPLOYED / "theirs").mkdir()
         for keys in ('"old"', '"latest"', '"latest", "old"'):
             settings.measurements.mkdir(exist_ok=True)
-            text = f'{{"measured": "2026-01-02T00:00:00Z", "keys": [{keys}]}}'
+            text = f'{{"measured": "2026-01-02T00:00:00Z", "keys": [{keys}], "variants": {{}}}}'
             (settings.measurements / f"speed-{len(keys)}.json").write_text(text)
         (settings.blobs / "alone").write_text("x" * 500)
         for kind in ("Registry", "Tracker"):

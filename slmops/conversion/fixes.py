@@ -4,24 +4,23 @@ The model builder of onnxruntime-genai 0.14.1 reads config.json by names that tr
 layers with a window of attention by rules of its own, and overlooks YaRN and layers without rotary positions. It is the
 comparison of the fp32 export with the checkpoint that decides whether an export is right.
 
-Olive 0.13 takes several times the memory that it needs. With these corrections a 4 B checkpoint in bf16 is quantized on
-a machine of 16 GB. What is made is the same, except that a checkpoint in 16 bits is quantized in fp32: in its own 16
-bits a weight is rounded before it is rounded to 8 bits.
+Olive 0.13 loads all weights to change a graph. With these corrections a 4 B checkpoint in bf16 is quantized on a
+machine of 16 GB.
 """
 
 import contextlib
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
-_WEIGHTS = 1 << 24  # so many weights are quantized at once; a matrix of embeddings can have 600 million
+_LIGHT = {"TieWordEmbeddings", "HalfScales", "ComputeRotaryTables"}  # surgeries that need few of the tensors
 
 
 def apply() -> None:
     """Correct the classes of the builder and of Olive in this process."""
     _export_as_transformers_computes()
-    _quantize_by_rows()
-    _tie_without_loading()
+    _operate_without_loading()
 
 
 def _export_as_transformers_computes() -> None:
@@ -88,37 +87,8 @@ def _by_old_names(config: Any) -> None:
         config.rms_norm_eps = config.layer_norm_eps
 
 
-def _quantize_by_rows() -> None:
-    """A scale belongs to a group of weights in a row, so rows can be quantized some at a time."""
-    import torch
-    from olive.common.quant.utils import WeightQuantizer
-
-    find_qparams, quantize = WeightQuantizer.find_qparams, WeightQuantizer.quantize
-
-    def find(self: Any, tensor: Any) -> Any:
-        if not self.group_size:
-            return find_qparams(self, tensor)
-        found = [find_qparams(self, rows.float()) for rows in tensor.split(_rows(tensor))]
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-    def quantized(self: Any, tensor: Any, scales: Any, zero_points: Any) -> Any:
-        if not self.group_size or self.signed:
-            return quantize(self, tensor, scales, zero_points)
-        made = torch.empty(tensor.shape, dtype=torch.uint8)
-        split = (part.split(_rows(tensor)) for part in (made, tensor, scales, zero_points))
-        for rows, weights, *others in zip(*split, strict=True):
-            rows.copy_(quantize(self, weights.float(), *others))
-        return made
-
-    WeightQuantizer.find_qparams, WeightQuantizer.quantize = find, quantized
-
-
-def _rows(tensor: Any) -> int:
-    return max(1, _WEIGHTS // int(tensor.shape[1]))
-
-
-def _tie_without_loading() -> None:
-    """Tying embeddings changes the graph. The surgery loads all the weights, four times over."""
+def _operate_without_loading() -> None:
+    """These surgeries change the graph. The pass loads all the weights, four times over."""
     import onnx
     import onnx_ir as ir
     from olive.model.utils import resolve_onnx_path
@@ -126,17 +96,34 @@ def _tie_without_loading() -> None:
     from olive.passes.onnx.graph_surgeries import GraphSurgeries
     from onnx_ir.passes.common import DeduplicateHashedInitializersPass
 
+    from slmops.conversion import surgeries  # noqa: F401 - Olive finds surgeries that are imported
+
     run = GraphSurgeries._run_for_config
 
-    def tie(self: Any, model: Any, config: Any, output: str) -> Any:
-        if [surgery["surgeon"] for surgery in config.surgeries] != ["TieWordEmbeddings"]:
+    def operate(self: Any, model: Any, config: Any, output: str) -> Any:
+        if not {surgery["surgeon"] for surgery in config.surgeries} <= _LIGHT:
             return run(self, model, config, output)
         source = Path(model.model_path).absolute()
         proto = onnx.load(str(source), load_external_data=False)
-        with contextlib.chdir(source.parent):  # the surgery reads two tensors, beside the current folder
-            tied = ir.from_proto(self.init_surgeon_instance(config.surgeries[0])(proto))
-        ir.external_data.set_base_dir(tied.graph, source.parent)
-        tied = DeduplicateHashedInitializersPass()(tied).model if config.remove_duplicate_initializers else tied
-        return ir_model_to_olive_model(tied, resolve_onnx_path(output, source.name), config)
+        with contextlib.chdir(source.parent):  # a surgery reads single tensors, beside the current folder
+            for surgery in config.surgeries:
+                proto = self.init_surgeon_instance(surgery)(proto)
+            changed = ir.from_proto(proto)
+        ir.external_data.set_base_dir(changed.graph, source.parent)
+        if config.remove_duplicate_initializers:
+            changed = DeduplicateHashedInitializersPass()(changed).model
+        return ir_model_to_olive_model(changed, resolve_onnx_path(output, source.name), config)
 
-    GraphSurgeries._run_for_config = tie
+    GraphSurgeries._run_for_config = operate
+
+
+def package() -> dict[str, Any]:
+    """Olive's passes, and ours."""
+    from olive.package_config import OlivePackageConfig
+
+    known = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
+    known["passes"]["BlockQuantize"] = {
+        **known["passes"]["Rtn"],
+        "module_path": "slmops.conversion.block_quantize.BlockQuantize",
+    }
+    return known

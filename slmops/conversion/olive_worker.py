@@ -29,7 +29,7 @@ def handle(request: Workflow) -> Frozen:
     from olive import run
 
     _prepare()
-    run(request.config)
+    run(request.config, package_config=fixes.package())
     return Frozen()
 
 

@@ -8,6 +8,7 @@ from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
+from slmops.conversion import fixes
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.validation import dotted, predicate
 from slmops.core.values import Frozen
@@ -34,7 +35,7 @@ def handle(request: Workflow) -> SchemaResult:
     from olive.workflows.run.config import RunConfig
     from pydantic import ValidationError
 
-    package = OlivePackageConfig.load_default_config()
+    package = OlivePackageConfig.model_validate(fixes.package())
     problems: list[str] = []
     kinds: dict[str, Any] = {}
     for name, step in request.config["passes"].items():

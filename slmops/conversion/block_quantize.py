@@ -1,0 +1,204 @@
+"""The pass BlockQuantize of an Olive workflow: a checkpoint to blocks of few bits. For child processes only.
+
+Olive 0.13 rounds each weight by itself (Rtn), or makes up for errors on a grid that it does not fit to the weights
+(Gptq, which needs data of the user, and keeps a whole checkpoint and its copy in memory). This pass fits the grid, and
+makes up for errors on texts that the model itself writes, or on the user's. It goes through the layers one by one, and
+a layer is packed before the next is run.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from olive.common.hf.wrapper import ModelWrapper
+from olive.common.quant.hf_utils import OliveHfQuantizationConfig, tie_quant_word_embeddings
+from olive.common.quant.nn import QuantEmbedding, QuantLinear
+from olive.constants import PrecisionBits
+from olive.passes import Pass
+from olive.passes.pass_config import PassConfigParam
+from olive.passes.pytorch.common import inherit_hf_from_hf
+from olive.passes.pytorch.train_utils import load_hf_base_model
+from torch import Tensor, nn
+
+from slmops.conversion import rounding
+
+_SEQUENCES = 32
+_SEED = 0
+
+Hessian = Tensor | None  # the sum of x xT over the inputs x of a layer, if it is known
+Quantize = Callable[[str, Tensor, Hessian], dict[str, Any]]  # the name of a layer, its weights
+
+
+class BlockQuantize(Pass):
+    """Quantize all linear layers, embeddings and the head in blocks, for ModelBuilder to export."""
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:
+        made = PassConfigParam
+        return {
+            "bits": made(type_=PrecisionBits, default_value=PrecisionBits.BITS4, description="Of a weight: 4 or 8."),
+            "group_size": made(type_=int, default_value=32, description="Neighbours in a row that share a scale."),
+            "sym": made(type_=bool, default_value=False, description="No zero points, as always with 8 bits."),
+            "head_bits": made(
+                type_=PrecisionBits, default_value=PrecisionBits.BITS8, description="Of the embeddings and the head."
+            ),
+            "eight": made(
+                type_=list[str], default_value=[], description="Names of layers that get 8 bits; NAME:some is some of them."
+            ),
+            "tokens": made(
+                type_=int, default_value=0, description="Of text on which rounding errors are made up for; 0: they are not."
+            ),
+            "text": made(type_=str, default_value="", description="A file with that text; the model's own by default."),
+        }
+
+    @torch.no_grad()
+    def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
+        net = load_hf_base_model(model).eval()
+        wrapper = ModelWrapper.from_model(net)
+        names = {module: name for name, module in net.named_modules()}
+        head, embeddings = net.get_output_embeddings(), net.get_input_embeddings()
+        tied = head.weight.data_ptr() == embeddings.weight.data_ptr()
+        overrides = {name: _grid(8, config) for name in _with_eight_bits(wrapper, config.eight)}
+        overrides |= {names[module]: _grid(config.head_bits, config) for module in (head, embeddings)}
+        settings = OliveHfQuantizationConfig(
+            **_grid(config.bits, config), lm_head=True, embeds=True, overrides=overrides, tie_word_embeddings=tied
+        )
+
+        def quantize(name: str, weights: Tensor, hessian: Hessian) -> dict[str, Any]:
+            return _quantized(weights, settings.get_qlinear_init_args(name), hessian)
+
+        hessian = None
+        if config.tokens:
+            texts = _read(model, Path(config.text), config.tokens) if config.text else _written_by(net, config.tokens)
+            hessian = _layer_by_layer(net, wrapper.get_layers(return_name=False), texts, names, quantize)
+        for module, name in names.items():
+            if isinstance(module, nn.Linear) and module is not head and net.get_submodule(name) is module:
+                _replace(net, name, quantize(name, module.weight, None))  # not run on the text
+        packed = quantize(names[head], head.weight, hessian)
+        _replace(net, names[head], packed)
+        _replace(net, names[embeddings], packed if tied else quantize(names[embeddings], embeddings.weight, None))
+        if tied:
+            tie_quant_word_embeddings(net)
+        net.quantization_method, net.config.quantization_config = settings.quant_method, settings
+        net.save_pretrained(output_model_path)
+        model.save_metadata(output_model_path)
+        return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
+
+
+def _grid(bits: int, config: Any) -> dict[str, Any]:
+    return {"bits": int(bits), "symmetric": bits == 8 or config.sym, "group_size": config.group_size}
+
+
+def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str]:
+    """Of ``NAME:some`` the first and the last tenth of the layers, and every fourth."""
+    layers, prefix = wrapper.get_layers()
+    for number, layer in enumerate(layers):
+        some = number % 4 == 0 or not 0.1 <= (number + 0.5) / len(layers) < 0.9
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                last = name.rpartition(".")[2]
+                if last in patterns or (some and f"{last}:some" in patterns):
+                    yield f"{prefix}.{number}.{name}"
+
+
+def _quantized(weights: Tensor, arguments: dict[str, Any], hessian: Hessian) -> dict[str, Any]:
+    """What Olive's modules are made of."""
+    bits, group, symmetric = (arguments[key] for key in ("bits", "group_size", "symmetric"))
+    feedback = None if bits == 8 else hessian
+    importance = None if feedback is None else feedback.diagonal()
+    grid = rounding.fit(weights, bits, group, symmetric=symmetric, importance=importance)
+    integers = grid.nearest(weights) if feedback is None else rounding.with_feedback(weights, grid, feedback)
+    return {
+        **arguments,
+        "weight": integers,
+        "scales": grid.scales,
+        "zero_points": grid.zero_points.to(torch.int32),
+        "quantized": True,
+    }
+
+
+def _replace(net: nn.Module, name: str, packed: dict[str, Any]) -> None:
+    old = net.get_submodule(name)
+    if isinstance(old, nn.Embedding):
+        shape = {"num_embeddings": old.num_embeddings, "embedding_dim": old.embedding_dim}
+        made = QuantEmbedding.from_tensors(**packed, **shape, padding_idx=old.padding_idx)
+    else:
+        shape = {"in_features": old.in_features, "out_features": old.out_features}
+        made = QuantLinear.from_tensors(**packed, **shape, bias=old.bias is not None)
+        if old.bias is not None:
+            made.bias = old.bias.data.float()
+    net.set_submodule(name, made)
+
+
+def _written_by(net: Any, tokens: int) -> Tensor:
+    """Token ids, shape (sequences, length), that the model samples after the token with which texts begin."""
+    config, generator = net.config, torch.Generator().manual_seed(_SEED)
+    ends = config.eos_token_id
+    first = config.bos_token_id
+    if first is None:
+        first = (ends if isinstance(ends, int) else ends[0]) if ends is not None else 0
+    ids, past = torch.full((_SEQUENCES, 1), first), None
+    while ids.numel() < tokens:
+        made = net(ids[:, -1:], past_key_values=past, use_cache=True)
+        past = made.past_key_values
+        likely = made.logits[:, -1].float().softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], 1)
+    return ids
+
+
+def _read(model: Any, path: Path, tokens: int) -> Tensor:
+    """Token ids, shape (sequences, length), of a text; it is repeated if it is too short."""
+    ids = torch.tensor(model.get_hf_tokenizer()(path.read_text(encoding="utf-8"))["input_ids"])
+    length = max(tokens // _SEQUENCES, 2)
+    return ids.repeat(-(-_SEQUENCES * length // len(ids)))[: _SEQUENCES * length].view(_SEQUENCES, length)
+
+
+def _layer_by_layer(net: Any, layers: Any, ids: Tensor, names: dict[nn.Module, str], quantize: Quantize) -> Tensor:
+    """Run the model once; each layer's weights are packed before it hands on what it makes of its input.
+
+    The arithmetic is in fp32, whatever the checkpoint's dtype. Returns the Hessian of the head.
+    """
+
+    def before(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        layer.float()
+        linears = {names[module]: module for module in layer.modules() if isinstance(module, nn.Linear)}
+        with _inputs_of(linears) as hessians:
+            layer.forward(*arguments, **named)
+        for name, linear in linears.items():
+            _replace(net, name, quantize(name, linear.weight, hessians.get(name)))
+
+    embeddings = net.get_input_embeddings()
+    handles = [embeddings.register_forward_hook(lambda _module, _inputs, made: made.float())]
+    handles += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    for module in net.base_model.children():
+        if not isinstance(module, nn.ModuleList | nn.Embedding):
+            module.float()
+    states = net.base_model(ids, use_cache=False).last_hidden_state.flatten(0, -2)
+    for handle in handles:
+        handle.remove()
+    return states.T @ states
+
+
+@contextlib.contextmanager
+def _inputs_of(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """The Hessians of layers that are run within it. Layers with the same input share one."""
+    hessians: dict[str, Tensor] = {}
+    last: list[Any] = [None, None]
+
+    def collect(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0] is not last[0]:
+            rows = inputs[0].flatten(0, -2).float()
+            last[:] = inputs[0], rows.T @ rows
+        hessians[name] = last[1]
+
+    handles = [
+        linear.register_forward_pre_hook(lambda _, inputs, name=name: collect(name, inputs))
+        for name, linear in linears.items()
+    ]
+    try:
+        yield hessians
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -9,7 +9,7 @@ a layer is packed before the next is run.
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from olive.common.hf.wrapper import ModelWrapper
@@ -26,16 +26,17 @@ from slmops.conversion import rounding
 
 _SEQUENCES = 32
 _SEED = 0
+_FAST_GROUP = 32
 
-Hessian = Tensor | None  # the sum of x xT over the inputs x of a layer, if it is known
+Hessian: TypeAlias = Tensor | None  # the sum of x xT over the inputs x of a layer, if it is known
 Quantize = Callable[[str, Tensor, Hessian], dict[str, Any]]  # the name of a layer, its weights
 
 
-class BlockQuantize(Pass):
+class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
     """Quantize all linear layers, embeddings and the head in blocks, for ModelBuilder to export."""
 
     @classmethod
-    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:
+    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:  # noqa: ARG003 - Olive names it
         made = PassConfigParam
         return {
             "bits": made(type_=PrecisionBits, default_value=PrecisionBits.BITS4, description="Of a weight: 4 or 8."),
@@ -45,15 +46,19 @@ class BlockQuantize(Pass):
                 type_=PrecisionBits, default_value=PrecisionBits.BITS8, description="Of the embeddings and the head."
             ),
             "eight": made(
-                type_=list[str], default_value=[], description="Names of layers that get 8 bits; NAME:some is some of them."
+                type_=list[str],
+                default_value=[],
+                description="Names of layers that get 8 bits; NAME:some is some of them.",
             ),
             "tokens": made(
-                type_=int, default_value=0, description="Of text on which rounding errors are made up for; 0: they are not."
+                type_=int,
+                default_value=0,
+                description="Of text on which rounding errors are made up for; 0: they are not.",
             ),
             "text": made(type_=str, default_value="", description="A file with that text; the model's own by default."),
         }
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         net = load_hf_base_model(model).eval()
         wrapper = ModelWrapper.from_model(net)
@@ -88,7 +93,10 @@ class BlockQuantize(Pass):
 
 
 def _grid(bits: int, config: Any) -> dict[str, Any]:
-    return {"bits": int(bits), "symmetric": bits == 8 or config.sym, "group_size": config.group_size}
+    """Of 8 bits ONNX Runtime has fast kernels for blocks of 32 without zero points."""
+    eight = bits == 8
+    group = min(config.group_size, _FAST_GROUP) if eight else config.group_size
+    return {"bits": int(bits), "symmetric": eight or config.sym, "group_size": group}
 
 
 def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str]:

@@ -121,7 +121,7 @@ def package() -> dict[str, Any]:
     """Olive's passes, and ours."""
     from olive.package_config import OlivePackageConfig
 
-    known = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
+    known: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
     known["passes"]["BlockQuantize"] = {
         **known["passes"]["Rtn"],
         "module_path": "slmops.conversion.block_quantize.BlockQuantize",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -17,9 +18,9 @@ class OnnxModel:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(
-            folder / config["model"]["decoder"]["filename"], options, providers=["CPUExecutionProvider"]
-        )
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        graph = with_all_logits(onnx.load(folder / config["model"]["decoder"]["filename"], load_external_data=False))
+        self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of shape (tokens, vocabulary) for one sequence ``ids`` of shape (tokens,)."""
@@ -32,3 +33,20 @@ class OnnxModel:
             feeds[node.name] = value.astype(_TYPES[node.type])
         (logits,) = self._session.run(["logits"], feeds)
         return np.asarray(logits[0], np.float32)
+
+
+def with_all_logits(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the logits of all tokens, where ModelBuilder has left those of the last only (prune_lm_head)."""
+    nodes = {node.name: node for node in model.graph.node}
+    first, last = (nodes.get(f"/lm_head/prune/{operator}") for operator in ("Gather", "Unsqueeze"))
+    if first is None or last is None:
+        return model
+    for node in model.graph.node:
+        node.input[:] = [first.input[0] if name == last.output[0] else name for name in node.input]
+    model.graph.node.remove(first)
+    model.graph.node.remove(last)
+    del model.graph.value_info[:]  # their shapes are those of one token
+    for output in model.graph.output:
+        if output.name == "logits":
+            output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    return model

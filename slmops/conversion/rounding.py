@@ -27,10 +27,6 @@ class Grid:
     bits: int
     group: int
 
-    def columns(self, start: int, end: int, rows: slice) -> "Grid":
-        """The part for some rows; ``start`` and ``end`` are numbers of groups."""
-        return Grid(self.scales[rows, start:end], self.zero_points[rows, start:end], self.bits, self.group)
-
     def nearest(self, weights: Tensor) -> Tensor:
         """The integers nearest to weights, uint8."""
         made = torch.empty(weights.shape, dtype=torch.uint8)
@@ -53,13 +49,13 @@ def fit(weights: Tensor, bits: int, group: int, *, symmetric: bool, importance: 
     squares: the sum of w q over that of q squared). A symmetric block has the zero point in the middle; with 8 bits the
     scale that just covers it is best.
     """
-    made = [torch.empty(weights.shape[0], weights.shape[1] // group) for _ in range(2)]
+    scales, zero_points = (torch.empty(weights.shape[0], weights.shape[1] // group) for _ in range(2))
     weighted = None if importance is None else importance.float().unflatten(0, (-1, group))
     for rows in _rows(weights):
         blocks = weights[rows].float().unflatten(1, (-1, group))
-        for whole, part in zip(made, _fit(blocks, bits, weighted, symmetric=symmetric), strict=True):
-            whole[rows] = part.squeeze(-1)
-    return Grid(*made, bits, group)
+        best = _fit(blocks, bits, weighted, symmetric=symmetric)
+        scales[rows], zero_points[rows] = (part.squeeze(-1) for part in best)
+    return Grid(scales, zero_points, bits, group)
 
 
 def _fit(blocks: Tensor, bits: int, weighted: Tensor | None, *, symmetric: bool) -> tuple[Tensor, Tensor]:

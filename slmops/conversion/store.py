@@ -7,7 +7,7 @@ from pathlib import Path
 from slmops.core.files import intact, sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
-FORMAT = 5  # what slmops itself does to a variant; a change of it makes all variants anew
+FORMAT = 5
 # The packages whose versions change the result.
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 

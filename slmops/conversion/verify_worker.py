@@ -83,12 +83,13 @@ def handle(request: VerifyRequest) -> VerifyResult:
 def inspect_weights(model: Path, parameters: int) -> Weights:
     """Count the weights of an ``.onnx`` file by their bits, and the bits for each of the checkpoint's ``parameters``.
 
-    Rotary embedding tables are left out: they are computed, not learned. A tensor that two operators read is counted
-    once. External data is not read.
+    What belongs to rotary positions is left out: it is computed, not learned. A tensor that two operators read is
+    counted once. External data is not read.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
-    tensors = {t.name: t for t in graph.initializer if "cos_cache" not in t.name and "sin_cache" not in t.name}
-    made_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    rotary = ("cos_cache", "sin_cache", "/rotary/")
+    tensors = {t.name: t for t in graph.initializer if not any(part in t.name for part in rotary)}
+    made_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type in ("Reshape", "Cast")}
     by_bits: Counter[str] = Counter()
     operators: Counter[str] = Counter()
     packed: set[str] = set()
@@ -99,7 +100,7 @@ def inspect_weights(model: Path, parameters: int) -> Weights:
         weight_at, scales_at = _PACKED[node.op_type]
         bits = next((a.i for a in node.attribute if a.name == "bits"), 4)  # the operators' default
         operators[f"{node.op_type} {bits} bit"] += 1
-        overhead.update(node.input[i] for i in scales_at if i < len(node.input))
+        overhead.update(made_from.get(node.input[i], node.input[i]) for i in scales_at if i < len(node.input))
         name = made_from.get(node.input[weight_at], node.input[weight_at])
         if name in tensors and name not in packed:
             packed.add(name)

@@ -11,7 +11,8 @@ from slmops.core.settings import Settings
 from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import NAME_PATTERN, Checkpoint, Frozen, Name, Room
 
-SHIPPED = ("fp32", "fp16", "int8", "int4")
+_USUAL = ("fp32", "fp16", "int8", "int4")
+SHIPPED = (*_USUAL, "int4-small")
 """The recipes that come with slmops, as files of :mod:`slmops.conversion.recipe_files`."""
 _FORM = [
     {"title": "Comes with slmops", "type": "string", "enum": [*SHIPPED]},
@@ -101,7 +102,7 @@ class Job(Frozen, use_attribute_docstrings=True):
     @field_validator("precision")
     @classmethod
     def _usual(cls, asked: list[Precision], info: ValidationInfo) -> list[Precision]:
-        return asked or ([BASELINE] if info.data.get("olive_config") else [*SHIPPED])
+        return asked or ([BASELINE] if info.data.get("olive_config") else [*_USUAL])
 
     @property
     def label(self) -> str:

@@ -36,34 +36,23 @@ def test_nothing_is_exported_in_fp32_if_the_checkpoint_is_the_baseline() -> None
     assert "--baseline fp32" in (caught.value.fix or "")
 
 
-TIE = {"type": "GraphSurgeries", "surgeries": [{"surgeon": "TieWordEmbeddings"}], "save_as_external_data": True}
-RTN = {"type": "Rtn", "lm_head": True, "embeds": True}
-EIGHT = {"bits": 8}
-INT4 = {**RTN, "bits": 4, "sym": False, "overrides": {"lm_head": EIGHT, "model.embed_tokens": EIGHT}}
-PASSES: dict[str, list[dict[str, Any]]] = {
-    "fp32": [{"type": "ModelBuilder", "precision": "fp32"}, TIE],
-    "fp16": [
-        {"type": "ModelBuilder", "precision": "fp32"},
-        TIE,
-        {"type": "OnnxFloatToFloat16", "keep_io_types": True, "save_as_external_data": True},
-    ],
-    # ModelBuilder's "int4" exports what the quantized checkpoint says, 8 bits included.
-    "int8": [{**RTN, "bits": 8, "group_size": 32}, {"type": "ModelBuilder", "precision": "int4"}, TIE],
-    "int4": [
-        {"type": "SelectiveMixedPrecision", "algorithm": "k_quant_mixed"},
-        {**INT4, "group_size": 32},
-        {"type": "ModelBuilder", "precision": "int4"},
-        TIE,
-    ],
+TIE = {"surgeon": "TieWordEmbeddings"}
+CHAINS = {
+    "fp32": ["ModelBuilder", "GraphSurgeries"],
+    "fp16": ["ModelBuilder", "GraphSurgeries", "OnnxFloatToFloat16"],
+    **dict.fromkeys(("int8", "int4", "int4-small"), ["BlockQuantize", "ModelBuilder", "GraphSurgeries"]),
 }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", PASSES)
-def test_passes_of_each_precision(name: str, tied: bool) -> None:
-    recipe = made(name, tied=tied)[-1]
-    assert recipe.name == name
-    assert passes(recipe) == [step for step in PASSES[name] if tied or step is not TIE]
+@pytest.mark.parametrize("name", CHAINS)
+def test_embeddings_are_tied_if_the_checkpoint_ties_them(name: str) -> None:
+    tied, untied = (passes(made(name, tied=tied)[-1]) for tied in (True, False))
+    assert [step["type"] for step in tied] == CHAINS[name]
+    assert TIE in next(step["surgeries"] for step in tied if "surgeries" in step)
+    others = [{**step, "surgeries": [one for one in step.get("surgeries", ()) if one != TIE]} for step in tied]
+    assert [{"surgeries": [], **step} for step in untied] == [
+        step for step in others if step["type"] != "GraphSurgeries" or step["surgeries"]
+    ]
 
 
 def test_each_workflow_is_for_the_cpu_and_whole() -> None:
@@ -114,8 +103,8 @@ def test_what_cannot_work_is_refused_with_a_fix(precision: str, asked: dict[str,
 
 def test_block_size_and_symmetry_are_of_int4_and_sizes_matter_to_quantization_only() -> None:
     for block in (16, 32, 64):
-        quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[1]
-        assert quantize == {**INT4, "group_size": block, "sym": True}
+        quantize = passes(made("int4", int4_block_size=block, int4_symmetric=True)[-1])[0]
+        assert (quantize["group_size"], quantize["sym"]) == (block, True)
     assert passes(made("int8", int4_block_size=100)[-1])[0]["group_size"] == 32
     assert [recipe.name for recipe in made("fp16", sizes=(7,), int4_block_size=100)] == ["fp32", "fp16"]
 

@@ -1,0 +1,152 @@
+"""Quantization in blocks, against the kernels of ONNX Runtime; surgeries that change a file and nothing that it computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from olive.common.quant.nn import QuantLinear
+from onnx import TensorProto, helper, numpy_helper
+
+from slmops.conversion import rounding, surgeries
+from slmops.conversion.rounding import Grid
+
+ROWS, COLUMNS = 48, 128
+
+
+@pytest.fixture(scope="module")
+def weights() -> torch.Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) * 0.05 + 0.01
+
+
+@pytest.fixture(scope="module")
+def inputs() -> torch.Tensor:
+    """Inputs of a layer whose columns depend on each other, as in a real model; shape (samples, columns)."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(512, 24, generator=generator) @ torch.randn(24, COLUMNS, generator=generator)
+
+
+def error(weights: torch.Tensor, grid: Grid, integers: torch.Tensor, inputs: torch.Tensor | None = None) -> float:
+    difference = weights - grid.weights(integers)
+    return float((difference if inputs is None else inputs @ difference.T).square().sum())
+
+
+def session(model: onnx.ModelProto) -> Callable[..., list[Any]]:
+    made = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda **feeds: list(made.run(None, feeds))
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, True)])
+@pytest.mark.parametrize("group", [16, 32])
+def test_the_kernel_reads_what_the_grid_says(weights: torch.Tensor, bits: int, symmetric: bool, group: int) -> None:
+    grid = rounding.fit(weights, bits, group, symmetric=symmetric)
+    integers = grid.nearest(weights)
+    shape = {"in_features": COLUMNS, "out_features": ROWS, "bias": False}
+    zeros = grid.zero_points.to(torch.int32)
+    arguments: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "group_size": group}
+    packed = QuantLinear.from_tensors(
+        integers, scales=grid.scales, zero_points=zeros, quantized=True, **arguments, **shape
+    )
+    assert torch.equal(packed.forward(torch.eye(COLUMNS)).T, grid.weights(integers))
+    tensors = {"B": packed.qweight.reshape(ROWS, COLUMNS // group, -1), "scales": packed.scales, "zeros": packed.qzeros}
+    given = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+    sizes = {"bits": bits, "block_size": group, "K": COLUMNS, "N": ROWS}
+    node = helper.make_node("MatMulNBits", ["A", *given], ["Y"], domain="com.microsoft", accuracy_level=1, **sizes)
+    wide = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("A", "Y")]
+    initializers = [numpy_helper.from_array(array, name) for name, array in given.items()]
+    graph = helper.make_graph([node], "one", wide[:1], wide[1:], initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    (computed,) = session(helper.make_model(graph, opset_imports=opsets, ir_version=10))(
+        A=np.eye(COLUMNS, dtype=np.float32)
+    )
+    np.testing.assert_allclose(computed.T, grid.weights(integers).numpy(), atol=1e-6)
+
+
+def test_a_fitted_grid_is_closer_than_one_that_covers_the_range(weights: torch.Tensor) -> None:
+    fitted = rounding.fit(weights, 4, 32, symmetric=False)
+    assert torch.equal(fitted.scales.half().float(), fitted.scales)
+    assert torch.equal(fitted.zero_points, fitted.zero_points.round().clamp(0, 15))
+    blocks = weights.unflatten(1, (-1, 32))
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    scales = ((high - low) / 15).half().float()
+    covering = Grid(scales, (-low / scales).round().clamp(0, 15), 4, 32)
+    assert error(weights, fitted, fitted.nearest(weights)) < 0.93 * error(weights, covering, covering.nearest(weights))
+
+
+def test_a_grid_is_closest_where_it_matters(weights: torch.Tensor) -> None:
+    importance = torch.ones(COLUMNS)
+    importance[::8] = 100
+    plain, weighted = (rounding.fit(weights, 4, 32, symmetric=False, importance=given) for given in (None, importance))
+
+    def of_important(grid: Grid) -> float:
+        return float((weights - grid.weights(grid.nearest(weights)))[:, ::8].square().sum())
+
+    assert of_important(weighted) < 0.8 * of_important(plain)
+
+
+def test_errors_are_made_up_for_by_columns_that_are_rounded_later(weights: torch.Tensor, inputs: torch.Tensor) -> None:
+    hessian = inputs.T @ inputs
+    grid = rounding.fit(weights, 4, 32, symmetric=False, importance=hessian.diagonal())
+    before = hessian.clone()
+    made, nearest = rounding.with_feedback(weights, grid, hessian), grid.nearest(weights)
+    assert torch.equal(hessian, before), "the Hessian is another layer's, too"
+    assert int(made.max()) <= 15
+    assert error(weights, grid, made, inputs) < 0.3 * error(weights, grid, nearest, inputs)
+
+
+def test_weights_that_are_zero_stay_zero(weights: torch.Tensor, inputs: torch.Tensor) -> None:
+    given = weights.clone()
+    given[:, :32] = 0
+    for bits, symmetric in ((4, False), (4, True), (8, True)):
+        grid = rounding.fit(given, bits, 32, symmetric=symmetric)
+        assert not grid.weights(grid.nearest(given))[:, :32].any()
+        made_up_for = grid.weights(rounding.with_feedback(given, grid, inputs.T @ inputs))
+        assert made_up_for[:, :32].abs().max() < 1e-5  # the grid of such a block has nothing larger
+
+
+def with_tables(cosines: np.ndarray[Any, Any], sines: np.ndarray[Any, Any]) -> onnx.ModelProto:
+    tables = {"cos_cache": cosines, "sin_cache": sines}
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in tables]
+    made = [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, [None, None]) for name in tables]
+    initializers = [numpy_helper.from_array(table.astype(np.float32), name) for name, table in tables.items()]
+    graph = helper.make_graph(nodes, "tables", [], made, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize(("base", "factor"), [(10_000.0, 1.0), (500_000.0, 1.0), (10_000.0, 1.2)])
+def test_rotary_tables_are_computed_when_a_model_is_loaded(base: float, factor: float) -> None:
+    frequencies = 1 / base ** (torch.arange(0, 64, 2).float() / 64)
+    angles = torch.outer(torch.arange(8192).float(), frequencies)
+    tables = (angles.cos() * factor).numpy(), (angles.sin() * factor).numpy()
+    model = surgeries.ComputeRotaryTables()(with_tables(*tables))
+    assert model.ByteSize() < 5000
+    for computed, table in zip(session(model)(), tables, strict=True):
+        np.testing.assert_allclose(computed, table, atol=2e-6)
+
+
+def test_tables_that_no_frequencies_explain_stay() -> None:
+    noise = np.random.default_rng(0).uniform(-1, 1, (2, 64, 8))
+    model = surgeries.ComputeRotaryTables()(with_tables(*noise))
+    assert {tensor.name for tensor in model.graph.initializer} == {"cos_cache", "sin_cache"}
+
+
+@pytest.mark.parametrize(("scale", "halved"), [(0.25, True), (0.1, False)])
+def test_scales_are_halved_only_if_that_changes_none(scale: float, halved: bool) -> None:
+    packed = numpy_helper.from_array(np.full((4, 2, 16), 0x9A, np.uint8), "B")
+    scales = numpy_helper.from_array(np.full((4, 2), scale, np.float32), "scales")
+    node = helper.make_node(
+        "MatMulNBits", ["A", "B", "scales"], ["Y"], domain="com.microsoft", bits=4, block_size=32, K=64, N=4
+    )
+    wide = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None]) for name in ("A", "Y")]
+    graph = helper.make_graph([node], "one", wide[:1], wide[1:], [packed, scales])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    given = np.ones((1, 64), np.float32)
+    before = session(model)(A=given)[0]
+    changed = surgeries.HalfScales()(model)
+    kinds = {tensor.data_type for tensor in changed.graph.initializer}
+    assert (TensorProto.FLOAT16 in kinds) == halved
+    np.testing.assert_array_equal(session(changed)(A=given)[0], before)

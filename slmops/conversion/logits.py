@@ -45,8 +45,8 @@ def with_all_logits(model: onnx.ModelProto) -> onnx.ModelProto:
         node.input[:] = [first.input[0] if name == last.output[0] else name for name in node.input]
     model.graph.node.remove(first)
     model.graph.node.remove(last)
-    del model.graph.value_info[:]  # their shapes are those of one token
-    for output in model.graph.output:
-        if output.name == "logits":
-            output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+    for value in (*model.graph.value_info, *model.graph.output):
+        shape = value.type.tensor_type.shape.dim
+        if (value.name == "logits" or value.name.startswith("/lm_head/")) and len(shape) == 3:  # those of one token
+            shape[1].dim_param = "sequence_length"
     return model

@@ -1,4 +1,4 @@
-"""Quantization in blocks, against the kernels of ONNX Runtime; surgeries that change a file and nothing that it computes."""
+"""Quantization in blocks, against ONNX Runtime's kernels; surgeries that change a file and nothing that it computes."""
 
 from collections.abc import Callable
 from typing import Any

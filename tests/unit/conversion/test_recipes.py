@@ -40,7 +40,7 @@ TIE = {"surgeon": "TieWordEmbeddings"}
 CHAINS = {
     "fp32": ["ModelBuilder", "GraphSurgeries"],
     "fp16": ["ModelBuilder", "GraphSurgeries", "OnnxFloatToFloat16"],
-    **dict.fromkeys(("int8", "int4", "int4-small"), ["BlockQuantize", "ModelBuilder", "GraphSurgeries"]),
+    **{name: ["BlockQuantize", "ModelBuilder", "GraphSurgeries"] for name in ("int8", "int4", "int4-small")},
 }
 
 

@@ -55,6 +55,11 @@ def hardware() -> Hardware:
     )
 
 
+def physical_cores() -> int:
+    """Physical cores that this process may use: threads that compute gain nothing from a second one on a core."""
+    return min(psutil.cpu_count(logical=False) or 1, hardware().cores)
+
+
 def memory() -> tuple[int, int]:
     """Memory that this process may use, and how much of it is available, in bytes.
 

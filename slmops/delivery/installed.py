@@ -135,7 +135,7 @@ def _whole(name: str, folder: Path, settings: Settings) -> Installed | None:
         return None
     found = place(name, manifest.variant, int(number), settings)
     there = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    whole = all(there.get(folder / file.name) == file.size for file in manifest.files)
+    whole = all(there.get(layout.released(folder, file.name)) == file.size for file in manifest.files)
     return found if found.folder == folder and whole and folder / layout.INFERENCE_MODEL in there else None
 
 

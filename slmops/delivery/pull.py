@@ -135,6 +135,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
                     part_of(downloads, file).rename(scratch / file)
                 described = json.dumps(_inference_model(done, manifest), indent=2, ensure_ascii=False)
                 write_atomic(scratch / layout.INFERENCE_MODEL, described)
+                layout.fit(scratch)
             shutil.rmtree(downloads, ignore_errors=True)
             _register(done, settings)
     except OSError as error:
@@ -186,7 +187,7 @@ def _check(manifest: VersionManifest, version: ModelVersion) -> None:
     said = f"{VERSION_MANIFEST} of {version.label}"
     if (manifest.model, manifest.variant) != (version.name, version.variant) or not stays_below(manifest.key):
         raise TrackingError(f"{said} is that of {manifest.model} ({manifest.variant}, {manifest.key}).")
-    taken = {VERSION_MANIFEST, layout.INFERENCE_MODEL}
+    taken = {VERSION_MANIFEST, layout.INFERENCE_MODEL, layout.RELEASED_CONFIG}
     folders: set[str] = set()
     for file in manifest.files:
         name = file.name.casefold()  # some file systems ignore case
@@ -226,7 +227,8 @@ def _is_whole(done: Installed, manifest: VersionManifest, digest: str) -> bool:
     return (
         described == _inference_model(done, manifest)
         and intact(done.folder / VERSION_MANIFEST, None, digest)
-        and all(intact(done.folder / file.name, file.size, file.sha256) for file in manifest.files)
+        and layout.fits(done.folder)
+        and all(intact(layout.released(done.folder, one.name), one.size, one.sha256) for one in manifest.files)
     )
 
 

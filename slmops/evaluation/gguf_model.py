@@ -14,7 +14,6 @@ os.environ.pop("OMP_WAIT_POLICY", None)
 
 import llama_cpp
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from slmops.core import machine
@@ -38,7 +37,7 @@ class GgufModel:
         how = llama_cpp.llama_context_default_params()
         how.n_ctx = how.n_batch = max(context, UBATCH)
         how.n_ubatch = UBATCH
-        how.n_threads = how.n_threads_batch = min(psutil.cpu_count(logical=False) or 1, machine.hardware().cores)
+        how.n_threads = how.n_threads_batch = machine.physical_cores()
         if exact:
             how.type_k = how.type_v = llama_cpp.GGML_TYPE_F32
             how.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED

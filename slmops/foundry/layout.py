@@ -3,6 +3,7 @@
 A variant is placed once to be used, and staged with other settings to be measured.
 """
 
+import copy
 import json
 import shutil
 from contextlib import suppress
@@ -12,16 +13,19 @@ from typing import Any
 
 from slmops.checkpoints.inspection import longrope_border
 from slmops.checkpoints.source import MOST_CACHE
+from slmops.core import machine
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
-from slmops.core.values import MANIFEST, Frozen, Registration, Variant
+from slmops.core.values import MANIFEST, Frozen, Recipe, Registration, Variant
 
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"
 GENAI_CONFIG = "genai_config.json"
+RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, on a device that needs another
 # The first two are kept with the variant as proof, and no runtime reads them; the third is written anew.
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
+_THREADS = "intra_op_num_threads"
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256
 """Tokens of a prompt that the runtime takes at once: all of them would need the logits of all, and be no faster.
@@ -99,7 +103,44 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     if not search.get("do_sample"):
         search["temperature"] = 0.0  # at any other, Foundry Local's service samples in spite of do_sample
     config["search"] = search
+    return for_this_machine(config, variant.recipe)
+
+
+def for_this_machine(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A copy of a genai_config.json with this machine's number of threads, unless the recipe sets one.
+
+    ONNX Runtime counts the cores by itself, and finds one on virtual machines of two: their models are half as fast.
+    """
+    config = copy.deepcopy(config)
+    options = config["model"].setdefault("decoder", {}).setdefault("session_options", {})
+    asked = recipe.genai.get("model", {}).get("decoder", {}).get("session_options", {})
+    options[_THREADS] = asked.get(_THREADS, machine.physical_cores())
     return config
+
+
+def released(folder: Path, name: str) -> Path:
+    """Where a folder has the file ``name`` as it was released."""
+    kept = folder / RELEASED_CONFIG
+    return kept if name == GENAI_CONFIG and kept.exists() else folder / name
+
+
+def fit(folder: Path) -> None:
+    """Give a released folder the genai_config.json that this machine needs; the released one stays beside it."""
+    config, fitted = _fitted(folder)
+    if config != fitted:
+        (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
+        write_atomic(folder / GENAI_CONFIG, json.dumps(fitted, indent=4))
+
+
+def fits(folder: Path) -> bool:
+    """Whether a folder has the genai_config.json that this machine needs."""
+    return _read(folder / GENAI_CONFIG) == _fitted(folder)[1]
+
+
+def _fitted(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    config = _read(released(folder, GENAI_CONFIG))
+    variant = Variant.from_file(folder / MANIFEST, path=folder)
+    return config, for_this_machine(config, variant.recipe) if config and variant else config
 
 
 def sessions_that_fit(folder: Path, most: int) -> int:

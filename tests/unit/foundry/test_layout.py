@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from slmops.core import machine
 from slmops.core.errors import RegistrationError
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Registration, Variant
@@ -38,6 +39,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+# The decoder of a config whose exporter said nothing of it.
+THREADS = {"session_options": {"intra_op_num_threads": machine.physical_cores()}}
+
+
 def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> None:
     asked = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1}
     folder, version, new = place(variant, home, **asked)
@@ -57,11 +62,35 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
     }
     # A temperature without sampling would do nothing.
     assert read(folder / "genai_config.json") == {
-        "model": {**json.loads(CONTENTS["genai_config.json"])["model"], "context_length": 2048},
+        "model": {**json.loads(CONTENTS["genai_config.json"])["model"], "context_length": 2048, "decoder": THREADS},
         "search": {"max_length": 2048, **asked, "do_sample": True, "chunk_size": layout.CHUNK},
     }
     exported = json.loads(CONTENTS["genai_config.json"])
     assert read(variant.path / "genai_config.json") == exported, "the variant itself is not touched"
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 3), (1, 1)])
+def test_threads_are_this_machines_unless_the_recipe_sets_them(
+    variant: Variant, home: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, threads: int
+) -> None:
+    options = {} if asked is None else {"intra_op_num_threads": asked}
+    recipe = variant.recipe.model_copy(update={"genai": {"model": {"decoder": {"session_options": options}}}})
+    (variant.path / MANIFEST).write_text(variant.model_copy(update={"recipe": recipe}).model_dump_json())
+    monkeypatch.setattr(machine, "physical_cores", lambda: 3)
+    folder, _, _ = place(variant.model_copy(update={"recipe": recipe}), home)
+    config = folder / "genai_config.json"
+    assert read(config)["model"]["decoder"]["session_options"] == {"intra_op_num_threads": threads}
+
+    # A device with other cores gets another config, and keeps the released one.
+    before = read(config)
+    monkeypatch.setattr(machine, "physical_cores", lambda: 8)
+    assert layout.fits(folder) == (asked is not None)
+    layout.fit(folder)
+    assert layout.fits(folder)
+    assert read(layout.released(folder, "genai_config.json")) == before
+    on_device = 8 if asked is None else asked
+    assert read(config)["model"]["decoder"]["session_options"] == {"intra_op_num_threads": on_device}
+    assert (folder / layout.RELEASED_CONFIG).exists() == (asked is None)
 
 
 GREEDY = {"max_length": 2048, "do_sample": False}
@@ -88,7 +117,10 @@ def test_search_settings(
     made = made.model_copy(update={"checkpoint": checkpoint(context_length=1500)})
     folder, _, _ = place(made, home, **asked)
     search = {**search, "max_length": 1500, "chunk_size": layout.CHUNK}
-    assert read(folder / "genai_config.json") == {"model": {"context_length": 1500}, "search": search}
+    assert read(folder / "genai_config.json") == {
+        "model": {"context_length": 1500, "decoder": THREADS},
+        "search": search,
+    }
     described = {key: value for key, value in search.items() if key not in ("do_sample", "chunk_size")}
     assert read(folder / "inference_model.json")["ModelConfig"] == described
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from slmops.core import machine
 from slmops.core.errors import SlmopsError
@@ -28,23 +28,19 @@ log = logging.getLogger(__name__)
 MEASURED_AS = 1  # how slmops measures; a change of it makes all measurements anew
 
 
-class Together(Frozen):
+Raw = TypeVar("Raw", Speed, Quality)
+
+
+class Kept(Frozen, Generic[Raw]):
     """Results by the variant's name."""
 
     measured: datetime
     keys: tuple[str, ...]  # of the variants in the store
+    variants: dict[str, Raw]
+    checkpoint: Quality | None = None  # what the checkpoint's own were, if it was scored
 
 
-class Speeds(Together):
-    variants: dict[str, Speed]
-
-
-class Qualities(Together):
-    variants: dict[str, Quality]
-    checkpoint: Quality | None  # what the checkpoint's own were, if it was scored
-
-
-Some = TypeVar("Some", bound=Together)
+Speeds, Qualities = Kept[Speed], Kept[Quality]
 
 
 class Earlier:
@@ -76,39 +72,36 @@ class Earlier:
         self._speeds = settings.measurements / f"speed-{_digest(speed)}.json"
         self._qualities = settings.measurements / f"quality-{_digest(quality)}.json"
 
-    def speeds(self) -> Speeds | None:
-        return self._read(Speeds, self._speeds)
+    def speeds(self) -> Kept[Speed] | None:
+        return self._read(Speeds, self._speeds, "speeds")
 
-    def qualities(self) -> Qualities | None:
-        return self._read(Qualities, self._qualities)
+    def qualities(self) -> Kept[Quality] | None:
+        return self._read(Qualities, self._qualities, "qualities")
 
     def keep_speeds(self, found: dict[str, Speed | SlmopsError]) -> None:
         """Leave them for the next job, unless one is an error or was disturbed."""
         whole = {name: one for name, one in found.items() if isinstance(one, Speed) and not summary.disturbed(one)}
         if len(whole) == len(found):
-            self._write(Speeds(measured=datetime.now(UTC), keys=self._keys, variants=whole), self._speeds)
+            self._write(self._speeds, variants=whole)
 
     def keep_qualities(self, found: dict[str, Quality], checkpoint: Quality | None) -> None:
         """Leave them for the next job, unless one is missing or has answers that nobody could judge."""
         answers = [answer for one in (*found.values(), checkpoint) if one for answer in one.answers]
         if len(found) == len(self._keys) and all(answer.correct is not None for answer in answers):
-            kept = Qualities(measured=datetime.now(UTC), keys=self._keys, variants=found, checkpoint=checkpoint)
-            self._write(kept, self._qualities)
+            self._write(self._qualities, variants=found, checkpoint=checkpoint)
 
-    def _read(self, kind: type[Some], path: Path) -> Some | None:
+    def _read(self, kind: type[Kept[Raw]], path: Path, what: str) -> Kept[Raw] | None:
         if self._anew or not path.exists():
             return None
         found = kind.from_file(path)
-        what = kind.__name__.lower()
         if found is None:
             log.warning("%s is damaged: the %s are measured anew", path, what)
         else:
             log.info("%s as measured %s; --remeasure measures them anew", what, f"{found.measured:%Y-%m-%d %H:%M} UTC")
         return found
 
-    @staticmethod
-    def _write(kept: Together, path: Path) -> None:
-        write_atomic(path, kept.model_dump_json())
+    def _write(self, path: Path, **kept: Any) -> None:
+        write_atomic(path, Kept(measured=datetime.now(UTC), keys=self._keys, **kept).model_dump_json())
 
 
 def _files(variant: Variant, registration: Registration) -> dict[str, str]:

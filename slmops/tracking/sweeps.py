@@ -25,20 +25,16 @@ class SweepTracker(Tracker):
         return run_id
 
     def log_trial(self, parent: str, trial: Trial, logs: Path) -> None:
-        """Log what came of a trial as a child run; one that a failed attempt to log left behind goes."""
-        experiment = self._client.get_run(parent).info.experiment_id
-        same = (f"tags.`{PARENT}` = '{parent}'", f"tags.`slmops.variant` = '{trial.variant}'")
-        for stale in self._client.runs_of(experiment, "trial", *same):
-            self._client.delete_run(stale.info.run_id)
-        tags = {KIND: "trial", PARENT: parent, TRIAL: str(trial.number), "slmops.variant": trial.variant}
-        tags["slmops.outcome"] = trial.outcome
-        tags |= {REASON: trial.detail[:TEXT_LIMIT]} if trial.detail else {}
-        run_id = self._client.open_run(experiment, f"{trial.number} {trial.variant}", tags)
+        """Log what came of a trial as a child run."""
+        run_id = self._child(parent, trial.variant, "trial", f"{trial.number} {trial.variant}")
+        tags = {TRIAL: str(trial.number), "slmops.outcome": trial.outcome}
+        self._client.set_tags(run_id, tags | ({REASON: trial.detail[:TEXT_LIMIT]} if trial.detail else {}))
         self._client.log_params(run_id, {"recipe": trial.recipe, **trial.options})
         self._client.log_figures(run_id, trial.metrics)
-        for log in sorted(logs.glob(f"{trial.variant}.*.log")) if trial.outcome == "failed" else ():
-            self._client.log_artifact(run_id, str(log), "logs")
-        self._client.set_terminated(run_id, "FAILED" if trial.outcome == "failed" else "FINISHED")
+        if trial.outcome == "failed":
+            self._fail(run_id, trial.variant, logs)
+        else:
+            self._client.set_terminated(run_id, "FINISHED")
 
     def finish(self, result: Swept) -> None:
         """Put the result into the parent run and close it, and mark the trials of the front."""

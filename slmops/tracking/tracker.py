@@ -112,9 +112,7 @@ class Tracker(Connection):
         """Log a variant or a peer that failed, with the reason and what logs there are."""
         run_id = self._child(parent, recipe, kind)
         self._client.set_tags(run_id, {REASON: reason[:TEXT_LIMIT], NOTE: f"Failed: {reason}"[:TEXT_LIMIT]})
-        for log in sorted(logs.glob(f"{recipe}.*.log")):
-            self._client.log_artifact(run_id, str(log), "logs")
-        self._client.set_terminated(run_id, "FAILED")
+        self._fail(run_id, recipe, logs)
         return VariantResult(name=recipe, status="failed", reason=reason, run_id=run_id)
 
     def log_peer(self, parent: str, name: str, measured: dict[str, Measurement]) -> VariantResult:
@@ -286,7 +284,13 @@ class Tracker(Connection):
         links = [f"[{name}]({self.answers_url(run, baseline)})" for name, run in runs.items() if run and baseline]
         return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
-    def _child(self, parent: str, recipe: str, kind: str = "variant") -> str:
+    def _fail(self, run_id: str, recipe: str, logs: Path) -> None:
+        """Close a run as failed, with what logs there are."""
+        for log in sorted(logs.glob(f"{recipe}.*.log")):
+            self._client.log_artifact(run_id, str(log), "logs")
+        self._client.set_terminated(run_id, "FAILED")
+
+    def _child(self, parent: str, recipe: str, kind: str = "variant", title: str | None = None) -> str:
         """A new child run; one that a failed attempt to log left behind goes, with its logged model and answers."""
         experiment = self._client.get_run(parent).info.experiment_id
         of_parent = (f"tags.`{PARENT}` = '{parent}'", f"tags.`slmops.variant` = '{recipe}'")
@@ -297,7 +301,7 @@ class Tracker(Connection):
             tracking_evaluation.delete_answers(self._client, experiment, run.info.run_id)
             self._client.delete_run(run.info.run_id)
         tags = {PARENT: parent, KIND: kind, "slmops.variant": recipe}
-        return self._client.open_run(experiment, recipe, tags)
+        return self._client.open_run(experiment, title or recipe, tags)
 
 
 def _threads(registration: Registration) -> str:

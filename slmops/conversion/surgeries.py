@@ -8,10 +8,19 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from olive.passes.onnx.graph_surgeries import ProtoSurgeon
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, parser
 
-_SCALES_AT = {"MatMulNBits": 2, "GatherBlockQuantized": 2}
+_WITH_SCALES = ("MatMulNBits", "GatherBlockQuantized")  # their third input
 _TABLES = ("cos_cache", "sin_cache")
+_COMPUTED = """
+rotary_positions = Range(rotary_first, rotary_end, rotary_step)
+rotary_column = Unsqueeze(rotary_positions, rotary_axis)
+rotary_angles = Mul(rotary_column, rotary_frequencies)
+rotary_cosines = Cos(rotary_angles)
+rotary_sines = Sin(rotary_angles)
+cos_cache = Mul(rotary_cosines, rotary_factor)
+sin_cache = Mul(rotary_sines, rotary_factor)
+"""
 _SAME = 2e-6  # a table's numbers are at most about 1, and have 24 bits
 
 
@@ -21,9 +30,7 @@ class HalfScales(ProtoSurgeon):  # type: ignore[misc]
     def __call__(self, model: ModelProto) -> ModelProto:
         tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         casts = []
-        for name in dict.fromkeys(
-            node.input[at] for node in model.graph.node if (at := _SCALES_AT.get(node.op_type)) is not None
-        ):
+        for name in dict.fromkeys(node.input[2] for node in model.graph.node if node.op_type in _WITH_SCALES):
             if name not in tensors or tensors[name].data_type != TensorProto.FLOAT:
                 continue
             values = numpy_helper.to_array(tensors[name])
@@ -52,23 +59,14 @@ class ComputeRotaryTables(ProtoSurgeon):  # type: ignore[misc]
         for table, computed in ((cosines, np.cos(angles)), (sines, np.sin(angles))):
             if np.abs(computed * factor - table).max() > _SAME * factor:
                 return model
-        nodes = [
-            helper.make_node("Range", ["/rotary/first", "/rotary/end", "/rotary/step"], ["/rotary/positions"]),
-            helper.make_node("Unsqueeze", ["/rotary/positions", "/rotary/axis"], ["/rotary/column"]),
-            helper.make_node("Mul", ["/rotary/column", "/rotary/frequencies"], ["/rotary/angles"]),
-        ]
-        for name, operator in zip(_TABLES, ("Cos", "Sin"), strict=True):
-            nodes.append(helper.make_node(operator, ["/rotary/angles"], [f"/rotary/{operator}"]))
-            nodes.append(helper.make_node("Mul", [f"/rotary/{operator}", "/rotary/factor"], [name]))
+        for name in _TABLES:
             model.graph.initializer.remove(tensors[name])
+        given = {"first": 0, "end": len(cosines), "step": 1, "frequencies": frequencies[None], "factor": factor}
+        arrays = {"axis": np.array([1]), **{name: np.asarray(value, np.float32) for name, value in given.items()}}
+        model.graph.initializer.extend(numpy_helper.from_array(one, f"rotary_{name}") for name, one in arrays.items())
+        nodes = [parser.parse_node(line) for line in _COMPUTED.strip().splitlines()]
         for node in nodes:
-            node.name = f"{node.output[0]}/{node.op_type}"
-        constants = {"first": 0, "end": len(cosines), "step": 1, "frequencies": frequencies[None], "factor": factor}
-        model.graph.initializer.extend(
-            numpy_helper.from_array(np.asarray(value, np.float32), f"/rotary/{name}")
-            for name, value in constants.items()
-        )
-        model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "/rotary/axis"))
+            node.name = f"/{node.output[0]}/{node.op_type}"
         _first(model, nodes)
         return model
 

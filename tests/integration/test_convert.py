@@ -236,12 +236,13 @@ def test_a_conversion_that_fails_leaves_nothing(job: Job, checkpoint: Checkpoint
         convert(Recipe(name="eight", config=config), checkpoint, job, "tiny", fresh)
     assert caught.value.exit_code == 1
     written = fresh.logs / "tiny" / "eight.olive.log"
-    assert written.stat().st_size > 0
+    assert "No output model produced" in written.read_text()  # and Olive ended well
     assert caught.value.fix == f"Olive's log: {written}"
     assert left(fresh) == set()
     assert at_work(fresh.home) == []
 
 
+@pytest.mark.usefixtures("in_process")
 def test_without_an_fp32_variant_a_part_of_it_is_compared(
     job: Job, checkpoint: Checkpoint, stock: Settings, fresh: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:

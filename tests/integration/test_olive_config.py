@@ -9,7 +9,7 @@ import pytest
 
 from slmops.conversion import olive_config, recipes
 from slmops.conversion.convert import convert
-from slmops.core.errors import ConversionError, RecipeError
+from slmops.core.errors import RecipeError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
@@ -156,17 +156,6 @@ def test_what_needs_no_olive_is_refused_at_once(
     assert "mine.json" in caught.value.message
 
 
-def test_a_config_that_olive_accepts_and_that_makes_nothing(
-    job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_precisions_own_name_stays_free(checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     content = {"passes": {"b": {"type": "ModelBuilder", "precision": "fp16"}}}
-    recipe = load(content, checkpoint, home, tmp_path, "fp16.json")
-    monkeypatch.undo()  # what Olive says counts here
-    assert recipe.name == "fp16-olive"  # a precision's own name stays free
-    with pytest.raises(ConversionError, match=r"fp16-olive: Olive produced no model\. FP16 is not supported") as caught:
-        convert(recipe, checkpoint, job, "tiny", home)
-    log = home.logs / "tiny" / "fp16-olive.olive.log"
-    assert caught.value.fix == f"Olive's log: {log}"
-    assert "No output model produced" in log.read_text()  # and Olive ended well
-    assert list(home.variants.glob("fp16*")) == []
-    assert list(home.work("tiny").glob("fp16*")) == []
+    assert load(content, checkpoint, home, tmp_path, "fp16.json").name == "fp16-olive"

@@ -15,7 +15,7 @@ from slmops.conversion import olive_worker, recipes, store, thin_worker, verify_
 from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
 from slmops.core.files import folder_appears_whole, write_atomic
-from slmops.core.job import BASELINE, CHECKPOINT, Job
+from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
 from slmops.processes import children
@@ -149,12 +149,15 @@ class _Builder:
         write_atomic(note, json.dumps(_passes(recipe)))
         return cache
 
-    def _environment(self, *, offline: bool) -> dict[str, str]:
-        """Olive sends nothing, and ModelBuilder's intermediate files stay out of the user's hub cache."""
+    def _environment(self, recipe: str = BASELINE) -> dict[str, str]:
+        """Olive sends nothing, and ModelBuilder's intermediate files stay out of the user's hub cache.
+
+        A pass of a recipe that does not come with slmops may want data from the hub, as Gptq does by default.
+        """
         return {
             "OLIVE_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_OFFLINE": str(int(recipe in SHIPPED)),
             "HF_HUB_CACHE": str(self.work / _CACHE / "hub"),
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -183,7 +186,7 @@ class _Builder:
                 log=self.logs / "thin.log",
                 timeout_s=self.settings.conversion_timeout_s,
                 error=ConversionError,
-                env=self._environment(offline=True),
+                env=self._environment(),
                 within=self.child,
             )
             log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
@@ -227,7 +230,7 @@ class _Builder:
             log=logs / f"{recipe.name}.verify.log",
             timeout_s=self.settings.conversion_timeout_s,
             error=ConversionError,
-            env=self._environment(offline=True),
+            env=self._environment(recipe.name),
             within=self.child,
         )
         return finished, checked
@@ -289,7 +292,7 @@ class _Builder:
                 log=olive_text,
                 timeout_s=self.settings.conversion_timeout_s,
                 error=ConversionError,
-                env=self._environment(offline=not recipe.users_own),  # a user's own may want data from the hub
+                env=self._environment(recipe.name),
                 # onnx refuses to write a file of a name that exists in the current folder, such as a user's
                 # model.onnx.data. But paths in a user's own config are relative to where the user is.
                 cwd=None if recipe.users_own else work,

@@ -69,6 +69,19 @@ def left(settings: Settings) -> set[Path]:
     return {path for folder in (settings.variants, settings.work("bot")) for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize(("name", "offline"), [("int4", "1"), ("mine", "0")])
+def test_a_recipe_of_the_users_own_may_want_data_from_the_hub_in_one_child(
+    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, offline: str
+) -> None:
+    play_olive(monkeypatch)
+    call = Mock(side_effect=children.call)
+    monkeypatch.setattr(children, "call", call)
+    convert(RECIPE.model_copy(update={"name": name}), tiny, Job(model="m"), "bot", settings)
+    environments = [one.kwargs["env"] for one in call.call_args_list]
+    assert environments[0]["HF_HUB_OFFLINE"] == offline
+    assert environments == [environments[0]] * 2  # else each call had a process of its own
+
+
 def test_two_names_at_once_convert_once(tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     both_looked = threading.Barrier(2)
 

@@ -95,15 +95,15 @@ def catalog_locked(settings: Settings) -> AbstractContextManager[None]:
     return locks.exclusive(settings.locks / "deployed.lock", "the catalog of installed versions", wait=True)
 
 
-def forget(foundry_ids: Sequence[str], settings: Settings) -> tuple[str, ...]:
-    """Take versions, which it would keep without their folders, out of Foundry Local's catalog, whose lock is held.
+def forget(foundry_ids: Sequence[str], home: Path, settings: Settings) -> tuple[str, ...]:
+    """Take models, which it would keep without their folders, out of the catalog of a Foundry home, whose lock is held.
 
     Returned are those that are not in it any more; a failure is only logged.
     """
     try:
         result, _ = children.call(
             register_worker.forget_all,
-            register_worker.ForgetRequest(home=settings.deployed, foundry_ids=tuple(foundry_ids)),
+            register_worker.ForgetRequest(home=home, foundry_ids=tuple(foundry_ids)),
             log=settings.logs / "installed.forget.log",
             timeout_s=FORGET_S,
             error=RegistrationError,
@@ -144,7 +144,7 @@ def _keep(name: str, foundry_ids: Collection[str | None], settings: Settings) ->
     if not superseded:
         return
     with catalog_locked(settings):
-        gone = forget([one.foundry_id for one in superseded], settings)
+        gone = forget([one.foundry_id for one in superseded], settings.deployed, settings)
     for one in superseded:
         if one.foundry_id not in gone:
             continue

@@ -9,20 +9,19 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import chain
 from pathlib import Path
 
 from slmops.core import blobs, locks
-from slmops.core.errors import RegistrationError, UsageError
+from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Frozen, Variant
 from slmops.delivery import installed
 from slmops.evaluation.earlier import Qualities, Speeds
-from slmops.foundry import layout, register_worker
-from slmops.processes import children
+from slmops.foundry import layout
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 
+REGISTERED = "in Foundry Local"
 NOT_OURS = "whoever put it there"
 
 
@@ -69,6 +68,7 @@ def prune(settings: Settings, uri: str, *, remove: bool) -> Pruned:
                 held.enter_context(locks.exclusive(path, f"{path.stem} in this home", wait=False))
         things = tuple(_things(settings, *_referred(uri)))
         doomed = [one for one in things if not one.referred_by]
+        doomed = _unregistered(doomed, settings) if remove else doomed
         freed = _freed(doomed, settings)
         if remove:
             _remove(doomed, settings)
@@ -107,7 +107,7 @@ def _things(settings: Settings, referred: dict[str, list[str]], names: set[str])
         yield thing("variant", folder, referred.get(folder.name, ()))
     for folder in _in(settings.foundry / "models" / layout.PUBLISHER):
         made = Variant.from_file(folder / MANIFEST, path=folder)
-        yield thing("in Foundry Local", folder, referred.get(made.key, ()) if made else (NOT_OURS,))
+        yield thing(REGISTERED, folder, referred.get(made.key, ()) if made else (NOT_OURS,))
     for folder in _in(settings.checkpoints):
         yield thing("checkpoint", folder, (key for key, path in made_of.items() if path.is_relative_to(folder)))
     for file in _in(settings.measurements):
@@ -125,28 +125,20 @@ def _things(settings: Settings, referred: dict[str, list[str]], names: set[str])
         yield thing("folder", settings.home / name, ("the local servers",))
 
 
+def _unregistered(doomed: Iterable[Thing], settings: Settings) -> list[Thing]:
+    """The same without the models that Foundry Local holds on to: its catalog would keep them without their folders."""
+    ids = {one.path: ":".join(one.path.name.rsplit("-", 1)) for one in doomed if one.kind == REGISTERED}
+    gone = installed.forget([*ids.values()], settings.foundry, settings) if ids else ()
+    return [one for one in doomed if one.path not in ids or ids[one.path] in gone]
+
+
 def _remove(doomed: Iterable[Thing], settings: Settings) -> None:
-    by_kind: dict[str, list[Path]] = defaultdict(list)
-    for one in doomed:
-        by_kind[one.kind].append(one.path)
-    if registered := by_kind.pop("in Foundry Local", []):
-        ids = [":".join(path.name.rsplit("-", 1)) for path in registered]
-        # The catalog would keep them without their folders.
-        gone, _ = children.call(
-            register_worker.forget_all,
-            register_worker.ForgetRequest(home=settings.foundry, foundry_ids=tuple(ids)),
-            log=settings.logs / "prune.log",
-            timeout_s=installed.FORGET_S,
-            error=RegistrationError,
-        )
-        by_kind[""] = [path for path, id_ in zip(registered, ids, strict=True) if id_ in gone.forgotten]
-    del by_kind["unused blobs"]  # there will be more
-    for path in chain.from_iterable(by_kind.values()):
+    for path in {one.path for one in doomed} - {settings.blobs}:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    blobs.prune(settings, unused_s=0)
+    blobs.prune(settings, unused_s=0)  # the others have left it more of them
 
 
 def _in(folder: Path) -> list[Path]:

@@ -247,5 +247,5 @@ def _register(done: Installed, settings: Settings) -> None:
             log_file = settings.logs / done.name / f"{done.variant}.pull.log"
             register.register_folder(*placed, log=log_file)
         except SlmopsError:
-            installed.forget([done.foundry_id], settings)  # a child that crashed has not
+            installed.forget([done.foundry_id], settings.deployed, settings)  # a child that crashed has not
             raise

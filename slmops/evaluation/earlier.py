@@ -31,8 +31,8 @@ MEASURED_AS = 1  # how slmops measures; a change of it makes all measurements an
 Raw = TypeVar("Raw", Speed, Quality)
 
 
-class Kept(Frozen, Generic[Raw]):
-    """Results by the variant's name."""
+class RawResults(Frozen, Generic[Raw]):
+    """What was measured, by the variant's name."""
 
     measured: datetime
     keys: tuple[str, ...]  # of the variants in the store
@@ -40,7 +40,7 @@ class Kept(Frozen, Generic[Raw]):
     checkpoint: Quality | None = None  # what the checkpoint's own were, if it was scored
 
 
-Speeds, Qualities = Kept[Speed], Kept[Quality]
+Speeds, Qualities = RawResults[Speed], RawResults[Quality]
 
 
 class Earlier:
@@ -72,10 +72,10 @@ class Earlier:
         self._speeds = settings.measurements / f"speed-{_digest(speed)}.json"
         self._qualities = settings.measurements / f"quality-{_digest(quality)}.json"
 
-    def speeds(self) -> Kept[Speed] | None:
+    def speeds(self) -> RawResults[Speed] | None:
         return self._read(Speeds, self._speeds, "speeds")
 
-    def qualities(self) -> Kept[Quality] | None:
+    def qualities(self) -> RawResults[Quality] | None:
         return self._read(Qualities, self._qualities, "qualities")
 
     def keep_speeds(self, found: dict[str, Speed | SlmopsError]) -> None:
@@ -90,7 +90,7 @@ class Earlier:
         if len(found) == len(self._keys) and all(answer.correct is not None for answer in answers):
             self._write(self._qualities, variants=found, checkpoint=checkpoint)
 
-    def _read(self, kind: type[Kept[Raw]], path: Path, what: str) -> Kept[Raw] | None:
+    def _read(self, kind: type[RawResults[Raw]], path: Path, what: str) -> RawResults[Raw] | None:
         if self._anew or not path.exists():
             return None
         found = kind.from_file(path)
@@ -101,7 +101,7 @@ class Earlier:
         return found
 
     def _write(self, path: Path, **kept: Any) -> None:
-        write_atomic(path, Kept(measured=datetime.now(UTC), keys=self._keys, **kept).model_dump_json())
+        write_atomic(path, RawResults(measured=datetime.now(UTC), keys=self._keys, **kept).model_dump_json())
 
 
 def _files(variant: Variant, registration: Registration) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from slmops.core import locks
 from slmops.core.errors import BusyError, TrackingError, UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import prune
-from slmops.foundry import register_worker
 from tests import values
 
 DEPLOYED = "foundry/models/slmops"
@@ -40,7 +38,7 @@ class Home:
         (settings.blobs / "alone").write_text("x" * 500)
         for kind in ("Registry", "Tracker"):
             monkeypatch.setattr(prune, kind, lambda _uri: self)
-        monkeypatch.setattr(prune.children, "call", self.forget)
+        monkeypatch.setattr(prune.installed, "forget", self.forget)
 
     def models(self) -> list[str]:
         return ["bot", "unfinished"]
@@ -59,10 +57,9 @@ class Home:
         result = values.result("latest", 1).model_copy(update={"path": self.settings.variants / "latest"})
         return values.comparison(result, values.failed("int8", "It broke."))
 
-    def forget(self, _handle: Any, request: register_worker.ForgetRequest, **_: Any) -> Any:
-        assert request.home == self.settings.foundry
-        gone = () if self.refused else request.foundry_ids
-        return register_worker.ForgetResult(forgotten=gone), SimpleNamespace()
+    def forget(self, foundry_ids: list[str], home: Path, _settings: Settings) -> tuple[str, ...]:
+        assert home == self.settings.foundry
+        return () if self.refused else tuple(foundry_ids)
 
     @property
     def files(self) -> set[str]:
@@ -136,8 +133,9 @@ def test_nothing_is_removed_while_something_works_here(home: Home, lock: str) ->
 
 
 def test_a_folder_that_foundry_local_holds_on_to_stays(home: Home) -> None:
-    home.refused = True
-    prune.prune(home.settings, "uri", remove=True)
+    home.refused, taken = True, home.taken
+    done = prune.prune(home.settings, "uri", remove=True)
+    assert done.freed_mb == pytest.approx((taken - home.taken) / 1e6)
     assert under(home.files, f"{DEPLOYED}/bot-old-")
     assert (home.settings.home / DEPLOYED / "theirs").is_dir()
 

@@ -2,9 +2,10 @@
 
     python benchmarks/bench.py
 
-Runs the demo job twice from nothing in a home of its own, then times one variant in turns by slmops and by
-``direct.py``, which calls the runtime with nothing of slmops in between; then ``conversion.py``, ``serving.py`` and
-``cut.py``, and, if llama-cpp-python is installed, ``peers.py``.
+Runs the demo job in a home of its own: from nothing, unchanged, measured anew. Then times one variant in turns by
+slmops and by ``direct.py``, which calls the runtime with nothing of slmops in between; then ``conversion.py``,
+``serving.py`` and ``cut.py``. At last the frontier: ``peers.py`` with all shipped recipes on the demo, and on a
+checkpoint that ``off_grid.py`` makes of it, where only quality differs.
 """
 
 import json
@@ -13,15 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+
+from mlflow import MlflowClient
 
 from slmops import report
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
-from slmops.core.values import MANIFEST, Comparison, Registration, VariantResult
+from slmops.core.values import Comparison, Registration, VariantResult
 from slmops.evaluation import prompts, speed
 from slmops.foundry.layout import Staged, stage
 from slmops.processes import children
@@ -42,41 +44,45 @@ def main() -> None:
         env = {**os.environ, "SLMOPS_HOME": home}
         try:
             first, first_s = _timed(env)
-            second, second_s = _timed(env)
+            _, unchanged_s = _timed(env)
+            second, second_s = _timed(env, "--remeasure")
             here = machine.hardware()
             print(f"\n{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}\n")
             print(report.text(first))
-            print(f"\nfrom nothing: {first_s:.0f} s; again: {second_s:.0f} s")
+            print(f"\nfrom nothing: {first_s:.0f} s; unchanged: {unchanged_s:.0f} s; measured anew: {second_s:.0f} s")
+            status = subprocess.run([SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
+            uri = json.loads(status)["mlflow"]["url"]
+            _stages(first, uri)
             _repeatability(first, second)
             _agreement(next(result for result in first.variants if result.name == AGREEMENT_VARIANT), Path(home))
             sys.stdout.flush()  # the others print by themselves
-            status = subprocess.run([SLMOPS, "status", "--json"], env=env, stdout=subprocess.PIPE, check=True).stdout
-            uri = json.loads(status)["mlflow"]["url"]
+            tuned = str(Path(home) / "tuned")
             programs = [
                 ["conversion.py", "demo"],
                 ["serving.py", first.model, "int8", "fp16"],
                 ["cut.py", first.model, uri],
+                ["peers.py", "demo"],
+                ["off_grid.py", "demo", tuned],
+                ["peers.py", tuned, "--part", "quality"],
             ]
-            if find_spec("llama_cpp"):
-                programs.append(["peers.py", *_peers(first, Path(home))])
             for program in programs:
                 subprocess.run([sys.executable, str(HERE / program[0]), *program[1:]], env=env, check=True)
         finally:
             subprocess.run([SLMOPS, "down"], env=env, check=False)
 
 
-def _peers(first: Comparison, home: Path) -> list[str]:
-    """The checkpoint, and each variant as it is deployed."""
-    manifest = json.loads((Path(str(first.variants[0].path)) / MANIFEST).read_text(encoding="utf-8"))
-    deployed = home / "foundry" / "models" / "slmops"
-    folders = [f"{one.name}={deployed / str(one.foundry_id).replace(':', '-')}" for one in first.variants]
-    return [manifest["checkpoint"]["path"], *folders]
-
-
-def _timed(env: dict[str, str]) -> tuple[Comparison, float]:
+def _timed(env: dict[str, str], *options: str) -> tuple[Comparison, float]:
     started = time.monotonic()
-    done = subprocess.run([SLMOPS, "demo", "--json"], env=env, stdout=subprocess.PIPE, check=True)
+    command = [SLMOPS, "run", "--model", "demo", "--json", *options]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
     return Comparison.model_validate(json.loads(done.stdout)), time.monotonic() - started
+
+
+def _stages(job: Comparison, uri: str) -> None:
+    metrics = MlflowClient(uri).get_run(job.run_id).data.metrics
+    print("\nseconds of the first job's stages")
+    for name in ("job_s", "job_orchestration_s", *sorted(name for name in metrics if name.startswith("stage_"))):
+        print(f"  {name:30} {metrics[name]:7.1f}")
 
 
 def _repeatability(first: Comparison, second: Comparison) -> None:

@@ -1,9 +1,10 @@
-"""Print how long a job's conversions take, beside `olive run` with the same configs, one after the other.
+"""Print how long a job's conversions take, beside Olive's own with the same configs, each in a process of its own.
 
     python benchmarks/conversion.py CHECKPOINT [PRECISION ...]
 
-Both do the same passes, by default for fp32, fp16, int8 and int4. A config of which plain Olive makes nothing is left
-out of both sums. Then what checking and registering the variants takes on top.
+Both do the same passes, by default for all shipped recipes: Olive is told of our pass and surgeries, and gets none of
+our fixes. A config of which it makes nothing is left out of both sums. Then what checking and registering the variants
+takes on top.
 """
 
 import json
@@ -16,22 +17,23 @@ from slmops.checkpoints import source
 from slmops.conversion import convert as conversion
 from slmops.conversion import recipes
 from slmops.core import machine
-from slmops.core.job import BASELINE, Job, JobContext
+from slmops.core.job import BASELINE, SHIPPED, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Variant
 from slmops.foundry.register import register
 from slmops.processes import children
 
-OLIVE = str(Path(sys.executable).with_name("olive"))
-PRECISIONS = ["fp32", "fp16", "int8", "int4"]
+OLIVE = """import json, olive
+from slmops.conversion import fixes, surgeries
+olive.run(json.load(open("config.json")), package_config=fixes.package())"""
 
 
 def main(model: str, *precisions: str) -> None:
     """Convert both ways, and print."""
-    job = Job(model=model, precision=list(precisions) or PRECISIONS, baseline=BASELINE)
+    job = Job(model=model, precision=list(precisions or SHIPPED), baseline=BASELINE)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(home=Path(folder))
-        checkpoint = source.resolve(job, Settings(), download=_not_at_all)
+        checkpoint = source.resolve(job, Settings(), download=not_at_all)
         context = JobContext(job, "bench", checkpoint, settings, "")
         planned = conversion.in_order(recipes.for_job(job, checkpoint, settings))
         plain = {recipe.name: _olive_run(recipe, context) for recipe in planned}
@@ -47,14 +49,14 @@ def main(model: str, *precisions: str) -> None:
 
 
 def _olive_run(recipe: Recipe, context: JobContext) -> children.Finished | None:
-    """What `olive run` takes for a recipe, if it makes something."""
+    """What plain Olive takes for a recipe, if it makes something."""
     work = context.work / "olive" / recipe.name
     work.mkdir(parents=True)
     config = conversion.workflow(recipe, context.checkpoint, context.job, work / "cache", work / "model")
     (work / "config.json").write_text(json.dumps(config), encoding="utf-8")
     env = {"OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     log = context.logs / f"{recipe.name}.log"
-    finished = children.run([OLIVE, "run", "--config", "config.json"], log=log, timeout_s=7200, env=env, cwd=work)
+    finished = children.run([sys.executable, "-c", OLIVE], log=log, timeout_s=7200, env=env, cwd=work)
     return finished if any((work / "model").rglob("*.onnx")) else None
 
 
@@ -77,7 +79,8 @@ def _print(plain: dict[str, children.Finished | None], made: list[Variant], all_
     print(f"converted and checked in {all_s:.1f} s, registered in {register_s:.1f}: {all_s + register_s:.1f} s in all")
 
 
-def _not_at_all(_uri: str, _target: Path) -> Path:
+def not_at_all(_uri: str, _target: Path) -> Path:
+    """For checkpoints that are not in MLflow."""
     raise AssertionError("the checkpoint is here")
 
 

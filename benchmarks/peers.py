@@ -1,10 +1,11 @@
 """Print how our variants compare with llama.cpp's quantized files of the same checkpoint: size, quality, speed, memory.
 
-    python benchmarks/peers.py CHECKPOINT [LABEL=]FOLDER... [--part quality|speed] [--rounds 5] [--gguf FOLDER]
+    python benchmarks/peers.py CHECKPOINT [[LABEL=]FOLDER...] [--part quality|speed] [--rounds 5] [--gguf FOLDER]
 
-CHECKPOINT is a folder in Hugging Face format, each other FOLDER an ONNX variant of it with genai_config.json, such as
-SLMOPS_HOME/foundry/models/slmops/NAME-int4-generic-cpu-1. It needs the extra "peers" (docs/measuring.md). llama.cpp
-makes its files itself, from the checkpoint in fp32; --gguf keeps them for the next time.
+CHECKPOINT is what `slmops run --model` takes, each FOLDER an ONNX variant of it with genai_config.json, such as
+SLMOPS_HOME/foundry/models/slmops/NAME-int4-generic-cpu-1; without one, those of all shipped recipes are made. llama.cpp
+makes its files itself, from the checkpoint in fp32; --gguf keeps them for the next time. Without the extra "peers"
+(docs/measuring.md) only ours are printed.
 
 Quality is that of a job: the same text, tokens and windows, relative to the checkpoint in transformers. Speed is
 measured in interleaved rounds, each turn in a process of its own: ours through Foundry Local, theirs in process with a
@@ -15,20 +16,27 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import tabulate
+from conversion import not_at_all
 
+from slmops.checkpoints import source
+from slmops.conversion import convert, recipes
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
-from slmops.core.values import Measurement, Registration, is_weights
+from slmops.core.job import BASELINE, SHIPPED, Job
+from slmops.core.settings import Settings
+from slmops.core.values import Checkpoint, Measurement, Registration, is_weights
 from slmops.evaluation import dataset, gguf_worker, logits_worker, prompts, speed, statistics
 from slmops.evaluation.gguf_worker import GgufRequest
 from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
 from slmops.evaluation.speed import Cell, SpeedRequest
 from slmops.foundry.layout import CHUNK, GENAI_CONFIG, INFERENCE_MODEL, stage
+from slmops.foundry.register import register
 from slmops.processes import children
 from slmops.processes.children import Finished, Request, Result
 
@@ -47,14 +55,15 @@ Row = dict[str, str]
 class Contest:
     """The checkpoint, our folders by label, and llama.cpp's files by type."""
 
-    def __init__(self, checkpoint: Path, ours: dict[str, Path], types: list[str], gguf: Path, scratch: Path) -> None:
-        self.checkpoint, self.ours, self.scratch = checkpoint, ours, scratch
+    def __init__(self, checkpoint: Checkpoint, ours: dict[str, Path], types: list[str], gguf: Path, work: Path) -> None:
+        self.checkpoint, self.ours, self.scratch = checkpoint.path.resolve(), ours, work
         self.fastest = speed.calibrate()
-        request = GgufRequest(checkpoint=checkpoint, folder=gguf, types=tuple(types), tolerance=TOLERANCE)
-        made, _ = self.call(gguf_worker.handle, request)
+        self.fp32_mb = checkpoint.parameters * 4 / 1e6
         self.theirs = {kind: gguf / f"{kind}.gguf" for kind in types}
-        self.fp32_mb = (gguf / "F32.gguf").stat().st_size / 1e6
-        print(f"llama.cpp: {made.system_info}\nits logits in fp32 differ by {made.error:.1g} of the largest one\n")
+        if types:
+            request = GgufRequest(checkpoint=self.checkpoint, folder=gguf, types=tuple(types), tolerance=TOLERANCE)
+            made, _ = self.call(gguf_worker.handle, request)
+            print(f"llama.cpp: {made.system_info}\nits logits in fp32 differ by {made.error:.1g} of the largest one\n")
 
     def call(self, handle: Callable[[Request], Result], request: Request) -> tuple[Result, Finished]:
         log = self.scratch / "peers.log"
@@ -161,7 +170,7 @@ class Contest:
 def main() -> None:
     """Make the files, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint")
     parser.add_argument("ours", nargs="*", metavar="[LABEL=]FOLDER")
     parser.add_argument("--part", choices=("quality", "speed"), help="both by default")
     parser.add_argument("--rounds", type=int, default=5)
@@ -173,15 +182,28 @@ def main() -> None:
     ]
     here = machine.hardware()
     print(f"{here.processor}, {here.cores} cores, {here.memory_gb} GB, {here.system}, {' '.join(here.isa)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        gguf = asked.gguf or Path(scratch) / "gguf"
-        contest = Contest(asked.checkpoint.resolve(), dict(named), asked.types, gguf, Path(scratch))
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        checkpoint = source.resolve(Job(model=asked.checkpoint), Settings(), download=not_at_all)
+        ours = dict(named) or _shipped(checkpoint, Settings(home=scratch / "home"))
+        types = asked.types if find_spec("llama_cpp") else []
+        contest = Contest(checkpoint, ours, types, asked.gguf or scratch / "gguf", scratch)
         if asked.part != "speed":
             _print(contest.quality())
         if asked.part != "quality":
             medians, ratios = contest.speed(asked.rounds)
             _print(medians)
-            print(tabulate.tabulate(ratios, ["ours / theirs", *FIGURES], disable_numparse=True), end="\n\n")
+            if ratios:
+                print(tabulate.tabulate(ratios, ["ours / theirs", *FIGURES], disable_numparse=True), end="\n\n")
+
+
+def _shipped(checkpoint: Checkpoint, settings: Settings) -> dict[str, Path]:
+    """Each recipe's variant of a checkpoint, as it is deployed."""
+    job = Job(model=str(checkpoint.path), precision=list(SHIPPED), baseline=BASELINE)
+    planned = convert.in_order(recipes.for_job(job, checkpoint, settings))
+    with convert.together("peers", settings) as child:
+        made = [convert.convert(recipe, checkpoint, job, "peers", settings, child) for recipe in planned]
+    return {one.name: register(one, "peers", job, settings).path for one in made}
 
 
 def _print(rows: dict[str, Row]) -> None:

@@ -1,7 +1,5 @@
 """A bounded search over recipes and their options, each trial a tracked variant; it ends in the front and its knee."""
 
-import hashlib
-import json
 import logging
 import math
 import shutil
@@ -17,7 +15,7 @@ from slmops.conversion.convert import together
 from slmops.conversion.recipe_files import RecipeFile
 from slmops.core import machine
 from slmops.core.errors import ConversionError, EvaluationError, RecipeError
-from slmops.core.files import write_atomic
+from slmops.core.files import digest_of_json, write_atomic
 from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe
@@ -146,7 +144,7 @@ def _digest(files: dict[str, RecipeFile], choices: dict[str, dict[str, list[obje
     """What makes two searches the same one."""
     versions = machine.versions()
     inputs = {
-        "recipes": {name: file.model_dump(exclude={"when", "sweep"}) for name, file in files.items()},
+        "recipes": {name: [[*file.passes.items()], file.bits, file.genai] for name, file in files.items()},
         "choices": choices,
         "checkpoint": context.checkpoint.digest,
         "baseline": context.job.baseline,
@@ -154,4 +152,4 @@ def _digest(files: dict[str, RecipeFile], choices: dict[str, dict[str, list[obje
         "format": store.FORMAT,
         "versions": {name: versions.get(name) for name in store.DECISIVE},
     }
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+    return digest_of_json(inputs)[:16]

@@ -1,10 +1,8 @@
 """Finished variants on disk: a folder without a complete manifest does not exist for the program."""
 
-import hashlib
-import json
 from pathlib import Path
 
-from slmops.core.files import intact, sha256
+from slmops.core.files import digest_of_json, intact, sha256
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant, VariantFile
 
 FORMAT = 5
@@ -23,8 +21,7 @@ def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str
         "compared": checkpoint.context_length if recipe.baseline else None,  # with the checkpoint, up to this length
         "versions": {name: versions.get(name) for name in DECISIVE},
     }
-    digest = hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
-    return f"{recipe.name}-{digest[:16]}"
+    return f"{recipe.name}-{digest_of_json(went_in)[:16]}"
 
 
 def files_of(folder: Path) -> tuple[VariantFile, ...]:

@@ -74,6 +74,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of_json(value: object) -> str:
+    """SHA-256 of a value as JSON, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def intact(path: Path, size: int | None, digest: str, origin: Path | None = None) -> bool:
     """Whether the file is there with this size in bytes (None: any) and SHA-256; a link to ``origin`` is not read."""
     if not path.is_file() or size not in (None, path.stat().st_size):

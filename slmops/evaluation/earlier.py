@@ -4,8 +4,6 @@ Speeds are kept for all variants of a job together, and so are qualities: they w
 only with each other. Gates and choice are made anew of them each time.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from slmops.core import machine
 from slmops.core.errors import SlmopsError
-from slmops.core.files import sha256, write_atomic
+from slmops.core.files import digest_of_json, sha256, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen, Registration, Variant
@@ -69,8 +67,8 @@ class Earlier:
             "baseline": job.baseline,
             "time": (job.minutes, settings.evaluation_timeout_s),
         }
-        self._speeds = settings.measurements / f"speed-{_digest(speed)}.json"
-        self._qualities = settings.measurements / f"quality-{_digest(quality)}.json"
+        self._speeds = settings.measurements / f"speed-{digest_of_json(speed)[:16]}.json"
+        self._qualities = settings.measurements / f"quality-{digest_of_json(quality)[:16]}.json"
 
     def speeds(self) -> RawResults[Speed] | None:
         return self._read(Speeds, self._speeds, "speeds")
@@ -108,7 +106,3 @@ def _files(variant: Variant, registration: Registration) -> dict[str, str]:
     """What is measured: the files by their digests, and what Foundry Local is told about them."""
     told = {name: (registration.path / name).read_text(encoding="utf-8") for name in (GENAI_CONFIG, INFERENCE_MODEL)}
     return {**{file.name: file.sha256 for file in variant.files}, **told}
-
-
-def _digest(went_in: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()[:16]

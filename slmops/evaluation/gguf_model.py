@@ -4,8 +4,8 @@ import ctypes
 import logging
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Threads that sleep while they wait, as our other children want them, decode at a third of llama.cpp's speed. Its
@@ -79,17 +79,6 @@ class GgufModel:
             raise EvaluationError(f"llama.cpp cannot compute {batch.n_tokens} tokens: status {status}.")
 
 
-@dataclass(frozen=True)
-class GgufReply:
-    """One answered request; seconds begin with the request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    first_s: float  # to the first token
-    last_s: float
-    total_s: float
-
-
 class GgufChat:
     """A file with the tokenizer and the chat template of its checkpoint, which lie in ``folder``."""
 
@@ -102,8 +91,11 @@ class GgufChat:
     def unload(self) -> None:
         self._model.close()
 
-    def ask(self, text: str, max_tokens: int) -> GgufReply:
-        """Answer greedily, up to the limit. Rendering and tokenizing count, as they do in a runtime."""
+    def ask(self, text: str, max_tokens: int) -> SimpleNamespace:
+        """Answer greedily, up to the limit. Rendering and tokenizing count, as they do in a runtime.
+
+        The figures are named as those of :class:`slmops.foundry.runtime.TimedReply`.
+        """
         started = time.perf_counter()
         ids = next_ids = self._encode(text)
         self._model.forget()
@@ -111,4 +103,5 @@ class GgufChat:
         for _ in range(max_tokens):
             next_ids = [self._model.likeliest(next_ids)]
             stamps.append(time.perf_counter() - started)
-        return GgufReply(len(ids), max_tokens, stamps[0], stamps[-1], stamps[-1])
+        tokens = {"prompt_tokens": len(ids), "completion_tokens": max_tokens}
+        return SimpleNamespace(**tokens, first_s=stamps[0], last_s=stamps[-1], total_s=stamps[-1])

@@ -1,6 +1,5 @@
 """A sweep of recipes: what is asked for, each trial, and the best trades of size for KL divergence."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from slmops.core.files import digest_of_json
 from slmops.core.job import Job, Precision
 from slmops.core.values import Frozen, Name
 
@@ -63,8 +63,7 @@ class Trial(Frozen):
     @property
     def variant(self) -> str:
         """Name of its variant: the recipe, and a digest of the options."""
-        digest = hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
-        return f"{self.recipe[:50]}-{digest[:8]}"
+        return f"{self.recipe[:50]}-{digest_of_json(self.options)[:8]}"
 
     @property
     def text(self) -> str:

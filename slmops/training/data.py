@@ -1,7 +1,6 @@
 """The checked files that a training reads, made from training data as they were fetched."""
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from tabulate import tabulate
 
 from slmops.core import locks
 from slmops.core.errors import DataError, TrainingError
-from slmops.core.files import folder_appears_whole, sha256, write_atomic
+from slmops.core.files import digest_of_json, folder_appears_whole, sha256, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Frozen
 from slmops.evaluation import dataset as evaluation_sets
@@ -60,7 +59,7 @@ def prepare(fetched: Fetched, request: Retrain, checkpoint: Checkpoint, settings
         "checkpoint": checkpoint.digest,
         "asked": [training.seed, training.validation_share, training.max_tokens, request.leak_similarity],
     }
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    key = digest_of_json(inputs)[:16]
     target = settings.trainings / "data" / key
     with (
         children.reporting_full_disk(settings.home),

@@ -5,8 +5,6 @@ well a checkpoint answers an evaluation set, before anything is converted.
 ``files.json`` with their digests, and last ``training.json``, without which the training is not finished.
 """
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from pydantic import TypeAdapter
 from slmops.conversion import store
 from slmops.core import locks, machine
 from slmops.core.errors import EvaluationError, PrerequisiteError, TrainingError
-from slmops.core.files import sha256, write_atomic
+from slmops.core.files import digest_of_json, sha256, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.values import Answer, Checkpoint, Measurement, VariantFile
 from slmops.evaluation import answers_worker, dataset, quality, scoring, statistics
@@ -127,7 +125,7 @@ def key(checkpoint_digest: str, data: TrainingData, training: LoraSettings, vers
         "training": training.model_dump(mode="json"),
         "versions": {package: versions.get(package) for package in TRAINING_PACKAGES},
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of_json(inputs)[:16]
 
 
 def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, evaluation: Path) -> str:
@@ -149,7 +147,7 @@ def input_digest(request: Retrain, checkpoint: Checkpoint, data_digest: str, eva
         "evaluation": sha256(evaluation),
         "versions": {name: versions.get(name) for name in {*store.DECISIVE, *TRAINING_PACKAGES}},
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return digest_of_json(inputs)
 
 
 def load(folder: Path) -> Finetuned | None:

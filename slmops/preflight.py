@@ -35,6 +35,7 @@ def check(job: Job, settings: Settings) -> Job:
         lambda: dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured),
         lambda: matchers.load_function(job.matcher) if job.matcher else None,
         lambda: dataset.perplexity_text(job.perplexity_text),
+        lambda: dataset.perplexity_text(job.calibration_text, "calibration text") if job.calibration_text else None,
         lambda: _check_folder(job.output_path) if job.output_path else None,
         lambda: _check_peer(settings) if job.peer else None,
     ]

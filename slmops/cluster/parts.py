@@ -114,7 +114,7 @@ def send_job(context: JobContext, exchange: Exchange) -> SentJob:
     weights = exchange.put({name: checkpoint.path / name for name in names})
     if inspection.digest_of({file.name: file.sha256 for file in weights}) != checkpoint.digest:
         raise CheckpointError(f"{checkpoint.path} was changed while the job ran.", "Start it again.")
-    files = {"evaluation_set": job.evaluation_set, "perplexity_text": job.perplexity_text}
+    files = {name: getattr(job, name) for name in ("evaluation_set", "perplexity_text", "calibration_text")}
     if job.matcher is not None:
         files["matcher"] = Path(job.matcher.rpartition(":")[0])
     return SentJob(

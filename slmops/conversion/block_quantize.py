@@ -19,6 +19,7 @@ from olive.constants import PrecisionBits
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 from olive.passes.pytorch.common import inherit_hf_from_hf
+from olive.passes.pytorch.quant_utils import get_qkv_quantization_groups
 from olive.passes.pytorch.train_utils import load_hf_base_model
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from slmops.conversion import rounding
 _SEQUENCES = 32
 _SEED = 0
 _FAST_GROUP = 32
+_DRAWN, _MOST_DRAWN = 64, 4096  # tokens whose gradients are summed, and all
 
 Hessian: TypeAlias = Tensor | None  # the sum of x xT over the inputs x of a layer, if it is known
 Quantize = Callable[[str, Tensor, Hessian], dict[str, Any]]  # the name of a layer, its weights
@@ -56,6 +58,14 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
                 description="Of text on which rounding errors are made up for; 0: they are not.",
             ),
             "text": made(type_=str, default_value="", description="A file with that text; the model's own by default."),
+            "text_sha256": made(
+                type_=str, default_value="", description="Of its content: another text is another variant."
+            ),
+            "choose": made(
+                type_=bool,
+                default_value=False,
+                description="Give 8 bits to as many weights as eight names, but to those that lose most on the text.",
+            ),
         }
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -65,7 +75,13 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
         names = {module: name for name, module in net.named_modules()}
         head, embeddings = net.get_output_embeddings(), net.get_input_embeddings()
         tied = head.weight.data_ptr() == embeddings.weight.data_ptr()
-        overrides = {name: _grid(8, config) for name in _with_eight_bits(wrapper, config.eight)}
+        ids = None
+        if config.tokens:
+            ids = _read(model, Path(config.text), config.tokens) if config.text else _written_by(net, config.tokens)
+        eight = list(_with_eight_bits(wrapper, config.eight))
+        if config.choose and ids is not None:
+            eight = _costliest(wrapper, ids, sum(net.get_submodule(name).weight.numel() for name in eight), config)
+        overrides = {name: _grid(8, config) for name in eight}
         overrides |= {names[module]: _grid(config.head_bits, config) for module in (head, embeddings)}
         settings = OliveHfQuantizationConfig(
             **_grid(config.bits, config), lm_head=True, embeds=True, overrides=overrides, tie_word_embeddings=tied
@@ -75,9 +91,8 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
             return _quantized(weights, settings.get_qlinear_init_args(name), hessian)
 
         hessian = None
-        if config.tokens:
-            texts = _read(model, Path(config.text), config.tokens) if config.text else _written_by(net, config.tokens)
-            hessian = _layer_by_layer(net, wrapper.get_layers(return_name=False), texts, names, quantize)
+        if ids is not None:
+            hessian = _layer_by_layer(net, wrapper.get_layers(return_name=False), ids, names, quantize)
         for module, name in names.items():
             if isinstance(module, nn.Linear) and module is not head and net.get_submodule(name) is module:
                 _replace(net, name, quantize(name, module.weight, None))  # not run on the text
@@ -109,6 +124,44 @@ def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str
                 last = name.rpartition(".")[2]
                 if last in patterns or (some and f"{last}:some" in patterns):
                     yield f"{prefix}.{number}.{name}"
+
+
+def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> list[str]:
+    """The names of layers with at most so many weights in which the fewer bits cost most for each weight.
+
+    To second order, errors E of weights cost a KL divergence of half the mean of (g E)^2, where g is the gradient of
+    the log-probability of tokens drawn from the model's own distribution (Fisher's information). Inputs of attention
+    are one matrix in the export, so they are taken together. Model, errors and gradients are in memory in fp32.
+    """
+    net = wrapper.model.float().requires_grad_(False)
+    layers = wrapper.get_layers(return_name=False)
+    groups = get_qkv_quantization_groups(wrapper)
+    grouped = {name for group in groups for name in group}
+    inside = {id(module) for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
+    groups += [(name,) for name, module in net.named_modules() if id(module) in inside and name not in grouped]
+    weights = {name: net.get_submodule(name).weight.requires_grad_() for group in groups for name in group}
+    errors = {}
+    for name, weight in weights.items():
+        grid = rounding.fit(weight.detach(), int(config.bits), config.group_size, symmetric=config.sym)
+        errors[name] = weight.detach() - grid.weights(grid.nearest(weight.detach()))
+    costs = dict.fromkeys(groups, 0.0)
+    generator = torch.Generator().manual_seed(_SEED)
+    for sequence in ids.flatten()[:_MOST_DRAWN].split(_DRAWN):
+        with torch.enable_grad():
+            likely = net(sequence[None], use_cache=False).logits[0].log_softmax(-1)
+            drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+            likely.gather(1, drawn).sum().backward()
+        for group in groups:
+            costs[group] += float(sum((weights[name].grad * errors[name]).sum() for name in group)) ** 2
+        net.zero_grad(set_to_none=True)
+    net.requires_grad_(False)
+    chosen: list[str] = []
+    sizes = {group: sum(weights[name].numel() for name in group) for group in groups}
+    for group in sorted(groups, key=lambda group: costs[group] / sizes[group], reverse=True):
+        if sizes[group] <= most:
+            most -= sizes[group]
+            chosen += group
+    return chosen
 
 
 def _quantized(weights: Tensor, arguments: dict[str, Any], hessian: Hessian) -> dict[str, Any]:

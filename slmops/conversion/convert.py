@@ -337,6 +337,8 @@ def workflow(recipe: Recipe, checkpoint: Checkpoint, job: Job, cache: Path, made
         if step["type"].lower() == "modelbuilder":  # it runs code that comes with a checkpoint, unless told not to
             options = {**(step.get("extra_options") or {}), "hf_remote": job.trust_remote_code}
             passes[name] = {**step, "extra_options": options}
+        elif step.get("text") == recipes.CALIBRATION_TEXT and job.calibration_text:
+            passes[name] = {**step, "text": str(job.calibration_text.expanduser().absolute())}
     return {
         **recipe.config,
         "input_model": model,

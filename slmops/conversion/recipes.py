@@ -6,11 +6,13 @@ from typing import Any
 from slmops.conversion import recipe_files
 from slmops.conversion.recipe_files import RecipeFile
 from slmops.core.errors import RecipeError
+from slmops.core.files import sha256
 from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
 
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
+CALIBRATION_TEXT = "<calibration_text>"  # in a recipe: the file that the job names
 _BLOCK_OPTIONS = ("group_size", "block_size", "int4_block_size")  # of Olive's passes, for weights that share a scale
 _TIE = {"surgeon": "TieWordEmbeddings"}
 
@@ -72,7 +74,21 @@ def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> R
             for key, step in file.passes.items()
         }
         file = file.model_copy(update={"passes": passes})
+    if any(step.get("text") == CALIBRATION_TEXT for step in file.passes.values()):
+        file = file.model_copy(update={"passes": _with_text(name, file.passes, job.calibration_text)})
     return of_file(name, file, checkpoint)
+
+
+def _with_text(name: str, passes: dict[str, dict[str, Any]], text: Path | None) -> dict[str, dict[str, Any]]:
+    """The passes with the digest of the job's text: another text makes another variant, wherever it is."""
+    if text is None:
+        fix = "Give --calibration-text FILE: some thousand words of what the model will read and write."
+        raise RecipeError(f"{name} is made for a text of yours, and there is none.", fix)
+    digest = sha256(text.expanduser())
+    return {
+        key: {**step, "text_sha256": digest} if step.get("text") == CALIBRATION_TEXT else step
+        for key, step in passes.items()
+    }
 
 
 def of_file(name: str, file: RecipeFile, checkpoint: Checkpoint) -> Recipe:

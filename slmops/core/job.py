@@ -12,7 +12,7 @@ from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import NAME_PATTERN, Checkpoint, Frozen, Name, Room
 
 _USUAL = ("fp32", "fp16", "int8", "int4")
-SHIPPED = (*_USUAL, "int4-small")
+SHIPPED = (*_USUAL, "int4-small", "int4-calibrated")
 """The recipes that come with slmops, as files of :mod:`slmops.conversion.recipe_files`."""
 _FORM = [
     {"title": "Comes with slmops", "type": "string", "enum": [*SHIPPED]},
@@ -70,6 +70,8 @@ class Job(Frozen, use_attribute_docstrings=True):
     evaluation_set: Path | None = None
     """JSONL or CSV of questions and expected answers; general knowledge by default."""
     perplexity_text: Path | None = Field(None, description="UTF-8 text; Python's language reference by default.")
+    calibration_text: Path | None = None
+    """UTF-8 text like what the model will read and write, for the recipe int4-calibrated; not the perplexity text."""
     matcher: str | None = Field(None, pattern=MATCHER_PATTERN)
     """Your own Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'."""
     policy: Path | None = None

@@ -207,14 +207,14 @@ def subset(items: Sequence[Item], count: int) -> tuple[Item, ...]:
     return tuple(items[place] for place in sorted(range(len(items)), key=ranks.__getitem__)[: max(count, 0)])
 
 
-def perplexity_text(path: Path | None) -> tuple[str, str]:
+def perplexity_text(path: Path | None, what: str = "perplexity text") -> tuple[str, str]:
     """The text and its SHA-256; without a path, the Python version's language reference. UsageError if it is bad."""
     if path is None:
         from pydoc_data import topics
 
         text = "\n".join(topics.topics[key] for key in sorted(topics.topics))
     else:
-        text = _decoded(read_bytes(path, "perplexity text"), str(path), "utf-8")
+        text = _decoded(read_bytes(path, what), str(path), "utf-8")
         if not text.strip():
             raise UsageError(f"{path} is empty.", "Give a text of a few thousand words.")
     return text, hashlib.sha256(text.encode()).hexdigest()

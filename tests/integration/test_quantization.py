@@ -1,5 +1,6 @@
 """Quantization in blocks, against ONNX Runtime's kernels; surgeries that change a file and nothing that it computes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 import torch
 from olive.common.quant.nn import QuantLinear
 from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR
-from olive.model import ONNXModelHandler
+from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.onnx.graph_surgeries import GraphSurgeries
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoModelForCausalLM
 
 from slmops.conversion import fixes, rounding, surgeries
+from slmops.conversion.block_quantize import BlockQuantize
 from slmops.conversion.rounding import Grid
+from tests import tiny
 
 ROWS, COLUMNS = 48, 128
 
@@ -112,6 +116,34 @@ def test_weights_that_are_zero_stay_zero(weights: torch.Tensor, inputs: torch.Te
         assert not grid.weights(grid.nearest(given))[:, :32].any()
         made_up_for = grid.weights(rounding.with_feedback(given, grid, inputs.T @ inputs))
         assert made_up_for[:, :32].abs().max() < 1e-5  # the grid of such a block has nothing larger
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama-tied", "phi3"])  # inputs of attention that are three matrices, and one
+def test_as_many_weights_get_8_bits_where_it_matters_most(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
+    folder, text = tiny.make(kind, tmp_path / "checkpoint"), tmp_path / "text.txt"
+    text.write_text("What comes next depends on what was there before. " * 20)
+    options = {"eight": ["down_proj"], "tokens": 128, "text": str(text), "group_size": 16}
+    eights = []
+    for choose in (False, True):
+        config = {**options, "choose": choose}
+        run = create_pass_from_dict(BlockQuantize, config, True, DEFAULT_CPU_ACCELERATOR)
+        made = run.run(HfModelHandler(str(folder)), str(tmp_path / str(choose)))
+        found = json.loads((Path(made.model_path) / "config.json").read_text())["quantization_config"]["overrides"]
+        eights.append({name for name, how in found.items() if how.get("bits") == 8 and ".layers." in name})
+    assert eights[0] == {f"model.layers.{number}.mlp.down_proj" for number in range(2)}
+    weights = AutoModelForCausalLM.from_pretrained(folder)
+
+    def size(names: set[str]) -> int:
+        return sum(weights.get_submodule(name).weight.numel() for name in names)
+
+    assert 0 < size(eights[1]) <= size(eights[0])
+    for number in range(2):  # they are one matrix in the export
+        inputs = {part for part in "qkv" if f"model.layers.{number}.self_attn.{part}_proj" in eights[1]}
+        assert len(inputs) in (0, 3)
 
 
 def with_tables(cosines: np.ndarray[Any, Any], sines: np.ndarray[Any, Any]) -> onnx.ModelProto:

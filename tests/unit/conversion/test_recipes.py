@@ -40,13 +40,16 @@ TIE = {"surgeon": "TieWordEmbeddings"}
 CHAINS = {
     "fp32": ["ModelBuilder", "GraphSurgeries"],
     "fp16": ["ModelBuilder", "GraphSurgeries", "OnnxFloatToFloat16"],
-    **{name: ["BlockQuantize", "ModelBuilder", "GraphSurgeries"] for name in ("int8", "int4", "int4-small")},
+    **{
+        name: ["BlockQuantize", "ModelBuilder", "GraphSurgeries"]
+        for name in ("int8", "int4", "int4-small", "int4-calibrated")
+    },
 }
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_embeddings_are_tied_if_the_checkpoint_ties_them(name: str) -> None:
-    tied, untied = (passes(made(name, tied=tied)[-1]) for tied in (True, False))
+    tied, untied = (passes(made(name, tied=tied, calibration_text=__file__)[-1]) for tied in (True, False))
     assert [step["type"] for step in tied] == CHAINS[name]
     assert TIE in next(step["surgeries"] for step in tied if "surgeries" in step)
     others = [{**step, "surgeries": [one for one in step.get("surgeries", ()) if one != TIE]} for step in tied]
@@ -99,6 +102,20 @@ def test_what_cannot_work_is_refused_with_a_fix(precision: str, asked: dict[str,
         made(precision, **asked)
     assert named in raised.value.message
     assert fix in (raised.value.fix or "")
+
+
+def test_another_text_to_calibrate_with_is_another_variant(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    with pytest.raises(RecipeError, match="int4-calibrated is made for a text of yours") as caught:
+        made("int4-calibrated")
+    assert "--calibration-text" in (caught.value.fix or "")
+    digests = set()
+    for content in ("one", "two"):
+        text.write_text(content)
+        quantize = passes(made("int4-calibrated", calibration_text=text)[-1])[0]
+        assert str(tmp_path) not in str(quantize), "where the text is belongs to this machine"
+        digests.add(quantize["text_sha256"])
+    assert len(digests) == 2
 
 
 def test_block_size_and_symmetry_are_of_int4_and_sizes_matter_to_quantization_only() -> None:

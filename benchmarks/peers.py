@@ -35,7 +35,7 @@ from slmops.evaluation import dataset, gguf_worker, logits_worker, prompts, spee
 from slmops.evaluation.gguf_worker import GgufRequest
 from slmops.evaluation.logits_worker import LogitsRequest, LogitsResult
 from slmops.evaluation.speed import Cell, SpeedRequest
-from slmops.foundry.layout import CHUNK, GENAI_CONFIG, INFERENCE_MODEL, stage
+from slmops.foundry.layout import CHUNK, GENAI_CONFIG, INFERENCE_MODEL, for_this_machine, stage
 from slmops.foundry.register import register
 from slmops.processes import children
 from slmops.processes.children import Finished, Request, Result
@@ -163,6 +163,7 @@ class Contest:
             file = staged.folder / GENAI_CONFIG
             config = json.loads(file.read_text(encoding="utf-8"))
             config["search"].setdefault("chunk_size", CHUNK)
+            config = for_this_machine(config, {})
             write_atomic(file, json.dumps(config))
         return SpeedRequest(**staged.model_dump(), cells=())
 

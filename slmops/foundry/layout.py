@@ -17,7 +17,7 @@ from slmops.core import machine
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
 from slmops.core.job import Job
-from slmops.core.values import MANIFEST, Frozen, Recipe, Registration, Variant
+from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"
@@ -103,17 +103,17 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     if not search.get("do_sample"):
         search["temperature"] = 0.0  # at any other, Foundry Local's service samples in spite of do_sample
     config["search"] = search
-    return for_this_machine(config, variant.recipe)
+    return for_this_machine(config, variant.recipe.genai)
 
 
-def for_this_machine(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """A copy of a genai_config.json with this machine's number of threads, unless the recipe sets one.
+def for_this_machine(config: dict[str, Any], genai: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a genai_config.json with this machine's number of threads, unless ``genai`` of its recipe sets one.
 
     ONNX Runtime counts the cores by itself, and finds one on virtual machines of two: their models are half as fast.
     """
     config = copy.deepcopy(config)
     options = config["model"].setdefault("decoder", {}).setdefault("session_options", {})
-    asked = recipe.genai.get("model", {}).get("decoder", {}).get("session_options", {})
+    asked = genai.get("model", {}).get("decoder", {}).get("session_options", {})
     options[_THREADS] = asked.get(_THREADS, machine.physical_cores())
     return config
 
@@ -140,7 +140,7 @@ def fits(folder: Path) -> bool:
 def _fitted(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     config = _read(released(folder, GENAI_CONFIG))
     variant = Variant.from_file(folder / MANIFEST, path=folder)
-    return config, for_this_machine(config, variant.recipe) if config and variant else config
+    return config, for_this_machine(config, variant.recipe.genai) if config and variant else config
 
 
 def sessions_that_fit(folder: Path, most: int) -> int:

@@ -2,9 +2,9 @@
 
     python benchmarks/conversion.py CHECKPOINT [PRECISION ...]
 
-Both do the same passes, by default for all shipped recipes: Olive is told of our pass and surgeries, and gets none of
-our fixes. A config of which it makes nothing is left out of both sums. Then what checking and registering the variants
-takes on top.
+Both do the same passes, by default for fp32, fp16, int8 and int4: Olive is told of our pass and surgeries, and gets
+none of our fixes. A config of which it makes nothing is left out of both sums. Then what checking and registering the
+variants takes on top.
 """
 
 import json
@@ -17,7 +17,7 @@ from slmops.checkpoints import source
 from slmops.conversion import convert as conversion
 from slmops.conversion import recipes
 from slmops.core import machine
-from slmops.core.job import BASELINE, SHIPPED, Job, JobContext
+from slmops.core.job import BASELINE, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Recipe, Variant
 from slmops.foundry.register import register
@@ -30,7 +30,7 @@ olive.run(json.load(open("config.json")), package_config=fixes.package())"""
 
 def main(model: str, *precisions: str) -> None:
     """Convert both ways, and print."""
-    job = Job(model=model, precision=list(precisions or SHIPPED), baseline=BASELINE)
+    job = Job(model=model, precision=list(precisions), baseline=BASELINE)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(home=Path(folder))
         checkpoint = source.resolve(job, Settings(), download=not_at_all)

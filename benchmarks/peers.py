@@ -44,6 +44,7 @@ TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "Q4_0")
 PAIRS = {"int8": "Q8_0", "int4": "Q4_K_M"}
 """What is in a label of ours, and the type that it is compared with."""
 TOKENS = 2048
+CALIBRATION = 100_000  # the character from which the text is for int4-calibrated
 LENGTHS = (128, 512, 1024)  # prompt tokens; the decode rate is that after the first
 OUTPUT, REPETITIONS = 48, 5  # at the first length, in each turn
 LONG_REPETITIONS = 2  # of the others
@@ -200,7 +201,9 @@ def main() -> None:
 
 def _shipped(checkpoint: Checkpoint, settings: Settings) -> dict[str, Path]:
     """Each recipe's variant of a checkpoint, as it is deployed."""
-    job = Job(model=str(checkpoint.path), precision=list(SHIPPED), baseline=BASELINE)
+    text = settings.home / "calibration.txt"  # of the same kind as what is measured, and far behind it
+    write_atomic(text, dataset.perplexity_text(None)[0][CALIBRATION:])
+    job = Job(model=str(checkpoint.path), precision=list(SHIPPED), baseline=BASELINE, calibration_text=text)
     planned = convert.in_order(recipes.for_job(job, checkpoint, settings))
     with convert.together("peers", settings) as child:
         made = [convert.convert(recipe, checkpoint, job, "peers", settings, child) for recipe in planned]

@@ -124,6 +124,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
             raise RegistrationError(said, "Give one of the two models another name.")
         if here is not None and _is_whole(done, here, version.manifest_sha256):
             log.info("%s is on this device already", version.label)
+            layout.fit(folder)  # it may have been installed with fewer cores
             _register(done, settings)
             return done
         downloads = installed.downloads_of(settings) / version.manifest_sha256
@@ -227,7 +228,6 @@ def _is_whole(done: Installed, manifest: VersionManifest, digest: str) -> bool:
     return (
         described == _inference_model(done, manifest)
         and intact(done.folder / VERSION_MANIFEST, None, digest)
-        and layout.fits(done.folder)
         and all(intact(layout.released(done.folder, one.name), one.size, one.sha256) for one in manifest.files)
     )
 

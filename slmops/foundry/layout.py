@@ -126,21 +126,14 @@ def released(folder: Path, name: str) -> Path:
 
 def fit(folder: Path) -> None:
     """Give a released folder the genai_config.json that this machine needs; the released one stays beside it."""
-    config, fitted = _fitted(folder)
-    if config != fitted:
-        (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
-        write_atomic(folder / GENAI_CONFIG, json.dumps(fitted, indent=4))
-
-
-def fits(folder: Path) -> bool:
-    """Whether a folder has the genai_config.json that this machine needs."""
-    return _read(folder / GENAI_CONFIG) == _fitted(folder)[1]
-
-
-def _fitted(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     config = _read(released(folder, GENAI_CONFIG))
     variant = Variant.from_file(folder / MANIFEST, path=folder)
-    return config, for_this_machine(config, variant.recipe.genai) if config and variant else config
+    fitted = for_this_machine(config, variant.recipe.genai) if config and variant else config
+    if _read(folder / GENAI_CONFIG) == fitted:
+        return
+    if not (folder / RELEASED_CONFIG).exists():
+        (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
+    write_atomic(folder / GENAI_CONFIG, json.dumps(fitted, indent=4))
 
 
 def sessions_that_fit(folder: Path, most: int) -> int:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
+from slmops.core.values import MANIFEST
 from slmops.delivery import installed, pull
-from slmops.foundry import cli
+from slmops.foundry import cli, layout
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
 from tests import values
 from tests.pulled import BIG, CRASHED, FILES, Device, contents, described, digest, names
@@ -38,6 +40,21 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
     assert names(device.settings.deployed / "downloads") == set()
     assert installed.versions("bot", device.settings) == [done]
     assert installed.current("bot", device.settings) is None  # that is for make_current to say
+
+
+def test_a_device_gets_its_own_number_of_threads_and_with_other_cores_another_one(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released, made = b'{"model": {}}', values.variant(device.models).model_dump_json().encode()
+    device.serve(**{"genai_config.json": released, MANIFEST: made})
+    for cores in (2, 4):
+        monkeypatch.setattr(machine, "physical_cores", lambda cores=cores: cores)
+        folder = device.install().folder
+        config = json.loads((folder / "genai_config.json").read_text())
+        assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == cores
+        assert (folder / layout.RELEASED_CONFIG).read_bytes() == released
+    assert device.remote.offsets() == [0]
+    assert "replacing" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class Contest:
             file = staged.folder / GENAI_CONFIG
             config = json.loads(file.read_text(encoding="utf-8"))
             config["search"].setdefault("chunk_size", CHUNK)
-            config = for_this_machine(config, {})
+            config = for_this_machine(config)
             write_atomic(file, json.dumps(config))
         return SpeedRequest(**staged.model_dump(), cells=())
 

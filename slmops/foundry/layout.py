@@ -3,7 +3,6 @@
 A variant is placed once to be used, and staged with other settings to be measured.
 """
 
-import copy
 import json
 import shutil
 from contextlib import suppress
@@ -22,10 +21,9 @@ from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 PUBLISHER = "slmops"
 INFERENCE_MODEL = "inference_model.json"
 GENAI_CONFIG = "genai_config.json"
-RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, on a device that needs another
+RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, where this machine needs another
 # The first two are kept with the variant as proof, and no runtime reads them; the third is written anew.
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
-_THREADS = "intra_op_num_threads"
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256
 """Tokens of a prompt that the runtime takes at once: all of them would need the logits of all, and be no faster.
@@ -63,8 +61,9 @@ def place(
         }
 
     for version, folder in versions.items():
-        settings = _read(folder / INFERENCE_MODEL), _read(folder / GENAI_CONFIG)
+        settings = _read(folder / INFERENCE_MODEL), _read(released(folder, GENAI_CONFIG))
         if settings == (described(version), genai) and _same(folder, variant):
+            fit(folder)
             return folder, version, False
     version = max(versions, default=0) + 1
     target = models / f"{called}-{version}"
@@ -73,6 +72,7 @@ def place(
             if file not in _NOT_DEPLOYED:
                 link_or_copy(variant.path / file, scratch / file)
         write_atomic(scratch / GENAI_CONFIG, json.dumps(genai, indent=4))
+        fit(scratch)
         write_atomic(scratch / INFERENCE_MODEL, json.dumps(described(version), indent=2, ensure_ascii=False))
     return target, version, True
 
@@ -103,18 +103,17 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     if not search.get("do_sample"):
         search["temperature"] = 0.0  # at any other, Foundry Local's service samples in spite of do_sample
     config["search"] = search
-    return for_this_machine(config, variant.recipe.genai)
+    return config
 
 
-def for_this_machine(config: dict[str, Any], genai: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a genai_config.json with this machine's number of threads, unless ``genai`` of its recipe sets one.
+def for_this_machine(config: dict[str, Any]) -> dict[str, Any]:
+    """A genai_config.json, which is given this machine's number of threads unless its recipe has set one.
 
     ONNX Runtime counts the cores by itself, and finds one on virtual machines of two: their models are half as fast.
     """
-    config = copy.deepcopy(config)
-    options = config["model"].setdefault("decoder", {}).setdefault("session_options", {})
-    asked = genai.get("model", {}).get("decoder", {}).get("session_options", {})
-    options[_THREADS] = asked.get(_THREADS, machine.physical_cores())
+    if model := config.get("model"):
+        options = model.setdefault("decoder", {}).setdefault("session_options", {})
+        options.setdefault("intra_op_num_threads", machine.physical_cores())
     return config
 
 
@@ -127,13 +126,11 @@ def released(folder: Path, name: str) -> Path:
 def fit(folder: Path) -> None:
     """Give a released folder the genai_config.json that this machine needs; the released one stays beside it."""
     config = _read(released(folder, GENAI_CONFIG))
-    variant = Variant.from_file(folder / MANIFEST, path=folder)
-    fitted = for_this_machine(config, variant.recipe.genai) if config and variant else config
-    if _read(folder / GENAI_CONFIG) == fitted:
+    if config is None or _read(folder / GENAI_CONFIG) == for_this_machine(config):
         return
     if not (folder / RELEASED_CONFIG).exists():
         (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
-    write_atomic(folder / GENAI_CONFIG, json.dumps(fitted, indent=4))
+    write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
 
 
 def sessions_that_fit(folder: Path, most: int) -> int:

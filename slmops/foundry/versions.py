@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints
 
 from slmops.conversion.store import files_of
 from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, VariantFile
-from slmops.foundry.layout import INFERENCE_MODEL, model_name
+from slmops.foundry.layout import GENAI_CONFIG, INFERENCE_MODEL, RELEASED_CONFIG, model_name
 
 VERSION_MANIFEST = "deployment.json"
 FILES = "slmops.files"  # the tag of a version whose weights are not in the registry, which says where they are instead
@@ -39,13 +39,16 @@ class VersionManifest(Frozen):
     def of(cls, name: str, variant: Variant, registration: Registration) -> Self:
         """The manifest of a variant as it is in Foundry Local; reads every file for its SHA-256."""
         inference = json.loads((registration.path / INFERENCE_MODEL).read_text(encoding="utf-8"))
+        files = {file.name: file for file in files_of(registration.path) if file.name != INFERENCE_MODEL}
+        if released := files.pop(RELEASED_CONFIG, None):
+            files[GENAI_CONFIG] = released.model_copy(update={"name": GENAI_CONFIG})
         return cls(
             model=name,
             variant=variant.name,
             key=variant.key,
             device="cpu",
             provider="CPUExecutionProvider",
-            files=tuple(file for file in files_of(registration.path) if file.name != INFERENCE_MODEL),
+            files=tuple(files.values()),
             inference_model={key: value for key, value in inference.items() if key not in ("Name", "Version")},
         )
 

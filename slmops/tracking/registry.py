@@ -13,6 +13,7 @@ promotions only one wins.
 import json
 import platform
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from mlflow.entities.model_registry import RegisteredModel
 
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult, is_weights
+from slmops.foundry.layout import released
 from slmops.foundry.versions import CHAMPION, FILES, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
 
 TAGS = {
@@ -224,10 +226,14 @@ class Registry(Connection):
     def _send(self, logged_model: str, folder: Path, names: Iterable[PurePath]) -> None:
         """Put files into a logged model, unless it has them in that size: an upload may have been broken off."""
         for name in names:
-            below = name.parent.as_posix() if name.parent.name else None
+            below, file = name.parent.as_posix() if name.parent.name else None, released(folder, name.as_posix())
             there = self._client.list_logged_model_artifacts(logged_model, below)
-            if (name.as_posix(), (folder / name).stat().st_size) not in {(one.path, one.file_size) for one in there}:
-                self._client.log_model_artifact(logged_model, str(folder / name), below)
+            if (name.as_posix(), file.stat().st_size) in {(one.path, one.file_size) for one in there}:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                if file.name != name.name:  # it is uploaded under its own name
+                    file = Path(shutil.copyfile(file, Path(scratch, name.name)))
+                self._client.log_model_artifact(logged_model, str(file), below)
 
     def _create(self, manifest: VersionManifest, folder: Path, tags: dict[str, str]) -> str:
         """Put the files but the weights into the run's logged model, the manifest last, and make that a version."""

@@ -12,8 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
+from slmops.foundry.layout import RELEASED_CONFIG
 from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
-from tests.pulled import contents, names
+from tests.pulled import contents, digest, names
 from tests.tracked import Book, Made
 
 pytestmark = pytest.mark.integration
@@ -26,11 +27,12 @@ class Job(Book):
         super().__init__(uri, name, folder)
         self.parent = self.start()
 
-    def make(self, variant: str, weights: str = "weights") -> ModelVersion:
+    def make(self, variant: str, weights: str = "weights", **more: str) -> ModelVersion:
         made = Made(self.folder / f"{variant}-{weights}-{self.parent}", variant, memory_peak_mb=900.4)
         self.made_in = made.registration.path
         (self.made_in / "deeper").mkdir()
-        for name, text in (("model.onnx", weights), ("model.onnx.data", weights * 9), ("deeper/vocab.txt", "words")):
+        files = {"model.onnx": weights, "model.onnx.data": weights * 9, "deeper/vocab.txt": "words", **more}
+        for name, text in files.items():
             (self.made_in / name).write_text(text)
         return self.add(made, self.parent)
 
@@ -54,7 +56,7 @@ def job(book: Book, database: str) -> Job:
 
 
 def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job) -> None:
-    made = job.make("int8")
+    made = job.make("int8", **{RELEASED_CONFIG: '{"threads": "of whatever machine"}'})
     assert (made.name, made.version, made.variant, made.aliases) == (job.name, 1, "int8", ("int8",))
     assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
     stored = job.client.get_model_version(job.name, "1")
@@ -68,6 +70,8 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job) -> None:
     small, weights = {"deeper/vocab.txt", "genai_config.json"}, {"model.onnx", "model.onnx.data"}
     assert {file.name for file in manifest.files} == small | weights
     assert names(job.stored) == {*small, VERSION_MANIFEST}
+    assert (job.stored / "genai_config.json").read_text() == '{"threads": "of whatever machine"}'
+    assert digest(contents(job.stored)["genai_config.json"]) in {file.sha256 for file in manifest.files}
     assert "Name" not in manifest.inference_model  # it carries a number that only the registry gives
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
-from slmops.core.values import MANIFEST
 from slmops.delivery import installed, pull
 from slmops.foundry import cli, layout
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
@@ -45,8 +44,8 @@ def test_a_version_is_installed_as_the_registry_has_it(device: Device) -> None:
 def test_a_device_gets_its_own_number_of_threads_and_with_other_cores_another_one(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    released, made = b'{"model": {}}', values.variant(device.models).model_dump_json().encode()
-    device.serve(**{"genai_config.json": released, MANIFEST: made})
+    released = b'{"model": {"type": "llama"}}'
+    device.serve(**{"genai_config.json": released})
     for cores in (2, 4):
         monkeypatch.setattr(machine, "physical_cores", lambda cores=cores: cores)
         folder = device.install().folder

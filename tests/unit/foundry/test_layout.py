@@ -49,7 +49,8 @@ def test_first_version_in_foundrys_model_cache(variant: Variant, home: Path) -> 
     assert (folder, version, new) == (home / "models" / "slmops" / f"{CALLED}-1", 1, True)
     # What is kept as proof only stays in the variant's own folder.
     proof = {"olive.log", "olive_config.json"}
-    assert {path.name for path in folder.iterdir()} == {*CONTENTS, MANIFEST, "inference_model.json"} - proof
+    ours = {MANIFEST, "inference_model.json", layout.RELEASED_CONFIG}
+    assert {path.name for path in folder.iterdir()} == {*CONTENTS, *ours} - proof
     for file in ("model.onnx", "model.onnx.data", "tokenizer.json", MANIFEST):
         assert (folder / file).samefile(variant.path / file)  # linked
     # Settings are where the tutorial and where the runtime have them.
@@ -74,15 +75,18 @@ def test_threads_are_this_machines_unless_the_recipe_sets_them(
     variant: Variant, home: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, threads: int
 ) -> None:
     options = {} if asked is None else {"intra_op_num_threads": asked}
-    recipe = variant.recipe.model_copy(update={"genai": {"model": {"decoder": {"session_options": options}}}})
-    (variant.path / MANIFEST).write_text(variant.model_copy(update={"recipe": recipe}).model_dump_json())
+    if options:  # as the conversion leaves it
+        exported = read(variant.path / "genai_config.json")
+        exported["model"]["decoder"] = {"session_options": options}
+        (variant.path / "genai_config.json").write_text(json.dumps(exported))
     monkeypatch.setattr(machine, "physical_cores", lambda: 3)
-    folder, _, _ = place(variant.model_copy(update={"recipe": recipe}), home)
+    folder, _, _ = place(variant, home)
     config = folder / "genai_config.json"
     assert read(config)["model"]["decoder"]["session_options"] == {"intra_op_num_threads": threads}
 
-    # A device with other cores gets another config, and keeps the released one, as often as that changes.
-    before = read(config)
+    # Another machine, and a device, gets another one. What is released has this machine's number nowhere.
+    before = read(layout.released(folder, "genai_config.json"))
+    assert before["model"].get("decoder", {}) == ({"session_options": options} if options else {})
     for cores in (8, 3, 2):
         monkeypatch.setattr(machine, "physical_cores", lambda cores=cores: cores)
         layout.fit(folder)
@@ -155,7 +159,7 @@ def test_a_change_is_a_new_version_beside_the_old(variant: Variant, tmp_path: Pa
         ("model.onnx.data", None),
         ("model.onnx.data", "short"),
         ("model.onnx.data", "x" * len(CONTENTS["model.onnx.data"])),
-        ("genai_config.json", '{"search": {"max_length": 2048}}'),
+        (layout.RELEASED_CONFIG, '{"search": {"max_length": 2048}}'),
         (MANIFEST, None),
         ("inference_model.json", None),
         ("inference_model.json", "{"),
@@ -167,6 +171,14 @@ def test_damaged_folder_is_not_used_again(variant: Variant, home: Path, file: st
     if content is not None:
         (folder / file).write_text(content)
     assert place(variant, home)[1:] == (2, True)
+
+
+def test_a_config_that_was_altered_is_made_again(variant: Variant, home: Path) -> None:
+    config = place(variant, home)[0] / "genai_config.json"
+    before = read(config)
+    config.write_text('{"search": {"max_length": 2048}}')
+    assert place(variant, home)[1:] == (1, False)
+    assert read(config) == before
 
 
 def test_a_variant_whose_config_is_broken(variant: Variant, home: Path) -> None:

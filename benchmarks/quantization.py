@@ -263,7 +263,6 @@ def rows() -> Iterator[tuple[str, Plan, str]]:
     yield "8 bits by IQE", by(lambda exact, made, _: (made - exact).square().mean(-1).max()), ""
     yield "8 bits by relative output error", by(lambda *three: lost(*three) / three[0].numel()), ""
     yield "8 bits by KL gradient", chosen(Model.gradients), ""
-    yield "8 bits: some of down, blocks of 16", mixed("down_proj:some", low=replace(GPTQ, block=16)), ""
     yield "int4, AWQ's scaling", mixed(*INT4, low=replace(GPTQ, change="awq")), ""
     yield "int4, head of 4 bits", mixed(*INT4, head=GPTQ), ""
     yield "int4, head of 6 bits", mixed(*INT4, head=replace(EIGHT, bits=6)), "no kernels"

@@ -26,7 +26,7 @@ RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, where 
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256
-"""Tokens of a prompt that the runtime takes at once: all of them would need the logits of all, and be no faster.
+"""Tokens of a prompt that the runtime takes at once: more take more memory, and are no faster (docs/measuring.md).
 
 ``past_present_share_buffer`` stays as the exporter has it: a cache that grows slows decoding (docs/measuring.md).
 """

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from slmops.conversion import rounding
 
-_SEQUENCES = 32
+_SEQUENCES = 64
 _SEED = 0
 _FAST_GROUP = 32
 _DRAWN, _MOST_DRAWN = 64, 4096  # tokens whose gradients are summed, and all

@@ -87,7 +87,7 @@ def inspect_weights(model: Path, parameters: int) -> Weights:
     counted once. External data is not read.
     """
     graph = onnx.load(str(model), load_external_data=False).graph
-    rotary = ("cos_cache", "sin_cache", "/rotary/")
+    rotary = ("cos_cache", "sin_cache", "rotary_")
     tensors = {t.name: t for t in graph.initializer if not any(part in t.name for part in rotary)}
     made_from = {node.output[0]: node.input[0] for node in graph.node if node.op_type in ("Reshape", "Cast")}
     by_bits: Counter[str] = Counter()

@@ -114,16 +114,22 @@ def _grid(bits: int, config: Any) -> dict[str, Any]:
     return {"bits": int(bits), "symmetric": eight or config.sym, "group_size": group}
 
 
-def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str]:
-    """Of ``NAME:some`` the first and the last tenth of the layers, and every fourth."""
+def _linears(wrapper: ModelWrapper) -> Iterator[tuple[int, str]]:
+    """The number of the layer and the name of each linear module that is in one."""
     layers, prefix = wrapper.get_layers()
     for number, layer in enumerate(layers):
-        some = number % 4 == 0 or not 0.1 <= (number + 0.5) / len(layers) < 0.9
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                last = name.rpartition(".")[2]
-                if last in patterns or (some and f"{last}:some" in patterns):
-                    yield f"{prefix}.{number}.{name}"
+                yield number, f"{prefix}.{number}.{name}"
+
+
+def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str]:
+    """Of ``NAME:some`` the first and the last tenth of the layers, and every fourth."""
+    for number, name in _linears(wrapper):
+        some = number % 4 == 0 or not 0.1 <= (number + 0.5) / wrapper.num_hidden_layers < 0.9
+        last = name.rpartition(".")[2]
+        if last in patterns or (some and f"{last}:some" in patterns):
+            yield name
 
 
 def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> list[str]:
@@ -134,11 +140,9 @@ def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> li
     are one matrix in the export, so they are taken together. Model, errors and gradients are in memory in fp32.
     """
     net = wrapper.model.float().requires_grad_(False)
-    layers = wrapper.get_layers(return_name=False)
     groups = get_qkv_quantization_groups(wrapper)
     grouped = {name for group in groups for name in group}
-    inside = {id(module) for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
-    groups += [(name,) for name, module in net.named_modules() if id(module) in inside and name not in grouped]
+    groups += [(name,) for _, name in _linears(wrapper) if name not in grouped]
     weights = {name: net.get_submodule(name).weight.requires_grad_() for group in groups for name in group}
     errors = {}
     for name, weight in weights.items():

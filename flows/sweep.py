@@ -142,14 +142,12 @@ def _result(
 
 def _digest(files: dict[str, RecipeFile], choices: dict[str, dict[str, list[object]]], context: JobContext) -> str:
     """What makes two searches the same one."""
-    versions = machine.versions()
     inputs = {
+        **store.made_with(machine.versions()),
         "recipes": {name: [[*file.passes.items()], file.bits, file.genai] for name, file in files.items()},
         "choices": choices,
         "checkpoint": context.checkpoint.digest,
         "baseline": context.job.baseline,
         "text": dataset.perplexity_text(context.job.perplexity_text)[1],
-        "format": store.FORMAT,
-        "versions": {name: versions.get(name) for name in store.DECISIVE},
     }
     return digest_of_json(inputs)[:16]

@@ -10,16 +10,20 @@ FORMAT = 5
 DECISIVE = ("olive-ai", "onnxruntime-genai", "transformers", "torch", "onnx")
 
 
+def made_with(versions: dict[str, str]) -> dict[str, object]:
+    """What makes variants of the same input others: how slmops makes them, and the packages."""
+    return {"format": FORMAT, "versions": {name: versions.get(name) for name in DECISIVE}}
+
+
 def key(recipe: Recipe, checkpoint: Checkpoint, versions: dict[str, str]) -> str:
     """Folder name of a variant: the same for the same checkpoint, recipe and versions of the packages."""
     went_in = {
-        "format": FORMAT,
+        **made_with(versions),
         "config": recipe.config,
         "order": list(recipe.config.get("passes", {})),
         "genai": recipe.genai,
         "checkpoint": checkpoint.digest,
         "compared": checkpoint.context_length if recipe.baseline else None,  # with the checkpoint, up to this length
-        "versions": {name: versions.get(name) for name in DECISIVE},
     }
     return f"{recipe.name}-{digest_of_json(went_in)[:16]}"
 

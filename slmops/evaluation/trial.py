@@ -16,7 +16,8 @@ FIRST_TOKENS = 256
 
 
 def score_baseline(variant: Variant | None, context: JobContext, within: Child) -> LogitsResult:
-    """Score the baseline, None being the checkpoint itself, and leave its distributions for the trials."""
+    """Score the baseline, None being the checkpoint itself, and leave the text and its distributions for the trials."""
+    write_atomic(context.work / "sweep" / "text.txt", dataset.perplexity_text(context.job.perplexity_text)[0])
     folder = variant.path if variant else context.checkpoint.path
     _score(folder, FIRST_TOKENS, context, within, is_baseline=True)
     return _score(folder, TOKENS, context, within, is_baseline=True)
@@ -41,7 +42,6 @@ def measure(variant: Variant, baseline: LogitsResult, context: JobContext, withi
 def _score(folder: Path, tokens: int, context: JobContext, within: Child, *, is_baseline: bool = False) -> LogitsResult:
     work, checkpoint = context.work / "sweep", context.checkpoint
     reference = work / f"{tokens}.f32"
-    write_atomic(work / "text.txt", dataset.perplexity_text(context.job.perplexity_text)[0])
     request = LogitsRequest(
         folder=folder,
         hugging_face=folder == checkpoint.path,

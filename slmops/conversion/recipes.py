@@ -31,7 +31,10 @@ def check(job: Job, settings: Settings) -> None:
             "Use fp16 (half the size of fp32) or int8.",
         )
     for name in job.precision:
-        recipe_files.load(name, settings)
+        steps = recipe_files.load(name, settings).passes.values()
+        if job.calibration_text is None and any(step.get("text") == CALIBRATION_TEXT for step in steps):
+            fix = "Give --calibration-text FILE: some thousand words of what the model will read and write."
+            raise RecipeError(f"{name} is made for a text of yours, and there is none.", fix)
 
 
 def names(job: Job, settings: Settings) -> list[str]:
@@ -67,28 +70,18 @@ def own(planned: list[Recipe], settings: Settings) -> list[tuple[Path, Recipe]]:
 def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> Recipe:
     """How to make the variant ``name``."""
     file = recipe_files.load(name, settings)
+    passes = {key: _as_asked(name, step, job) for key, step in file.passes.items()}
+    return of_file(name, file.model_copy(update={"passes": passes}), checkpoint)
+
+
+def _as_asked(name: str, step: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A pass with what the job asks of it: int4's blocks, and the digest of the text that is to decide."""
     if name == "int4":
         asked = {"group_size": job.int4_block_size, "sym": job.int4_symmetric}
-        passes = {
-            key: {**step, **{option: value for option, value in asked.items() if option in step and value is not None}}
-            for key, step in file.passes.items()
-        }
-        file = file.model_copy(update={"passes": passes})
-    if any(step.get("text") == CALIBRATION_TEXT for step in file.passes.values()):
-        file = file.model_copy(update={"passes": _with_text(name, file.passes, job.calibration_text)})
-    return of_file(name, file, checkpoint)
-
-
-def _with_text(name: str, passes: dict[str, dict[str, Any]], text: Path | None) -> dict[str, dict[str, Any]]:
-    """The passes with the digest of the job's text: another text makes another variant, wherever it is."""
-    if text is None:
-        fix = "Give --calibration-text FILE: some thousand words of what the model will read and write."
-        raise RecipeError(f"{name} is made for a text of yours, and there is none.", fix)
-    digest = sha256(text.expanduser())
-    return {
-        key: {**step, "text_sha256": digest} if step.get("text") == CALIBRATION_TEXT else step
-        for key, step in passes.items()
-    }
+        step = {**step, **{option: value for option, value in asked.items() if option in step and value is not None}}
+    if step.get("text") == CALIBRATION_TEXT and job.calibration_text:
+        step = {**step, "text_sha256": sha256(job.calibration_text.expanduser())}  # another text is another variant
+    return step
 
 
 def of_file(name: str, file: RecipeFile, checkpoint: Checkpoint) -> Recipe:

@@ -109,8 +109,8 @@ def with_feedback(weights: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
     diagonal[diagonal == 0] = 1
     diagonal += _DAMPING * diagonal.mean()
     order = diagonal.argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = _factor_of_inverse(hessian[order][:, order])
+    factor /= factor.diagonal()[:, None].clone()
     made = torch.empty(weights.shape, dtype=torch.uint8)
     for rows in _rows(weights):
         left = weights[rows].float().T[order].contiguous()
@@ -118,16 +118,24 @@ def with_feedback(weights: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
         integers = torch.empty_like(left)
         for start in range(0, count, _COLUMNS):
             end = min(start + _COLUMNS, count)
-            part, errors, steps = left[start:end], torch.empty_like(left[start:end]), factor[start:end, start:end]
-            for at, column in enumerate(order[start:end].tolist()):
-                scale, zero = scales[column // grid.group], zeros[column // grid.group]
-                integer = (part[at] / scale + zero).round_().clamp_(0, top)
-                integers[start + at] = integer
-                errors[at] = (part[at] - (integer - zero) * scale) / steps[at, at]
-                part[at + 1 :] -= steps[at, at + 1 :, None] * errors[at]
-            left[end:] -= factor[start:end, end:].T @ errors
+            errors, steps = left[start:end], factor[start:end, start:end]
+            for at, block in enumerate((order[start:end] // grid.group).tolist()):
+                scale, zero, integer = scales[block], zeros[block], integers[start + at]
+                torch.div(errors[at], scale, out=integer).add_(zero).round_().clamp_(0, top)
+                errors[at].addcmul_(integer - zero, scale, value=-1)  # a weight until now
+                errors[at + 1 :].addr_(steps[at, at + 1 :], errors[at], alpha=-1)
+            left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
         made[rows] = integers[order.argsort()].T.to(torch.uint8)
     return made
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor:
+    """The upper triangular U with U^T U the inverse of a positive definite matrix, without the inverse itself.
+
+    If V is upper triangular and V V^T is the matrix, then U is the inverse of V.
+    """
+    turned = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+    return torch.linalg.solve_triangular(turned, torch.eye(len(matrix)), upper=True)
 
 
 def _rows(weights: Tensor) -> list[slice]:

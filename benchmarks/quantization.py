@@ -83,8 +83,10 @@ class Model:
         self.text = torch.tensor(ids).view(-1, WINDOW)
         self.reference = self._scores(self.text)
         self.own_text = block_quantize._written_by(self.net, TOKENS)
-        with block_quantize._inputs_of(self.linears) as self.hessians:
-            self.net(self.own_text)
+        self.hessians, hooks = block_quantize._collect(self.linears)
+        self.net(self.own_text)
+        for hook in hooks:
+            hook.remove()
         self.made = lru_cache(KEPT)(self._made)
 
     def share(self, plan: dict[str, How]) -> float:

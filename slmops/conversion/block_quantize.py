@@ -6,7 +6,6 @@ makes up for errors on texts that the model itself writes, or on the user's. It 
 a layer is packed before the next is run.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +21,7 @@ from olive.passes.pytorch.common import inherit_hf_from_hf
 from olive.passes.pytorch.quant_utils import get_qkv_quantization_groups
 from olive.passes.pytorch.train_utils import load_hf_base_model
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from slmops.conversion import rounding
 
@@ -221,22 +221,26 @@ def _read(model: Any, path: Path, tokens: int) -> Tensor:
 
 
 def _layer_by_layer(net: Any, layers: Any, ids: Tensor, names: dict[nn.Module, str], quantize: Quantize) -> Tensor:
-    """Run the model once; each layer's weights are packed before it hands on what it makes of its input.
+    """Run the model once; a layer's weights are packed as soon as it has handed on what it makes of its input.
 
     The arithmetic is in fp32, whatever the checkpoint's dtype. Returns the Hessian of the head.
     """
 
-    def before(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def widen(layer: nn.Module, _inputs: Any) -> None:
         layer.float()
-        linears = {names[module]: module for module in layer.modules() if isinstance(module, nn.Linear)}
-        with _inputs_of(linears) as hessians:
-            layer.forward(*arguments, **named)
-        for name, linear in linears.items():
-            _replace(net, name, quantize(name, linear.weight, hessians.get(name)))
 
+    def pack(layer: nn.Module, _inputs: Any, _made: Any) -> None:
+        for module in [*layer.modules()]:
+            if isinstance(module, nn.Linear):
+                name = names[module]
+                _replace(net, name, quantize(name, module.weight, hessians.pop(name, None)))
+
+    linears = {names[module]: module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
+    hessians, handles = _collect(linears)
     embeddings = net.get_input_embeddings()
-    handles = [embeddings.register_forward_hook(lambda _module, _inputs, made: made.float())]
-    handles += [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles.append(embeddings.register_forward_hook(lambda _module, _inputs, made: made.float()))
+    for layer in layers:
+        handles += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(pack)]
     for module in net.base_model.children():
         if not isinstance(module, nn.ModuleList | nn.Embedding):
             module.float()
@@ -246,9 +250,8 @@ def _layer_by_layer(net: Any, layers: Any, ids: Tensor, names: dict[nn.Module, s
     return states.T @ states
 
 
-@contextlib.contextmanager
-def _inputs_of(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """The Hessians of layers that are run within it. Layers with the same input share one."""
+def _collect(linears: dict[str, nn.Linear]) -> tuple[dict[str, Tensor], list[RemovableHandle]]:
+    """The Hessians, which come as the modules are run, and the hooks. Modules with the same input share one."""
     hessians: dict[str, Tensor] = {}
     last: list[Any] = [None, None]
 
@@ -258,12 +261,8 @@ def _inputs_of(linears: dict[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
             last[:] = inputs[0], rows.T @ rows
         hessians[name] = last[1]
 
-    handles = [
+    hooks = [
         linear.register_forward_pre_hook(lambda _, inputs, name=name: collect(name, inputs))
         for name, linear in linears.items()
     ]
-    try:
-        yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hessians, hooks

@@ -58,9 +58,12 @@ def check(
     Memory, unless others convert: that of one conversion. With the checkpoint as baseline see :func:`of_checkpoint`.
     """
     own = job.baseline == CHECKPOINT
-    bits = {recipe.name: recipe.bits for recipe in recipes} | ({} if own else {BASELINE: 32})
+    planned = list(recipes)
+    bits = {recipe.name: recipe.bits for recipe in planned} | ({} if own else {BASELINE: 32})
     sizes = {name: checkpoint.parameters * BYTES_PER_WEIGHT[of] * UNTIED for name, of in bits.items()}
     memory, work = of_checkpoint(checkpoint.size_mb * 1e6)
+    if any(step.get("choose") for recipe in planned for step in recipe.config.get("passes", {}).values()):
+        memory = of_checkpoint(4 * checkpoint.parameters)[0]  # BlockQuantize chooses layers on gradients, in fp32
     if not own:
         memory = conversion_memory(checkpoint)
         work = 2 * max(sizes.values()) + (sizes[BASELINE] if 16 in bits.values() else 0)

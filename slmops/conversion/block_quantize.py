@@ -7,6 +7,7 @@ a layer is packed before the next is run.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -137,7 +138,7 @@ def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> li
 
     To second order, errors E of weights cost a KL divergence of half the mean of (g E)^2, where g is the gradient of
     the log-probability of tokens drawn from the model's own distribution (Fisher's information). Inputs of attention
-    are one matrix in the export, so they are taken together. Model, errors and gradients are in memory in fp32.
+    are one matrix in the export, so they are taken together. Of a weight 6 bytes are in memory: itself and its error.
     """
     net = wrapper.model.float().requires_grad_(False)
     groups = get_qkv_quantization_groups(wrapper)
@@ -147,7 +148,14 @@ def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> li
     errors = {}
     for name, weight in weights.items():
         grid = rounding.fit(weight.detach(), int(config.bits), config.group_size, symmetric=config.sym)
-        errors[name] = weight.detach() - grid.weights(grid.nearest(weight.detach()))
+        errors[name] = (weight.detach() - grid.weights(grid.nearest(weight.detach()))).bfloat16()
+    lost: dict[str, float] = {}
+
+    def lose(name: str, weight: Tensor) -> None:
+        lost[name] = float((weight.grad * errors[name]).sum())
+        weight.grad = None  # so only one is in memory
+
+    handles = [weight.register_post_accumulate_grad_hook(partial(lose, name)) for name, weight in weights.items()]
     costs = dict.fromkeys(groups, 0.0)
     generator = torch.Generator().manual_seed(_SEED)
     for sequence in ids.flatten()[:_MOST_DRAWN].split(_DRAWN):
@@ -156,8 +164,10 @@ def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> li
             drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
             likely.gather(1, drawn).sum().backward()
         for group in groups:
-            costs[group] += float(sum((weights[name].grad * errors[name]).sum() for name in group)) ** 2
-        net.zero_grad(set_to_none=True)
+            costs[group] += sum(lost.get(name, 0.0) for name in group) ** 2
+        lost.clear()
+    for handle in handles:
+        handle.remove()
     net.requires_grad_(False)
     chosen: list[str] = []
     sizes = {group: sum(weights[name].numel() for name in group) for group in groups}

@@ -18,6 +18,7 @@ from slmops.processes import children
 from tests.values import checkpoint
 
 FP16, INT4 = (Recipe(name=f"of-{bits}", config={}, bits=bits) for bits in (16, 4))
+CHOSEN = Recipe(name="chosen", config={"passes": {"quantize": {"choose": True}}}, bits=4)
 LARGE = checkpoint(parameters=10**12, size_mb=2e6)
 FP32, OWN = Job(model="m", baseline="fp32"), Job(model="m", baseline="checkpoint")
 
@@ -43,6 +44,8 @@ def test_the_room_that_is_needed(settings: Settings, monkeypatch: pytest.MonkeyP
         room.check([INT4], LARGE, FP32, settings)
     with pytest.raises(PrerequisiteError, match=r"about 3003\.0 GB .* 4\.0 GB"):
         room.check([INT4], LARGE, OWN, settings)
+    with pytest.raises(PrerequisiteError, match=r"memory for chosen of .*: about 6003\.0 GB"):
+        room.check([CHOSEN], LARGE, OWN, settings)  # which layers get 8 bits is chosen in fp32, at 6 bytes a weight
 
 
 def test_files_for_a_peer_take_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

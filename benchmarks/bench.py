@@ -5,7 +5,8 @@
 Runs the demo job in a home of its own: from nothing, unchanged, measured anew. Then times one variant in turns by
 slmops and by ``direct.py``, which calls the runtime with nothing of slmops in between; then ``conversion.py``,
 ``serving.py`` and ``cut.py``. At last the frontier: ``peers.py`` with all shipped recipes on the demo, and on a
-checkpoint that ``off_grid.py`` makes of it, where only quality differs.
+checkpoint that ``off_grid.py`` makes of it, where only quality differs; and ``calibrated.py`` on the checkpoint of the
+retraining demo.
 """
 
 import json
@@ -64,6 +65,7 @@ def main() -> None:
                 ["peers.py", "demo"],
                 ["off_grid.py", "demo", tuned],
                 ["peers.py", tuned, "--part", "quality"],
+                ["calibrated.py"],
             ]
             for program in programs:
                 subprocess.run([sys.executable, str(HERE / program[0]), *program[1:]], env=env, check=True)

@@ -73,10 +73,10 @@ class Contest:
 
     # --- quality
 
-    def quality(self) -> dict[str, Row]:
-        """Size, and the distance to the checkpoint."""
+    def quality(self, of: str) -> dict[str, Row]:
+        """Size, and the distance to the checkpoint on a text."""
         text = self.scratch / "text.txt"
-        write_atomic(text, dataset.perplexity_text(None)[0])
+        write_atomic(text, of)
         reference = self.scratch / "checkpoint.f32"
 
         def score(folder: Path, **how: object) -> LogitsResult:
@@ -191,10 +191,10 @@ def main() -> None:
         types = asked.types if find_spec("llama_cpp") else []
         contest = Contest(checkpoint, ours, types, asked.gguf or scratch / "gguf", scratch)
         if asked.part != "speed":
-            _print(contest.quality())
+            print_rows(contest.quality(dataset.perplexity_text(None)[0]))
         if asked.part != "quality":
             medians, ratios = contest.speed(asked.rounds)
-            _print(medians)
+            print_rows(medians)
             if ratios:
                 print(tabulate.tabulate(ratios, ["ours / theirs", *FIGURES], disable_numparse=True), end="\n\n")
 
@@ -204,13 +204,19 @@ def _shipped(checkpoint: Checkpoint, settings: Settings) -> dict[str, Path]:
     text = settings.home / "calibration.txt"  # of the same kind as what is measured, and far behind it
     write_atomic(text, dataset.perplexity_text(None)[0][CALIBRATION:])
     job = Job(model=str(checkpoint.path), precision=list(SHIPPED), baseline=BASELINE, calibration_text=text)
+    return {name: one.path for name, one in registered(checkpoint, job, settings).items()}
+
+
+def registered(checkpoint: Checkpoint, job: Job, settings: Settings) -> dict[str, Registration]:
+    """Each variant of a job, as it is deployed."""
     planned = convert.in_order(recipes.for_job(job, checkpoint, settings))
     with convert.together("peers", settings) as child:
         made = [convert.convert(recipe, checkpoint, job, "peers", settings, child) for recipe in planned]
-    return {one.name: register(one, "peers", job, settings).path for one in made}
+    return {one.name: register(one, "peers", job, settings) for one in made}
 
 
-def _print(rows: dict[str, Row]) -> None:
+def print_rows(rows: dict[str, Row]) -> None:
+    """A table of them."""
     table = [[label, *row.values()] for label, row in rows.items()]
     headers = ["", *next(iter(rows.values()))]
     print(tabulate.tabulate(table, headers, disable_numparse=True), end="\n\n", flush=True)

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 
-from slmops.checkpoints import generation, room, source
+from slmops.checkpoints import abilities, generation, room, source
 from slmops.conversion import olive_config, recipes
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
@@ -46,7 +46,7 @@ def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     needed = room.check(planned, checkpoint, job, settings, converts=not settings.pools)
     for file, recipe in recipes.own(planned, settings):
         olive_config.check(file, recipe.config, checkpoint, context.name, settings)
-    for remark in generation.remarks(checkpoint.path):
+    for remark in (*generation.remarks(checkpoint.path), *abilities.derive(checkpoint.path).remarks):
         log.warning("%s", remark)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, context.name, settings))

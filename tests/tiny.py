@@ -1,11 +1,19 @@
 """Tiny checkpoints with random weights in the real format of each architecture: two layers, a real byte-level BPE."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = (  # in the form of Qwen3's
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n{% endif %}{% endif %}"
 )
 VOCABULARY = 600
 _COMMON = {
@@ -113,14 +121,30 @@ def chain(folder: Path, following: dict[int, int], **config: Any) -> Path:
         for layer in model.model.layers:  # nothing is added to the embedding
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        rows = torch.nn.functional.normalize(torch.randn(VOCABULARY, 128), dim=1)
-        head = torch.randn(VOCABULARY, 128) * 0.001
+        rows = torch.nn.functional.normalize(torch.randn(asked.vocab_size, 128), dim=1)
+        head = torch.randn(asked.vocab_size, 128) * 0.001
         for last, following_one in following.items():
             head[following_one] += 20 * rows[last]
         model.model.embed_tokens.weight.copy_(rows)
         model.lm_head.weight.copy_(head)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def caller(folder: Path) -> Path:
+    """Write a checkpoint that thinks ``hm`` and then calls the tool ``weather``, whatever it is asked.
+
+    The call is as Foundry Local's runtime wants it, which lets a model say nothing else between the two tokens.
+    """
+    own = tokenizer()
+    own.chat_template = TOOLS
+    call = '[{"name": "weather", "parameters": {"city": "Paris"}}]'
+    said = ["<think>", "hm", "</think>", "\n", "<tool_call>", call, "</tool_call>"]
+    own.add_tokens([token for token in said if token != "\n"])
+    path = [own(":")["input_ids"][-1], *(own(token)["input_ids"][-1] for token in said), own.eos_token_id]
+    chain(folder, dict(pairwise(path)), vocab_size=len(own))
+    own.save_pretrained(folder)
     return folder
 
 

@@ -30,7 +30,7 @@ def stop_tokens(folder: Path, where: str | None = None) -> dict[int, str]:
     tell. A CheckpointError, which calls the folder ``where``, if nothing names such a token.
     """
     ends = _named(folder, "generation_config.json") | _named(folder, "config.json")
-    known = _added_tokens(folder)
+    known = added_tokens(folder)
     template = chat_template.load(folder, where)
     eos = known.get(template.special_tokens.get("eos_token", "")) if template else None
     turn_end = _turn_end(template, known) if template else None
@@ -74,7 +74,7 @@ def _named(folder: Path, name: str) -> set[int]:
     return {one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)}
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
+def added_tokens(folder: Path) -> dict[str, int]:
     """Id by text of the tokens that are not learnt from text, such as ``<|im_end|>``."""
     decoder = read_if_there(folder, "tokenizer_config.json").get("added_tokens_decoder") or {}
     found = {token["content"]: int(number) for number, token in decoder.items()}

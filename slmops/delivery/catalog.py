@@ -17,6 +17,7 @@ from slmops.core import web
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.foundry import layout, private_catalog
 from slmops.foundry.private_catalog import Entry
+from slmops.foundry.versions import ABILITIES
 
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
@@ -56,6 +57,7 @@ def entries(registry: "Registry") -> list[Entry]:
                     provider=version.provider,
                     size_bytes=round(version.size_mb * 1e6),
                     created=version.created,
+                    abilities=frozenset(version.tags.get(ABILITIES, "").split()),
                     latest=version is champion,
                 )
             )

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from slmops.checkpoints import abilities
 from slmops.checkpoints.inspection import longrope_border
 from slmops.checkpoints.source import MOST_CACHE
 from slmops.core import machine
@@ -24,6 +25,8 @@ GENAI_CONFIG = "genai_config.json"
 RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, where this machine needs another
 # The first two are kept with the variant as proof, and no runtime reads them; the third is written anew.
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
+_MARKERS = {"tools": ("bot_token_id", "eot_token_id"), "reasoning": ("bor_token_id", "eor_token_id")}
+"""Where genai_config.json names the tokens that begin and end a tool call, and a thought."""
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256
 """Tokens of a prompt that the runtime takes at once: more take more memory, and are no faster (docs/measuring.md).
@@ -95,6 +98,10 @@ def _genai_config(variant: Variant, job: Job) -> dict[str, Any]:
     # The runtime allocates its cache for the context length, whatever max_length says.
     context = asked["max_length"] = config["model"]["context_length"] = variant.checkpoint.context_length
     search = {**config.get("search", {}), **asked}
+    able = abilities.derive(variant.path)
+    for pair, keys in ((able.tools, _MARKERS["tools"]), (able.reasoning, _MARKERS["reasoning"])):
+        if pair is not None:
+            config["model"] |= dict(zip(keys, pair.ids, strict=True))
     own = _read(variant.path / "config.json") or {}
     if longrope_border(own, context) == context:  # else the chunks of a prompt would get different factors
         search.setdefault("chunk_size", CHUNK)
@@ -131,6 +138,12 @@ def fit(folder: Path) -> None:
     if not (folder / RELEASED_CONFIG).exists():
         (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
     write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
+
+
+def claimed(folder: Path) -> frozenset[str]:
+    """What a deployed variant can do besides answering: ``tools``, ``reasoning``, both or neither."""
+    model = (_read(folder / GENAI_CONFIG) or {}).get("model", {})
+    return frozenset(ability for ability, keys in _MARKERS.items() if all(key in model for key in keys))
 
 
 def sessions_that_fit(folder: Path, most: int) -> int:

@@ -41,6 +41,7 @@ class Entry(Frozen):
     provider: str = "CPUExecutionProvider"
     size_bytes: int
     created: datetime
+    abilities: frozenset[str] = Field(frozenset(), description="Of tools and reasoning, what it can do.")
     latest: bool = Field(True, description="It is listed; others can still be looked up by name or alias.")
 
 
@@ -107,6 +108,8 @@ def answer(body: bytes, entries: Sequence[Entry]) -> bytes:
 def _entity(entry: Entry) -> dict[str, Any]:
     identity = f"azureml://registries/{PUBLISHER}/models/{entry.name}/versions/{entry.version}"
     tags = {"alias": entry.alias, "task": "chat-completion", "foundryLocal": "", "promptTemplate": ""}
+    claims = {"tools": "supportsToolCalling", "reasoning": "supportsReasoning"}
+    tags |= {claims[ability]: "true" for ability in entry.abilities}
     data = {"publisher": PUBLISHER, "displayName": entry.display_name, "inferenceTasks": ["chat-completion"]}
     runs_on = {"modelType": "ONNX", "device": entry.device, "executionProvider": entry.provider}
     properties = {

@@ -49,7 +49,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
         if isinstance(error, RegistrationError):
             raise
         raise RegistrationError(f"Foundry Local refuses {request.foundry_id}: {error}") from error
-    return RegisterResult(answer=reply.text)
+    return RegisterResult(answer=reply.text or reply.reasoning)
 
 
 class ForgetRequest(Frozen):

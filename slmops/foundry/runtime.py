@@ -1,6 +1,8 @@
 """Foundry Local's SDK. For child processes only: it has one manager per process, and never gives memory back."""
 
+import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,8 +12,10 @@ import foundry_local_sdk as sdk
 from foundry_local_sdk.exception import FoundryLocalException
 
 from slmops.core.errors import EvaluationError
+from slmops.foundry import layout
 
 Fault = FoundryLocalException
+ABILITIES = {"tools": "supports_tool_calling", "reasoning": "supports_reasoning"}
 
 # Nobody listens there, which the runtime takes for an empty catalog. The public one would cost seconds of retries
 # without a network, and nothing here comes from it.
@@ -22,7 +26,9 @@ NO_CATALOG = "http://127.0.0.1:9/asset-gallery/v1.0/models"
 class TimedReply:
     """One answered request; tokens are as the runtime counts them, and seconds begin with the request."""
 
-    text: str
+    text: str  # without thoughts
+    reasoning: str  # the thoughts, if the variant's are known from the rest
+    tool_calls: tuple[dict[str, Any], ...]  # each with name, and arguments as the object that they are
     finish_reason: str  # "stop" (the model ended), "length" (the token limit) or another of the runtime's names
     prompt_tokens: int  # of the rendered conversation
     completion_tokens: int
@@ -64,6 +70,8 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
         with sdk.ModelInfoBuilder() as metadata:
             metadata.set_string_property("task", "chat-completion")
             metadata.set_string_property("display_name", display_name)
+            for ability in layout.claimed(folder):
+                metadata.set_int_property(ABILITIES[ability], 1)
             catalog.register_model(folder, foundry_id, metadata)
     return catalog.get_model_variant(foundry_id)
 
@@ -75,30 +83,50 @@ def registered(home: Path, foundry_id: str) -> Any:
     return model
 
 
-def ask(model: Any, messages: list[dict[str, str]], *, max_tokens: int) -> TimedReply:
-    """Send one conversation in a session of its own, decoded greedily, and time the text as it streams in."""
+def ask(
+    model: Any,
+    messages: list[dict[str, str]],
+    *,
+    max_tokens: int,
+    tools: Sequence[Mapping[str, Any]] = (),
+    template_arguments: Mapping[str, Any] | None = None,
+) -> TimedReply:
+    """Send one conversation in a session of its own, decoded greedily, and time the text as it streams in.
+
+    ``tools`` are in OpenAI's form; a model that begins a call and breaks it off is a Fault. ``template_arguments`` are
+    for the chat template, such as ``{"enable_thinking": False}``.
+    """
+    more = {"chat_template_kwargs": json.dumps(template_arguments)} if template_arguments else {}
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
     for message in messages:
         request.add_item(getattr(sdk.MessageItem, message["role"])(message["content"]))
-    pieces: list[str] = []
+    pieces: dict[Any, list[str]] = {sdk.TextItemType.DEFAULT: [], sdk.TextItemType.REASONING: []}
+    calls: list[dict[str, Any]] = []
     first: float | None = None
     with sdk.ChatSession(model) as session:  # a session left open keeps its model from being unloaded
         session.set_streaming(True)
-        session.set_options(sdk.RequestOptions(search=search))
+        session.set_options(sdk.RequestOptions(search=search, additional_options=more))
+        for tool in (one["function"] for one in tools):
+            schema = json.dumps(tool.get("parameters") or {"type": "object", "properties": {}})
+            session.add_tool_definition(tool["name"], tool.get("description") or "", schema)
         started = last = time.perf_counter()
         with session.process_streaming_request(request) as stream:
             for item in stream:
-                if text := item.text:
+                if isinstance(item, sdk.ToolCallItem):
+                    calls.append({"name": item.name, "arguments": json.loads(item.arguments)})
+                elif text := item.text:
                     last = time.perf_counter()
                     first = last if first is None else first
-                    pieces.append(text)
+                    pieces[item.type].append(text)
             ended = time.perf_counter()
             with stream.final_response as final:
                 usage = final.get_usage()
                 reason = final.finish_reason.name.lower()
     return TimedReply(
-        text="".join(pieces),
+        text="".join(pieces[sdk.TextItemType.DEFAULT]),
+        reasoning="".join(pieces[sdk.TextItemType.REASONING]),
+        tool_calls=tuple(calls),
         finish_reason=reason,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -17,7 +17,7 @@ from typing import Any
 
 from slmops.core.errors import ServingError, SlmopsError
 from slmops.core.values import Frozen
-from slmops.foundry.layout import PUBLISHER
+from slmops.foundry.layout import PUBLISHER, claimed
 from slmops.processes import child
 from slmops.processes.daemon import HOST
 
@@ -87,6 +87,7 @@ def serve(request: ServiceRequest) -> Any:
         display_name=name,
         size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
         created=datetime.now(UTC),
+        abilities=claimed(request.folder),
     )
     server = uvicorn.Server(uvicorn.Config(app(lambda: [entry]), lifespan="off", log_level="warning"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()

@@ -65,6 +65,9 @@ def test_an_entity_is_what_the_runtime_accepts() -> None:
     annotations = {"tags": tags, "systemCatalogData": data}
     entity = {"assetId": identity, "entityId": identity, "annotations": annotations, "properties": properties}
     assert json.loads(answer(body(*LIST), [elsewhere])) == {"value": [entity]}
+    tags |= {"supportsToolCalling": "true", "supportsReasoning": "true"}
+    able = elsewhere.model_copy(update={"abilities": frozenset({"tools", "reasoning"})})
+    assert json.loads(answer(body(*LIST), [able])) == {"value": [entity]}
 
 
 @pytest.mark.parametrize(("count", "pages"), [(0, [0]), (3, [3]), (4, [3, 1]), (6, [3, 3]), (7, [3, 3, 1])])

@@ -8,6 +8,8 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from slmops.core import machine
+
 _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -18,6 +20,7 @@ class OnnxModel:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = machine.physical_cores()  # ONNX Runtime may find one core where there are two
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         graph = with_all_logits(onnx.load(folder / config["model"]["decoder"]["filename"], load_external_data=False))
         self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

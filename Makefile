@@ -17,6 +17,7 @@ check: $(READY)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+	@for system in darwin win32; do $(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system || exit; done
 	@$(BIN)/mypy benchmarks/*.py
 	@$(BIN)/lint-imports --no-logo
 

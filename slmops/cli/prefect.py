@@ -11,6 +11,7 @@ from slmops.cli.terminal import output, say
 from slmops.core.settings import Settings
 from slmops.foundry.versions import Promotion
 from slmops.local.stack import ServerLostError, Stack, session
+from slmops.processes import tree
 from slmops.training.values import Retrain
 
 
@@ -18,7 +19,8 @@ from slmops.training.values import Retrain
 def prefect_running() -> Iterator[Stack]:
     """Start the servers if needed. The block is to import the flow, because Prefect reads its environment then."""
     # As Ctrl-C, so that children are ended and MLflow's runs closed on the way out.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in tree.ASKING:
+        signal.signal(number, signal.default_int_handler)
     logging.raiseExceptions = False  # records that a dead Prefect server does not take are lost without noise
     try:
         with session(Settings()) as servers:

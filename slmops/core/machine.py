@@ -49,7 +49,7 @@ def hardware() -> Hardware:
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
         processor=facts.get("name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else psutil.cpu_count() or 1,
+        cores=_cores(),
         memory_gb=round(memory()[0] / 1e9, 1),
         isa=tuple(name for name in (*_X86, *_X86_MATRIX, *_ARM) if name in features),
     )
@@ -58,6 +58,12 @@ def hardware() -> Hardware:
 def physical_cores() -> int:
     """Physical cores that this process may use: threads that compute gain nothing from a second one on a core."""
     return min(psutil.cpu_count(logical=False) or 1, hardware().cores)
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count() or 1
 
 
 def memory() -> tuple[int, int]:

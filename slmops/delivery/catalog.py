@@ -4,6 +4,7 @@ It holds names, versions and sizes, all read from the registry, and no files: a 
 pulled, and can be loaded only there. Foundry's runtime sends no token, so the catalog asks for none.
 """
 
+import contextlib
 import ipaddress
 import logging
 import signal
@@ -18,6 +19,7 @@ from slmops.core.errors import SlmopsError, UsageError
 from slmops.foundry import layout, private_catalog
 from slmops.foundry.private_catalog import Entry
 from slmops.foundry.versions import ABILITIES
+from slmops.processes import tree
 
 if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
@@ -105,8 +107,7 @@ def serve(uri: str, host: str, port: int) -> None:
         log.info("The catalog answers. In Foundry Local's Configuration: catalog_urls=[(%r, None)]", url)
         server = uvicorn.Server(config)
         # When uvicorn has stopped at a signal, it sends it to this process again, which would be killed by default.
-        before = signal.signal(signal.SIGTERM, server.handle_exit)
-        try:
+        with contextlib.ExitStack() as signals:
+            for number in tree.ASKING:
+                signals.callback(signal.signal, number, signal.signal(number, server.handle_exit))
             server.run(sockets=[listener])
-        finally:
-            signal.signal(signal.SIGTERM, before)

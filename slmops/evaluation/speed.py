@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -330,7 +331,7 @@ def _rest() -> Window:
 
 def _drop_cache(folder: Path) -> bool:
     """Have the system forget the files' pages, to load them from the disk next; False: it cannot."""
-    if not hasattr(os, "posix_fadvise"):
+    if sys.platform != "linux":
         return False
     for file in folder.iterdir():
         if file.is_file():

@@ -49,7 +49,7 @@ def main() -> None:
     # Native libraries write to standard output too: from here on that goes to standard error.
     line = os.dup(1)
     os.dup2(2, 1)
-    threading.Thread(target=child.die_with_parent, daemon=True).start()
+    child.die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         try:

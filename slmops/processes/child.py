@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -20,6 +19,7 @@ from pydantic import BaseModel
 
 from slmops.core.errors import SlmopsError
 from slmops.core.files import write_atomic
+from slmops.processes import tree
 
 DONE = b"\0done\n"
 """Follows the last output of a call."""
@@ -28,7 +28,7 @@ DONE = b"\0done\n"
 def main() -> None:
     """Do the calls that are read from standard input, one after the other, until it closes."""
     calls: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=die_with_parent, args=(calls.put,), daemon=True).start()
+    die_with_parent(calls.put)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     while True:
         _do(**json.loads(calls.get()))
@@ -74,13 +74,19 @@ def leave(status: int) -> None:
 
 
 def die_with_parent(heard: Callable[[bytes], None] = lambda _: None) -> None:
-    """Tell each line of standard input until it closes, when the parent is gone; then kill the whole group."""
-    with open(0, "rb", closefd=False) as lines:
+    """Tell each line of standard input, in a thread; when it closes, the parent is gone: kill all that is ours.
+
+    Standard input is then empty for others. On Windows a library that asks what it is would wait for the next line.
+    """
+    lines = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def listen() -> None:
         for line in lines:
             heard(line)
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(1)
+        tree.kill_own()
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 if __name__ == "__main__":

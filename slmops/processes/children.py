@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from slmops.core import errors, web
 from slmops.core.files import scratch_folder
+from slmops.processes import tree
 from slmops.processes.child import DONE
 
 SAMPLE_EVERY_S = 0.1
@@ -101,9 +102,8 @@ def _start(argv: Sequence[str], env: dict[str, str] | None, cwd: Path | None) ->
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **web.past_proxies(), **(env or {})},
         cwd=cwd,
-        start_new_session=True,
+        **tree.apart({**os.environ, **web.past_proxies(), **(env or {})}),
     )
 
 
@@ -135,17 +135,16 @@ def _watch(
     finally:
         _taken.pop(process.pid, None)
         if not output.done:
-            _end(process)
+            _end(process, meter.members)
         output.join(GRACE_S)
     if output.failure is not None:
         raise errors.PrerequisiteError(f"{log} cannot be written: {output.failure.strerror}.", FREE_SPACE)
     return Finished(process.returncode or 0, time.monotonic() - started, memory, stopped)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for sig in (signal.SIGTERM, signal.SIGKILL):  # to all that it started, too
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, sig)
+def _end(process: subprocess.Popen[bytes], members: Sequence[psutil.Process] = ()) -> None:
+    for end in (tree.ask_to_end, lambda pid: tree.kill(pid, members)):
+        end(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
     with contextlib.suppress(OSError):
@@ -204,7 +203,7 @@ def call(
     is the memory, before the call is done.
     """
     # torch's threads wait for each other by spinning, which takes two to four times the CPU time on a busy machine.
-    env = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
+    env = {"OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
     with scratch_folder(log.parent, log.stem) as work, contextlib.ExitStack() as held:
         asked = within or held.enter_context(Child())
         request_file, result_file = work / "request.json", work / "result.json"
@@ -292,7 +291,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._members: list[psutil.Process] = []
+        self.members: list[psutil.Process] = []
         self._shared = 0
         self._next_look = 0.0
 
@@ -302,21 +301,19 @@ class Meter:
         if began >= self._next_look:
             self._shared = self._look(pid)
             self._next_look = began + (time.monotonic() - began) / LOOKING
-        resident = sum(_size(member, exact=False)[0] for member in self._members)
+        resident = sum(_size(member, exact=False)[0] for member in self.members)
         return max(0, resident - self._shared) / 1e6
 
     def cpu_s(self) -> int:
         """Whole seconds of CPU time that those have taken who were there at the last exact look."""
-        return int(sum(_cpu(member) for member in self._members))
+        return int(sum(_cpu(member) for member in self.members))
 
     def _look(self, pid: int) -> int:
         """Bytes of the resident size that count for other processes."""
-        try:
+        with contextlib.suppress(psutil.Error):  # those that a leader leaves behind stay known
             leader = psutil.Process(pid)
-            self._members = [leader, *leader.children(recursive=True)]
-        except psutil.Error:
-            self._members = []
-        sizes = [_size(member, exact=True) for member in self._members]
+            self.members = [leader, *leader.children(recursive=True)]
+        sizes = [_size(member, exact=True) for member in self.members]
         return sum(resident - proportional for resident, proportional in sizes)
 
 

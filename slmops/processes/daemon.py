@@ -5,10 +5,9 @@ the same id later is never touched.
 """
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import psutil
 
 from slmops.core.errors import PrerequisiteError
 from slmops.core.values import Frozen
+from slmops.processes import tree
 
 HOST = "127.0.0.1"
 MARK = "SLMOPS_STACK"
@@ -54,9 +54,8 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**env, "PYTHONUNBUFFERED": "1", MARK: mark},
             cwd=log.parent,  # not the user's folder, whose .env and prefect.toml Prefect would read
-            start_new_session=True,
+            **tree.apart({**env, MARK: mark}, console=False),
         )
     _children.append(child)
     created = psutil.Process(child.pid).create_time()
@@ -106,11 +105,12 @@ def stop(daemon: Daemon) -> bool:
     """
     members = _members(daemon)
     offspring = [member for member in members if member.pid != daemon.pid]
-    for sig, group in ((signal.SIGTERM, offspring), (signal.SIGTERM, members), (signal.SIGKILL, members)):
+    ask = psutil.Process.terminate  # on Windows it is an end by force, too
+    for end, group in ((ask, offspring), (ask, members), (psutil.Process.kill, members)):
         living = [member for member in group if _lives(member)]
         for member in living:
             with contextlib.suppress(psutil.Error):
-                member.send_signal(sig)  # psutil refuses if the process id is another process by now
+                end(member)  # psutil refuses if the process id is another process by now
         deadline = time.monotonic() + STOP_S
         while any(_lives(member) for member in living) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -124,8 +124,9 @@ def free_port(first: int, taken: Collection[int]) -> int:
         if port in taken:
             continue
         with socket.socket() as probe, contextlib.suppress(OSError):
-            # As the servers do: a port is free even if connections to its last owner have not timed out yet.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # As the servers do: a port is free even if connections to its last owner have not timed out yet. Windows
+            # does not wait for these, and with this option it gives a port that somebody listens at.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(sys.platform != "win32"))
             probe.bind((HOST, port))
             return port
     advice = "Set SLMOPS_PREFECT_PORT and SLMOPS_MLFLOW_PORT to a free range."
@@ -152,7 +153,8 @@ def _members(daemon: Daemon) -> list[psutil.Process]:
             members = [first, *first.children(recursive=True)]
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if other not in members and os.getsid(other.pid) == daemon.pid and other.environ().get(MARK) == daemon.mark:
+            near = other not in members and tree.in_session(other.pid, daemon.pid)
+            if near and other.environ().get(MARK) == daemon.mark:
                 members.append(other)
     return members
 

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 import uuid
@@ -26,7 +25,7 @@ from slmops.core.settings import Settings
 from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
 from slmops.foundry.service_worker import ServiceRequest, ServiceStart
 from slmops.foundry.versions import Installed
-from slmops.processes import children
+from slmops.processes import children, tree
 
 if TYPE_CHECKING:
     import httpx
@@ -164,8 +163,7 @@ async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Proce
             stdout=asyncio.subprocess.PIPE,
             stderr=out,
             # It talks to its own catalog on loopback.
-            env={**os.environ, **web.past_proxies(), "PYTHONUNBUFFERED": "1", **children.STEADY_MALLOC},
-            start_new_session=True,
+            **tree.apart({**os.environ, **web.past_proxies(), **children.STEADY_MALLOC}),
         )
 
 
@@ -192,14 +190,11 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
 
 async def _end(child: asyncio.subprocess.Process) -> None:
     """Ask the child's group to end, then kill it; a cancelled wait kills it at once."""
-    ended = contextlib.suppress(ProcessLookupError, PermissionError)
     try:
-        with ended:
-            os.killpg(child.pid, signal.SIGTERM)
+        tree.ask_to_end(child.pid)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(children.GRACE_S):
                 await child.wait()
     finally:
-        with ended:
-            os.killpg(child.pid, signal.SIGKILL)
+        tree.kill(child.pid)
     await child.wait()

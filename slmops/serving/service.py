@@ -15,6 +15,7 @@ from slmops.core import web
 from slmops.core.errors import UsageError
 from slmops.core.files import write_atomic
 from slmops.core.settings import Settings
+from slmops.processes import tree
 from slmops.serving.fleet import Fleet
 from slmops.serving.home_service import SERVING, Running
 from slmops.serving.limits import Serve
@@ -79,7 +80,7 @@ async def serve(
             # The server has them: the first lets running requests finish, a second Ctrl-C does not. When it has ended
             # at one, uvicorn sends it to this process again, which without a handler would be killed then, before the
             # runtime processes are stopped.
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*tree.ASKING, signal.SIGINT):
                 signals.callback(signal.signal, number, signal.signal(number, server.handle_exit))
             answering = asyncio.create_task(server.serve(sockets=[listening]))
             living = asyncio.create_task(live())

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError
-from slmops.processes import children
+from slmops.processes import children, tree
 from slmops.processes.children import Finished
 from tests.unit.processes import odd_worker
 from tests.unit.processes.odd_worker import Request, Result
@@ -37,6 +37,17 @@ def log(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "GRACE_S", 0.3)
+
+
+@pytest.fixture(params=["linux", "win32"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Here, or as on Windows, where there are no groups: SIGTERM stands in for Ctrl-Break, and goes to one process."""
+    if request.param == "win32":
+        monkeypatch.setattr(tree, "apart", lambda env: {"env": env})
+        monkeypatch.setattr(tree, "sys", SimpleNamespace(platform="win32"))
+        monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM, raising=False)
+        monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("there are no groups"))
+    return str(request.param)
 
 
 def python(program: str, log: Path, **options: Any) -> Finished:
@@ -135,6 +146,7 @@ def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
     assert before <= times[0] <= times[-1] <= before + finished.seconds + 1
 
 
+@pytest.mark.usefixtures("system")
 @pytest.mark.parametrize(
     ("program", "ended_by"),
     [
@@ -152,9 +164,10 @@ def test_a_child_whose_time_is_over_ends_and_its_children_too(
     assert gone(number(over_when_written), within_s=2)
 
 
+@pytest.mark.usefixtures("system")
 def test_children_left_behind_by_a_child_that_ended_are_ended(log: Path, tmp_path: Path) -> None:
     file = tmp_path / "pid"
-    wait = f"import pathlib, time\nwhile not pathlib.Path({str(file)!r}).exists(): time.sleep(0.02)"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(file)!r}).exists(): time.sleep(0.02)\ntime.sleep(0.5)"
     finished = python(starting("Popen", sleeping(file)) + wait, log)
     assert (finished.returncode, finished.stopped) == (0, None)
     assert gone(number(file), within_s=2)
@@ -239,9 +252,19 @@ children.call(handle, Request(do=sys.argv[2]), log=Path(sys.argv[1]) / "log", ti
 """
 
 
-def test_worker_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", PARENT, str(tmp_path), sleeping(tmp_path / "pid")]
-    with subprocess.Popen(argv, cwd=ROOT) as parent:
+AS_ON_WINDOWS = """\
+from types import SimpleNamespace
+from slmops.processes import tree
+tree.sys = SimpleNamespace(platform="win32")
+"""
+
+
+@pytest.mark.parametrize("before", ["", AS_ON_WINDOWS])
+@pytest.mark.parametrize("member", ["the worker", "its child"])
+def test_a_worker_and_its_child_die_with_a_parent_that_is_killed(tmp_path: Path, before: str, member: str) -> None:
+    sleep = sleeping(tmp_path / "pid")
+    do = before + (starting("run", sleep) if member == "its child" else sleep)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), do], cwd=ROOT) as parent:
         worker = number(tmp_path / "pid")
         assert not gone(worker, within_s=0.2)
         parent.kill()
@@ -323,3 +346,28 @@ def test_looks_at_memory_take_little_of_the_time(monkeypatch: pytest.MonkeyPatch
     assert len(looks) == 5
     Info.rss = 1_200_000_000
     assert meter.mb(os.getpid()) == 1100
+
+
+def test_on_windows_a_process_has_a_group_for_ctrl_break_and_a_server_outlives_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = tree.apart({"A": "b"})
+    assert given == {"env": {"A": "b", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}, "start_new_session": True}
+    monkeypatch.setattr(tree, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    assert tree.apart({"A": "b"}) == {"env": given["env"], "creationflags": 0x200}
+    assert tree.apart({}, console=False)["creationflags"] == 0x08000200
+
+
+@pytest.mark.parametrize("end", [tree.ask_to_end, tree.kill])
+def test_to_end_a_process_that_is_gone_is_nothing(
+    system: str, end: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If asked to end a group that is gone, Windows may ask all that share the console."""
+    with subprocess.Popen([sys.executable, "-S", "-c", "pass"]) as child:
+        child.wait()
+    if system == "win32":
+        monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("somebody was asked"))
+    monkeypatch.setattr(psutil, "pid_exists", lambda _: False)
+    end(child.pid)

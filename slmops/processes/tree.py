@@ -1,0 +1,79 @@
+"""Start a process apart from us, and end it with all that it started: the same calls on every system.
+
+On POSIX it leads a session of its own, and signals go to its group, which outlives it. Windows has no such groups:
+there Ctrl-Break asks those that share our console, and those are killed that psutil finds below the first.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import psutil
+
+if sys.platform == "win32":
+    ASKING = (signal.SIGTERM, signal.SIGBREAK)
+else:
+    ASKING = (signal.SIGTERM,)
+"""Signals that ask a process to end, beside Ctrl-C. Prefect sends Ctrl-Break on Windows."""
+
+
+def apart(env: dict[str, str], *, console: bool = True) -> dict[str, Any]:
+    """Arguments of Popen for a process that Ctrl-C in our terminal does not reach; Python in it speaks UTF-8 at once.
+
+    On Windows one without our ``console`` is not ended when its window is closed, but cannot be asked to end either.
+    """
+    env = {**env, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    if sys.platform == "win32":
+        hidden = 0 if console else subprocess.CREATE_NO_WINDOW
+        return {"env": env, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | hidden}
+    return {"env": env, "start_new_session": True}
+
+
+def ask_to_end(pid: int) -> None:
+    """Ask a process that was started apart, and its group, to end. One that is gone is no error."""
+    with contextlib.suppress(OSError):
+        if sys.platform != "win32":
+            os.killpg(pid, signal.SIGTERM)
+        elif psutil.pid_exists(pid):  # for a group that is gone Windows may ask all of our console, us too
+            os.kill(pid, signal.CTRL_BREAK_EVENT)
+
+
+def kill(pid: int, known: Iterable[psutil.Process] = ()) -> None:
+    """Kill a process that was started apart with all that it started; on Windows also those that are ``known``.
+
+    These it may have left behind: Windows does not tell whose children they were when their parent is gone.
+    """
+    if sys.platform != "win32":
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        return
+    members = {*known}
+    with contextlib.suppress(psutil.Error):
+        members |= {psutil.Process(pid), *psutil.Process(pid).children(recursive=True)}
+    for member in members:
+        with contextlib.suppress(psutil.Error):
+            member.kill()  # psutil refuses if the process id is another process by now
+
+
+def kill_own() -> NoReturn:
+    """Kill this process with all that it started."""
+    if sys.platform != "win32":
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
+    else:
+        for member in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                member.kill()
+    os._exit(1)
+
+
+def in_session(pid: int, leader: int) -> bool:
+    """Whether a process may belong to the session of a ``leader`` that may be gone; an OSError if it is gone itself.
+
+    Windows has no sessions: any may.
+    """
+    return sys.platform == "win32" or os.getsid(pid) == leader

@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from flows.running import named, plainly
 from slmops.core import locks
 from slmops.core.errors import GateError, PrerequisiteError
+from slmops.core.names import Name
 from slmops.core.settings import Settings
-from slmops.core.values import Name
 from slmops.delivery import promotion
 from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import Promoted, Promotion

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
 from slmops.core.errors import TrackingError
-from slmops.core.values import to_name
+from slmops.core.names import to_name
 
 # The library's records go to the Prefect page too (PREFECT_LOGGING_EXTRA_LOGGERS); Prefect sets no level for them.
 logging.getLogger("slmops").setLevel(logging.INFO)

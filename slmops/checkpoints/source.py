@@ -15,8 +15,9 @@ from slmops.checkpoints.store import dequantized, stage, unpacked
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
 from slmops.core.files import link_or_copy, scratch_folder, sha256
 from slmops.core.job import Job
+from slmops.core.names import to_name
 from slmops.core.settings import Settings
-from slmops.core.values import Agreement, Checkpoint, to_name
+from slmops.core.values import Agreement, Checkpoint
 
 log = logging.getLogger(__name__)
 

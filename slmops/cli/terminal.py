@@ -1,5 +1,6 @@
 """What the commands print: data on stdout, everything else on stderr."""
 
+import io
 import logging
 import os
 import sys
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 Flat = Parameter(name="*")  # each field of the model is an option
 Json = Annotated[bool, Parameter(help="Print the result as JSON.")]
 Model = Annotated[str, Parameter(help="The model.")]
+
+
+def speak_utf8() -> None:
+    """Write what a file or another program reads as UTF-8, and let no character end a command.
+
+    Windows has its own encodings there, such as cp1252; its console takes all characters.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def say(text: str) -> None:

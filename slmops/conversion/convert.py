@@ -14,7 +14,7 @@ from slmops.checkpoints import generation
 from slmops.conversion import olive_worker, recipes, store, thin_worker, verify_worker
 from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
-from slmops.core.files import folder_appears_whole, write_atomic
+from slmops.core.files import folder_appears_whole, move, write_atomic
 from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
@@ -248,7 +248,9 @@ class _Builder:
             with folder_appears_whole(target) as scratch:
                 for path in (work / "model").iterdir():
                     if path.name != "model_config.json":  # Olive's own, with paths of this machine
-                        path.rename(scratch / path.name)
+                        made = move(path, scratch / path.name)
+                        if made.suffix == ".jinja":  # the exporter ends its lines as the system does, which would count
+                            made.write_bytes(made.read_bytes().replace(b"\r\n", b"\n"))
                 shutil.copyfile(self.logs / f"{recipe.name}.olive.log", scratch / "olive.log")
                 write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
                 variant = Variant(

@@ -10,8 +10,9 @@ from slmops.conversion import recipe_files, schema_worker
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import RecipeError, UsageError, WorkError
 from slmops.core.job import Job
+from slmops.core.names import to_name
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint, Recipe, to_name
+from slmops.core.values import Checkpoint, Recipe
 from slmops.processes import children
 
 log = logging.getLogger(__name__)

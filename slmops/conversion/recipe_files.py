@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from slmops.core.errors import RecipeError
 from slmops.core.files import read_table
 from slmops.core.job import CHECKPOINT, SHIPPED
+from slmops.core.names import is_name
 from slmops.core.settings import Settings
 from slmops.core.validation import dotted, problems
-from slmops.core.values import NAME_PATTERN, Frozen
+from slmops.core.values import Frozen
 
 FOLDER = Path(__file__).with_name("shipped")
 # What a variant cannot be called: an alias of the registry, or something else of a comparison.
@@ -104,7 +105,7 @@ def place_of(name: str, settings: Settings) -> Path:
 
 
 def _check_name(path: Path) -> None:
-    if path.stem in _TAKEN or not re.fullmatch(NAME_PATTERN, path.stem) or re.fullmatch(r"v\d+", path.stem):
+    if path.stem in _TAKEN or not is_name(path.stem) or re.fullmatch(r"v\d+", path.stem):
         raise RecipeError(
             f"{path}: a recipe of your own cannot be called {path.stem!r}.",
             f"Give the file another name, of letters, digits, - and _, and none of {', '.join(sorted(_TAKEN))}.",

@@ -1,4 +1,4 @@
-"""Files: written so that nobody ever sees half of one, and the tables that a user writes."""
+"""Files: written so that nobody ever sees half of one, on every system, and the tables that a user writes."""
 
 import hashlib
 import json
@@ -6,10 +6,12 @@ import logging
 import os
 import re
 import shutil
+import sys
+import time
 import tomllib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,17 +21,37 @@ from slmops.core.errors import UsageError
 log = logging.getLogger(__name__)
 
 LARGE_BYTES = 1_000_000
+PAUSES_S = (0.02, 0.05, 0.1, 0.3, 1.0) if sys.platform == "win32" else ()
+"""Windows does not move what somebody has open, as virus scanners have for a moment all that was just written."""
+
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` with ``text`` in one step."""
+    """Replace ``path`` with ``text`` in one step; its lines end as they do in the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part.write_text(text, encoding="utf-8", newline="")
+        move(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> Path:
+    """Rename a file, which replaces one at ``target``, or a folder. While Windows refuses, it is tried again."""
+    for pause in PAUSES_S:
+        with suppress(PermissionError):
+            return source.replace(target)
+        time.sleep(pause)
+    return source.replace(target)
+
+
+def keep_log(log: Path) -> None:
+    """Make room for a new log: the one before gets ``.1`` added, unless somebody writes it and Windows refuses."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError, PermissionError):
+        move(log, log.with_name(f"{log.name}.1"))
 
 
 @contextmanager
@@ -42,7 +64,7 @@ def folder_appears_whole(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         try:
-            scratch.rename(target)
+            move(scratch, target)
         except OSError:
             if not target.is_dir():
                 raise
@@ -113,10 +135,16 @@ def read_table(path: Path, what: str) -> dict[str, Any]:
     return table
 
 
+def reserved(name: str) -> bool:
+    """Whether a file or folder of this name is a device on Windows, such as ``nul`` and ``aux.json``."""
+    return _DEVICES.fullmatch(name) is not None
+
+
 def stays_below(name: str) -> bool:
-    """Whether a path with forward slashes stays where it is put, on any system.
+    """Whether a path with forward slashes can be anywhere, and stays where it is put, on any system.
 
     Backslashes and colons are for Windows, which also leaves out dots and blanks at the end: "..." is "..".
     """
     parts = name.split("/")
-    return not re.search(r"[\\:\x00-\x1f]", name) and all(part and part == part.rstrip(" .") for part in parts)
+    possible = all(part and part == part.rstrip(" .") and not reserved(part) for part in parts)
+    return possible and not re.search(r'[\\:<>"|?*\x00-\x1f]', name)

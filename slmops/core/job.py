@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 
 from slmops.core.errors import UsageError
+from slmops.core.names import NAME_PATTERN, Name
 from slmops.core.settings import Settings
 from slmops.core.validation import MATCHER_PATTERN, problems
-from slmops.core.values import NAME_PATTERN, Checkpoint, Frozen, Name, Room
+from slmops.core.values import Checkpoint, Frozen, Room
 
 _USUAL = ("fp32", "fp16", "int8", "int4")
 SHIPPED = (*_USUAL, "int4-small", "int4-calibrated")

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def exclusive(path: Path, what: str, *, wait: bool) -> Iterator[None]:
         holder.write_text(json.dumps({"pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}))
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):  # on Windows somebody may be reading it
+            holder.unlink()
         lock.release()
 
 

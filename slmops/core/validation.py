@@ -1,11 +1,11 @@
 """What pydantic refuses, in our own words: its error types become ends of a sentence, such as "must be at least 16"."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slmops.core.errors import UsageError
-from slmops.core.values import NAME_PATTERN
+from slmops.core.files import reserved
+from slmops.core.names import NAME_PATTERN, is_name
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -54,8 +54,9 @@ KINDS = {
 
 def check_name(name: str) -> str:
     """A model's name, which may become part of a path; a UsageError if it cannot be one."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise UsageError(f"{name!r} is not a model's name: it {_FORMS[NAME_PATTERN]}.", "See `slmops compare`.")
+    if not is_name(name):
+        form = "must not be a name that Windows keeps for a device" if reserved(name) else _FORMS[NAME_PATTERN]
+        raise UsageError(f"{name!r} is not a model's name: it {form}.", "See `slmops compare`.")
     return name
 
 

@@ -2,22 +2,20 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
+
+from slmops.core.names import NAME_PATTERN
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 MANIFEST = "variant.json"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-"""Name of a model or a variant; it may become part of a path, and MLflow and Foundry Local accept it."""
 HEADLINE_METRICS = (
     *("size_mb", "size_ratio", "ttft_ms_p50", "decode_tok_s", "memory_peak_mb"),
     *("perplexity_ratio", "kl_mean", "hf_kl_mean", "hf_top1_agreement", "accuracy"),
@@ -39,12 +37,6 @@ class Frozen(BaseModel):
             return cls.model_validate({**json.loads(path.read_bytes()), **more})
         except (OSError, ValueError, TypeError):  # TypeError: JSON, but not an object
             return None
-
-
-def to_name(text: str) -> str:
-    """A name that MLflow, Foundry Local and Prefect accept: org/Qwen2.5-0.5B becomes qwen2-5-0-5b."""
-    base = text.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"[^a-z0-9_]+", "-", base).strip("-_")[:63].rstrip("-_") or "model"
 
 
 def is_weights(file: str) -> bool:

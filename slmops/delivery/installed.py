@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slmops.core import locks
 from slmops.core.errors import RegistrationError, SlmopsError
-from slmops.core.files import remove_scratch, write_atomic
+from slmops.core.files import move, remove_scratch, write_atomic
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
 from slmops.core.values import Frozen
@@ -124,7 +124,7 @@ def move_aside(folder: Path, settings: Settings) -> Path:
     remove_scratch(aside)
     target = aside / f".{folder.name}.{os.getpid()}.part"
     shutil.rmtree(target, ignore_errors=True)
-    return folder.rename(target)
+    return move(folder, target)
 
 
 def _whole(name: str, folder: Path, settings: Settings) -> Installed | None:

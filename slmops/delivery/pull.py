@@ -17,10 +17,19 @@ from pydantic import ValidationError
 
 from slmops.core import blobs, machine
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
-from slmops.core.files import folder_appears_whole, intact, link_or_copy, remove_scratch, stays_below, write_atomic
+from slmops.core.files import (
+    folder_appears_whole,
+    intact,
+    link_or_copy,
+    move,
+    remove_scratch,
+    stays_below,
+    write_atomic,
+)
+from slmops.core.names import is_name
 from slmops.core.settings import Settings
 from slmops.core.validation import problems
-from slmops.core.values import NAME_PATTERN, VariantFile, is_weights
+from slmops.core.values import VariantFile, is_weights
 from slmops.delivery import installed
 from slmops.foundry import cli, layout, register
 from slmops.foundry.register_worker import PROMPTS
@@ -38,7 +47,7 @@ log = logging.getLogger(__name__)
 def split(reference: str) -> tuple[str, str | None]:
     """Name, and alias or version number, of ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``; else a UsageError."""
     name, at, which = reference.partition("@")
-    if not re.fullmatch(NAME_PATTERN, name) or (at and not re.fullmatch(NAME_PATTERN, which)):
+    if not is_name(name) or (at and not is_name(which)):
         fix = "Write NAME, NAME@ALIAS (such as bot@int8) or NAME@VERSION (such as bot@3)."
         raise UsageError(f"{reference!r} does not name a model.", fix)
     return name, which or None
@@ -111,7 +120,7 @@ def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
 
 def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     _check_fits(version, "Use a larger device, or promote a smaller variant.")
-    if not re.fullmatch(NAME_PATTERN, version.variant) or not re.fullmatch("[0-9a-f]{64}", version.manifest_sha256):
+    if not is_name(version.variant) or not re.fullmatch("[0-9a-f]{64}", version.manifest_sha256):
         raise TrackingError(f"{version.label} was not made by slmops: its tags make no sense.")
     done = installed.place(version.name, version.variant, version.version, settings)
     folder = done.folder
@@ -133,7 +142,7 @@ def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
             with folder_appears_whole(folder) as scratch:
                 for file in [*(file.name for file in manifest.files), VERSION_MANIFEST]:
                     (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-                    part_of(downloads, file).rename(scratch / file)
+                    move(part_of(downloads, file), scratch / file)
                 described = json.dumps(_inference_model(done, manifest), indent=2, ensure_ascii=False)
                 write_atomic(scratch / layout.INFERENCE_MODEL, described)
                 layout.fit(scratch)
@@ -213,7 +222,7 @@ def _replacing(folder: Path, settings: Settings) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if aside is not None:
-            aside.rename(folder)
+            move(aside, folder)
         raise
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,7 +13,8 @@ from tabulate import tabulate
 
 from slmops.core.errors import EvaluationError, GateError
 from slmops.core.job import Job
-from slmops.core.values import Answer, Frozen, Measurement, Name, Variant
+from slmops.core.names import Name
+from slmops.core.values import Answer, Frozen, Measurement, Variant
 from slmops.foundry.versions import ModelVersion
 
 SPEED_METRICS = {"ttft_ms_p50": 1, "decode_tok_s": -1, "prefill_tok_s": -1, "response_s_p50": 1}

@@ -12,6 +12,7 @@ import numpy as np
 from slmops.checkpoints import inspection, reading
 from slmops.checkpoints import model as stored
 from slmops.core.errors import CheckpointError, EvaluationError
+from slmops.core.files import move
 from slmops.core.values import Frozen
 
 LLAMA_CPP_NAMES = {
@@ -86,7 +87,7 @@ def handle(request: GgufRequest) -> GgufResult:
         part = target.with_suffix(".part")
         if llama_cpp.llama_model_quantize(bytes(source), bytes(part), how) != 0:
             raise EvaluationError(f"llama.cpp cannot quantize it to {kind}.")
-        part.replace(target)
+        move(part, target)
     return GgufResult(error=error, system_info=llama_cpp.llama_print_system_info().decode().strip(" |"))
 
 
@@ -120,7 +121,7 @@ def write(model: Any, path: Path) -> None:
     for _, tensor in tensors:
         writer.write_tensor_data(tensor.float().contiguous().numpy())
     writer.close()
-    part.replace(path)
+    move(part, path)
 
 
 def _tensors(model: Any, head: int) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from slmops.checkpoints import model as stored
 from slmops.core.errors import EvaluationError
+from slmops.core.files import move
 from slmops.core.values import Frozen
 
 LEAST_TOKENS = 1024  # with fewer, the interval is too wide for the policy's limits
@@ -104,7 +105,7 @@ def _kept(path: Path | None) -> Iterator[IO[bytes]]:
     try:
         with part.open("wb") as file:
             yield file
-        part.replace(path)
+        move(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -75,7 +75,7 @@ def handle(request: AgreementRequest) -> Agreement:
     said, config = (read_if_there(request.work, name) for name in ("tokenizer.json", "tokenizer_config.json"))
     files = rewrite.rewrite_tokenizer(said, config)
     for name, text in files.items():
-        (request.work / name).write_text(text, encoding="utf-8")
+        (request.work / name).write_text(text, encoding="utf-8", newline="")
     template = chat_template.load(request.work)
     if template is None:
         raise CheckpointError("The tokenizer has no chat template.", "Give one with --chat-template FILE.")

@@ -15,7 +15,7 @@ from slmops.checkpoints.inspection import longrope_border
 from slmops.checkpoints.source import MOST_CACHE
 from slmops.core import machine
 from slmops.core.errors import RegistrationError
-from slmops.core.files import folder_appears_whole, intact, link_or_copy, write_atomic
+from slmops.core.files import folder_appears_whole, intact, link_or_copy, move, write_atomic
 from slmops.core.job import Job
 from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 
@@ -136,7 +136,7 @@ def fit(folder: Path) -> None:
     if config is None or _read(folder / GENAI_CONFIG) == for_this_machine(config):
         return
     if not (folder / RELEASED_CONFIG).exists():
-        (folder / GENAI_CONFIG).rename(folder / RELEASED_CONFIG)
+        move(folder / GENAI_CONFIG, folder / RELEASED_CONFIG)
     write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints
 
 from slmops.conversion.store import files_of
-from slmops.core.values import Frozen, GateResult, Name, Registration, Variant, VariantFile
+from slmops.core.names import Name
+from slmops.core.values import Frozen, GateResult, Registration, Variant, VariantFile
 from slmops.foundry.layout import GENAI_CONFIG, INFERENCE_MODEL, RELEASED_CONFIG, model_name
 
 VERSION_MANIFEST = "deployment.json"

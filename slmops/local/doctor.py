@@ -28,6 +28,7 @@ from slmops.processes import children
 
 MEMORY_GB = (4, 8)  # what is necessary and what is recommended, in 10^9 bytes
 DISK_GB = (5, 20)
+HOME_CHARACTERS = 90  # beside these a home has paths of up to 170: long names of models and recipes, and their files
 CMAKE = Version("3.31")  # what ONNX Runtime GenAI's CMakeLists.txt asks for
 PROBE_S = 300.0
 PIP_S = 3600.0
@@ -160,6 +161,9 @@ def _disk(home: Path) -> Check:
     if not os.access(folder, os.W_OK):
         return Check("disk", "failure", f"{folder} cannot be written to", "Set SLMOPS_HOME to a folder of yours.")
     advice = "Free some space, or set SLMOPS_HOME to a folder on a larger disk."
+    if sys.platform == "win32" and len(str(home.resolve())) > HOME_CHARACTERS:
+        said = f"{home} is longer than {HOME_CHARACTERS} characters, and Windows refuses paths from 260 on"
+        return Check("disk", "warning", said, "Set SLMOPS_HOME to a folder near the root of a drive.")
     return _amount("disk", machine.disk_free(home) / 1e9, DISK_GB, f"GB free for {home}", advice)
 
 
@@ -270,7 +274,7 @@ def _foundry_command(*, ask: bool) -> Check:
 def _say(command: list[str]) -> str:
     """What a program prints; empty if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

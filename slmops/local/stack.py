@@ -240,7 +240,7 @@ def _mlflow_command(settings: Settings, _: dict[Server, Daemon], port: int) -> t
         "MLFLOW_ENABLE_AI_GATEWAY": "false",
     }
     storage = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    storage += ["--artifacts-destination", str(folder / "artifacts")]
+    storage += ["--artifacts-destination", (folder / "artifacts").as_uri()]  # C:\\ would be a scheme
     # One line for each request would fill the disk of a server that runs for months.
     options = ["--workers", "1", "--uvicorn-opts", "--no-access-log"]
     return ["mlflow", "server", *storage, "--host", HOST, "--port", str(port), *options], env

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from slmops.core.errors import PrerequisiteError
+from slmops.core.files import keep_log
 from slmops.core.values import Frozen
 from slmops.processes import tree
 
@@ -45,9 +46,7 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
 
     By the ``mark`` in its environment it and its offspring are known. The ``log`` before is kept, with ``.1`` added.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():
-        log.replace(log.with_name(f"{log.name}.1"))
+    keep_log(log)
     with log.open("wb") as out:
         child = subprocess.Popen(
             argv,

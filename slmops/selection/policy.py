@@ -13,8 +13,9 @@ from pydantic import Field, StrictBool, ValidationError, ValidationInfo, field_v
 
 from slmops.core.errors import UsageError
 from slmops.core.files import read_table
+from slmops.core.names import Name
 from slmops.core.validation import predicate
-from slmops.core.values import Frozen, Name
+from slmops.core.values import Frozen
 
 PACKAGED = Path(__file__).with_name("policy.toml")
 CATEGORY = "accuracy."

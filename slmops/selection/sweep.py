@@ -10,7 +10,8 @@ from pydantic import Field
 
 from slmops.core.files import digest_of_json
 from slmops.core.job import Job, Precision
-from slmops.core.values import Frozen, Name
+from slmops.core.names import Name
+from slmops.core.values import Frozen
 
 HOPELESS = 2.0
 """How many times the KL divergence of a trial that is no larger, on the same first tokens, ends a trial early."""

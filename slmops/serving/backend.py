@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from slmops.core import errors, web
 from slmops.core.errors import PrerequisiteError, ServingError
-from slmops.core.files import remove_scratch
+from slmops.core.files import keep_log, remove_scratch
 from slmops.core.settings import Settings
 from slmops.foundry.register_worker import MAX_TOKENS, PROMPTS
 from slmops.foundry.service_worker import ServiceRequest, ServiceStart
@@ -152,9 +152,7 @@ class Backend:
 
 
 async def _spawn(request: ServiceRequest, log: Path) -> asyncio.subprocess.Process:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():
-        log.replace(log.with_name(f"{log.name}.1"))
+    keep_log(log)
     with log.open("wb") as out:
         return await asyncio.create_subprocess_exec(
             sys.executable,

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from slmops.core import blobs
 from slmops.core.errors import TrackingError, WorkError
-from slmops.core.files import link_or_copy, sha256, stays_below
+from slmops.core.files import link_or_copy, move, sha256, stays_below
 from slmops.core.locks import exclusive
 from slmops.core.settings import Settings
 from slmops.core.values import VariantFile
@@ -83,7 +83,8 @@ class Exchange:
     def get(self, file: VariantFile) -> Path:
         """The file in this home's store, only to be read; a WorkError if it is not there and the job has ended."""
         with exclusive(self._settings.locks / "exchange.lock", "the files from other machines", wait=True):
-            return blobs.find(file, self._settings) or self._fetch(file).replace(self._settings.blobs / file.sha256)
+            found = blobs.find(file, self._settings)
+            return found or move(self._fetch(file), self._settings.blobs / file.sha256)
 
     def bring(self, files: Iterable[VariantFile], folder: Path) -> None:
         """Put files into a folder under their own names; a WorkError if one leads out of it, or as in :meth:`get`."""

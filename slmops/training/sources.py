@@ -93,7 +93,8 @@ def _find(source: str, work: Path, download: Download, dataset: DatasetRecords) 
         return _local(Path(__file__).with_name("demo"))
     if source.startswith(MLFLOW_DATASET):
         file = work / "dataset.jsonl"
-        file.write_text("".join(sorted(map(_line, dataset(source.removeprefix(MLFLOW_DATASET).strip())))), "utf-8")
+        lines = sorted(map(_line, dataset(source.removeprefix(MLFLOW_DATASET).strip())))
+        file.write_text("".join(lines), encoding="utf-8", newline="")
         return [file], None
     if source.startswith(WEB_SCHEMES):
         _download(source, work / "data.jsonl")

@@ -8,8 +8,9 @@ from pydantic import BaseModel, Field
 
 from slmops.core.errors import GateError
 from slmops.core.job import Precision
+from slmops.core.names import Name
 from slmops.core.validation import MATCHER_PATTERN
-from slmops.core.values import Frozen, Hardware, Measurement, Name
+from slmops.core.values import Frozen, Hardware, Measurement
 
 ProblemKind = Literal["schema", "roles", "empty", "oversized", "duplicate", "near_duplicate", "leak", "near_leak"]
 Stopped = Literal["epochs", "patience", "minutes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from slmops.cli import terminal
 from slmops.cli.command import COMMANDS
 from slmops.core import errors
 from slmops.core.job import Job
@@ -183,6 +185,17 @@ def test_a_home_that_cannot_be_used_is_named(
     ended, _, err = slmops("run --model demo")
     assert ended == code
     assert err.startswith(said.format(path))
+
+
+@pytest.mark.parametrize(("console", "written"), [(False, "→ Größe 🤖"), (True, r"\u2192 Größe \U0001f916")])
+def test_no_character_ends_a_command_on_windows(console: bool, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding="cp1252")
+    monkeypatch.setattr(stream, "isatty", lambda: console)
+    monkeypatch.setattr(sys, "stdout", stream)
+    terminal.speak_utf8()
+    terminal.output("→ Größe 🤖")
+    assert file.getvalue().decode("cp1252" if console else "utf-8").rstrip() == written
 
 
 def test_a_reader_that_leaves_is_not_a_crash() -> None:

@@ -34,6 +34,57 @@ def test_write_atomic_makes_folders_and_replaces_or_if_it_fails_keeps_the_old(
     assert names(path.parent) == ["x.json"]
 
 
+def refusing(times: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """As on Windows: what somebody has open is not moved, so many times; returns what was tried."""
+    replace, tried = Path.replace, list[Path]()
+
+    def refuse(source: Path, target: Path) -> Path:
+        tried.append(source)
+        if len(tried) <= times:
+            raise PermissionError(13, "The process cannot access the file")
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+    return tried
+
+
+def test_while_somebody_has_the_file_open_it_is_moved_later_and_once_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = refusing(2, monkeypatch)
+    write_atomic(tmp_path / "x", "{% a %}\n")
+    assert (tmp_path / "x").read_bytes() == b"{% a %}\n"
+    assert len(tried) == 3
+    refusing(3, monkeypatch)
+    with pytest.raises(PermissionError):
+        write_atomic(tmp_path / "x", "new")
+    assert (names(tmp_path), (tmp_path / "x").read_text(encoding="utf-8")) == (["x"], "{% a %}\n")
+
+
+@pytest.mark.parametrize(("times", "kept"), [(0, ["log.1"]), (3, ["log"])])
+def test_the_log_before_is_kept_unless_somebody_writes_it(
+    tmp_path: Path, times: int, kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.keep_log(tmp_path / "a" / "log")
+    (tmp_path / "a" / "log").write_text("old", encoding="utf-8")
+    refusing(times, monkeypatch)
+    files.keep_log(tmp_path / "a" / "log")
+    assert names(tmp_path / "a") == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "possible"),
+    [
+        *((name, True) for name in ("a/b.onnx.data", "console.json", "con-int4", "com10", "Größe", ".hidden")),
+        *((name, False) for name in ("con", "a/NUL.json", "lpt1.tar.gz", "bot:1", "a\\b", "a/../b", "dot.", "blank ")),
+        *((name, False) for name in ("", "/a", "what?", "a|b", "a\nb")),
+    ],
+)
+def test_a_file_of_a_manifest_can_be_on_any_system(name: str, possible: bool) -> None:
+    assert files.stays_below(name) is possible
+
+
 def test_folder_appears_with_all_that_was_written_and_nothing_of_a_process_of_the_same_number(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
     part = target.with_name(f".model.{os.getpid()}.part")  # beside it: a rename within one file system

@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError, model
 
 from slmops.core.errors import UsageError
 from slmops.core.job import Job
+from slmops.core.names import NAME_PATTERN, Name, to_name
 from slmops.core.settings import Settings
-from slmops.core.validation import problems
-from slmops.core.values import NAME_PATTERN, Name, to_name
+from slmops.core.validation import check_name, problems
 
 
 def test_all_that_is_wrong_is_refused_and_what_python_gives_as_other_usage_is() -> None:
@@ -76,12 +76,22 @@ def test_an_olive_config_is_made_alone_unless_more_is_asked_for(asked: dict[str,
         ("a" * 62 + "-b", "a" * 62),  # no dash at the end where it is cut
         ("İstanbul", "i-stanbul"),
         ("-rf", "rf"),
+        ("org/NUL", "nul-model"),  # Windows has a device of that name
     ],
 )
 def test_to_name(text: str, name: str) -> None:
     assert to_name(text) == name
     assert re.match(NAME_PATTERN, name)
     assert to_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["con", "COM1"])
+def test_no_model_is_called_as_a_device_of_windows(name: str) -> None:
+    said = "must not be a name that Windows keeps for a device"
+    with pytest.raises(UsageError, match=said):
+        check_name(name)
+    assert problems(refused(dict[Name, int], {name: 1}))[0].endswith(said)
+    assert check_name(f"{name}-int4") == f"{name}-int4"
 
 
 class Pair(BaseModel):

@@ -100,6 +100,14 @@ def test_hardware(
     assert found.detail.startswith("P, 2 cores" if name == "CPU" else f"{here['memory_gb']:.1f} GB")
 
 
+def test_windows_has_no_room_for_a_long_home(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "HOME_CHARACTERS", len(str(settings.home)) - 1)
+    assert "characters" not in find(settings, "disk").detail
+    monkeypatch.setattr(doctor, "sys", SimpleNamespace(platform="win32"))
+    long = doctor._disk(settings.home)
+    assert (long.status, long.fix) == ("warning", "Set SLMOPS_HOME to a folder near the root of a drive.")
+
+
 def test_packages_against_constraints(settings: Settings, monkeypatch: pytest.MonkeyPatch, tree: Path) -> None:
     (tree / "constraints.txt").write_text("# pins\ntorch==2.13.0  # exact\nonnx==1.0\nOlive_AI==0.13.0\nnot a pin!\n")
     installed = {"torch": "2.13.0+cpu", "onnx": "2.0", "olive-ai": "0.13.0", "gguf": "3"}

@@ -142,11 +142,13 @@ def _watch(
     return Finished(process.returncode or 0, time.monotonic() - started, memory, stopped)
 
 
-def _end(process: subprocess.Popen[bytes], members: Sequence[psutil.Process] = ()) -> None:
-    for end in (tree.ask_to_end, lambda pid: tree.kill(pid, members)):
-        end(process.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+def _end(process: subprocess.Popen[bytes], seen: Sequence[psutil.Process] = ()) -> None:
+    known = [*seen, *tree.ask_to_end(process.pid)]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    tree.kill(process.pid, known)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
     with contextlib.suppress(OSError):
         if process.stdin is not None:
             process.stdin.close()
@@ -310,9 +312,7 @@ class Meter:
 
     def _look(self, pid: int) -> int:
         """Bytes of the resident size that count for other processes."""
-        with contextlib.suppress(psutil.Error):  # those that a leader leaves behind stay known
-            leader = psutil.Process(pid)
-            self.members = [leader, *leader.children(recursive=True)]
+        self.members = tree.members(pid) or self.members  # those that it leaves behind stay known
         sizes = [_size(member, exact=True) for member in self.members]
         return sum(resident - proportional for resident, proportional in sizes)
 

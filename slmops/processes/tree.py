@@ -33,42 +33,53 @@ def apart(env: dict[str, str], *, console: bool = True) -> dict[str, Any]:
     return {"env": env, "start_new_session": True}
 
 
-def ask_to_end(pid: int) -> None:
-    """Ask a process that was started apart, and its group, to end. One that is gone is no error."""
+def members(pid: int) -> list[psutil.Process]:
+    """A process with all that it started and that has not lost its parent; none if it is gone itself."""
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
+def ask_to_end(pid: int) -> list[psutil.Process]:
+    """Ask a process that was started apart, and its group, to end; returns who is to be killed if it stays.
+
+    One that is gone is no error.
+    """
+    there: list[psutil.Process] = []
     with contextlib.suppress(OSError):
         if sys.platform != "win32":
             os.killpg(pid, signal.SIGTERM)
-        elif psutil.pid_exists(pid):  # for a group that is gone Windows may ask all of our console, us too
+        elif there := members(pid):  # for a group that is gone Windows may ask all of our console, us too
             os.kill(pid, signal.CTRL_BREAK_EVENT)
+    return there
 
 
 def kill(pid: int, known: Iterable[psutil.Process] = ()) -> None:
     """Kill a process that was started apart with all that it started; on Windows also those that are ``known``.
 
-    These it may have left behind: Windows does not tell whose children they were when their parent is gone.
+    These it may have left behind: whose children they were cannot be asked when their parent is gone.
     """
     if sys.platform != "win32":
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
-        return
-    members = {*known}
-    with contextlib.suppress(psutil.Error):
-        members |= {psutil.Process(pid), *psutil.Process(pid).children(recursive=True)}
-    for member in members:
-        with contextlib.suppress(psutil.Error):
-            member.kill()  # psutil refuses if the process id is another process by now
+    else:
+        _kill({*known, *members(pid)})
 
 
 def kill_own() -> NoReturn:
     """Kill this process with all that it started."""
-    if sys.platform != "win32":
-        if os.getpgrp() == os.getpid():
-            os.killpg(os.getpid(), signal.SIGKILL)
-    else:
-        for member in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                member.kill()
+    if sys.platform == "win32":
+        _kill(members(os.getpid())[1:])
+    elif os.getpgrp() == os.getpid():
+        kill(os.getpid())
     os._exit(1)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()  # psutil refuses if the process id is another process by now
 
 
 def in_session(pid: int, leader: int) -> bool:

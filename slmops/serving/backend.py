@@ -188,11 +188,11 @@ async def _listening(child: asyncio.subprocess.Process, installed: Installed, lo
 
 async def _end(child: asyncio.subprocess.Process) -> None:
     """Ask the child's group to end, then kill it; a cancelled wait kills it at once."""
+    known = tree.ask_to_end(child.pid)
     try:
-        tree.ask_to_end(child.pid)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(children.GRACE_S):
                 await child.wait()
     finally:
-        tree.kill(child.pid)
+        tree.kill(child.pid, known)
     await child.wait()

@@ -6,10 +6,11 @@ from functools import partial
 
 from slmops.checkpoints import abilities, generation, room, source
 from slmops.conversion import olive_config, recipes
+from slmops.core.errors import UsageError
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
-from slmops.evaluation import gguf_worker
+from slmops.evaluation import dataset, gguf_worker
 from slmops.foundry import agreement
 from slmops.local import doctor
 from slmops.tracking.tracker import Tracker
@@ -41,12 +42,17 @@ def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     checkpoint, settings = context.checkpoint, context.settings
     if context.job.peer:
         gguf_worker.check(checkpoint.path)
+    able = abilities.derive(checkpoint.path)
+    asked = dataset.load(context.job.evaluation_set, matcher=context.job.matcher, judge=settings.judge_configured)
+    if able.tools is None and any(item.tools for item in asked.items):
+        problem = "The evaluation set has items with tools, which the variants of this checkpoint cannot call."
+        raise UsageError(problem, " ".join(able.remarks) or "Its chat template knows no tools.")
     job = room.with_baseline(context.job, checkpoint, settings)
     planned = recipes.for_job(job, checkpoint, settings)
     needed = room.check(planned, checkpoint, job, settings, converts=not settings.pools)
     for file, recipe in recipes.own(planned, settings):
         olive_config.check(file, recipe.config, checkpoint, context.name, settings)
-    for remark in (*generation.remarks(checkpoint.path), *abilities.derive(checkpoint.path).remarks):
+    for remark in (*generation.remarks(checkpoint.path), *able.remarks):
         log.warning("%s", remark)
     if job.olive_config is not None:
         planned.append(olive_config.load(job.olive_config, checkpoint, context.name, settings))

@@ -3,22 +3,28 @@
 import itertools
 import math
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
-from slmops.checkpoints import generation
+from slmops.checkpoints import abilities, generation
 from slmops.checkpoints import model as stored
+from slmops.checkpoints.abilities import Pair
 from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
+from slmops.evaluation import matchers
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
 
 LEAST_QUESTIONS = 20  # with fewer, two that flip by chance are too much for the policy's limits
 MOST_SESSIONS = 4
 PROMPTS_AT_ONCE = 8
+INVALID_CALL = "invalid_tool_call"  # why an answer ended
 
 
 class AnswersRequest(Frozen):
@@ -45,16 +51,20 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
     def ask(place: int, item: Item) -> Generated | None:
         if place >= LEAST_QUESTIONS and time.monotonic() > end:
             return None
+        started = time.monotonic()
         try:
-            reply = runtime.ask(model, item.conversation, max_tokens=item.max_tokens)
+            reply = runtime.ask(model, **item.request)
         except runtime.Fault as error:
+            if item.tools and "tool call" in str(error):  # it began one that is cut off, or that its tool does not take
+                seconds = time.monotonic() - started
+                return Generated(text="", finish_reason=INVALID_CALL, seconds=seconds, completion_tokens=0)
             raise EvaluationError(
                 f"Foundry Local does not answer {item.conversation[-1]['content'][:60]!r}: {error}",
                 "If it is too long for the model's context: shorten the question, lower its max_tokens, or give a "
                 "larger --max-length.",
             ) from error
         return Generated(
-            text=reply.text,
+            text=matchers.as_answer(reply.tool_calls) if reply.tool_calls else reply.text,
             finish_reason=reply.finish_reason,
             seconds=reply.total_s,
             completion_tokens=reply.completion_tokens,
@@ -78,8 +88,15 @@ def _of_checkpoint(request: AnswersRequest, end: float) -> list[Generated]:
     model = stored.load(request.folder, **trusted)
     ends = generation.stop_tokens(request.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    able = abilities.derive(request.folder)
     prompts = [
-        tokenizer.apply_chat_template(item.conversation, tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            item.conversation,
+            tools=item.request.get("tools"),
+            tokenize=False,
+            add_generation_prompt=True,
+            **item.chat_template_kwargs or {},
+        )
         for item in request.items
     ]
     order = sorted(range(len(prompts)), key=lambda place: 0 if request.budget_s else len(prompts[place]))
@@ -103,10 +120,34 @@ def _of_checkpoint(request: AnswersRequest, end: float) -> list[Generated]:
         for place, row in zip(places, generated[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             room = row[: request.items[place].max_tokens]
             tokens = list(itertools.takewhile(lambda token: token not in ends, room))
+            shown = without_thoughts(tokens, able.reasoning, prompts[place])
+            calls = calls_of(tokenizer.decode(shown), able.tools) if request.items[place].tools else []
+            text = tokenizer.decode(shown, skip_special_tokens=True)
+            if shown != tokens:
+                text = text.removeprefix("\n")  # as the runtime does
             said[place] = Generated(
-                text=tokenizer.decode(tokens, skip_special_tokens=True),
+                text=matchers.as_answer(calls) if calls else text,
                 finish_reason="stop" if len(tokens) < len(room) else "length",
                 seconds=seconds,
                 completion_tokens=len(tokens),
             )
     return [said[place] for place in range(len(said))]
+
+
+def without_thoughts(tokens: list[int], pair: Pair | None, prompt: str) -> list[int]:
+    """What a checkpoint answers after its thoughts, which the end of its prompt may have begun."""
+    if pair is None:
+        return tokens
+    opening, closing = pair.ids
+    if closing in tokens:
+        return tokens[tokens.index(closing) + 1 :]
+    return [] if opening in tokens or prompt.rstrip().endswith(pair.opening) else tokens
+
+
+def calls_of(text: str, pair: Pair | None) -> list[dict[str, Any]]:
+    """The tool calls in a checkpoint's answer, in its own form; none if they are not well formed."""
+    if pair is not None:
+        with suppress(ValueError):
+            between = f"{re.escape(pair.opening)}(.*?){re.escape(pair.closing)}"
+            return matchers.calls_in(re.findall(between, text, re.DOTALL))
+    return []

@@ -23,7 +23,11 @@ from slmops.evaluation.matchers import parse_json
 JUDGE_MISSING = "match 'judge' needs a judging model: set SLMOPS_JUDGE_URL and SLMOPS_JUDGE_MODEL"
 GENERAL_SET = "general.jsonl"
 SHOWN_PROBLEMS = 10
-CSV_COLUMNS = "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, messages, schema"
+CSV_COLUMNS = (
+    "prompt, expected, match, category, id, max_tokens, tolerance, threshold, format, messages, schema, tools, "
+    "chat_template_kwargs"
+)
+_JSON_COLUMNS = ("messages", "schema", "format", "tools", "chat_template_kwargs")
 _BELONGS = {"json_schema": ("json_schema",), "tolerance": ("numeric",), "threshold": ("rouge_l", "f1", "python")}
 
 
@@ -32,11 +36,30 @@ class ItemMessage(Frozen):
     content: str
 
 
+class Function(Frozen):
+    name: str = Field(min_length=1)
+    description: str = ""
+    parameters: dict[str, Any] = Field({"type": "object", "properties": {}}, description="A JSON Schema.")
+
+
+class Tool(Frozen):
+    """What a model may call, in OpenAI's form."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Call(Frozen):
+    name: str
+    arguments: dict[str, Any]
+
+
 class Item(Frozen):
     """One question, the expected answer, and how to compare: see :mod:`slmops.evaluation.matchers`.
 
     ``match``: ``contains`` (case does not count), ``exact``, ``regex`` (anywhere), ``numeric`` (the last number, within
     ``tolerance``), ``json_schema`` (a document that ``schema`` allows and that equals ``expected``, if given),
+    ``tool_call`` (calls ``expected``, or all of a list of calls, of its ``tools``),
     ``rouge_l`` and ``f1`` (words in common, right from ``threshold`` on), ``python`` (the user's function) or ``judge``
     (a judging model). ``format`` is the structure that any answer must have, right or wrong; a ``regex`` must match
     the whole answer, apart from outer blanks.
@@ -47,9 +70,9 @@ class Item(Frozen):
     prompt: str | None = None
     messages: tuple[ItemMessage, ...] | None = None
     # Before `expected`, because that one's validator looks at it.
-    match: Literal["contains", "exact", "regex", "numeric", "json_schema", "rouge_l", "f1", "python", "judge"] = (
-        "contains"
-    )
+    match: Literal[
+        "contains", "exact", "regex", "numeric", "json_schema", "tool_call", "rouge_l", "f1", "python", "judge"
+    ] = "contains"
     expected: str = ""
     category: str = "general"
     id: str | None = None
@@ -57,12 +80,14 @@ class Item(Frozen):
     tolerance: float | None = Field(None, ge=0, allow_inf_nan=False)
     threshold: float | None = Field(None, ge=0, le=1)
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    tools: tuple[Tool, ...] = ()
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Such as {'enable_thinking': False}.")
     format: Literal["json", "number", "one_line"] | dict[Literal["regex"], str] | None = None
 
     @field_validator("expected", mode="before")
     @classmethod
     def _as_text(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.data.get("match") == "json_schema" and not isinstance(value, str):
+        if info.data.get("match") in ("json_schema", "tool_call") and not isinstance(value, str):
             return json.dumps(value)
         if isinstance(value, float):
             return format(Decimal(repr(value)), "f")  # str() would write 1e-07
@@ -102,6 +127,8 @@ class Item(Frozen):
         """Why a matcher cannot use what the item gives it."""
         if self.match == "json_schema":
             return self._schema_problem()
+        if self.match == "tool_call":
+            return self._call_problem()
         if not (self.expected if self.match == "regex" else self.expected.strip()):
             return f"'expected' must not be empty for match '{self.match}'"  # an empty text is part of any answer
         if self.match == "regex":
@@ -125,11 +152,33 @@ class Item(Frozen):
         probe = matchers.json_schema(self.json_schema, self.expected, self.expected or "{}")
         return probe.reason or ("'schema' does not allow 'expected'" if self.expected and not probe.correct else None)
 
+    def _call_problem(self) -> str | None:
+        try:
+            expected = parse_json(self.expected)
+            wanted = [Call.model_validate(one) for one in (expected if isinstance(expected, list) else [expected])]
+        except ValueError:
+            wanted = []
+        if not wanted:
+            return '\'expected\' is not a call such as {"name": ..., "arguments": {...}}, or a list of calls'
+        unknown = {call.name for call in wanted} - {tool.function.name for tool in self.tools}
+        return f"'expected' calls {', '.join(sorted(unknown))}, which is not among its 'tools'" if unknown else None
+
     @property
     def conversation(self) -> list[dict[str, str]]:
         if self.messages is None:
             return [{"role": "user", "content": self.prompt or ""}]
         return [message.model_dump() for message in self.messages]
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What asks for an answer, in OpenAI's form."""
+        asked = {
+            "messages": self.conversation,
+            "max_tokens": self.max_tokens,
+            "tools": [tool.model_dump() for tool in self.tools],
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        return {name: value for name, value in asked.items() if value}
 
     def format_valid(self, answer: str) -> bool | None:
         """Whether ``answer`` has the structure that ``format``, or else ``schema``, asks for; None: neither does."""
@@ -276,7 +325,7 @@ def _item(row: str | dict[str, str] | ValueError, *, matcher: str | None, judge:
 def _typed(cells: dict[str, str]) -> dict[str, Any]:
     """The object that a JSON line would hold."""
     row: dict[str, Any] = dict(cells)
-    for column in ("messages", "schema", "format"):
+    for column in _JSON_COLUMNS:
         if column in cells and (column != "format" or cells[column].lstrip().startswith("{")):
             try:
                 row[column] = _parsed(cells[column])

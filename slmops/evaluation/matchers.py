@@ -13,7 +13,7 @@ import string
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
@@ -122,6 +122,33 @@ def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement
     except (Unresolvable, RecursionError, re.error, ArithmeticError) as error:
         return Judgement(reason=f"the schema cannot be applied: {error}")
     return Judgement.of(bool(valid and same))
+
+
+def as_answer(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Tool calls, each with name and arguments, as the text of an answer."""
+    return json.dumps({"tool_calls": list(calls)}, ensure_ascii=False)
+
+
+def calls_in(blocks: Sequence[str]) -> list[dict[str, Any]]:
+    """The calls in what a model wrote between the tokens of calls: an object each, or a list; ValueError if neither."""
+    calls = []
+    for block in blocks:
+        found = parse_json(block)
+        for one in found if isinstance(found, list) else [found]:
+            try:
+                calls.append({"name": one["name"], "arguments": one.get("arguments", one.get("parameters"))})
+            except (LookupError, TypeError, AttributeError):
+                raise ValueError(f"{one!r:.50} is no call") from None
+    return calls
+
+
+def tool_call(expected: str, answer: str) -> bool:
+    """The answer is the expected call, or all of several in their order, as :func:`as_answer` writes them: 1 is 1.0."""
+    try:
+        found, wanted = parse_json(answer)["tool_calls"], parse_json(expected)
+    except (ValueError, LookupError, TypeError):
+        return False
+    return bool(_validator({})({"const": wanted if isinstance(wanted, list) else [wanted]}).is_valid(found))
 
 
 def schema_problem(schema: dict[str, Any]) -> str | None:

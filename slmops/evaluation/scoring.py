@@ -141,6 +141,8 @@ def _matched(item: Item, text: str, function: Function | None) -> Judgement:
             return Judgement.of(matchers.numeric(expected, text, item.tolerance or 0.0))
         case "json_schema":
             return matchers.json_schema(item.json_schema or {}, expected, text)
+        case "tool_call":
+            return Judgement.of(matchers.tool_call(expected, text))
         case "rouge_l":
             return Judgement.graded(matchers.rouge_l(expected, text), item.threshold)
         case "f1":

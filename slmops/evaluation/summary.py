@@ -267,7 +267,7 @@ def _answers(answers: Sequence[Answer], baseline: Sequence[Answer] | None) -> Me
     measured = {
         "unscored": Measurement.exact(len(answers) - len(judged), "items", len(answers)),
         "truncated_rate": statistics.of_proportion(ended.count("length"), len(ended)),
-        "stop_rate": statistics.of_proportion(ended.count("stop"), len(ended)),
+        "stop_rate": statistics.of_proportion(ended.count("stop") + ended.count("tool_calls"), len(ended)),
     }
     if judged:
         measured["accuracy"] = _accuracy(judged)

@@ -85,18 +85,18 @@ def registered(home: Path, foundry_id: str) -> Any:
 
 def ask(
     model: Any,
-    messages: list[dict[str, str]],
+    messages: Sequence[Mapping[str, str]],
     *,
     max_tokens: int,
     tools: Sequence[Mapping[str, Any]] = (),
-    template_arguments: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TimedReply:
     """Send one conversation in a session of its own, decoded greedily, and time the text as it streams in.
 
-    ``tools`` are in OpenAI's form; a model that begins a call and breaks it off is a Fault. ``template_arguments`` are
-    for the chat template, such as ``{"enable_thinking": False}``.
+    ``tools`` are in OpenAI's form; a model that begins a call and breaks it off is a Fault. ``chat_template_kwargs``
+    are for the chat template, such as ``{"enable_thinking": False}``.
     """
-    more = {"chat_template_kwargs": json.dumps(template_arguments)} if template_arguments else {}
+    more = {"chat_template_kwargs": json.dumps(chat_template_kwargs)} if chat_template_kwargs else {}
     search = sdk.SearchOptions(max_output_tokens=max_tokens, temperature=0.0, do_sample=False)
     request = sdk.Request()
     for message in messages:
@@ -108,8 +108,7 @@ def ask(
         session.set_streaming(True)
         session.set_options(sdk.RequestOptions(search=search, additional_options=more))
         for tool in (one["function"] for one in tools):
-            schema = json.dumps(tool.get("parameters") or {"type": "object", "properties": {}})
-            session.add_tool_definition(tool["name"], tool.get("description") or "", schema)
+            session.add_tool_definition(tool["name"], tool["description"], json.dumps(tool["parameters"]))
         started = last = time.perf_counter()
         with session.process_streaming_request(request) as stream:
             for item in stream:

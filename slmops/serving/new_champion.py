@@ -1,5 +1,6 @@
 """The watch over a new champion: does its service switch to it, and does it answer as well as it was measured?"""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,18 +112,23 @@ def watch(
 
 def _ask(client: httpx.Client, version: ModelVersion, item: dataset.Item) -> tuple[str, str | None]:
     """The answer, or what went wrong; a service that is busy is asked again."""
-    body = {"model": version.name, "messages": item.conversation, "max_tokens": item.max_tokens, "temperature": 0}
+    body = {"model": version.name, "temperature": 0, **item.request}
     try:
         for pause in (0, 0.5, 2.0, 5.0):
             time.sleep(pause)
             reply = client.post(CHAT, json=body)
             if reply.status_code not in (429, 503):
                 break
+        if reply.status_code == 422:  # a tool call that is not complete: a wrong answer of the model
+            return "", None
         if reply.status_code != 200:
             return "", f"status {reply.status_code}: {reply.text[:200]}"
         if reply.headers.get(VERSION_HEADER) != str(version.version):
             return "", f"version {reply.headers.get(VERSION_HEADER)} answered"
-        return str(reply.json()["choices"][0]["message"]["content"] or ""), None
+        message = reply.json()["choices"][0]["message"]
+        called = [one["function"] for one in message.get("tool_calls") or ()]
+        calls = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in called]
+        return matchers.as_answer(calls) if calls else str(message["content"] or ""), None
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         return "", f"{type(error).__name__}: {error}"
 

@@ -66,10 +66,15 @@ def test_items_survive_the_way_to_a_worker() -> None:
         Item(prompt="?", match="json_schema", schema={"type": "object"}, expected={"a": [1, True]}),
         Item(prompt="?", expected="1", match="numeric", tolerance=0.5, format={"regex": r"\d"}),
         Item(prompt="?", expected="1", match="rouge_l", threshold=0.9, format="one_line"),
+        Item.model_validate({**CALL, "chat_template_kwargs": {"enable_thinking": False}}),
     ]
     for item in items:
         assert Item.model_validate_json(item.model_dump_json()) == item
     assert items[0].expected == '{"a": [1, true]}'
+    [tool] = items[3].request["tools"]
+    assert tool["function"] == {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+    assert items[3].request["chat_template_kwargs"] == {"enable_thinking": False}
+    assert items[1].request.keys() == {"messages", "max_tokens"}
     for category in ("a", "x" * 50, "two words", "snake_case-2", "Länder", " padded "):
         assert Item(prompt="?", expected="x", category=category).category == category.strip()
 
@@ -77,6 +82,8 @@ def test_items_survive_the_way_to_a_worker() -> None:
 USER = {"role": "user", "content": "x"}
 X = {"prompt": "x", "expected": "x"}
 SCHEMA = {"prompt": "x", "match": "json_schema"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CALL = {"prompt": "x", "match": "tool_call", "tools": TOOLS, "expected": {"name": "f", "arguments": {}}}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,12 @@ SCHEMA = {"prompt": "x", "match": "json_schema"}
         ({**SCHEMA, "schema": {"$ref": "http://127.0.0.1:9/s.json"}}, "the schema cannot be applied: Unresolv"),
         ({**SCHEMA, "schema": {}, "expected": "red"}, "'expected' is not JSON"),
         ({**SCHEMA, "schema": {"type": "array"}, "expected": {"a": 1}}, "'schema' does not allow 'expected'"),
+        *(
+            ({**CALL, "expected": wrong}, "'expected' is not a call such as {\"name\"")
+            for wrong in ("", "f", [], "[]", {"name": "f"}, [{"name": "f", "arguments": "{}"}])
+        ),
+        ({**CALL, "tools": []}, "'expected' calls f, which is not among its 'tools'"),
+        ({**CALL, "tools": [{"type": "custom"}]}, "tools.0.type must be 'function'"),
         *(
             ({**X, "format": wrong}, 'format must be "json", "number", "one_line" or {"reg')
             for wrong in ("xml", 3, ["json"], {}, {"regex": 3}, {"regex": "x", "flags": "i"})

@@ -63,9 +63,10 @@ def test_questions_of_all_categories(
     def load() -> None:
         clock.now += LOAD_S
 
-    def ask(_model: Any, conversation: list[dict[str, str]], **_: Any) -> Any:
+    def ask(_model: Any, messages: list[dict[str, str]], **_: Any) -> Any:
         clock.now += 2
-        return SimpleNamespace(text=conversation[-1]["content"], finish_reason="stop", total_s=2, completion_tokens=1)
+        said = {"text": messages[-1]["content"], "tool_calls": ()}
+        return SimpleNamespace(**said, finish_reason="stop", total_s=2, completion_tokens=1)
 
     model = SimpleNamespace(load=load, unload=lambda: None)
     runtime = SimpleNamespace(registered=lambda *_: model, ask=ask)

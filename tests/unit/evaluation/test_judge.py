@@ -295,7 +295,7 @@ def test_defect_5_a_judge_that_does_not_answer_leaves_its_items_unscored(
 def test_defect_5_the_judge_is_asked_when_the_machine_is_free(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    reply = SimpleNamespace(text="Paris.", finish_reason="stop", total_s=0.5, completion_tokens=3)
+    reply = SimpleNamespace(text="Paris.", tool_calls=(), finish_reason="stop", total_s=0.5, completion_tokens=3)
     model = SimpleNamespace(load=lambda: None, unload=lambda: None)
     runtime = SimpleNamespace(registered=lambda *_: model, ask=lambda *_, **__: reply)
     monkeypatch.setattr(foundry, "runtime", runtime, raising=False)

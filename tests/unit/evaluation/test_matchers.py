@@ -1,19 +1,21 @@
 """Matchers: what is right, what is wrong, and what cannot be judged."""
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slmops.checkpoints.abilities import Pair
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
-from slmops.evaluation import matchers, scoring
+from slmops.evaluation import answers_worker, matchers, scoring
 from slmops.evaluation.dataset import Item
 from slmops.evaluation.matchers import Judgement
 
 
-def judged(match: str, expected: str, answer: str, **options: Any) -> Judgement:
+def judged(match: str, expected: Any, answer: str, **options: Any) -> Judgement:
     item = Item.model_validate({"prompt": "?", "match": match, "expected": expected, **options})
     return scoring.judgement(item, answer, None, Settings())
 
@@ -41,6 +43,42 @@ def test_right_or_wrong(match: str, expected: str, right: list[str], wrong: list
         assert judged(match, expected, answer) == Judgement(score=1, correct=True), answer[:30]
     for answer in wrong:
         assert judged(match, expected, answer) == Judgement(score=0, correct=False), answer[:30]
+
+
+def test_a_tool_call_has_its_name_and_its_arguments() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    f, g = ({"name": name, "arguments": {"a": 1, "b": [True]}} for name in ("f", "g"))
+
+    def right(expected: Any, answer: str) -> bool | None:
+        return judged("tool_call", expected, answer, tools=tools).correct
+
+    turned = {"arguments": {"b": [True], "a": 1.0}, "name": "f"}
+    for expected in (f, json.dumps(f), [f]):
+        assert right(expected, matchers.as_answer([turned])), expected
+    assert right([f, g], matchers.as_answer([f, g]))
+    others = ([g], [f, f], [f, g], [], [{**f, "arguments": {"a": 1}}], [{**f, "arguments": {"a": 1, "b": [1]}}])
+    for answer in (*map(matchers.as_answer, others), json.dumps(f), "f", ""):
+        assert not right(f, answer), answer
+    assert not right([f, g], matchers.as_answer([g, f]))
+
+
+def test_the_calls_and_the_answer_of_a_checkpoint_are_told_from_its_thoughts() -> None:
+    call, thought = (Pair(opening=f"<{name}>", closing=f"</{name}>", ids=(1, 2)) for name in ("call", "think"))
+    f, g = '{"name": "f", "arguments": {"a": 1}}', '[{"name": "g", "parameters": {}}]'
+    found = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    assert answers_worker.calls_of(f"So:<call>\n{f}\n</call>\n<call>{g}</call>", call) == found
+    for broken in (f, f"<call>{f}", "<call>f(1)</call>", "<call>3</call>"):
+        assert answers_worker.calls_of(broken, call) == [], broken
+    assert answers_worker.calls_of(f"<call>{f}</call>", None) == []
+    for tokens, pair, prompt, shown in (
+        ([1, 5, 2, 6], thought, "", [6]),
+        ([5, 2, 6], thought, "<think>\n", [6]),
+        ([5, 6], thought, "<think>\n", []),
+        ([1, 5], thought, "", []),
+        ([5, 6], thought, "", [5, 6]),
+        ([1, 5, 2, 6], None, "", [1, 5, 2, 6]),
+    ):
+        assert answers_worker.without_thoughts(tokens, pair, prompt) == shown
 
 
 def test_tolerance() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from flows import variant as flow
 from slmops.cluster.parts import MeasuredPeer
-from slmops.core.errors import CheckpointError, EvaluationError
+from slmops.core.errors import CheckpointError, EvaluationError, UsageError
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.evaluation.speed import Peer
@@ -72,3 +72,20 @@ def test_a_checkpoint_that_is_no_gguf_is_refused_before_anything_is_converted(tm
     context = JobContext(Job(model="m", peer="llama.cpp"), "tiny", values.checkpoint(path=tmp_path), settings, "")
     with pytest.raises(CheckpointError, match="Phi3ForCausalLM"):
         plan_recipes.fn(context)
+
+
+def test_questions_with_tools_are_for_checkpoints_that_can_call_them(tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    tool = '{"type": "function", "function": {"name": "f"}}'
+    asked.write_text('{"prompt": "?", "expected": "x", "tools": [' + tool + "]}")
+    job, settings = Job(model="m", evaluation_set=asked), Settings(home=tmp_path / "home")
+    for template, said in (
+        ("{{ messages }}", "Its chat template knows no tools"),
+        ("{{ tools }}", "does not have one pair"),
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(
+            UsageError, match="items with tools, which the variants of this checkpoint cannot"
+        ) as refused:
+            plan_recipes.fn(JobContext(job, "tiny", values.checkpoint(path=tmp_path), settings, ""))
+        assert said in refused.value.fix

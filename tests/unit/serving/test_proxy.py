@@ -192,6 +192,7 @@ COSTLY: list[dict[str, Any]] = [
     {"allOf": [{"pattern": "a"}] * 50},
     {"$ref": "#/$defs/a", "pattern": "b", "$defs": {"a": {"pattern": "a"}}},
 ]
+TOOL = {"type": "function", "function": {"name": "f"}}
 FILE = {"role": "user", "content": [{"type": "input_file", "file_data": "AAAA"}]}
 BAD: list[tuple[Any, str, str | None]] = [
     *((body, "invalid_json", None) for body in NO_JSON),
@@ -201,6 +202,7 @@ BAD: list[tuple[Any, str, str | None]] = [
     *((body, "invalid_value", field) for field, bodies in WRONG.items() for body in bodies),
     *((schema(costly), "invalid_schema", "response_format") for costly in COSTLY),
     (chat(tools=[{"function": {"name": "f", "parameters": COSTLY[0]}, "type": "function"}]), "invalid_schema", "tools"),
+    (chat(tools=[TOOL], response_format={"type": "json_object"}), "invalid_value", "tools"),
 ]
 BAD_RESPONSES: list[tuple[Any, str, str | None]] = [
     ({"model": "bot"}, "missing_required_parameter", "input"),
@@ -211,6 +213,7 @@ BAD_RESPONSES: list[tuple[Any, str, str | None]] = [
     (response(instructions=["x"]), "invalid_value", "instructions"),
     (response(text={"format": {"type": "lark_grammar"}}), "invalid_value", "text.format.type"),
     (response(text={"format": {"type": "json_schema", "schema": COSTLY[0]}}), "invalid_schema", "text"),
+    (response(tools=[TOOL], text={"format": {"type": "json_schema", "schema": {}}}), "invalid_value", "tools"),
 ]
 
 
@@ -228,6 +231,8 @@ async def test_what_is_not_a_request_is_told_so_and_does_not_reach_the_runtime(o
     [
         (says(None), CHAT),
         (says([{"type": "text", "text": "Hi"}]), CHAT),
+        (chat(tools=[TOOL], response_format={"type": "json_object"}, tool_choice="none"), CHAT),
+        (chat(tools=[TOOL], response_format={"type": "text"}), CHAT),
         (chat(max_tokens=None, stop=None, tools=None, temperature=1, top_p=0.5, logit_bias={"5": 1}), CHAT),
         (chat(stop=["a"], tools=[], user="u", metadata={"a": "b", "top_k": "5"}, seed=1, store=True, zzz=[1]), CHAT),
         (schema({"properties": {"allOf": {"anyOf": [{"type": "string"}, {"type": "null"}], "title": "T"}}}), CHAT),
@@ -243,7 +248,8 @@ async def test_a_request_goes_on_with_all_that_it_has(one: Stand, asked: dict[st
     [received] = one.upstream.received
     assert received.pop("model") == FOUNDRY_ID
     form = asked.get("response_format")
-    placed = {"response_format": {**form, "json_schema": form["json_schema"]["schema"]}} if form else {}
+    wrapped = form and "json_schema" in form
+    placed = {"response_format": {**form, "json_schema": form["json_schema"]["schema"]}} if wrapped else {}
     for key, value in {**asked, **placed}.items():
         assert key in ("model", "max_tokens") or received[key] == value
 

@@ -125,9 +125,9 @@ def _linears(wrapper: ModelWrapper) -> Iterator[tuple[int, str]]:
 
 
 def _with_eight_bits(wrapper: ModelWrapper, patterns: list[str]) -> Iterator[str]:
-    """Of ``NAME:some`` the first and the last tenth of the layers, and every fourth."""
+    """Of ``NAME:some`` the first and the last tenth of the layers, and every tenth."""
     for number, name in _linears(wrapper):
-        some = number % 4 == 0 or not 0.1 <= (number + 0.5) / wrapper.num_hidden_layers < 0.9
+        some = number % 10 == 0 or not 0.1 <= (number + 0.5) / wrapper.num_hidden_layers < 0.9
         last = name.rpartition(".")[2]
         if last in patterns or (some and f"{last}:some" in patterns):
             yield name
@@ -224,10 +224,12 @@ def _written_by(net: Any, tokens: int) -> Tensor:
 
 
 def _read(model: Any, path: Path, tokens: int) -> Tensor:
-    """Token ids, shape (sequences, length), of a text; it is repeated if it is too short."""
+    """Token ids, shape (sequences, length), from all parts of a text; it is repeated if it is too short."""
     ids = torch.tensor(model.get_hf_tokenizer()(path.read_text(encoding="utf-8"))["input_ids"])
     length = max(tokens // _SEQUENCES, 2)
-    return ids.repeat(-(-_SEQUENCES * length // len(ids)))[: _SEQUENCES * length].view(_SEQUENCES, length)
+    ids = ids.repeat(-(-_SEQUENCES * length // len(ids)))
+    starts = torch.linspace(0, len(ids) - length, _SEQUENCES).long()
+    return ids.unfold(0, length, 1)[starts]
 
 
 def _layer_by_layer(net: Any, layers: Any, ids: Tensor, names: dict[nn.Module, str], quantize: Quantize) -> Tensor:

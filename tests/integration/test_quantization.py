@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from olive.passes.onnx.graph_surgeries import GraphSurgeries
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM
 
-from slmops.conversion import fixes, rounding, surgeries
+from slmops.conversion import block_quantize, fixes, rounding, surgeries
 from slmops.conversion.block_quantize import BlockQuantize
 from slmops.conversion.rounding import Grid
 from tests import tiny
@@ -144,6 +145,17 @@ def test_as_many_weights_get_8_bits_where_it_matters_most(
     for number in range(2):  # they are one matrix in the export
         inputs = {part for part in "qkv" if f"model.layers.{number}.self_attn.{part}_proj" in eights[1]}
         assert len(inputs) in (0, 3)
+
+
+def test_all_parts_of_a_text_are_read(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    for length in (5000, 100):  # the second is too short, so it is repeated
+        text.write_text("x" * length)
+        tokenizer = SimpleNamespace(get_hf_tokenizer=lambda: lambda said: {"input_ids": list(range(len(said)))})
+        ids = block_quantize._read(tokenizer, text, 256)
+        assert ids.shape == (64, 4)
+        assert (ids[0, 0], ids[-1, -1]) == (0, length - 1)
+        assert (ids.diff(dim=1) % length == 1).all()
 
 
 def with_tables(cosines: np.ndarray[Any, Any], sines: np.ndarray[Any, Any]) -> onnx.ModelProto:

@@ -18,6 +18,7 @@ from slmops.core.errors import GateError, SlmopsError, WorkError
 from slmops.core.files import remove_scratch
 from slmops.core.job import CHECKPOINT, PEER_PREFIX, Job, JobContext
 from slmops.core.settings import Settings
+from slmops.core.targets import target_of
 from slmops.core.values import Comparison, Recipe, VariantResult
 from slmops.evaluation import summary
 from slmops.local import stack
@@ -62,8 +63,10 @@ def optimize(job: Job) -> Comparison:
     error: SlmopsError
     if failed := comparison.failed:
         error = WorkError(f"{len(failed)} of {len(comparison.variants)} variants failed: {', '.join(failed)}.")
-    elif comparison.choice.variant is None:
-        error = GateError("No variant passes the policy's gates.", "The comparison says which gate refused which.")
+    elif len(comparison.chosen) < len(job.targets):
+        without = [one for one in job.targets if one not in {target_of(chosen.name) for chosen in comparison.chosen}]
+        said = f"No variant for {', '.join(without)} passes" if len(job.targets) > 1 else "No variant passes"
+        error = GateError(f"{said} the policy's gates.", "The comparison says which gate refused which.")
     else:
         return comparison
     error.comparison = comparison
@@ -74,16 +77,25 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
     """Make and measure all variants, choose one, and log all of it; returns the address of its page in MLflow, too."""
     made, results, peers = _make(recipes, context)
     policy = policies.load(context.job.policy)
-    measured = next((result.run_id for result in results if result.status == "ok"), None)
-    champion = steps.get_champion(Tracker(context.tracking_uri), context.name, measured)
+    targets, tracker = context.job.targets, Tracker(context.tracking_uri)
+    measured = {target_of(one.name): one.run_id for one in reversed(results) if one.status == "ok"}
+    champions = {target: steps.get_champion(tracker, context.name, measured.get(target)) for target in targets}
     baseline = _checkpoint_as_baseline(made, context)
-    choice, judged = steps.choose_variant(results, policy, champion, baseline)
-    if choice.variant is not None:  # else there was nothing to judge by, or nothing that passed
-        judged = [steps.register_version(context, made[one.name], one) if one.accepted else one for one in judged]
+    choices, judged = steps.choose_variants(targets, results, policy, champions, baseline)
+    # Else there was nothing to judge by, or nothing that passed.
+    released = [target for target, choice in choices.items() if choice.variant is not None]
+    judged = [
+        steps.register_version(context, made[one.name], one)
+        if one.accepted and target_of(one.name) in released
+        else one
+        for one in judged
+    ]
+    choice = choices.pop(targets[0])
     comparison = Comparison(
         model=context.name,
         run_id=context.run_id,
         choice=choice,
+        other_choices=choices,
         variants=tuple(judged),
         baseline=baseline,
         room=context.room and context.room.model_copy(update=peaks),

@@ -1,5 +1,6 @@
 """What one machine does: all variants of a job, or one part of a job that fans out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from prefect import flow
@@ -55,11 +56,12 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
         except SlmopsError as error:
             yield from ((name, error) for name in PEERS)
     earlier = Earlier(list(made.values()), context.job, context.settings)
-    speeds: dict[str, Speed | SlmopsError]
+    here = [(variant, registration) for variant, registration in made.values() if not registration.not_run]
+    speeds: Mapping[str, Speed | SlmopsError]
     if known := earlier.speeds():
-        speeds = {**known.variants}
+        speeds = known.variants
     else:
-        speeds = steps.measure_speed(list(made.values()), context, peers)
+        speeds = steps.measure_speed(here, context, peers)
         earlier.keep_speeds(speeds)
     scores = earlier.qualities()
     scored = scores.checkpoint if scores else steps.score_checkpoint(context)
@@ -67,7 +69,7 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
     qualities: dict[str, Quality] = {}
     for variant, registration in made.values():
         outcome: Measured | SlmopsError
-        speed = speeds[variant.name]
+        speed = speeds.get(variant.name)
         try:
             if isinstance(speed, SlmopsError):
                 raise speed

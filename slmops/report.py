@@ -2,13 +2,14 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 import tabulate
 
 from slmops.core.job import BASELINE, PEER_PREFIX
+from slmops.core.targets import CPU, target_of
 from slmops.core.values import Comparison, GateResult, Measurement, VariantResult
 
 if TYPE_CHECKING:
@@ -51,9 +52,32 @@ INTERVALS = (
 
 
 def table(comparison: Comparison, style: str = "simple") -> str:
-    """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``."""
-    results = (*comparison.variants, *comparison.peers)
-    shown = {metric for result in comparison.variants for metric, value in result.metrics.items() if value}
+    """The variants as rows of text; ``style`` is one of tabulate's, such as ``simple``, ``github`` or ``html``.
+
+    What was measured on several devices does not compare: each target has a section of its own.
+    """
+    sections = _sections(comparison)
+    made = [_section(found, comparison, style) for found in sections.values()]
+    if len(made) == 1:
+        return made[0]
+    heading = "<h2>{}</h2>" if style == "html" else "{}:\n"
+    return "\n\n".join(f"{heading.format(target)}\n{part}" for target, part in zip(sections, made, strict=True))
+
+
+def _sections(comparison: Comparison) -> dict[str, tuple[VariantResult, ...]]:
+    """The variants by their targets, with the peers beside those for the CPU."""
+    made = {target_of(one.name): () for one in comparison.variants} or {CPU: ()}
+    return {
+        target: (
+            *(one for one in comparison.variants if target_of(one.name) == target),
+            *(comparison.peers if target == CPU else ()),
+        )
+        for target in made
+    }
+
+
+def _section(results: Sequence[VariantResult], comparison: Comparison, style: str) -> str:
+    shown = {metric for result in results for metric, value in result.metrics.items() if value}
     columns = [one for one in (*COLUMNS, *MISMATCHES) if one[1] in shown or one[1] not in SOMETIMES]
     rows = [
         [
@@ -85,12 +109,12 @@ def gates(comparison: Comparison, style: str = "simple") -> str:
 
 def text(comparison: Comparison) -> str:
     """What ``slmops run`` and ``slmops compare`` print."""
-    return "\n\n".join([*tables(comparison, "simple"), comparison.choice.reason, *remarks(comparison)])
+    return "\n\n".join([*tables(comparison, "simple"), *comparison.reasons, *remarks(comparison)])
 
 
 def markdown(comparison: Comparison, run_url: str) -> str:
     """The same for Prefect's and MLflow's pages."""
-    said = [escape(part, quote=False) for part in (comparison.choice.reason, *remarks(comparison))]
+    said = [escape(part, quote=False) for part in (*comparison.reasons, *remarks(comparison))]
     return "\n\n".join([*tables(comparison, "github"), *said, f"[MLflow run]({run_url})"])
 
 
@@ -146,8 +170,10 @@ def _mark(result: VariantResult, comparison: Comparison) -> str:
         return result.status
     if result in comparison.peers:
         return "llama.cpp"
-    if result.name == comparison.choice.variant:
-        return "chosen"
+    if result in comparison.chosen:
+        return "chosen, not measured here" if result.not_run else "chosen"
+    if result.not_run:
+        return "not measured here"
     return f"dominated by {result.dominated_by}" if result.dominated_by else ""
 
 
@@ -175,6 +201,9 @@ def remarks(comparison: Comparison) -> list[str]:
         said.append(
             f"{names}: the same checkpoint in llama.cpp, for reference; no gate judges it, and it is not chosen."
         )
+    for why in dict.fromkeys(result.not_run for result in comparison.variants if result.not_run):
+        names = ", ".join(result.name for result in comparison.variants if result.not_run == why)
+        said.append(f"{names}: made, not measured here: {why}. The CPU has answered the questions and scored the text.")
     if comparison.room:
         said.append(comparison.room.text)
     return said + [
@@ -186,18 +215,19 @@ def remarks(comparison: Comparison) -> list[str]:
 
 def html(comparison: Comparison) -> str:
     """A page that stands alone: tables, choice, charts."""
-    said = "".join(f"<p>{escape(part)}</p>" for part in (comparison.choice.reason, *remarks(comparison)))
+    said = "".join(f"<p>{escape(part)}</p>" for part in (*comparison.reasons, *remarks(comparison)))
     return (
         "<!doctype html><meta charset='utf-8'>"
         f"<title>{escape(comparison.model)}</title>"
         "<style>body{font:14px system-ui;margin:1em}table{margin-bottom:1em}td,th{padding:.2em .5em}"
         "svg{max-width:100%}</style>"
-        f"<h1>{escape(comparison.model)}</h1>{''.join(tables(comparison, 'html'))}{said}{_charts(comparison)}"
+        f"<h1>{escape(comparison.model)}</h1>{''.join(tables(comparison, 'html'))}{said}"
+        + "".join(_charts(found, comparison) for found in _sections(comparison).values())
     )
 
 
-def _charts(comparison: Comparison) -> str:
-    measured = [result for result in (*comparison.variants, *comparison.peers) if result.status == "ok"]
+def _charts(results: Sequence[VariantResult], comparison: Comparison) -> str:
+    measured = [result for result in results if result.status == "ok"]
     if not measured:
         return ""
     from matplotlib.figure import Figure

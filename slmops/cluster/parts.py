@@ -87,7 +87,7 @@ class Failure(Frozen):
 class Figures(Frozen):
     """The raw results of measuring one variant."""
 
-    speed: Speed
+    speed: Speed | None = Field(description="None: its device is not there.")
     quality: Quality
     scored: Quality | None = Field(None, description="The checkpoint's own.")
     hardware: Hardware = Field(description="The machine that measured it.")

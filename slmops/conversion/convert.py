@@ -17,6 +17,7 @@ from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
 from slmops.core.files import folder_appears_whole, move, write_atomic
 from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
+from slmops.core.targets import split
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
 from slmops.processes import children
 
@@ -157,7 +158,7 @@ class _Builder:
         return {
             "OLIVE_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_OFFLINE": str(int(recipe in SHIPPED)),
+            "HF_HUB_OFFLINE": str(int(split(recipe)[0] in SHIPPED)),
             "HF_HUB_CACHE": str(self.work / _CACHE / "hub"),
             "TOKENIZERS_PARALLELISM": "false",
         }

@@ -12,6 +12,7 @@ from slmops.core.errors import RecipeError, UsageError, WorkError
 from slmops.core.job import Job
 from slmops.core.names import to_name
 from slmops.core.settings import Settings
+from slmops.core.targets import CPU, target_of
 from slmops.core.values import Checkpoint, Recipe
 from slmops.processes import children
 
@@ -40,7 +41,8 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         config.pop(key, None)
     check(path, config, checkpoint, name, settings)
     own = to_name(path.stem)
-    return Recipe(name=f"{own}-olive" if own in {*recipe_files.find(settings), "bf16"} else own, config=config)
+    taken = own in {*recipe_files.find(settings), "bf16"} or target_of(own) != CPU
+    return Recipe(name=f"{own}-olive" if taken else own, config=config)
 
 
 def check(path: Path, config: dict[str, Any], checkpoint: Checkpoint, name: str, settings: Settings) -> None:

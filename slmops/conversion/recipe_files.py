@@ -14,6 +14,7 @@ from slmops.core.files import read_table
 from slmops.core.job import CHECKPOINT, SHIPPED
 from slmops.core.names import is_name
 from slmops.core.settings import Settings
+from slmops.core.targets import CPU, TargetName, split
 from slmops.core.validation import dotted, problems
 from slmops.core.values import Frozen
 
@@ -28,10 +29,12 @@ class RecipeFile(Frozen):
     when: str = Field(min_length=1, description="One sentence: when to take it.")
     bits: Literal[4, 8, 16, 32] | None = Field(None, description="Bits that most weights must have; None: not checked.")
     passes: dict[str, dict[str, Any]] = Field(min_length=1, description="Olive's passes in their order.")
+    targets: tuple[TargetName, ...] = Field((CPU,), min_length=1, description="What it makes sense for.")
+    gpu: dict[str, dict[str, Any]] = Field({}, description="Its passes for a GPU; empty: those for the CPU.")
     genai: dict[str, Any] = Field({}, description="Settings of the runtime that are put into genai_config.json.")
     sweep: dict[str, dict[str, Any]] = Field({}, description="By pass and option, the values that a sweep tries.")
 
-    @field_validator("passes")
+    @field_validator("passes", "gpu")
     @classmethod
     def _named(cls, passes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, step in passes.items():
@@ -105,6 +108,10 @@ def place_of(name: str, settings: Settings) -> Path:
 
 
 def _check_name(path: Path) -> None:
+    precision, target = split(path.stem)
+    if target != CPU:
+        said = f"{path}: {path.stem!r} is what {precision!r} is called for the target {target}."
+        raise RecipeError(said, f'Give the file another name; what it is for stands in it: targets = ["{target}"].')
     if path.stem in _TAKEN or not is_name(path.stem) or re.fullmatch(r"v\d+", path.stem):
         raise RecipeError(
             f"{path}: a recipe of your own cannot be called {path.stem!r}.",
@@ -113,7 +120,9 @@ def _check_name(path: Path) -> None:
 
 
 def load(name: str, settings: Settings) -> RecipeFile:
-    """The recipe of this name; a RecipeError if there is none, or if its file is broken."""
+    """The recipe of a variant of this name, with the passes for its target; a RecipeError if there is none, or if its
+    file is broken."""
+    name, target = split(name)
     known = find(settings)
     if name not in known:
         near = get_close_matches(name, known, n=1)
@@ -122,9 +131,10 @@ def load(name: str, settings: Settings) -> RecipeFile:
         raise RecipeError(f"There is no recipe {name!r}.{hint}", fix)
     table = read_table(known[name], "recipe")
     try:
-        return RecipeFile.model_validate(table)
+        file = RecipeFile.model_validate(table)
     except ValidationError as error:
         raise RecipeError(f"{known[name]}: {'; '.join(problems(error))}.", "Correct it; see docs/recipes.md.") from None
+    return file if target == CPU or not file.gpu else file.model_copy(update={"passes": file.gpu})
 
 
 def _leaves(table: dict[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

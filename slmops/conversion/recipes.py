@@ -9,6 +9,7 @@ from slmops.core.errors import RecipeError
 from slmops.core.files import sha256
 from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
 from slmops.core.settings import Settings
+from slmops.core.targets import CPU, TARGETS, split, variant_name
 from slmops.core.values import Checkpoint, Recipe
 
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -21,28 +22,48 @@ def check(job: Job, settings: Settings) -> None:
     """Refuse, with a RecipeError, precisions and devices that cannot work, whatever the checkpoint."""
     if job.device != "cpu" or job.provider != "CPUExecutionProvider":
         raise RecipeError(
-            f"device {job.device} with {job.provider} is not supported: the recipes are made and proven for the CPU, "
-            "and a variant for a GPU could not be loaded and checked here.",
-            "Use --device cpu --provider CPUExecutionProvider.",
+            f"device {job.device} with {job.provider} is not supported: variants are made and proven on the CPU, "
+            "whatever they are for.",
+            "Use --target, such as --target webgpu or --target cuda.",
         )
     if "bf16" in job.precision:
         raise RecipeError(
-            "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises.",
+            "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises. For CUDA "
+            "it could be made, but not be proven.",
             "Use fp16 (half the size of fp32) or int8.",
         )
+    if settings.pools and job.targets != [CPU]:
+        said = "A job on work pools makes variants for the CPU only."
+        raise RecipeError(said, "Leave out --target, or unset SLMOPS_POOLS.")
+    aims: set[str] = set()
     for name in job.precision:
-        steps = recipe_files.load(name, settings).passes.values()
+        precision, target = split(name)
+        if target != CPU:
+            raise RecipeError(f"{name} is a variant, not a recipe.", f"Use --precision {precision} --target {target}.")
+        file = recipe_files.load(name, settings)
+        if not set(job.targets) & set(file.targets):
+            said = f"{name} makes sense for {', '.join(file.targets)} only."
+            raise RecipeError(said, f"Add --target {file.targets[0]}, or leave out --precision {name}.")
+        aims |= {*file.targets}
+        steps = file.passes.values()
         if job.calibration_text is None and any(step.get("text") == CALIBRATION_TEXT for step in steps):
             fix = "Give --calibration-text FILE: some thousand words of what the model will read and write."
             raise RecipeError(f"{name} is made for a text of yours, and there is none.", fix)
+    if idle := [target for target in job.targets if target not in aims]:
+        said = f"None of {', '.join(job.precision)} makes sense for {idle[0]}."
+        raise RecipeError(said, f"Leave out --target {idle[0]}, or add --precision int4.")
 
 
 def names(job: Job, settings: Settings) -> list[str]:
-    """The names of a job's recipes, the baseline always first.
+    """The names of a job's variants, the baseline always first: for each target those precisions that make sense there.
 
     If the checkpoint is the baseline, nothing is made that has to be exported in fp32; a RecipeError if that is all.
     """
-    asked = list(dict.fromkeys((BASELINE, *job.precision)))
+    files = {name: recipe_files.load(name, settings) for name in job.precision}
+    made = [
+        variant_name(name, target) for target in job.targets for name, file in files.items() if target in file.targets
+    ]
+    asked = list(dict.fromkeys((BASELINE, *made)))
     if job.baseline != CHECKPOINT:
         return asked
     quantized = [name for name in asked if not _is_exported_in_fp32(name, settings)]
@@ -64,7 +85,8 @@ def for_job(job: Job, checkpoint: Checkpoint, settings: Settings) -> list[Recipe
 def own(planned: list[Recipe], settings: Settings) -> list[tuple[Path, Recipe]]:
     """Those that the user has written, each with its file."""
     files = recipe_files.find(settings)
-    return [(files[one.name], one) for one in planned if one.name not in SHIPPED]
+    made_by = [(split(one.name)[0], one) for one in planned]
+    return [(files[name], one) for name, one in made_by if name not in SHIPPED]
 
 
 def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> Recipe:
@@ -76,7 +98,7 @@ def recipe(name: str, job: Job, checkpoint: Checkpoint, settings: Settings) -> R
 
 def _as_asked(name: str, step: dict[str, Any], job: Job) -> dict[str, Any]:
     """A pass with what the job asks of it: int4's blocks, and the digest of the text that is to decide."""
-    if name == "int4":
+    if split(name)[0] == "int4":
         asked = {"group_size": job.int4_block_size, "sym": job.int4_symmetric}
         step = {**step, **{option: value for option, value in asked.items() if option in step and value is not None}}
     if step.get("text") == CALIBRATION_TEXT and job.calibration_text:
@@ -95,7 +117,9 @@ def of_file(name: str, file: RecipeFile, checkpoint: Checkpoint) -> Recipe:
             step = {**step, "surgeries": [one for one in surgeries if one != _TIE]}
         if step.get("surgeries") != []:
             passes[key] = step
-    return Recipe(name=name, config=workflow(passes), bits=file.bits, genai=file.genai, baseline=name == BASELINE)
+    return Recipe(
+        name=name, config=workflow(passes, split(name)[1]), bits=file.bits, genai=file.genai, baseline=name == BASELINE
+    )
 
 
 def choices(name: str, file: RecipeFile, checkpoint: Checkpoint) -> dict[str, list[Any]]:
@@ -116,11 +140,12 @@ def choices(name: str, file: RecipeFile, checkpoint: Checkpoint) -> dict[str, li
     }
 
 
-def workflow(passes: dict[str, Any]) -> dict[str, Any]:
-    """An Olive workflow of these passes for the CPU."""
+def workflow(passes: dict[str, Any], target: str = CPU) -> dict[str, Any]:
+    """An Olive workflow of these passes for a target; it runs on the CPU whatever that is."""
+    made_for = TARGETS[target]
     system = {
         "type": "LocalSystem",
-        "accelerators": [{"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}],
+        "accelerators": [{"device": made_for.device, "execution_providers": [made_for.provider]}],
     }
     return {"systems": {"local": system}, "host": "local", "target": "local", "passes": passes}
 
@@ -149,7 +174,8 @@ def _must_divide(name: str, block: int, checkpoint: Checkpoint) -> None:
         wrong = ", ".join(str(size) for size in checkpoint.linear_sizes if size % block)
         why = f"a block of {block} weights does not divide this model's layer sizes ({wrong})"
     fix = "This model needs an Olive config of your own (--olive-config)."
-    if fitting and (name == "int4" or name not in SHIPPED):
-        place = "--int4-block-size" if name == "int4" else "in its file a block of"
+    precision = split(name)[0]
+    if fitting and (precision == "int4" or precision not in SHIPPED):
+        place = "--int4-block-size" if precision == "int4" else "in its file a block of"
         fix = f"Use {place} {' or '.join(map(str, fitting))}."
     raise RecipeError(f"{name}: {why}.", fix)

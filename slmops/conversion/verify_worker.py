@@ -13,6 +13,7 @@ from onnx import TensorProto
 from slmops.checkpoints import model as stored
 from slmops.checkpoints.inspection import SHORTEST_CONTEXT, longrope_border
 from slmops.core.errors import ConversionError
+from slmops.core.targets import CPU, target_of
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -29,6 +30,9 @@ _BITS = {TensorProto.DataType.Value(kind): bits for bits, kinds in _KINDS.items(
 # Operators that read packed weights: which inputs are the weights, and which are their scales and zero points.
 _PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
 _MOST = 0.95  # of the weights, at least, have the bits of the recipe
+_TOLERANCES = {16: 0.02, 8: 0.15, 4: 0.6}
+"""By the bits of weights, how far logits of a variant for another target than the CPU may be off, relative to the
+largest: that of a wrong graph is above 1."""
 
 
 class VerifyRequest(Frozen):
@@ -60,9 +64,13 @@ def handle(request: VerifyRequest) -> VerifyResult:
     check_weights(found, request.recipe)
     _one_token(folder)
     error = None
+    target = target_of(request.recipe.name)
     # What depends on positions (rotary tables, windows, when the runtime computes its cache anew) is the same in all
-    # variants: quantizing changes matrices only. So they need no comparison across borders of their own.
-    if request.recipe.baseline:
+    # variants: quantizing changes matrices only. So they need no comparison across borders of their own. The graph for
+    # another target is another one.
+    if target != CPU:
+        request = request.model_copy(update={"tolerance": _TOLERANCES[request.recipe.bits or 4]})
+    if request.recipe.baseline or target != CPU:
         error, right = export_error(request)
         if not error <= request.tolerance:
             few = f"It is right for {right} tokens only, too few for a conversation. " if right else ""
@@ -71,6 +79,8 @@ def handle(request: VerifyRequest) -> VerifyResult:
                 if right >= SHORTEST_CONTEXT
                 else f"{few}Raise --export-tolerance only if you know why they differ."
             )
+            if target != CPU:
+                way_out = f"Leave out --target {target}."
             raise ConversionError(
                 f"The {request.recipe.name} export does not compute what the checkpoint computes: its logits differ by "
                 f"{error:.2g} of the largest logit, and {request.tolerance:.2g} is allowed. The exporter does not "
@@ -144,7 +154,7 @@ def _one_token(folder: Path) -> None:
     import onnxruntime_genai as og
 
     try:
-        model = og.Model(str(folder))
+        model = _on_the_cpu(folder)
         tokenizer = og.Tokenizer(model)
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=64, do_sample=False)
@@ -156,6 +166,15 @@ def _one_token(folder: Path) -> None:
         raise ConversionError(f"The converted model does not load or generate: {error}") from error
     if token < 0:
         raise ConversionError(f"The converted model generated the token {token}.")
+
+
+def _on_the_cpu(folder: Path) -> Any:
+    """The model on the CPU provider, whichever its config names."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(folder))
+    config.clear_providers()
+    return og.Model(config)
 
 
 def export_error(request: VerifyRequest) -> tuple[float, int]:
@@ -206,7 +225,7 @@ def _continued(folder: Path, ids: Any, length: int) -> tuple[Any, Any]:
     import numpy as np
     import onnxruntime_genai as og
 
-    model = og.Model(str(folder))
+    model = _on_the_cpu(folder)
     params = og.GeneratorParams(model)
     params.set_search_options(max_length=length, min_length=length, do_sample=False)
     generator = og.Generator(model, params)

@@ -9,6 +9,7 @@ from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, 
 from slmops.core.errors import UsageError
 from slmops.core.names import NAME_PATTERN, Name
 from slmops.core.settings import Settings
+from slmops.core.targets import CPU, TARGETS, TargetName
 from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import Checkpoint, Frozen, Room
 
@@ -44,6 +45,9 @@ class Job(Frozen, use_attribute_docstrings=True):
     precision: list[Precision] = Field(default=[], title="Precisions", validate_default=True)
     """Variants to make, by their recipes: fp32, fp16, int8 and int4 by default, or none beside an Olive config. An fp32
     baseline is always made. `slmops recipes` lists what there is, your own included."""
+    target: list[TargetName] = Field(default=[CPU], min_length=1, title="Targets")
+    """What the variants are for; a GPU takes those of the precisions that make sense there. One variant is chosen for
+    each target."""
     int4_block_size: int | None = Field(None, ge=16, le=256, title="int4 block size")
     """Weights that share a scale: 16, 32, 64, 128 or 256; must divide the input size of each layer. By default that of
     the recipe int4."""
@@ -106,6 +110,11 @@ class Job(Frozen, use_attribute_docstrings=True):
     @classmethod
     def _usual(cls, asked: list[Precision], info: ValidationInfo) -> list[Precision]:
         return asked or ([BASELINE] if info.data.get("olive_config") else [*_USUAL])
+
+    @property
+    def targets(self) -> list[str]:
+        """Each target once, the CPU first."""
+        return [target for target in TARGETS if target in self.target]
 
     @property
     def label(self) -> str:

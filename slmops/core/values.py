@@ -150,9 +150,10 @@ class Variant(Frozen):
 class Registration(Frozen):
     """A variant in Foundry Local."""
 
-    foundry_id: str = Field(description="<name>-<variant>-generic-cpu:<version>.")
+    foundry_id: str = Field(description="<name>-<precision>-generic-cpu:<version>, or the suffix of another target.")
     path: Path = Field(description="Folder in Foundry's cache layout.")
     answer: str = Field(description="What the variant answered to the smoke-test prompt.")
+    not_run: str | None = Field(None, description="Why Foundry Local does not run it here; None: it does.")
 
 
 class Measurement(Frozen):
@@ -302,6 +303,7 @@ class VariantResult(Frozen):
     gates: tuple[GateResult, ...] = ()
     dominated_by: str | None = Field(None, description="A variant at least as good in everything and better in some.")
     extent: Extent | None = None
+    not_run: str | None = Field(None, description="Why its speed was not measured.", exclude_if=lambda why: not why)
 
     @property
     def disturbed(self) -> list[str]:
@@ -341,16 +343,27 @@ class Comparison(Frozen):
 
     model: str
     run_id: str = Field(description="The MLflow parent run.")
-    choice: Choice
+    choice: Choice = Field(description="For the first target, which is the CPU unless that is none.")
     variants: tuple[VariantResult, ...]
     baseline: VariantResult | None = Field(None, description="The checkpoint, if it is the baseline; else fp32 is.")
     room: Room | None = Field(None, description="None: other machines did the work.")
     measured_earlier: dict[str, datetime] = Field({}, description="When 'speed', 'quality' were measured, if earlier.")
     peers: tuple[VariantResult, ...] = Field((), description="llama.cpp's files of the checkpoint, for reference.")
+    other_choices: dict[str, Choice] = Field({}, description="For the other targets.", exclude_if=lambda them: not them)
 
     @property
     def failed(self) -> list[str]:
         return [result.name for result in self.variants if result.status == "failed"]
+
+    @property
+    def chosen(self) -> list[VariantResult]:
+        """The variants that were chosen, one for each target for which there is one."""
+        names = {one.variant for one in (self.choice, *self.other_choices.values())}
+        return [result for result in self.variants if result.name in names]
+
+    @property
+    def reasons(self) -> list[str]:
+        return [self.choice.reason, *(f"For {name}: {one.reason}" for name, one in self.other_choices.items())]
 
     @property
     def left_out(self) -> str:
@@ -362,7 +375,7 @@ class Comparison(Frozen):
         """The footnote of disturbed headline figures: whose they are; empty if there are none."""
         measured = [result for result in (*self.variants, *self.peers) if result.status == "ok"]
         rough = [result.name for result in measured if not set(HEADLINE_METRICS).isdisjoint(result.disturbed)]
-        steady = [result.name for result in measured if result.name not in rough]
+        steady = [result.name for result in measured if result.name not in rough and not result.not_run]
         if not rough:
             return ""
         said = (
@@ -375,9 +388,7 @@ class Comparison(Frozen):
         """A pandas frame, one row a variant: its status, whether it was chosen, and a column for each metric."""
         from pandas import DataFrame
 
-        rows = [
-            {"status": one.status, "chosen": one.name == self.choice.variant, **one.metrics} for one in self.variants
-        ]
+        rows = [{"status": one.status, "chosen": one in self.chosen, **one.metrics} for one in self.variants]
         return DataFrame(rows, index=[one.name for one in self.variants])
 
     def _repr_html_(self) -> str:
@@ -387,5 +398,5 @@ class Comparison(Frozen):
         for one in self.variants:
             for metric in {*shown}.intersection(one.disturbed):
                 shown.loc[one.name, metric] = one.measurements[metric].text
-        said = "".join(f"<p>{escape(text)}</p>" for text in (self.choice.reason, self.left_out, self.busy) if text)
+        said = "".join(f"<p>{escape(text)}</p>" for text in (*self.reasons, self.left_out, self.busy) if text)
         return f"{shown.to_html(border=0, float_format='{:.4g}'.format, na_rep='-')}{said}"

@@ -75,8 +75,8 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
             said = f"{version.foundry_id} was removed from this device before it could be measured."
             raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
-        answer = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file)
-        yield original.model_copy(update={"path": staged.folder, "answer": answer})
+        done = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file)
+        yield original.model_copy(update={"path": staged.folder, "answer": done.answer})
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)
 

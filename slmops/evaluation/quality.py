@@ -20,7 +20,8 @@ from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.logits_worker import Distance, LogitsRequest, LogitsResult
 from slmops.evaluation.speed import Peer
-from slmops.foundry.layout import sessions_that_fit
+from slmops.foundry.layout import model_name, sessions_that_fit, stage
+from slmops.foundry.register import register_folder
 from slmops.processes import children
 from slmops.processes.children import Request, Result
 
@@ -112,16 +113,28 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         references = {which: file for which, file in files.items() if file.exists()}
         files_of: dict[str, Any] = {"folder": registration.path, "references": references, "write": own}
         sessions = sessions_that_fit(registration.path, MOST_SESSIONS)
-        asked: dict[str, Any] = {"folder": settings.foundry, "foundry_id": registration.foundry_id}
+        home, foundry_id = settings.foundry, registration.foundry_id
+        if registration.not_run:  # questions are answered by the CPU, as the text is scored by it on any machine
+            home, foundry_id = _on_the_cpu(variant, registration, name, settings)
+        asked: dict[str, Any] = {"folder": home, "foundry_id": foundry_id}
         # The child is the first to end: of an interruption nobody waits for the thread.
         with ThreadPoolExecutor(1) as beside, children.Child() as child:
             scoring = beside.submit(_score, variant.name, *of_job, within=child, **files_of)
             if not _fits_twice(variant, job):
                 wait([scoring])
             answers = _ask(variant.name, evaluation_set, *of_job, sessions=sessions, **asked)
-            cases = () if job.quick else edge_cases.run(variant, registration, name, settings)
+            cases = () if job.quick or registration.not_run else edge_cases.run(variant, registration, name, settings)
             scored, text_digest = scoring.result()
     return _quality(scored, text_digest, evaluation_set, answers, cases, settings)
+
+
+def _on_the_cpu(variant: Variant, registration: Registration, name: str, settings: Settings) -> tuple[Path, str]:
+    """A Foundry home in which the CPU runs a variant for another device, and its id there."""
+    home = settings.work(name) / f"{variant.name}-on-the-cpu"
+    staged = stage(registration, home, on_the_cpu=f"{model_name(name, 'on-the-cpu')}:1")
+    log_file = settings.logs / name / f"{variant.name}.cpu.log"
+    register_folder(home, staged.folder, staged.foundry_id, staged.foundry_id, log=log_file)
+    return home, staged.foundry_id
 
 
 def _fits_twice(variant: Variant, job: Job) -> bool:

@@ -40,13 +40,13 @@ Measurements = dict[str, Measurement]
 
 def evaluation(
     variant: Variant,
-    speed: Speed,
+    speed: Speed | None,
     quality: Quality,
     baseline: tuple[float, Quality] | None,
     checkpoint_nll: tuple[float, ...] | None,
 ) -> Evaluation:
     """All figures of a variant, those relative to the baseline (its MB and quality) only if there is one, and every
-    timed request."""
+    timed request; none of speed where its device is not."""
     measured = {
         **of_peer(variant.model_mb, variant.checkpoint, speed, quality, baseline, checkpoint_nll),
         "bits_per_weight": Measurement.exact(variant.weights.bits_per_weight, "bits"),
@@ -62,30 +62,34 @@ def evaluation(
         measurements=measured,
         answers=quality.answers,
         cases=quality.cases,
-        curves=tuple(_curves(speed)),
-        samples=tuple(
-            {
-                "round": number,
-                "disturbed": float(turn.disturbed),
-                "calibration_before_s": turn.calibration_s[0],
-                "calibration_after_s": turn.calibration_s[1],
-                "prompt_tokens_wanted": speed.cells[timed.cell].prompt_tokens,
-                "output_tokens_wanted": speed.cells[timed.cell].output_tokens,
-                **timed.model_dump(exclude={"cell"}),
-            }
-            for number, turn in enumerate(speed.turns)
-            for timed in turn.measured.timed
-        ),
+        curves=tuple(_curves(speed)) if speed else (),
+        samples=_samples(speed) if speed else (),
         evaluation_set_digest=quality.evaluation_set_digest,
         text_digest=quality.text_digest,
         extent=quality.extent,
     )
 
 
+def _samples(speed: Speed) -> tuple[dict[str, float], ...]:
+    return tuple(
+        {
+            "round": number,
+            "disturbed": float(turn.disturbed),
+            "calibration_before_s": turn.calibration_s[0],
+            "calibration_after_s": turn.calibration_s[1],
+            "prompt_tokens_wanted": speed.cells[timed.cell].prompt_tokens,
+            "output_tokens_wanted": speed.cells[timed.cell].output_tokens,
+            **timed.model_dump(exclude={"cell"}),
+        }
+        for number, turn in enumerate(speed.turns)
+        for timed in turn.measured.timed
+    )
+
+
 def of_peer(
     size_mb: float,
     checkpoint: Checkpoint,
-    speed: Speed,
+    speed: Speed | None,
     quality: Quality,
     baseline: tuple[float, Quality] | None,
     checkpoint_nll: tuple[float, ...] | None,
@@ -94,7 +98,7 @@ def of_peer(
     measured = {
         "size_mb": Measurement.exact(size_mb, "MB"),
         "size_source_ratio": Measurement.exact(size_mb / checkpoint.size_mb, "1"),
-        **of_speed(speed),
+        **(of_speed(speed) if speed else {}),
         **_distributions(quality, baseline[1] if baseline else None, checkpoint_nll),
     }
     if baseline:

@@ -17,6 +17,7 @@ from slmops.core import machine
 from slmops.core.errors import RegistrationError
 from slmops.core.files import folder_appears_whole, intact, link_or_copy, move, write_atomic
 from slmops.core.job import Job
+from slmops.core.targets import TARGETS, split
 from slmops.core.values import MANIFEST, Frozen, Registration, Variant
 
 PUBLISHER = "slmops"
@@ -36,8 +37,9 @@ CHUNK = 256
 
 
 def model_name(name: str, variant: str) -> str:
-    """Foundry's name of a variant, with the suffix that Foundry gives to models for any CPU."""
-    return f"{name}-{variant}-generic-cpu"
+    """Foundry's name of a variant, with the suffix that Foundry gives to models for its target."""
+    precision, target = split(variant)
+    return f"{name}-{precision}-{TARGETS[target].suffix}"
 
 
 def place(
@@ -172,17 +174,23 @@ class Staged(Frozen):
 
 
 def stage(
-    registration: Registration, home: Path, *, fixed_length: bool = False, context_length: int | None = None
+    registration: Registration,
+    home: Path,
+    *,
+    fixed_length: bool = False,
+    context_length: int | None = None,
+    on_the_cpu: str | None = None,
 ) -> Staged:
     """Lay a variant out in a new Foundry home, in place of an older one: linked, with another genai_config.json.
 
     With ``fixed_length`` answers do not end before their token limit. The runtime ignores a minimal length, so the
     end-of-sequence token becomes the last id of the vocabulary (the largest that the runtime accepts), which is never
     used in padded vocabularies and hardly ever in others. ``context_length`` in tokens is one to pretend, at most the
-    model's own.
+    model's own. ``on_the_cpu`` is a Foundry id by which the CPU runs it, whatever it is for.
     """
+    foundry_id = on_the_cpu or registration.foundry_id
     shutil.rmtree(home, ignore_errors=True)
-    folder = home / "models" / PUBLISHER / registration.path.name
+    folder = home / "models" / PUBLISHER / foundry_id.replace(":", "-")
     for file in registration.path.rglob("*"):
         if file.is_file() and file.name != GENAI_CONFIG:
             link_or_copy(file, folder / file.relative_to(registration.path))
@@ -194,5 +202,9 @@ def stage(
     if context_length is not None and context_length < context:
         model["context_length"] = context = context_length
         search["max_length"] = min(search.get("max_length", context), context)
+    if on_the_cpu:
+        model["decoder"]["session_options"]["provider_options"] = []
+        described = {**(_read(folder / INFERENCE_MODEL) or {}), "Name": foundry_id}
+        write_atomic(folder / INFERENCE_MODEL, json.dumps(described, indent=2, ensure_ascii=False))
     write_atomic(folder / GENAI_CONFIG, json.dumps(config, indent=4))
-    return Staged(home=home, folder=folder, foundry_id=registration.foundry_id, context_length=context)
+    return Staged(home=home, folder=folder, foundry_id=foundry_id, context_length=context)

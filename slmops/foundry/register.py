@@ -10,9 +10,10 @@ from slmops.core.errors import CheckpointError, RegistrationError, SlmopsError
 from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
+from slmops.core.targets import CPU, TARGETS, target_of
 from slmops.core.values import Frozen, Registration, Variant
 from slmops.foundry import cli, layout, prompt_template, register_worker
-from slmops.foundry.register_worker import RegisterRequest
+from slmops.foundry.register_worker import RegisterRequest, RegisterResult
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,10 @@ class Answered(Frozen):
 def register(
     variant: Variant, name: str, job: Job, settings: Settings, within: children.Child | None = None
 ) -> Registration:
-    """Register a variant as ``<name>-<variant>-generic-cpu:<version>``; doing it twice is harmless.
+    """Register a variant as ``<name>-<precision>-generic-cpu:<version>``; doing it twice is harmless.
 
     It is done ``within`` a child that others share, or one of its own. What has answered before is not asked again,
-    unless other packages are installed now.
+    unless other packages are installed now. Where there is no device for its target, it is only listed.
 
     A RegistrationError if Foundry Local refuses or does not list it, or it answers nothing. Nothing is left behind.
     """
@@ -52,14 +53,19 @@ def register(
             proof = settings.foundry / "answered" / f"{folder.name}.json"
             before = None if new or job.remeasure else Answered.from_file(proof)
             known = before.answer if before and before.versions == machine.versions() else None
-            answer = register_folder(*placed, log=log_file, within=within, known=known)
-            write_atomic(proof, Answered(answer=answer, versions=machine.versions()).model_dump_json())
+            done = register_folder(
+                *placed, log=log_file, within=within, known=known, provider=provider_of(variant.name)
+            )
+            if done.not_run is None:
+                write_atomic(proof, Answered(answer=done.answer, versions=machine.versions()).model_dump_json())
         except SlmopsError:
             if new:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     log.info("%s: %s in Foundry Local as %s", variant.name, "registered" if new else "still registered", foundry_id)
-    return Registration(foundry_id=foundry_id, path=folder, answer=answer)
+    if done.not_run is not None:
+        log.warning("%s: made, not measured here: %s", variant.name, done.not_run)
+    return Registration(foundry_id=foundry_id, path=folder, answer=done.answer, not_run=done.not_run)
 
 
 def register_folder(
@@ -71,13 +77,21 @@ def register_folder(
     log: Path,
     within: children.Child | None = None,
     known: str | None = None,
-) -> str:
+    provider: str | None = None,
+) -> RegisterResult:
     """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError.
 
-    It is not asked if its answer is ``known``.
+    It is not asked if its answer is ``known``, or if the ``provider`` that it needs is not here.
     """
-    request = RegisterRequest(home=home, folder=folder, foundry_id=foundry_id, display_name=display_name, answer=known)
+    of = {"home": home, "folder": folder, "foundry_id": foundry_id, "display_name": display_name}
+    request = RegisterRequest(**of, answer=known, provider=provider)
     result, _ = children.call(
         register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError, within=within
     )
-    return result.answer
+    return result
+
+
+def provider_of(variant: str) -> str | None:
+    """The execution provider that a variant needs and that may not be here; None: it runs on the CPU."""
+    target = target_of(variant)
+    return None if target == CPU else TARGETS[target].provider

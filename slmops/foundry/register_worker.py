@@ -19,10 +19,12 @@ class RegisterRequest(Frozen):
     foundry_id: str
     display_name: str
     answer: str | None = None  # known from before: then it is not asked
+    provider: str | None = None  # an execution provider that may not be here: then it is not asked either
 
 
 class RegisterResult(Frozen):
     answer: str
+    not_run: str | None = None  # why it was not asked
 
 
 def handle(request: RegisterRequest) -> RegisterResult:
@@ -36,6 +38,8 @@ def handle(request: RegisterRequest) -> RegisterResult:
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
         if request.answer is not None:
             return RegisterResult(answer=request.answer)
+        if request.provider and (why := runtime.missing(request.home, request.provider)):
+            return RegisterResult(answer="", not_run=why)
         model.load()
         for prompt in PROMPTS:
             reply = runtime.ask(model, [{"role": "user", "content": prompt}], max_tokens=MAX_TOKENS)

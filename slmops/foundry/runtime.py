@@ -55,9 +55,25 @@ def manager(
 
 
 @cache
+def started(home: Path) -> Any:
+    """Start the runtime, once in a process."""
+    return manager(home)
+
+
 def local_catalog(home: Path) -> Any:
-    """Start the runtime, once in a process, and return the catalog that holds our own models."""
-    return manager(home).get_catalog(sdk.CatalogType.LOCAL)
+    """Start the runtime, and return the catalog that holds our own models."""
+    return started(home).get_catalog(sdk.CatalogType.LOCAL)
+
+
+def missing(home: Path, provider: str) -> str | None:
+    """Why models for an execution provider cannot be loaded here, after it was fetched if that is possible; or None."""
+    running = started(home)
+    known = {one.name: one.is_registered for one in running.discover_eps()}
+    if provider not in known:
+        return f"Foundry Local finds no device for {provider} here"
+    if not known[provider] and not running.download_and_register_eps([provider]).success:
+        return f"Foundry Local could not get {provider}"
+    return None
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:

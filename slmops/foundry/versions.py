@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints
 
 from slmops.conversion.store import files_of
 from slmops.core.names import Name
+from slmops.core.targets import TARGETS, target_of
 from slmops.core.values import Frozen, GateResult, Registration, Variant, VariantFile
 from slmops.foundry.layout import GENAI_CONFIG, INFERENCE_MODEL, RELEASED_CONFIG, model_name
 
@@ -44,12 +45,13 @@ class VersionManifest(Frozen):
         files = {file.name: file for file in files_of(registration.path) if file.name != INFERENCE_MODEL}
         if released := files.pop(RELEASED_CONFIG, None):
             files[GENAI_CONFIG] = released.model_copy(update={"name": GENAI_CONFIG})
+        target = TARGETS[target_of(variant.name)]
         return cls(
             model=name,
             variant=variant.name,
             key=variant.key,
-            device="cpu",
-            provider="CPUExecutionProvider",
+            device=target.device,
+            provider=target.provider,
             files=tuple(files.values()),
             inference_model={key: value for key, value in inference.items() if key not in ("Name", "Version")},
         )
@@ -90,7 +92,7 @@ class ModelVersion(Frozen):
 
     @property
     def foundry_id(self) -> str:
-        """Its id in Foundry Local on every device: ``<name>-<variant>-generic-cpu:<version>``."""
+        """Its id in Foundry Local on every device: ``<name>-<precision>-generic-cpu:<version>``."""
         return f"{model_name(self.name, self.variant)}:{self.version}"
 
     @property

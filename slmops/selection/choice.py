@@ -7,9 +7,10 @@ the gate accepts that.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slmops.core.job import BASELINE
+from slmops.core.targets import split, target_of
 from slmops.core.values import Choice, GateResult, Measurement, Outcome, VariantResult
 from slmops.selection.policy import Gate, Policy
 
@@ -64,6 +65,26 @@ def choose(
     return Choice(variant=None, reason=" ".join(["No variant is chosen: a gate refuses each.", *refused])), judged
 
 
+def choose_for(
+    targets: Sequence[str],
+    results: list[VariantResult],
+    policy: Policy,
+    champions: Mapping[str, dict[str, Measurement] | None],
+    baseline: VariantResult | None = None,
+) -> tuple[dict[str, Choice], list[VariantResult]]:
+    """Take one variant for each target, by :func:`choose` among those that are made for it.
+
+    ``champions`` has for each target what was measured of the version in use, as far as that compares.
+    """
+    baseline = baseline or find_baseline(results)
+    choices, judged = {}, {result.name: result for result in results}
+    for target in targets:
+        made_for_it = [result for result in results if target_of(result.name) == target]
+        choices[target], of_target = choose(made_for_it, policy, champions.get(target), baseline)
+        judged |= {result.name: result for result in of_target}
+    return choices, list(judged.values())
+
+
 def find_baseline(results: Sequence[VariantResult]) -> VariantResult | None:
     """The variant that the others are judged against, if it was measured."""
     return next((result for result in results if result.status == "ok" and result.name == BASELINE), None)
@@ -104,6 +125,8 @@ def _judge(
     more = figure = None
     if gate.to == "champion" and champion is None:
         outcome, detail = "skipped", "no champion yet"
+    elif result.not_run and gate.metric not in result.measurements:
+        outcome, detail = "skipped", f"{gate.metric} was not measured, as {result.not_run}"
     elif isinstance(compared := _compare(gate, result, baseline, champion), str):
         detail = compared
     else:
@@ -236,9 +259,11 @@ def _preferred(by_size: list[VariantResult], preference: tuple[str, ...]) -> lis
     named, comes after them, and so do those that are not named and no smaller than it."""
     names = [result.name for result in by_size]
     smaller = names[: names.index(BASELINE)] if BASELINE in names else names
-    before = [result for result in by_size if result.name in preference or result.name in smaller]
-    named = iter(sorted((r for r in before if r.name in preference), key=lambda r: preference.index(r.name)))
-    ordered = [next(named) if result.name in preference else result for result in before]
+    recipe = {result.name: split(result.name)[0] for result in by_size}
+    before = [result for result in by_size if recipe[result.name] in preference or result.name in smaller]
+    preferred = [result for result in before if recipe[result.name] in preference]
+    named = iter(sorted(preferred, key=lambda r: preference.index(recipe[r.name])))
+    ordered = [next(named) if result in preferred else result for result in before]
     return ordered + [result for result in by_size if result not in before]
 
 

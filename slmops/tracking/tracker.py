@@ -16,6 +16,7 @@ from mlflow.entities import LoggedModelInput, Metric
 
 from slmops.core.errors import UsageError
 from slmops.core.job import BASELINE, Job
+from slmops.core.targets import target_of
 from slmops.core.values import (
     Checkpoint,
     Comparison,
@@ -106,6 +107,7 @@ class Tracker(Connection):
             metrics=evaluation.metrics,
             measurements=evaluation.measurements,
             extent=evaluation.extent,
+            not_run=registration.not_run,
         )
 
     def log_failure(self, parent: str, recipe: str, reason: str, logs: Path, kind: str = "variant") -> VariantResult:
@@ -245,6 +247,11 @@ class Tracker(Connection):
         except ValueError:
             return "an unknown machine"
 
+    def device(self, run_id: str) -> tuple[str, str]:
+        """What a variant was measured on: the kind of machine, and the target."""
+        variant = self._client.get_run(run_id).data.tags.get("slmops.variant", "")
+        return self.hardware_kind(run_id), target_of(variant)
+
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``; None: nothing is deployed.
 
@@ -265,7 +272,7 @@ class Tracker(Connection):
             differs = set(self.differences(run_id, like))
             left_out += tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
             left_out += tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
-            left_out += OF_MACHINE if self.hardware_kind(run_id) != self.hardware_kind(like) else ()
+            left_out += OF_MACHINE if self.device(run_id) != self.device(like) else ()
         figures = {metric: figure for metric, figure in measured.items() if not metric.startswith(left_out)}
         return {metric: Measurement.model_validate(figure) for metric, figure in figures.items()}
 

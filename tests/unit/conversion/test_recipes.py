@@ -84,12 +84,28 @@ def test_baseline_is_first_and_nothing_twice(asked: list[str], names: list[str])
     assert [recipe.name for recipe in made(*asked)] == names
 
 
+def test_each_target_takes_the_precisions_that_make_sense_there() -> None:
+    names = ["fp32", "fp16", "int8", "int4", "fp16-webgpu", "int8-webgpu", "int4-webgpu", "fp16-trt-rtx"]
+    found = {one.name: one for one in made(target=["trt-rtx", "webgpu", "cpu", "cpu"])}
+    assert [*found] == names
+    assert [one.name for one in made("int4", target=["webgpu"], baseline="checkpoint")] == ["int4-webgpu"]
+    [accelerator] = found["int4-webgpu"].config["systems"]["local"]["accelerators"]
+    assert accelerator == {"device": "gpu", "execution_providers": ["WebGpuExecutionProvider"]}
+    assert found["int4-webgpu"].config["passes"] == found["int4"].config["passes"]
+    assert [step.get("precision") for step in passes(found["fp16-webgpu"])] == ["fp16", None]
+    with_blocks = made("int4", target=["cuda"], int4_block_size=64)[1]
+    assert passes(with_blocks)[0]["group_size"] == 64
+
+
 @pytest.mark.parametrize(
     ("precision", "asked", "named", "fix"),
     [
         ("bf16", {}, "bf16", "Use fp16"),
-        ("int4", {"device": "gpu"}, "gpu", "--device cpu"),
-        ("int4", {"provider": "CUDAExecutionProvider"}, "CUDAExecutionProvider", "--device cpu"),
+        ("fp32", {"target": ["webgpu"]}, "fp32 makes sense for cpu only", "--target cpu"),
+        ("fp32", {"target": ["cpu", "cuda"]}, "None of fp32 makes sense for cuda", "--precision int4"),
+        ("int4-webgpu", {}, "a variant", "--precision int4 --target webgpu"),
+        ("int4", {"device": "gpu"}, "gpu", "--target"),
+        ("int4", {"provider": "CUDAExecutionProvider"}, "CUDAExecutionProvider", "--target"),
         ("int4", {"int4_block_size": 100}, "100", "Use --int4-block-size 16 or 32 or 64."),
         ("int4", {"int4_block_size": 128}, "(576)", "Use --int4-block-size 16 or 32 or 64."),
         ("int4", {"int4_block_size": 256, "sizes": (896, 128)}, "(896, 128)", "16 or 32 or 64 or 128."),

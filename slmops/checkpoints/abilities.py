@@ -5,8 +5,10 @@ of the tokenizer's added tokens, known by their names, and the chat template mus
 is not claimed, and there is a remark about it.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,19 @@ def _closings(opening: str) -> Iterator[str]:
 
 def _writes(template: ChatTemplate, pair: Pair) -> bool:
     """Whether a call that the template writes stands between the two; it need not write calls at all."""
-    call = {"name": _TOOL["name"], "arguments": {"x": _VALUE}}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "abcdefghi", "function": call}]},
-    ]
-    try:
-        tools = [{"type": "function", "function": _TOOL}]
-        text = chat_template.render(template, messages, add_generation_prompt=False, tools=tools)
-    except CheckpointError:
-        return True  # such as one that wants the arguments as text
-    before, value, after = text.partition(_VALUE)
-    return not value or (before.rfind(pair.opening) > before.rfind(pair.closing) and pair.closing in after)
+    if "tool_calls" not in template.text:
+        return True
+    tools = [{"type": "function", "function": _TOOL}]
+    arguments = {"x": _VALUE}
+    for given in (arguments, json.dumps(arguments)):  # templates differ in which they take
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": _TOOL["name"], "arguments": given}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        with suppress(CheckpointError):
+            text = chat_template.render(template, messages, add_generation_prompt=False, tools=tools)
+            before, value, after = text.partition(_VALUE)
+            if value:
+                return before.rfind(pair.opening) > before.rfind(pair.closing) and pair.closing in after
+    return False

@@ -56,7 +56,8 @@ def job(book: Book, database: str) -> Job:
 
 
 def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job) -> None:
-    made = job.make("int8", **{RELEASED_CONFIG: '{"threads": "of whatever machine"}'})
+    able = {"genai_config.json": '{"model": {"bot_token_id": 3, "eot_token_id": 4}}'}
+    made = job.make("int8", **able, **{RELEASED_CONFIG: '{"threads": "of whatever machine"}'})
     assert (made.name, made.version, made.variant, made.aliases) == (job.name, 1, "int8", ("int8",))
     assert (made.memory_mb, made.device, made.job_id) == (900, "cpu", job.parent)
     stored = job.client.get_model_version(job.name, "1")
@@ -64,6 +65,7 @@ def test_an_accepted_variant_becomes_a_version_with_its_files(job: Job) -> None:
     assert (stored.run_id, stored.description) == (made.run_id, f"int8, 0.0 MB, passed 0 of 0 gates, {here}")
     assert (made.uploaded, made.tags["slmops.files"]) == (False, here)
     assert {"slmops.recipe", "slmops.gates", "slmops.checkpoint_digest", "slmops.size_mb"} <= set(stored.tags)
+    assert stored.tags["slmops.abilities"] == "tools"
 
     manifest = VersionManifest.model_validate_json((job.stored / VERSION_MANIFEST).read_text())
     assert manifest.sha256 == made.manifest_sha256

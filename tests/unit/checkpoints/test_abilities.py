@@ -47,6 +47,9 @@ CALLS, THOUGHTS = ("<tool_call>", "</tool_call>"), ("<think>", "</think>")
 PHI4_CALLS, LFM2_CALLS = ("<|tool_call|>", "<|/tool_call|>"), ("<|tool_call_start|>", "<|tool_call_end|>")
 
 
+TEMPLATES = Path(__file__).parents[2] / "templates"
+
+
 def derive(folder: Path, template: str, *tokens: str) -> Abilities:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     added = [{"id": number, "content": token, "special": False} for number, token in enumerate(tokens, 10)]
@@ -63,6 +66,7 @@ def derive(folder: Path, template: str, *tokens: str) -> Abilities:
         (PHI4_MINI, ("<|tool|>", "<|/tool|>", *PHI4_CALLS), PHI4_CALLS, None),
         (PHI4_MINI, LFM2_CALLS, LFM2_CALLS, None),
         (TEXT_ARGUMENTS, CALLS, CALLS, None),
+        ((TEMPLATES / "qwen2.5.jinja").read_text("utf-8"), CALLS, CALLS, None),  # a real one
         (PLAIN + "</think>", ("[THINK]", "[/THINK]"), None, ("[THINK]", "[/THINK]")),
         (PLAIN, CALLS, None, None),  # Qwen2.5's tokenizer below a template that knows no tools
         (PLAIN, (), None, None),
@@ -86,6 +90,7 @@ def test_what_is_certain_is_claimed(
         (HERMES, (), "cannot call tools"),  # its marks are several tokens each
         (HERMES, (*CALLS, "<|tool_call|>", "<|/tool_call|>"), "does not have one pair"),  # which of them?
         (ELSEWHERE, CALLS, "does not write a tool call between <tool_call> and </tool_call>"),
+        ("{{ tools }}{{ messages[1].tool_calls.nothing.at_all }}", CALLS, "does not write a tool call"),
         (R1, (), "they stay part of the answers"),
         (PLAIN, THOUGHTS, "the chat template does not know them"),
     ],

@@ -38,9 +38,11 @@ def test_entries(champion: ModelVersion | None, previous: ModelVersion | None, e
 
 def test_a_model_that_is_not_ours_hides_no_other_but_a_failure_does(caplog: pytest.LogCaptureFixture) -> None:
     gpu = {"device": "gpu", "provider": "CUDA"}
-    expected = entry("tiny-int8", 4, display_name="tiny int8", size_bytes=190_700_000, **gpu)
+    able = {"abilities": frozenset({"reasoning", "tools"})}
+    expected = entry("tiny-int8", 4, display_name="tiny int8", size_bytes=190_700_000, **gpu, **able)
+    tags = {"slmops.abilities": "reasoning tools"}
     foreign = UsageError("Version 1 of foreign was not registered by slmops.")
-    assert entries(foreign=foreign, tiny=(version(4, "int8", size_mb=190.7, **gpu), None)) == [expected]
+    assert entries(foreign=foreign, tiny=(version(4, "int8", size_mb=190.7, tags=tags, **gpu), None)) == [expected]
     assert "foreign is not in the catalog: Version 1 of foreign was not registered" in caplog.text
     with pytest.raises(TrackingError, match="down"):
         entries(tiny=TrackingError("down"))

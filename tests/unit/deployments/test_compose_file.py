@@ -17,6 +17,7 @@ from tests.compose import FILE, MissingVariable
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
+ON_WINDOWS = sys.platform == "win32"
 DOCKERFILE = (ROOT / "deployments" / "Dockerfile").read_text(encoding="utf-8")
 EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 RAW: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
@@ -33,7 +34,11 @@ def variables(value: Any) -> set[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml", "hadolint deployments/Dockerfile"],
+    [
+        "check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml",
+        "check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml",
+        pytest.param("hadolint deployments/Dockerfile", marks=pytest.mark.skipif(ON_WINDOWS, reason="it has no wheel")),
+    ],
 )
 def test_a_linter_finds_nothing(command: str) -> None:
     linter, *arguments = command.split()

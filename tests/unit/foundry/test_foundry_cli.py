@@ -14,6 +14,8 @@ import pytest
 from slmops.core.errors import RegistrationError
 from slmops.foundry import cli
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script with #!")
+
 CALLED = "bot-int4-generic-cpu"
 # Behaves as documented: "cache location" names the folder, "cache cd" moves it, "cache ls" lists what lies there, and
 # "model run" is a chat that first tells how far it is, and in some previews answers once with "--prompt".

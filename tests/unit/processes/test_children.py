@@ -26,6 +26,8 @@ pytestmark = pytest.mark.timeout(60)
 
 ROOT = Path(__file__).parents[3]
 LONG_S = 30.0
+ON_WINDOWS = sys.platform == "win32"
+KILL = getattr(signal, "SIGKILL", 0)
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 
 
@@ -39,10 +41,10 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "GRACE_S", 0.3)
 
 
-@pytest.fixture(params=["linux", "win32"])
+@pytest.fixture(params=["win32"] if ON_WINDOWS else ["linux", "win32"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Here, or as on Windows, where there are no groups: SIGTERM stands in for Ctrl-Break, and goes to one process."""
-    if request.param == "win32":
+    if request.param == "win32" and not ON_WINDOWS:
         monkeypatch.setattr(tree, "apart", lambda env: {"env": env})
         monkeypatch.setattr(tree, "sys", SimpleNamespace(platform="win32"))
         monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM, raising=False)
@@ -153,14 +155,14 @@ def test_memory_of_the_whole_group_is_sampled(log: Path, held_by: str) -> None:
     [
         (lambda sleep: starting("run", sleep), signal.SIGTERM),
         (lambda sleep: starting("run", STUBBORN + sleep), signal.SIGTERM),
-        (lambda sleep: STUBBORN + sleep, signal.SIGKILL),
+        (lambda sleep: STUBBORN + sleep, KILL),
     ],
 )
 def test_a_child_whose_time_is_over_ends_and_its_children_too(
     log: Path, over_when_written: Path, program: Callable[[str], str], ended_by: int
 ) -> None:
     finished = python(program(sleeping(over_when_written)), log)
-    assert finished.returncode == -ended_by
+    assert ON_WINDOWS or finished.returncode == -ended_by
     assert finished.stopped == "It took longer than 30 s and was stopped."
     assert gone(number(over_when_written), within_s=2)
 
@@ -174,6 +176,7 @@ def test_children_left_behind_by_a_child_that_ended_are_ended(log: Path, tmp_pat
     assert gone(number(file), within_s=2)
 
 
+@pytest.mark.skipif(ON_WINDOWS, reason="os.kill sends no Ctrl-C there")
 def test_interruption_ends_the_child(log: Path, tmp_path: Path) -> None:
     file = tmp_path / "pid"
 
@@ -225,7 +228,11 @@ def test_error_of_our_own_comes_back_as_itself(call: Call, log: Path) -> None:
     [
         ("print('something was said'); raise KeyError('int8')", r"status 1 and no result: .*KeyError: 'int8'$"),
         ("raise SystemExit(0)", r"status 1 and no result: .*SystemExit: 0$"),
-        ("import signal; os.kill(os.getpid(), signal.SIGKILL)", r"SIGKILL \(often: out of memory\): it said nothing$"),
+        pytest.param(
+            "import signal; os.kill(os.getpid(), signal.SIGKILL)",
+            r"SIGKILL \(often: out of memory\): it said nothing$",
+            marks=pytest.mark.skipif(ON_WINDOWS, reason="no status tells of a kill"),
+        ),
     ],
 )
 def test_any_other_end_is_the_callers_error_with_the_last_words(call: Call, log: Path, do: str, said: str) -> None:
@@ -291,7 +298,7 @@ def test_a_child_that_stays_does_all_calls_until_one_kills_it_each_with_its_own_
         assert first.pid == second.pid == third.pid
         assert large.memory_peak_mb - small.memory_peak_mb > 150  # it was given back
         for end in ("os.kill(os.getpid(), 9)", "raise KeyError('lost')"):
-            with pytest.raises(ConversionError, match=r"SIGKILL|KeyError: 'lost'"):
+            with pytest.raises(ConversionError, match=r"SIGKILL|status 9|KeyError: 'lost'"):
                 ask("five", end)
             assert gone(third.pid, within_s=2)
             anew, _ = ask("six", "print('six')")

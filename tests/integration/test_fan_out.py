@@ -264,6 +264,5 @@ def test_silence_counts_from_the_last_sign_of_life() -> None:
 def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) -> None:
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
-    with pytest.raises(PrerequisiteError, match="nowhere") as caught:
+    with pytest.raises(PrerequisiteError, match=r"(?s)'nowhere'.*prefect worker start --pool nowhere"):
         fan_out.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, ""))
-    assert "prefect worker start --pool nowhere" in (caught.value.fix or "")

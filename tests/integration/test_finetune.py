@@ -167,16 +167,17 @@ def test_one_that_was_killed_is_taken_up_and_ends_the_same(
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize(("factor", "said"), [(1e36, r"diverged at step \d+"), (float("nan"), "base model")])
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1e36, r"(?s)diverged at step \d+.*--training.learning-rate"), (float("nan"), "base model")]
+)
 def test_what_diverges_leaves_nothing_to_resume_and_a_broken_base_model_is_not_said_to(
     factor: float, said: str, checkpoint: Checkpoint, data: TrainingData, home: Settings, tmp_path: Path
 ) -> None:
     made = retraining.norm_times(factor, checkpoint.path, tmp_path / "tiny")
     edgy = checkpoint.model_copy(update={"path": made, "digest": str(factor)})  # to resolve it refuses the worst
-    with pytest.raises(TrainingError, match=said) as caught:
+    with pytest.raises(TrainingError, match=said):
         finetune.finetune(edgy, data, TRAINING, home, "wild", lambda _: None)
     if factor == 1e36:
-        assert "--training.learning-rate" in (caught.value.fix or "")
         left = home.trainings / finetune.key(edgy.digest, data, TRAINING, machine.versions())
         assert {path.name for path in left.iterdir()} == {"losses.jsonl"}
 
@@ -206,9 +207,8 @@ def test_it_stops_when_its_time_is_over(checkpoint: Checkpoint, data: TrainingDa
 def test_one_that_makes_the_model_worse_is_refused(trained: Finetuned, home: Settings, tmp_path: Path) -> None:
     base = making.resolve(Job(model=str(trained.merged)), home)
     apart = training_data(tmp_path, ["Nobody knows."] * 8, ["Yes."] * 4)
-    with pytest.raises(TrainingError, match="became worse") as caught:
+    with pytest.raises(TrainingError, match=r"(?s)became worse.*--training.learning-rate"):
         finetune.finetune(base, apart, TRAINING, home, "worse", lambda _: None)
-    assert "--training.learning-rate" in (caught.value.fix or "")
 
 
 def test_an_item_without_a_token_of_an_answer_cannot_be_trained_on(data: TrainingData) -> None:

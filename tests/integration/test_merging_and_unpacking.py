@@ -122,9 +122,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     stray = first.replace("q_proj", "z_proj")
 
     def refuse(named: str) -> None:
-        with pytest.raises(CheckpointError, match=named) as caught:
+        with pytest.raises(CheckpointError, match=f"(?s){named}.*--base"):
             merge(tmp_path)
-        assert "--base" in (caught.value.fix or "")
         shutil.copytree(good, adapter, dirs_exist_ok=True)
 
     for weights, named in (

@@ -208,13 +208,11 @@ def test_no_promotion_leaves_an_alias_that_points_at_nothing(
 
 def test_what_is_not_there_is_named(job: Job) -> None:
     job.make("int8")
-    with pytest.raises(UsageError, match="'nothing'") as caught:
+    with pytest.raises(UsageError, match=f"(?s)'nothing'.*{job.name}"):
         job.registry.find("nothing", "champion")
-    assert job.name in str(caught.value.fix)
     for which in ("champion", "7", "int2", "v1", "'; drop", ""):
-        with pytest.raises(UsageError, match=job.name) as caught:
+        with pytest.raises(UsageError, match=rf"(?s){job.name}.*1 \(int8\)"):
             job.find(which)
-        assert "1 (int8)" in str(caught.value.fix)
     assert job.registry.champion("nothing") is None
     assert job.registry.versions("it's") == []
     assert job.name in job.registry.models()

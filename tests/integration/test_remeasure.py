@@ -190,14 +190,6 @@ def test_what_cannot_be_measured(
     assert flow_runs("soak")[-1].state_name == "Failed"
 
 
-def test_a_repeated_attempt_leaves_one_run(steady: Remeasured, book: Book) -> None:
-    log, asked = book.tracker.log_remeasurement, Remeasure(name=NAME)
-    first, again = (log(steady, asked, machine.hardware(), "one") for _ in range(2))
-    runs = book.client.search_runs([book.experiment()], "tags.`slmops.prefect_flow_run` = 'one'")
-    assert [run.info.run_id for run in runs] == [again]
-    assert first != again
-
-
 # --- soaks: one variant keeps its memory, one leaks ---
 
 

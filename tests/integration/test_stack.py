@@ -291,9 +291,8 @@ def test_a_recycled_process_id_is_not_killed(alone: Settings) -> None:
 def test_a_given_server_that_is_down_is_named(alone: Settings) -> None:
     url = f"http://{daemon.HOST}:{alone.prefect_port}"
     settings = alone.model_copy(update={"prefect_api_url": f"{url}/api"})
-    with pytest.raises(PrerequisiteError, match=f"Prefect server at {url}/api does not answer") as caught:
+    with pytest.raises(PrerequisiteError, match=f"Prefect server at {url}/api does not answer(?s:.*)PREFECT_API_URL"):
         stack.up(settings)
-    assert "PREFECT_API_URL" in str(caught.value.fix)
     assert stack.status(settings).prefect == ServerStatus(url=url, ok=False)
     assert stack.status(settings).mlflow == ServerStatus(url="sqlite:///nothing.db", ok=True)
     with pytest.raises(PrerequisiteError, match=f"MLflow server at {url} does not answer"):

@@ -217,14 +217,5 @@ def test_the_latest_is_the_newest_that_was_finished(book: Book) -> None:
     known = (caught.value.fix or "").removeprefix("Known models: ").removesuffix(".").split(", ")
     assert book.name in known
     assert "Default" not in known  # MLflow's own experiment
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="slmops run --model"):
         Tracker("sqlite:///empty.db").latest(None)
-    assert "slmops run --model" in (caught.value.fix or "")
-
-
-def test_a_dead_server_is_noticed_in_time(tmp_path: Path) -> None:
-    started = time.monotonic()
-    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9") as caught:
-        Book("http://127.0.0.1:9", "tiny", tmp_path).start()
-    assert time.monotonic() - started < 30
-    assert "slmops up" in (caught.value.fix or "")

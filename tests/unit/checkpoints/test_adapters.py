@@ -65,9 +65,8 @@ def test_adapter_weights_that_are_pickled_or_cut_off(adapter: Path, resolve: Res
 
 def test_a_base_that_cannot_be_used_is_named_with_the_option(adapter: Path, folder: Path, resolve: Resolve) -> None:
     other = shutil.copytree(adapter, adapter.with_name("other"))
-    with pytest.raises(CheckpointError, match=r"The base model of the adapter .*other is an adapter itself") as caught:
+    with pytest.raises(CheckpointError, match=r"(?s)base model of the adapter .*other is an adapter itself.*--base"):
         resolve(adapter, base=str(other))
-    assert "--base" in (caught.value.fix or "")
     edit_json(folder / "config.json", quantization_config={"load_in_4bit": True})
     refused(adapter, resolve, "The base model of the adapter .* is quantized already")
     refused(folder, resolve, "is not an adapter, so it has no base", base=str(adapter))

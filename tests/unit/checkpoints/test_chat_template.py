@@ -73,10 +73,8 @@ def test_environment_is_that_of_transformers(text):
 )
 def test_broken_or_hostile_template_is_a_checkpoint_error(text, message):
     for attempt in (derive, lambda source: render(source, CHATS[0])):
-        with pytest.raises(CheckpointError, match=message) as raised:
+        with pytest.raises(CheckpointError, match=f"(?s)model/chat_template.jinja.*({message}).*--chat-template"):
             attempt(broken(text))
-        assert "model/chat_template.jinja" in raised.value.message
-        assert "--chat-template" in (raised.value.fix or "")
 
 
 def test_template_may_be_hostile_to_some_conversations_only():
@@ -181,10 +179,8 @@ def test_tokens_that_only_the_tokenizers_config_tells(folder: Path) -> None:
 @pytest.mark.parametrize(("template", "told"), [(CHATML, "<|im_end|>, which is 2"), (BARE, "eos_token_id")])
 def test_a_checkpoint_without_any_is_refused(folder: Path, template: str, told: str) -> None:
     say(folder, template, "-", None, None)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=rf"(?s)org/model.*{re.escape(told)}"):
         generation.stop_tokens(folder, "org/model")
-    assert "org/model" in caught.value.message
-    assert told in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize(

@@ -271,9 +271,8 @@ def test_a_context_beyond_the_border_of_longrope(
     if not fix:  # the runtime computes its cache anew there
         assert resolve(folder, max_length=asked).context_length == asked
         return
-    with pytest.raises(CheckpointError, match=f"changes its factors at {border} tokens") as caught:
+    with pytest.raises(CheckpointError, match=f"(?s)changes its factors at {border} tokens.*{fix}"):
         resolve(folder, max_length=asked)
-    assert fix in (caught.value.fix or "")
 
 
 def test_longrope_has_the_key_that_the_exporter_reads(folder: Path, resolve: Resolve) -> None:

@@ -52,9 +52,8 @@ def test_many_requests_read_the_registry_once_and_a_failure_is_kept_no_longer_th
     read = Mock(side_effect=[TrackingError("down", "slmops up"), [entry("tiny-fp32", 1)], ZeroDivisionError()])
     kept = catalog.Kept(lambda: time.sleep(0.05) or read(), keep_s=0.3)
     for _ in range(3):
-        with pytest.raises(TrackingError, match="down") as caught:
+        with pytest.raises(TrackingError, match=r"down\n  slmops up"):
             kept()
-        assert caught.value.fix == "slmops up"
     time.sleep(0.35)
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(lambda _: kept()[0].version, range(20))) == [1] * 20

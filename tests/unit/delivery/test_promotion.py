@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from slmops.core.errors import GateError, UsageError
+from slmops.core.errors import UsageError
 from slmops.core.values import Measurement, VariantResult
 from slmops.delivery import promotion
 from slmops.foundry.versions import ModelVersion, Promoted, Promotion
@@ -69,9 +69,8 @@ def test_the_version_that_is_meant(asked: dict[str, Any], expected: tuple[int, s
 
 def test_nothing_to_promote_or_two_ways_to_name_it_or_an_evaluation_that_is_not_in_its_job() -> None:
     for chosen in (None, "int8"):  # nothing was chosen, or before there was a registry
-        with pytest.raises(UsageError, match="Nothing passes") as caught:
+        with pytest.raises(UsageError, match=r"(?s)Nothing passes.*--precision"):
             pick(Promotion(name="bot"), tracker(measured(0.5), chosen=chosen))
-        assert "--precision" in str(caught.value.fix)
     with pytest.raises(UsageError, match="--precision and --version"):
         pick(Promotion(name="bot", precision="int8", version=3), tracker())
     with pytest.raises(UsageError, match=r"bot version 2 \(int8\)"):
@@ -88,8 +87,6 @@ def test_the_margin_of_the_policy_decides(accuracy: float, refused: bool) -> Non
     error = promotion.refuse(decision)
     assert (error is not None) == refused
     if error is not None:
-        assert isinstance(error, GateError)
-        assert error.exit_code == 3
         assert "bot version 2 (int8)" in error.message
         assert "accuracy differs from the champion's by -0.15" in error.message
         assert "slmops promote bot --version 2 --force REASON" in (error.fix or "")

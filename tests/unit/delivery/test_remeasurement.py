@@ -66,9 +66,8 @@ def test_the_jobs_copies_stand_in_for_lost_files(lost: str, settings: Settings, 
     copies["evaluation_set"].write_text(making.EVALUATION_SET.replace("France", "Spain"))
     altered = remeasurement.plan(recorded(**asked, **copies), HERE, settings)
     assert altered.questions is None
-    with pytest.raises(PrerequisiteError, match="Nothing can be compared: speed and memory, which were") as caught:
+    with pytest.raises(PrerequisiteError, match=r"(?s)compared: speed and memory, which were.*slmops run"):
         remeasurement.plan(recorded(**asked, hardware_kind="another"), HERE, settings)
-    assert "slmops run" in str(caught.value.fix)
     originals["evaluation_set"].write_text(copies["evaluation_set"].read_text())  # it reads well, and is another
     another = remeasurement.plan(recorded(**asked), HERE, settings)
     assert another.left_out[0] == "accuracy, because its evaluation set is gone or altered"

@@ -1,5 +1,6 @@
 """How MLflow's errors reach a user."""
 
+import time
 from functools import partial
 
 from slmops.tracking.client import talking
@@ -41,9 +42,13 @@ def test_the_address_of_a_page_has_no_password() -> None:
     assert page == "https://mlflow.example:5000/#/models/bot/versions/3"
 
 
-def test_a_dead_server_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_server_is_an_error_of_its_own_and_noticed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, dead = time.monotonic(), Registry("http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match="slmops up"):
+        dead.models()
+    assert time.monotonic() - started < 30
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    dead, data = Registry("http://127.0.0.1:9"), TrainingTracker("http://127.0.0.1:9")
+    data = TrainingTracker("http://127.0.0.1:9")
     of_model = (dead.champion, dead.versions, lambda name: dead.find(name, "1"), data.records)
     for ask in (dead.models, *(partial(one, "x") for one in of_model)):
         with pytest.raises(TrackingError, match=r"MLflow at http://127\.0\.0\.1:9"):

@@ -218,13 +218,6 @@ def test_an_event_that_leads_to_nothing_is_repeated_more_and_more_rarely() -> No
     assert set(pauses[6:]) == {DAY_S}
 
 
-def test_ready_data_are_taken_only_if_intact(tmp_path: Path) -> None:
-    assert data._load(tmp_path) is None
-    for text in ("", "{", "[]", '{"data": 1}', "\x00"):
-        (tmp_path / data.REPORT_FILE).write_text(text)
-        assert data._load(tmp_path) is None
-
-
 def test_percentiles() -> None:
     assert list(data._percentiles([3, 1, 2]).values()) == [1, 2, 3, 3, 3, 6]
     expected = {"min": 1, "p50": 50, "p90": 90, "p99": 99, "max": 100, "total": 5050}

@@ -64,8 +64,8 @@ the only one of its run, no automation ever learns of the run. A label of the fl
 """
 
 T = TypeVar("T")
-Step = Callable[[], "Measured | Step | None"]
-"""A step of a recipe. It returns the next one, None if that is up to another machine, or the outcome at the end."""
+Step = Callable[[], Measured | None]
+"""A step of a recipe. It returns the outcome, or None if another machine has to go on."""
 
 
 class Workers(NamedTuple):
@@ -163,20 +163,18 @@ class _FanOut:
 
     def _go_on(self, recipe: Recipe, step: Step) -> Outcomes:
         """Do what is next for a recipe; yield what has become of it if that was all."""
-        now: Step | Measured | SlmopsError | None = step
-        while callable(now):
-            try:
-                now = now()
-            except TrackingError:
-                raise
-            except SlmopsError as error:
-                now = error
-                self.progress.step(1 if recipe.name in self.converted else 2)
-                if recipe.baseline and self.references is None:
-                    self.references = ()  # it never will be measured
-            self._submit()
-        if now is not None:
-            yield recipe.name, now
+        try:
+            outcome: Measured | SlmopsError | None = step()
+        except TrackingError:
+            raise
+        except SlmopsError as error:
+            outcome = error
+            self.progress.step(1 if recipe.name in self.converted else 2)
+            if recipe.baseline and self.references is None:
+                self.references = ()  # it never will be measured
+        self._submit()
+        if outcome is not None:
+            yield recipe.name, outcome
 
     def _begin(self, recipe: Recipe) -> None:
         """Convert, unless an earlier run has: what is deployed here and what is measured are to be the same files."""
@@ -192,7 +190,7 @@ class _FanOut:
         self.converted[recipe.name] = (key, files)
         self.due.append((recipe, "measure", 1))
 
-    def _take(self, child: _Child, state: State[Any]) -> Step | None:
+    def _take(self, child: _Child, state: State[Any]) -> Measured | None:
         """Look at what a part that has ended left behind."""
         part, pool = child.part, self.workers.pool
         what = f"{part.stage} {part.recipe.name}"
@@ -213,7 +211,8 @@ class _FanOut:
         if part.recipe.baseline:
             self.scored = result.figures.scored if result.figures else None
             self.references = result.references
-        return partial(self._finish, part, result)
+            self._submit()  # before the files are fetched, which takes a while
+        return self._finish(part, result)
 
     def _finish(self, part: Part, result: PartResult) -> Measured:
         """Have a measured variant here, as if it had been made here."""

@@ -19,7 +19,6 @@ from slmops.cli import terminal
 from slmops.cli.command import COMMANDS
 from slmops.core import errors
 from slmops.core.job import Job
-from slmops.core.values import Comparison
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Flows, Slmops
@@ -89,12 +88,6 @@ def test_flags_win_over_the_job_file(
     changed = {"model": "other", "precision": ["fp16"], "int4_block_size": 16, "top_p": 0.5}
     assert {"quick": True, **flows.options} == {**IN_FILE, **changed}
     assert "quick" not in flows.options
-
-
-def test_job_file_may_ask_for_json(flows: Flows, slmops: Slmops, tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text("model: demo\njson: true\n", encoding="utf-8")
-    code, out, _ = slmops("run --job job.yaml")
-    assert (code, Comparison.model_validate_json(out)) == (0, flows.answer)
 
 
 @pytest.mark.parametrize(

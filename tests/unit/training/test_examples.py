@@ -183,19 +183,6 @@ def test_words(text: str, expected: list[str]) -> None:
     assert checks.words(text) == expected
 
 
-@pytest.mark.parametrize(
-    ("turns", "expected"),
-    [
-        (["Hi"], "hi"),
-        (["Hello there", "Yes?", NINE], NINE),
-        ([NINE, "Since when?", "Since Monday."], f"{NINE} since monday"),
-        (["one", "?", "two", "?", NINE, "?", "three"], f"{NINE} three"),
-    ],
-)
-def test_asked(turns: list[str], expected: str) -> None:
-    assert " ".join(checks.asked(example(*turns).messages)) == expected
-
-
 def test_exact_duplicates_are_kept_once() -> None:
     train = numbered("a", "b", "a", "a")
     kept, problems = checks.unique(train)
@@ -238,6 +225,7 @@ def test_near_duplicates_and_contradictions() -> None:
         ([example("Good morning", "Yes?", NINE)], item(NINE), [1]),
         ([example("Can the weather change until tomorrow", "It can.", "Yes, please!")], SHORT_TURN, []),
         ([example(NINE, "Order some?", "yes, please")], SHORT_TURN, [1]),
+        ([example("one", "?", NINE, "Order some?", "yes, please")], SHORT_TURN, [1]),  # what came before does not count
     ],
 )
 def test_leaks(train: list[Example], held_out: Item, expected: list[int]) -> None:

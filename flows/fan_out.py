@@ -75,8 +75,6 @@ class Workers(NamedTuple):
 
 @dataclass
 class _Child:
-    """A part on its way."""
-
     part: Part
     attempt: int  # from 1 on
     sign: tuple[str, object] = ("", None)  # state and beat, as they were at the last look

@@ -105,8 +105,6 @@ def reread_environment() -> None:
 
 
 class ProgressBar:
-    """A progress bar in the flow run's artifacts."""
-
     def __init__(self, name: str, steps: int) -> None:
         self._steps = steps
         self._done = 0

@@ -107,7 +107,6 @@ class Compose:
         return f"http://{HOST}:{self.ports['mlflow']}"
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What Prefect's API answers."""
         method = "GET" if body is None else "POST"
         response = httpx.request(method, f"{self.prefect_api_url}{path}", json=body, timeout=30, trust_env=False)
         assert response.is_success, response.text
@@ -184,7 +183,6 @@ class Compose:
             time.sleep(1)  # each look is a process
 
     def said(self, service: str) -> str:
-        """The end of its log."""
         return "\n".join(self.log(service).read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
 
     def log(self, service: str) -> Path:

@@ -87,7 +87,6 @@ def talkative(kind: str, folder: Path) -> Path:
 
 
 def job(model: Path, **asked: Any) -> Job:
-    """A quick job for a checkpoint in a folder."""
     return Job(model=str(model), quick=True, **asked)
 
 
@@ -158,7 +157,6 @@ def put_databases(home: Path, databases: Path) -> None:
 
 
 def evaluation_set(folder: Path) -> Path:
-    """Write the evaluation set."""
     path = folder / "three.jsonl"
     path.write_text(EVALUATION_SET, encoding="utf-8")
     return path

@@ -84,7 +84,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config(kind: str, **changed: Any) -> Any:
-    """The config of ``kind``."""
     import transformers
 
     name, extra = KINDS[kind]

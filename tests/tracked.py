@@ -67,7 +67,6 @@ class Book:
         return version
 
     def finish(self, parent: str, *results: VariantResult, chosen: str | None = None, **other: Any) -> Comparison:
-        """End a job with a comparison of variants."""
         done = values.comparison(*results, chosen=chosen).model_copy(update={"model": self.name, "run_id": parent})
         self.tracker.finish_job(done, **{"policy": Policy(), "report": "", "note": "", "failed": False, **other})
         return done

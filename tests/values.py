@@ -147,7 +147,6 @@ def failed(name: str, reason: str) -> VariantResult:
 
 
 def comparison(*results: VariantResult, chosen: str | None = None, reason: str = "Because.") -> Comparison:
-    """The result of a job."""
     return Comparison(model="tiny", run_id="run1", choice=Choice(variant=chosen, reason=reason), variants=results)
 
 

@@ -46,8 +46,6 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_se
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What the small files of a checkpoint say."""
-
     config: Mapping[str, Any]  # content of config.json
     context_length: int  # tokens
     template: str | None  # the chat template that must be written into the folder; None: the folder's own will do

@@ -51,8 +51,6 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What the weight files say."""
-
     files: tuple[str, ...]  # names of the weight files and of their index
     parameters: int  # number of weights; tied embeddings count once
     size_mb: float  # of the weight files, in 10^6 bytes

@@ -78,7 +78,6 @@ def main() -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit code."""
     terminal.speak_utf8()
     terminal.log_to_stderr()
     os.environ.update(web.past_proxies())

@@ -94,8 +94,6 @@ class Figures(Frozen):
 
 
 class PartResult(Frozen):
-    """What a machine made of a part."""
-
     failure: Failure | None = None
     key: str | None = Field(None, pattern=KEY_PATTERN, description="Key of the variant that was converted.")
     variant: Files = Field((), description="Its files, manifest included.")

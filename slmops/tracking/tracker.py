@@ -145,7 +145,6 @@ class Tracker(Connection):
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def log_figures(self, run_id: str, figures: dict[str, float]) -> None:
-        """Add single figures to a run, which may be finished."""
         self._client.log_figures(run_id, figures)
 
     def abort_job(self, run_id: str) -> None:
@@ -213,7 +212,6 @@ class Tracker(Connection):
         return Comparison.model_validate_json(self._client.text_of(runs[0].info.run_id, COMPARISON_FILE))
 
     def models(self) -> list[str]:
-        """The names of all models of which there are jobs."""
         return [one.name for one in self._client.search_experiments() if one.tags.get(KIND) == "model"]
 
     def judged(self, job_id: str) -> tuple[Comparison, Policy]:
@@ -292,7 +290,6 @@ class Tracker(Connection):
         return f"{note}\n\nAnswers beside those of {BASELINE}: {', '.join(links)}" if links else note
 
     def _fail(self, run_id: str, recipe: str, logs: Path) -> None:
-        """Close a run as failed, with what logs there are."""
         for log in sorted(logs.glob(f"{recipe}.*.log")):
             self._client.log_artifact(run_id, str(log), "logs")
         self._client.set_terminated(run_id, "FAILED")

@@ -48,7 +48,6 @@ def state_folder(folder: Path, step: int) -> Path:
 
 
 def trainer_state(folder: Path, step: int) -> Any:
-    """What the Trainer itself recorded of that state."""
     return json.loads((state_folder(folder, step) / "trainer_state.json").read_text(encoding="utf-8"))
 
 
@@ -76,7 +75,6 @@ def resumable(folder: Path) -> tuple[int, WholeMark] | None:
 
 
 def mark_whole(state: Path, seconds: float, stopped: Stopped | None) -> None:
-    """Declare that the saved state in this folder is whole."""
     sizes = {path.name: path.stat().st_size for path in state.iterdir() if path.name != WHOLE}
     write_atomic(state / WHOLE, WholeMark(seconds=seconds, stopped=stopped, sizes=sizes).model_dump_json())
 

@@ -191,12 +191,10 @@ class Finetuned(TrainingResult):
 
     @property
     def adapter(self) -> Path:
-        """The LoRA adapter, in peft's format."""
         return self.folder / "adapter"
 
     @property
     def merged(self) -> Path:
-        """The fine-tuned checkpoint in Hugging Face format."""
         return self.folder / "merged"
 
 

@@ -179,8 +179,6 @@ print(json.dumps({"model": whole.model, "answer": whole.choices[0].message.conte
 
 
 class Service:
-    """``slmops serve`` under way."""
-
     def __init__(self, slmops: Any, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.started = slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")

@@ -44,7 +44,6 @@ def serving(uri: str, host: str) -> Iterator[tuple[subprocess.Popen[str], str, l
 
 
 def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, str]:
-    """Its status and last words."""
     process.send_signal(number)
     _, said = process.communicate(timeout=20)
     return process.returncode, said

@@ -43,13 +43,11 @@ read = download.read
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server has."""
     return tmp_path_factory.mktemp("server")
 
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """An MLflow server."""
     settings, servers = Settings(home=folder, mlflow_port=5600), dict[Server, Daemon]()
     stack._start(settings, servers, "mlflow")
     stack._wait_until_healthy(settings, servers, "mlflow")

@@ -53,7 +53,6 @@ deployments: [{{name: tiny, entrypoint: "tiny.py:tiny", work_pool: {{name: slmop
 
 @pytest.fixture(scope="module")
 def taken() -> Iterator[int]:
-    """The port of somebody else's server."""
     with socket.create_server((daemon.HOST, 0)) as other:
         yield other.getsockname()[1]
 

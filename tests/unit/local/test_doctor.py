@@ -51,7 +51,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def program(folder: Path, name: str, body: str) -> Path:
-    """An executable that Python runs."""
     if sys.platform == "win32":
         pytest.skip("a script with #! is no program")
     folder.mkdir(exist_ok=True)

@@ -4,10 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import psutil
@@ -25,6 +26,7 @@ from slmops.core.values import Checkpoint, Recipe, Variant
 from slmops.processes import children
 from tests import tiny
 
+T = TypeVar("T")
 EVALUATION_SET = """\
 {"prompt": "Say anything.", "expected": ".*", "match": "regex", "max_tokens": 8}
 {"prompt": "What is the capital of France?", "expected": "no model says this", "category": "capitals", "max_tokens": 8}
@@ -170,6 +172,21 @@ def workers(module: str) -> list[psutil.Process]:
             if module in " ".join(child.cmdline()):
                 running.append(child)
     return running
+
+
+def at_work(home: Path) -> list[psutil.Process]:
+    """Processes that were told of a folder in this home."""
+    running = psutil.process_iter(["cmdline"])
+    return [one for one in running if any(str(home) in argument for argument in one.info["cmdline"] or ())]
+
+
+def until(condition: Callable[[], T], what: str = "it comes true", seconds: float = 60) -> T:
+    """Wait for it; returns what it is then."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.05)
+    return found
 
 
 def no_download(_uri: str, _target: Path) -> Path:

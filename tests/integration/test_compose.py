@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -13,6 +13,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.server.security_utils import is_allowed_host_header
 
+from tests import making
 from tests.compose import ROOT, Compose
 
 pytestmark = pytest.mark.integration
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.integration
 PASSWORD = "p@ss:/w#rd %41'$x"
 """With all that breaks a URL, a shell or a variable."""
 DEFINED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,9 @@ def test_each_server_knows_its_names(servers: Compose) -> None:
 def test_the_worker_runs_what_is_started_on_the_page(working: Compose) -> None:
     deployment = working.ask("/deployments/name/prepare-environment/prepare-environment")
     run = working.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
-    deadline = time.monotonic() + PATIENCE_S
-    while run["state_type"] not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and time.monotonic() < deadline:
-        time.sleep(0.3)
-        run = working.ask(f"/flow_runs/{run['id']}")
-    assert run["state_type"] == "COMPLETED", working.said("worker")
+    now = partial(working.ask, f"/flow_runs/{run['id']}")
+    making.until(lambda: now()["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), "it ends", 240)
+    assert now()["state_type"] == "COMPLETED", working.said("worker")
     [shown] = working.ask("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
     assert shown["key"] == "environment"
     # This environment is whole: every package was imported.

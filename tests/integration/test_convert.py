@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -63,17 +62,11 @@ def killed(job: Job, home: Settings) -> int:
     argv = [sys.executable, "-c", CONVERT, job.model, str(home.home)]
     running = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
     log = home.logs / "tiny" / "fp16.olive.log"
-    deadline = time.monotonic() + 240
-    while not (log.exists() and "Running workflow" in log.read_text()):
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    worked = len(at_work(home.home))
+    making.until(lambda: log.exists() and "Running workflow" in log.read_text(), "Olive runs", 240)
+    worked = len(making.at_work(home.home))
     running.kill()
     running.wait()
-    while at_work(home.home):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    making.until(lambda: not making.at_work(home.home), "all processes are gone")
     assert not home.variants.exists()
     return worked
 
@@ -131,12 +124,6 @@ def left(home: Settings) -> set[str]:
 
 def files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def at_work(home: Path) -> list[psutil.Process]:
-    """Processes that were told of a folder in this home."""
-    running = psutil.process_iter(["cmdline"])
-    return [one for one in running if any(str(home) in argument for argument in one.info["cmdline"] or ())]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -239,7 +226,7 @@ def test_a_conversion_that_fails_leaves_nothing(job: Job, checkpoint: Checkpoint
     assert "No output model produced" in written.read_text()  # and Olive ended well
     assert caught.value.fix == f"Olive's log: {written}"
     assert left(fresh) == set()
-    assert at_work(fresh.home) == []
+    assert making.at_work(fresh.home) == []
 
 
 @pytest.mark.usefixtures("in_process")
@@ -284,4 +271,4 @@ def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path) -> None
         enlarge = ["mount", "-o", "remount,size=60m", str(small_disk)]
         subprocess.run(enlarge, check=True)
         assert store.load(convert(*asked, child).path) is not None
-    assert at_work(small_disk) == []
+    assert making.at_work(small_disk) == []

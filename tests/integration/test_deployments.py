@@ -2,8 +2,8 @@
 
 import asyncio
 import runpy
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,8 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     retraining.write_data(tmp_path / "data", answer="yes")
     assert look_for_news(news) == told
     of_it = {"deployments": {"id": {"any_": [deployments(api)["retrain"]["id"]]}}}
-    deadline, by_event = time.monotonic() + 60, []
-    while not by_event and time.monotonic() < deadline:
-        by_event = [run for run in api.post("flow_runs/filter", json=of_it).json() if not run["auto_scheduled"]]
-        time.sleep(0.5)
-    [run] = by_event  # which waits for a worker
+    runs = partial(api.post, "flow_runs/filter", json=of_it)
+    [run] = making.until(lambda: [run for run in runs().json() if not run["auto_scheduled"]], "the event starts one")
     asked = {"model": "demo", "data": "demo", "name": "ticket-router", "training": {"epochs": 2}}
     assert run["parameters"] == {"request": asked}
     # It is not told every five minutes, but again and again until a retraining has used them.

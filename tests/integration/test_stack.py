@@ -6,9 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import ServerStatus, Stack
 from slmops.processes import daemon
-from tests import shown, surroundings
+from tests import making, shown, surroundings
 
 pytestmark = pytest.mark.integration
 
@@ -215,13 +215,9 @@ def test_the_worker_runs_deployments_and_down_ends_its_flow_runs(
         [deployment] = api.post("deployments/filter", json={}).json()
         ask = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"seconds": 60}})
         run = f"flow_runs/{ask.json()['id']}"
-        deadline = time.monotonic() + 60
-        while api.get(run).json()["state_type"] != "RUNNING" and time.monotonic() < deadline:
-            time.sleep(0.2)
         of_run = {"logs": {"flow_run_id": {"any_": [ask.json()["id"]]}}}
-        while "hello from slmops" not in [one["message"] for one in api.post("logs/filter", json=of_run).json()]:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        said = partial(api.post, "logs/filter", json=of_run)
+        making.until(lambda: "hello from slmops" in [one["message"] for one in said().json()], "it says hello")
         assert daemon.stop(stack._read(settings)["worker"])
         assert api.get(run).json()["state_type"] == "CRASHED"
     assert not [process for process in ours(settings) if "prefect.engine" in " ".join(process.cmdline())]

@@ -10,9 +10,9 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,12 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
     with machines(("one", "two"), folder, [job, talkative.parent]) as workers:
         for worker in workers:
             worker.start(servers)
-            until(lambda: POOL in [one["name"] for one in servers.ask("/work_pools/filter", {})], "the pool is there")
+            making.until(partial(has_pool, servers), "the pool is there", PATIENCE_S)
         child = start_job(servers, talkative, job)
         try:
-            lost = until(lambda: in_a_second_conversion(workers), "a machine converts for the second time")
+            twice = partial(in_a_second_conversion, workers)
+            lost = making.until(twice, "a machine converts for the second time", PATIENCE_S)
+            assert lost is not None
             lost.kill()
             for service in ("postgres", "prefect", "mlflow"):
                 servers.stop(service)
@@ -179,6 +181,10 @@ def start_job(servers: Compose, model: Path, folder: Path) -> subprocess.Popen[b
         )
 
 
+def has_pool(servers: Compose) -> bool:
+    return POOL in [one["name"] for one in servers.ask("/work_pools/filter", {})]
+
+
 def in_a_second_conversion(workers: list[Machine]) -> Machine | None:
     """The machine that has converted and does so again."""
     for worker in workers:
@@ -187,14 +193,6 @@ def in_a_second_conversion(workers: list[Machine]) -> Machine | None:
         if began == 2 and worker.processes("olive_worker"):
             return worker
     return None
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-    return found
 
 
 def test_the_job_finishes_as_if_nothing_had_happened(finished: Finished) -> None:

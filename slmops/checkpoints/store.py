@@ -109,11 +109,9 @@ def dequantized(
             )
     log.warning("%s is stored in FP8: variants are compared with what it is dequantized to", where)
     digest = inspection.digest_of(inspection.digest_files(folder, files, job))
-
-    def request(target: Path, _: Path) -> UnpackRequest:
-        return UnpackRequest(source=folder, folder=target)
-
-    return made(digest, "dequantizing", unpack_worker.handle, request, settings)
+    return made(
+        digest, "dequantizing", unpack_worker.handle, lambda to, _: UnpackRequest(source=folder, folder=to), settings
+    )
 
 
 def stage(

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from slmops.checkpoints.source import DEMO
 from slmops.core.errors import GateError
 from slmops.core.job import Precision
 from slmops.core.names import Name
@@ -81,7 +82,7 @@ class Retrain(Frozen, use_attribute_docstrings=True):
 
         def absolute(text: str | Path) -> str:
             path = Path(text).expanduser()
-            return str(path.absolute() if path.exists() else text)
+            return str(path.absolute() if path.exists() and text != DEMO else text)
 
         given = {name: getattr(self, name) for name in ("model", "data", "evaluation_set", "policy")}
         changed = {name: absolute(text) for name, text in given.items() if text is not None}

@@ -135,13 +135,14 @@ def test_a_worker_does_what_waits_for_a_person(
 ) -> None:
     """In another folder."""
     (tmp_path / "d.jsonl").touch()
+    (tmp_path / "demo").mkdir()  # which "demo" is not
     assert slmops("promote bot --approval --approval-timeout-s 60")[:2] == (0, f"{PAGE}\n")
-    code, out, _ = slmops("retrain --model org/m --data d.jsonl --matcher m.py:f --approval --json")
+    code, out, _ = slmops("retrain --model demo --data d.jsonl --matcher m.py:f --approval --json")
     assert (code, json.loads(out)) == (0, {"url": PAGE})
     assert flows.asked == []
     [(one, promote), (two, retrain)] = handed_over
     assert (one, promote.name, promote.approval_timeout_s) == ("promote", "bot", 60)
-    assert (two, retrain.model, retrain.matcher) == ("retrain", "org/m", "m.py:f")
+    assert (two, retrain.model, retrain.matcher) == ("retrain", "demo", "m.py:f")
     assert retrain.data == str(tmp_path / "d.jsonl")
 
 

@@ -25,6 +25,8 @@ START_S = 300
 
 
 class Command:
+    """``slmops`` with one home."""
+
     def __init__(self, home: Path) -> None:
         self.home = home
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
@@ -32,10 +34,12 @@ class Command:
         self.env = {**kept, "SLMOPS_HOME": str(home), "SLMOPS_PREFECT_PORT": prefect, "SLMOPS_MLFLOW_PORT": mlflow}
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
         env = {**self.env, **env}
         return subprocess.run(self._argv(arguments), env=env, capture_output=True, text=True, check=False)
 
     def start(self, *arguments: str) -> Started:
+        """Run a command and go on."""
         return Started(self._argv(arguments), self.env)
 
     def json(self, *arguments: str) -> Any:

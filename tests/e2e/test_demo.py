@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from slmops.foundry.register import register
 from slmops.report import COLUMNS, SOMETIMES
 from slmops.selection import choice as selection
 from slmops.selection import policy
-from tests import making, measured
+from tests import measured
 from tests.application import application
 from tests.compose import free_ports
 
@@ -179,18 +179,23 @@ print(json.dumps({"model": whole.model, "answer": whole.choices[0].message.conte
 
 
 class Service:
+    """``slmops serve`` under way."""
+
     def __init__(self, slmops: Any, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.started = slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
 
     def wait_for(self, version: int) -> None:
-        def served() -> bool:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
             assert self.started.process.poll() is None, self.started.lines
-            with suppress(httpx.TransportError, KeyError):
-                return bool(httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version)
-            return False
-
-        making.until(served, f"version {version} is served", 120)
+            try:
+                if httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version:
+                    return
+            except (httpx.TransportError, KeyError):
+                pass
+            time.sleep(0.2)
+        raise AssertionError(f"version {version} is not served: {self.started.lines}")
 
 
 @pytest.fixture(scope="module")

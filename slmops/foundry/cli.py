@@ -1,7 +1,8 @@
 """The ``foundry`` command, where there is one: does it see our models, and do they answer?
 
-Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, in some with ``--prompt TEXT`` to answer once. Later
-ones have ``foundry complete MODEL TEXT`` instead, and ``foundry cache list`` for ``ls``.
+Previews differ. Up to 0.9 a chat is ``foundry model run MODEL``, in some with ``--prompt TEXT`` to answer once. From
+0.10 on there are ``foundry complete MODEL TEXT`` instead, ``foundry cache list`` for ``ls``, and ``--output json``.
+(cli/RELEASE-NOTES-0.10.0.md in github.com/microsoft/Foundry-Local, and the reference at learn.microsoft.com.)
 """
 
 import json
@@ -94,11 +95,7 @@ def _cache_at(models: Path) -> Iterator[None]:
     folder = Path.home() / ".foundry"
     note = folder / "slmops-original-location.json"
     with exclusive(folder / "slmops.lock", "Foundry's cache location", wait=True):
-        said = _foundry("cache", "location")
-        found = _FOLDER.findall(said)
-        if not found:
-            raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
-        own = found[-1]
+        own = _location()
         with suppress(OSError, ValueError, KeyError, TypeError):  # a process of ours was killed at this point
             noted = json.loads(note.read_text(encoding="utf-8"))
             own = str(noted["own"]) if Path(noted["ours"]) == Path(own) else own
@@ -109,6 +106,18 @@ def _cache_at(models: Path) -> Iterator[None]:
         finally:
             _foundry("cache", "cd", own)
             note.unlink()
+
+
+def _location() -> str:
+    if "--output" in _help("cache", "location"):
+        said = _foundry("cache", "location", "--output", "json")
+        with suppress(ValueError, KeyError, TypeError):
+            return str(json.loads(said)["path"])
+    else:
+        said = _foundry("cache", "location")
+        if found := _FOLDER.findall(said):
+            return str(found[-1])
+    raise RegistrationError(f"`foundry cache location` names no folder to go back to. It says: {said.strip()}")
 
 
 def _help(*command: str) -> str:

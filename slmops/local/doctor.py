@@ -261,8 +261,7 @@ def _probe(request: ProbeRequest, work: Path) -> ProbeResult:
 def _foundry_command(*, ask: bool) -> Check:
     name, program = "foundry command", shutil.which("foundry")
     if program is None:
-        note = "it does not exist on Linux" if sys.platform == "linux" else "optional: models are used through the SDK"
-        return Check(name, "ok", f"none; {note}")
+        return Check(name, "ok", "none; it is optional: models are used through the SDK")
     if not ask:
         return Check(name, "ok", program)
     if said := _say([program, "--version"]):

@@ -1,4 +1,4 @@
-"""The ``foundry`` command of Windows and macOS, played by a script that keeps its state in files."""
+"""The ``foundry`` command, played by a script that keeps its state in files."""
 
 import json
 import os
@@ -49,6 +49,10 @@ def answer(model, question):
 match asked:
     case ["cache", "--help"] if plays["help"]:
         say("Usage: foundry cache [command]\\n  location\\n  cd <path>\\n  " + ", ".join(plays["cache"]))
+    case ["cache", "location", "--help"] if plays["json"]:
+        say("Usage: foundry cache location [options]\\n  -o, --output <text|json>")
+    case ["cache", "location", "--output", "json"] if plays["json"]:
+        say(plays["json"].replace("FOLDER", json.dumps(location.read_text())))
     case ["cache", "location"]:
         say(plays["said"] + location.read_text())
     case ["cache", "cd", folder]:
@@ -83,6 +87,7 @@ PLAYS = {
     "help": True,
     "run": "chat",  # or "prompt", or "" for a preview that has no "model run"
     "complete": False,
+    "json": "",  # what "cache location --output json" says, FOLDER being the folder
     "fails": "",
     "service": False,  # it starts one, which keeps the output open
     "said": "Cache directory path: ",
@@ -141,7 +146,22 @@ def test_listed_by_either_command(foundry: Path, models: Path, has: list[str], h
     hold(models, "other-generic-cpu")
     confirm(models)
     listed = ["cache --help", f"cache {used}"]
-    assert calls(foundry) == ["cache location", f"cache cd {models}", *listed, f"cache cd {BEFORE}"]
+    assert calls(foundry)[1:] == ["cache location", f"cache cd {models}", *listed, f"cache cd {BEFORE}"]
+
+
+def test_as_from_0_10_on(foundry: Path, models: Path) -> None:
+    said = '{"path":FOLDER,"userSet":false}'
+    play(foundry, cache=["list"], run="", complete=True, json=said, said="Cache (default): ", progress="")
+    confirm(models)
+    assert ask(models) == f"You ask: {QUESTION}"
+    made = [call for call in calls(foundry) if not call.endswith("--help")]
+    moves = "cache location --output json", f"cache cd {models}"
+    back = f"cache cd {BEFORE}"
+    assert made == [*moves, "cache list", back, *moves, f"complete {CALLED} {QUESTION}", back]
+    for wrong in ("not JSON", "[]", "{}"):
+        play(foundry, json=wrong)
+        with pytest.raises(RegistrationError, match="names no folder"):
+            confirm(models)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +241,7 @@ def test_nothing_is_changed_that_could_not_be_restored(foundry: Path, models: Pa
     (foundry / "location.txt").write_text("memory")
     with pytest.raises(RegistrationError, match="No cache in memory"):
         action(models)
-    assert calls(foundry) == ["cache location"]
+    assert calls(foundry) == ["cache location --help", "cache location"]
     (foundry / "location.txt").write_text(BEFORE)
 
 

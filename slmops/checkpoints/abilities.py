@@ -20,6 +20,14 @@ from slmops.core.values import Frozen
 
 _CALL, _THOUGHT = re.compile("tool.?call", re.IGNORECASE), re.compile("think|reasoning", re.IGNORECASE)
 _THINKS = ("</think>", "reasoning_content", "enable_thinking")  # what only a template that knows of thoughts says
+_NO_CALLS = (
+    "The chat template knows tools, but the variants cannot call any: Foundry Local needs one pair of tokens, such as "
+    "<tool_call> and </tool_call>, which the tokenizer has, and between which the chat template writes calls."
+)
+_NO_THOUGHTS = (
+    "Thoughts stay part of the answers: Foundry Local needs one pair of tokens around them, such as <think> and "
+    "</think>, and only one of tokenizer and chat template has it."
+)
 _VALUE = "zqcalljx"  # letters only: no escaping changes them
 _TOOL = {"name": "zqtool", "description": "A tool.", "parameters": {"type": "object", "properties": {}}}
 
@@ -45,33 +53,14 @@ def derive(folder: Path) -> Abilities:
     if (template := chat_template.load(folder)) is None:
         return Abilities()
     tokens = added_tokens(folder)
-    names = set(re.findall(r"\w+", template.text))
-    tools, thoughts, remarks = _pair(tokens, _CALL), _pair(tokens, _THOUGHT), []
-    if "tools" not in names:
-        tools = None
-    elif tools is None:
-        remarks.append(
-            "The chat template knows tools, but the tokenizer does not have one pair of tokens that open and close a "
-            "tool call, which Foundry Local needs: the variants cannot call tools."
-        )
-    elif not _writes(template, tools):
-        remarks.append(
-            f"The chat template does not write a tool call between {tools.opening} and {tools.closing}: the variants "
-            "cannot call tools."
-        )
-        tools = None
+    tools, thoughts = _pair(tokens, _CALL), _pair(tokens, _THOUGHT)
+    knows_tools = "tools" in re.findall(r"\w+", template.text)
     thinks = any(word in template.text for word in (*_THINKS, *([thoughts.closing] if thoughts else [])))
-    if thinks and thoughts is None:
-        remarks.append(
-            "The chat template knows thoughts, but the tokenizer does not have one pair of tokens that open and close "
-            "them: they stay part of the answers."
-        )
-    elif thoughts is not None and not thinks:
-        remarks.append(
-            f"The tokenizer has {thoughts.opening} and {thoughts.closing}, but the chat template does not know them: "
-            "thoughts would stay part of the answers."
-        )
-    return Abilities(tools=tools, reasoning=thoughts if thinks else None, remarks=tuple(remarks))
+    if tools is not None and not (knows_tools and _writes(template, tools)):
+        tools = None
+    no_calls = [_NO_CALLS] if knows_tools and tools is None else []
+    no_thoughts = [_NO_THOUGHTS] if thinks != (thoughts is not None) else []
+    return Abilities(tools=tools, reasoning=thoughts if thinks else None, remarks=(*no_calls, *no_thoughts))
 
 
 def _pair(tokens: Mapping[str, int], named: re.Pattern[str]) -> Pair | None:

@@ -18,7 +18,6 @@ from slmops.core import web
 from slmops.core.errors import SlmopsError, UsageError
 from slmops.foundry import layout, private_catalog
 from slmops.foundry.private_catalog import Entry
-from slmops.foundry.versions import ABILITIES
 from slmops.processes import tree
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def entries(registry: "Registry") -> list[Entry]:
                     provider=version.provider,
                     size_bytes=round(version.size_mb * 1e6),
                     created=version.created,
-                    abilities=frozenset(version.tags.get(ABILITIES, "").split()),
+                    abilities=version.abilities,
                     latest=version is champion,
                 )
             )

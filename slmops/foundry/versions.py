@@ -17,7 +17,6 @@ from slmops.foundry.layout import GENAI_CONFIG, INFERENCE_MODEL, RELEASED_CONFIG
 
 VERSION_MANIFEST = "deployment.json"
 FILES = "slmops.files"  # the tag of a version whose weights are not in the registry, which says where they are instead
-ABILITIES = "slmops.abilities"  # the tag of a version that says what it can do besides answering
 CHAMPION = "champion"  # alias of the version that is deployed
 PREVIOUS = "previous"  # alias of the version that was the champion before
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
@@ -99,6 +98,11 @@ class ModelVersion(Frozen):
     def uploaded(self) -> bool:
         """The registry has all of its files; of others it has all but the weights."""
         return FILES not in self.tags
+
+    @property
+    def abilities(self) -> frozenset[str]:
+        """Of tools and reasoning, what it can do."""
+        return frozenset(self.tags.get("slmops.abilities", "").split())
 
     @property
     def label(self) -> str:

@@ -28,16 +28,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult, is_weights
 from slmops.foundry.layout import claimed, released
-from slmops.foundry.versions import (
-    ABILITIES,
-    CHAMPION,
-    FILES,
-    PREVIOUS,
-    RESERVED,
-    VERSION_MANIFEST,
-    ModelVersion,
-    VersionManifest,
-)
+from slmops.foundry.versions import CHAMPION, FILES, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
 
 TAGS = {
     "variant": "slmops.variant",
@@ -127,7 +118,7 @@ class Registry(Connection):
             "slmops.memory_mb": f"{result.metrics.get('memory_peak_mb', 0.0):.0f}",
             "slmops.device": manifest.device,
             "slmops.provider": manifest.provider,
-            ABILITIES: " ".join(sorted(claimed(registration.path))),
+            "slmops.abilities": " ".join(sorted(claimed(registration.path))),
             "slmops.gates": f"passed {outcomes.count('pass')} of {len(outcomes)}",
             "slmops.evaluation_run": result.run_id or "",
             "slmops.job_run": job_id,

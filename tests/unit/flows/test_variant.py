@@ -81,7 +81,7 @@ def test_questions_with_tools_are_for_checkpoints_that_can_call_them(tmp_path: P
     job, settings = Job(model="m", evaluation_set=asked), Settings(home=tmp_path / "home")
     for template, said in (
         ("{{ messages }}", "Its chat template knows no tools"),
-        ("{{ tools }}", "does not have one pair"),
+        ("{{ tools }}", "such as <tool_call>"),
     ):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(

@@ -21,7 +21,7 @@ from slmops.core.names import Name
 from slmops.core.settings import Settings
 from slmops.delivery import promotion
 from slmops.delivery.promotion import Decision
-from slmops.foundry.versions import Promoted, Promotion
+from slmops.foundry.versions import RELEASE, Promoted, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
 from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision, upload_files
@@ -57,7 +57,8 @@ def rollback(name: Name) -> Promoted:
     uri = stack.tracking_uri(settings)
     with _alone(name, settings):
         champion, previous = find_previous(uri, name)
-        check_files(previous, settings, uri)
+        for version in Registry(uri).release(previous):
+            check_files(version, settings, uri)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
         rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
         log.info("%s is the champion of %s again", previous.label, name)
@@ -84,7 +85,12 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         checked = check_files(challenger, settings, uri)
         # Before a person decides, because after that another machine may go on.
         challenger = upload_files(Registry(uri), challenger, checked.folder)
+        others = [one.challenger for one in decision.others]
+        for other in others:
+            upload_files(Registry(uri), other, check_files(other, settings, uri).folder)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
+        if others or challenger.others:
+            tags[RELEASE] = " ".join(str(other.version) for other in others)
         if request.approval:
             tags["slmops.approved"] = ask_person(decision, request)
         if refused is not None and request.force is not None:

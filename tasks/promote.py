@@ -47,7 +47,9 @@ def move_aliases(
     is_new = champion is None or champion.version != version.version
     if is_new:
         registry.promote(version, champion, tags)
-        kept = [one.foundry_id for one in (version, champion) if one is not None]
+        version = registry.find(version.name, str(version.version))
+        releases = [registry.release(one) for one in (version, champion) if one is not None]
+        kept = [one.foundry_id for release in releases for one in release]
         installed.tidy(version.name, kept, settings)  # what this and earlier promotions fetched for their checks
     return Promoted(
         model=version.name,
@@ -58,6 +60,7 @@ def move_aliases(
         forced=tags.get("slmops.forced"),
         gates=decision.gates if decision else (),
         url=registry.page(version),
+        others={one.variant: one.version for one in registry.release(version)[1:]},
     )
 
 

@@ -137,3 +137,8 @@ class FakeRegistry:
 
     def previous(self, name: str) -> ModelVersion | None:
         return self.champion(name, 1)
+
+    def release(self, version: ModelVersion) -> list[ModelVersion]:
+        """With one for WebGPU, if its tags name one."""
+        made_for = {"variant": "fp32-webgpu", "device": "gpu", "provider": "WebGpuExecutionProvider"}
+        return [version, *(version.model_copy(update={**made_for, "version": int(one)}) for one in version.others)]

@@ -14,7 +14,7 @@ from slmops.core.settings import Settings
 from slmops.core.values import Hardware, VariantFile
 from slmops.delivery import installed, pull
 from slmops.foundry import cli, register_worker
-from slmops.foundry.register_worker import ForgetResult, RegisterResult
+from slmops.foundry.register_worker import ForgetResult, ProviderResult, RegisterResult
 from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
 from slmops.tracking import download
@@ -109,6 +109,7 @@ class Device:
         self.forgotten: list[str] = []
         self.seen: list[set[str]] = []  # what Foundry Local found in the folder
         self.fails: Exception | None = None  # what registering a version raises
+        self.providers: tuple[str, ...] = ()  # of execution, beside the CPU's
         self.kept: set[str] = set()  # what the catalog does not let go
         self._patch = patch
         hardware = Hardware(system="Linux", machine="x86_64", processor="x", cores=2, memory_gb=8, isa=())
@@ -153,6 +154,9 @@ class Device:
             gone = [one for one in request.foundry_ids if one not in self.kept]
             self.forgotten += gone
             return ForgetResult(forgotten=tuple(gone)), None
+        if handle is register_worker.look_for:
+            missing = None if request.provider in self.providers else f"there is no {request.provider} here"
+            return ProviderResult(missing=missing), None
         assert handle is register_worker.handle
         assert request.home == self.settings.deployed
         self.registered.append(request.foundry_id)

@@ -25,6 +25,11 @@ TARGETS: dict[str, TargetDevice] = {
 """By name, and each better than those before it for a device that has several."""
 
 
+def of_model(called: str) -> TargetDevice:
+    """What a model is for, by the suffix of Foundry's name of it."""
+    return next((one for one in TARGETS.values() if called.endswith(f"-{one.suffix}")), TARGETS[CPU])
+
+
 def variant_name(precision: str, target: str) -> str:
     """How the variant of a recipe for a target is called."""
     return precision if target == CPU else f"{precision}-{target}"

@@ -153,7 +153,7 @@ class Registration(Frozen):
     foundry_id: str = Field(description="<name>-<precision>-generic-cpu:<version>, or the suffix of another target.")
     path: Path = Field(description="Folder in Foundry's cache layout.")
     answer: str = Field(description="What the variant answered to the smoke-test prompt.")
-    not_run: str | None = Field(None, description="Why Foundry Local does not run it here; None: it does.")
+    not_run: str | None = Field(None, description="Why Foundry Local does not run it here.")
 
 
 class Measurement(Frozen):
@@ -357,9 +357,8 @@ class Comparison(Frozen):
 
     @property
     def chosen(self) -> list[VariantResult]:
-        """The variants that were chosen, one for each target for which there is one."""
-        names = {one.variant for one in (self.choice, *self.other_choices.values())}
-        return [result for result in self.variants if result.name in names]
+        names = [one.variant for one in (self.choice, *self.other_choices.values())]
+        return [one for one in self.variants if one.name in names]
 
     @property
     def reasons(self) -> list[str]:
@@ -378,9 +377,8 @@ class Comparison(Frozen):
         steady = [result.name for result in measured if result.name not in rough and not result.not_run]
         if not rough:
             return ""
-        said = (
-            f"* The machine was busy with something else while {', '.join(rough)} took a turn: these figures are rough"
-        )
+        names = ", ".join(rough)
+        said = f"* The machine was busy with something else while {names} took a turn: these figures are rough"
         compare = f", do not compare with those of {', '.join(steady)}, which were not disturbed," * bool(steady)
         return f"{said}{compare} and take no part in choosing the fastest. The next run measures them anew."
 

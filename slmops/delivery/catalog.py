@@ -32,7 +32,8 @@ CLOSE_S = 5  # seconds that requests have to end when the catalog is stopped
 
 
 def entries(registry: "Registry") -> list[Entry]:
-    """What the catalog offers: the champion of each model and, to be looked up by its id, the version before it.
+    """What the catalog offers: the champion of each model and, to be looked up by its id, the version before it; both
+    for each target of their releases, of which the runtime sees what its device can run.
 
     The runtime takes the highest cached version behind an alias. After a rollback that would still be the version
     before, so it then has an alias of its own, ``<name>.previous``.
@@ -47,10 +48,11 @@ def entries(registry: "Registry") -> list[Entry]:
         if champion is None:
             continue
         before = [previous] if previous is not None and previous.version != champion.version else []
-        for version in (champion, *before):
+        releases = [(released, version) for released in (champion, *before) for version in registry.release(released)]
+        for released, version in releases:
             offered.append(
                 Entry(
-                    alias=name if version.version <= champion.version else f"{name}.previous",
+                    alias=name if released.version <= champion.version else f"{name}.previous",
                     name=layout.model_name(version.name, version.variant),
                     version=version.version,
                     display_name=f"{version.name} {version.variant}",
@@ -59,7 +61,7 @@ def entries(registry: "Registry") -> list[Entry]:
                     size_bytes=round(version.size_mb * 1e6),
                     created=version.created,
                     abilities=version.abilities,
-                    latest=version is champion,
+                    latest=released is champion,
                 )
             )
     return offered

@@ -18,21 +18,31 @@ class Decision(Frozen):
     gates: tuple[GateResult, ...]
     differs: tuple[str, ...] = Field(description="The conditions in which the two were measured differently.")
     elsewhere: str | None = Field(None, description="Why their speeds are not compared; None: they are.")
+    others: tuple["Decision", ...] = Field((), description="Those about versions for other targets in the release.")
 
     @property
     def against(self) -> list[str]:
-        """Why it is refused; empty if it is not."""
+        """Why it is refused, or one for another target is; empty if none is."""
         said = [gate.detail for gate in self.gates if gate.refuses]
         if self.differs and self.champion is not None:
             same = f"the same {' and '.join(self.differs)}, so they cannot be compared"
             said.append(f"{self.champion.label} and {self.challenger.label} were not measured with {same}")
-        return said
+        return said + [f"{one.challenger.variant}: {why}" for one in self.others for why in one.against]
 
 
 def decide(uri: str, request: Promotion) -> Decision:
-    """Judge the version that was asked for, or raise a UsageError if there is none, against the champion of now."""
+    """Judge the version that was asked for, or raise a UsageError if there is none, against the champion of now.
+
+    With the choice of a job come its choices for other targets: they are one release.
+    """
     registry, tracker = Registry(uri), Tracker(uri)
-    return judge(tracker, pick(registry, tracker, request), registry.champion(request.name))
+    challenger, champion = pick(registry, tracker, request), registry.champion(request.name)
+    comparison, _ = tracker.judged(challenger.job_id)
+    chosen = {one.name: one for one in comparison.chosen}
+    first = chosen.pop(comparison.choice.variant or "", None)
+    numbers = [one.version for one in chosen.values() if first and first.version == challenger.version]
+    others = [judge(tracker, registry.find(request.name, str(number)), champion) for number in numbers]
+    return judge(tracker, challenger, champion).model_copy(update={"others": tuple(others)})
 
 
 def pick(registry: Registry, tracker: Tracker, request: Promotion) -> ModelVersion:
@@ -90,7 +100,9 @@ def text(decision: Decision, request: Promotion) -> str:
     """What a person looks at before deciding, in Markdown."""
     champion = decision.champion.label if decision.champion else "nothing is deployed yet"
     gates = [f"- {gate.outcome}: {gate.detail}" for gate in decision.gates if gate.outcome != "skipped"]
-    lines = [f"**{decision.challenger.label}** is to replace: {champion}.", "", *(gates or ["No gate applies."])]
+    others = ", ".join(one.challenger.label for one in decision.others)
+    title = f"**{decision.challenger.label}** is to replace: {champion}." + f" With it: {others}." * bool(others)
+    lines = [title, "", *(gates or ["No gate applies."])]
     if decision.elsewhere:
         lines.append(f"- note: {decision.elsewhere}")
     against = [f"- {said}" for said in decision.against]

@@ -28,10 +28,11 @@ from slmops.core.files import (
 )
 from slmops.core.names import is_name
 from slmops.core.settings import Settings
+from slmops.core.targets import TARGETS, target_of
 from slmops.core.validation import problems
 from slmops.core.values import VariantFile, is_weights
 from slmops.delivery import installed
-from slmops.foundry import cli, layout, register
+from slmops.foundry import cli, layout, register, register_worker
 from slmops.foundry.register_worker import PROMPTS
 from slmops.foundry.versions import FILES, VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
 from slmops.processes import children
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROVIDER_S = 1800  # to find an execution provider, and to fetch it if it is to be had
+
 
 def split(reference: str) -> tuple[str, str | None]:
     """Name, and alias or version number, of ``NAME``, ``NAME@ALIAS`` or ``NAME@VERSION``; else a UsageError."""
@@ -53,24 +56,27 @@ def split(reference: str) -> tuple[str, str | None]:
     return name, which or None
 
 
-def fitting(registry: "Registry", name: str, which: str | None) -> ModelVersion:
+def fitting(registry: "Registry", name: str, which: str | None, settings: Settings) -> ModelVersion:
     """The version to have on this device: the one that ``which``, an alias or a number, names; a UsageError if none is.
 
-    By default it is the champion or, if that does not fit, the largest of the other versions of its job that does. A
-    PrerequisiteError says that nothing fits this device.
+    By default it is that of the champion's release whose target this device has, a GPU before the CPU. If none fits, it
+    is the largest of the other versions of its job that does. A PrerequisiteError says that nothing fits this device.
     """
     if which is not None:
-        return _check_fits(registry.find(name, which), f"`slmops pull {name}` takes the largest that fits.")
+        version = registry.find(name, which)
+        return _check_fits(version, _problem(version, settings), f"`slmops pull {name}` takes the largest that fits.")
     champion = registry.champion(name)
     if champion is None:
         raise UsageError(f"Nothing of {name} is promoted.", f"Run `slmops promote {name}` on the machine that made it.")
-    problem = _problem(champion)
-    if problem is None:
-        return champion
+    for version in sorted(registry.release(champion), key=lambda one: -[*TARGETS].index(target_of(one.variant))):
+        problem = _problem(version, settings)
+        if problem is None:
+            return version
+    problem = _problem(champion, settings)
     others = [one for one in registry.versions(name) if one.job_id == champion.job_id and one.uploaded]
-    fits = [version for version in others if _problem(version) is None]
+    fits = [version for version in others if _problem(version, settings) is None]
     if not fits:
-        also = "".join(f" {v.label}: {_problem(v)}." for v in others if v.version != champion.version)
+        also = "".join(f" {v.label}: {_problem(v, settings)}." for v in others if v.version != champion.version)
         said = f"No version of {name} fits this device. {champion.label}: {problem}.{also}"
         raise PrerequisiteError(said, "Promote a smaller variant, run its job with --upload, or use a larger device.")
     taken = max(fits, key=lambda version: (version.size_mb, version.version))
@@ -79,17 +85,26 @@ def fitting(registry: "Registry", name: str, which: str | None) -> ModelVersion:
     return taken
 
 
-def _check_fits(version: ModelVersion, fix: str) -> ModelVersion:
-    problem = _problem(version)
+def _check_fits(version: ModelVersion, problem: str | None, fix: str) -> ModelVersion:
     if problem is not None:
         raise PrerequisiteError(f"{version.label} does not fit this device: {problem}.", fix)
     return version
 
 
-def _problem(version: ModelVersion) -> str | None:
+def _problem(version: ModelVersion, settings: Settings) -> str | None:
     """Why this device cannot run a version; None if it can."""
     if version.device != "cpu":
-        return f"it is made for {version.device} ({version.provider}), and this device runs versions on the CPU"
+        request = register_worker.ProviderRequest(home=settings.deployed, provider=version.provider)
+        log_file = settings.logs / version.name / f"{version.variant}.provider.log"
+        found, _ = children.call(
+            register_worker.look_for, request, log=log_file, timeout_s=PROVIDER_S, error=RegistrationError
+        )
+        if found.missing:
+            return f"it is made for {version.device}, and {found.missing}"
+    return _too_large(version)
+
+
+def _too_large(version: ModelVersion) -> str | None:
     memory_mb = machine.hardware().memory_gb * 1000
     if version.memory_mb > memory_mb:
         return f"it needs {version.memory_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
@@ -101,7 +116,7 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
     from slmops.tracking.registry import Registry
 
     with installed.locked(name, settings):
-        done = _install(fitting(Registry(uri), name, which), settings, uri)
+        done = _install(fitting(Registry(uri), name, which, settings), settings, uri)
         installed.make_current(done, settings)
     return done
 
@@ -109,17 +124,17 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
 def install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
     """Bring a version onto this device, whole and verified, and register it in Foundry Local; twice is harmless.
 
-    The next attempt goes on with what a broken one has brought. Other versions are not touched. It is a
-    PrerequisiteError if it does not fit this device, it was not uploaded and is not here, or the disk is full; a
-    TrackingError if the registry cannot be reached, or its files are gone or altered; and a RegistrationError if
-    Foundry Local refuses it, or it answers nothing. A new version is then removed again.
+    The next attempt goes on with what a broken one has brought. Other versions are not touched. One that is for another
+    device is not asked. It is a PrerequisiteError if it is too large, was not uploaded and is not here, or the disk is
+    full; a TrackingError if the registry cannot be reached, or its files are gone or altered; and a RegistrationError
+    if Foundry Local refuses it, or it answers nothing. A new version is then removed again.
     """
     with installed.locked(version.name, settings):
         return _install(version, settings, uri)
 
 
 def _install(version: ModelVersion, settings: Settings, uri: str) -> Installed:
-    _check_fits(version, "Use a larger device, or promote a smaller variant.")
+    _check_fits(version, _too_large(version), "Use a larger device, or promote a smaller variant.")
     if not is_name(version.variant) or not re.fullmatch("[0-9a-f]{64}", version.manifest_sha256):
         raise TrackingError(f"{version.label} was not made by slmops: its tags make no sense.")
     done = installed.place(version.name, version.variant, version.version, settings)
@@ -246,15 +261,17 @@ def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, An
 
 
 def _register(done: Installed, settings: Settings) -> None:
-    """See that Foundry Local lists it, and that it answers."""
+    """See that Foundry Local lists it, and that it answers, if its device is here."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
+    provider = register.provider_of(done.variant)
     placed = settings.deployed, done.folder, done.foundry_id, f"{done.name} {done.variant}"
     with installed.catalog_locked(settings):
         cli.confirm(called, cache)
-        cli.ask(called, cache, PROMPTS[0])
+        if provider is None:
+            cli.ask(called, cache, PROMPTS[0])
         try:
             log_file = settings.logs / done.name / f"{done.variant}.pull.log"
-            register.register_folder(*placed, log=log_file)
+            register.register_folder(*placed, log=log_file, provider=provider)
         except SlmopsError:
             installed.forget([done.foundry_id], settings.deployed, settings)  # a child that crashed has not
             raise

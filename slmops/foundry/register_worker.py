@@ -56,6 +56,22 @@ def handle(request: RegisterRequest) -> RegisterResult:
     return RegisterResult(answer=reply.text or reply.reasoning)
 
 
+class ProviderRequest(Frozen):
+    home: Path
+    provider: str
+
+
+class ProviderResult(Frozen):
+    missing: str | None  # why it is not here
+
+
+def look_for(request: ProviderRequest) -> ProviderResult:
+    """Whether this device has an execution provider, which is fetched if Foundry Local can do that."""
+    from slmops.foundry import runtime
+
+    return ProviderResult(missing=runtime.missing(request.home, request.provider))
+
+
 class ForgetRequest(Frozen):
     home: Path
     foundry_ids: tuple[str, ...]

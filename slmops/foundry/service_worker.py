@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.core.errors import ServingError, SlmopsError
+from slmops.core.targets import of_model
 from slmops.core.values import Frozen
 from slmops.foundry.layout import PUBLISHER, claimed
 from slmops.processes import child
@@ -80,11 +81,14 @@ def serve(request: ServiceRequest) -> Any:
     # It listens before the server runs, so the runtime's first request waits in the queue.
     listening = socket.create_server((HOST, 0))
     name, _, version = request.foundry_id.rpartition(":")
+    made_for = of_model(name)
     entry = Entry(
-        alias=name.removesuffix("-generic-cpu"),
+        alias=name.removesuffix(f"-{made_for.suffix}"),
         name=name,
         version=int(version),
         display_name=name,
+        device=made_for.device,
+        provider=made_for.provider,
         size_bytes=sum(file.stat().st_size for file in request.folder.rglob("*") if file.is_file()),
         created=datetime.now(UTC),
         abilities=claimed(request.folder),

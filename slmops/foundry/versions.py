@@ -19,6 +19,7 @@ VERSION_MANIFEST = "deployment.json"
 FILES = "slmops.files"  # the tag of a version whose weights are not in the registry, which says where they are instead
 CHAMPION = "champion"  # alias of the version that is deployed
 PREVIOUS = "previous"  # alias of the version that was the champion before
+RELEASE = "slmops.release"  # the tag of a version with the numbers of those for other targets that come with it
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
 """What cannot be the alias of a variant: two have a meaning, MLflow keeps two for itself, and numbers are versions."""
 
@@ -105,6 +106,11 @@ class ModelVersion(Frozen):
         return frozenset(self.tags.get("slmops.abilities", "").split())
 
     @property
+    def others(self) -> list[str]:
+        """The numbers of the versions for other targets that are one release with it."""
+        return self.tags.get(RELEASE, "").split()
+
+    @property
     def label(self) -> str:
         """Its name in messages, such as ``support-bot version 3 (int8)``."""
         return f"{self.name} version {self.version} ({self.variant})"
@@ -131,6 +137,9 @@ class Promoted(Frozen):
     forced: str | None = Field(None, description="The reason, if gates were overridden.")
     gates: tuple[GateResult, ...] = ()
     url: str = Field(description="Its page in MLflow.")
+    others: dict[str, int] = Field(
+        {}, description="Versions for other targets in the same release.", exclude_if=lambda them: not them
+    )
 
     @property
     def text(self) -> str:
@@ -138,7 +147,8 @@ class Promoted(Frozen):
         if not self.changed:
             return f"{label} is the champion already."
         replaced = "" if self.replaced is None else f", in place of version {self.replaced}"
-        return f"{label} is the champion now{replaced}."
+        others = "".join(f", with version {number} ({variant})" for variant, number in self.others.items())
+        return f"{label} is the champion now{replaced}{others}."
 
 
 class Promotion(Frozen):

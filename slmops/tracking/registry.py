@@ -92,6 +92,13 @@ class Registry(Connection):
         """The version that was deployed before, if any."""
         return self._aliased(name, PREVIOUS)
 
+    def release(self, version: ModelVersion) -> list[ModelVersion]:
+        """A version and those for other targets that are deployed together with it.
+
+        They are named by a tag of it, so one alias moves for all of them.
+        """
+        return [version, *(self.find(version.name, number) for number in version.others)]
+
     def add(
         self, name: str, variant: Variant, registration: Registration, result: VariantResult, job_id: str
     ) -> ModelVersion:

@@ -11,7 +11,7 @@ import pytest
 from slmops.core.errors import TrackingError, UsageError
 from slmops.delivery import catalog
 from slmops.foundry.private_catalog import Entry
-from slmops.foundry.versions import ModelVersion
+from slmops.foundry.versions import RELEASE, ModelVersion
 from tests.catalogs import FakeRegistry, entry, version
 
 
@@ -34,6 +34,15 @@ def entries(**models: Any) -> list[Entry]:
 def test_entries(champion: ModelVersion | None, previous: ModelVersion | None, expected: Sequence[Any]) -> None:
     found = [(one.alias, one.name, one.version, one.latest) for one in entries(tiny=(champion, previous))]
     assert found == [(alias, f"tiny-{name}-generic-cpu", *others) for alias, name, *others in expected]
+
+
+def test_a_release_is_offered_for_each_of_its_targets_and_so_is_the_one_before() -> None:
+    champion, previous = (version(n, tags={RELEASE: f"{n + 1}"}) for n in (4, 2))
+    found = [(one.alias, one.name, one.version, one.device, one.latest) for one in entries(tiny=(champion, previous))]
+    assert found == [
+        *(("tiny", "tiny-fp32-generic-cpu", 4, "cpu", True), ("tiny", "tiny-fp32-generic-gpu", 5, "gpu", True)),
+        *(("tiny", "tiny-fp32-generic-cpu", 2, "cpu", False), ("tiny", "tiny-fp32-generic-gpu", 3, "gpu", False)),
+    ]
 
 
 def test_a_model_that_is_not_ours_hides_no_other_but_a_failure_does(caplog: pytest.LogCaptureFixture) -> None:

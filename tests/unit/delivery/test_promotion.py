@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from slmops.core.errors import UsageError
-from slmops.core.values import Measurement, VariantResult
+from slmops.core.values import Choice, Measurement, VariantResult
 from slmops.delivery import promotion
 from slmops.foundry.versions import ModelVersion, Promoted, Promotion
 from slmops.selection.policy import Gate, Policy
@@ -51,6 +51,30 @@ def judge(server: Any, champion: ModelVersion | None = CHAMPION) -> promotion.De
 def measured(accuracy: float, **changes: Any) -> VariantResult:
     made = values.result("int8", 100, accuracy=accuracy, spread=0.05)
     return made.model_copy(update={"run_id": "run-2", **changes})
+
+
+def test_the_choices_for_other_targets_come_along_and_one_that_is_refused_refuses_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = {3: "webgpu", 4: "cuda"}
+    others = [measured(0.8, name=f"int4-{target}", version=number) for number, target in targets.items()]
+    server = tracker(measured(0.8, version=2), *others)
+    choices = {target: Choice(variant=f"int4-{target}", reason="") for target in targets.values()}
+    judged = server.judged("job-2")[0].model_copy(update={"other_choices": choices}), Policy(gates=(ACCURACY,))
+    server.judged = {f"job-{number}": judged for number in (2, 3, 4)}.__getitem__
+    found = SimpleNamespace(
+        find=lambda name, which: values.model_version(int(which), name=name, run_id="run-2", job_id="job-2"),
+        champion=lambda _: CHAMPION,
+    )
+    monkeypatch.setattr(promotion, "Registry", lambda _: found)
+    monkeypatch.setattr(promotion, "Tracker", lambda _: server)
+    decision = promotion.decide("uri", Promotion(name="bot", version=2))
+    assert [one.challenger.version for one in decision.others] == [3, 4]
+    assert not decision.against
+    assert "With it: bot version 3 (int8), bot version 4" in promotion.text(decision, Promotion(name="bot"))
+    refused = decision.others[0].model_copy(update={"differs": ("text",)})
+    assert "int8: bot version 1" in decision.model_copy(update={"others": (refused,)}).against[0]
+    assert promotion.decide("uri", Promotion(name="bot", version=4)).others == ()  # which is asked for alone
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, RegistrationError, SlmopsError, TrackingError, UsageError
 from slmops.delivery import installed, pull
 from slmops.foundry import cli, layout
-from slmops.foundry.versions import VERSION_MANIFEST, Installed, ModelVersion
+from slmops.foundry.versions import RELEASE, VERSION_MANIFEST, Installed, ModelVersion
 from tests import values
 from tests.pulled import BIG, CRASHED, FILES, Device, contents, described, digest, names
 
@@ -152,7 +152,7 @@ def test_references() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"memory_mb": 8000.5}, "8000 MB of memory"), ({"device": "gpu", "provider": "CUDA"}, r"gpu \(CUDA\)")],
+    [({"memory_mb": 8000.5}, "8000 MB of memory")],
 )
 def test_a_version_that_does_not_fit_is_not_fetched(device: Device, changes: dict[str, Any], said: str) -> None:
     device.refuses(PrerequisiteError, said, **changes)
@@ -167,7 +167,12 @@ def registry(versions: Sequence[ModelVersion], champion: ModelVersion | None = N
                 return one
         raise UsageError(f"There is no {name}@{which}.")
 
-    return SimpleNamespace(versions={"bot": versions}.__getitem__, champion={"bot": champion}.__getitem__, find=find)
+    return SimpleNamespace(
+        versions={"bot": versions}.__getitem__,
+        champion={"bot": champion}.__getitem__,
+        find=find,
+        release=lambda one: [one, *(other for other in versions if str(other.version) in one.others)],
+    )
 
 
 def listed(number: int, variant: str, size_mb: float, memory_mb: float, **changes: Any) -> ModelVersion:
@@ -181,10 +186,28 @@ INT8 = listed(3, "int8", 150, 7000)
 INT4 = listed(4, "int4", 100, 5000)
 INT4_AGAIN = listed(7, "int4", 100, 5000)
 OLDER = listed(2, "int8", 200, 1000, job_id="older")
-GPU = listed(8, "cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider")
+GPU = listed(8, "int4-cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider")
+WEBGPU = listed(9, "int4-webgpu", 160, 100, device="gpu", provider="WebGpuExecutionProvider")
+RELEASED = listed(3, "int8", 150, 7000, tags={RELEASE: "9 8"})
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize(
+    ("providers", "expected"),
+    [
+        ((), RELEASED),
+        (("WebGpuExecutionProvider",), WEBGPU),
+        (("WebGpuExecutionProvider", "CUDAExecutionProvider"), GPU),
+    ],
+)
+def test_of_a_release_a_device_takes_what_its_best_provider_runs(
+    device: Device, providers: tuple[str, ...], expected: ModelVersion, caplog: pytest.LogCaptureFixture
+) -> None:
+    device.providers = providers
+    versions = registry([RELEASED, INT4, GPU, WEBGPU], RELEASED)
+    assert pull.fitting(versions, "bot", None, device.settings) == expected
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize(
     ("versions", "champion", "which", "expected"),
     [
@@ -199,9 +222,14 @@ GPU = listed(8, "cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider"
     ],
 )
 def test_the_choice(
-    versions: list[ModelVersion], champion: Any, which: str | None, expected: Any, caplog: pytest.LogCaptureFixture
+    device: Device,
+    versions: list[ModelVersion],
+    champion: Any,
+    which: str | None,
+    expected: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert pull.fitting(registry(versions, champion), "bot", which) == expected
+    assert pull.fitting(registry(versions, champion), "bot", which, device.settings) == expected
     if which is None and expected != champion:
         assert champion.label in caplog.text
         assert expected.label in caplog.text
@@ -209,21 +237,25 @@ def test_the_choice(
         assert caplog.text == ""
 
 
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("versions", "champion", "which", "error", "said"),
     [
         ([INT8], None, None, UsageError, ["bot"]),
         ([INT8], INT8, "fp64", UsageError, ["bot@fp64"]),
         ([FP32, INT4], INT4, "fp32", PrerequisiteError, [FP32.label, "9000 MB", "8000 MB"]),
-        ([INT4, GPU], INT4, "cuda", PrerequisiteError, [GPU.label, "gpu (CUDAExecutionProvider)"]),
+        ([INT4, GPU], INT4, "int4-cuda", PrerequisiteError, [GPU.label, "gpu, and there is no CUDAExecutionProvider"]),
         ([FP32, FP16, OLDER], FP32, None, PrerequisiteError, [FP32.label, "9000 MB", FP16.label, "8100 MB"]),
     ],
 )
 def test_no_choice(
-    versions: list[ModelVersion], champion: Any, which: str | None, error: type[SlmopsError], said: Sequence[str]
+    device: Device,
+    versions: list[ModelVersion],
+    champion: Any,
+    which: str | None,
+    error: type[SlmopsError],
+    said: Sequence[str],
 ) -> None:
     with pytest.raises(error) as caught:
-        pull.fitting(registry(versions, champion), "bot", which)
+        pull.fitting(registry(versions, champion), "bot", which, device.settings)
     assert all(one in caught.value.message for one in said)
     assert OLDER.label not in caught.value.message

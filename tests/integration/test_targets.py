@@ -1,0 +1,76 @@
+"""One job for the CPU and for WebGPU on a machine without a GPU: from the conversion to what a device gets."""
+
+from pathlib import Path
+
+import pytest
+
+from flows.optimize import optimize
+from flows.promote import promote, rollback
+from slmops.core.errors import PrerequisiteError
+from slmops.core.settings import Settings
+from slmops.core.values import Comparison
+from slmops.delivery import catalog
+from slmops.delivery.pull import pull
+from slmops.foundry.versions import Promotion
+from slmops.tracking.registry import Registry
+from tests import making
+from tests.application import Application
+from tests.catalogs import Server
+
+pytestmark = pytest.mark.integration
+
+NAME = "two-targets"
+POLICY = "preference: [int4]\ngates: [{metric: perplexity, of: ratio, to: baseline, max: 3}]"
+
+
+@pytest.fixture(scope="module")
+def made(settings: Settings, talkative: Path, stock: Settings, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    inputs = tmp_path_factory.mktemp("inputs")
+    (inputs / "policy.yaml").write_text(POLICY)
+    asked = {"evaluation_set": making.evaluation_set(inputs), "policy": inputs / "policy.yaml"}
+    job = making.job(talkative, name=NAME, precision=["int4"], target=["webgpu", "cpu"], **asked)
+    making.place(("fp32", "int4"), job, stock, settings.home)
+    return optimize(job)
+
+
+def test_both_are_made_and_proven_and_what_needs_the_device_is_not_measured(made: Comparison) -> None:
+    results = {one.name: one for one in made.variants}
+    assert {name: one.foundry_id for name, one in results.items()} == {
+        "fp32": f"{NAME}-fp32-generic-cpu:1",
+        "int4": f"{NAME}-int4-generic-cpu:1",
+        "int4-webgpu": f"{NAME}-int4-generic-gpu:1",
+    }
+    assert (made.choice.variant, made.other_choices["webgpu"].variant) == ("int4", "int4-webgpu")
+    cpu, webgpu = results["int4"], results["int4-webgpu"]
+    assert "no device for WebGpuExecutionProvider" in (webgpu.not_run or "")
+    missing = {"decode_tok_s", "memory_peak_mb", "load_s"}
+    assert missing < cpu.metrics.keys() - webgpu.metrics.keys()
+    # The same integers, in a graph of its own with fp16 arithmetic.
+    assert webgpu.metrics["perplexity_ratio"] == pytest.approx(cpu.metrics["perplexity_ratio"], rel=0.02)
+    assert webgpu.metrics["accuracy"] == cpu.metrics["accuracy"]
+
+
+def test_they_are_promoted_pulled_and_offered_together(made: Comparison, settings: Settings, tmp_path: Path) -> None:
+    uri = str(settings.tracking_uri)
+    numbers = {one.name: one.version for one in made.variants}
+    first = promote(Promotion(name=NAME))
+    assert (first.version, first.others) == (numbers["int4"], {"int4-webgpu": numbers["int4-webgpu"]})
+    registry = Registry(uri)
+    assert all(one.uploaded for one in registry.release(registry.champion(NAME)))
+    device = Settings(home=tmp_path / "device")
+    assert pull(NAME, None, device, uri).variant == "int4"
+    with pytest.raises(PrerequisiteError, match="no device for WebGpuExecutionProvider"):
+        pull(NAME, "int4-webgpu", device, uri)
+
+    cpu, gpu = f"{NAME}-int4-generic-cpu:{first.version}", f"{NAME}-int4-generic-gpu:{numbers['int4-webgpu']}"
+    with Server() as server:
+        server.entries = catalog.entries(registry)
+        assert [(one.alias, f"{one.name}:{one.version}") for one in server.entries] == [(NAME, cpu), (NAME, gpu)]
+        with Application(device.deployed, server.url) as application:
+            assert application("list") == [[NAME, cpu, True]]  # what the CPU can run
+            assert application("variant", gpu) == [NAME, gpu, False]
+            assert application("load", cpu) is None
+
+    second = promote(Promotion(name=NAME, precision="fp32"))
+    assert (second.others, registry.release(registry.champion(NAME))[1:]) == ({}, [])
+    assert rollback(NAME).others == first.others

@@ -20,8 +20,7 @@ def flow_runs(flow: str) -> list[FlowRun]:
     """The runs of a flow, oldest first."""
     with get_client(sync_client=True) as client:
         named = FlowFilter(name=FlowFilterName(any_=[flow]))
-        found: list[FlowRun] = client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_ASC)
-        return found
+        return client.read_flow_runs(flow_filter=named, sort=FlowRunSort.START_TIME_ASC)
 
 
 def artifacts(run: FlowRun, processes: int = 1) -> dict[str, Any]:

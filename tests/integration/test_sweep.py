@@ -88,7 +88,6 @@ def test_a_sweep_goes_on_after_it_was_ended_and_its_knee_becomes_a_recipe(
     assert kept.metrics["size_ratio"] < 0.6
     assert artifacts(flow_runs("sweep")[-1])["sweep-tiny-s"].startswith(f"```\n{found.text}")
     # The recipe makes the same, with its settings of the runtime.
-    assert found.saved is not None
     assert json.loads(found.saved.read_text())["passes"]["quantize"]["group_size"] == 32
     job = Job(model=str(talkative), precision=["found"], quick=True)
     checkpoint = making.resolve(job, settings)

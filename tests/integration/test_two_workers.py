@@ -144,7 +144,6 @@ def finished(servers: Compose, talkative: Path, tmp_path_factory: pytest.TempPat
         try:
             twice = partial(in_a_second_conversion, workers)
             lost = making.until(twice, "a machine converts for the second time", PATIENCE_S)
-            assert lost is not None
             lost.kill()
             for service in ("postgres", "prefect", "mlflow"):
                 servers.stop(service)

@@ -45,8 +45,7 @@ class Flows:
     def options(self) -> dict[str, Any]:
         """The options of the one request that differ from the defaults."""
         [(_, request)] = self.asked
-        found: dict[str, Any] = request.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
-        return found
+        return request.model_dump(mode="json", exclude_defaults=True, exclude_unset=True)
 
 
 @pytest.fixture

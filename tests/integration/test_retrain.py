@@ -150,7 +150,6 @@ def test_a_model_that_learnt_nonsense_is_refused(
     data = retraining.write_data(folder / "nonsense", answer="no")
     with pytest.raises(RetrainError) as caught:
         retrain(retraining.request(model, data, NAME))
-    assert caught.value.exit_code == 3
     result = caught.value.result
     assert (result.outcome, result.accuracy["finetuned"].value) == ("refused", 0)
     assert "measure champion" not in result.seconds  # it was measured with the same

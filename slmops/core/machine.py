@@ -43,13 +43,16 @@ _ALIASES = {
 
 def hardware() -> Hardware:
     """This machine. Cores are the logical ones that this process may use; memory is what it may use, in 10^9 bytes."""
+    cores = psutil.cpu_count() or 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0))
     facts = _linux_cpu() if sys.platform == "linux" else _macos_cpu() if sys.platform == "darwin" else {}
     features = {_ALIASES.get(name, name) for name in facts.get("features", "").lower().split()}
     return Hardware(
         system=f"{platform.system()} {platform.release()}",
         machine=platform.machine(),
         processor=facts.get("name") or platform.processor() or platform.machine(),
-        cores=_cores(),
+        cores=cores,
         memory_gb=round(memory()[0] / 1e9, 1),
         isa=tuple(name for name in (*_X86, *_X86_MATRIX, *_ARM) if name in features),
     )
@@ -58,12 +61,6 @@ def hardware() -> Hardware:
 def physical_cores() -> int:
     """Physical cores that this process may use: threads that compute gain nothing from a second one on a core."""
     return min(psutil.cpu_count(logical=False) or 1, hardware().cores)
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return psutil.cpu_count() or 1
 
 
 def memory() -> tuple[int, int]:

@@ -134,8 +134,7 @@ def free_port(first: int, taken: Collection[int]) -> int:
 
 def _listens(first: psutil.Process, port: int) -> bool:
     with contextlib.suppress(psutil.Error):
-        members = [first, *first.children(recursive=True)]
-        connections = (one for member in members for one in member.net_connections("tcp"))
+        connections = (one for member in tree.members(first.pid) for one in member.net_connections("tcp"))
         return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in connections)
     return False
 
@@ -146,10 +145,7 @@ def _members(daemon: Daemon) -> list[psutil.Process]:
     The session outlives a leader that was killed, and such orphans still hold the port and the database. The number of
     the session does not prove that they are ours; the mark in their environment does.
     """
-    members: list[psutil.Process] = []
-    if first := leader(daemon):
-        with contextlib.suppress(psutil.Error):
-            members = [first, *first.children(recursive=True)]
+    members = tree.members(daemon.pid) if leader(daemon) else []
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             near = other not in members and tree.in_session(other.pid, daemon.pid)

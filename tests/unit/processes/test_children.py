@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from slmops.core.errors import CheckpointError, ConversionError, PrerequisiteError
-from slmops.processes import children, tree
+from slmops.processes import children, daemon, tree
 from slmops.processes.children import Finished
+from slmops.processes.daemon import Daemon
 from tests.unit.processes import odd_worker
 from tests.unit.processes.odd_worker import Request, Result
 
@@ -378,3 +379,24 @@ def test_to_end_a_process_that_is_gone_is_nothing(
     if system == "win32":
         monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("somebody was asked"))
     end(child.pid)
+
+
+@pytest.mark.skipif(ON_WINDOWS, reason="it plays Windows")
+def test_a_server_whose_first_process_was_killed_is_ended_by_its_mark_where_there_are_no_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(name: str) -> tuple[Daemon, int]:
+        file = tmp_path / f"{name}.pid"
+        argv = [sys.executable, "-S", "-c", starting("run", sleeping(file))]
+        started = daemon.spawn(argv, port=9, mark=str(file), env=dict(os.environ), log=tmp_path / name)
+        return started, number(file)
+
+    (server, left), (other, its) = start("server"), start("other")
+    psutil.Process(server.pid).kill()
+    monkeypatch.setattr(tree, "sys", SimpleNamespace(platform="win32"))
+    assert not gone(left, within_s=0.2)
+    assert daemon.stop(server)
+    assert gone(left, within_s=2)
+    assert not gone(its, within_s=0.2)
+    assert daemon.stop(other)
+    assert gone(its, within_s=2)

@@ -1,11 +1,21 @@
 """One job for the CPU and for WebGPU on a machine without a GPU: from the conversion to what a device gets."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flows.optimize import optimize
 from flows.promote import promote, rollback
+from slmops.conversion import schema_worker
+from slmops.conversion.convert import convert
+from slmops.conversion.logits import OnnxModel
+from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import PrerequisiteError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
@@ -13,7 +23,7 @@ from slmops.delivery import catalog
 from slmops.delivery.pull import pull
 from slmops.foundry.versions import Promotion
 from slmops.tracking.registry import Registry
-from tests import making
+from tests import making, webgpu
 from tests.application import Application
 from tests.catalogs import Server
 
@@ -74,3 +84,55 @@ def test_they_are_promoted_pulled_and_offered_together(made: Comparison, setting
     second = promote(Promotion(name=NAME, precision="fp32"))
     assert (second.others, registry.release(registry.champion(NAME))[1:]) == ({}, [])
     assert rollback(NAME).others == first.others
+
+
+@pytest.mark.usefixtures("in_process")
+def test_every_target_is_made_and_computes_on_the_cpu_what_the_checkpoint_does(
+    talkative: Path, fresh: Settings
+) -> None:
+    names = ["fp16-dml", "int8-webgpu", "fp16-cuda", "int4-cuda", "fp16-trt-rtx"]
+    providers = ["dml", "webgpu", "cuda", "cuda", "NvTensorRtRtx"]
+    job = making.job(talkative, precision=["fp16", "int8", "int4"], target=["dml", "webgpu", "cuda", "trt-rtx"])
+    checkpoint = making.resolve(job, fresh)
+    for name, provider in zip(names, providers, strict=True):
+        variant = convert(making.recipe(name, job, checkpoint), checkpoint, job, "tiny", fresh)
+        written = json.loads((variant.path / "genai_config.json").read_text(encoding="utf-8"))
+        options = written["model"]["decoder"]["session_options"]["provider_options"]
+        assert [list(one) for one in options] == [[provider]]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_olive_knows_the_keys_of_the_workflow_for_an_npu(talkative: Path) -> None:
+    file = Path(__file__).parents[2] / "docs" / "npu" / "openvino.json"
+    config = json.loads(file.read_text(encoding="utf-8").replace("<model_path>", str(talkative)))
+    assert schema_worker.handle(Workflow(config=config)).problems == ()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime_ep_webgpu") is None,
+    reason="the package onnxruntime-ep-webgpu is missing: pip install -c constraints.txt -e '.[dev]'",
+)
+@pytest.mark.skipif(
+    not webgpu.DRIVER.exists(), reason="there is no Vulkan in software: apt-get install chromium, which brings one"
+)
+@pytest.mark.usefixtures("in_process")
+def test_webgpus_own_kernels_run_the_graph_and_compute_what_the_cpu_does(
+    talkative: Path, fresh: Settings, tmp_path: Path
+) -> None:
+    job = making.job(talkative, precision=["int4"], target=["webgpu"])
+    checkpoint = making.resolve(job, fresh)
+    recipe = making.recipe("int4-webgpu", job, checkpoint)
+    # Vulkan in software has no 16-bit numbers.
+    passes = {name: dict(step) for name, step in recipe.config["passes"].items()}
+    passes["export"]["extra_options"] = {**passes["export"]["extra_options"], "use_webgpu_fp32": True}
+    in_fp32 = recipe.model_copy(update={"config": {**recipe.config, "passes": passes}})
+    variant = convert(in_fp32, checkpoint, job, "tiny", fresh)
+    tokens, found = tmp_path / "tokens.npy", tmp_path / "found.npz"
+    np.save(tokens, np.arange(5, 21, dtype=np.int64))
+    asked = [sys.executable, "-m", "tests.webgpu", str(variant.path), str(tokens), str(found)]
+    subprocess.run(asked, env={**os.environ, **webgpu.ENVIRONMENT}, check=True, timeout=300)
+    ran = np.load(found)
+    assert {"MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention"} < {*ran["operators"]}
+    expected = OnnxModel(variant.path).logits(np.load(tokens))
+    # Both round what they multiply to 8 bits, each in its own way.
+    assert np.abs(ran["logits"] - expected).max() < 0.05 * np.abs(expected).max()

@@ -25,8 +25,6 @@ START_S = 300
 
 
 class Command:
-    """``slmops`` with one home."""
-
     def __init__(self, home: Path) -> None:
         self.home = home
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLMOPS_", "PREFECT_", "MLFLOW_"))}
@@ -34,12 +32,10 @@ class Command:
         self.env = {**kept, "SLMOPS_HOME": str(home), "SLMOPS_PREFECT_PORT": prefect, "SLMOPS_MLFLOW_PORT": mlflow}
 
     def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
         env = {**self.env, **env}
         return subprocess.run(self._argv(arguments), env=env, capture_output=True, text=True, check=False)
 
     def start(self, *arguments: str) -> Started:
-        """Run a command and go on."""
         return Started(self._argv(arguments), self.env)
 
     def json(self, *arguments: str) -> Any:
@@ -101,5 +97,4 @@ def comparison(slmops: Command, demo_home: Settings) -> dict[str, Any]:
     done = slmops("run", "--model", "demo", "--precision", "int8", "--precision", "fp32", "--quick", "--json")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)  # nothing but the comparison is on stdout
-    return answer
+    return json.loads(done.stdout)  # nothing but the comparison is on stdout

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from slmops.foundry.register import register
 from slmops.report import COLUMNS, SOMETIMES
 from slmops.selection import choice as selection
 from slmops.selection import policy
-from tests import measured
+from tests import making, measured
 from tests.application import application
 from tests.compose import free_ports
 
@@ -61,8 +61,7 @@ def test_mlflow_holds_parent_children_and_models(slmops: Any, comparison: dict[s
     api = slmops.json("status")["mlflow"]["url"] + "/api/2.0/mlflow"
 
     def run(run_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = httpx.get(f"{api}/runs/get", params={"run_id": run_id}).json()["run"]
-        return found
+        return httpx.get(f"{api}/runs/get", params={"run_id": run_id}).json()["run"]
 
     parent = run(comparison["run_id"])
     assert parent["info"]["status"] == "FINISHED"
@@ -179,23 +178,18 @@ print(json.dumps({"model": whole.model, "answer": whole.choices[0].message.conte
 
 
 class Service:
-    """``slmops serve`` under way."""
-
     def __init__(self, slmops: Any, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.started = slmops.start("serve", NAME, "--port", str(port), "--poll-s", "0.5")
 
     def wait_for(self, version: int) -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
+        def served() -> bool:
             assert self.started.process.poll() is None, self.started.lines
-            try:
-                if httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version:
-                    return
-            except (httpx.TransportError, KeyError):
-                pass
-            time.sleep(0.2)
-        raise AssertionError(f"version {version} is not served: {self.started.lines}")
+            with suppress(httpx.TransportError, KeyError):
+                return bool(httpx.get(f"{self.url}/health", timeout=10).json()["version"] == version)
+            return False
+
+        making.until(served, f"version {version} is served", 120)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests import retraining, shown, tiny
+from tests import making, retraining, shown, tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -28,23 +28,13 @@ RUN_S = 600
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
-def _workers(home: Path) -> list[psutil.Process]:
-    """Child processes that work in this home."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if any(part.startswith("slmops.") for part in command) and any(str(home) in part for part in command):
-            found.append(process)
-    return found
+def _gone(home: Path, after: str) -> None:
+    """The children that work in this home are."""
 
+    def gone() -> bool:
+        return not any(part.startswith("slmops.") for one in making.at_work(home) for part in one.info["cmdline"])
 
-def _gone(home: Path) -> bool:
-    deadline = time.monotonic() + 30
-    while _workers(home):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+    making.until(gone, f"children outlived what was ended while {after!r}", 30)
 
 
 def test_after_each_end_the_next_run_cleans_up_and_one_from_the_page_succeeds(slmops: Any, tmp_path: Path) -> None:
@@ -54,7 +44,7 @@ def test_after_each_end_the_next_run_cleans_up_and_one_from_the_page_succeeds(sl
         job = slmops.start(*arguments)
         job.wait_for(stage)
         status = job.end(sig)
-        assert _gone(slmops.home), f"children outlived a job ended by {sig.name} while {stage!r}"
+        _gone(slmops.home, stage)
         if sig == signal.SIGKILL:
             assert status == -sig
         else:
@@ -93,10 +83,12 @@ def _run_from_the_page(slmops: Any, job: dict[str, Any]) -> None:
         of_it = {"deployments": {"name": {"any_": ["optimize"]}}}
         [deployment] = api.post("deployments/filter", json=of_it).json()
         run = api.post(f"deployments/{deployment['id']}/create_flow_run", json={"parameters": {"job": job}}).json()
-        deadline = time.monotonic() + RUN_S
-        while (state := api.get(f"flow_runs/{run['id']}").json()["state"])["type"] not in ENDED:
-            assert time.monotonic() < deadline, state
-            time.sleep(1)
+
+        def ended() -> Any:
+            state = api.get(f"flow_runs/{run['id']}").json()["state"]
+            return state if state["type"] in ENDED else None
+
+        state = making.until(ended, "the run ends", RUN_S)
     assert state["name"] == "Completed", state["message"]
 
 
@@ -143,7 +135,7 @@ def test_killed_at_the_end_and_without_mlflow_for_a_while_it_goes_on(slmops: Any
         started.wait_for(stage)
         assert started.end(signal.SIGKILL) == -signal.SIGKILL
         if stage != "watching":  # the service is meant to
-            assert _gone(slmops.home), f"children outlived a retraining killed while {stage!r}"
+            _gone(slmops.home, stage)
 
     started = slmops.start("retrain", "--job", str(file))
     started.wait_for("fine-tuning")

@@ -9,12 +9,13 @@ from prefect import flow, runtime
 from flows.running import named, plainly, turn
 from slmops.core import locks, machine
 from slmops.core.settings import Settings
-from slmops.core.values import Answer, Measurement
+from slmops.core.values import Answer, Comparison, Measurement
 from slmops.delivery import remeasurement
-from slmops.evaluation.drift import DriftError, Remeasure, Remeasured, assess
+from slmops.evaluation.drift import DriftError, Measure, Remeasure, Remeasured, assess
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
 from slmops.evaluation.soak import check as check_soak
 from slmops.local import stack
+from slmops.tracking.tracker import Tracker
 from tasks import remeasure as steps
 from tasks.prepare import check_environment
 from tasks.promote import check_files, find_version
@@ -62,6 +63,31 @@ def remeasure(request: Remeasure) -> Remeasured:
     if result.outcome == "drifted":
         raise DriftError(result)
     return result
+
+
+@flow(name="measure", flow_run_name=named("measure {request.name}"), persist_result=False)
+@plainly
+def measure(request: Measure) -> Comparison:
+    """Measure the speed and memory of a version on the device that it is for, and add them to its job's comparison.
+
+    Raises:
+        SlmopsError: Its device is not here, or it was measured already.
+    """
+    settings = Settings()
+    check_environment(settings)
+    uri = stack.tracking_uri(settings)
+    work = f"{request.name}.remeasure"
+    with locks.exclusive(settings.locks / f"{work}.lock", f"the measurement of {request.name!r}", wait=False):
+        shutil.rmtree(settings.work(work), ignore_errors=True)
+        version = find_version(uri, request.name, str(request.version))
+        try:
+            recorded = steps.find_record(uri, version, settings.work(work) / "record")
+            remeasurement.check_unmeasured(version, recorded)
+            with remeasurement.copied(check_files(version, settings, uri), work, settings) as copy:
+                figures = steps.measure_speed(copy, recorded, work, settings)
+        finally:
+            shutil.rmtree(settings.work(work), ignore_errors=True)
+        return steps.track_measured(Tracker(uri), version, figures, machine.hardware())
 
 
 @flow(name="soak", flow_run_name=named("soak"), persist_result=False)

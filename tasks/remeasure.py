@@ -24,6 +24,7 @@ def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
 measure_speed = stage("measure speed again")(remeasurement.measure_speed)
 measure_perplexity = stage("measure perplexity again")(remeasurement.measure_perplexity)
 ask_questions = stage("ask again")(remeasurement.ask_questions)
+track_measured = stage(tracking=True)(Tracker.log_measured)
 soak_variant = stage("soak {target.variant}")(soak.measure)
 
 

@@ -44,6 +44,7 @@ COMMANDS = {
         "Send a deployed variant many requests and see whether its memory grows.\n\n"
         "Ends with 3 unless it is proven that the memory does not grow faster than the limit.",
     ),
+    "measure": ("jobs", "Measure a version on the device that it is for, if the machine of its job has none."),
     "remeasure": (
         "jobs",
         "Measure what is deployed once more, as a device gets it.\n\n"

@@ -16,7 +16,7 @@ from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.evaluation import drift
-from slmops.evaluation.drift import Remeasure, Remeasured
+from slmops.evaluation.drift import Measure, Remeasure, Remeasured
 from slmops.evaluation.soak import Soak, SoakResult
 from slmops.local import stack
 from slmops.selection.sweep import Sweep, Swept
@@ -85,12 +85,16 @@ def remeasure(request: Annotated[Remeasure, Flat], /, *, json: Json = False) -> 
     _run_flow("remeasure", request, json=json)
 
 
+def measure(request: Annotated[Measure, Flat], /, *, json: Json = False) -> None:
+    _run_flow("remeasure", request, json=json, name="measure")
+
+
 def _run(job: Job, *, json: bool) -> None:
     _run_flow("optimize", preflight.check(job, Settings()), json=json)
 
 
 def _run_flow(
-    module: str, request: Job | Retrain | Soak | Remeasure | Sweep, *, json: bool, name: str | None = None
+    module: str, request: Job | Retrain | Soak | Measure | Remeasure | Sweep, *, json: bool, name: str | None = None
 ) -> None:
     """Run a flow and show its result. An error can carry one too: what was measured before a gate said no."""
     with prefect_running() as servers:

@@ -22,8 +22,8 @@ from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.foundry.layout import stage
-from slmops.foundry.register import register_folder
-from slmops.foundry.versions import Installed
+from slmops.foundry.register import provider_of, register_folder
+from slmops.foundry.versions import Installed, ModelVersion
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,19 @@ def plan(recorded: Recorded, here: str, settings: Settings) -> Plan:
     return Plan(speed=timed, questions=questions, text=text, left_out=tuple(left_out))
 
 
+def check_unmeasured(version: ModelVersion, recorded: Recorded) -> None:
+    """Refuse, with a UsageError, a version whose speed was measured already."""
+    if not SPEED_METRICS.keys().isdisjoint(recorded.measurements):
+        fix = f"`slmops remeasure {version.name} --version {version.version}` measures it again."
+        raise UsageError(f"{version.label} was measured already.", fix)
+
+
 @contextmanager
 def copied(version: Installed, name: str, settings: Settings) -> Iterator[Registration]:
     """Lay an installed version out in a Foundry home of its own, its files linked, registered and answering.
 
     That is :func:`home_of` the work folder ``name``, which nobody else uses now, and which is removed in the end. It is
-    a BusyError if the version was removed just now.
+    a BusyError if the version was removed just now, and a PrerequisiteError if its device is not here.
     """
     home = home_of(name, settings)
     original = Registration(foundry_id=version.foundry_id, path=version.folder, answer="")
@@ -75,7 +82,11 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
             said = f"{version.foundry_id} was removed from this device before it could be measured."
             raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
-        done = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file)
+        provider = provider_of(version.variant)
+        done = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file, provider=provider)
+        if done.not_run is not None:
+            fix = "Measure it on a device that has one."
+            raise PrerequisiteError(f"{foundry_id} cannot be measured here: {done.not_run}.", fix)
         yield original.model_copy(update={"path": staged.folder, "answer": done.answer})
     finally:
         shutil.rmtree(settings.work(name), ignore_errors=True)

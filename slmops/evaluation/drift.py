@@ -43,6 +43,13 @@ class Remeasure(Frozen, use_attribute_docstrings=True):
     """How far accuracy may fall; a fall that may be chance does not count."""
 
 
+class Measure(Frozen):
+    """Measure the speed and memory of a version whose device was not on the machine of its job, and is on this one."""
+
+    name: Name = Field(description="The model's name in the registry.")
+    version: int = Field(ge=1, description="Its number in the registry.")
+
+
 class Recorded(Frozen):
     """What a version's job measured of it, and with what."""
 

@@ -219,7 +219,8 @@ def measurement(cases: Sequence[CaseOutcome]) -> Measurement:
 def handle(request: EdgeCaseRequest) -> Frozen:
     from slmops.foundry import runtime
 
-    model = runtime.add(runtime.local_catalog(request.home), request.folder, request.foundry_id, "edge cases")
+    catalog = runtime.local_catalog(request.home, request.foundry_id)
+    model = runtime.add(catalog, request.folder, request.foundry_id, "edge cases")
     model.load()
     probe = Probe(
         send=lambda messages, max_tokens: runtime.ask(model, messages, max_tokens=max_tokens),

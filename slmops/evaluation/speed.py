@@ -302,7 +302,8 @@ def _model(request: SpeedRequest) -> Any:
         return GgufChat(request.gguf, request.folder, request.context_length)
     from slmops.foundry import runtime
 
-    return runtime.add(runtime.local_catalog(request.home), request.folder, request.foundry_id, "measurement")
+    catalog = runtime.local_catalog(request.home, request.foundry_id)
+    return runtime.add(catalog, request.folder, request.foundry_id, "measurement")
 
 
 def _ask(model: Any, cell: Cell) -> Any:

@@ -12,6 +12,7 @@ import foundry_local_sdk as sdk
 from foundry_local_sdk.exception import FoundryLocalException
 
 from slmops.core.errors import EvaluationError
+from slmops.core.targets import of_model
 from slmops.foundry import layout
 
 Fault = FoundryLocalException
@@ -60,8 +61,11 @@ def started(home: Path) -> Any:
     return manager(home)
 
 
-def local_catalog(home: Path) -> Any:
-    """Start the runtime, and return the catalog that holds our own models."""
+def local_catalog(home: Path, to_load: str | None = None) -> Any:
+    """Start the runtime, with the execution provider of a model ``to_load``; return the catalog of our own models."""
+    made_for = of_model((to_load or "").rpartition(":")[0])
+    if made_for.device != "cpu":  # each process registers it anew; if it is missing, loading the model says so
+        missing(home, made_for.provider)
     return started(home).get_catalog(sdk.CatalogType.LOCAL)
 
 
@@ -94,7 +98,7 @@ def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:
 
 def registered(home: Path, foundry_id: str) -> Any:
     """Start the runtime and return a model of its local catalog; an EvaluationError if it has no such model."""
-    if (model := local_catalog(home).get_model_variant(foundry_id)) is None:
+    if (model := local_catalog(home, foundry_id).get_model_variant(foundry_id)) is None:
         raise EvaluationError(f"{foundry_id} is not registered in Foundry Local at {home}.")
     return model
 

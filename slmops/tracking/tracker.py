@@ -31,7 +31,7 @@ from slmops.core.values import (
 from slmops.evaluation import drift
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.evaluation.summary import OF_MACHINE
-from slmops.foundry.versions import CHAMPION
+from slmops.foundry.versions import CHAMPION, ModelVersion
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK, TEXT
@@ -40,6 +40,7 @@ COMPARISON_FILE, POLICY_FILE = "comparison.json", "policy.json"
 CHOICE = "slmops.choice"
 EARLIER = "slmops.measured_earlier."
 """Tag of what was taken over from an earlier job, speed or quality, with the time at which that was measured."""
+MEASURED_ON = "slmops.measured_on"  # tag of a variant's run: the kind of machine, if it is not that of the job
 SOAK_MEMORY = "soak_memory_mb"
 SOAK_POINTS = 300  # of the memory, at most: pages draw no more; the artifact has them all
 
@@ -197,6 +198,33 @@ class Tracker(Connection):
             self._client.set_version_tags(result.model, str(result.version), outcome)
         return run_id
 
+    def log_measured(self, version: ModelVersion, figures: dict[str, Measurement], hardware: Hardware) -> Comparison:
+        """Add what its own device measured of a version to its run and to the comparison of its job; returns that."""
+        comparison, _ = self.judged(version.job_id)
+        values, client = {metric: one.value for metric, one in figures.items()}, self._client
+        measured = {
+            one.name: one.model_copy(
+                update={
+                    "not_run": None,
+                    "metrics": {**one.metrics, **values},
+                    "measurements": {**one.measurements, **figures},
+                }
+            )
+            for one in comparison.variants
+            if one.run_id == version.run_id
+        }
+        variants = tuple(measured.get(one.name, one) for one in comparison.variants)
+        comparison = comparison.model_copy(update={"variants": variants})
+        client.log_figures(version.run_id, values)
+        for one in measured.values():
+            kept = {metric: figure.model_dump() for metric, figure in one.measurements.items()}
+            client.log_text(version.run_id, json.dumps(kept, indent=2), MEASUREMENTS_FILE)
+        client.set_tags(version.run_id, {MEASURED_ON: hardware.kind})
+        memory = {"slmops.memory_mb": f"{values.get('memory_peak_mb', 0.0):.0f}"}
+        client.set_version_tags(version.name, str(version.version), memory)
+        client.log_text(version.job_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
+        return comparison
+
     def latest(self, name: str | None) -> Comparison:
         """The newest finished comparison, of the model ``name`` or of all; UsageError if there is none."""
         everything = list(self._client.search_experiments())
@@ -237,7 +265,10 @@ class Tracker(Connection):
 
     def hardware_kind(self, run_id: str) -> str:
         """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
-        params = self._client.get_run(run_id).data.params
+        run = self._client.get_run(run_id).data
+        if MEASURED_ON in run.tags:
+            return str(run.tags[MEASURED_ON])
+        params = run.params
         # Made of its parts, which the runs of before there were kinds have too.
         texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
         try:

@@ -12,15 +12,17 @@ import pytest
 
 from flows.optimize import optimize
 from flows.promote import promote, rollback
+from flows.remeasure import measure
 from slmops.conversion import schema_worker
 from slmops.conversion.convert import convert
 from slmops.conversion.logits import OnnxModel
 from slmops.conversion.olive_worker import Workflow
-from slmops.core.errors import PrerequisiteError
+from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.delivery import catalog
 from slmops.delivery.pull import pull
+from slmops.evaluation.drift import Measure
 from slmops.foundry.versions import Promotion
 from slmops.tracking.registry import Registry
 from tests import making, webgpu
@@ -81,6 +83,10 @@ def test_they_are_promoted_pulled_and_offered_together(made: Comparison, setting
             assert application("variant", gpu) == [NAME, gpu, False]
             assert application("load", cpu) is None
 
+    with pytest.raises(PrerequisiteError, match=r"cannot be measured here: .* no device for WebGpu"):
+        measure(Measure(name=NAME, version=numbers["int4-webgpu"]))
+    with pytest.raises(UsageError, match="was measured already"):
+        measure(Measure(name=NAME, version=numbers["int4"]))
     second = promote(Promotion(name=NAME, precision="fp32"))
     assert (second.others, registry.release(registry.champion(NAME))[1:]) == ({}, [])
     assert rollback(NAME).others == first.others
@@ -105,7 +111,7 @@ def test_every_target_is_made_and_computes_on_the_cpu_what_the_checkpoint_does(
 def test_olive_knows_the_keys_of_the_workflow_for_an_npu(talkative: Path) -> None:
     file = Path(__file__).parents[2] / "docs" / "npu" / "openvino.json"
     config = json.loads(file.read_text(encoding="utf-8").replace("<model_path>", str(talkative)))
-    assert schema_worker.handle(Workflow(config=config)).problems == ()
+    assert schema_worker.handle(Workflow(config=config)).problems == []
 
 
 @pytest.mark.skipif(

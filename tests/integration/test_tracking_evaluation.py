@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slmops.core.errors import TrackingError
-from slmops.core.values import Answer, GateResult, Measurement
+from slmops.core.values import Answer, GateResult, Measurement, VariantResult
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import QUICK, TAG_LIMIT, description
 from tests import values
@@ -159,6 +159,28 @@ def test_champion(book: Book) -> None:
     assert book.tracker.champion(book.name) == made.evaluation.measurements
     promote(book, str(book.folder))  # somebody else's
     assert book.tracker.champion(book.name) == {}
+
+
+def test_what_a_gpus_own_device_measures_goes_into_the_same_comparison(book: Book) -> None:
+    made, parent = Made(book.folder, "int4-webgpu"), book.start()
+    made.registration = made.registration.model_copy(update={"not_run": "there is no device here"})
+    version, other = book.add(made, parent), values.result("int4", 100)
+    result = VariantResult(name="int4-webgpu", status="ok", run_id=version.run_id, not_run="there is no device here")
+    book.finish(parent, other, result, chosen="int4")
+    before = book.tracker.device(version.run_id)
+    figures = {name: Measurement(value=80.0, unit="x") for name in ("decode_tok_s", "memory_peak_mb")}
+    hardware = made.variant.hardware.model_copy(update={"processor": "z"})
+    found = book.tracker.log_measured(version, figures, hardware)
+    assert found == book.tracker.latest(book.name)
+    assert [(one.not_run, one.metrics.get("decode_tok_s")) for one in found.variants] == [
+        (None, other.metrics["decode_tok_s"]),
+        (None, 80.0),
+    ]
+    assert book.run(version.run_id).data.metrics["decode_tok_s"] == 80.0
+    assert book.json(version.run_id, "measurements.json")["memory_peak_mb"]["value"] == 80.0
+    assert book.registry.find(book.name, str(version.version)).memory_mb == 80
+    after = book.tracker.device(version.run_id)
+    assert (after[0][0], before[1], after[1]) == ("z", "webgpu", "webgpu")
 
 
 def test_a_champion_of_another_machine_has_no_speed(book: Book) -> None:

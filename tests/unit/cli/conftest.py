@@ -19,7 +19,7 @@ Slmops = Callable[[str], tuple[int, str, str]]
 FLOWS = {
     "optimize": ["optimize"],
     "retrain": ["retrain"],
-    "remeasure": ["remeasure", "soak"],
+    "remeasure": ["measure", "remeasure", "soak"],
     "sweep": ["sweep"],
     "promote": ["promote", "rollback"],
 }

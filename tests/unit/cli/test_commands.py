@@ -62,6 +62,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "soak --name bot": {"name": "bot"},
     "soak bot --variant int4 --requests 40": {"name": "bot", "variant": "int4", "requests": 40},
     "soak bot --champion": {"name": "bot", "champion": True},
+    "measure bot --version 4": {"name": "bot", "version": 4},
     "remeasure bot --version int8 --max-slowdown 2": {"name": "bot", "version": "int8", "max_slowdown": 2},
     "promote bot": {"name": "bot"},
     "promote bot --precision int8": {"name": "bot", "precision": "int8"},

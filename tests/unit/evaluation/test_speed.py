@@ -245,7 +245,7 @@ class Runtime:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def local_catalog(self, _home: Path) -> None:
+    def local_catalog(self, _home: Path, _to_load: str) -> None:
         return None
 
     def add(self, *_args: Any) -> Any:

@@ -58,10 +58,13 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
     earlier = Earlier(list(made.values()), context.job, context.settings)
     here = [(variant, registration) for variant, registration in made.values() if not registration.not_run]
     speeds: Mapping[str, Speed | SlmopsError]
-    if known := earlier.speeds():
+    known = earlier.speeds()
+    if known and len(known.variants) < len(here):  # another device has come
+        known = None
+    if known:
         speeds = known.variants
     else:
-        speeds = steps.measure_speed(here, context, peers)
+        speeds = steps.measure_speed(here, context, peers) if here or peers else {}
         earlier.keep_speeds(speeds)
     scores = earlier.qualities()
     scored = scores.checkpoint if scores else steps.score_checkpoint(context)

@@ -1,6 +1,7 @@
 """What becomes of the peers of a job on one machine, whatever happens to them."""
 
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ from slmops.cluster.parts import MeasuredPeer
 from slmops.core.errors import CheckpointError, EvaluationError, UsageError
 from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
+from slmops.core.values import Registration
 from slmops.evaluation.speed import Peer
 from tasks.prepare import plan_recipes
 from tests import measured, values
@@ -26,6 +28,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
     """The stages of a job with one variant, which fails to be measured, and two peers."""
     made = Mock()
     made.convert_variant.return_value = values.variant(tmp_path)
+    made.register_variant.return_value = Registration(foundry_id="tiny-int4-generic-cpu:1", path=tmp_path, answer="x")
     files = [tmp_path / f"{name}.gguf" for name in NAMES]
     for file in files:
         file.write_bytes(bytes(2_000_000))
@@ -55,6 +58,23 @@ def test_peers_are_measured_with_the_variants(steps: Mock, tmp_path: Path) -> No
     whole = MeasuredPeer(size_mb=2, speed=SPEED, quality=QUALITY, hardware=flow.machine.hardware())
     assert found == {"int4": BROKEN, **dict.fromkeys(NAMES, whole)}
     assert outcomes(tmp_path, None).keys() == {"int4"}
+
+
+@pytest.mark.parametrize("why", ["there is no device here", None])
+def test_what_has_no_device_here_is_not_timed_and_when_it_has_one_it_is(
+    steps: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
+) -> None:
+    registered = Registration(foundry_id="tiny-int4-generic-gpu:1", path=tmp_path, answer="", not_run=why)
+    steps.register_variant.return_value = registered
+    steps.measure_speed.return_value = {"int4": SPEED}
+    steps.measure_quality.return_value = QUALITY
+    before = Mock(measured=datetime(2026, 1, 1, tzinfo=UTC), variants={})  # an earlier job timed nothing
+    monkeypatch.setattr(
+        flow, "Earlier", lambda *_: Mock(**{"speeds.return_value": before, "qualities.return_value": None})
+    )
+    found = outcomes(tmp_path, None)["int4"]
+    assert (found.speed, found.earlier.keys()) == ((None, {"speed"}) if why else (SPEED, set()))
+    assert steps.measure_speed.called == (why is None)
 
 
 def test_a_peer_that_fails_leaves_the_others(steps: Mock, tmp_path: Path) -> None:

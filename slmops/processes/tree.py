@@ -26,7 +26,8 @@ def apart(env: dict[str, str], *, console: bool = True) -> dict[str, Any]:
 
     On Windows one without our ``console`` is not ended when its window is closed, but cannot be asked to end either.
     """
-    env = {**env, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    # ONNX Runtime sends what it is used for to its maker since 1.29, some seconds after it is imported.
+    env = {**env, "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if sys.platform == "win32":
         hidden = 0 if console else subprocess.CREATE_NO_WINDOW
         return {"env": env, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | hidden}

@@ -361,7 +361,8 @@ def test_on_windows_a_process_has_a_group_for_ctrl_break_and_a_server_outlives_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = tree.apart({"A": "b"})
-    assert given == {"env": {"A": "b", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}, "start_new_session": True}
+    told = {"ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    assert given == {"env": {"A": "b", **told}, "start_new_session": True}
     monkeypatch.setattr(tree, "sys", SimpleNamespace(platform="win32"))
     monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
     monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)

@@ -125,7 +125,7 @@ def _judge(
     more = figure = None
     if gate.to == "champion" and champion is None:
         outcome, detail = "skipped", "no champion yet"
-    elif result.not_run and gate.metric not in result.measurements:
+    elif result.not_run and gate.metric not in result.measurements and _needs_the_device(gate.metric):
         outcome, detail = "skipped", f"{gate.metric} was not measured, as {result.not_run}"
     elif isinstance(compared := _compare(gate, result, baseline, champion), str):
         detail = compared
@@ -148,6 +148,12 @@ def _judge(
         more_samples=more,
         detail=detail,
     )
+
+
+def _needs_the_device(metric: str) -> bool:
+    from slmops.evaluation.summary import OF_MACHINE
+
+    return metric.startswith((*OF_MACHINE, "edge_cases_"))
 
 
 def _keeps(gate: Gate, value: float) -> bool:

@@ -36,7 +36,7 @@ class ItemMessage(Frozen):
     content: str
 
 
-class Function(Frozen):
+class ToolFunction(Frozen):
     name: str = Field(min_length=1)
     description: str = ""
     parameters: dict[str, Any] = Field({"type": "object", "properties": {}}, description="A JSON Schema.")
@@ -46,7 +46,7 @@ class Tool(Frozen):
     """What a model may call, in OpenAI's form."""
 
     type: Literal["function"] = "function"
-    function: Function
+    function: ToolFunction
 
 
 class Call(Frozen):

@@ -33,7 +33,7 @@ def pytest_configure() -> None:
     the cores, on which torch's threads would spend most of their time waiting for each other.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for tests that load ONNX Runtime themselves
+    os.environ |= {"ORT_DISABLE_TELEMETRY": "1", "OLIVE_DISABLE_TELEMETRY": "1"}  # for tests that load them themselves
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         folder = Path(tempfile.gettempdir()) / f"slmops-tests-{os.getppid()}-{worker}"
         folder.mkdir(exist_ok=True)

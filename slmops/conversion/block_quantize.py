@@ -161,7 +161,7 @@ def _costliest(wrapper: ModelWrapper, ids: Tensor, most: int, config: Any) -> li
     for sequence in ids.flatten()[:_MOST_DRAWN].split(_DRAWN):
         with torch.enable_grad():
             likely = net(sequence[None], use_cache=False).logits[0].log_softmax(-1)
-            drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
+            drawn = _drawn(likely.detach().exp(), generator)
             likely.gather(1, drawn).sum().backward()
         for group in groups:
             costs[group] += sum(lost.get(name, 0.0) for name in group) ** 2
@@ -219,8 +219,14 @@ def _written_by(net: Any, tokens: int) -> Tensor:
         made = net(ids[:, -1:], past_key_values=past, use_cache=True)
         past = made.past_key_values
         likely = made.logits[:, -1].float().softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(likely, 1, generator=generator)], 1)
+        ids = torch.cat([ids, _drawn(likely, generator)], 1)
     return ids
+
+
+def _drawn(likely: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of probabilities, shape (rows, 1). multinomial draws a number for each of a row."""
+    sums = likely.cumsum(-1)
+    return torch.searchsorted(sums, torch.rand(len(sums), 1, generator=generator) * sums[:, -1:])
 
 
 def _read(model: Any, path: Path, tokens: int) -> Tensor:

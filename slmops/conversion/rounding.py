@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 1 << 22  # weights, so that what is computed of them takes little memory
+_CACHED, _AT_ONCE = 1 << 18, 1 << 24  # weights: what is computed of them stays in the cache, or takes 128 MB
 _SHRINKS = (0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05)  # of the scale that covers a block's range
 _LEAST_SQUARES = 2  # times
 _SMALLEST = 2.0**-24  # number above 0 in fp16
@@ -30,7 +30,7 @@ class Grid:
     def nearest(self, weights: Tensor) -> Tensor:
         """The integers nearest to weights, uint8."""
         made = torch.empty(weights.shape, dtype=torch.uint8)
-        for rows in _rows(weights):
+        for rows in _rows(weights, _CACHED):
             blocks = weights[rows].float().unflatten(1, (-1, self.group))
             scaled = blocks / self.scales[rows, :, None] + self.zero_points[rows, :, None]
             made[rows] = scaled.round_().clamp_(0, 2**self.bits - 1).flatten(1).to(torch.uint8)
@@ -51,7 +51,7 @@ def fit(weights: Tensor, bits: int, group: int, *, symmetric: bool, importance: 
     """
     scales, zero_points = (torch.empty(weights.shape[0], weights.shape[1] // group) for _ in range(2))
     weighted = None if importance is None else importance.float().unflatten(0, (-1, group))
-    for rows in _rows(weights):
+    for rows in _rows(weights, _CACHED):
         blocks = weights[rows].float().unflatten(1, (-1, group))
         best = _fit(blocks, bits, weighted, symmetric=symmetric)
         scales[rows], zero_points[rows] = (part.squeeze(-1) for part in best)
@@ -112,7 +112,7 @@ def with_feedback(weights: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
     factor = _factor_of_inverse(hessian[order][:, order])
     factor /= factor.diagonal()[:, None].clone()
     made = torch.empty(weights.shape, dtype=torch.uint8)
-    for rows in _rows(weights):
+    for rows in _rows(weights, _AT_ONCE):
         left = weights[rows].float().T[order].contiguous()
         scales, zeros = grid.scales[rows].T.contiguous(), grid.zero_points[rows].T.contiguous()
         integers = torch.empty_like(left)
@@ -138,6 +138,6 @@ def _factor_of_inverse(matrix: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(turned, torch.eye(len(matrix)), upper=True)
 
 
-def _rows(weights: Tensor) -> list[slice]:
-    step = max(1, _AT_ONCE // weights.shape[1])
+def _rows(weights: Tensor, most: int) -> list[slice]:
+    step = max(1, most // weights.shape[1])
     return [slice(start, start + step) for start in range(0, weights.shape[0], step)]

@@ -76,7 +76,9 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         decision = judge_challenger(uri, request)
         challenger, champion = decision.challenger, decision.champion
         show_decision(decision, request)
-        if champion is not None and champion.version == challenger.version:
+        others = [one.challenger for one in decision.others]
+        release = " ".join(str(one.version) for one in others)
+        if champion is not None and champion.version == challenger.version and champion.others == release.split():
             log.info("%s is the champion already", challenger.label)
             return move_aliases(uri, challenger, champion, {}, decision, settings)
         refused = promotion.refuse(decision)
@@ -85,12 +87,11 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         checked = check_files(challenger, settings, uri)
         # Before a person decides, because after that another machine may go on.
         challenger = upload_files(Registry(uri), challenger, checked.folder)
-        others = [one.challenger for one in decision.others]
         for other in others:
             upload_files(Registry(uri), other, check_files(other, settings, uri).folder)
         tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
         if others or challenger.others:
-            tags[RELEASE] = " ".join(str(other.version) for other in others)
+            tags[RELEASE] = release
         if request.approval:
             tags["slmops.approved"] = ask_person(decision, request)
         if refused is not None and request.force is not None:

@@ -6,7 +6,7 @@ from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
-from slmops.foundry.versions import ModelVersion, Promoted, Promotion
+from slmops.foundry.versions import RELEASE, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from tasks.stage import artifact_key, stage
 
@@ -45,7 +45,8 @@ def move_aliases(
     """Make it the champion. Not retried: a second attempt would find the first one's result in its way."""
     registry = Registry(uri)
     is_new = champion is None or champion.version != version.version
-    if is_new:
+    changed = is_new or RELEASE in tags
+    if changed:
         registry.promote(version, champion, tags)
         version = registry.find(version.name, str(version.version))
         releases = [registry.release(one) for one in (version, champion) if one is not None]
@@ -56,7 +57,7 @@ def move_aliases(
         version=version.version,
         variant=version.variant,
         replaced=champion.version if champion and is_new else None,
-        changed=is_new,
+        changed=changed,
         forced=tags.get("slmops.forced"),
         gates=decision.gates if decision else (),
         url=registry.page(version),

@@ -93,11 +93,12 @@ class Registry(Connection):
         return self._aliased(name, PREVIOUS)
 
     def release(self, version: ModelVersion) -> list[ModelVersion]:
-        """A version and those for other targets that are deployed together with it.
+        """A version and those for other targets that are deployed together with it, without those that were deleted.
 
         They are named by a tag of it, so one alias moves for all of them.
         """
-        return [version, *(self.find(version.name, number) for number in version.others)]
+        known = self.versions(version.name) if version.others else ()
+        return [version, *(one for one in known if str(one.version) in version.others)]
 
     def add(
         self, name: str, variant: Variant, registration: Registration, result: VariantResult, job_id: str
@@ -160,7 +161,9 @@ class Registry(Connection):
             raise PromotionError(f"{version.label} was not promoted: its files are {version.tags[FILES]}.")
         self._expect_champion(against, version)
         number, replaced = str(version.version), str(against.version) if against else ""
-        moved = {"slmops.promoted": datetime.now(UTC).isoformat(timespec="seconds"), "slmops.replaced": replaced}
+        moved = {"slmops.promoted": datetime.now(UTC).isoformat(timespec="seconds")}
+        if replaced != number:  # else only its release changes
+            moved["slmops.replaced"] = replaced
         self._client.set_version_tags(version.name, number, {**moved, **tags})
         if replaced not in ("", number):
             self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)

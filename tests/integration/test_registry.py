@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
 from slmops.foundry.layout import RELEASED_CONFIG
-from slmops.foundry.versions import VERSION_MANIFEST, ModelVersion, VersionManifest
+from slmops.foundry.versions import RELEASE, VERSION_MANIFEST, ModelVersion, VersionManifest
 from tests.pulled import contents, digest, names
 from tests.tracked import Book, Made
 
@@ -173,6 +173,18 @@ def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None
         job.registry.promote(job.find("3"), first, {})  # judged against what is no longer the champion
     job.client.delete_model_version(job.name, "3")
     assert job.aliases == (2, None)
+
+
+def test_a_release_may_change_while_its_version_stays_and_lacks_what_was_deleted(job: Job) -> None:
+    job.promote(job.make("fp16"), job.make("int8"))
+    job.make("int8-webgpu")
+    champion = job.find("champion")
+    job.registry.promote(champion, champion, {RELEASE: "3"})
+    champion = job.find("champion")
+    assert (job.aliases, champion.tags["slmops.replaced"]) == ((2, 1), "1")
+    assert [one.version for one in job.registry.release(champion)] == [2, 3]
+    job.client.delete_model_version(job.name, "3")
+    assert job.registry.release(champion) == [champion]
 
 
 @pytest.mark.parametrize(

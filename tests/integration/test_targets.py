@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from flows.optimize import optimize
 from flows.promote import promote, rollback
@@ -23,7 +24,7 @@ from slmops.core.values import Comparison
 from slmops.delivery import catalog
 from slmops.delivery.pull import pull
 from slmops.evaluation.drift import Measure
-from slmops.foundry.versions import Promotion
+from slmops.foundry.versions import RELEASE, Promotion
 from slmops.tracking.registry import Registry
 from tests import making, webgpu
 from tests.application import Application
@@ -69,6 +70,11 @@ def test_they_are_promoted_pulled_and_offered_together(made: Comparison, setting
     assert (first.version, first.others) == (numbers["int4"], {"int4-webgpu": numbers["int4-webgpu"]})
     registry = Registry(uri)
     assert all(one.uploaded for one in registry.release(registry.champion(NAME)))
+    assert not promote(Promotion(name=NAME)).changed
+    # As if it had been the champion before there was another target.
+    MlflowClient(uri).delete_model_version_tag(NAME, str(first.version), RELEASE)
+    again = promote(Promotion(name=NAME))
+    assert (again.changed, again.replaced, again.others) == (True, None, first.others)
     device = Settings(home=tmp_path / "device")
     assert pull(NAME, None, device, uri).variant == "int4"
     with pytest.raises(PrerequisiteError, match="no device for WebGpuExecutionProvider"):

@@ -309,6 +309,7 @@ def assistant_first(probe: Probe) -> Observation:
 def greedy_twice(probe: Probe) -> Observation:
     """The same question twice must get the same greedy answer."""
     first, second = probe.ask(QUESTION), probe.ask(QUESTION)
-    if first.text != second.text:
-        return "unequal", f"first {first.text!r}, then {second.text!r}"
+    said, again = (one.reasoning + one.text for one in (first, second))
+    if said != again:
+        return "unequal", f"first {said!r}, then {again!r}"
     return observed(second)

@@ -137,7 +137,8 @@ class Backend:
             raise self._wrong(prompt, f"as a stream status {response.status_code}, at its end {lines[-1:]}")
         try:
             choices = [json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-1]]
-            text = "".join(one["delta"].get("content") or "" for found in choices for one in found)
+            deltas = [one["delta"] for found in choices for one in found]
+            text = any(one.get("content") or one.get("reasoning_content") for one in deltas)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._wrong(prompt, f"as a stream {lines}"[:500]) from error
         if not text:

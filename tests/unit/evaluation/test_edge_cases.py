@@ -25,7 +25,8 @@ CONTEXT = 200
 def answer(text: str = "Paris.", finish_reason: str = "stop", prompt: int = 10, completion: int = 2) -> Any:
     """As the runtime's."""
     counts = {"prompt_tokens": prompt, "completion_tokens": completion}
-    return SimpleNamespace(text=text, finish_reason=finish_reason, **counts)
+    thoughts, _, text = text.rpartition("</think>")
+    return SimpleNamespace(text=text, reasoning=thoughts, finish_reason=finish_reason, **counts)
 
 
 class RuntimeRefusal(Exception):
@@ -122,6 +123,7 @@ def test_the_end_of_the_context_is_where_the_runtime_counts_it(folder: Path) -> 
         ("nul_in_text", Model(cuts=True), "cut", "13 of 23 prompt tokens reached the model"),
         ("nul_in_text", Model(replies=[answer(prompt=9), ValueError("embedded NUL")]), "refused", "embedded NUL"),
         ("greedy_twice", Model(replies=[answer("Paris."), answer("Rome.")]), "unequal", "first 'Paris.', then 'Rome.'"),
+        ("greedy_twice", Model(replies=[answer("One</think>"), answer("Two</think>")]), "unequal", "'One', then 'Two'"),
         ("emoji", Model(replies=[answer("", "stop", 9, 0)]), "answered", "9 prompt tokens, 0 generated (stop)"),
         ("emoji", Model(replies=[answer("x", "error")]), "failed", "(error)"),
         ("emoji", Model(replies=[RuntimeRefusal("out of memory", 2)]), "failed", "RuntimeRefusal: out of memory"),

@@ -160,8 +160,11 @@ async def smoke(url: str) -> None:
     await Backend(fleets.installed(1), url, child, Path("/nowhere"), Path("/nowhere")).smoke_test()
 
 
-async def test_a_smoke_test_that_passes() -> None:
-    upstream = Upstream()
+@pytest.mark.parametrize("delta", [{"content": "a"}, {"content": "", "reasoning_content": "hm"}])
+async def test_a_smoke_test_that_passes(delta: dict[str, str]) -> None:
+    """The thoughts of a model may take all the tokens that it has."""
+    script = streams(event({"choices": [{"delta": delta}]}), DONE)
+    upstream = Upstream(lambda to: (script if to.body.get("stream") else answer)(to))
     async with upstream.listening() as url:
         await smoke(url)
     assert [one.get("stream", False) for one in upstream.received] == [False, True]

@@ -145,9 +145,12 @@ def without_thoughts(tokens: list[int], pair: Pair | None, prompt: str) -> list[
 
 
 def calls_of(text: str, pair: Pair | None) -> list[dict[str, Any]]:
-    """The tool calls in a checkpoint's answer, in its own form; none if they are not well formed."""
-    if pair is not None:
-        with suppress(ValueError):
-            between = f"{re.escape(pair.opening)}(.*?){re.escape(pair.closing)}"
-            return matchers.calls_in(re.findall(between, text, re.DOTALL))
+    """The tool calls in a checkpoint's answer, an object each or a list of them; none if one is not well formed."""
+    if pair is None:
+        return []
+    between = f"{re.escape(pair.opening)}(.*?){re.escape(pair.closing)}"
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
+        blocks = [matchers.parse_json(block) for block in re.findall(between, text, re.DOTALL)]
+        calls = [one for block in blocks for one in (block if isinstance(block, list) else [block])]
+        return [{"name": one["name"], "arguments": one.get("arguments", one.get("parameters"))} for one in calls]
     return []

@@ -125,21 +125,17 @@ def json_schema(schema: dict[str, Any], expected: str, answer: str) -> Judgement
 
 
 def as_answer(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Tool calls, each with name and arguments, as the text of an answer."""
-    return json.dumps({"tool_calls": list(calls)}, ensure_ascii=False)
+    """Tool calls, each with name and arguments (an object, or its JSON), as the text of an answer.
 
-
-def calls_in(blocks: Sequence[str]) -> list[dict[str, Any]]:
-    """The calls in what a model wrote between the tokens of calls: an object each, or a list; ValueError if neither."""
-    calls = []
-    for block in blocks:
-        found = parse_json(block)
-        for one in found if isinstance(found, list) else [found]:
-            try:
-                calls.append({"name": one["name"], "arguments": one.get("arguments", one.get("parameters"))})
-            except (LookupError, TypeError, AttributeError):
-                raise ValueError(f"{one!r:.50} is no call") from None
-    return calls
+    The runtime also passes on arguments that are not JSON, and these stay as they are.
+    """
+    written = []
+    for call in calls:
+        arguments = call["arguments"]
+        with contextlib.suppress(ValueError, TypeError):
+            arguments = parse_json(arguments)
+        written.append({"name": call["name"], "arguments": arguments})
+    return json.dumps({"tool_calls": written}, ensure_ascii=False)
 
 
 def tool_call(expected: str, answer: str) -> bool:

@@ -29,7 +29,7 @@ class TimedReply:
 
     text: str  # without thoughts
     reasoning: str  # the thoughts, if the variant's are known from the rest
-    tool_calls: tuple[dict[str, Any], ...]  # each with name, and arguments as the object that they are
+    tool_calls: tuple[dict[str, str], ...]  # each with name and arguments, which are JSON if the model wrote JSON
     finish_reason: str  # "stop" (the model ended), "length" (the token limit) or another of the runtime's names
     prompt_tokens: int  # of the rendered conversation
     completion_tokens: int
@@ -122,7 +122,7 @@ def ask(
     for message in messages:
         request.add_item(getattr(sdk.MessageItem, message["role"])(message["content"]))
     pieces: dict[Any, list[str]] = {sdk.TextItemType.DEFAULT: [], sdk.TextItemType.REASONING: []}
-    calls: list[dict[str, Any]] = []
+    calls: list[dict[str, str]] = []
     first: float | None = None
     with sdk.ChatSession(model) as session:  # a session left open keeps its model from being unloaded
         session.set_streaming(True)
@@ -133,7 +133,7 @@ def ask(
         with session.process_streaming_request(request) as stream:
             for item in stream:
                 if isinstance(item, sdk.ToolCallItem):
-                    calls.append({"name": item.name, "arguments": json.loads(item.arguments)})
+                    calls.append({"name": item.name, "arguments": item.arguments})
                 elif text := item.text:
                     last = time.perf_counter()
                     first = last if first is None else first

@@ -1,6 +1,5 @@
 """The watch over a new champion: does its service switch to it, and does it answer as well as it was measured?"""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,9 +125,8 @@ def _ask(client: httpx.Client, version: ModelVersion, item: dataset.Item) -> tup
         if reply.headers.get(VERSION_HEADER) != str(version.version):
             return "", f"version {reply.headers.get(VERSION_HEADER)} answered"
         message = reply.json()["choices"][0]["message"]
-        called = [one["function"] for one in message.get("tool_calls") or ()]
-        calls = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in called]
-        return matchers.as_answer(calls) if calls else str(message["content"] or ""), None
+        calls = [one["function"] for one in message.get("tool_calls") or ()]
+        return matchers.as_answer(calls) if calls else str(message.get("content") or ""), None
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         return "", f"{type(error).__name__}: {error}"
 

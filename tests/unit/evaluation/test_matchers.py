@@ -56,7 +56,16 @@ def test_a_tool_call_has_its_name_and_its_arguments() -> None:
     for expected in (f, json.dumps(f), [f]):
         assert right(expected, matchers.as_answer([turned])), expected
     assert right([f, g], matchers.as_answer([f, g]))
-    others = ([g], [f, f], [f, g], [], [{**f, "arguments": {"a": 1}}], [{**f, "arguments": {"a": 1, "b": [1]}}])
+    assert right(f, matchers.as_answer([{"name": "f", "arguments": json.dumps(f["arguments"])}]))  # as the runtime says
+    others = (
+        [{"name": "f", "arguments": "Paris"}],
+        [g],
+        [f, f],
+        [f, g],
+        [],
+        [{**f, "arguments": {"a": 1}}],
+        [{**f, "arguments": {"a": 1, "b": [1]}}],
+    )
     for answer in (*map(matchers.as_answer, others), json.dumps(f), "f", ""):
         assert not right(f, answer), answer
     assert not right([f, g], matchers.as_answer([g, f]))

@@ -180,7 +180,7 @@ class Service:
         self.tokens: set[str | None] = set()
         self.version = "7"
         self.statuses: dict[int, int] = {}  # of the request with this number
-        self.answer = "yes"
+        self.answer: Any = "yes"
         self.health: list[int | None] = [7]
         self.errors_of_others = 0
 
@@ -194,7 +194,8 @@ class Service:
             return 200, f"# TYPE slmops_requests counter\n{row}"
         self.asked.append(body)
         self.tokens.add(request.headers["authorization"])
-        content = json.dumps({"choices": [{"message": {"content": self.answer}}]})
+        said = {"content": self.answer} if isinstance(self.answer, str) else {"tool_calls": [{"function": self.answer}]}
+        content = json.dumps({"choices": [{"message": said}]})
         return self.statuses.get(len(self.asked) - 1, 200), content
 
 
@@ -225,6 +226,23 @@ def test_a_version_that_answers_as_measured_holds(service: Service, questions: P
     assert {(body["model"], body["temperature"]) for body in service.asked} == {("bot", 0)}
     assert service.asked[3]["messages"] == [{"role": "user", "content": "Q3?"}]
     assert "accuracy 1.00 where 1.00 was measured" in result.detail
+
+
+@pytest.mark.parametrize(
+    ("called", "status", "right"),
+    [('{"city": "Rome"}', 200, 1.0), ('{"city": "Oslo"}', 200, 0.0), ("Rome", 200, 0.0), ("", 422, 0.0)],
+)
+def test_a_wrong_call_is_a_wrong_answer_and_no_failed_request(
+    service: Service, tmp_path: Path, called: str, status: int, right: float
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    expected = {"name": "f", "arguments": {"city": "Rome"}}
+    item = {"prompt": "?", "match": "tool_call", "expected": expected, "tools": tools}
+    (tmp_path / "calls.jsonl").write_text(json.dumps(item) + "\n")
+    service.answer, service.statuses = {"name": "f", "arguments": called}, {0: status}
+    result = watch(service, tmp_path / "calls.jsonl", 0.5)
+    assert (result.failed, result.accuracy.value) == (0, right)
+    assert service.asked[0]["tools"][0]["function"]["name"] == "f"
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,7 @@ def make_here(recipes: list[Recipe], context: JobContext, progress: ProgressBar)
     earlier = Earlier(list(made.values()), context.job, context.settings)
     here = [(variant, registration) for variant, registration in made.values() if not registration.not_run]
     speeds: Mapping[str, Speed | SlmopsError]
-    known = earlier.speeds()
-    if known and len(known.variants) < len(here):  # another device has come
-        known = None
-    if known:
+    if known := earlier.speeds():
         speeds = known.variants
     else:
         speeds = steps.measure_speed(here, context, peers) if here or peers else {}

@@ -155,6 +155,8 @@ class Device:
             self.forgotten += gone
             return ForgetResult(forgotten=tuple(gone)), None
         if handle is register_worker.look_for:
+            if self.fails is not None:
+                raise self.fails
             missing = None if request.provider in self.providers else f"there is no {request.provider} here"
             return ProviderResult(missing=missing), None
         assert handle is register_worker.handle

@@ -63,7 +63,7 @@ def recipes(*, json: Json = False) -> None:
     for name, path, one in found:
         bits = f"{one.bits} bits" if one.bits else "any bits"
         place = "" if path.parent == recipe_files.FOLDER else f"\n    {path}"
-        output(f"{name}: {bits}; {' > '.join(one.chain)}\n    {one.when}{place}")
+        output(f"{name}: {bits}; {' > '.join(one.chain)}; for {', '.join(one.targets)}\n    {one.when}{place}")
 
 
 def sweep(*, request: Annotated[Sweep, Flat], json: Json = False) -> None:
@@ -122,4 +122,4 @@ def _show(result: FlowResult, tracking_uri: str | None, *, json: bool) -> None:
         text = result.text
     show(result, text, json=json, page=page)
     if page and isinstance(result, Comparison) and result.choice.variant is not None:
-        say(f"deploy {result.choice.variant}: slmops promote {result.model}")
+        say(f"deploy {' and '.join(one.name for one in result.chosen)}: slmops promote {result.model}")

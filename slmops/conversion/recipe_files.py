@@ -111,7 +111,7 @@ def _check_name(path: Path) -> None:
     precision, target = split(path.stem)
     if target != CPU:
         said = f"{path}: {path.stem!r} is what {precision!r} is called for the target {target}."
-        raise RecipeError(said, f'Give the file another name; what it is for stands in it: targets = ["{target}"].')
+        raise RecipeError(said, f'Give the file another name, and put targets = ["{target}"] into it.')
     if path.stem in _TAKEN or not is_name(path.stem) or re.fullmatch(r"v\d+", path.stem):
         raise RecipeError(
             f"{path}: a recipe of your own cannot be called {path.stem!r}.",

@@ -29,13 +29,13 @@ def check(job: Job, settings: Settings) -> None:
     if "bf16" in job.precision:
         raise RecipeError(
             "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises. For CUDA "
-            "it could be made, but not be proven.",
+            "it could be made, but not proven.",
             "Use fp16 (half the size of fp32) or int8.",
         )
     if settings.pools and job.targets != [CPU]:
         said = "A job on work pools makes variants for the CPU only."
         raise RecipeError(said, "Leave out --target, or unset SLMOPS_POOLS.")
-    aims: set[str] = set()
+    served: set[str] = set()
     for name in job.precision:
         precision, target = split(name)
         if target != CPU:
@@ -44,14 +44,15 @@ def check(job: Job, settings: Settings) -> None:
         if not set(job.targets) & set(file.targets):
             said = f"{name} makes sense for {', '.join(file.targets)} only."
             raise RecipeError(said, f"Add --target {file.targets[0]}, or leave out --precision {name}.")
-        aims |= {*file.targets}
+        served |= {*file.targets}
         steps = file.passes.values()
         if job.calibration_text is None and any(step.get("text") == CALIBRATION_TEXT for step in steps):
             fix = "Give --calibration-text FILE: some thousand words of what the model will read and write."
             raise RecipeError(f"{name} is made for a text of yours, and there is none.", fix)
-    if idle := [target for target in job.targets if target not in aims]:
-        said = f"None of {', '.join(job.precision)} makes sense for {idle[0]}."
-        raise RecipeError(said, f"Leave out --target {idle[0]}, or add --precision int4.")
+    for target in job.targets:
+        if target not in served:
+            said = f"None of {', '.join(job.precision)} makes sense for {target}."
+            raise RecipeError(said, f"Leave out --target {target}, or add --precision fp16.")
 
 
 def names(job: Job, settings: Settings) -> list[str]:

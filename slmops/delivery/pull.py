@@ -68,21 +68,22 @@ def fitting(registry: "Registry", name: str, which: str | None, settings: Settin
     champion = registry.champion(name)
     if champion is None:
         raise UsageError(f"Nothing of {name} is promoted.", f"Run `slmops promote {name}` on the machine that made it.")
-    for version in sorted(registry.release(champion), key=lambda one: -[*TARGETS].index(target_of(one.variant))):
-        problem = _problem(version, settings)
-        if problem is None:
-            return version
-    problem = _problem(champion, settings)
+    release = sorted(registry.release(champion), key=lambda one: -[*TARGETS].index(target_of(one.variant)))
     others = [one for one in registry.versions(name) if one.job_id == champion.job_id and one.uploaded]
-    fits = [version for version in others if _problem(version, settings) is None]
-    if not fits:
-        also = "".join(f" {v.label}: {_problem(v, settings)}." for v in others if v.version != champion.version)
-        said = f"No version of {name} fits this device. {champion.label}: {problem}.{also}"
-        raise PrerequisiteError(said, "Promote a smaller variant, run its job with --upload, or use a larger device.")
-    taken = max(fits, key=lambda version: (version.size_mb, version.version))
-    said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
-    log.warning(said, champion.label, problem, taken.label)
-    return taken
+    others = [one for one in others if one not in release]
+    problems: dict[str, str] = {}
+    for version in (*release, *sorted(others, key=lambda one: (-one.size_mb, -one.version))):
+        problem = _problem(version, settings)
+        if problem is not None:
+            problems[version.label] = problem
+            continue
+        if version in others:
+            said = "the champion, %s, does not fit this device: %s. Taking the largest of the same job that fits: %s"
+            log.warning(said, champion.label, problems[champion.label], version.label)
+        return version
+    said = "".join(f" {label}: {problem}." for label, problem in problems.items())
+    fix = "Promote a smaller variant, run its job with --upload, or use a larger device."
+    raise PrerequisiteError(f"No version of {name} fits this device.{said}", fix)
 
 
 def _check_fits(version: ModelVersion, problem: str | None, fix: str) -> ModelVersion:
@@ -93,21 +94,25 @@ def _check_fits(version: ModelVersion, problem: str | None, fix: str) -> ModelVe
 
 def _problem(version: ModelVersion, settings: Settings) -> str | None:
     """Why this device cannot run a version; None if it can."""
-    if version.device != "cpu":
-        request = register_worker.ProviderRequest(home=settings.deployed, provider=version.provider)
-        log_file = settings.logs / version.name / f"{version.variant}.provider.log"
+    problem = _too_large(version)
+    if problem is not None or version.device == "cpu":
+        return problem
+    request = register_worker.ProviderRequest(home=settings.deployed, provider=version.provider)
+    log_file = settings.logs / version.name / f"{version.variant}.provider.log"
+    try:
         found, _ = children.call(
             register_worker.look_for, request, log=log_file, timeout_s=PROVIDER_S, error=RegistrationError
         )
-        if found.missing:
-            return f"it is made for {version.device}, and {found.missing}"
-    return _too_large(version)
+    except RegistrationError as error:  # such as a driver that crashes: the CPU is still there
+        return f"it is made for {version.device}, and looking for {version.provider} failed: {error.message}"
+    return f"it is made for {version.device}, and {found.missing}" if found.missing else None
 
 
 def _too_large(version: ModelVersion) -> str | None:
     memory_mb = machine.hardware().memory_gb * 1000
-    if version.memory_mb > memory_mb:
-        return f"it needs {version.memory_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
+    needed_mb = version.memory_mb or version.size_mb  # where it was not measured, at least its files
+    if needed_mb > memory_mb:
+        return f"it needs {needed_mb:.0f} MB of memory, and there are {memory_mb:.0f} MB"
     return None
 
 

@@ -105,4 +105,6 @@ class Earlier:
 def _files(variant: Variant, registration: Registration) -> dict[str, str]:
     """What is measured: the files by their digests, and what Foundry Local is told about them."""
     told = {name: (registration.path / name).read_text(encoding="utf-8") for name in (GENAI_CONFIG, INFERENCE_MODEL)}
+    if registration.not_run:  # edge cases are then not tried, and the CPU answers the questions
+        told["not run"] = ""
     return {**{file.name: file.sha256 for file in variant.files}, **told}

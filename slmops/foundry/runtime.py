@@ -75,9 +75,13 @@ def missing(home: Path, provider: str) -> str | None:
     known = {one.name: one.is_registered for one in running.discover_eps()}
     if provider not in known:
         return f"Foundry Local finds no device for {provider} here"
-    if not known[provider] and not running.download_and_register_eps([provider]).success:
-        return f"Foundry Local could not get {provider}"
-    return None
+    why = ""
+    try:
+        if known[provider] or running.download_and_register_eps([provider]).success:
+            return None
+    except Fault as error:  # such as without a network
+        why = f": {error}"
+    return f"Foundry Local could not get {provider}{why}"
 
 
 def add(catalog: Any, folder: Path, foundry_id: str, display_name: str) -> Any:

@@ -207,8 +207,13 @@ def test_recipes_are_listed_with_the_users_own(slmops: Slmops, home: Path) -> No
     code, out, _ = slmops("recipes")
     lines = out.splitlines()
     assert code == 0
-    assert lines[0] == "fp32: 32 bits; ModelBuilder > GraphSurgeries"
-    assert lines[-3:] == ["mine: any bits; Rtn > ModelBuilder", "    On phones.", f"    {home}/recipes/mine.json"]
+    assert lines[0] == "fp32: 32 bits; ModelBuilder > GraphSurgeries; for cpu"
+    assert [line.partition("; for ")[2] for line in lines if line.startswith("int4:")] == ["cpu, webgpu, cuda, dml"]
+    assert lines[-3:] == [
+        "mine: any bits; Rtn > ModelBuilder; for cpu",
+        "    On phones.",
+        f"    {home}/recipes/mine.json",
+    ]
     rows = json.loads(slmops("recipes --json")[1])
     assert [row["name"] for row in rows] == [*SHIPPED, "mine"]
     assert (rows[-1]["passes"], rows[-1]["chain"]) == (mine["passes"], ["Rtn", "ModelBuilder"])

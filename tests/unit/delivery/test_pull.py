@@ -188,6 +188,7 @@ INT4_AGAIN = listed(7, "int4", 100, 5000)
 OLDER = listed(2, "int8", 200, 1000, job_id="older")
 GPU = listed(8, "int4-cuda", 160, 100, device="gpu", provider="CUDAExecutionProvider")
 WEBGPU = listed(9, "int4-webgpu", 160, 100, device="gpu", provider="WebGpuExecutionProvider")
+HUGE = listed(1, "fp32", 8001, 0)
 RELEASED = listed(3, "int8", 150, 7000, tags={RELEASE: "9 8"})
 
 
@@ -205,6 +206,8 @@ def test_of_a_release_a_device_takes_what_its_best_provider_runs(
     device.providers = providers
     versions = registry([RELEASED, INT4, GPU, WEBGPU], RELEASED)
     assert pull.fitting(versions, "bot", None, device.settings) == expected
+    device.fails = CRASHED  # of a driver, and the CPU is still there
+    assert pull.fitting(versions, "bot", None, device.settings) == RELEASED
     assert caplog.text == ""
 
 
@@ -216,6 +219,7 @@ def test_of_a_release_a_device_takes_what_its_best_provider_runs(
         pytest.param([INT4, FP32, INT8], FP32, None, INT8, id="in whatever order"),
         pytest.param([FP32, INT4, OLDER], FP32, None, INT4, id="of the same job"),
         pytest.param([FP32, GPU, INT4], FP32, None, INT4, id="not for a GPU"),
+        pytest.param([HUGE, INT4], HUGE, None, INT4, id="of what was not measured, the files have to fit"),
         pytest.param([GPU, INT4], GPU, None, INT4, id="the champion is for a GPU"),
         pytest.param([FP32, INT4, INT4_AGAIN], FP32, None, INT4_AGAIN, id="the newer of two alike"),
         pytest.param([INT8, INT4], INT8, "int4", INT4, id="by alias"),

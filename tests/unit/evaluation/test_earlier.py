@@ -101,6 +101,8 @@ def test_another_machine_package_variant_or_file_is_measured(
         patch.setattr(earlier, "MEASURED_AS", 0)
         assert known(made, job, settings) == (False, False)
     assert known(made[:1], job, settings) == (False, False)  # it was not measured side by side with these alone
+    here = [(variant, one.model_copy(update={"not_run": "there is no device"})) for variant, one in made]
+    assert known(here, job, settings) == (False, False)  # a device that comes or goes
     judged = settings.model_copy(update={"judge_url": "http://127.0.0.1:1/v1", "judge_model": "j"})
     assert known(made, job, judged) == (True, False)
     (made[0][1].path / "genai_config.json").write_text('{"search": {"chunk_size": 1}}')

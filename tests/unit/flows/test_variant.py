@@ -1,7 +1,6 @@
 """What becomes of the peers of a job on one machine, whatever happens to them."""
 
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -62,18 +61,13 @@ def test_peers_are_measured_with_the_variants(steps: Mock, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("why", ["there is no device here", None])
 def test_what_has_no_device_here_is_not_timed_and_when_it_has_one_it_is(
-    steps: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
+    steps: Mock, tmp_path: Path, why: str | None
 ) -> None:
     registered = Registration(foundry_id="tiny-int4-generic-gpu:1", path=tmp_path, answer="", not_run=why)
     steps.register_variant.return_value = registered
     steps.measure_speed.return_value = {"int4": SPEED}
     steps.measure_quality.return_value = QUALITY
-    before = Mock(measured=datetime(2026, 1, 1, tzinfo=UTC), variants={})  # an earlier job timed nothing
-    monkeypatch.setattr(
-        flow, "Earlier", lambda *_: Mock(**{"speeds.return_value": before, "qualities.return_value": None})
-    )
-    found = outcomes(tmp_path, None)["int4"]
-    assert (found.speed, found.earlier.keys()) == ((None, {"speed"}) if why else (SPEED, set()))
+    assert outcomes(tmp_path, None)["int4"].speed == (None if why else SPEED)
     assert steps.measure_speed.called == (why is None)
 
 

@@ -7,7 +7,7 @@ from slmops.conversion import recipe_files
 from slmops.conversion.recipe_files import RecipeFile
 from slmops.core.errors import RecipeError
 from slmops.core.files import sha256
-from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
+from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, USUAL, Job
 from slmops.core.settings import Settings
 from slmops.core.targets import CPU, TARGETS, split, variant_name
 from slmops.core.values import Checkpoint, Recipe
@@ -41,7 +41,8 @@ def check(job: Job, settings: Settings) -> None:
         if target != CPU:
             raise RecipeError(f"{name} is a variant, not a recipe.", f"Use --precision {precision} --target {target}.")
         file = recipe_files.load(name, settings)
-        if not set(job.targets) & set(file.targets):
+        # Of the usual ones those are taken that make sense.
+        if not set(job.targets) & set(file.targets) and job.precision != [*USUAL]:
             said = f"{name} makes sense for {', '.join(file.targets)} only."
             raise RecipeError(said, f"Add --target {file.targets[0]}, or leave out --precision {name}.")
         served |= {*file.targets}

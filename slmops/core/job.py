@@ -13,8 +13,8 @@ from slmops.core.targets import CPU, TARGETS, TargetName
 from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import Checkpoint, Frozen, Room
 
-_USUAL = ("fp32", "fp16", "int8", "int4")
-SHIPPED = (*_USUAL, "int4-small", "int4-calibrated")
+USUAL = ("fp32", "fp16", "int8", "int4")
+SHIPPED = (*USUAL, "int4-small", "int4-calibrated")
 """The recipes that come with slmops, as files of :mod:`slmops.conversion.recipe_files`."""
 _FORM = [
     {"title": "Comes with slmops", "type": "string", "enum": [*SHIPPED]},
@@ -109,7 +109,7 @@ class Job(Frozen, use_attribute_docstrings=True):
     @field_validator("precision")
     @classmethod
     def _usual(cls, asked: list[Precision], info: ValidationInfo) -> list[Precision]:
-        return asked or ([BASELINE] if info.data.get("olive_config") else [*_USUAL])
+        return asked or ([BASELINE] if info.data.get("olive_config") else [*USUAL])
 
     @property
     def targets(self) -> list[str]:

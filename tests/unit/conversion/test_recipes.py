@@ -93,6 +93,7 @@ def test_each_target_takes_the_precisions_that_make_sense_there() -> None:
     assert accelerator == {"device": "gpu", "execution_providers": ["WebGpuExecutionProvider"]}
     assert found["int4-webgpu"].config["passes"] == found["int4"].config["passes"]
     assert [step.get("precision") for step in passes(found["fp16-webgpu"])] == ["fp16", None]
+    assert [recipe.name for recipe in made(target=["trt-rtx"])] == ["fp32", "fp16-trt-rtx"]  # of the usual ones
     with_blocks = made("int4", target=["cuda"], int4_block_size=64)[1]
     assert passes(with_blocks)[0]["group_size"] == 64
 

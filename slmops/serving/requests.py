@@ -63,6 +63,7 @@ class _Item(_Message):
 
     type: str = "message"
     role: str = ""
+    output: str | list[_Part] | None = None  # of a tool
 
 
 class _StreamOptions(BaseModel):
@@ -169,7 +170,7 @@ def read(raw: bytes, most_tokens: int, *, chat: bool) -> Asked:
             _check_schema(body[name], name)
     form = body.get("response_format") or (body.get("text") or {}).get("format") or {}
     if body.get("tools") and body.get("tool_choice") != "none" and form.get("type", "text") != "text":
-        said = "The runtime makes no tool calls in answers with a form: ask for one of the two, or tool_choice none."
+        said = "The runtime cannot call tools in a structured answer: drop one of the two, or set tool_choice to none."
         raise Refused(400, said, "invalid_value", "tools")
     names = ("max_tokens", "max_completion_tokens") if chat else ("max_output_tokens",)
     wanted = {name: value for name in names if (value := body.pop(name, None)) is not None}

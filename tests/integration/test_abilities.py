@@ -127,7 +127,6 @@ def test_through_the_service(client: openai.OpenAI) -> None:
         ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, 400, "unsupported tool_choice type"),
         ({"tool_choice": "often"}, 400, "invalid tool_choice 'often'; expected 'auto', 'none' or 'required'"),
         ({"tools": None, "tool_choice": "required"}, 400, "requires at least one declared tool"),
-        ({"response_format": {"type": "json_object"}}, 400, "no tool calls in answers with a form"),
         ({"max_tokens": 5}, 422, "The model's tool call is not complete"),
     ],
 )

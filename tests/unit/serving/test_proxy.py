@@ -209,6 +209,7 @@ BAD_RESPONSES: list[tuple[Any, str, str | None]] = [
     *((response(input=wrong), "invalid_value", "input") for wrong in (None, 1, [])),
     (response(input=[{"role": None, "content": "x"}]), "invalid_value", "input.0.role"),
     (response(input=[FILE]), "invalid_value", "input.0.content.0.type"),
+    (response(input=[{"output": FILE["content"]}]), "invalid_value", "input.0.output.0.type"),  # of a tool
     (response(max_output_tokens=0), "invalid_value", "max_output_tokens"),
     (response(instructions=["x"]), "invalid_value", "instructions"),
     (response(text={"format": {"type": "lark_grammar"}}), "invalid_value", "text.format.type"),

@@ -46,7 +46,8 @@ def plan_recipes(context: JobContext) -> tuple[JobContext, list[Recipe]]:
     asked = dataset.load(context.job.evaluation_set, matcher=context.job.matcher, judge=settings.judge_configured)
     if able.tools is None and any(item.tools for item in asked.items):
         problem = "The evaluation set has items with tools, which the variants of this checkpoint cannot call."
-        raise UsageError(problem, " ".join(able.remarks) or "Its chat template knows no tools.")
+        unknown = "Its chat template knows no tools."
+        raise UsageError(problem, abilities.NO_CALLS if abilities.NO_CALLS in able.remarks else unknown)
     job = room.with_baseline(context.job, checkpoint, settings)
     planned = recipes.for_job(job, checkpoint, settings)
     needed = room.check(planned, checkpoint, job, settings, converts=not settings.pools)

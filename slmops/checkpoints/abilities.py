@@ -20,7 +20,7 @@ from slmops.core.values import Frozen
 
 _CALL, _THOUGHT = re.compile("tool.?call", re.IGNORECASE), re.compile("think|reasoning", re.IGNORECASE)
 _THINKS = ("</think>", "reasoning_content", "enable_thinking")  # what only a template that knows of thoughts says
-_NO_CALLS = (
+NO_CALLS = (
     "The chat template knows tools, but the variants cannot call any: Foundry Local needs one pair of tokens, such as "
     "<tool_call> and </tool_call>, which the tokenizer has, and between which the chat template writes calls."
 )
@@ -29,7 +29,8 @@ _NO_THOUGHTS = (
     "</think>, and only one of tokenizer and chat template has it."
 )
 _VALUE = "zqcalljx"  # letters only: no escaping changes them
-_TOOL = {"name": "zqtool", "description": "A tool.", "parameters": {"type": "object", "properties": {}}}
+_FUNCTION = {"name": "zqtool", "description": "A tool.", "parameters": {"type": "object", "properties": {}}}
+_TOOLS = [{"type": "function", "function": _FUNCTION}]
 
 
 class Pair(Frozen):
@@ -58,7 +59,7 @@ def derive(folder: Path) -> Abilities:
     thinks = any(word in template.text for word in (*_THINKS, *([thoughts.closing] if thoughts else [])))
     if tools is not None and not (knows_tools and _writes(template, tools)):
         tools = None
-    no_calls = [_NO_CALLS] if knows_tools and tools is None else []
+    no_calls = [NO_CALLS] if knows_tools and tools is None else []
     no_thoughts = [_NO_THOUGHTS] if thinks != (thoughts is not None) else []
     return Abilities(tools=tools, reasoning=thoughts if thinks else None, remarks=(*no_calls, *no_thoughts))
 
@@ -88,16 +89,14 @@ def _writes(template: ChatTemplate, pair: Pair) -> bool:
     """Whether a call that the template writes stands between the two; it need not write calls at all."""
     if "tool_calls" not in template.text:
         return True
-    tools = [{"type": "function", "function": _TOOL}]
-    arguments = {"x": _VALUE}
-    for given in (arguments, json.dumps(arguments)):  # templates differ in which they take
-        call = {"type": "function", "id": "abcdefghi", "function": {"name": _TOOL["name"], "arguments": given}}
+    for given in ({"x": _VALUE}, json.dumps({"x": _VALUE})):  # templates differ in which they take
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "zqtool", "arguments": given}}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
         ]
         with suppress(CheckpointError):
-            text = chat_template.render(template, messages, add_generation_prompt=False, tools=tools)
+            text = chat_template.render(template, messages, add_generation_prompt=False, tools=_TOOLS)
             before, value, after = text.partition(_VALUE)
             if value:
                 return before.rfind(pair.opening) > before.rfind(pair.closing) and pair.closing in after

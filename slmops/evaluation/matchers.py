@@ -129,12 +129,11 @@ def as_answer(calls: Sequence[Mapping[str, Any]]) -> str:
 
     The runtime also passes on arguments that are not JSON, and these stay as they are.
     """
-    written = []
-    for call in calls:
-        arguments = call["arguments"]
-        with contextlib.suppress(ValueError, TypeError):
-            arguments = parse_json(arguments)
-        written.append({"name": call["name"], "arguments": arguments})
+
+    def read(arguments: Any) -> Any:
+        return parse_json(arguments) if isinstance(arguments, str) and is_json(arguments) else arguments
+
+    written = [{"name": call["name"], "arguments": read(call["arguments"])} for call in calls]
     return json.dumps({"tool_calls": written}, ensure_ascii=False)
 
 

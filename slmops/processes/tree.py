@@ -18,7 +18,7 @@ if sys.platform == "win32":
     ASKING = (signal.SIGTERM, signal.SIGBREAK)
 else:
     ASKING = (signal.SIGTERM,)
-"""Signals that ask a process to end, beside Ctrl-C. Prefect sends Ctrl-Break on Windows."""
+"""Signals that ask a process to end, besides Ctrl-C. Prefect sends Ctrl-Break on Windows."""
 
 
 def apart(env: dict[str, str], *, console: bool = True) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def apart(env: dict[str, str], *, console: bool = True) -> dict[str, Any]:
 
     On Windows one without our ``console`` is not ended when its window is closed, but cannot be asked to end either.
     """
-    # ONNX Runtime sends what it is used for to its maker since 1.29, some seconds after it is imported.
+    # From 1.29 on, ONNX Runtime reports its use to Microsoft some seconds after it is imported.
     env = {**env, "ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
     if sys.platform == "win32":
         hidden = 0 if console else subprocess.CREATE_NO_WINDOW

@@ -69,12 +69,7 @@ SIGNED = "Inference failed: a.cc:1 X<fl::Y> fl::{anonymous}::F(std::function<voi
         (400, {"message": SIGNED + "top_k is negative (-1)", "code": None}, (400, None), "top_k is negative (-1)"),
         (500, {"message": SIGNED + "Error creating grammar: no"}, (400, "invalid_value"), "Error creating grammar: no"),
         (500, {"message": SIGNED + "Model emitted an invalid tool call: x"}, (422, "invalid_tool_call"), None),
-        (
-            500,
-            {"message": "Inference failed: tool_call_plan.cc:3 F() /x not allowed"},
-            (422, "invalid_tool_call"),
-            None,
-        ),
+        (500, {"message": "tool_call_plan.cc:3 F() /x not allowed"}, (422, "invalid_tool_call"), None),
         (500, {"message": SIGNED + "out of memory"}, (502, "backend_error"), "The runtime failed: out of memory"),
         (500, "x", (502, "backend_error"), "The runtime failed: it does not say why"),
         (500, b"server=oatpp/1.3.0\ncode=500\nmessage=[json.exception.1] no\n", (400, "invalid_value"), None),

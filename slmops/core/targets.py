@@ -25,9 +25,10 @@ TARGETS: dict[str, TargetDevice] = {
 """By name, and each better than those before it for a device that has several."""
 
 
-def of_model(called: str) -> TargetDevice:
-    """What a model is for, by the suffix of Foundry's name of it."""
-    return next((one for one in TARGETS.values() if called.endswith(f"-{one.suffix}")), TARGETS[CPU])
+def of_model(foundry_id: str) -> TargetDevice:
+    """What a model is for, by its name in Foundry, with or without the version."""
+    name = foundry_id.partition(":")[0]
+    return next((one for one in TARGETS.values() if name.endswith(f"-{one.suffix}")), TARGETS[CPU])
 
 
 def variant_name(precision: str, target: str) -> str:

@@ -28,7 +28,7 @@ from slmops.core.files import (
 )
 from slmops.core.names import is_name
 from slmops.core.settings import Settings
-from slmops.core.targets import TARGETS, target_of
+from slmops.core.targets import CPU, TARGETS, target_of
 from slmops.core.validation import problems
 from slmops.core.values import VariantFile, is_weights
 from slmops.delivery import installed
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from slmops.tracking.registry import Registry
 
 log = logging.getLogger(__name__)
-
-PROVIDER_S = 1800  # to find an execution provider, and to fetch it if it is to be had
 
 
 def split(reference: str) -> tuple[str, str | None]:
@@ -101,7 +99,7 @@ def _problem(version: ModelVersion, settings: Settings) -> str | None:
     log_file = settings.logs / version.name / f"{version.variant}.provider.log"
     try:
         found, _ = children.call(
-            register_worker.look_for, request, log=log_file, timeout_s=PROVIDER_S, error=RegistrationError
+            register_worker.look_for, request, log=log_file, timeout_s=register.PROVIDER_S, error=RegistrationError
         )
     except RegistrationError as error:  # such as a driver that crashes: the CPU is still there
         return f"it is made for {version.device}, and looking for {version.provider} failed: {error.message}"
@@ -268,15 +266,14 @@ def _inference_model(done: Installed, manifest: VersionManifest) -> dict[str, An
 def _register(done: Installed, settings: Settings) -> None:
     """See that Foundry Local lists it, and that it answers, if its device is here."""
     called, cache = layout.model_name(done.name, done.variant), settings.deployed / "models"
-    provider = register.provider_of(done.variant)
     placed = settings.deployed, done.folder, done.foundry_id, f"{done.name} {done.variant}"
     with installed.catalog_locked(settings):
         cli.confirm(called, cache)
-        if provider is None:
+        if target_of(done.variant) == CPU:
             cli.ask(called, cache, PROMPTS[0])
         try:
             log_file = settings.logs / done.name / f"{done.variant}.pull.log"
-            register.register_folder(*placed, log=log_file, provider=provider)
+            register.register_folder(*placed, log=log_file)
         except SlmopsError:
             installed.forget([done.foundry_id], settings.deployed, settings)  # a child that crashed has not
             raise

@@ -22,7 +22,7 @@ from slmops.evaluation.dataset import EvaluationSet
 from slmops.evaluation.drift import PERPLEXITY, SPEED_METRICS, Recorded
 from slmops.evaluation.logits_worker import LogitsRequest
 from slmops.foundry.layout import stage
-from slmops.foundry.register import provider_of, register_folder
+from slmops.foundry.register import register_folder
 from slmops.foundry.versions import Installed, ModelVersion
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,7 @@ def copied(version: Installed, name: str, settings: Settings) -> Iterator[Regist
             said = f"{version.foundry_id} was removed from this device before it could be measured."
             raise BusyError(said, "Another version was deployed in the meantime: try again.") from error
         foundry_id, log_file = version.foundry_id, settings.logs / name / f"{version.variant}.register.log"
-        provider = provider_of(version.variant)
-        done = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file, provider=provider)
+        done = register_folder(home, staged.folder, foundry_id, foundry_id, log=log_file)
         if done.not_run is not None:
             fix = "Measure it on a device that has one."
             raise PrerequisiteError(f"{foundry_id} cannot be measured here: {done.not_run}.", fix)

@@ -10,13 +10,15 @@ from slmops.core.errors import CheckpointError, RegistrationError, SlmopsError
 from slmops.core.files import remove_scratch, write_atomic
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.targets import CPU, TARGETS, target_of
+from slmops.core.targets import CPU, TARGETS, of_model
 from slmops.core.values import Frozen, Registration, Variant
 from slmops.foundry import cli, layout, prompt_template, register_worker
 from slmops.foundry.register_worker import RegisterRequest, RegisterResult
 from slmops.processes import children
 
 log = logging.getLogger(__name__)
+
+PROVIDER_S = 1800  # to find an execution provider, and to fetch it if it is to be had
 
 
 class Answered(Frozen):
@@ -53,9 +55,7 @@ def register(
             proof = settings.foundry / "answered" / f"{folder.name}.json"
             before = None if new or job.remeasure else Answered.from_file(proof)
             known = before.answer if before and before.versions == machine.versions() else None
-            done = register_folder(
-                *placed, log=log_file, within=within, known=known, provider=provider_of(variant.name)
-            )
+            done = register_folder(*placed, log=log_file, within=within, known=known)
             if done.not_run is None:
                 write_atomic(proof, Answered(answer=done.answer, versions=machine.versions()).model_dump_json())
         except SlmopsError:
@@ -77,21 +77,15 @@ def register_folder(
     log: Path,
     within: children.Child | None = None,
     known: str | None = None,
-    provider: str | None = None,
 ) -> RegisterResult:
     """Register a folder in Foundry's layout in a child process; its answer to a prompt, or a RegistrationError.
 
-    It is not asked if its answer is ``known``, or if the ``provider`` that it needs is not here.
+    It is not asked if its answer is ``known``, or if the execution provider that it needs is not here.
     """
     of = {"home": home, "folder": folder, "foundry_id": foundry_id, "display_name": display_name}
-    request = RegisterRequest(**of, answer=known, provider=provider)
+    timeout_s = 600 if of_model(foundry_id) == TARGETS[CPU] else PROVIDER_S
+    request = RegisterRequest(**of, answer=known)
     result, _ = children.call(
-        register_worker.handle, request, log=log, timeout_s=600, error=RegistrationError, within=within
+        register_worker.handle, request, log=log, timeout_s=timeout_s, error=RegistrationError, within=within
     )
     return result
-
-
-def provider_of(variant: str) -> str | None:
-    """The execution provider that a variant needs and that may not be here; None: it runs on the CPU."""
-    target = target_of(variant)
-    return None if target == CPU else TARGETS[target].provider

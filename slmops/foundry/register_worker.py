@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.core.errors import RegistrationError
+from slmops.core.targets import of_model
 from slmops.core.values import Frozen
 
 PROMPTS = ("What is the capital of France?", "Say hello.", "Count from one to ten.")
@@ -19,7 +20,6 @@ class RegisterRequest(Frozen):
     foundry_id: str
     display_name: str
     answer: str | None = None  # known from before: then it is not asked
-    provider: str | None = None  # an execution provider that may not be here: then it is not asked either
 
 
 class RegisterResult(Frozen):
@@ -36,10 +36,10 @@ def handle(request: RegisterRequest) -> RegisterResult:
         model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
         if request.foundry_id not in {one.id for listed in catalog.list_models() for one in (listed, *listed.variants)}:
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
+        if (why := runtime.missing(request.home, of_model(request.foundry_id).provider)) is not None:
+            return RegisterResult(answer="", not_run=why)
         if request.answer is not None:
             return RegisterResult(answer=request.answer)
-        if request.provider and (why := runtime.missing(request.home, request.provider)):
-            return RegisterResult(answer="", not_run=why)
         model.load()
         for prompt in PROMPTS:
             reply = runtime.ask(model, [{"role": "user", "content": prompt}], max_tokens=MAX_TOKENS)

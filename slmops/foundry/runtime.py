@@ -12,7 +12,7 @@ import foundry_local_sdk as sdk
 from foundry_local_sdk.exception import FoundryLocalException
 
 from slmops.core.errors import EvaluationError
-from slmops.core.targets import of_model
+from slmops.core.targets import CPU, TARGETS, of_model
 from slmops.foundry import layout
 
 Fault = FoundryLocalException
@@ -63,14 +63,14 @@ def started(home: Path) -> Any:
 
 def local_catalog(home: Path, to_load: str | None = None) -> Any:
     """Start the runtime, with the execution provider of a model ``to_load``; return the catalog of our own models."""
-    made_for = of_model((to_load or "").rpartition(":")[0])
-    if made_for.device != "cpu":  # each process registers it anew; if it is missing, loading the model says so
-        missing(home, made_for.provider)
+    missing(home, of_model(to_load or "").provider)  # each process registers it anew; if it is missing, loading says so
     return started(home).get_catalog(sdk.CatalogType.LOCAL)
 
 
 def missing(home: Path, provider: str) -> str | None:
     """Why models for an execution provider cannot be loaded here, after it was fetched if that is possible; or None."""
+    if provider == TARGETS[CPU].provider:
+        return None
     running = started(home)
     known = {one.name: one.is_registered for one in running.discover_eps()}
     if provider not in known:

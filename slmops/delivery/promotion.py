@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from slmops.core.errors import GateError, UsageError
+from slmops.core.targets import target_of
 from slmops.core.values import Frozen, GateResult
 from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.selection import choice as selection
@@ -41,7 +42,9 @@ def decide(uri: str, request: Promotion) -> Decision:
     chosen = {one.name: one for one in comparison.chosen}
     first = chosen.pop(comparison.choice.variant or "", None)
     numbers = [one.version for one in chosen.values() if first and first.version == challenger.version]
-    others = [judge(tracker, registry.find(request.name, str(number)), champion) for number in numbers]
+    deployed = {target_of(one.variant): one for one in registry.release(champion)} if champion else {}
+    versions = [registry.find(request.name, str(number)) for number in numbers]
+    others = [judge(tracker, one, deployed.get(target_of(one.variant), champion)) for one in versions]
     return judge(tracker, challenger, champion).model_copy(update={"others": tuple(others)})
 
 

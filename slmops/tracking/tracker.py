@@ -6,6 +6,7 @@ What the evaluation of a variant leaves there is in :mod:`slmops.tracking.evalua
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from slmops.core.values import (
 from slmops.evaluation import drift
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
 from slmops.evaluation.summary import OF_MACHINE
-from slmops.foundry.versions import CHAMPION, ModelVersion
+from slmops.foundry.versions import CHAMPION, RELEASE, ModelVersion
 from slmops.selection.policy import Policy
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import EVALUATION_SET, MEASUREMENTS_FILE, QUICK, TEXT
@@ -284,13 +285,19 @@ class Tracker(Connection):
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``; None: nothing is deployed.
 
-        Left out are figures that do not compare with those of the variant's run ``like``, since they were measured on
-        something else or on another kind of machine. Of a version that slmops did not measure the result is empty, so
-        gates that compare with it find no figure rather than being skipped.
+        With the variant's run ``like`` it is that of its release for the same target, if there is one. Left out are
+        figures that do not compare with those of ``like``, since they were measured on something else or on another
+        kind of machine. Of a version that slmops did not measure the result is empty, so gates that compare with it
+        find no figure rather than being skipped.
         """
         version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
         if version is None:
             return None
+        target = self.device(like)[1] if like else None
+        for number in version.tags.get(RELEASE, "").split():
+            other = or_none(partial(self._client.get_model_version, name, number))
+            if other is not None and target_of(other.tags.get("slmops.variant", "")) == target:
+                version = other
         # Its latest evaluation; the run that MLflow names is that in which it was made.
         run_id = version.tags.get("slmops.evaluation_run", version.run_id)
         if not run_id or MEASUREMENTS_FILE not in self._client.files_in(run_id):

@@ -8,6 +8,7 @@ import pytest
 
 from slmops.core.errors import TrackingError
 from slmops.core.values import Answer, GateResult, Measurement, VariantResult
+from slmops.foundry.versions import RELEASE
 from slmops.tracking import evaluation as tracking_evaluation
 from slmops.tracking.evaluation import QUICK, TAG_LIMIT, description
 from tests import values
@@ -159,6 +160,20 @@ def test_champion(book: Book) -> None:
     assert book.tracker.champion(book.name) == made.evaluation.measurements
     promote(book, str(book.folder))  # somebody else's
     assert book.tracker.champion(book.name) == {}
+
+
+def test_a_champion_is_that_of_its_release_which_is_for_the_same_target(book: Book) -> None:
+    names = {"int8": 10.0, "int4-webgpu": 80.0, "fp16-webgpu": 70.0}
+    made = [Made(book.folder / name, name, decode_tok_s=speed) for name, speed in names.items()]
+    book.add(made[0], promote=True)
+    book.add(made[1])
+    challenger = book.log(made[2])
+    assert "decode_tok_s" not in (book.tracker.champion(book.name, challenger) or {})  # a CPU's
+    book.client.set_model_version_tag(book.name, "1", RELEASE, "2")
+    for _ in range(2):
+        assert (book.tracker.champion(book.name, challenger) or {})["decode_tok_s"].value == 80.0
+        book.client.set_model_version_tag(book.name, "1", RELEASE, "7 2")  # the first was deleted
+    assert (book.tracker.champion(book.name) or {})["decode_tok_s"].value == 10.0
 
 
 def test_what_a_gpus_own_device_measures_goes_into_the_same_comparison(book: Book) -> None:

@@ -63,17 +63,21 @@ def test_the_choices_for_other_targets_come_along_and_one_that_is_refused_refuse
     judged = server.judged("job-2")[0].model_copy(update={"other_choices": choices}), Policy(gates=(ACCURACY,))
     server.judged = {f"job-{number}": judged for number in (2, 3, 4)}.__getitem__
     found = SimpleNamespace(
-        find=lambda name, which: values.model_version(int(which), name=name, run_id="run-2", job_id="job-2"),
+        find=lambda _, which: values.model_version(int(which), run_id="run-2", job_id="job-2", variant=names[which]),
         champion=lambda _: CHAMPION,
+        release=lambda one: [one, deployed],
     )
+    names = {"2": "int8", "3": "int4-webgpu", "4": "int4-cuda"}
+    deployed = values.model_version(9, variant="fp16-webgpu", run_id="run-1")
     monkeypatch.setattr(promotion, "Registry", lambda _: found)
     monkeypatch.setattr(promotion, "Tracker", lambda _: server)
     decision = promotion.decide("uri", Promotion(name="bot", version=2))
-    assert [one.challenger.version for one in decision.others] == [3, 4]
+    against = [(one.challenger.version, one.champion and one.champion.version) for one in decision.others]
+    assert against == [(3, 9), (4, 1)]  # what is deployed for the same target, or else for the first
     assert not decision.against
-    assert "With it: bot version 3 (int8), bot version 4" in promotion.text(decision, Promotion(name="bot"))
+    assert "With it: bot version 3 (int4-webgpu), bot version 4" in promotion.text(decision, Promotion(name="bot"))
     refused = decision.others[0].model_copy(update={"differs": ("text",)})
-    assert "int8: bot version 1" in decision.model_copy(update={"others": (refused,)}).against[0]
+    assert "int4-webgpu: bot version 9" in decision.model_copy(update={"others": (refused,)}).against[0]
     assert promotion.decide("uri", Promotion(name="bot", version=4)).others == ()  # which is asked for alone
 
 

@@ -82,14 +82,10 @@ def _compare(recipes: list[Recipe], context: JobContext, peaks: dict[str, float]
     champions = {target: steps.get_champion(tracker, context.name, measured.get(target)) for target in targets}
     baseline = _checkpoint_as_baseline(made, context)
     choices, judged = steps.choose_variants(targets, results, policy, champions, baseline)
-    # Else there was nothing to judge by, or nothing that passed.
-    released = [target for target, choice in choices.items() if choice.variant is not None]
-    judged = [
-        steps.register_version(context, made[one.name], one)
-        if one.accepted and target_of(one.name) in released
-        else one
-        for one in judged
-    ]
+    for place, one in enumerate(judged):
+        # Without a choice for its target there was nothing to judge by, or nothing that passed.
+        if one.accepted and (found := choices.get(target_of(one.name))) and found.variant is not None:
+            judged[place] = steps.register_version(context, made[one.name], one)
     choice = choices.pop(targets[0])
     comparison = Comparison(
         model=context.name,

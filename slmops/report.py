@@ -64,16 +64,12 @@ def table(comparison: Comparison, style: str = "simple") -> str:
     return "\n\n".join(f"{heading.format(target)}\n{part}" for target, part in zip(sections, made, strict=True))
 
 
-def _sections(comparison: Comparison) -> dict[str, tuple[VariantResult, ...]]:
+def _sections(comparison: Comparison) -> dict[str, list[VariantResult]]:
     """The variants by their targets, with the peers beside those for the CPU."""
-    made = {target_of(one.name): () for one in comparison.variants} or {CPU: ()}
-    return {
-        target: (
-            *(one for one in comparison.variants if target_of(one.name) == target),
-            *(comparison.peers if target == CPU else ()),
-        )
-        for target in made
-    }
+    sections: dict[str, list[VariantResult]] = {}
+    for one in (*comparison.variants, *comparison.peers):
+        sections.setdefault(target_of(one.name), []).append(one)
+    return sections or {CPU: []}
 
 
 def _section(results: Sequence[VariantResult], comparison: Comparison, style: str) -> str:

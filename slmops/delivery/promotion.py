@@ -19,7 +19,7 @@ class Decision(Frozen):
     gates: tuple[GateResult, ...]
     differs: tuple[str, ...] = Field(description="The conditions in which the two were measured differently.")
     elsewhere: str | None = Field(None, description="Why their speeds are not compared; None: they are.")
-    others: tuple["Decision", ...] = Field((), description="Those about versions for other targets in the release.")
+    others: tuple["Decision", ...] = Field((), description="Decisions about the release's versions for other targets.")
 
     @property
     def against(self) -> list[str]:

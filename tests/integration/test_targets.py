@@ -141,7 +141,7 @@ def test_webgpus_own_kernels_run_the_graph_and_compute_what_the_cpu_does(
     variant = convert(in_fp32, checkpoint, job, "tiny", fresh)
     tokens, found = tmp_path / "tokens.npy", tmp_path / "found.npz"
     np.save(tokens, np.arange(5, 21, dtype=np.int64))
-    asked = [sys.executable, "-m", "tests.webgpu", str(variant.path), str(tokens), str(found)]
+    asked = [sys.executable, webgpu.__file__, str(variant.path), str(tokens), str(found)]
     subprocess.run(asked, env={**os.environ, **webgpu.ENVIRONMENT}, check=True, timeout=300)
     ran = np.load(found)
     assert {"MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention"} < {*ran["operators"]}

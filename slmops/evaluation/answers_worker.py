@@ -19,7 +19,9 @@ from slmops.core.errors import EvaluationError
 from slmops.core.values import Frozen
 from slmops.evaluation import matchers
 from slmops.evaluation.dataset import Item
+from slmops.evaluation.edge_cases import INVALID_ARGUMENT
 from slmops.evaluation.scoring import Generated, ScoredAnswers, answer_items
+from slmops.foundry import layout
 
 LEAST_QUESTIONS = 20  # with fewer, two that flip by chance are too much for the policy's limits
 MOST_SESSIONS = 4
@@ -55,7 +57,7 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
         try:
             reply = runtime.ask(model, **item.request)
         except runtime.Fault as error:
-            if item.tools and "tool call" in str(error):  # it began one that is cut off, or that its tool does not take
+            if error.error_code != INVALID_ARGUMENT and layout.INVALID_CALL.search(str(error)):
                 seconds = time.monotonic() - started
                 return Generated(text="", finish_reason=INVALID_CALL, seconds=seconds, completion_tokens=0)
             raise EvaluationError(

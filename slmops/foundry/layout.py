@@ -4,6 +4,7 @@ A variant is placed once to be used, and staged with other settings to be measur
 """
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from math import prod
@@ -28,6 +29,8 @@ RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, where 
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
 _MARKERS = {"tools": ("bot_token_id", "eot_token_id"), "reasoning": ("bor_token_id", "eor_token_id")}
 """Where genai_config.json names the tokens that begin and end a tool call, and a thought."""
+INVALID_CALL = re.compile(r"tool_call_plan\.cc|(?:invalid|malformed|required) tool call")
+"""What the runtime says of a model's call that is cut off or does not fit its tool, unless it refuses the request."""
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256
 """Tokens of a prompt that the runtime takes at once: more take more memory, and are no faster (docs/measuring.md).

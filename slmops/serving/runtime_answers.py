@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from slmops.foundry.layout import INVALID_CALL
 from slmops.serving.requests import Refused
 
 END = b"\n\n"
@@ -25,7 +26,6 @@ _CLIENTS_FAULT = re.compile(
     r"json\.exception|stoi|Error creating grammar|TooComplex|failed to create generator"
     r"|structured tool calling|not supported|image_url|tool guidance|tool-call guidance|response guidance"
 )
-_INVALID_CALL = re.compile(r"tool_call_plan\.cc|(?:invalid|malformed|required) tool call")
 _BUDGET = re.compile(r"\((\d+) input \+ (\d+) output\), which exceeds the model's maximum context length of (\d+)")
 _SIGNATURE = re.compile(r"^(?:[\w ]+: )?\w+\.cc:\d+ [^()]*(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)[^() ]*)+ ")
 """Such as ``Invalid request: options.cc:22 void fl::Check(const fl::Options&)``, with parentheses up to three deep."""
@@ -118,7 +118,7 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
         wanted = f"{prompt} tokens of conversation and up to {answer} of answer"
         message = f"{wanted} are more than the model's context of {context}."
         return RuntimeRefused(400, message, "context_length_exceeded", room=max(context - prompt, 0))
-    if status == 500 and _INVALID_CALL.search(said):  # the model's fault, so that asking again is no use
+    if status == 500 and INVALID_CALL.search(said):  # the model's fault, so that asking again is no use
         message = "The model's tool call is not complete, or does not fit the tool. More max_tokens may help."
         return RuntimeRefused(422, message, "invalid_tool_call")
     message = _SIGNATURE.sub("", said)[:_MESSAGE_MOST]

@@ -1,15 +1,19 @@
 """How much of the text and the questions there is time for, and that all models of a job get the same."""
 
+import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from slmops import foundry
+from slmops.core.errors import EvaluationError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.evaluation import answers_worker, dataset, logits_worker
@@ -80,6 +84,27 @@ def test_questions_of_all_categories(
     assert [one.id for one in found] == in_turns[:used]
     assert all(one.correct for one in found)
     assert clock.now == LOAD_S + 2 * used
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "wrong"),
+    [
+        (2, "tool_call_plan.cc:30 F() tool 'f': instance '/a': Expected integer", True),
+        (2, "out of memory", False),
+        (3, "tool_call_plan.cc:30 F() tools/0/function 'f': recursive reference", False),
+    ],
+)
+def test_a_call_that_does_not_fit_is_a_wrong_answer_and_a_tool_that_cannot_be_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str, wrong: bool
+) -> None:
+    fault = type("Fault", (Exception,), {"error_code": code})
+    model = Mock()
+    runtime = SimpleNamespace(Fault=fault, registered=lambda *_: model, ask=Mock(side_effect=fault(said)))
+    monkeypatch.setattr(foundry, "runtime", runtime, raising=False)
+    asked = answers_worker.AnswersRequest(folder=tmp_path, foundry_id="x:1", items=(Item(prompt="?", expected="x"),))
+    with nullcontext() if wrong else pytest.raises(EvaluationError, match=re.escape(said)):
+        [found] = answers_worker.handle(asked).answers
+        assert (found.correct, found.finish_reason) == (False, "invalid_tool_call")
 
 
 def test_all_models_of_a_job_get_what_the_first_had_time_for(settings: Settings, tmp_path: Path) -> None:

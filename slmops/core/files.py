@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LARGE_BYTES = 1_000_000
 PAUSES_S = (0.02, 0.05, 0.1, 0.3, 1.0) if sys.platform == "win32" else ()
-"""Windows does not move what somebody has open, as virus scanners have for a moment all that was just written."""
+"""Windows does not move a file that is open, as a new one is for a moment in a virus scanner."""
 
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 

@@ -76,8 +76,8 @@ def leave(status: int) -> None:
 def die_with_parent(heard: Callable[[bytes], None] = lambda _: None) -> None:
     """Tell each line of standard input, in a thread; when it closes, the parent is gone: kill all that is ours.
 
-    Standard input is then empty for others. On Windows numpy, and others that ask what it is when they are imported,
-    would wait for the next line: https://github.com/numpy/numpy/issues/24290.
+    Standard input is then empty for others. On Windows numpy, which looks at it when it is imported, would wait for
+    the next line: https://github.com/numpy/numpy/issues/24290.
     """
     lines = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -36,7 +36,7 @@ def handle(request: RegisterRequest) -> RegisterResult:
         model = runtime.add(catalog, request.folder, request.foundry_id, request.display_name)
         if request.foundry_id not in {one.id for listed in catalog.list_models() for one in (listed, *listed.variants)}:
             raise RegistrationError(f"Foundry Local does not list {request.foundry_id} after it was registered.")
-        if (why := runtime.missing(request.home, of_model(request.foundry_id).provider)) is not None:
+        if (why := runtime.missing(runtime.started(request.home), of_model(request.foundry_id).provider)) is not None:
             return RegisterResult(answer="", not_run=why)
         if request.answer is not None:
             return RegisterResult(answer=request.answer)
@@ -69,7 +69,7 @@ def look_for(request: ProviderRequest) -> ProviderResult:
     """Whether this device has an execution provider, which is fetched if Foundry Local can do that."""
     from slmops.foundry import runtime
 
-    return ProviderResult(missing=runtime.missing(request.home, request.provider))
+    return ProviderResult(missing=runtime.missing(runtime.started(request.home), request.provider))
 
 
 class ForgetRequest(Frozen):

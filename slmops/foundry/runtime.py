@@ -63,15 +63,15 @@ def started(home: Path) -> Any:
 
 def local_catalog(home: Path, to_load: str | None = None) -> Any:
     """Start the runtime, with the execution provider of a model ``to_load``; return the catalog of our own models."""
-    missing(home, of_model(to_load or "").provider)  # each process registers it anew; if it is missing, loading says so
-    return started(home).get_catalog(sdk.CatalogType.LOCAL)
+    running = started(home)
+    missing(running, of_model(to_load or "").provider)  # each process registers it anew; if it is gone, loading says so
+    return running.get_catalog(sdk.CatalogType.LOCAL)
 
 
-def missing(home: Path, provider: str) -> str | None:
-    """Why models for an execution provider cannot be loaded here, after it was fetched if that is possible; or None."""
+def missing(running: Any, provider: str) -> str | None:
+    """Why a manager cannot load models for an execution provider, after it was fetched if that is possible; or None."""
     if provider == TARGETS[CPU].provider:
         return None
-    running = started(home)
     known = {one.name: one.is_registered for one in running.discover_eps()}
     if provider not in known:
         return f"Foundry Local finds no device for {provider} here"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops.core.errors import ServingError, SlmopsError
+from slmops.core.errors import PrerequisiteError, ServingError, SlmopsError
 from slmops.core.targets import of_model
 from slmops.core.values import Frozen
 from slmops.foundry.layout import PUBLISHER, claimed
@@ -71,7 +71,10 @@ def main() -> None:
 
 
 def serve(request: ServiceRequest) -> Any:
-    """Load the version and start the web service, whose address the manager knows; else a ServingError."""
+    """Load the version and start the web service, whose address the manager knows; else a ServingError.
+
+    A PrerequisiteError says that the device of the version is not here.
+    """
     import foundry_local_sdk as sdk
     import uvicorn
 
@@ -103,6 +106,11 @@ def serve(request: ServiceRequest) -> Any:
             catalog=f"http://{HOST}:{listening.getsockname()[1]}{PATH}",
             web=sdk.Configuration.WebService(urls=f"http://{HOST}:0"),
         )
+        if (why := runtime.missing(manager, made_for.provider)) is not None:
+            # Not the version's fault, so its promotion is not withdrawn.
+            raise PrerequisiteError(
+                f"{request.foundry_id} cannot be served here: {why}.", "`slmops pull` takes what fits this device."
+            )
         model = manager.get_catalog().get_model_variant(request.foundry_id)
         if model is None or not model.is_cached or Path(model.get_path()).resolve() != request.folder.resolve():
             raise ServingError(

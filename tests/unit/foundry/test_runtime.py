@@ -1,6 +1,5 @@
 """Why the runtime cannot load models for a device; Foundry Local is a stand-in here."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -22,14 +21,13 @@ CUDA = "CUDAExecutionProvider"
     ],
 )
 def test_a_provider_that_is_not_here_or_cannot_be_fetched_is_named(
-    monkeypatch: pytest.MonkeyPatch, known: list[bool], fetched: bool | Exception | None, expected: str | None
+    known: list[bool], fetched: bool | Exception | None, expected: str | None
 ) -> None:
     running = Mock()
     running.discover_eps.return_value = [SimpleNamespace(name=CUDA, is_registered=one) for one in known]
     running.download_and_register_eps.side_effect = [
         fetched if isinstance(fetched, Exception) else SimpleNamespace(success=fetched)
     ]
-    monkeypatch.setattr(runtime, "started", lambda _: running)
-    assert runtime.missing(Path("home"), CUDA) == expected
+    assert runtime.missing(running, CUDA) == expected
     assert running.download_and_register_eps.called == (fetched is not None)
-    assert runtime.missing(Path("home"), "CPUExecutionProvider") is None
+    assert runtime.missing(running, "CPUExecutionProvider") is None

@@ -57,7 +57,7 @@ def _of_variant(request: AnswersRequest, end: float) -> list[Generated]:
         try:
             reply = runtime.ask(model, **item.request)
         except runtime.Fault as error:
-            if error.error_code != INVALID_ARGUMENT and layout.INVALID_CALL.search(str(error)):
+            if error.error_code != INVALID_ARGUMENT and layout.CALL_REFUSED.search(str(error)):
                 seconds = time.monotonic() - started
                 return Generated(text="", finish_reason=INVALID_CALL, seconds=seconds, completion_tokens=0)
             raise EvaluationError(

@@ -29,7 +29,7 @@ RELEASED_CONFIG = "genai_config.released.json"  # as the registry has it, where 
 _NOT_DEPLOYED = {"olive.log", "olive_config.json", GENAI_CONFIG}
 _MARKERS = {"tools": ("bot_token_id", "eot_token_id"), "reasoning": ("bor_token_id", "eor_token_id")}
 """Where genai_config.json names the tokens that begin and end a tool call, and a thought."""
-INVALID_CALL = re.compile(r"tool_call_plan\.cc|(?:invalid|malformed|required) tool call")
+CALL_REFUSED = re.compile(r"tool_call_plan\.cc|(?:invalid|malformed|required) tool call")
 """What the runtime says of a model's call that is cut off or does not fit its tool, unless it refuses the request."""
 _SEARCH = ("max_length", "temperature", "top_p", "repetition_penalty")
 CHUNK = 256

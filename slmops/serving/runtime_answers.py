@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from slmops.foundry.layout import INVALID_CALL
+from slmops.foundry.layout import CALL_REFUSED
 from slmops.serving.requests import Refused
 
 END = b"\n\n"
@@ -118,7 +118,7 @@ def _refused(status: int, error: Any) -> RuntimeRefused:
         wanted = f"{prompt} tokens of conversation and up to {answer} of answer"
         message = f"{wanted} are more than the model's context of {context}."
         return RuntimeRefused(400, message, "context_length_exceeded", room=max(context - prompt, 0))
-    if status == 500 and INVALID_CALL.search(said):  # the model's fault, so that asking again is no use
+    if status == 500 and CALL_REFUSED.search(said):  # the model's fault, so that asking again is no use
         message = "The model's tool call is not complete, or does not fit the tool. More max_tokens may help."
         return RuntimeRefused(422, message, "invalid_tool_call")
     message = _SIGNATURE.sub("", said)[:_MESSAGE_MOST]

@@ -175,8 +175,8 @@ def test_there_are_samples_for_each_figure(
     units = THOROUGH_UNITS if name == "thorough" else making.UNITS
     assert {metric: one.unit for metric, one in found.measurements.items()} == units
     assert len(found.samples) == sum(len(turn.measured.timed) for turn in raw.turns)
-    # The model has one MB, and the share of the libraries falls by more when another process loads them meanwhile.
-    assert 0 < found.metrics["memory_before_mb"] < 1.2 * found.metrics["memory_loaded_mb"]
+    # The model has one MB, and the share of the libraries falls by much more when other processes load them meanwhile.
+    assert 0 < found.metrics["memory_before_mb"] < 2 * found.metrics["memory_loaded_mb"]
     assert found.metrics["memory_loaded_mb"] <= found.metrics["memory_peak_mb"]
     curve = [one.prompt_tokens for one in found.curves if one.name == "ttft_ms"]
     assert curve == ([32, 64, 400] if name == "thorough" else LENGTHS[:2])

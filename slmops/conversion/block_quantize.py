@@ -73,8 +73,8 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         net = load_hf_base_model(model).eval()
         wrapper = ModelWrapper.from_model(net)
-        names = {module: name for name, module in net.named_modules()}
         head, embeddings = net.get_output_embeddings(), net.get_input_embeddings()
+        at_head, at_embeddings = (_name_of(net, module) for module in (head, embeddings))
         tied = head.weight.data_ptr() == embeddings.weight.data_ptr()
         ids = None
         if config.tokens:
@@ -83,7 +83,7 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
         if config.choose and ids is not None:
             eight = _costliest(wrapper, ids, sum(net.get_submodule(name).weight.numel() for name in eight), config)
         overrides = {name: _grid(8, config) for name in eight}
-        overrides |= {names[module]: _grid(config.head_bits, config) for module in (head, embeddings)}
+        overrides |= {name: _grid(config.head_bits, config) for name in (at_head, at_embeddings)}
         settings = OliveHfQuantizationConfig(
             **_grid(config.bits, config), lm_head=True, embeds=True, overrides=overrides, tie_word_embeddings=tied
         )
@@ -91,21 +91,24 @@ class BlockQuantize(Pass):  # type: ignore[misc] # Olive has no types
         def quantize(name: str, weights: Tensor, hessian: Hessian) -> dict[str, Any]:
             return _quantized(weights, settings.get_qlinear_init_args(name), hessian)
 
-        hessian = None
-        if ids is not None:
-            hessian = _layer_by_layer(net, wrapper.get_layers(return_name=False), ids, names, quantize)
-        for module, name in names.items():
-            if isinstance(module, nn.Linear) and module is not head and net.get_submodule(name) is module:
+        hessian = None if ids is None else _layer_by_layer(net, wrapper, ids, quantize)
+        for name, module in [*net.named_modules()]:
+            if isinstance(module, nn.Linear) and module is not head:
                 _replace(net, name, quantize(name, module.weight, None))  # not run on the text
-        packed = quantize(names[head], head.weight, hessian)
-        _replace(net, names[head], packed)
-        _replace(net, names[embeddings], packed if tied else quantize(names[embeddings], embeddings.weight, None))
+        packed = quantize(at_head, head.weight, hessian)
+        _replace(net, at_head, packed)
+        _replace(net, at_embeddings, packed if tied else quantize(at_embeddings, embeddings.weight, None))
         if tied:
             tie_quant_word_embeddings(net)
         net.quantization_method, net.config.quantization_config = settings.quant_method, settings
         net.save_pretrained(output_model_path)
         model.save_metadata(output_model_path)
         return inherit_hf_from_hf(model, output_model_path, adapter_path=None)
+
+
+def _name_of(net: nn.Module, wanted: nn.Module) -> str:
+    name: str = next(name for name, module in net.named_modules() if module is wanted)
+    return name
 
 
 def _grid(bits: int, config: Any) -> dict[str, Any]:
@@ -238,27 +241,29 @@ def _read(model: Any, path: Path, tokens: int) -> Tensor:
     return ids.unfold(0, length, 1)[starts]
 
 
-def _layer_by_layer(net: Any, layers: Any, ids: Tensor, names: dict[nn.Module, str], quantize: Quantize) -> Tensor:
+def _layer_by_layer(net: Any, wrapper: ModelWrapper, ids: Tensor, quantize: Quantize) -> Tensor:
     """Run the model once; a layer's weights are packed as soon as it has handed on what it makes of its input.
 
-    The arithmetic is in fp32, whatever the checkpoint's dtype. Returns the Hessian of the head.
+    The arithmetic is in fp32, whatever the checkpoint's dtype. Nothing keeps what was packed: only one layer's weights
+    are there in fp32. Returns the Hessian of the head.
     """
+    layers = wrapper.get_layers(return_name=False)
+    names: list[list[str]] = [[] for _ in layers]
+    for number, name in _linears(wrapper):
+        names[number].append(name)
 
     def widen(layer: nn.Module, _inputs: Any) -> None:
         layer.float()
 
-    def pack(layer: nn.Module, _inputs: Any, _made: Any) -> None:
-        for module in [*layer.modules()]:
-            if isinstance(module, nn.Linear):
-                name = names[module]
-                _replace(net, name, quantize(name, module.weight, hessians.pop(name, None)))
+    def pack(names: list[str], _layer: nn.Module, _inputs: Any, _made: Any) -> None:
+        for name in names:
+            _replace(net, name, quantize(name, net.get_submodule(name).weight, hessians.pop(name, None)))
 
-    linears = {names[module]: module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)}
-    hessians, handles = _collect(linears)
+    hessians, handles = _collect({name: net.get_submodule(name) for own in names for name in own})
     embeddings = net.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda _module, _inputs, made: made.float()))
-    for layer in layers:
-        handles += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(pack)]
+    for layer, own in zip(layers, names, strict=True):
+        handles += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(partial(pack, own))]
     for module in net.base_model.children():
         if not isinstance(module, nn.ModuleList | nn.Embedding):
             module.float()

@@ -1,6 +1,7 @@
 """Quantization in blocks, against ONNX Runtime's kernels; surgeries that change a file and nothing that it computes."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +146,27 @@ def test_as_many_weights_get_8_bits_where_it_matters_most(
     for number in range(2):  # they are one matrix in the export
         inputs = {part for part in "qkv" if f"model.layers.{number}.self_attn.{part}_proj" in eights[1]}
         assert len(inputs) in (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_is_packed_leaves_nothing_behind_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLIVE_DISABLE_TELEMETRY", "1")
+    replace, weights, left = block_quantize._replace, {}, []
+
+    def replaced(net: Any, name: str, packed: dict[str, Any]) -> None:
+        if ".layers.1." in name:
+            left.append([one for one, weight in weights.items() if ".layers.0." in one and weight() is not None])
+        weights[name] = weakref.ref(net.get_submodule(name).weight)
+        replace(net, name, packed)
+
+    monkeypatch.setattr(block_quantize, "_replace", replaced)
+    config = {"tokens": 128, "group_size": 16}
+    run = create_pass_from_dict(BlockQuantize, config, True, DEFAULT_CPU_ACCELERATOR)
+    run.run(HfModelHandler(str(tiny.make("llama-tied", tmp_path / "checkpoint"))), str(tmp_path / "made"))
+    assert left
+    assert not any(left)
 
 
 def test_all_parts_of_a_text_are_read(tmp_path: Path) -> None:

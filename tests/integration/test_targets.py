@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from flows.optimize import optimize
 from flows.promote import promote, rollback
 from flows.remeasure import measure
-from slmops.conversion import schema_worker
+from slmops.conversion import recipes, schema_worker
 from slmops.conversion.convert import convert
 from slmops.conversion.logits import OnnxModel
 from slmops.conversion.olive_worker import Workflow
@@ -111,6 +111,17 @@ def test_every_target_is_made_and_computes_on_the_cpu_what_the_checkpoint_does(
         written = json.loads((variant.path / "genai_config.json").read_text(encoding="utf-8"))
         options = written["model"]["decoder"]["session_options"]["provider_options"]
         assert [list(one) for one in options] == [[provider]]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_recipe_of_ones_own_for_a_gpu_may_have_32_bits(talkative: Path, fresh: Settings) -> None:
+    fresh.recipes.mkdir(parents=True)
+    export = '[passes.export]\ntype = "ModelBuilder"\nprecision = "fp32"'
+    (fresh.recipes / "wide.toml").write_text(f'when = "Always."\nbits = 32\ntargets = ["webgpu"]\n{export}')
+    job = making.job(talkative, precision=["wide"], target=["webgpu"])
+    checkpoint = making.resolve(job, fresh)
+    recipe = recipes.recipe("wide-webgpu", job, checkpoint, fresh)
+    assert convert(recipe, checkpoint, job, "tiny", fresh).recipe.bits == 32
 
 
 @pytest.mark.usefixtures("in_process")

@@ -24,7 +24,7 @@ WORK = (
 )
 """The stages that are conversion or measurement; all else that a job does is orchestration."""
 
-choose_variants = stage()(choice.choose_for)
+choose_variants = stage()(choice.choose_variants)
 get_champion = stage("get champion", tracking=True)(Tracker.champion)
 track_variant = stage("track {variant.recipe.name}", tracking=True)(Tracker.log_variant)
 track_peer = stage("track {name}", tracking=True)(Tracker.log_peer)

@@ -65,7 +65,7 @@ def choose(
     return Choice(variant=None, reason=" ".join(["No variant is chosen: a gate refuses each.", *refused])), judged
 
 
-def choose_for(
+def choose_variants(
     targets: Sequence[str],
     results: list[VariantResult],
     policy: Policy,

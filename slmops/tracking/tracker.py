@@ -266,21 +266,20 @@ class Tracker(Connection):
 
     def hardware_kind(self, run_id: str) -> str:
         """The kind of machine that a variant was measured on; figures of speed compare only if it is the same."""
-        run = self._client.get_run(run_id).data
-        if MEASURED_ON in run.tags:
-            return str(run.tags[MEASURED_ON])
-        params = run.params
-        # Made of its parts, which the runs of before there were kinds have too.
-        texts = {key: params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
-        try:
-            return Hardware.model_validate({**texts, "isa": json.loads(texts["isa"])}).kind
-        except ValueError:
-            return "an unknown machine"
+        return self.device(run_id)[0]
 
     def device(self, run_id: str) -> tuple[str, str]:
         """What a variant was measured on: the kind of machine, and the target."""
-        variant = self._client.get_run(run_id).data.tags.get("slmops.variant", "")
-        return self.hardware_kind(run_id), target_of(variant)
+        run = self._client.get_run(run_id).data
+        target = target_of(run.tags.get("slmops.variant", ""))
+        if MEASURED_ON in run.tags:
+            return str(run.tags[MEASURED_ON]), target
+        # Made of its parts, which the runs of before there were kinds have too.
+        texts = {key: run.params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
+        try:
+            return Hardware.model_validate({**texts, "isa": json.loads(texts["isa"])}).kind, target
+        except ValueError:
+            return "an unknown machine", target
 
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``; None: nothing is deployed.
@@ -293,10 +292,10 @@ class Tracker(Connection):
         version = or_none(lambda: self._client.get_model_version_by_alias(name, CHAMPION))
         if version is None:
             return None
-        target = self.device(like)[1] if like else None
+        device = self.device(like) if like else None
         for number in version.tags.get(RELEASE, "").split():
             other = or_none(partial(self._client.get_model_version, name, number))
-            if other is not None and target_of(other.tags.get("slmops.variant", "")) == target:
+            if other is not None and device and target_of(other.tags.get("slmops.variant", "")) == device[1]:
                 version = other
         # Its latest evaluation; the run that MLflow names is that in which it was made.
         run_id = version.tags.get("slmops.evaluation_run", version.run_id)
@@ -308,7 +307,7 @@ class Tracker(Connection):
             differs = set(self.differences(run_id, like))
             left_out += tracking_evaluation.OF_ANSWERS if differs - {TEXT} else ()
             left_out += tracking_evaluation.OF_TEXT if differs - {EVALUATION_SET} else ()
-            left_out += OF_MACHINE if self.device(run_id) != self.device(like) else ()
+            left_out += OF_MACHINE if self.device(run_id) != device else ()
         figures = {metric: figure for metric, figure in measured.items() if not metric.startswith(left_out)}
         return {metric: Measurement.model_validate(figure) for metric, figure in figures.items()}
 

@@ -9,7 +9,7 @@ from slmops.core import targets
 from slmops.core.values import Choice, Comparison, Measurement, VariantResult
 from slmops.foundry.layout import model_name
 from slmops.selection import policy
-from slmops.selection.choice import choose_for
+from slmops.selection.choice import choose_variants
 from tests.values import result
 
 WHY = "Foundry Local finds no device for WebGpuExecutionProvider here"
@@ -43,7 +43,7 @@ def test_foundrys_names_are_as_its_own_and_those_for_the_cpu_as_ever() -> None:
 
 
 def test_each_target_has_a_choice_of_its_own_and_what_its_device_would_measure_refuses_nothing() -> None:
-    choices, judged = choose_for(["cpu", "webgpu", "cuda"], RESULTS, policy.load(), {})
+    choices, judged = choose_variants(["cpu", "webgpu", "cuda"], RESULTS, policy.load(), {})
     assert {target: choice.variant for target, choice in choices.items()} == {
         **{"cpu": "int8", "webgpu": "int4-webgpu", "cuda": None}
     }
@@ -57,7 +57,7 @@ def test_each_target_has_a_choice_of_its_own_and_what_its_device_would_measure_r
 def test_a_target_is_compared_with_the_champions_figures_of_its_own() -> None:
     asked = policy.Policy(gates=(policy.Gate(metric="size_mb", of="ratio", to="champion", max=1.1),))
     small = {"size_mb": Measurement.exact(10, "MB")}
-    choices, _ = choose_for(["cpu", "webgpu"], RESULTS, asked, {"webgpu": small})
+    choices, _ = choose_variants(["cpu", "webgpu"], RESULTS, asked, {"webgpu": small})
     assert (choices["cpu"].variant, choices["webgpu"].variant) == ("int4", None)
 
 

@@ -21,6 +21,7 @@ def apply() -> None:
     """Correct the classes of the builder and of Olive in this process."""
     _export_as_transformers_computes()
     _operate_without_loading()
+    _tie_before_a_cast()
 
 
 def _export_as_transformers_computes() -> None:
@@ -115,6 +116,28 @@ def _operate_without_loading() -> None:
         return ir_model_to_olive_model(changed, resolve_onnx_path(output, source.name), config)
 
     GraphSurgeries._run_for_config = operate
+
+
+def _tie_before_a_cast() -> None:
+    """In bf16 the head's output is cast to fp32 logits, and TieWordEmbeddings looks for a head that makes them."""
+    from olive.passes.onnx.graph_surgeries import TieWordEmbeddings
+
+    tie = TieWordEmbeddings.__call__
+
+    def tied(self: Any, model: Any) -> Any:
+        last = next(node for node in model.graph.node if "logits" in node.output)
+        if last.op_type != "Cast":
+            return tie(self, model)
+        model.graph.node.remove(last)
+        (head,) = (node for node in model.graph.node if last.input[0] in node.output)
+        head.output[0] = "logits"
+        model = tie(self, model)
+        (head,) = (node for node in model.graph.node if "logits" in node.output)
+        head.output[0] = last.input[0]
+        model.graph.node.append(last)
+        return model
+
+    TieWordEmbeddings.__call__ = tied
 
 
 def package() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from slmops.conversion import bf16_worker
 from slmops.core import machine
 
 _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -23,6 +24,7 @@ class OnnxModel:
         options.intra_op_num_threads = machine.physical_cores()  # ONNX Runtime may find one core where there are two
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         graph = with_all_logits(onnx.load(folder / config["model"]["decoder"]["filename"], load_external_data=False))
+        graph = bf16_worker.for_cpu(graph)
         self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:

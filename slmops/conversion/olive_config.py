@@ -41,7 +41,7 @@ def load(path: Path, checkpoint: Checkpoint, name: str, settings: Settings) -> R
         config.pop(key, None)
     check(path, config, checkpoint, name, settings)
     own = to_name(path.stem)
-    taken = own in {*recipe_files.find(settings), "bf16"} or target_of(own) != CPU
+    taken = own in recipe_files.find(settings) or target_of(own) != CPU
     return Recipe(name=f"{own}-olive" if taken else own, config=config)
 
 

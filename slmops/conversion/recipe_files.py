@@ -20,7 +20,7 @@ from slmops.core.values import Frozen
 
 FOLDER = Path(__file__).with_name("shipped")
 # What a variant cannot be called: an alias of the registry, or something else of a comparison.
-_TAKEN = {*SHIPPED, "bf16", CHECKPOINT, "champion", "previous", "latest"}
+_TAKEN = {*SHIPPED, CHECKPOINT, "champion", "previous", "latest"}
 
 
 class RecipeFile(Frozen):

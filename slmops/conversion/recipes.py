@@ -26,12 +26,6 @@ def check(job: Job, settings: Settings) -> None:
             "whatever they are for.",
             "Use --target, such as --target webgpu or --target cuda.",
         )
-    if "bf16" in job.precision:
-        raise RecipeError(
-            "bf16 does not run on the CPU: ONNX Runtime has no bf16 kernels there, and Olive's export raises. For CUDA "
-            "it could be made, but not proven.",
-            "Use fp16 (half the size of fp32) or int8.",
-        )
     if settings.pools and job.targets != [CPU]:
         said = "A job on work pools makes variants for the CPU only."
         raise RecipeError(said, "Leave out --target, or unset SLMOPS_POOLS.")

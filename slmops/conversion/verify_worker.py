@@ -3,8 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -12,7 +14,9 @@ from onnx import TensorProto
 
 from slmops.checkpoints import model as stored
 from slmops.checkpoints.inspection import SHORTEST_CONTEXT, longrope_border
+from slmops.conversion import bf16_worker
 from slmops.core.errors import ConversionError
+from slmops.core.files import link_or_copy
 from slmops.core.targets import CPU, target_of
 from slmops.core.values import Checkpoint, Frozen, Recipe, Weights
 
@@ -32,7 +36,7 @@ _PACKED = {"MatMulNBits": (1, (2, 3)), "GatherBlockQuantized": (0, (2, 3))}
 _MOST = 0.95  # of the weights, at least, have the bits of the recipe
 _TOLERANCES = {16: 0.02, 8: 0.15, 4: 0.6}
 """By the bits of weights, how far logits of a variant for another target than the CPU may be off, relative to the
-largest: that of a wrong graph is above 1."""
+largest: that of a wrong graph is above 1. Numbers in bf16 have 8 significant bits."""
 
 
 class VerifyRequest(Frozen):
@@ -62,14 +66,15 @@ def handle(request: VerifyRequest) -> VerifyResult:
         raise ConversionError("The converted folder has no tokenizer.")
     found = inspect_weights(model, request.checkpoint.parameters)
     check_weights(found, request.recipe)
-    _one_token(folder)
+    _one_token(request)
     error = None
     target = target_of(request.recipe.name)
     # What depends on positions (rotary tables, windows, when the runtime computes its cache anew) is the same in all
     # variants: quantizing changes matrices only. So they need no comparison across borders of their own. The graph for
     # another target is another one.
     if target != CPU:
-        allowed = _TOLERANCES.get(request.recipe.bits or 4, request.tolerance)  # in 32 bits nothing is rounded
+        bits = 8 if bf16_worker.makes(request.recipe) else request.recipe.bits or 4
+        allowed = _TOLERANCES.get(bits, request.tolerance)  # in 32 bits nothing is rounded
         request = request.model_copy(update={"tolerance": allowed})
     if request.recipe.baseline or target != CPU:
         error, right = export_error(request)
@@ -151,31 +156,41 @@ def _bytes(tensor: TensorProto) -> int:
     return int(math.prod(tensor.dims) * _BITS.get(tensor.data_type, 64) + 7) // 8
 
 
-def _one_token(folder: Path) -> None:
+def _one_token(request: VerifyRequest) -> None:
     import onnxruntime_genai as og
 
     try:
-        model = _on_the_cpu(folder)
-        tokenizer = og.Tokenizer(model)
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=64, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(tokenizer.encode("Hello"))
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
+        with _on_the_cpu(request) as model:
+            tokenizer = og.Tokenizer(model)
+            params = og.GeneratorParams(model)
+            params.set_search_options(max_length=64, do_sample=False)
+            generator = og.Generator(model, params)
+            generator.append_tokens(tokenizer.encode("Hello"))
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
     except Exception as error:
         raise ConversionError(f"The converted model does not load or generate: {error}") from error
     if token < 0:
         raise ConversionError(f"The converted model generated the token {token}.")
 
 
-def _on_the_cpu(folder: Path) -> Any:
+@contextmanager
+def _on_the_cpu(request: VerifyRequest) -> Iterator[Any]:
     """The model on the CPU provider, whichever its config names."""
     import onnxruntime_genai as og
 
-    config = og.Config(str(folder))
-    config.clear_providers()
-    return og.Model(config)
+    with ExitStack() as held:
+        folder = request.folder
+        if bf16_worker.makes(request.recipe):
+            beside = TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)  # Windows keeps what is open
+            copy = Path(held.enter_context(beside))
+            for file in folder.iterdir():
+                link_or_copy(file, copy / file.name)
+            bf16_worker.handle(bf16_worker.RewriteRequest(folder=copy))
+            folder = copy
+        config = og.Config(str(folder))
+        config.clear_providers()
+        yield og.Model(config)
 
 
 def export_error(request: VerifyRequest) -> tuple[float, int]:
@@ -197,7 +212,7 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     length, borders = probes(config, request.checkpoint.context_length)
     tokens = np.array(AutoTokenizer.from_pretrained(folder, **trusted)(_PROBE)["input_ids"], np.int64)
     texts = [(np.resize(tokens, length), None)]
-    texts += [_continued(request.folder, np.resize(tokens, border - _BEFORE), end) for border, end in borders.items()]
+    texts += [_continued(request, np.resize(tokens, border - _BEFORE), end) for border, end in borders.items()]
     model = stored.load(folder, attn_implementation="eager", **trusted)
     exported, worst, right = OnnxModel(request.folder), 0.0, request.checkpoint.context_length
     for (ids, steps), border in zip(texts, (0, *borders), strict=True):
@@ -221,15 +236,15 @@ def export_error(request: VerifyRequest) -> tuple[float, int]:
     return worst, right
 
 
-def _continued(folder: Path, ids: Any, length: int) -> tuple[Any, Any]:
+def _continued(request: VerifyRequest, ids: Any, length: int) -> tuple[Any, Any]:
     """Tokens that the export continues up to this length, and the logits that it computed one after the other."""
     import numpy as np
     import onnxruntime_genai as og
 
-    model = _on_the_cpu(folder)
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = og.Generator(model, params)
+    with _on_the_cpu(request) as model:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = og.Generator(model, params)
     generator.append_tokens(ids.astype(np.int32))
     logits = []
     while len(generator.get_sequence(0)) < length:

@@ -14,7 +14,7 @@ from slmops.core.validation import MATCHER_PATTERN, problems
 from slmops.core.values import Checkpoint, Frozen, Room
 
 USUAL = ("fp32", "fp16", "int8", "int4")
-SHIPPED = (*USUAL, "int4-small", "int4-calibrated")
+SHIPPED = (*USUAL, "int4-small", "int4-calibrated", "bf16")
 """The recipes that come with slmops, as files of :mod:`slmops.conversion.recipe_files`."""
 _FORM = [
     {"title": "Comes with slmops", "type": "string", "enum": [*SHIPPED]},

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from slmops.conversion import recipes
+from slmops.conversion import bf16_worker, recipes
 from slmops.core import locks, machine
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
@@ -132,6 +132,10 @@ def _on_the_cpu(variant: Variant, registration: Registration, name: str, setting
     """A Foundry home in which the CPU runs a variant for another device, and its id there."""
     home = settings.work(name) / f"{variant.name}-on-the-cpu"
     staged = stage(registration, home, on_the_cpu=f"{model_name(name, 'on-the-cpu')}:1")
+    if bf16_worker.makes(variant.recipe):
+        in_child(
+            bf16_worker.handle, bf16_worker.RewriteRequest(folder=staged.folder), name, f"{variant.name}.bf16", settings
+        )
     log_file = settings.logs / name / f"{variant.name}.cpu.log"
     register_folder(home, staged.folder, staged.foundry_id, staged.foundry_id, log=log_file)
     return home, staged.foundry_id

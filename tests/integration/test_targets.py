@@ -23,7 +23,9 @@ from slmops.core.settings import Settings
 from slmops.core.values import Comparison
 from slmops.delivery import catalog
 from slmops.delivery.pull import pull
+from slmops.evaluation import quality
 from slmops.evaluation.drift import Measure
+from slmops.foundry.register import register
 from slmops.foundry.versions import RELEASE, Promotion
 from slmops.tracking.registry import Registry
 from tests import making, webgpu
@@ -111,6 +113,25 @@ def test_every_target_is_made_and_computes_on_the_cpu_what_the_checkpoint_does(
         written = json.loads((variant.path / "genai_config.json").read_text(encoding="utf-8"))
         options = written["model"]["decoder"]["session_options"]["provider_options"]
         assert [list(one) for one in options] == [[provider]]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_cpu_scores_and_answers_what_a_gpu_computes_in_bf16(
+    talkative: Path, fresh: Settings, tmp_path: Path
+) -> None:
+    asked = making.job(talkative, precision=["bf16"], target=["cuda"], evaluation_set=making.evaluation_set(tmp_path))
+    job = asked.model_copy(update={"quick": False})
+    checkpoint = making.resolve(job, fresh)
+    assert quality.score_checkpoint(checkpoint, "tiny", job, fresh)
+    variant = convert(making.recipe("bf16-cuda", job, checkpoint), checkpoint, job, "tiny", fresh)
+    assert variant.weights.by_bits.keys() == {"16"}
+    registration = register(variant, "tiny", job, fresh)
+    assert "no device for CUDAExecutionProvider" in (registration.not_run or "")
+    scored = quality.measure(variant, registration, "tiny", job, fresh)
+    assert [bool(one.answer) for one in scored.answers] == [True] * len(scored.answers)
+    assert scored.answers
+    # Rounded: near the checkpoint, and not what fp32 computes, which is within 1e-6.
+    assert 1e-5 < np.mean(scored.distances[quality.CHECKPOINT_REFERENCE].kl) < 1e-2
 
 
 @pytest.mark.usefixtures("in_process")

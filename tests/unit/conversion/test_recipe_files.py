@@ -109,7 +109,7 @@ def test_a_name_is_of_one_file_and_an_unknown_one_gets_the_closest(settings: Set
     write(settings, "small.toml", SMALL)
     with pytest.raises(UsageError, match=r"There is no recipe 'smal'\. Did you mean small\?") as caught:
         recipes.check(Job(model="m", precision=["smal"]), settings)
-    assert "fp32, fp16, int8, int4, int4-small, int4-calibrated, small" in (caught.value.fix or "")
+    assert "fp32, fp16, int8, int4, int4-small, int4-calibrated, bf16, small" in (caught.value.fix or "")
     write(settings, "small.json", "{}")
     with pytest.raises(UsageError, match=r"small\.toml and small\.json have one name"):
         recipes.check(Job(model="m", precision=["int4"]), settings)

@@ -101,7 +101,7 @@ def test_each_target_takes_the_precisions_that_make_sense_there() -> None:
 @pytest.mark.parametrize(
     ("precision", "asked", "named", "fix"),
     [
-        ("bf16", {}, "bf16", "Use fp16"),
+        ("bf16", {}, "bf16 makes sense for cuda only", "--target cuda"),
         ("fp32", {"target": ["webgpu"]}, "fp32 makes sense for cpu only", "--target cpu"),
         ("fp32", {"target": ["cpu", "cuda"]}, "None of fp32 makes sense for cuda", "--precision fp16"),
         ("int4-webgpu", {}, "a variant", "--precision int4 --target webgpu"),

@@ -16,12 +16,14 @@ from inspect import isfunction
 from pathlib import Path
 from typing import TypeVar
 
-# Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds.
+# Before mlflow is imported: nothing is sent, no progress bars, and a dead server is noticed in seconds. Files of an S3
+# store go through the server, unless the environment says that this machine reaches the store's address, too.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
+os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, Run, RunTag

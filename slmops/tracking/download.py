@@ -6,20 +6,24 @@ MLflow takes seconds to import, and what is on a device is found without it: her
 import logging
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from slmops.core.errors import TrackingError
 from slmops.core.files import intact
 
+if TYPE_CHECKING:
+    from requests import Response
+
 log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 64 * 1024  # bytes read at a time, which is what a broken connection can lose
-STALLED_S = 30.0  # seconds without a byte after which a connection counts as broken
+STALLED_S = 120.0
+"""Seconds without a byte after which a connection counts as broken; the server may be fetching the file from S3."""
 RESUME_AFTER_S = (1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts that bring nothing; one that brings something starts again with the first."""
 SAY_EVERY_S = 10.0
@@ -125,31 +129,12 @@ def read(uri: str, location: str, path: str, offset: int) -> Generator[bytes, No
 
 
 def _from_server(uri: str, location: str, path: str, offset: int) -> Generator[bytes, None, None]:
-    from slmops.tracking.client import without_password
-
-    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
-
-    # Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions fetch whole files only, and these
-    # sign in as all of MLflow does: by environment variables, its file of credentials, or plugins.
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
     # Compressed, the bytes would not be those that the offset counts.
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={offset}-"} if offset else {})}
-    response = http_request(
-        get_default_host_creds(MlflowArtifactsRepository.resolve_uri(location, uri)),
-        f"/{quote(path)}",
-        "GET",
-        max_retries=0,
-        raise_on_status=False,
-        timeout=STALLED_S,
-        extra_headers=headers,
-        stream=True,
-    )
-    with response:
+    with _answer(uri, location, path, headers) as response:
         if response.status_code == 416:  # the file ends before the offset
             return
-        _check(response, without_password(uri), path)
+        _check(response, uri, path)
         skip = 0 if response.status_code == 206 else offset
         for block in response.iter_content(BLOCK_BYTES):
             if skip < len(block):
@@ -157,18 +142,55 @@ def _from_server(uri: str, location: str, path: str, offset: int) -> Generator[b
             skip = max(0, skip - len(block))
 
 
-def _check(response: Any, uri: str, path: str) -> None:
-    status = response.status_code
+def _answer(uri: str, location: str, path: str, headers: Mapping[str, str]) -> "Response":
+    """What the server says to a request for a file, or the S3 store that it points to.
+
+    MLflow knows no ranges of what lies in S3: the server fetches the whole file before it sends the first byte. So a
+    machine that reaches the store's address is better told so, by the variable of MLflow.
+    """
+    import requests
+    from mlflow.environment_variables import MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD as DIRECT
+
+    # Undocumented, hence the pin of mlflow in pyproject.toml. Documented functions fetch whole files only, and these
+    # sign in as all of MLflow does: by environment variables, its file of credentials, or plugins.
+    from mlflow.store.artifact.mlflow_artifacts_repo import MlflowArtifactsRepository
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    from slmops.tracking import client  # noqa: F401 - it comes before mlflow
+
+    def ask(address: str, route: str) -> "Response":
+        given: dict[str, Any] = {"max_retries": 0, "raise_on_status": False, "timeout": STALLED_S, "stream": True}
+        said: Response = http_request(get_default_host_creds(address), route, "GET", extra_headers=headers, **given)
+        return said
+
+    files = MlflowArtifactsRepository(location, uri)
+    if DIRECT.get():
+        with ask(*files._construct_artifact_uri_and_path("/mlflow-artifacts/presigned", quote(path))) as signed:
+            if signed.status_code != 501:  # so says a server whose files lie in a folder
+                _check(signed, uri, path)
+                url, more = signed.json()["url"], signed.json()["headers"]
+                return requests.get(url, headers={**more, **headers}, timeout=STALLED_S, stream=True)
+    return ask(files.artifact_uri, f"/{quote(path)}")
+
+
+def _check(response: "Response", uri: str, path: str) -> None:
+    from slmops.tracking.client import without_password
+
+    status, asked = response.status_code, urlsplit(response.url).netloc.rpartition("@")[2]
     if status in (200, 206):
         return
-    if status in (404, 410):
+    # The second is MLflow's answer if its S3 store has no such file.
+    if status in (404, 410) or (status == 500 and "(404)" in response.text):
         raise _gone(path)
-    said = f"MLflow at {uri} answers {status} ({response.reason}) for {path}."
+    server = without_password(uri)
+    who = f"MLflow at {server}" if urlsplit(uri).netloc.endswith(asked) else f"The store at {asked}"
+    said = f"{who} answers {status} ({response.reason}) for {path}."
     if status in (401, 403):
         fix = "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         raise NotGivenError(said, fix)
     if 300 <= status < 500 and status not in _LATER:
-        raise NotGivenError(said, f"Is {uri} the address of an MLflow server that serves artifacts?")
+        raise NotGivenError(said, f"Is {server} the address of an MLflow server that serves artifacts?")
     raise TrackingError(said, "The server's log says why.")
 
 

@@ -52,6 +52,12 @@ COMMANDS = {
     ),
     "promote": ("deploy", "Make a version of a model the champion, if it is not worse than the one that is."),
     "rollback": ("deploy", "Make the previous champion the champion again; a second rollback takes it back."),
+    "deploy": (
+        "deploy",
+        "Make, or renew, the deployments that retrain and remeasure a model on a schedule, from its job file.\n\n"
+        "What was changed on the Prefect page stays until the file says something else than the last time.",
+    ),
+    "undeploy": ("deploy", "Remove the deployments of a model. Its versions, and what is served, stay."),
     "serve": ("deploy", "Serve the champion of a model, and each newer one, over an OpenAI-compatible API."),
     "pull": ("deploy", "Fetch a deployed version onto this device, verify it and register it in Foundry Local."),
     "catalog": ("deploy", "Offer the promoted models to Foundry Local applications as a private catalog."),
@@ -112,16 +118,20 @@ def _app(argv: Sequence[str]) -> App:
 
 
 def _options(argv: Sequence[str]) -> list[cyclopts.config.Dict]:
-    """The options of ``--job FILE`` or of the demo, which stand in for the flags that are not given."""
+    """The options of a job file or of the demo, which stand in for the flags that are not given."""
     if argv[:1] == ["retrain"] and "--demo" in argv:
         return [cyclopts.config.Dict({"retrain": _DEMO}, source="the demo")]
     files = [value for option, value in pairwise(argv) if option == "--job"]
     files += [argument.removeprefix("--job=") for argument in argv if argument.startswith("--job=")]
+    if argv[:1] == ["deploy"]:
+        files = [argument for argument in argv[1:2] if not argument.startswith("-")]
     if not files:
         return []
     from slmops.core.files import read_table
 
     options = {str(key).replace("_", "-"): value for key, value in read_table(Path(files[0]), "job file").items()}
+    if argv[0] == "retrain":
+        options.pop("schedule", None)  # what `slmops deploy` reads of the same file
     return [cyclopts.config.Dict({argv[0]: options}, source=files[0])]
 
 

@@ -1,18 +1,20 @@
-"""The commands that deploy: promote, rollback, serve, pull, catalog, and what ``slmops status NAME`` prints."""
+"""The commands that deploy: promote, rollback, deploy, undeploy, serve, pull, catalog, status of a model."""
 
 import json as jsonlib
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from slmops.cli.prefect import hand_over, prefect_running
-from slmops.cli.terminal import Flat, Json, Model, output, show
+from slmops.cli.terminal import Flat, Json, Model, output, say, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
 from slmops.foundry.versions import Promotion
 from slmops.local import stack
 from slmops.serving.limits import Serve
+from slmops.training.values import Deploy
 
 NOTES = ("withdrawn", "forced", "files")
 Source = Annotated[
@@ -25,6 +27,7 @@ Reference = Annotated[
         "is a version that was accepted with the champion and runs there."
     ),
 ]
+RetrainingFile = Annotated[Path, Parameter(help="The job file of its retraining, TOML or YAML; flags win.")]
 Host = Annotated[
     str, Parameter(help="Address to listen at. Everybody who can reach it can read names and sizes of the models.")
 ]
@@ -54,6 +57,23 @@ def rollback(name: Model, /, *, json: Json = False) -> None:
 
         promoted = rollback(name)
         show(promoted, promoted.text, json=json, page=promoted.url)
+
+
+def deploy(job_file: RetrainingFile, /, *, request: Annotated[Deploy, Flat]) -> None:
+    del job_file  # read before the flags are parsed
+    with prefect_running():
+        from flows.deploy import deploy
+
+        output("\n".join(deploy(request.absolute())))
+    say("A worker of their pool runs them, such as that of `slmops up --worker`.")
+
+
+def undeploy(name: Model, /) -> None:
+    check_name(name)
+    with prefect_running():
+        from flows.deploy import undeploy
+
+        output("\n".join(undeploy(name)))
 
 
 def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> None:

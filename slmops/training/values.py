@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -77,7 +77,7 @@ class Retrain(Frozen, use_attribute_docstrings=True):
     def label(self) -> str:
         return self.name or self.model
 
-    def absolute(self) -> "Retrain":
+    def absolute(self) -> Self:
         """The same with absolute paths, for a worker that runs in another folder."""
 
         def absolute(text: str | Path) -> str:
@@ -89,7 +89,30 @@ class Retrain(Frozen, use_attribute_docstrings=True):
         if self.matcher is not None:
             file, _, function = self.matcher.rpartition(":")
             changed["matcher"] = f"{absolute(file)}:{function}"
-        return Retrain.model_validate({**self.model_dump(exclude_unset=True), **changed})
+        return self.model_validate({**self.model_dump(exclude_unset=True), **changed})
+
+
+class Schedule(Frozen, use_attribute_docstrings=True):
+    """When the deployments of a model run by themselves; what is not given is only run by hand."""
+
+    retrain: str | None = Field(None, title="Retraining")
+    """Cron expression, such as '0 2 * * *'. A retraining without new data or settings does nothing."""
+    remeasure: str | None = Field(None, title="Remeasurement", description="Cron expression, such as '0 4 * * 0'.")
+    news_minutes: int | None = Field(None, ge=1, title="Minutes between looks for news")
+    """Look this often for new training data, which start a retraining, and for new versions."""
+    timezone: str = Field("UTC", title="Time zone", description="Of the cron expressions, such as Europe/Berlin.")
+
+
+class Deploy(Retrain):
+    """A retraining that a model's own deployments repeat, and when."""
+
+    name: Name = Field(description="Name in MLflow and Foundry Local, and of the deployments.")
+    schedule: Schedule = Field(Schedule(), description="When they run by themselves.")
+
+    @property
+    def retraining(self) -> dict[str, Any]:
+        """What its retraining is asked for, as JSON; what was not given is left to the defaults."""
+        return self.model_dump(mode="json", exclude_unset=True, exclude={"schedule"})
 
 
 class News(Frozen, use_attribute_docstrings=True):

@@ -13,14 +13,16 @@ from mlflow import MlflowClient
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.variables import Variable
 
+from flows.deploy import deploy, undeploy
 from flows.news import look_for_news
+from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.local import stack
 from slmops.local.stack import Stack
 from slmops.tracking.training import TrainingTracker
 from slmops.training.data import digest
 from slmops.training.sources import Fetched
-from slmops.training.values import News
+from slmops.training.values import Deploy, News, Schedule
 from tests import making, retraining, shown, values
 
 pytestmark = pytest.mark.integration
@@ -67,7 +69,10 @@ def deployments(api: httpx.Client) -> dict[str, Any]:
 
 def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
     found = deployments(api)
-    assert " ".join(found) == "look-for-news optimize prepare-environment promote remeasure retrain rollback soak sweep"
+    assert (
+        " ".join(found)
+        == "deploy look-for-news optimize prepare-environment promote remeasure retrain rollback soak sweep"
+    )
     for one in found.values():
         assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
         assert one["enforce_parameter_schema"]
@@ -106,6 +111,65 @@ def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones
     register()  # with theirs there, too, nothing has changed
     assert [one["updated"] for one in deployments(api).values()] == [one["updated"] for one in registered.values()]
     assert {api.delete(one).status_code for one in (path, switched_off)} == {204}
+
+
+def asked(**schedule: Any) -> Deploy:
+    when = Schedule(retrain="0 2 * * *", news_minutes=5, timezone="Europe/Berlin")
+    return Deploy(model="/base", data="/tickets", name="Support_bot", schedule=when.model_copy(update=schedule))
+
+
+def of_model(api: httpx.Client) -> dict[str, Any]:
+    return {name: one for name, one in deployments(api).items() if "Support_bot" in one["tags"]}
+
+
+def test_a_model_has_deployments_of_its_own_and_what_a_user_has_set_stays(api: httpx.Client) -> None:
+    others = {name: one["updated"] for name, one in deployments(api).items()}
+    names = ["look-for-news-Support_bot", "remeasure-Support_bot", "retrain-Support_bot"]
+    made = deploy(asked())
+    assert sorted(made) == [f"{name.removesuffix('-Support_bot')}/{name}" for name in names]
+    found = of_model(api)
+    assert list(found) == names
+    look, remeasured, retrained = found.values()
+    news = {"name": "Support_bot", "data": "/tickets"}
+    assert [one["parameters"]["request"] for one in (look, remeasured)] == [news, {"name": "Support_bot"}]
+    assert retrained["parameters"]["request"] == {"model": "/base", **news}
+    assert [one["entrypoint"] for one in (look, retrained)] == ["flows.news.look_for_news", "flows.retrain.retrain"]
+    assert {one["work_pool_name"] for one in found.values()} == {"slmops"}
+    assert [one["schedule"]["interval"] for one in look["schedules"]] == [300]
+    [nightly] = retrained["schedules"]
+    assert (nightly["schedule"]["cron"], nightly["schedule"]["timezone"]) == ("0 2 * * *", "Europe/Berlin")
+    assert nightly["active"]
+    # A limit of its own: no other model's run takes its place.
+    limits = [one["global_concurrency_limit"]["name"] for one in (look, retrained)]
+    assert limits == [f"deployment:{one['id']}" for one in (look, retrained)]
+    on = {one["name"]: one["enabled"] for one in triggers(api) if "Support_bot" in one["name"]}
+    assert on == {"retrain Support_bot on new data": True, "measure a new version of Support_bot again": False}
+
+    path = f"deployments/{retrained['id']}"
+    mine = {"request": {**retrained["parameters"]["request"], "quick": True}}
+    [trigger] = [one for one in triggers(api) if one["name"] == "retrain Support_bot on new data"]
+    assert api.patch(path, json={"parameters": mine, "paused": True}).status_code == 204
+    assert api.patch(f"{path}/schedules/{nightly['id']}", json={"active": False}).status_code == 204
+    assert api.patch(f"automations/{trigger['id']}", json={"enabled": False}).status_code == 204
+    deploy(asked())
+    after = of_model(api)["retrain-Support_bot"]
+    assert (after["id"], after["parameters"], after["paused"]) == (retrained["id"], mine, True)
+    assert [(one["schedule"]["cron"], one["active"]) for one in after["schedules"]] == [("0 2 * * *", False)]
+    assert not [one for one in triggers(api) if "Support_bot" in one["name"] and one["enabled"]]
+
+    deploy(asked(retrain="0 3 * * *"))  # something else than the last time
+    after = of_model(api)["retrain-Support_bot"]
+    assert [(one["schedule"]["cron"], one["active"]) for one in after["schedules"]] == [("0 3 * * *", True)]
+    assert after["parameters"] == retrained["parameters"]
+    for wrong in ({"retrain": "0 2 * *"}, {"timezone": "Mars"}):
+        with pytest.raises(UsageError, match="Invalid"):
+            deploy(asked(**wrong))
+
+    assert sorted(undeploy("Support_bot")) == sorted(made)
+    assert not [one for one in triggers(api) if "Support_bot" in one["name"]]
+    assert {name: one["updated"] for name, one in deployments(api).items()} == others
+    with pytest.raises(UsageError, match="Support_bot has no deployments"):
+        undeploy("Support_bot")
 
 
 def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path: Path) -> None:

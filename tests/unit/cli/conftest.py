@@ -22,6 +22,7 @@ FLOWS = {
     "remeasure": ["measure", "remeasure", "soak"],
     "sweep": ["sweep"],
     "promote": ["promote", "rollback"],
+    "deploy": ["deploy", "undeploy"],
 }
 
 

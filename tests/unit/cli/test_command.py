@@ -35,6 +35,8 @@ WRONG = [
     ("run --model m --max-length 10 --top-p 3", r"--max-length .*\n--top-p "),
     ("run --model m --job nothing.yaml", r"nothing\.yaml cannot be read: .*No such file"),
     ("run --model m --job", "--job needs a value"),
+    ("deploy", "`slmops deploy` needs JOB_FILE"),
+    ("deploy nothing.yaml", r"nothing\.yaml cannot be read: .*No such file"),
     ("retrain --model m --data d --training.rank x", "--training.rank must be a whole number"),
     ("soak --requests 29", r"--requests must be at least 30 \(got '29'\)"),
     ("soak --max-kb-per-request inf", "--max-kb-per-request must be a finite number"),

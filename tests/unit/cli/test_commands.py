@@ -157,6 +157,31 @@ def test_what_a_gate_refuses_needs_no_person(
     assert len(handed_over) == 1
 
 
+def test_one_job_file_deploys_and_retrains(flows: Flows, slmops: Slmops, tmp_path: Path) -> None:
+    """With absolute paths, for a worker in another folder."""
+    (tmp_path / "base").mkdir()
+    text = "model: base\ndata: /tickets\nname: bot\ntraining: {learning_rate: 0.01}\n"
+    (tmp_path / "job.yaml").write_text(f"{text}schedule: {{retrain: 0 2 * * *, news_minutes: 5}}\n")
+    flows.answer = ["retrain/retrain-bot", "remeasure/remeasure-bot"]
+    code, out, _ = slmops("deploy job.yaml --schedule.timezone Asia/Tokyo")
+    assert (code, out) == (0, "retrain/retrain-bot\nremeasure/remeasure-bot\n")
+    retraining = {"data": "/tickets", "name": "bot", "training": {"learning_rate": 0.01}}
+    when = {"retrain": "0 2 * * *", "news_minutes": 5, "timezone": "Asia/Tokyo"}
+    assert flows.options == {"model": str(tmp_path / "base"), **retraining, "schedule": when}
+    [(_, request)] = flows.asked
+    assert request.retraining == {"model": str(tmp_path / "base"), **retraining}
+    flows.asked.clear()
+    flows.answer = RETRAINED
+    assert slmops("retrain --job job.yaml")[0] == 0
+    assert flows.options == {"model": "base", **retraining}
+
+
+def test_the_deployments_of_a_model_are_removed(flows: Flows, slmops: Slmops) -> None:
+    flows.answer = ["retrain/retrain-bot"]
+    assert slmops("undeploy bot")[:2] == (0, "retrain/retrain-bot\n")
+    assert flows.asked == [("undeploy", "bot")]
+
+
 @pytest.mark.parametrize("registry", [True, False])
 def test_serve_starts_without_a_registry_too(slmops: Slmops, registry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []

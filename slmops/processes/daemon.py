@@ -57,8 +57,12 @@ def spawn(argv: Sequence[str], *, port: int, mark: str, env: dict[str, str], log
             **tree.apart({**env, MARK: mark}, console=False),
         )
     _children.append(child)
-    created = psutil.Process(child.pid).create_time()
-    return Daemon(pid=child.pid, created=created, url=f"http://{HOST}:{port}", mark=mark)
+    return of(child, url=f"http://{HOST}:{port}", mark=mark)
+
+
+def of(child: subprocess.Popen[bytes], *, url: str, mark: str = "") -> Daemon:
+    """The daemon whose first process was just started."""
+    return Daemon(pid=child.pid, created=psutil.Process(child.pid).create_time(), url=url, mark=mark)
 
 
 def leader(daemon: Daemon) -> psutil.Process | None:

@@ -35,8 +35,8 @@ MARK = "SLMOPS_COMPOSE"
 START_S = 120.0
 STOP_S = 15.0
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^{}]*))?\}")
-"""The forms that the file uses: ``${NAME}``, ``${NAME:-default}`` and ``${NAME:?message}``."""
+_VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])((?:[^{}]|\$\{[^{}]*\})*))?\}")
+"""The forms that the file uses: ``${NAME}``, ``${NAME:-default}`` and ``${NAME:?message}``, one in a default, too."""
 
 
 class MissingVariable(Exception):
@@ -50,7 +50,7 @@ def load(variables: Mapping[str, str]) -> dict[str, Any]:
         name, operator, rest = match.groups()
         if operator == "?" and not variables.get(name):
             raise MissingVariable(f"{name}: {rest}")
-        return json.dumps(variables.get(name) or rest or "")[1:-1]
+        return json.dumps(variables[name])[1:-1] if variables.get(name) else _VARIABLE.sub(fill, rest or "")
 
     text = json.dumps(yaml.safe_load(FILE.read_text(encoding="utf-8")))
     assert "$" not in _VARIABLE.sub("", text), "a form of variable that is not known here"

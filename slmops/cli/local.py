@@ -40,7 +40,7 @@ def doctor(*, fix: Fix = False, build_genai: GenaiCheckout = None, json: Json = 
 
 def up(*, worker: Worker = False) -> None:
     running = stack.up(Settings(), worker=worker)
-    output(f"Prefect {running.prefect_url}\nMLflow  {running.tracking_uri}")
+    output(f"Prefect {running.prefect_url}\nMLflow  {running.mlflow_url}")
 
 
 def down() -> None:

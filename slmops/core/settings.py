@@ -52,6 +52,12 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("SLMOPS_PREFECT_API_URL", "PREFECT_API_URL")
     )
     """A Prefect server to use instead of the local one that slmops starts."""
+    mlflow_ui_url: str | None = Field(None, pattern=ADDRESS_PATTERN)
+    """Where people reach MLflow's pages, for links, if it is not the address that slmops uses."""
+    prefect_ui_url: str | None = Field(
+        None, pattern=ADDRESS_PATTERN, validation_alias=AliasChoices("SLMOPS_PREFECT_UI_URL", "PREFECT_UI_URL")
+    )
+    """The same of Prefect's pages."""
     mlflow_port: int = Field(5000, ge=1, le=65535, description="First port tried for the local MLflow server.")
     prefect_port: int = Field(4200, ge=1, le=65535, description="First port tried for the local Prefect server.")
     training_timeout_s: float = Field(86400, gt=0, description="Seconds that one fine-tuning may take.")
@@ -72,7 +78,9 @@ class Settings(BaseSettings):
         return value.expanduser().resolve()
 
     @field_validator(
-        "tracking_uri", "prefect_api_url", "judge_url", "judge_model", "judge_api_key", "serve_token", mode="before"
+        *("tracking_uri", "prefect_api_url", "mlflow_ui_url", "prefect_ui_url"),
+        *("judge_url", "judge_model", "judge_api_key", "serve_token"),
+        mode="before",
     )
     @classmethod
     def _blank_is_unset(cls, value: Any) -> Any:

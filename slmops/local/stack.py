@@ -5,6 +5,7 @@ only started as processes, never imported.
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ from slmops.serving.home_service import ServingStatus
 Server = Literal["prefect", "mlflow", "worker"]
 _SERVERS = TypeAdapter(dict[Server, Daemon])
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).parents[2]  # the source tree, if slmops was installed from one
 REGISTER = ROOT / "deployments" / "register.py"
 DEPLOYMENTS = Path("deployments", "prefect.yaml")
@@ -49,6 +52,7 @@ _VARIABLES: dict[Server, str] = {
     "prefect": "SLMOPS_PREFECT_API_URL and PREFECT_API_URL",
     "mlflow": "SLMOPS_TRACKING_URI and MLFLOW_TRACKING_URI",
 }
+_PORTS: dict[Server, str] = {"prefect": "SLMOPS_PREFECT_PORT", "mlflow": "SLMOPS_MLFLOW_PORT"}
 _HEALTH: dict[Server, tuple[str, str]] = {
     "prefect": ("/api/health", "true"),
     "mlflow": ("/health", "OK"),
@@ -61,16 +65,17 @@ class ServerLostError(WorkError):
 
 
 class Stack(Frozen):
-    """Where the servers are, and which of them this call started."""
+    """Where the servers are, and which of them this call started. People reach their pages at the first two."""
 
     prefect_url: str
+    mlflow_url: str
     prefect_api_url: str
     tracking_uri: str
     started: tuple[Server, ...] = ()
 
 
 class ServerStatus(Frozen):
-    """One server: the root URL for clients, and whether it answers."""
+    """One server: the root URL for people, and whether it answers."""
 
     url: str | None
     ok: bool
@@ -138,7 +143,8 @@ def down(settings: Settings) -> list[Server]:
 def status(settings: Settings) -> StackStatus:
     """Ask each server, ours or given, for its health. Never starts anything and never raises."""
     servers = _read(settings)
-    found = {name: _status(name, url, servers) for name, url in _given(settings).items()}
+    shown = {"prefect": settings.prefect_ui_url, "mlflow": settings.mlflow_ui_url}
+    found = {name: _status(name, url, shown[name], servers) for name, url in _given(settings).items()}
     return StackStatus(home=settings.home, prefect=found["prefect"], mlflow=found["mlflow"])
 
 
@@ -192,6 +198,7 @@ def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:
     return {
         **QUIET,
         "PREFECT_API_URL": stack.prefect_api_url,
+        **({"PREFECT_UI_URL": settings.prefect_ui_url} if settings.prefect_ui_url else {}),
         "PREFECT_HOME": str(settings.home / "prefect"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
         # Our logger also talks outside of flows, where there is no run to attach a record to.
@@ -210,6 +217,8 @@ def _start(settings: Settings, servers: dict[Server, Daemon], name: Server, abov
         daemon.stop(servers.pop(name))
     first = {"prefect": settings.prefect_port, "mlflow": settings.mlflow_port, "worker": settings.prefect_port + 1}
     port = daemon.free_port(max(first[name], above + 1), [server.port for server in servers.values()])
+    if port != first[name] and name in _PORTS:
+        log.warning("port %d is taken: %s is at %d (%s sets another)", first[name], _TITLES[name], port, _PORTS[name])
     recipe = {"prefect": _prefect_command, "mlflow": _mlflow_command, "worker": _worker_command}[name]
     command, env = recipe(settings, servers, port)
     command = [sys.executable, "-m", *command]
@@ -316,18 +325,24 @@ def _problem(name: Server, url: str) -> str | None:
     return daemon.problem(url.rstrip("/") + path.removeprefix("/api"), body, given=True)
 
 
-def _status(name: Server, given: str | None, servers: dict[Server, Daemon]) -> ServerStatus:
+def _status(name: Server, given: str | None, shown: str | None, servers: dict[Server, Daemon]) -> ServerStatus:
     if given is not None:
-        return ServerStatus(url=_root(given) if name == "prefect" else given, ok=_problem(name, given) is None)
+        url = _root(given) if name == "prefect" else given
+        return ServerStatus(url=shown or url, ok=_problem(name, given) is None)
     if name not in servers:
         return ServerStatus(url=None, ok=False)
-    return ServerStatus(url=servers[name].url, ok=daemon.healthy(servers[name], *_HEALTH[name]))
+    return ServerStatus(url=shown or servers[name].url, ok=daemon.healthy(servers[name], *_HEALTH[name]))
 
 
 def _stack(settings: Settings, servers: dict[Server, Daemon]) -> Stack:
     api_url = settings.prefect_api_url or f"{servers['prefect'].url}/api"
     tracking = settings.tracking_uri or servers["mlflow"].url
-    return Stack(prefect_url=_root(api_url), prefect_api_url=api_url, tracking_uri=tracking)
+    return Stack(
+        prefect_url=settings.prefect_ui_url or _root(api_url),
+        mlflow_url=settings.mlflow_ui_url or tracking,
+        prefect_api_url=api_url,
+        tracking_uri=tracking,
+    )
 
 
 def _root(api_url: str) -> str:

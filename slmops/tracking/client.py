@@ -31,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
 from slmops.core.errors import TrackingError
+from slmops.core.settings import Settings
 
 T = TypeVar("T")
 
@@ -171,7 +172,7 @@ class Connection:
 
     def _address(self, page: str) -> str:
         """A page of MLflow's UI, without the user name and password of the tracking URI: addresses get into logs."""
-        return f"{_SIGN_IN.sub('//', self.uri).rstrip('/')}/#/{page}"
+        return f"{_SIGN_IN.sub('//', Settings().mlflow_ui_url or self.uri).rstrip('/')}/#/{page}"
 
     def _experiment(self, name: str) -> str:
         """The id of a model's experiment, which is made or restored if need be."""

@@ -47,7 +47,9 @@ def test_a_worker_reads_the_settings_that_started_it(
         judge_api_key=name,  # type: ignore[arg-type]
         pools=(Pool(name="big", memory_gb=64), Pool(name="b\u00fc", memory_gb=8)),
     )
-    servers = stack.Stack(prefect_url="http://p", prefect_api_url="http://p/api", tracking_uri="http://m")
+    servers = stack.Stack(
+        prefect_url="http://p", mlflow_url="http://m", prefect_api_url="http://p/api", tracking_uri="http://m"
+    )
     for variable, value in stack._worker_environment(settings, servers).items():
         monkeypatch.setenv(variable, value)
     # The servers are not settings of the worker's: what it is told is where they are.

@@ -23,7 +23,7 @@ EXAMPLE = (ROOT / ".env.example").read_text(encoding="utf-8")
 RAW: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = compose.load({"POSTGRES_PASSWORD": "secret"})["services"]
 NAMES = sorted(SERVICES)
-ONE_SHOTS = {"databases", "deployments", "bucket"}
+ONE_SHOTS = {"databases", "deployments", "bucket", "serve-settings"}
 SECRET = re.compile(r"PASSWORD|TOKEN|SECRET|_KEY")
 
 
@@ -134,6 +134,18 @@ def test_ports_are_open_to_this_machine_and_storage_to_the_servers_only() -> Non
     assert inside["postgres"] == inside["s3"] == ["storage"]
 
 
+def test_links_lead_to_where_people_reach_the_pages() -> None:
+    given = {"POSTGRES_PASSWORD": "secret", "SLMOPS_PREFECT_UI_URL": "https://p", "SLMOPS_MLFLOW_UI_URL": "https://m"}
+    for variables, prefect, mlflow in (
+        ({"POSTGRES_PASSWORD": "secret"}, "http://127.0.0.1:4200", "http://127.0.0.1:5000"),
+        (given, "https://p", "https://m"),
+    ):
+        services = compose.load(variables)["services"]
+        assert services["worker"]["environment"]["SLMOPS_MLFLOW_UI_URL"] == mlflow
+        assert {services[name]["environment"]["PREFECT_UI_URL"] for name in ("worker", "prefect")} == {prefect}
+        assert services["prefect"]["environment"]["PREFECT_SERVER_UI_API_URL"] == f"{prefect}/api"
+
+
 def test_workers_can_be_many() -> None:
     assert not {"container_name", "hostname", "ports"} & set(SERVICES["worker"])
     assert "worker-tmp:/tmp" in SERVICES["worker"]["volumes"], "workers share the lock of the machine"
@@ -141,7 +153,7 @@ def test_workers_can_be_many() -> None:
 
 
 def test_nothing_is_sent_to_anybody() -> None:
-    for name in set(NAMES) - {"postgres", "s3", "bucket"}:
+    for name in set(NAMES) - {"postgres", "s3", "bucket", "serve-settings"}:
         assert stack.QUIET.items() <= SERVICES[name]["environment"].items(), name
 
 

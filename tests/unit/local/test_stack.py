@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from slmops.core.settings import Settings
-from slmops.foundry.versions import ModelVersion
 from slmops.local import stack
 from slmops.processes import daemon
 from slmops.processes.daemon import Daemon
 from slmops.tracking.registry import Registry
+from tests import values
 
 PREFECT, MLFLOW = "https://prefect.example", "https://mlflow.example"
 
@@ -25,8 +25,7 @@ def test_links_lead_to_where_people_reach_the_pages(tmp_path: Path, monkeypatch:
     servers = stack._stack(settings, {})
     assert (servers.prefect_url, servers.mlflow_url, servers.tracking_uri) == (PREFECT, MLFLOW, given)
     assert stack.prefect_environment(settings, servers)["PREFECT_UI_URL"] == PREFECT
-    version = ModelVersion(name="router", version=3, variant="int4", run_id="r", tags={})
-    assert Registry(given).page(version) == f"{MLFLOW}/#/models/router/versions/3"
+    assert Registry(given).page(values.model_version(3, name="router")) == f"{MLFLOW}/#/models/router/versions/3"
 
 
 def test_a_port_that_is_taken_is_said(
@@ -38,6 +37,5 @@ def test_a_port_that_is_taken_is_said(
         servers: dict[stack.Server, Daemon] = {}
         stack._start(Settings(home=tmp_path, mlflow_port=port), servers, "mlflow")
     [said] = caplog.messages
-    assert (
-        said == f"port {port} is taken: MLflow server is at {servers['mlflow'].port} (SLMOPS_MLFLOW_PORT sets another)"
-    )
+    now = servers["mlflow"].port
+    assert said == f"port {port} is taken: MLflow server is at {now} (SLMOPS_MLFLOW_PORT sets another)"

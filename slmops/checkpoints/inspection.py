@@ -12,7 +12,7 @@ from typing import Any
 from slmops.checkpoints import architectures, chat_template, weight_files
 from slmops.checkpoints.reading import read_if_there, read_json, read_text
 from slmops.core.errors import CheckpointError
-from slmops.core.files import sha256
+from slmops.core.files import sha256, unreadable
 from slmops.core.job import Job
 
 TEXT_PATTERNS = (
@@ -190,7 +190,7 @@ def names(folder: Path) -> set[str]:
     try:
         return {path.name for path in folder.iterdir() if path.is_file()}
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error.strerror}.", "Check its permissions.") from error
+        raise CheckpointError(*unreadable(error)) from error
 
 
 def copy_texts(folder: Path, target: Path, patterns: Iterable[str] = TEXT_PATTERNS) -> None:
@@ -207,9 +207,7 @@ def digest_files(folder: Path, weights: tuple[str, ...], job: Job) -> dict[str, 
     try:
         return {name: sha256(folder / name) for name in sorted(texts | set(weights))}
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename} cannot be read: {error.strerror}.", "Check its permissions and its disk."
-        ) from error
+        raise CheckpointError(*unreadable(error)) from error
 
 
 def digest_of(hashes: Mapping[str, str]) -> str:

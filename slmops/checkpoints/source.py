@@ -13,7 +13,7 @@ from slmops.checkpoints.reading import read_if_there
 from slmops.checkpoints.room import GB
 from slmops.checkpoints.store import dequantized, stage, unpacked
 from slmops.core.errors import CheckpointError, PrerequisiteError, SlmopsError
-from slmops.core.files import link_or_copy, scratch_folder, sha256
+from slmops.core.files import link_or_copy, scratch_folder, sha256, unreadable
 from slmops.core.job import Job
 from slmops.core.names import to_name
 from slmops.core.settings import Settings
@@ -237,9 +237,15 @@ def _local(text: str) -> Path | None:
     if text == DEMO or text.startswith(MLFLOW_SCHEMES):
         return None
     path = Path(text).expanduser()
-    if not path.exists():
-        hub.parse(text)
-        return None
+    try:
+        if not path.exists():
+            hub.parse(text)
+            return None
+        for file in (path, *path.iterdir()) if path.is_dir() else (path,):
+            if file.is_file():
+                file.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(*unreadable(error)) from error
     if path.is_file():
         _check_gguf(path)
     return path
@@ -250,11 +256,8 @@ def _gguf_name(path: Path) -> str:
 
 
 def _check_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
+    with path.open("rb") as file:
+        magic = file.read(4)
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
             f"{path} is a file, but not a .gguf file.", "Give the folder that holds config.json and the weights."

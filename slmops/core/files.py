@@ -1,5 +1,6 @@
 """Files: written so that nobody ever sees half of one, on every system, and the tables that a user writes."""
 
+import getpass
 import hashlib
 import json
 import logging
@@ -45,6 +46,15 @@ def move(source: Path, target: Path) -> Path:
             return source.replace(target)
         time.sleep(pause)
     return source.replace(target)
+
+
+def unreadable(error: OSError) -> tuple[str, str]:
+    """Message and fix of an error about a file or folder that cannot be read: which, why, and for which user."""
+    path = Path(os.fsdecode(error.filename or "a file"))  # what breaks in the middle of a file does not name it
+    if not isinstance(error, PermissionError) or not hasattr(os, "getuid"):
+        return f"{path} cannot be read: {error.strerror}.", "Check the path, its permissions and its disk."
+    user = f"the user {getpass.getuser()} ({os.getuid()})"
+    return f"{path} may not be read by {user}.", f"On the machine that has it: chmod -R a+rX {path.parent}"
 
 
 def keep_log(log: Path) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from slmops.checkpoints.source import DEMO, MLFLOW_SCHEMES, Download
 from slmops.core.errors import DataError, PrerequisiteError, SlmopsError, TrackingError
-from slmops.core.files import remove_scratch
+from slmops.core.files import remove_scratch, unreadable
 from slmops.core.settings import Settings
 from slmops.core.values import Frozen
 from slmops.processes.children import reporting_full_disk
@@ -172,7 +172,7 @@ def _copy(file: Path, folder: Path, room: int, longest: int = LONGEST_LINE) -> P
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise _unreadable(str(file), error) from None
+        raise DataError(*unreadable(error)) from None
 
 
 def _local(root: Path) -> tuple[list[Path], Path | None]:
@@ -194,11 +194,7 @@ def _local(root: Path) -> tuple[list[Path], Path | None]:
             raise DataError(f"{root} is not a .jsonl file.", fix)
         return [root], _beside(root.parent)
     except OSError as error:
-        raise _unreadable(shown(str(root)), error) from None
-
-
-def _unreadable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.")
+        raise DataError(*unreadable(error)) from None
 
 
 def _beside(folder: Path) -> Path | None:

@@ -1,5 +1,7 @@
 """Where a checkpoint comes from: what is told apart, staged, downloaded and refused; no torch, no network."""
 
+import errno
+import getpass
 import json
 import os
 import shutil
@@ -39,6 +41,25 @@ def test_a_folder_of_the_hubs_cache_where_each_file_is_a_link(folder: Path, reso
     template.write_text("{{ messages }}!")
     assert resolve(snapshot).digest == resolve(folder).digest
     assert not any(file.is_symlink() for file in resolve(snapshot, chat_template=template).path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has no such permissions")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_this_user_may_not_read(
+    folder: Path, resolve: Resolve, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    real = Path.open
+
+    def refuse(path: Path, *how: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *how, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError) as refused:
+        resolve(folder)
+    assert refused.value.message == f"{folder / name} may not be read by the user {getpass.getuser()} ({os.getuid()})."
+    assert refused.value.fix == f"On the machine that has it: chmod -R a+rX {folder}"
 
 
 NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"

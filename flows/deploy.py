@@ -5,13 +5,16 @@ They are made from its job file, on the work pool of the deployments that all mo
 
 import hashlib
 import json
+from collections import defaultdict
 from datetime import timedelta
+from itertools import chain, count, takewhile
 from typing import Any
 
 from prefect import Flow, flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, DeploymentSchedule
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import RunnerDeployment
@@ -29,6 +32,7 @@ from slmops.training.values import Deploy, News
 from tasks.news import NEW_DATA, NEW_VERSION
 
 FLOWS: tuple[Flow[..., Any], ...] = (retrain, look_for_news, remeasure)
+PAGE = 200  # deployments that the server lists at once
 KEPT = {"slug", "schedule", "active", "parameters", "max_scheduled_runs"}
 
 
@@ -70,6 +74,32 @@ def undeploy(name: str) -> list[str]:
     if not gone:
         raise UsageError(f"{name} has no deployments.", "`slmops list` shows what there is.")
     return gone
+
+
+def schedules() -> dict[str, list[str]]:
+    """What the deployments of each model do by themselves, such as "retrain at 0 2 * * * (UTC)"."""
+    found: dict[str, list[str]] = defaultdict(list)
+    of_ours = DeploymentFilter(tags=DeploymentFilterTags(all_=["slmops"]))
+    with get_client(sync_client=True) as client:
+        pages = (
+            client.read_deployments(deployment_filter=of_ours, limit=PAGE, offset=start) for start in count(0, PAGE)
+        )
+        for one in chain.from_iterable(takewhile(bool, pages)):
+            kind = next((kind for kind in FLOWS if one.name.startswith(f"{kind.name}-")), None)
+            if kind is not None:
+                said = [_said(schedule, paused=one.paused) for schedule in one.schedules]
+                found[one.name.removeprefix(f"{kind.name}-")] += [f"{kind.name} {when}" for when in said]
+    return found
+
+
+def _said(schedule: DeploymentSchedule, *, paused: bool) -> str:
+    said = "by a rule"
+    match schedule.schedule:
+        case CronSchedule(cron=cron, timezone=timezone):
+            said = f"at {cron} ({timezone})"
+        case IntervalSchedule(interval=interval):
+            said = f"every {interval.total_seconds() / 60:g} min"
+    return said if schedule.active and not paused else f"{said}, switched off"
 
 
 def _deployments(request: Deploy, shared: DeploymentResponse) -> list[RunnerDeployment]:

@@ -65,6 +65,7 @@ COMMANDS = {
     "up": ("local", "Start the local Prefect and MLflow servers."),
     "down": ("local", "Stop the local servers, the worker, and the service that a retraining started."),
     "prune": ("local", "Say what the home holds and what refers to it, and remove what nothing refers to."),
+    "list": ("deploy", "List the models: what is deployed, how the last run ended, what runs by itself, disk used."),
     "status": ("local", "Say what is running, or which versions of a model there are and which is deployed."),
 }
 """Each command's module and its help; only the module of the command that is called is imported."""

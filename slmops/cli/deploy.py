@@ -1,4 +1,4 @@
-"""The commands that deploy: promote, rollback, deploy, undeploy, serve, pull, catalog, status of a model."""
+"""The commands that deploy: promote, rollback, deploy, undeploy, serve, pull, catalog, list, status of a model."""
 
 import json as jsonlib
 from pathlib import Path
@@ -74,6 +74,16 @@ def undeploy(name: Model, /) -> None:
         from flows.deploy import undeploy
 
         output("\n".join(undeploy(name)))
+
+
+def list(*, json: Json = False) -> None:
+    from slmops.delivery.overview import overview
+
+    with prefect_running() as servers:
+        from flows.deploy import schedules
+
+        found = overview(Settings(), servers.tracking_uri, schedules())
+    show(found, found.text, json=json)
 
 
 def serve(name: Model, /, *, options: Annotated[Serve, Flat] = _SERVE) -> None:

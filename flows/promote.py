@@ -15,7 +15,7 @@ from prefect.utilities.urls import url_for
 from pydantic import BaseModel
 
 from flows.running import named, plainly
-from slmops.core import locks
+from slmops.core import locks, machine
 from slmops.core.errors import GateError, PrerequisiteError
 from slmops.core.names import Name
 from slmops.core.settings import Settings
@@ -59,7 +59,7 @@ def rollback(name: Name) -> Promoted:
         champion, previous = find_previous(uri, name)
         for version in Registry(uri).release(previous):
             check_files(version, settings, uri)
-        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": ""}
+        tags = {**_promoter(), "slmops.forced": "", "slmops.promoted_because": f"rolled back from {champion.label}"}
         rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
         log.info("%s is the champion of %s again", previous.label, name)
         return rolled_back
@@ -89,7 +89,7 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         challenger = upload_files(Registry(uri), challenger, checked.folder)
         for other in others:
             upload_files(Registry(uri), other, check_files(other, settings, uri).folder)
-        tags = {"slmops.promoted_by": runtime.flow_run.ui_url or "", "slmops.forced": "", "slmops.approved": ""}
+        tags = {**_promoter(), "slmops.forced": "", "slmops.approved": ""}
         if others or challenger.others:
             tags[RELEASE] = release
         if request.approval:
@@ -97,9 +97,24 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         if refused is not None and request.force is not None:
             log.warning("forced against: %s", refused.message)
             tags["slmops.forced"] = f"{request.force} (against: {'; '.join(decision.against)})"[:4000]
+        tags["slmops.promoted_because"] = _reason(decision, tags)
         promoted = move_aliases(uri, challenger, champion, tags, decision, settings)
         log.info("%s is the champion of %s", challenger.label, request.name)
         return promoted
+
+
+def _promoter() -> dict[str, str]:
+    """The run that promotes, and who or what started it."""
+    who = runtime.deployment.name or machine.person()
+    run = runtime.flow_run
+    return {"slmops.promoted_by": run.ui_url or "", "slmops.promoter": f"{run.flow_name}, started by {who}"}
+
+
+def _reason(decision: Decision, tags: dict[str, str]) -> str:
+    against = f", against {decision.champion.label}" if decision.champion else ""
+    why = [f"{decision.challenger.tags.get('slmops.gates', 'no')} gates{against}"]
+    why += [f"{key}: {said}" for key in ("approved", "forced") if (said := tags[f"slmops.{key}"])]
+    return "; ".join(why)[:4000]
 
 
 def _alone(name: str, settings: Settings) -> AbstractContextManager[None]:

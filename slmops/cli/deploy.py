@@ -11,7 +11,7 @@ from slmops.cli.terminal import Flat, Json, Model, output, say, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
-from slmops.foundry.versions import Promotion
+from slmops.foundry.versions import Promotion, reigns
 from slmops.local import stack
 from slmops.serving.limits import Serve
 from slmops.training.values import Deploy
@@ -124,8 +124,10 @@ def versions(name: str, *, json: bool) -> None:
     if not found:
         known = ", ".join(registry.models()) or "none"
         raise UsageError(f"There is no model {name!r} in the registry.", f"Known models: {known}.")
+    history = reigns(found)
     if json:
-        output(jsonlib.dumps({"model": name, "versions": [one.model_dump(mode="json") for one in found]}, indent=2))
+        dumped, told = ([one.model_dump(mode="json") for one in ones] for ones in (found, history))
+        output(jsonlib.dumps({"model": name, "versions": dumped, "history": told}, indent=2))
         return
     from tabulate import tabulate
 
@@ -142,3 +144,17 @@ def versions(name: str, *, json: bool) -> None:
         for one in found
     ]
     output(tabulate(rows, headers="keys", disable_numparse=True))
+    if history:
+        times = [
+            {
+                "champion": f"version {one.version} ({one.variant})",
+                "from": f"{one.since.astimezone():%Y-%m-%d %H:%M}",
+                "until": f"{one.until.astimezone():%Y-%m-%d %H:%M}" if one.until else "",
+                "promoted by": one.promoter or one.run,
+                "because": one.reason,
+                "data": f"{one.data} ({one.data_digest[:12]})" if one.data_digest else "",
+                "checkpoint": one.checkpoint,
+            }
+            for one in history
+        ]
+        output(f"\n{tabulate(times, headers='keys', disable_numparse=True)}")

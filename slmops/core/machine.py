@@ -1,6 +1,7 @@
 """This machine and the packages on it. Nothing heavy is imported."""
 
 import contextlib
+import getpass
 import itertools
 import os
 import platform
@@ -95,6 +96,15 @@ def memory() -> tuple[int, int]:
 def disk_free(folder: Path) -> int:
     """Bytes that are free where ``folder`` is, or will be made."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def person() -> str:
+    """Who works here, as far as the system knows."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number that has no name
+        name = "somebody"
+    return f"{name} on {platform.node()}"
 
 
 def versions() -> dict[str, str]:

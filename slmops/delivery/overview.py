@@ -11,7 +11,7 @@ from slmops.core.values import MANIFEST, Frozen, Variant
 from slmops.delivery import installed
 from slmops.foundry import layout
 from slmops.foundry.versions import CHAMPION, VERSION_MANIFEST, ModelVersion, VersionManifest
-from slmops.tracking.history import History, LastRun
+from slmops.tracking.last_run import LastRun, LastRuns
 from slmops.tracking.registry import Registry
 from slmops.tracking.tracker import Tracker
 
@@ -61,7 +61,7 @@ def overview(settings: Settings, uri: str, schedules: Mapping[str, Iterable[str]
 
     A TrackingError if MLflow does not answer.
     """
-    registry, history = Registry(uri), History(uri)
+    registry, last_runs = Registry(uri), LastRuns(uri)
     placed = _placed(settings)
     models = []
     for name in sorted({*registry.models(), *Tracker(uri).models(), *schedules}):
@@ -72,7 +72,7 @@ def overview(settings: Settings, uri: str, schedules: Mapping[str, Iterable[str]
                 name=name,
                 champion=champion and champion.version,
                 variant=champion and champion.variant,
-                last_run=history.last_run(name),
+                last_run=last_runs.of(name),
                 schedules=tuple(schedules.get(name, ())),
                 home_mb=_size_mb([*placed.get(name, ()), *_trainings(versions, settings)]),
                 registry_mb=sum(one.size_mb for one in versions if one.uploaded),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,6 +21,9 @@ FILES = "slmops.files"  # the tag of a version whose weights are not in the regi
 CHAMPION = "champion"  # alias of the version that is deployed
 PREVIOUS = "previous"  # alias of the version that was the champion before
 RELEASE = "slmops.release"  # the tag of a version with the numbers of those for other targets that come with it
+REIGN = "slmops.champion."
+"""How the tags begin with which a version says when it became the champion, one for each time: the time, then what
+:class:`Reign` tells of it as JSON. They are never changed."""
 RESERVED = re.compile(r"champion|previous|latest|v?\d+", re.IGNORECASE)
 """What cannot be the alias of a variant: two have a meaning, MLflow keeps two for itself, and numbers are versions."""
 
@@ -114,6 +118,44 @@ class ModelVersion(Frozen):
     def label(self) -> str:
         """Its name in messages, such as ``support-bot version 3 (int8)``."""
         return f"{self.name} version {self.version} ({self.variant})"
+
+
+class Reign(Frozen):
+    """One time at which a version was the champion; what was not recorded is empty."""
+
+    version: int
+    variant: str
+    since: datetime
+    until: datetime | None = Field(description="None: it still is, or nothing else became it through slmops.")
+    promoter: str = Field("", description="The flow, and the person or the deployment that started it.")
+    reason: str = Field("", description="Why it became the champion.")
+    run: str = Field("", description="The page of that flow run in Prefect.")
+    checkpoint: str = Field("", description="What was converted, or the base model if it was fine-tuned here.")
+    data: str = Field("", description="What it was fine-tuned on here.")
+    data_digest: str = Field("", description="SHA-256 over those items.")
+
+
+def reigns(versions: Iterable[ModelVersion]) -> list[Reign]:
+    """When which version was the champion, the newest time first."""
+    begun: list[Reign] = []
+    for one in versions:
+        told = {key.removeprefix(REIGN): text for key, text in one.tags.items() if key.startswith(REIGN)}
+        if not told and (since := one.tags.get("slmops.promoted")):  # as an older slmops left it
+            told = {since: json.dumps({"run": one.tags.get("slmops.promoted_by", "")})}
+        known = {
+            "version": one.version,
+            "variant": one.variant,
+            "until": None,
+            "checkpoint": one.tags.get("slmops.base_model") or one.tags.get("slmops.source", ""),
+            "data": one.tags.get("slmops.data", ""),
+            "data_digest": one.tags.get("slmops.data_digest", ""),
+        }
+        begun += [
+            Reign(since=datetime.fromisoformat(since), **known, **json.loads(text)) for since, text in told.items()
+        ]
+    begun.sort(key=lambda reign: reign.since, reverse=True)
+    ends = [None, *(reign.since for reign in begun)]
+    return [reign.model_copy(update={"until": end}) for reign, end in zip(begun, ends, strict=False)]
 
 
 class Installed(Frozen):

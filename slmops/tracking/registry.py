@@ -28,7 +28,16 @@ from mlflow.entities.model_registry import RegisteredModel
 from slmops.core.errors import PromotionError, UsageError
 from slmops.core.values import Registration, Variant, VariantResult, is_weights
 from slmops.foundry.layout import claimed, released
-from slmops.foundry.versions import CHAMPION, FILES, PREVIOUS, RESERVED, VERSION_MANIFEST, ModelVersion, VersionManifest
+from slmops.foundry.versions import (
+    CHAMPION,
+    FILES,
+    PREVIOUS,
+    REIGN,
+    RESERVED,
+    VERSION_MANIFEST,
+    ModelVersion,
+    VersionManifest,
+)
 
 TAGS = {
     "variant": "slmops.variant",
@@ -42,6 +51,8 @@ TAGS = {
     "job_id": "slmops.job_run",
 }
 """Field of a version to the tag that has it; a version cannot do without them."""
+PROMOTION = {"promoter": "slmops.promoter", "reason": "slmops.promoted_because", "run": "slmops.promoted_by"}
+"""What a promotion tells of itself, to the tag of a version that has it of the latest one."""
 LOGGED_MODEL = "slmops.logged_model"
 OURS = {KIND: "model"}  # the tags of a registered model that slmops made
 
@@ -168,6 +179,9 @@ class Registry(Connection):
         if replaced not in ("", number):
             self._client.set_registered_model_alias(version.name, PREVIOUS, replaced)
         self._client.set_registered_model_alias(version.name, CHAMPION, number)
+        if replaced != number:
+            said = {key: tags.get(tag, "") for key, tag in PROMOTION.items()}
+            self._note_reign(version, said)
         self._expect_champion(version, version)
 
     def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
@@ -188,10 +202,17 @@ class Registry(Connection):
             self._client.set_registered_model_alias(failed.name, PREVIOUS, before)
         else:
             self._client.delete_registered_model_alias(failed.name, PREVIOUS)
+        why = f"version {failed.version} was withdrawn: {reason}"
+        self._note_reign(previous, {"promoter": f"the watch over version {failed.version}", "reason": why[:4000]})
         return self.champion(failed.name)
 
     def page(self, version: ModelVersion) -> str:
         return self._address(f"models/{version.name}/versions/{version.version}")
+
+    def _note_reign(self, version: ModelVersion, said: dict[str, str]) -> None:
+        """Note that it is the champion from now on, beside what is noted of earlier times."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        self._client.set_version_tags(version.name, str(version.version), {f"{REIGN}{now}": json.dumps(said)})
 
     def _model(self, name: str) -> RegisteredModel | None:
         return or_none(lambda: self._client.get_registered_model(name))

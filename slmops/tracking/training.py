@@ -164,7 +164,13 @@ class TrainingTracker(Connection):
 
     def link(self, run_id: str, comparison: Comparison) -> None:
         """Put the job's run below that of the retraining, and name the latter in all versions that were made."""
-        origin = {RETRAIN_RUN: run_id, DATA_DIGEST: self._client.get_run(run_id).data.tags.get(DATA_DIGEST, "")}
+        retraining = self._client.get_run(run_id).data
+        origin = {
+            RETRAIN_RUN: run_id,
+            DATA_DIGEST: retraining.tags.get(DATA_DIGEST, ""),
+            "slmops.data": retraining.params.get("data", ""),
+            "slmops.base_model": retraining.tags.get("slmops.source", ""),
+        }
         self._client.set_tags(comparison.run_id, {PARENT: run_id, RETRAIN_RUN: run_id})
         for number in (result.version for result in comparison.variants if result.version is not None):
             self._client.set_version_tags(comparison.model, str(number), origin)

@@ -13,14 +13,14 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import FlowPauseTimeout
 
 from flows.promote import hand_over, promote, rollback
-from slmops.core import locks
+from slmops.core import locks, machine
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement, Registration, Variant
 from slmops.delivery.pull import pull
 from slmops.foundry.register import register
-from slmops.foundry.versions import VERSION_MANIFEST, Promotion
+from slmops.foundry.versions import VERSION_MANIFEST, Promotion, reigns
 from slmops.selection.policy import Gate, Policy
 from tests import deployed, making, values
 from tests.pulled import names
@@ -93,6 +93,13 @@ def test_promote_and_roll_back(bot: Bot, settings: Settings) -> None:
     back = rollback(bot.name)
     assert (back.version, back.replaced, bot.champion) == (1, 2, 1)
     assert rollback(bot.name).version == 2  # and forth
+    history = reigns(bot.registry.versions(bot.name))
+    assert [one.version for one in history] == [2, 1, 2, 1]
+    assert [one.promoter.partition(",")[0] for one in history] == ["rollback", "rollback", "promote", "promote"]
+    assert history[0].promoter.endswith(f"started by {machine.person()}")
+    assert history[0].run.endswith(str(last("rollback").id))
+    assert history[0].reason == f"rolled back from {bot.name} version 1 (int4)"
+    assert [one.reason.partition(", ")[2] for one in history[2:]] == [f"against {bot.name} version 1 (int4)", ""]
 
 
 def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
@@ -107,6 +114,7 @@ def test_what_is_worse_is_refused_unless_forced(bot: Bot) -> None:
     assert (forced.version, bot.champion) == (2, 2)
     assert str(forced.forced).startswith("the old one is wrong (against: accuracy")
     assert bot.registry.find(bot.name, "2").tags["slmops.forced"] == forced.forced
+    assert reigns(bot.registry.versions(bot.name))[0].reason.endswith(f"; forced: {forced.forced}")
 
 
 def test_altered_files_are_not_promoted(bot: Bot) -> None:

@@ -12,8 +12,11 @@ import pytest
 from mlflow import MlflowClient
 
 from slmops.core.errors import PromotionError, TrackingError, UsageError
+from slmops.core.settings import Settings
+from slmops.delivery.overview import overview
 from slmops.foundry.layout import RELEASED_CONFIG
-from slmops.foundry.versions import RELEASE, VERSION_MANIFEST, ModelVersion, VersionManifest
+from slmops.foundry.versions import RELEASE, VERSION_MANIFEST, ModelVersion, VersionManifest, reigns
+from tests import values
 from tests.pulled import contents, digest, names
 from tests.tracked import Book, Made
 
@@ -171,6 +174,12 @@ def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None
     assert job.find("champion").tags["slmops.promoted_by"] == "me"
     with pytest.raises(PromotionError, match=r"version 2 \(int4\)"):
         job.registry.promote(job.find("3"), first, {})  # judged against what is no longer the champion
+    history = reigns(job.registry.versions(job.name))
+    assert [one.version for one in history] == [2, 3, 2, 3, 2, 1]
+    assert [one.until for one in history] == [None, *(one.since for one in history[:-1])]
+    assert [one.run for one in history] == ["me", "me", "", "me", "me", "me"]
+    by, why = "the watch over version 3", "version 3 was withdrawn: it answers nothing"
+    assert (history[2].promoter, history[2].reason) == (by, why)
     job.client.delete_model_version(job.name, "3")
     assert job.aliases == (2, None)
 
@@ -246,3 +255,25 @@ def test_what_others_registered_or_altered_is_named_and_left_alone(job: Job) -> 
             ask()
     assert job.registry.versions(job.name) == []
     assert job.name not in job.registry.models()
+
+
+def test_the_overview_has_all_models_with_their_last_run_and_their_disk(job: Job, database: str) -> None:
+    settings = Settings(home=job.folder / "home")
+    made = job.make("int8", big="w" * 1_000_000)
+    job.promote(made)
+    job.finish(job.parent, values.result("int8", 1), chosen="int8")
+    again = job.start()
+    # What Foundry Local reads here, with a link to the store, and a model whose name begins in the same way.
+    placed = settings.foundry / "models" / "slmops" / f"{job.name}-int8-generic-cpu-1"
+    variant = values.write_variant(placed, "int8", {"model.onnx.data": "x" * 3_000_000})
+    (placed / "linked").hardlink_to(variant.path / "model.onnx.data")
+    values.write_variant(placed.with_name(f"{job.name}-2-int8-generic-cpu-1"), "int8", {"w": "x" * 1_000_000})
+    found = {one.name: one for one in overview(settings, database, {"new": ["retrain at 0 2 * * * (UTC)"]}).models}
+    new, mine = found["new"], found[job.name]
+    assert (new.champion, new.last_run, new.home_mb, len(new.schedules)) == (None, None, 0, 1)
+    assert (mine.champion, mine.variant, mine.schedules) == (1, "int8", ())
+    assert mine.last_run is not None
+    assert (mine.last_run.kind, mine.last_run.state, mine.last_run.chosen) == ("job", "running", "int8")
+    assert again in mine.last_run.url
+    assert mine.home_mb == pytest.approx(3, abs=0.1)
+    assert mine.registry_mb == pytest.approx(1, abs=0.1)

@@ -17,6 +17,7 @@ from flows.retrain import retrain
 from slmops.core.errors import DataError, PrerequisiteError, TrainingError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
+from slmops.foundry.versions import reigns
 from slmops.serving import home_service
 from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
@@ -111,6 +112,10 @@ def test_what_mlflow_and_prefect_have_of_it(first: Retrained, settings: Settings
     run = client.get_run(version.tags["slmops.retrain_run"])
     assert run.info.run_id == first.run_id
     assert version.tags["slmops.approved"] == "I have looked"
+    reign = reigns(Registry(settings.tracking_uri).versions(NAME))[0]
+    assert (reign.promoter, reign.reason[-23:]) == ("retrain, started by retrain", "approved: I have looked")
+    assert (reign.data, reign.data_digest) == (str(folder / "data"), version.tags["slmops.data_digest"])
+    assert reign.checkpoint == run.data.tags["slmops.source"]
     given = (read(client, first.run_id, f"data/{part}.jsonl", tmp_path) for part in ("train", "validation"))
     assert questions("".join(given)) == questions((folder / "data" / "train.jsonl").read_text())
     assert run.data.params["data_digest"] == version.tags["slmops.data_digest"]

@@ -206,12 +206,25 @@ def test_pull_says_where_it_is(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) 
 
 def test_status_of_a_model(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
     tags = {"slmops.gates": "passed 3 of 4", "slmops.withdrawn": "it answers nothing"}
+    said = {"promoter": "promote, started by ann", "reason": "it is better", "run": "http://prefect/run"}
+    origin = {"slmops.data": "tickets", "slmops.data_digest": "d" * 64, "slmops.base_model": "./base"}
+    tags |= {**origin, "slmops.champion.2026-01-03T10:00:00.5Z": json.dumps(said)}
     version = values.model_version(3, aliases=("champion", "int8"), size_mb=158.02, tags=tags)
-    monkeypatch.setattr(Registry, "versions", lambda _, name: [version] * (name == "bot"))
+    older = values.model_version(2, tags={"slmops.promoted": "2026-01-02T10:00:00+00:00", "slmops.promoted_by": "url"})
+    monkeypatch.setattr(Registry, "versions", lambda _, name: [version, older] * (name == "bot"))
     monkeypatch.setattr(Registry, "models", lambda _: ["bot"])
     said = "3 int8 158.0 passed 3 of 4 2026-01-02 00:00 champion withdrawn: it answers nothing"
-    assert slmops("status bot")[1].splitlines()[-1].split() == said.split()
-    assert json.loads(slmops("status bot --json")[1])["versions"][0]["version"] == 3
+    lines = slmops("status bot")[1].splitlines()
+    assert lines[2].split() == said.split()
+    first, second = (" ".join(line.split()) for line in lines[-2:])
+    assert first.endswith(" promote, started by ann it is better tickets (dddddddddddd) ./base")
+    assert second.startswith("version 2 (int8) 2026-01-02 ")  # from before there was a history
+    told = json.loads(slmops("status bot --json")[1])
+    assert [one["version"] for one in told["versions"]] == [3, 2]
+    assert [(one["version"], one["until"]) for one in told["history"]] == [
+        (3, None),
+        (2, "2026-01-03T10:00:00.500000Z"),
+    ]
     code, _, err = slmops("status boat")
     assert code == 2
     assert "Known models: bot." in err

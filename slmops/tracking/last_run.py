@@ -1,4 +1,4 @@
-"""What happened to a model: its last run."""
+"""The last run of a model."""
 
 from datetime import UTC, datetime
 
@@ -9,7 +9,7 @@ from slmops.tracking.tracker import CHOICE
 from slmops.tracking.training import OUTCOME
 
 LATEST = 100  # runs to look at: a job's own are above those of its variants
-KINDS = ("job", "retrain", "remeasurement")
+OF_MODELS = ("job", "retrain", "remeasurement")
 
 
 class LastRun(Frozen, use_attribute_docstrings=True):
@@ -24,14 +24,14 @@ class LastRun(Frozen, use_attribute_docstrings=True):
     url: str
 
 
-class History(Connection):
-    def last_run(self, name: str) -> LastRun | None:
+class LastRuns(Connection):
+    def of(self, name: str) -> LastRun | None:
         """The newest one of a model; None: there is none."""
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             return None
         runs = self._client.search_runs([experiment.experiment_id], max_results=LATEST)
-        last = next((run for run in runs if run.data.tags.get(KIND) in KINDS and PARENT not in run.data.tags), None)
+        last = next((run for run in runs if run.data.tags.get(KIND) in OF_MODELS and PARENT not in run.data.tags), None)
         if last is None:
             return None
         return LastRun(

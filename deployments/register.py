@@ -2,7 +2,7 @@
 
     python deployments/register.py [FILE]
 
-What somebody has set on the Prefect page stays: parameters, schedules, and which triggers are switched on.
+What somebody has set on the Prefect page stays: parameters, schedules, and whether it is paused.
 `prefect deploy` by itself would reset all of that. If nothing of slmops has changed since the last time, nothing is
 touched.
 """
@@ -19,7 +19,6 @@ import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
@@ -42,12 +41,6 @@ async def registered(client: PrefectClient, names: list[str]) -> dict[str, Deplo
         with contextlib.suppress(ObjectNotFound):
             found[name] = await client.read_deployment_by_name(f"{name}/{name}")
     return found
-
-
-async def triggers(client: PrefectClient, deployment: DeploymentResponse, *, enabled: bool) -> list[Automation]:
-    """What starts a deployment when an event happens, or what would if it were switched on."""
-    found = await client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
-    return [one for one in found if one.enabled == enabled]
 
 
 async def restore(client: PrefectClient, before: DeploymentResponse, now: DeploymentResponse) -> None:
@@ -74,16 +67,12 @@ async def main(file: Path) -> int:
         before = await registered(client, names)
         if len(before) == len(names) and all(one.version == version for one in before.values()):
             return 0
-        on = {(name, one.name) for name, of in before.items() for one in await triggers(client, of, enabled=True)}
         deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         env = {**os.environ, "SLMOPS_DEPLOYMENTS": version}
         status = subprocess.run(deploy, cwd=file.parents[1], env=env, check=False).returncode
         now = await registered(client, names)
         for name in before.keys() & now.keys():
             await restore(client, before[name], now[name])
-            for trigger in await triggers(client, now[name], enabled=False):
-                if (name, trigger.name) in on:
-                    await client.resume_automation(trigger.id)
         return status if len(now) == len(names) else 1
 
 

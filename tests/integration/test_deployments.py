@@ -27,7 +27,6 @@ from tests import making, retraining, shown, values
 
 pytestmark = pytest.mark.integration
 
-TRIGGER = "retrain on new data"
 SEEN = "slmops_seen_ticket_45_router"
 
 
@@ -69,31 +68,27 @@ def deployments(api: httpx.Client) -> dict[str, Any]:
 
 def test_all_are_there_and_name_modules(api: httpx.Client) -> None:
     found = deployments(api)
-    assert (
-        " ".join(found)
-        == "deploy look-for-news optimize prepare-environment promote remeasure retrain rollback soak sweep"
-    )
+    assert " ".join(found) == "deploy optimize prepare-environment promote remeasure retrain rollback soak sweep"
     for one in found.values():
         assert (one["path"], one["pull_steps"], one["work_pool_name"]) == (None, [], "slmops")
         assert one["enforce_parameter_schema"]
-        assert not any(schedule["active"] for schedule in one["schedules"])
+        assert (one["parameters"], one["schedules"]) == ({}, [])  # for any model, and nothing by itself
+        assert one["global_concurrency_limit"] is None  # which would be one of all models together
 
 
 def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones_are_not_touched(
     api: httpx.Client,
 ) -> None:
-    before, trigger = deployments(api)["retrain"], switch_on(api)
-    [schedule] = before["schedules"]
-    mine = {"request": {**before["parameters"]["request"], "data": "/my/data"}}
+    before = deployments(api)["retrain"]
+    mine = {"request": {"model": "/my/model", "data": "/my/data"}}
+    weekly = {"active": True, "schedule": {"cron": "0 2 * * 6", "timezone": "Asia/Tokyo"}}
     path, soak = f"deployments/{before['id']}", f"deployments/{deployments(api)['soak']['id']}"
     assert api.patch(path, json={"parameters": mine}).status_code == 204
-    assert api.patch(f"{path}/schedules/{schedule['id']}", json={"active": True}).status_code == 204
+    assert api.post(f"{path}/schedules", json=[weekly]).status_code == 201
     assert api.patch(soak, json={"concurrency_limit": 1}).status_code == 204  # as an older version had it
-    # Somebody else's deployment and trigger have the names of ours.
+    # Somebody else's deployment has the name of ours.
     flow = {"name": "retrain", "flow_id": api.post("flows/", json={"name": "theirs"}).json()["id"]}
     theirs = api.post("deployments/", json={**flow, "version": "1", "parameters": {"request": "theirs"}}).json()
-    off = {"name": TRIGGER, "enabled": False, "trigger": trigger["trigger"], "actions": [{"type": "do-nothing"}]}
-    switched_off = f"automations/{api.post('automations/', json=off).json()['id']}"
     for one in deployments(api).values():  # as if slmops had changed since: all are registered anew
         assert api.patch(f"deployments/{one['id']}", json={"version": "older"}).status_code == 204
     register()
@@ -101,16 +96,13 @@ def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones
     after = registered["retrain"]
     assert after["version"] != "older"
     assert after["parameters"] == mine
-    assert [(one["slug"], one["active"]) for one in after["schedules"]] == [("nightly", True)]
-    assert [one["name"] for one in triggers(api) if one["enabled"]] == [TRIGGER]
-    limits = {name: (one["global_concurrency_limit"] or {}).get("limit") for name, one in registered.items()}
-    assert {name for name, limit in limits.items() if limit} == {"retrain", "look-for-news"}
+    assert [(one["schedule"]["cron"], one["active"]) for one in after["schedules"]] == [("0 2 * * 6", True)]
+    assert not [name for name, one in registered.items() if one["global_concurrency_limit"]]
     path = f"deployments/{theirs['id']}"
     assert api.get(path).json()["updated"] == theirs["updated"]
-    assert not api.get(switched_off).json()["enabled"]
     register()  # with theirs there, too, nothing has changed
     assert [one["updated"] for one in deployments(api).values()] == [one["updated"] for one in registered.values()]
-    assert {api.delete(one).status_code for one in (path, switched_off)} == {204}
+    assert api.delete(path).status_code == 204
 
 
 def asked(**schedule: Any) -> Deploy:
@@ -173,18 +165,18 @@ def test_a_model_has_deployments_of_its_own_and_what_a_user_has_set_stays(api: h
 
 
 def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path: Path) -> None:
-    switch_on(api)
     data = retraining.write_data(tmp_path / "data")
+    request = retraining.request(Path("x"), data, "ticket-router")
+    deploy(Deploy(**request.model_dump(exclude_unset=True), schedule=Schedule(news_minutes=5)))
     news, told = News(name="ticket-router", data=str(data)), ["slmops.data.ticket-router"]
     assert look_for_news(news) == []  # at the first look nothing is new
     assert look_for_news(news) == []
     retraining.write_data(tmp_path / "data", answer="yes")
     assert look_for_news(news) == told
-    of_it = {"deployments": {"id": {"any_": [deployments(api)["retrain"]["id"]]}}}
+    of_it = {"deployments": {"id": {"any_": [deployments(api)["retrain-ticket-router"]["id"]]}}}
     runs = partial(api.post, "flow_runs/filter", json=of_it)
     [run] = making.until(lambda: [run for run in runs().json() if not run["auto_scheduled"]], "the event starts one")
-    asked = {"model": "demo", "data": "demo", "name": "ticket-router", "training": {"epochs": 2}}
-    assert run["parameters"] == {"request": asked}
+    assert run["parameters"] == {"request": request.model_dump(mode="json", exclude_unset=True)}
     # It is not told every five minutes, but again and again until a retraining has used them.
     assert look_for_news(news) == []
     half_an_hour_later()
@@ -192,7 +184,6 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     half_an_hour_later()
     # A retraining on these data leaves this in MLflow.
     tracker = TrainingTracker(servers.tracking_uri)
-    request = retraining.request(Path("x"), data, "ticket-router")
     begun = tracker.start("ticket-router", request, values.checkpoint(), "input", "flow")
     items = Fetched(source="x", files=(data / "train.jsonl",), evaluation=data / "evaluation.jsonl")
     MlflowClient(servers.tracking_uri).set_tag(begun.run_id, "slmops.data_digest", digest(items))
@@ -202,13 +193,6 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
 
 def triggers(api: httpx.Client) -> list[dict[str, Any]]:
     return list(api.post("automations/filter", json={}).json())
-
-
-def switch_on(api: httpx.Client) -> dict[str, Any]:
-    """What Prefect's page does when the switch of our trigger is flipped; returns the trigger."""
-    [found] = [one for one in triggers(api) if one["name"] == TRIGGER]
-    assert api.patch(f"automations/{found['id']}", json={"enabled": True}).status_code == 204
-    return found
 
 
 def half_an_hour_later() -> None:

@@ -1,10 +1,13 @@
 """Retraining to deployment on a tiny model: the flow, its records, what stops it, and the way back."""
 
 import json
+import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from uuid import UUID
 
@@ -18,6 +21,7 @@ from slmops.core.errors import DataError, PrerequisiteError, TrainingError, Usag
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
 from slmops.foundry.versions import reigns
+from slmops.processes import children
 from slmops.serving import home_service
 from slmops.serving.limits import Serve
 from slmops.tracking.registry import Registry
@@ -35,10 +39,27 @@ FIRST_PORT = 15273  # not where other tests' services look for a free one
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_process() -> Iterator[None]:
+def at_work(settings: Settings) -> Iterator[dict[str, set[bool]]]:
+    """Each module whose work was called, and whether this machine was held meanwhile."""
+    found: dict[str, set[bool]] = defaultdict(set)
     with pytest.MonkeyPatch.context() as patch:
         making.work_in_process(patch)
-        yield
+        call = children.call
+
+        def noted(handle: Any, request: Any, **how: Any) -> Any:
+            found[handle.__module__.rpartition(".")[2]].add(holds_machine(settings))
+            return call(handle, request, **how)
+
+        patch.setattr(children, "call", noted)
+        yield found
+
+
+def holds_machine(settings: Settings) -> bool:
+    try:
+        holder = json.loads(settings.machine_lock.with_suffix(".json").read_text())
+    except FileNotFoundError:
+        return False
+    return bool(holder["pid"] == os.getpid())
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +161,14 @@ def test_what_mlflow_and_prefect_have_of_it(first: Retrained, settings: Settings
     assert {f"{kind}-{NAME}" for kind in ("data", "training", "retraining")} <= shown.keys()
     assert shown[f"training-{NAME}"] == 100.0
     assert "promoted" in shown[f"retraining-{NAME}"]
+
+
+def test_only_what_loads_the_machine_holds_it(first: Retrained, at_work: dict[str, set[bool]]) -> None:
+    """So two models share a machine: neither is measured while the other trains, converts or is measured."""
+    assert first.outcome == "promoted"
+    held, free = ({name for name, known in at_work.items() if known == {one}} for one in (True, False))
+    assert held == {"answers_worker", "finetune_worker", "olive_worker", "verify_worker", "speed", "logits_worker"}
+    assert free == {"agreement_worker", "tokens_worker", "register_worker"}
 
 
 def test_the_same_again_is_nothing_to_do(first: Retrained, settings: Settings, model: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from slmops.cli.terminal import Flat, Json, Model, output, say, show
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
-from slmops.foundry.versions import Promotion, reigns
+from slmops.foundry.versions import CHAMPION, Promotion, reigns
 from slmops.local import stack
 from slmops.serving.limits import Serve
 from slmops.training.values import Deploy
@@ -145,11 +145,12 @@ def versions(name: str, *, json: bool) -> None:
     ]
     output(tabulate(rows, headers="keys", disable_numparse=True))
     if history:
+        champion = next((one.version for one in found if CHAMPION in one.aliases), None)
         times = [
             {
                 "champion": f"version {one.version} ({one.variant})",
                 "from": f"{one.since.astimezone():%Y-%m-%d %H:%M}",
-                "until": f"{one.until.astimezone():%Y-%m-%d %H:%M}" if one.until else "",
+                "until": f"{one.until.astimezone():%Y-%m-%d %H:%M}" if one.until else "now" * (one.version == champion),
                 "promoted by": one.promoter or one.run,
                 "because": one.reason,
                 "data": f"{one.data} ({one.data_digest[:12]})" if one.data_digest else "",

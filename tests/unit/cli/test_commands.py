@@ -217,7 +217,7 @@ def test_status_of_a_model(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> N
     lines = slmops("status bot")[1].splitlines()
     assert lines[2].split() == said.split()
     first, second = (" ".join(line.split()) for line in lines[-2:])
-    assert first.endswith(" promote, started by ann it is better tickets (dddddddddddd) ./base")
+    assert first.endswith(" now promote, started by ann it is better tickets (dddddddddddd) ./base")
     assert second.startswith("version 2 (int8) 2026-01-02 ")  # from before there was a history
     told = json.loads(slmops("status bot --json")[1])
     assert [one["version"] for one in told["versions"]] == [3, 2]

@@ -5,14 +5,15 @@
 
 The first writes what transformers computes, wherever the checkpoint is. The second asks onnxruntime-genai, in this
 process, for the variants' folders: on Linux, Foundry Local has to download its libraries for GPUs, and machines with a
-GPU that have no network cannot run ``slmops measure``. It needs numpy and
-onnxruntime-genai-cuda, but nothing of slmops.
+GPU that have no network cannot run ``slmops measure``. It needs numpy and onnxruntime-genai-cuda, and for WebGPU
+onnxruntime-ep-webgpu and a Vulkan loader, but nothing of slmops.
 """
 
 import json
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,6 +71,8 @@ def measure(folder: Path, ids: NDArray[Any], exact: NDArray[Any]) -> list[str]:
     listed = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     provider = next((name for one in listed.get("provider_options", []) for name in one), "cpu")
     before = gpu_mb()
+    if provider == "webgpu":
+        _register(og)
     model = og.Model(str(folder))
     own = np.stack([_log_probabilities(og, model, ids[: position + 1]) for position in POSITIONS])
     distance = ["-", "-"]
@@ -86,6 +89,13 @@ def measure(folder: Path, ids: NDArray[Any], exact: NDArray[Any]) -> list[str]:
     times = [f"{first:.1f}" for first in firsts.values()]
     taken = gpu_mb() - before
     return [folder.name, provider, f"{size:.0f}", *distance, *times, f"{median(rates):.0f}", f"{taken:.0f}"]
+
+
+@cache
+def _register(og: Any) -> None:
+    import onnxruntime_ep_webgpu
+
+    og.register_execution_provider_library("WebGpuExecutionProvider", onnxruntime_ep_webgpu.get_library_path())
 
 
 def _generator(og: Any, model: Any, length: int) -> Any:

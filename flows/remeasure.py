@@ -15,7 +15,6 @@ from slmops.evaluation.drift import DriftError, Measure, Remeasure, Remeasured, 
 from slmops.evaluation.soak import Soak, SoakError, SoakResult, Target
 from slmops.evaluation.soak import check as check_soak
 from slmops.local import stack
-from slmops.tracking.tracker import Tracker
 from tasks import remeasure as steps
 from tasks.prepare import check_environment
 from tasks.promote import check_files, find_version
@@ -87,7 +86,7 @@ def measure(request: Measure) -> Comparison:
                 figures = steps.measure_speed(copy, recorded, work, settings)
         finally:
             shutil.rmtree(settings.work(work), ignore_errors=True)
-        return steps.track_measured(Tracker(uri), version, figures, machine.hardware())
+        return steps.track_measured(uri, version, figures)
 
 
 @flow(name="soak", flow_run_name=named("soak"), persist_result=False)

@@ -18,6 +18,7 @@ from slmops import preflight
 from slmops.core.errors import GateError, ServingError, SlmopsError
 from slmops.core.job import Job
 from slmops.core.settings import Settings
+from slmops.core.targets import split
 from slmops.core.values import Checkpoint
 from slmops.foundry.versions import ModelVersion, Promotion
 from slmops.local import stack
@@ -162,7 +163,9 @@ def _measure_champion(attempt: _Attempt, prepared: TrainingData) -> None:
     if champion is None:
         return
     log.info("%s was measured with something else: measuring it again", champion.label)
-    again = attempt.job(champion.tags["slmops.source"], prepared).model_copy(update={"precision": [champion.variant]})
+    precision, target = split(champion.variant)
+    only = {"precision": [precision], "target": [target]}
+    again = attempt.job(champion.tags["slmops.source"], prepared).model_copy(update=only)
     with attempt.stage("measure champion"):
         try:
             optimize(again)
@@ -198,26 +201,27 @@ def _deploy(attempt: _Attempt, version: ModelVersion, evaluation: Path) -> Retra
             make_champion(promotion, settings, uri)
         except GateError as error:
             return attempt.refused(error)
-    url = against = None
+    served = against = None
     with attempt.stage("switch"):
         try:
-            url = steps.switch_service(version, request, settings, uri)
+            served = steps.switch_service(version, request, settings, uri)
         except ServingError as error:
             against = error.message
-    if url is not None and request.watch_s:
+    if served is not None and request.watch_s:
+        url, serving = served
         with attempt.stage("watch"):
-            measured = attempt.so_far.accuracy.get(version.variant)
-            watched = steps.watch_service(url, version, request, evaluation, measured, settings)
+            measured = attempt.so_far.accuracy.get(serving.variant)
+            watched = steps.watch_service(url, serving, request, evaluation, measured, settings)
         if watched.held:
             return attempt.ended("promoted", f"It is the champion now, served at {url}. {watched.detail}")
         against = watched.detail
     if against is None:
-        served = f", served at {url}." if url else ". Nothing serves it on this machine, so it was not watched."
-        return attempt.ended("promoted", f"{version.label} is the champion now{served}")
+        where = f", served at {served[0]}." if served else ". Nothing serves it on this machine, so it was not watched."
+        return attempt.ended("promoted", f"{version.label} is the champion now{where}")
     with attempt.stage("roll back"):
         now = steps.roll_back(Registry(uri), version, against)
-        if now is not None and url is not None:
-            steps.switch_back(url, now, uri)
+        if now is not None and served is not None:
+            steps.switch_back(served[0], now, uri)
     back = f"{now.label} is the champion again" if now else "nothing was deployed before, so it stays the champion"
     return attempt.ended("rolled back", f"{against} So {back}.")
 
@@ -226,6 +230,7 @@ def _job(request: Retrain, model: str) -> Job:
     return Job(
         model=model,
         precision=request.precision,
+        target=request.target,
         policy=request.policy or DEFAULT_POLICY,
         matcher=request.matcher,
         quick=request.quick,

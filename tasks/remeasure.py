@@ -4,7 +4,9 @@ from pathlib import Path
 
 from prefect.artifacts import create_markdown_artifact
 
+from slmops import report
 from slmops.core import machine
+from slmops.core.values import Comparison, Measurement
 from slmops.delivery import remeasurement
 from slmops.evaluation import drift, soak
 from slmops.evaluation.drift import Recorded, Remeasure, Remeasured
@@ -24,8 +26,17 @@ def find_record(uri: str, version: ModelVersion, folder: Path) -> Recorded:
 measure_speed = stage("measure speed again")(remeasurement.measure_speed)
 measure_perplexity = stage("measure perplexity again")(remeasurement.measure_perplexity)
 ask_questions = stage("ask again")(remeasurement.ask_questions)
-track_measured = stage(tracking=True)(Tracker.log_measured)
 soak_variant = stage("soak {target.variant}")(soak.measure)
+
+
+@stage(tracking=True)
+def track_measured(uri: str, version: ModelVersion, figures: dict[str, Measurement]) -> Comparison:
+    """Add the figures to the version's run, and to the comparison of its job with its report; returns that."""
+    tracker = Tracker(uri)
+    comparison = tracker.log_measured(version, figures, machine.hardware())
+    note = report.markdown(comparison, tracker.run_url(comparison.run_id))
+    tracker.log_comparison(comparison, report.html(comparison), note)
+    return comparison
 
 
 @stage(tracking=True)

@@ -165,8 +165,13 @@ def find_outdated_champion(
 
 
 @stage("switch the service to version {version.version}")
-def switch_service(version: ModelVersion, request: Retrain, settings: Settings, uri: str) -> str | None:
-    """Wait until the service serves the new champion; its address, None without one. ServingError: it does not."""
+def switch_service(
+    version: ModelVersion, request: Retrain, settings: Settings, uri: str
+) -> tuple[str, ModelVersion] | None:
+    """Wait until the service serves the new champion, or of its release what its device has; None without a service.
+
+    Returns its address and the version that it serves. A ServingError says that it does not get there.
+    """
     running = home_service.status(settings.home)
     if request.serve:
         url = home_service.ensure(version.name, settings, uri)
@@ -174,9 +179,11 @@ def switch_service(version: ModelVersion, request: Retrain, settings: Settings, 
         url = running.url
     else:
         return None
-    new_champion.await_switch(url, version, partial(Registry(uri).champion, version.name))
-    log.info("%s is served at %s", version.label, url)
-    return url
+    registry = Registry(uri)
+    number = new_champion.await_switch(url, version, partial(registry.champion, version.name))
+    served = registry.find(version.name, str(number))
+    log.info("%s is served at %s", served.label, url)
+    return url, served
 
 
 @stage("watch version {version.version}")

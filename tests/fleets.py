@@ -101,6 +101,10 @@ class World:
         self.asked["versions"] += 1
         return self.all
 
+    def fitting(self, champion: ModelVersion) -> ModelVersion:
+        assert champion.others
+        return version(int(champion.others[0]))
+
     def install(self, wanted: ModelVersion) -> Installed:
         self.installs.append(wanted.version)
         if error := self.undeliverable.get(wanted.version):

@@ -66,7 +66,7 @@ def fitting(registry: "Registry", name: str, which: str | None, settings: Settin
     champion = registry.champion(name)
     if champion is None:
         raise UsageError(f"Nothing of {name} is promoted.", f"Run `slmops promote {name}` on the machine that made it.")
-    release = sorted(registry.release(champion), key=lambda one: -[*TARGETS].index(target_of(one.variant)))
+    release = _best_first(registry.release(champion))
     others = [one for one in registry.versions(name) if one.job_id == champion.job_id and one.uploaded]
     others = [one for one in others if one not in release]
     problems: dict[str, str] = {}
@@ -82,6 +82,15 @@ def fitting(registry: "Registry", name: str, which: str | None, settings: Settin
     said = "".join(f" {label}: {problem}." for label, problem in problems.items())
     fix = "Promote a smaller variant, run its job with --upload, or use a larger device."
     raise PrerequisiteError(f"No version of {name} fits this device.{said}", fix)
+
+
+def of_release(release: list[ModelVersion], settings: Settings) -> ModelVersion | None:
+    """The version of a release whose target this device has, a GPU before the CPU; None if none fits."""
+    return next((one for one in _best_first(release) if _problem(one, settings) is None), None)
+
+
+def _best_first(release: list[ModelVersion]) -> list[ModelVersion]:
+    return sorted(release, key=lambda one: -[*TARGETS].index(target_of(one.variant)))
 
 
 def _check_fits(version: ModelVersion, problem: str | None, fix: str) -> ModelVersion:

@@ -30,18 +30,19 @@ class Probation(Frozen):
     accuracy: Measurement | None = Field(None, description="Of the questions that were asked meanwhile.")
 
 
-def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVersion | None]) -> None:
+def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVersion | None]) -> int:
     """Wait until the service at ``url`` serves a version that was promoted; ``champion`` asks the registry for it.
 
-    A ServingError says that it refused the version, serves something else, or does not get there in time.
+    Returns the number that it serves, which may be that of another version of the release. A ServingError says that it
+    refused the version, serves something else, or does not get there in time.
     """
     deadline = time.monotonic() + SWITCH_S
-    said = "it does not answer"
+    said, others = "it does not answer", list[str]()
     while time.monotonic() < deadline:
         try:
             served = httpx.get(f"{url}/health", timeout=10, trust_env=False).json().get("version")
-            if served == version.version:
-                return
+            if served is not None and str(served) in (str(version.version), *others):
+                return int(served)
             said = f"it serves version {served}"
         except (httpx.HTTPError, ValueError) as error:
             said = f"it does not answer: {error}"
@@ -49,6 +50,7 @@ def await_switch(url: str, version: ModelVersion, champion: Callable[[], ModelVe
         if wanted is None or wanted.version != version.version:
             now = f"{wanted.label} is the champion" if wanted else "there is no champion any more"
             raise ServingError(f"{version.label} was withdrawn by its service: {now}.", "Its log says what failed.")
+        others = wanted.others
         time.sleep(1)
     raise ServingError(f"The service at {url} did not switch to {version.label} within {SWITCH_S:.0f} s: {said}.")
 

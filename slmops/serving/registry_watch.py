@@ -42,12 +42,25 @@ class VersionSource:
     name: str
     settings: Settings
     uri: str
+    _release: list[int] = field(default_factory=list)
+    _best: int = 0
 
     @cached_property
     def registry(self) -> "Registry":
         from slmops.tracking.registry import Registry
 
         return Registry(self.uri)
+
+    def fitting(self, champion: ModelVersion) -> ModelVersion:
+        """What this device serves of a champion's release; asked again only when there is another one."""
+        release = self.registry.release(champion)
+        numbers = [one.version for one in release]
+        if numbers != self._release:
+            best = pull.of_release(release, self.settings)
+            self._release, self._best = numbers, best.version if best else champion.version
+        found = next(one for one in release if one.version == self._best)
+        promoted = {"slmops.promoted": champion.tags.get("slmops.promoted", "")}
+        return found.model_copy(update={"tags": {**found.tags, **promoted}})
 
     def install(self, version: ModelVersion) -> Installed:
         """Put a version on this device, verified; RegistrationError is its own fault, other errors are not."""
@@ -78,13 +91,18 @@ class RegistryWatch:
     _retry_at: float = 0.0
 
     async def ask(self) -> ModelVersion | None:
-        """The registry's champion; raises TrackingError if the registry cannot be reached."""
+        """The registry's champion, or what this device is to serve of its release.
+
+        It is a TrackingError if the registry cannot be reached.
+        """
         with self._asking():
             champion = await in_thread(lambda: self.source.registry.champion(self.source.name))
             known = {version.version for version in self.versions}
             if time.monotonic() >= self.renew_at or (champion is not None and champion.version not in known):
                 self.versions = await in_thread(lambda: self.source.registry.versions(self.source.name))
                 self.renew_at = time.monotonic() + VERSIONS_S
+            if champion is not None and champion.others:
+                return await in_thread(lambda: self.source.fitting(champion))
         return champion
 
     async def look(self, served: int | None) -> None:

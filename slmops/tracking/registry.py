@@ -191,7 +191,7 @@ class Registry(Connection):
         """
         self._client.set_version_tags(failed.name, str(failed.version), {"slmops.withdrawn": reason[:4000]})
         champion, previous = self.champion(failed.name), self.previous(failed.name)
-        if champion is None or champion.version != failed.version:
+        if champion is None or str(failed.version) not in (str(champion.version), *champion.others):
             return champion  # somebody was faster
         if previous is None or previous.version == failed.version:
             return None

@@ -134,17 +134,21 @@ class Tracker(Connection):
         tracking_evaluation.log_gates(self._client, comparison)
         if comparison.room:
             self._client.log_figures(run_id, {f"job_{name}": value for name, value in comparison.room})
-        self._client.log_text(run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
         self._client.log_text(run_id, policy.model_dump_json(indent=2), POLICY_FILE)
-        self._client.log_text(run_id, report, "report.html")
-        choice = comparison.choice
-        tags = {NOTE: self._with_links(note, comparison), CHOICE: choice.variant or "none", REASON: choice.reason}
+        self.log_comparison(comparison, report, note)
+        tags = {CHOICE: comparison.choice.variant or "none", REASON: comparison.choice.reason}
         dated = {f"{EARLIER}{what}": when.isoformat() for what, when in comparison.measured_earlier.items()}
         for measured in comparison.variants if dated else ():
             if measured.run_id and measured.status == "ok":
                 self._client.set_tags(measured.run_id, dated)
         self._client.set_tags(run_id, tags | dated)
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def log_comparison(self, comparison: Comparison, report: str, note: str) -> None:
+        """Put the comparison into its job's run, as data, as a page, and as the run's description."""
+        self._client.log_text(comparison.run_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
+        self._client.log_text(comparison.run_id, report, "report.html")
+        self._client.set_tags(comparison.run_id, {NOTE: self._with_links(note, comparison)})
 
     def log_figures(self, run_id: str, figures: dict[str, float]) -> None:
         self._client.log_figures(run_id, figures)
@@ -200,7 +204,7 @@ class Tracker(Connection):
         return run_id
 
     def log_measured(self, version: ModelVersion, figures: dict[str, Measurement], hardware: Hardware) -> Comparison:
-        """Add what its own device measured of a version to its run and to the comparison of its job; returns that."""
+        """Add what its own device measured of a version to its run; returns the comparison of its job with it."""
         comparison, _ = self.judged(version.job_id)
         values, client = {metric: one.value for metric, one in figures.items()}, self._client
         measured = {
@@ -223,7 +227,6 @@ class Tracker(Connection):
         client.set_tags(version.run_id, {MEASURED_ON: hardware.kind})
         memory = {"slmops.memory_mb": f"{values.get('memory_peak_mb', 0.0):.0f}"}
         client.set_version_tags(version.name, str(version.version), memory)
-        client.log_text(version.job_id, comparison.model_dump_json(indent=2), COMPARISON_FILE)
         return comparison
 
     def latest(self, name: str | None) -> Comparison:

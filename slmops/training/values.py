@@ -10,6 +10,7 @@ from slmops.checkpoints.source import DEMO
 from slmops.core.errors import GateError
 from slmops.core.job import Precision
 from slmops.core.names import Name
+from slmops.core.targets import CPU, TargetName
 from slmops.core.validation import MATCHER_PATTERN
 from slmops.core.values import Frozen, Hardware, Measurement
 
@@ -64,6 +65,8 @@ class Retrain(Frozen, use_attribute_docstrings=True):
     """Similarity (Jaccard, of 5-grams of words) at which a training item counts as a copy of an evaluation item."""
     precision: list[Precision] = Field(default=["fp32", "int8", "int4"], title="Precisions")
     """Variants to make. fp32 is always made."""
+    target: list[TargetName] = Field(default=[CPU], min_length=1, title="Targets")
+    """What the variants are for. One is chosen for each target, and all are promoted as one release."""
     policy: Path | None = Field(None, description="TOML file with the gates and the objective.")
     matcher: str | None = Field(None, pattern=MATCHER_PATTERN)
     """Your Python function FILE.py:FUNCTION(expected, answer) for items with match 'python'."""

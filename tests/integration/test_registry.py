@@ -155,6 +155,15 @@ def test_a_number_is_a_version_although_a_variant_is_called_by_it(job: Job) -> N
         job.registry.newest(job.name, "7")
 
 
+def test_who_cannot_serve_what_is_for_its_target_withdraws_the_release(job: Job) -> None:
+    first, second, other = job.make("int8"), job.make("int4"), job.make("fp16")
+    job.promote(first)
+    job.promote(second)
+    job.client.set_model_version_tag(job.name, str(second.version), RELEASE, str(other.version))
+    assert job.registry.withdraw(other, "its GPU refuses it") == job.find(str(first.version))
+    assert job.aliases == (first.version, None)
+
+
 def test_promotions_rollbacks_and_withdrawals_move_the_aliases(job: Job) -> None:
     first, second, third = job.make("int8"), job.make("int4"), job.make("fp16")
     assert job.registry.withdraw(first, "never was") is None

@@ -251,15 +251,16 @@ def test_a_version_that_fails_in_service_is_rolled_back(
     spoiler = threading.Thread(target=spoil, daemon=True)
     spoiler.start()
     with pytest.raises(RetrainError) as caught:
-        retrain(retraining.request(model, data, NAME))
+        retrain(retraining.request(model, data, NAME, precision=["fp32", "fp16"], target=["cpu", "webgpu"]))
     spoiler.join()
     fails.unlink()
     result = caught.value.result
     assert result.outcome == "rolled back"
     assert result.version != first.version
     assert "measure champion" in result.seconds
-    versions = {version.version for version in Registry(settings.tracking_uri).versions(NAME)}
-    assert versions == {first.version, result.version}
+    versions = {version.version: version for version in Registry(settings.tracking_uri).versions(NAME)}
+    (other,) = versions[result.version].others  # one release for both targets
+    assert versions[int(other)].variant == "fp16-webgpu"
     assert champion(settings) == first.version
     assert served(settings).headers["x-slmops-version"] == str(first.version)
     tags = MlflowClient(settings.tracking_uri).get_model_version(NAME, str(result.version)).tags

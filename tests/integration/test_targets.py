@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +22,16 @@ from slmops.conversion.logits import OnnxModel
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
-from slmops.core.values import Comparison
-from slmops.delivery import catalog
+from slmops.core.values import Comparison, Registration
+from slmops.delivery import catalog, remeasurement
 from slmops.delivery.pull import pull
 from slmops.evaluation import quality
 from slmops.evaluation.drift import Measure
-from slmops.foundry.register import register
-from slmops.foundry.versions import RELEASE, Promotion
+from slmops.foundry.layout import stage
+from slmops.foundry.register import register, register_folder
+from slmops.foundry.versions import RELEASE, Installed, Promotion
 from slmops.tracking.registry import Registry
+from slmops.tracking.tracker import Tracker
 from tests import making, webgpu
 from tests.application import Application
 from tests.catalogs import Server
@@ -65,7 +69,9 @@ def test_both_are_made_and_proven_and_what_needs_the_device_is_not_measured(made
     assert webgpu.metrics["accuracy"] == cpu.metrics["accuracy"]
 
 
-def test_they_are_promoted_pulled_and_offered_together(made: Comparison, settings: Settings, tmp_path: Path) -> None:
+def test_they_are_promoted_pulled_and_offered_together(
+    made: Comparison, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(settings.tracking_uri)
     numbers = {one.name: one.version for one in made.variants}
     first = promote(Promotion(name=NAME))
@@ -93,11 +99,31 @@ def test_they_are_promoted_pulled_and_offered_together(made: Comparison, setting
 
     with pytest.raises(PrerequisiteError, match=r"cannot be measured here: .* no device for WebGpu"):
         measure(Measure(name=NAME, version=numbers["int4-webgpu"]))
+    monkeypatch.setattr(remeasurement, "copied", copied_for_the_cpu)  # as if its device were here
+    found = measure(Measure(name=NAME, version=numbers["int4-webgpu"]))
+    result = next(one for one in found.variants if one.name == "int4-webgpu")
+    assert result.not_run is None
+    assert result.metrics.keys() > {"decode_tok_s", "memory_peak_mb", "load_s"}
+    tracker = Tracker(uri)
+    assert found == tracker.latest(NAME)
+    page = tracker.download(f"runs:/{found.run_id}/report.html", tmp_path / "report").read_text(encoding="utf-8")
+    assert "not measured here" not in page
+    with pytest.raises(UsageError, match="was measured already"):
+        measure(Measure(name=NAME, version=numbers["int4-webgpu"]))
     with pytest.raises(UsageError, match="was measured already"):
         measure(Measure(name=NAME, version=numbers["int4"]))
     second = promote(Promotion(name=NAME, precision="fp32"))
     assert (second.others, registry.release(registry.champion(NAME))[1:]) == ({}, [])
     assert rollback(NAME).others == first.others
+
+
+@contextmanager
+def copied_for_the_cpu(version: Installed, name: str, settings: Settings) -> Iterator[Registration]:
+    given = Registration(foundry_id=version.foundry_id, path=version.folder, answer="")
+    staged = stage(given, remeasurement.home_of(name, settings), on_the_cpu="here-generic-cpu:1")
+    log_file = settings.logs / name / "cpu.log"
+    register_folder(staged.home, staged.folder, staged.foundry_id, staged.foundry_id, log=log_file)
+    yield given.model_copy(update={"foundry_id": staged.foundry_id, "path": staged.folder})
 
 
 @pytest.mark.usefixtures("in_process")

@@ -1,15 +1,21 @@
 """Who serves what: the champion, its successors, versions beside it, processes that die. The processes are fakes."""
 
 import asyncio
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from slmops.core.errors import PrerequisiteError, RegistrationError, ServingError, TrackingError, UsageError
+from slmops.core.settings import Settings
+from slmops.delivery import pull
+from slmops.foundry.versions import RELEASE, ModelVersion
 from slmops.serving import fleet as module
 from slmops.serving.fleet import Fleet
+from slmops.serving.registry_watch import VersionSource
 from slmops.serving.requests import Refused
-from tests import fleets
+from tests import fleets, values
 from tests.fleets import BAD, DOWN, World, asked, fleet, installed, promote, rounds, serving, until, version
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +60,38 @@ async def test_the_old_one_answers_until_the_new_one_is_ready_and_ends_what_it_b
     await promote(world, made, 3)
     await until(lambda: "could not be written down: The disk is full." in made.last_failure)
     assert await asked(made) == 3
+
+
+async def test_of_a_release_that_is_served_which_is_for_this_device(world: World, made: Fleet) -> None:
+    world.now = version(2).model_copy(update={"tags": {"slmops.promoted": "now", RELEASE: "3"}})
+    await until(lambda: made.version == 3)
+    await asyncio.sleep(0.1)
+    assert (await asked(made), made.switches, world.withdrawn) == (3, 1, [])
+
+
+def test_a_device_with_a_gpu_serves_what_is_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = values.model_version(1, tags={"slmops.promoted": "today", RELEASE: "2 3"})
+    release = [
+        first,
+        *(values.model_version(n, variant=variant) for n, variant in ((2, "int4-webgpu"), (3, "int4-cuda"))),
+    ]
+    tried: list[str] = []
+
+    def problem(one: ModelVersion, _: Settings) -> str | None:
+        tried.append(one.variant)
+        return "there is no such device" if one.variant in missing else None
+
+    monkeypatch.setattr(pull, "_problem", problem)
+    order = ["int4-cuda", "int4-webgpu", "int8"]
+    for number, last in ((3, 1), (2, 2), (1, 3), (1, 4)):
+        missing = order[: last - 1]
+        tried.clear()
+        source = VersionSource("bot", Settings(home=Path("/nowhere")), "")
+        vars(source)["registry"] = SimpleNamespace(release=lambda _: release)
+        for _ in range(2):
+            found = source.fitting(first)
+            assert (found.version, found.tags["slmops.promoted"]) == (number, "today")
+        assert tried == order[:last]
 
 
 async def test_switches_in_a_row_and_a_drain_that_does_not_wait_for_ever(world: World) -> None:

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 from slmops.core.errors import PrerequisiteError, RegistrationError, ServingError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.values import Measurement
+from slmops.foundry.versions import RELEASE
 from slmops.serving import new_champion
 from slmops.serving.fleet import Fleet
 from slmops.serving.registry_watch import in_thread
@@ -280,6 +281,9 @@ def test_a_switch_is_waited_for_and_told_if_it_does_not_come(service: Service, m
     service.health = [None, 6, 7]
     new_champion.await_switch(service.url, VERSION, lambda: VERSION)
     assert service.health == [7]
+    service.health = [9, 9]  # of the same release
+    of_a_gpu = VERSION.model_copy(update={"tags": {**VERSION.tags, RELEASE: "8 9"}})
+    assert new_champion.await_switch(service.url, VERSION, lambda: of_a_gpu) == 9
     monkeypatch.setattr(new_champion, "SWITCH_S", 0.1)
     service.health = [6]
     for champion, said in (

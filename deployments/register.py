@@ -1,8 +1,9 @@
-"""Register the work pools and deployments of a prefect.yaml with the Prefect server of PREFECT_API_URL.
+"""Register the work pools, deployments and automations with the Prefect server of PREFECT_API_URL.
 
     python deployments/register.py [FILE]
 
-What somebody has set on the Prefect page stays: parameters, schedules, and whether it is paused.
+The deployments are those of a prefect.yaml; the automations deal with runs that were lost. What somebody has set on the
+Prefect page stays: parameters, schedules, whether it is paused, and whether an automation is switched on.
 `prefect deploy` by itself would reset all of that. If nothing of slmops has changed since the last time, nothing is
 touched.
 """
@@ -21,6 +22,8 @@ from prefect.client.schemas.actions import DeploymentScheduleUpdate, DeploymentU
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.workers.process import ProcessWorker
+
+from flows.automations import LOST_RUNS, put
 
 ROOT = Path(__file__).parents[1]
 KEPT = ("slug", "schedule", "active", "parameters", "max_scheduled_runs")
@@ -73,6 +76,8 @@ async def main(file: Path) -> int:
         now = await registered(client, names)
         for name in before.keys() & now.keys():
             await restore(client, before[name], now[name])
+        with get_client(sync_client=True) as plain:
+            put(plain, LOST_RUNS)
         return status if len(now) == len(names) else 1
 
 

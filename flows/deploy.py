@@ -23,6 +23,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
+from flows import automations
 from flows.news import look_for_news
 from flows.remeasure import remeasure
 from flows.retrain import retrain
@@ -48,10 +49,12 @@ def deploy(request: Deploy) -> list[str]:
         Their full names, such as retrain/retrain-support-bot.
 
     Raises:
-        SlmopsError: A schedule is not one, or the deployments that all models share are not there.
+        SlmopsError: A schedule or a block is not one, or the deployments that all models share are not there.
     """
     with get_client(sync_client=True) as client:
         asked = _deployments(request, _shared(client))
+        names = [str(one.name) for one in asked]
+        told = automations.notifications(client, request.name, names, request.notify) if request.notify else []
         for one in asked:
             before = _find(client, one.full_name)
             if before is not None:
@@ -59,6 +62,7 @@ def deploy(request: Deploy) -> list[str]:
                 if before.version == one.version:
                     _keep(client, before, one)
             one.apply()
+        automations.put(client, told)
     return [one.full_name for one in asked]
 
 
@@ -71,6 +75,7 @@ def undeploy(name: str) -> list[str]:
                 client.delete_resource_owned_automations(f"prefect.deployment.{found.id}")
                 client.delete_deployment(found.id)
                 gone.append(full_name)
+        automations.remove_notifications(client, name)
     if not gone:
         raise UsageError(f"{name} has no deployments.", "`slmops list` shows what there is.")
     return gone

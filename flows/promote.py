@@ -5,18 +5,21 @@ A flow run that waits for a decision is suspended, without a process or a lock, 
 
 import logging
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from uuid import UUID
 
 from prefect import flow, runtime, suspend_flow_run
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import WorkerStatus
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
-from prefect.input import RunInput
+from prefect.input import RunInput, read_flow_run_input
 from prefect.utilities.urls import url_for
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from flows.running import named, plainly
 from slmops.core import locks, machine
-from slmops.core.errors import GateError, PrerequisiteError
+from slmops.core.errors import GateError, PrerequisiteError, UsageError
 from slmops.core.names import Name
 from slmops.core.settings import Settings
 from slmops.delivery import promotion
@@ -24,9 +27,21 @@ from slmops.delivery.promotion import Decision
 from slmops.foundry.versions import RELEASE, Promoted, Promotion
 from slmops.local import stack
 from slmops.tracking.registry import Registry
-from tasks.promote import check_files, find_previous, judge_challenger, move_aliases, show_decision, upload_files
+from tasks.promote import (
+    check_files,
+    find_previous,
+    judge_challenger,
+    move_aliases,
+    note_tags,
+    show_decision,
+    tell_of_rollback,
+    upload_files,
+)
 
 log = logging.getLogger("slmops.promote")
+
+APPROVED, TURNED_DOWN = "slmops.approved", "slmops.turned_down"  # tags: why; with _by: who; with _at: when
+EXPIRED = "never resumed"  # in the message with which Prefect fails a run that nobody answered in time
 
 
 @flow(name="promote", flow_run_name=named("promote {request.name}"), persist_result=False)
@@ -61,6 +76,7 @@ def rollback(name: Name) -> Promoted:
             check_files(version, settings, uri)
         tags = {**_promoter(), "slmops.forced": "", "slmops.promoted_because": f"rolled back from {champion.label}"}
         rolled_back = move_aliases(uri, previous, champion, tags, None, settings)
+        tell_of_rollback(rolled_back)
         log.info("%s is the champion of %s again", previous.label, name)
         return rolled_back
 
@@ -89,11 +105,11 @@ def make_champion(request: Promotion, settings: Settings, uri: str) -> Promoted:
         challenger = upload_files(Registry(uri), challenger, checked.folder)
         for other in others:
             upload_files(Registry(uri), other, check_files(other, settings, uri).folder)
-        tags = {**_promoter(), "slmops.forced": "", "slmops.approved": ""}
+        tags = {**_promoter(), "slmops.forced": "", **dict.fromkeys(_decided(APPROVED), "")}
         if others or challenger.others:
             tags[RELEASE] = release
         if request.approval:
-            tags["slmops.approved"] = ask_person(decision, request)
+            tags |= ask_person(decision, request, uri)
         if refused is not None and request.force is not None:
             log.warning("forced against: %s", refused.message)
             tags["slmops.forced"] = f"{request.force} (against: {'; '.join(decision.against)})"[:4000]
@@ -113,7 +129,10 @@ def _promoter() -> dict[str, str]:
 def _reason(decision: Decision, tags: dict[str, str]) -> str:
     against = f", against {decision.champion.label}" if decision.champion else ""
     why = [f"{decision.challenger.tags.get('slmops.gates', 'no')} gates{against}"]
-    why += [f"{key}: {said}" for key in ("approved", "forced") if (said := tags[f"slmops.{key}"])]
+    if tags[APPROVED]:
+        why.append(f"approved by {tags[f'{APPROVED}_by']}: {tags[APPROVED]}")
+    if tags["slmops.forced"]:
+        why.append(f"forced: {tags['slmops.forced']}")
     return "; ".join(why)[:4000]
 
 
@@ -123,10 +142,11 @@ def _alone(name: str, settings: Settings) -> AbstractContextManager[None]:
 
 
 class Approval(RunInput):
-    """The form on the Prefect page."""
+    """The form on the Prefect page, and what ``slmops approve`` sends."""
 
     promote: bool = True
-    comment: str = ""
+    approver: str = Field(min_length=1, description="Your name.")
+    reason: str = Field(min_length=3, description="Why.")
 
 
 def check_can_wait(*, approval: bool) -> None:
@@ -138,21 +158,67 @@ def check_can_wait(*, approval: bool) -> None:
         )
 
 
-def ask_person(decision: Decision, request: Promotion) -> str:
-    """Have a person decide on the Prefect page; returns the comment.
+def ask_person(decision: Decision, request: Promotion, uri: str) -> dict[str, str]:
+    """Have a person decide, on the Prefect page or with ``slmops approve``; returns tags: why, who and when.
 
     The first call suspends the flow run, which ends its process. When somebody has answered, a worker runs the flow
-    from its beginning, and this call returns; if the answer is no, that is a GateError. If nobody answers in time,
-    Prefect fails the flow run.
+    from its beginning, and this call returns; if the answer is no, it is noted at the version, and a GateError. If
+    nobody answers in time, Prefect fails the flow run.
     """
-    form = Approval.with_initial_data(
-        description=promotion.text(decision, request), promote=not decision.against, comment=""
-    )
+    form = Approval.with_initial_data(description=promotion.text(decision, request), promote=not decision.against)
     answer = suspend_flow_run(wait_for_input=form, timeout=request.approval_timeout_s, key="approval")
-    comment = answer.comment or "no comment"
-    if not answer.promote:
-        raise GateError(f"{decision.challenger.label} was turned down on the Prefect page: {comment}")
-    return comment
+    said = (answer.reason, answer.approver, datetime.now(UTC).isoformat(timespec="seconds"))
+    if answer.promote:
+        return dict(zip(_decided(APPROVED), said, strict=True))
+    note_tags(Registry(uri), decision.challenger, dict(zip(_decided(TURNED_DOWN), said, strict=True)))
+    raise GateError(f"{decision.challenger.label} was turned down by {answer.approver}: {answer.reason}")
+
+
+def _decided(tag: str) -> tuple[str, str, str]:
+    return tag, f"{tag}_by", f"{tag}_at"
+
+
+def question(run: str) -> str:
+    """What a run that waits for approval asks, in Markdown: its gates, and what speaks against it.
+
+    Args:
+        run: The id of the flow run, or the address of its page.
+
+    Raises:
+        UsageError: There is no such run, or it does not wait, or no longer.
+    """
+    with get_client(sync_client=True) as client:
+        found = _waiting(client, run)
+        return str(read_flow_run_input(_keys(found)["description"], flow_run_id=found.id))
+
+
+def approve(run: str, answer: Approval) -> None:
+    """Answer what :func:`question` gives; see there for the argument and the error."""
+    with get_client(sync_client=True) as client:
+        found = _waiting(client, run)
+        result = client.resume_flow_run(found.id, run_input=answer.model_dump())
+        if result.status != SetStateStatus.ACCEPT:
+            _waiting(client, run)  # it may be too late, or somebody was faster
+            raise UsageError(f"{found.name} did not take the answer.", "Answer the form on its page.")
+
+
+def _waiting(client: SyncPrefectClient, run: str) -> FlowRun:
+    try:
+        found = client.read_flow_run(UUID(run.rstrip("/").rpartition("/")[2]))
+    except (ValueError, ObjectNotFound):
+        raise UsageError(f"There is no run {run!r}.", "Give its id, or the address of its page.") from None
+    state = found.state
+    if state is not None and state.is_paused() and _keys(found):
+        return found
+    if state is not None and state.is_failed() and EXPIRED in (state.message or ""):
+        late = f"Nobody decided about {found.name} in time, so it is refused. The champion stays."
+        raise UsageError(late, "Start it again.")
+    raise UsageError(f"{found.name} does not wait for approval: it is {state.name if state else 'not begun'}.")
+
+
+def _keys(run: FlowRun) -> dict[str, str]:
+    """Where Prefect keeps the form of a suspended run, and its answer."""
+    return (run.state and run.state.state_details.run_input_keyset) or {}
 
 
 def hand_over(flow: str, request: BaseModel) -> str:

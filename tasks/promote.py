@@ -1,11 +1,14 @@
 """Find a version, check it, and move the aliases."""
 
+from prefect import runtime
 from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
 
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
 from slmops.delivery import installed, promotion, pull
 from slmops.delivery.promotion import Decision
+from slmops.delivery.trouble import ROLLED_BACK
 from slmops.foundry.versions import RELEASE, ModelVersion, Promoted, Promotion
 from slmops.tracking.registry import Registry
 from tasks.stage import artifact_key, stage
@@ -13,6 +16,7 @@ from tasks.stage import artifact_key, stage
 judge_challenger = stage("judge the challenger", tracking=True)(promotion.decide)
 # As a device would fetch it: each SHA-256, registered in Foundry Local, and it answers.
 check_files = stage("check the files of version {version.version}")(pull.install)
+note_tags = stage("note what was decided", tracking=True)(Registry.note)
 upload_files = stage("upload version {version.version}", tracking=True)(Registry.upload)
 
 
@@ -62,6 +66,14 @@ def move_aliases(
         gates=decision.gates if decision else (),
         url=registry.page(version),
         others={one.variant: one.version for one in registry.release(version)[1:]},
+    )
+
+
+def tell_of_rollback(promoted: Promoted) -> None:
+    emit_event(
+        ROLLED_BACK,
+        {"prefect.resource.id": f"slmops.champion.{promoted.model}", "prefect.resource.name": promoted.model},
+        payload={"reason": promoted.text, "links": "\n".join(filter(None, (runtime.flow_run.ui_url, promoted.url)))},
     )
 
 

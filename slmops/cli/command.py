@@ -51,6 +51,7 @@ COMMANDS = {
         "Ends with 3 if it is slower, needs more memory or answers worse than when it was evaluated.",
     ),
     "promote": ("deploy", "Make a version of a model the champion, if it is not worse than the one that is."),
+    "approve": ("deploy", "Show the gates of a run that waits for approval, and approve it or turn it down."),
     "rollback": ("deploy", "Make the previous champion the champion again; a second rollback takes it back."),
     "deploy": (
         "deploy",
@@ -132,7 +133,8 @@ def _options(argv: Sequence[str]) -> list[cyclopts.config.Dict]:
 
     options = {str(key).replace("_", "-"): value for key, value in read_table(Path(files[0]), "job file").items()}
     if argv[0] == "retrain":
-        options.pop("schedule", None)  # what `slmops deploy` reads of the same file
+        for deployed in ("schedule", "notify"):  # what `slmops deploy` reads of the same file
+            options.pop(deployed, None)
     return [cyclopts.config.Dict({argv[0]: options}, source=files[0])]
 
 

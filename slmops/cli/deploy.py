@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from slmops.cli.prefect import hand_over, prefect_running
 from slmops.cli.terminal import Flat, Json, Model, output, say, show
+from slmops.core import machine
 from slmops.core.errors import PrerequisiteError, UsageError
 from slmops.core.settings import Settings
 from slmops.core.validation import check_name
@@ -28,6 +29,10 @@ Reference = Annotated[
     ),
 ]
 RetrainingFile = Annotated[Path, Parameter(help="The job file of its retraining, TOML or YAML; flags win.")]
+WaitingRun = Annotated[str, Parameter(help="The run that waits: its id, or the address of its page.")]
+Reason = Annotated[str | None, Parameter(help="Why. Without it, only the gates are shown.")]
+Person = Annotated[str | None, Parameter(help="Who decides; the name of your account by default.")]
+Reject = Annotated[bool, Parameter(help="Turn it down.")]
 Host = Annotated[
     str, Parameter(help="Address to listen at. Everybody who can reach it can read names and sizes of the models.")
 ]
@@ -48,6 +53,18 @@ def promote(promotion: Annotated[Promotion, Flat], /, *, json: Json = False) -> 
         else:
             promoted = promote(promotion)
             show(promoted, promoted.text, json=json, page=promoted.url)
+
+
+def approve(run: WaitingRun, /, *, reason: Reason = None, by: Person = None, reject: Reject = False) -> None:
+    with prefect_running():
+        from flows.promote import Approval, approve, question
+
+        output(question(run))
+        if reason is None:
+            say("`--reason TEXT` approves it, with `--reject` it is turned down.")
+        else:
+            approve(run, Approval(promote=not reject, approver=by or machine.person(), reason=reason))
+            say("A worker goes on with it.")
 
 
 def rollback(name: Model, /, *, json: Json = False) -> None:

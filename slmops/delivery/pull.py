@@ -31,7 +31,7 @@ from slmops.core.settings import Settings
 from slmops.core.targets import CPU, TARGETS, target_of
 from slmops.core.validation import problems
 from slmops.core.values import VariantFile, is_weights
-from slmops.delivery import installed
+from slmops.delivery import installed, trouble
 from slmops.foundry import cli, layout, register, register_worker
 from slmops.foundry.register_worker import PROMPTS
 from slmops.foundry.versions import FILES, VERSION_MANIFEST, Installed, ModelVersion, VersionManifest
@@ -127,9 +127,13 @@ def pull(name: str, which: str | None, settings: Settings, uri: str) -> Installe
     """Install the version that :func:`fitting` finds and make it the current one; see there for the errors."""
     from slmops.tracking.registry import Registry
 
-    with installed.locked(name, settings):
-        done = _install(fitting(Registry(uri), name, which, settings), settings, uri)
-        installed.make_current(done, settings)
+    try:
+        with installed.locked(name, settings):
+            done = _install(fitting(Registry(uri), name, which, settings), settings, uri)
+            installed.make_current(done, settings)
+    except SlmopsError as error:
+        trouble.tell(name, error.message, settings)
+        raise
     return done
 
 

@@ -203,6 +203,7 @@ def _client_environment(settings: Settings, stack: Stack) -> dict[str, str]:
         "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
         # Our logger also talks outside of flows, where there is no run to attach a record to.
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",  # seconds; flows.automations counts on some in five minutes
     }
 
 
@@ -236,6 +237,8 @@ def _prefect_command(settings: Settings, _: dict[Server, Daemon], port: int) -> 
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": str(port),  # where the UI looks for the API, whatever --port says
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(folder / "ui"),  # by default it writes into site-packages
+        # Below its home. In memory, a restart would forget which run holds a slot.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     return ["prefect", "server", "start", "--host", HOST, "--port", str(port)], env
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from slmops.core.errors import RegistrationError, ServingError, SlmopsError, TrackingError
 from slmops.core.settings import Settings
-from slmops.delivery import installed, pull
+from slmops.delivery import installed, pull, trouble
 from slmops.foundry.versions import Installed, ModelVersion
 
 if TYPE_CHECKING:
@@ -69,6 +69,9 @@ class VersionSource:
     def make_current(self, version: Installed) -> None:
         with installed.locked(version.name, self.settings):
             installed.make_current(version, self.settings)
+
+    def tell(self, failure: str) -> None:
+        trouble.tell(self.name, failure, self.settings)
 
     def current(self) -> Installed | None:
         """What was served last, if it is still here."""
@@ -133,7 +136,7 @@ class RegistryWatch:
         if isinstance(error, AT_FAULT):
             self._refused = promotion
             self._to_withdraw = (version, said(error))
-            self.note(f"{version.label} cannot be served, and its promotion is withdrawn: {said(error)}")
+            await self._tell(f"{version.label} cannot be served, and its promotion is withdrawn: {said(error)}")
             try:
                 await self._withdraw()
             except TrackingError:
@@ -143,7 +146,11 @@ class RegistryWatch:
             self._undelivered = promotion
             pause = min(self.poll_s * 2 ** min(self._attempts, 20), DEPLOY_PAUSE_MOST_S)  # 2.0**1024 overflows
             self._retry_at = time.monotonic() + pause
-            self.note(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
+            await self._tell(f"{version.label} is not here yet, next attempt in {pause:.0f} s: {said(error)}")
+
+    async def _tell(self, failure: str) -> None:
+        self.note(failure)
+        await in_thread(lambda: self.source.tell(failure))
 
     async def _withdraw(self) -> None:
         if self._to_withdraw is None:

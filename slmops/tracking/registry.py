@@ -184,6 +184,9 @@ class Registry(Connection):
             self._note_reign(version, said)
         self._expect_champion(version, version)
 
+    def note(self, version: ModelVersion, tags: dict[str, str]) -> None:
+        self._client.set_version_tags(version.name, str(version.version), tags)
+
     def withdraw(self, failed: ModelVersion, reason: str) -> ModelVersion | None:
         """Undo the promotion of a version that cannot be served: what it replaced is the champion again, and returned.
 

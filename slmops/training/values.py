@@ -111,11 +111,13 @@ class Deploy(Retrain):
 
     name: Name = Field(description="Name in MLflow and Foundry Local, and of the deployments.")
     schedule: Schedule = Field(Schedule(), description="When they run by themselves.")
+    notify: str | None = None
+    """A notification block of Prefect, as TYPE/NAME, that tells of runs that failed, of roll-backs and of devices."""
 
     @property
     def retraining(self) -> dict[str, Any]:
         """What its retraining is asked for, as JSON; what was not given is left to the defaults."""
-        return self.model_dump(mode="json", exclude_unset=True, exclude={"schedule"})
+        return self.model_dump(mode="json", exclude_unset=True, exclude={"schedule", "notify"})
 
 
 class News(Frozen, use_attribute_docstrings=True):

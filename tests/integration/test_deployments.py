@@ -1,45 +1,88 @@
-"""All deployments on a real Prefect server: registered twice, changed by a user, started by an event."""
+"""All deployments on a real Prefect server: registered twice, changed by a user, started by an event, lost."""
 
 import asyncio
 import runpy
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 from mlflow import MlflowClient
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Completed, Crashed, Failed, Pending, Running
 from prefect.variables import Variable
 
+from flows import automations
 from flows.deploy import deploy, undeploy
 from flows.news import look_for_news
 from slmops.core.errors import UsageError
 from slmops.core.settings import Settings
+from slmops.delivery import trouble
+from slmops.foundry.versions import Promoted
 from slmops.local import stack
 from slmops.local.stack import Stack
+from slmops.processes import daemon
 from slmops.tracking.training import TrainingTracker
 from slmops.training.data import digest
 from slmops.training.sources import Fetched
 from slmops.training.values import Deploy, News, Schedule
-from tests import making, retraining, shown, values
+from tasks.promote import tell_of_rollback
+from tests import deployed, making, retraining, shown, values
+from tests.answering import answering
 
 pytestmark = pytest.mark.integration
 
 SEEN = "slmops_seen_ticket_45_router"
 
 
+PASSING = ["Pending", "Running", "Crashed"]
+PROCESS = """
+import sys, time
+from uuid import UUID
+from prefect import flow, flow_engine
+from prefect.client.orchestration import get_client
+
+flow_engine.MINIMUM_HEARTBEAT_INTERVAL = 3
+flow_engine.BaseFlowRunEngine.heartbeat_seconds = 3  # Prefect's settings allow no less than 30
+
+@flow(name="retrain")
+def at_work():
+    print("at work", flush=True)
+    time.sleep(600)
+
+with get_client(sync_client=True) as client:
+    found = client.read_flow_run(UUID(sys.argv[1]))
+flow_engine.run_flow(at_work, flow_run=found)
+"""
+"""What a worker starts for a run of a retraining, as far as Prefect sees it."""
+
+
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterator[Stack]:
-    """The local servers, which are also those of this process."""
+def settings(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Settings:
     home = tmp_path_factory.mktemp("deployments")
     making.put_databases(home, databases)
-    settings = Settings(home=home, prefect_port=4800, mlflow_port=5800)
+    return Settings(home=home, prefect_port=4800, mlflow_port=5800)
+
+
+@pytest.fixture(scope="module")
+def servers(settings: Settings) -> Iterator[Stack]:
+    """The local servers, which are also those of this process."""
     running = stack.up(settings)
-    prefect = {PREFECT_API_URL: running.prefect_api_url, PREFECT_HOME: home / "prefect"}
+    prefect = {PREFECT_API_URL: running.prefect_api_url, PREFECT_HOME: settings.home / "prefect"}
     with pytest.MonkeyPatch.context() as patch, temporary_settings(prefect):
-        patch.setenv("SLMOPS_HOME", str(home))
+        patch.setenv("SLMOPS_HOME", str(settings.home))
         patch.setenv("SLMOPS_TRACKING_URI", running.tracking_uri)
         for name, value in {**stack.QUIET, "PREFECT_API_URL": running.prefect_api_url}.items():
             patch.setenv(name, value)
@@ -82,6 +125,8 @@ def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones
     before = deployments(api)["retrain"]
     mine = {"request": {"model": "/my/model", "data": "/my/data"}}
     weekly = {"active": True, "schedule": {"cron": "0 2 * * 6", "timezone": "Asia/Tokyo"}}
+    [silent] = [one for one in triggers(api) if one["name"] == automations.LOST_RUNS[0].name]
+    assert api.patch(f"automations/{silent['id']}", json={"enabled": False}).status_code == 204
     path, soak = f"deployments/{before['id']}", f"deployments/{deployments(api)['soak']['id']}"
     assert api.patch(path, json={"parameters": mine}).status_code == 204
     assert api.post(f"{path}/schedules", json=[weekly]).status_code == 201
@@ -98,6 +143,9 @@ def test_what_a_user_has_set_and_what_is_somebody_elses_stays_and_unchanged_ones
     assert after["parameters"] == mine
     assert [(one["schedule"]["cron"], one["active"]) for one in after["schedules"]] == [("0 2 * * 6", True)]
     assert not [name for name, one in registered.items() if one["global_concurrency_limit"]]
+    ours = {one.name: one.name != silent["name"] for one in automations.LOST_RUNS}
+    assert sorted((one["name"], one["enabled"]) for one in triggers(api)) == sorted(ours.items())  # none is there twice
+    assert api.patch(f"automations/{silent['id']}", json={"enabled": True}).status_code == 204
     path = f"deployments/{theirs['id']}"
     assert api.get(path).json()["updated"] == theirs["updated"]
     register()  # with theirs there, too, nothing has changed
@@ -189,6 +237,106 @@ def test_new_data_start_a_retraining(api: httpx.Client, servers: Stack, tmp_path
     MlflowClient(servers.tracking_uri).set_tag(begun.run_id, "slmops.data_digest", digest(items))
     tracker.finish(begun)
     assert look_for_news(news) == []
+
+
+def test_a_killed_run_crashes_and_leaves_its_slot_which_it_has_also_after_a_restart_of_the_server(
+    api: httpx.Client, settings: Settings
+) -> None:
+    first, second = (of_a_retraining(api) for _ in range(2))
+    assert propose(first, Pending()) == "Pending"
+    with subprocess.Popen([sys.executable, "-c", PROCESS, str(first)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"at work\n"
+            lease = deployed.state(first).state_details.deployment_concurrency_lease_id
+            assert lease is not None
+            daemon.stop(stack._read(settings)["prefect"])
+            assert stack.up(settings).started == ("prefect",)
+            with get_client(sync_client=True) as client:
+                client.renew_concurrency_lease(lease, 300)  # as the run does, which ends if the server does not know it
+            assert propose(second, Pending()) == "AwaitingConcurrencySlot"
+            renew(*quick())
+            time.sleep(5)  # a heartbeat arrives
+        finally:
+            process.kill()
+    assert making.until(lambda: "Crashed" in states(first), "it crashes")
+    assert propose(second, Pending()) == "Pending"
+    assert propose(second, Completed()) == "Completed"
+
+
+def test_a_crashed_retraining_is_taken_up_again(api: httpx.Client) -> None:
+    renew(*quick())
+    run = of_a_retraining(api)
+    assert [propose(run, Pending()), propose(run, Running()), propose(run, Crashed())] == PASSING
+    making.until(lambda: deployed.state(run).name == "AwaitingRetry", "it is taken up again")
+
+
+def test_people_are_told_of_what_goes_wrong_with_a_model(api: httpx.Client, servers: Stack) -> None:
+    messages: dict[str, str] = {}
+
+    def respond(_: object, body: dict[str, str]) -> tuple[int, str]:
+        messages[body["subject"]] = body["text"]
+        return 200, ""
+
+    template = {"subject": "{{subject}}", "text": "{{body}}"}
+    told = asked().model_copy(update={"notify": "custom-webhook/team"})
+    with pytest.raises(UsageError, match="Prefect has no block 'custom-webhook/team'"):
+        deploy(told)
+    with answering(respond) as address:
+        CustomWebhookNotificationBlock(name="team", url=address, json_data=template).save("team")
+        assert deploy(told) == deploy(told)
+        ours = [one["name"] for one in triggers(api) if one["name"].startswith("tell of Support_bot")]
+        assert len(ours) == len(automations.NOTIFIED)  # none is there twice
+        deployment = of_model(api)["remeasure-Support_bot"]["id"]
+        failed = api.post(f"deployments/{deployment}/create_flow_run", json={"name": "remeasure"}).json()["id"]
+        propose(UUID(failed), Failed(message="It is slower."))
+        trouble.tell("Support_bot", "The disk is full.", Settings(prefect_api_url=servers.prefect_api_url))
+        back = Promoted(model="Support_bot", version=1, variant="int8", replaced=2, changed=True, url="http://version")
+        tell_of_rollback(back)
+        making.until(lambda: len(messages) == len(ours), "all messages arrive")
+    device = f"Support_bot: {socket.gethostname()} cannot get or serve a version"
+    said, link = messages.pop(device).split("\n\n")
+    assert said == "The disk is full."
+    assert link.startswith(f"{servers.prefect_url}/events/event/")
+    assert messages == {
+        "Support_bot: remeasure: Failed": f"It is slower.\n\n{servers.prefect_url}/runs/flow-run/{failed}",
+        "Support_bot: rolled back": f"{back.text}\n\nhttp://version",
+    }
+    undeploy("Support_bot")
+    assert not [one for one in triggers(api) if "Support_bot" in one["name"]]
+
+
+def of_a_retraining(api: httpx.Client) -> UUID:
+    """A run that waits for a worker, of a deployment of the test's own with one slot."""
+    asked = {"name": "one at a time", "flow_id": deployments(api)["retrain"]["flow_id"], "concurrency_limit": 1}
+    deployment = api.post("deployments/", json=asked).json()["id"]
+    with get_client(sync_client=True) as client:
+        return client.create_flow_run_from_deployment(UUID(deployment)).id
+
+
+def propose(run: UUID, state: State[Any]) -> str | None:
+    """What a worker proposes as the state of a run; returns the name of the state that the server gives it."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run, state)
+    return deployed.state(run).name
+
+
+def states(run: UUID) -> list[str | None]:
+    with get_client(sync_client=True) as client:
+        return [state.name for state in client.read_flow_run_states(run)]
+
+
+def quick() -> list[AutomationCore]:
+    """Ours, with the shortest waits that Prefect takes."""
+    ours = [one.model_copy(deep=True) for one in automations.LOST_RUNS]
+    for one in ours:
+        one.trigger.within = timedelta(seconds=10)  # type: ignore[union-attr]
+    return ours
+
+
+def renew(*ours: AutomationCore) -> None:
+    with get_client(sync_client=True) as client:
+        automations.put(client, ours)
 
 
 def triggers(api: httpx.Client) -> list[dict[str, Any]]:

@@ -4,15 +4,14 @@ import os
 import platform
 import shutil
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import resume_flow_run
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import FlowPauseTimeout
 
-from flows.promote import hand_over, promote, rollback
+from flows.promote import Approval, approve, hand_over, promote, question, rollback
 from slmops.core import locks, machine
 from slmops.core.errors import BusyError, GateError, PrerequisiteError, TrackingError, UsageError
 from slmops.core.job import Job
@@ -178,10 +177,15 @@ def test_a_person_decides(bot: Bot) -> None:
     assert f"promotion-{bot.name}" in artifacts(last("promote"))  # the comparison is there to look at
     with locks.exclusive(bot.settings.locks / f"promote-{bot.name}.lock", "it", wait=False):
         pass  # nor does a lock
-    resume_flow_run(run, run_input={"promote": True, "comment": "I have looked"})
+    assert f"**{bot.name} version 1" in question(str(run))
+    approve(f"http://127.0.0.1/runs/flow-run/{run}", Approval(approver="Ada", reason="I have looked"))
     assert deployed.state(run).name == "Resuming"
     assert deployed.work(promote, run).version == 1
-    assert bot.registry.find(bot.name, "1").tags["slmops.approved"] == "I have looked"
+    tags = bot.registry.find(bot.name, "1").tags
+    assert (tags["slmops.approved"], tags["slmops.approved_by"]) == ("I have looked", "Ada")
+    assert datetime.fromisoformat(tags["slmops.approved_at"]) <= datetime.now(UTC)
+    with pytest.raises(UsageError, match="does not wait for approval: it is Completed"):
+        question(str(run))
     assert bot.champion == 1
     assert last("promote").name == "for Monday"
 
@@ -190,14 +194,17 @@ def test_a_person_says_no_or_nobody_decides(bot: Bot) -> None:
     bot.make(0.8)
     denied = deployed.start(promote, Promotion(name=bot.name, approval=True))
     deployed.work(promote, denied)
-    resume_flow_run(denied, run_input={"promote": False, "comment": "too slow"})
-    with pytest.raises(GateError, match="too slow"):
+    approve(str(denied), Approval(promote=False, approver="Ada", reason="too slow"))
+    with pytest.raises(GateError, match="turned down by Ada: too slow"):
         deployed.work(promote, denied)
+    tags = bot.registry.find(bot.name, "1").tags
+    assert (tags["slmops.turned_down"], tags["slmops.turned_down_by"]) == ("too slow", "Ada")
     late = deployed.start(promote, Promotion(name=bot.name, approval=True, approval_timeout_s=1))
     deployed.work(promote, late)
     time.sleep(1.5)
-    with pytest.raises(FlowPauseTimeout):
-        resume_flow_run(late, run_input={"promote": True})
+    for _ in range(2):
+        with pytest.raises(UsageError, match="in time, so it is refused"):
+            approve(str(late), Approval(approver="Ada", reason="I was away"))
     assert (deployed.state(denied).is_failed(), deployed.state(late).is_failed()) == (True, True)
     assert bot.champion is None
 
@@ -208,7 +215,7 @@ def test_gates_are_judged_anew_after_the_approval(bot: Bot) -> None:
     run = deployed.start(promote, Promotion(name=bot.name, version=1, approval=True))
     deployed.work(promote, run)
     promote(Promotion(name=bot.name, version=2))
-    resume_flow_run(run, run_input={"promote": True})
+    approve(str(run), Approval(approver="Ada", reason="it was the best"))
     with pytest.raises(GateError, match="version 1"):
         deployed.work(promote, run)
     assert bot.champion == 2

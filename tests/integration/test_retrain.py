@@ -84,7 +84,7 @@ def suspended(settings: Settings, model: Path, folder: Path) -> UUID:  # noqa: A
 @pytest.fixture(scope="module")
 def first(settings: Settings, suspended: UUID) -> Iterator[Retrained]:
     """The first retraining, approved; it starts the service."""
-    resume_flow_run(suspended, run_input={"promote": True, "comment": "I have looked"})
+    resume_flow_run(suspended, run_input={"promote": True, "approver": "Ada", "reason": "I have looked"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(home_service, "Serve", lambda: Serve(port=FIRST_PORT))
         yield deployed.work(retrain, suspended)
@@ -134,7 +134,7 @@ def test_what_mlflow_and_prefect_have_of_it(first: Retrained, settings: Settings
     assert run.info.run_id == first.run_id
     assert version.tags["slmops.approved"] == "I have looked"
     reign = reigns(Registry(settings.tracking_uri).versions(NAME))[0]
-    assert (reign.promoter, reign.reason[-23:]) == ("retrain, started by retrain", "approved: I have looked")
+    assert (reign.promoter, reign.reason[-30:]) == ("retrain, started by retrain", "approved by Ada: I have looked")
     assert (reign.data, reign.data_digest) == (str(folder / "data"), version.tags["slmops.data_digest"])
     assert reign.checkpoint == run.data.tags["slmops.source"]
     given = (read(client, first.run_id, f"data/{part}.jsonl", tmp_path) for part in ("train", "validation"))

@@ -82,6 +82,7 @@ class World:
         self.unwritable: Exception | None = None
         self.installs: list[int] = []
         self.withdrawn: list[tuple[int, str]] = []
+        self.told: list[str] = []
         self.asked: Counter[str] = Counter()
         self.backends: list[FakeBackend] = []
         self.bad: dict[int, Exception] = {}
@@ -110,6 +111,9 @@ class World:
         if error := self.undeliverable.get(wanted.version):
             raise error
         return installed(wanted.version)
+
+    def tell(self, failure: str) -> None:
+        self.told.append(failure)
 
     def make_current(self, done: Installed) -> None:
         if self.unwritable:

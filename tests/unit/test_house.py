@@ -24,6 +24,7 @@ STAMPS = {
     "slmops/cli/terminal.py",  # of log lines
     "slmops/core/blobs.py",  # against the time of files, which the same clock gave; a cache is all it empties
     "slmops/checkpoints/chat_template.py",  # chat templates ask for the date
+    *("flows/promote.py", "slmops/delivery/trouble.py"),  # of a decision, and of an event
     "slmops/evaluation/earlier.py",  # of results, for people
     *("slmops/conversion/convert.py", "slmops/foundry/service_worker.py", "slmops/foundry/prompt_template.py"),
     *("slmops/tracking/client.py", "slmops/tracking/registry.py", "slmops/tracking/training.py", "tasks/news.py"),

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from slmops import report
-from slmops.core import errors
+from slmops.core import errors, machine
 from slmops.core.job import SHIPPED
 from slmops.delivery import promotion, pull
 from slmops.evaluation import drift, soak
@@ -180,6 +180,22 @@ def test_the_deployments_of_a_model_are_removed(flows: Flows, slmops: Slmops) ->
     flows.answer = ["retrain/retrain-bot"]
     assert slmops("undeploy bot")[:2] == (0, "retrain/retrain-bot\n")
     assert flows.asked == [("undeploy", "bot")]
+
+
+@pytest.mark.usefixtures("flows")
+def test_approve_shows_the_gates_and_takes_an_answer(slmops: Slmops, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[tuple[str, Any]] = []
+    stand_in = sys.modules["flows.promote"]
+    monkeypatch.setattr(stand_in, "Approval", dict, raising=False)
+    monkeypatch.setattr(stand_in, "question", lambda run: f"gates of {run}", raising=False)
+    monkeypatch.setattr(stand_in, "approve", lambda run, answer: answers.append((run, answer)), raising=False)
+    monkeypatch.setattr(machine, "person", lambda: "me")
+    assert slmops("approve 7")[:2] == (0, "gates of 7\n")
+    assert answers == []
+    slmops("approve 7 --reason good")
+    slmops("approve 7 --reason slow --by Ada --reject")
+    good = {"promote": True, "approver": "me", "reason": "good"}
+    assert answers == [("7", good), ("7", {"promote": False, "approver": "Ada", "reason": "slow"})]
 
 
 @pytest.mark.parametrize("registry", [True, False])

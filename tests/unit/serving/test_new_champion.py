@@ -39,7 +39,7 @@ async def test_a_version_at_fault_is_withdrawn_once(world: World, made: Fleet, w
     assert (await asked(made), world.running, world.last) == (1, [1], installed(1))
     assert (made.version, made.switches, made.ready) == (1, 0, True)
     said = f"bot version 2 (int8) cannot be served, and its promotion is withdrawn: {error.message}"
-    assert made.last_failure == said
+    assert (made.last_failure, world.told) == (said, [said])
     # Promoted again, it is tried again, even without a date of its promotion; once it works, it is served.
     world.now = version(2)
     await until(lambda: len(world.withdrawn) == 2)

@@ -43,6 +43,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",  # Prefect also takes "1", MLflow only this word
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",  # the server's heartbeat, and what its UI sends
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # the new page asks amplitude.com for its settings whatever one says
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 """Variables with which neither Prefect nor MLflow sends anything to its makers."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -237,6 +238,12 @@ def test_a_dead_server_is_started_again_and_its_orphans_are_removed(running: Sta
     assert stack.up(settings) == running.model_copy(update={"started": ("mlflow",)})
     assert not any(process.is_running() for process in orphans)
     assert pids(settings)["prefect"] == before["prefect"]
+
+
+def test_the_prefect_page_asks_nobody_else(running: Stack) -> None:
+    scripts = re.findall(r'src="(/[^"]+\.js)"', httpx.get(running.prefect_url).text)
+    assert scripts
+    assert "amplitude.com" not in "".join(httpx.get(f"{running.prefect_url}{script}").text for script in scripts)
 
 
 def test_down_stops_everything_and_nothing_left_the_machine(

@@ -32,7 +32,7 @@ _ENDS = ["Completed", "Failed", "TimedOut", "Cancelled", "Crashed", "Suspended",
 def _if_missing(
     name: str,
     description: str,
-    after: str,
+    after: list[str],
     expect: list[str],
     within: timedelta,
     action: ChangeFlowRunState,
@@ -45,7 +45,7 @@ def _if_missing(
         run["prefect.run-count"] = [str(count) for count in counts]
     trigger = EventTrigger(
         posture=Posture.Proactive,
-        after={f"prefect.flow-run.{after}"},
+        after={f"prefect.flow-run.{name}" for name in after},
         expect={f"prefect.flow-run.{name}" for name in expect},
         match=run,
         for_each={"prefect.resource.id"},
@@ -60,7 +60,7 @@ LOST_RUNS = (
     _if_missing(
         "slmops: silent runs crash",
         "Without it, a run whose machine is gone would be running for ever, and hold its concurrency slot.",
-        "heartbeat",
+        ["Running", "heartbeat"],  # a machine that is lost within a second has sent no heartbeat yet
         # Not "Running": it comes after a first heartbeat, too, and would make up for all that are missing.
         ["heartbeat", *_ENDS],
         SILENT,
@@ -69,7 +69,7 @@ LOST_RUNS = (
     _if_missing(
         "slmops: unstarted runs wait again",
         "Without it, a run would wait for ever if its worker is gone before the run's process has begun.",
-        "Pending",
+        ["Pending"],
         ["Running", *_ENDS],
         UNSTARTED,
         ChangeFlowRunState(state=StateType.SCHEDULED, name="Scheduled", message="Its process did not start."),
@@ -77,7 +77,7 @@ LOST_RUNS = (
     _if_missing(
         "slmops: crashed retrainings go on",
         f"Their training goes on from its last step. A run is started {STARTS} times in all.",
-        "Crashed",
+        ["Crashed"],
         ["AwaitingRetry", "Scheduled", "Pending", "Running"],
         PAUSE,
         ChangeFlowRunState(state=StateType.SCHEDULED, name="AwaitingRetry", message="It crashed, and begins again."),

@@ -1,31 +1,33 @@
 """The variants of a job made and measured by several machines: each recipe is converted, then measured.
 
-The parts of the job are flow runs on the workers of a Prefect work pool. It is a PrerequisiteError if the Prefect
-server does not answer for ten minutes, and a TrackingError if MLflow does not answer.
+The parts of the job are flow runs of a deployment on the workers of a Prefect work pool, subflows of the job's run.
+Prefect queues them, its heartbeats and automations notice lost ones, its tags find those that a killed job has left.
+It is a PrerequisiteError if the Prefect server does not answer for ten minutes, and a TrackingError if MLflow does not
+answer. What Prefect has not, or not here, is ours:
+
+- Files and results travel through MLflow. Prefect keeps results where the flow ran, and workers share no disk.
+- A lost part is begun anew, under another name. Prefect retries a run that failed, not one whose machine is gone.
+- One thread waits for all parts. ``run_deployment`` waits for one, without an end if the job is cancelled meanwhile.
 """
 
-import contextvars
-import itertools
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import httpx
-from prefect import runtime
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType, WorkPoolStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Crashed, Pending
 
+from flows.automations import LOST_RUNS, put
 from flows.running import ProgressBar
 from slmops.checkpoints import room
 from slmops.cluster.parts import Files, Measured, Outcomes, Part, PartResult, SentJob, Stage
@@ -42,26 +44,16 @@ log = logging.getLogger("slmops.fan_out")
 
 ATTEMPTS = 3  # how often a part is started in all if its machine is lost
 POLL_S = 2.0
-LIMITS_S = {StateType.RUNNING: 60.0, StateType.CANCELLING: 120.0, StateType.PENDING: 900.0}
-"""Seconds of silence after which a part counts as lost. Pending means that it is being started on its machine; a part
-that waits for a machine is scheduled, and may wait."""
 
 ENVIRONMENT = {
     "PREFECT_CLIENT_MAX_RETRIES": "6",  # two minutes, in which a server is back that was restarted
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds
     "PREFECT_LOGGING_EXTRA_LOGGERS": "slmops",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
 }
 """What a part needs of Prefect, on whatever worker."""
 AWAY_S = 600.0  # seconds that a job waits for a Prefect server that does not answer
 PAUSE_S = 2.0
-
-LABEL = "slmops.beat"
-BEAT_S = 10.0
-"""Seconds between the signs of life of a part.
-
-Prefect's own heartbeats are events. If the server is restarted while one is on its way, that one is lost; and if it was
-the only one of its run, no automation ever learns of the run. A label of the flow run is kept in the database.
-"""
 
 T = TypeVar("T")
 Step = Callable[[], Measured | None]
@@ -73,20 +65,9 @@ class Workers(NamedTuple):
     deployment: UUID  # of the parts in it
 
 
-@dataclass
-class _Child:
+class _Child(NamedTuple):
     part: Part
     attempt: int  # from 1 on
-    sign: tuple[str, object] = ("", None)  # state and beat, as they were at the last look
-    silent_s: float = 0.0  # since one of them changed, without the time in which nobody looked
-
-    def is_lost(self, state: State[Any], beat: object, seconds: float) -> bool:
-        """Whether it has been silent for too long, ``seconds`` after the last look."""
-        sign = (state.name or "", beat)
-        self.silent_s = self.silent_s + seconds if sign == self.sign else 0.0
-        self.sign = sign
-        limit = LIMITS_S.get(state.type)
-        return limit is not None and self.silent_s > limit
 
 
 def fan_out(workers: Workers, recipes: list[Recipe], context: JobContext, progress: ProgressBar) -> Outcomes:
@@ -131,17 +112,11 @@ class _FanOut:
         """Begin everything, and go on until nothing is left."""
         for recipe in self.recipes:
             yield from self._go_on(recipe, partial(self._begin, recipe))
-        looked = time.monotonic()
         while self.children:
             time.sleep(POLL_S)
-            # However long it was that we did something else or the server was away: a part may have spoken meanwhile.
-            seconds, looked = min(time.monotonic() - looked, 3 * POLL_S), time.monotonic()
-            for flow_run, (state, beat) in look(self.children).items():
-                child = self.children[flow_run]
-                if not state.is_final() and child.is_lost(state, beat, seconds):
-                    state = crash(flow_run, f"There was no sign of life for {child.silent_s:.0f} s.")
+            for flow_run, state in look(self.children).items():
                 if state.is_final():
-                    del self.children[flow_run]
+                    child = self.children.pop(flow_run)
                     yield from self._go_on(child.part.recipe, partial(self._take, child, state))
 
     def _submit(self) -> None:
@@ -230,8 +205,8 @@ class _FanOut:
 def find_workers(context: JobContext) -> Workers:
     """The smallest pool that is large enough, with the deployment of the parts, which is made if it is missing.
 
-    The deployment names the flow as a module, so it is found wherever slmops is installed. It is a PrerequisiteError
-    if no pool is large enough, or if Prefect does not have it.
+    So are the automations that notice lost parts. The deployment names the flow as a module, so it is found wherever
+    slmops is installed. It is a PrerequisiteError if no pool is large enough, or if Prefect does not have it.
     """
     pool = room.choose_pool(context.settings.pools, context.checkpoint, context.job.device).name
 
@@ -256,6 +231,7 @@ def find_workers(context: JobContext) -> Workers:
             enforce_parameter_schema=False,
         )
 
+    _asked(lambda client: put(client, LOST_RUNS))
     return Workers(pool, _asked(deployed))
 
 
@@ -276,44 +252,12 @@ def submit(part: Part, workers: Workers) -> UUID:
     return _asked(started).id
 
 
-def look(flow_runs: Collection[UUID]) -> dict[UUID, tuple[State[Any], object]]:
-    """The states of flow runs, and the last sign of life of each: a number that grows, or None before the first."""
+def look(flow_runs: Collection[UUID]) -> dict[UUID, State[Any]]:
+    """The states of flow runs."""
     wanted = FlowRunFilter.model_validate({"id": {"any_": list(flow_runs)}})
     found = _asked(lambda client: client.read_flow_runs(flow_run_filter=wanted))
-    seen = {run.id: (run.state or Pending(), run.labels.get(LABEL)) for run in found}
-    deleted: State[Any] = Crashed(message="The flow run was deleted.")
-    return {one: seen.get(one, (deleted, None)) for one in flow_runs}
-
-
-def crash(flow_run: UUID, message: str) -> State[Any]:
-    """Mark a part as lost; returns its new state."""
-    state: State[Any] = Crashed(message=message)
-    _asked(lambda client: client.set_flow_run_state(flow_run, state, force=True))
-    return state
-
-
-@contextmanager
-def beating() -> Iterator[None]:
-    """Within the block this flow run gives signs of life."""
-    stopped = threading.Event()
-    flow_run = UUID(runtime.flow_run.id)
-
-    def beat() -> None:
-        # Retries take so long that the part would pass for lost.
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            for number in itertools.count(1):
-                with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
-                    client.update_flow_run_labels(flow_run, {LABEL: number})
-                if stopped.wait(BEAT_S):
-                    return
-
-    # Prefect keeps its settings in context variables.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(beat,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
+    seen: dict[UUID, State[Any]] = {run.id: run.state or Pending() for run in found}
+    return {one: seen.get(one) or Crashed(message="The flow run was deleted.") for one in flow_runs}
 
 
 def cancel_parts(exchange: str) -> None:

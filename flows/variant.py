@@ -6,7 +6,6 @@ from dataclasses import replace
 from prefect import flow
 from pydantic import Json
 
-from flows.fan_out import beating
 from flows.running import ProgressBar, plainly
 from slmops.checkpoints import room
 from slmops.cluster import parts
@@ -126,11 +125,10 @@ def variant(part: Json[Part]) -> None:
     """
     settings = Settings()
     exchange = Exchange(stack.tracking_uri(settings), part.exchange, settings)
-    with beating():
-        try:
-            _do(part, exchange, settings)
-        finally:
-            parts.clear(part, settings)
+    try:
+        _do(part, exchange, settings)
+    finally:
+        parts.clear(part, settings)
 
 
 def _do(part: Part, exchange: Exchange, settings: Settings) -> None:

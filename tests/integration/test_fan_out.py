@@ -249,18 +249,6 @@ def test_a_lost_part_is_begun_again_and_a_cancelled_one_is_not(
     assert MlflowClient(farm.tracking_uri).get_run(own).info.lifecycle_stage == "deleted"
 
 
-def test_silence_counts_from_the_last_sign_of_life() -> None:
-    child = fan_out._Child(None, 1)
-
-    def lost(state: StateType, beat: int | None, seconds: float) -> bool:
-        return child.is_lost(State(type=state), beat, seconds)
-
-    assert not any(lost(StateType.SCHEDULED, None, 1e6) for _ in range(3))  # no machine has it yet
-    assert [lost(StateType.PENDING, None, 800) for _ in range(3)] == [False, False, True]
-    assert not lost(StateType.RUNNING, None, 800)
-    assert [lost(StateType.RUNNING, beat, 50) for beat in (1, 2, 2, 3, 3, 3)] == [False] * 5 + [True]
-
-
 def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) -> None:
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})

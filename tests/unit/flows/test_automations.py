@@ -35,3 +35,11 @@ def test_which_crashed_runs_go_on(count: int, related: list[dict[str, Any]], tak
     )
     triggers = [EventTrigger.model_validate(one.trigger.model_dump()) for one in LOST_RUNS]
     assert [one.covers(event) and one.starts_after(event.event) for one in triggers] == [False, False, taken_up]
+
+
+@pytest.mark.parametrize("name", ["Running", "heartbeat"])
+def test_a_run_is_watched_from_its_first_moment(name: str) -> None:
+    silent = EventTrigger.model_validate(LOST_RUNS[0].trigger.model_dump())
+    assert silent.starts_after(f"prefect.flow-run.{name}")
+    assert silent.expects("prefect.flow-run.heartbeat")
+    assert not silent.expects("prefect.flow-run.Running")

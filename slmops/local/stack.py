@@ -232,6 +232,8 @@ def _start(settings: Settings, servers: dict[Server, Daemon], name: Server, abov
 
 def _prefect_command(settings: Settings, _: dict[Server, Daemon], port: int) -> tuple[list[str], dict[str, str]]:
     folder = settings.home / "prefect"
+    # Of a server that was killed: the next one would wait for ever for whatever has its process id by now.
+    (folder / "concurrency_leases" / "expirations.lock").unlink(missing_ok=True)
     env = {
         **_clean_environment(),
         "PREFECT_HOME": str(folder),

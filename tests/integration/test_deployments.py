@@ -1,6 +1,7 @@
 """All deployments on a real Prefect server: registered twice, changed by a user, started by an event, lost."""
 
 import asyncio
+import os
 import runpy
 import socket
 import subprocess
@@ -251,6 +252,8 @@ def test_a_killed_run_crashes_and_leaves_its_slot_which_it_has_also_after_a_rest
             lease = deployed.state(first).state_details.deployment_concurrency_lease_id
             assert lease is not None
             daemon.stop(stack._read(settings)["prefect"])
+            # As if it was killed at the wrong moment, and its number given to another process.
+            (settings.home / "prefect/concurrency_leases/expirations.lock").write_text(str(os.getpid()))
             assert stack.up(settings).started == ("prefect",)
             with get_client(sync_client=True) as client:
                 client.renew_concurrency_lease(lease, 300)  # as the run does, which ends if the server does not know it

@@ -41,8 +41,8 @@ def retrain(request: Retrain) -> Retrained:
     """Fine-tune on what is new, convert and measure it, and put it into production if it is better.
 
     If it fails before the switch, the champion stays as it was; if it fails after it, it is rolled back. If it is
-    killed, the next one with the same input resumes it. If it waits for approval, it is suspended: it runs again when
-    somebody has decided, and goes on with the promotion.
+    killed, a worker runs it again (see :mod:`flows.automations`), or the next one with the same input resumes it. If it
+    waits for approval, it is suspended: it runs again when somebody has decided, and goes on with the promotion.
 
     Raises:
         RetrainError: What was made does not stay in production; the error carries the result.

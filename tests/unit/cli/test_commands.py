@@ -161,13 +161,15 @@ def test_one_job_file_deploys_and_retrains(flows: Flows, slmops: Slmops, tmp_pat
     """With absolute paths, for a worker in another folder."""
     (tmp_path / "base").mkdir()
     text = "model: base\ndata: /tickets\nname: bot\ntraining: {learning_rate: 0.01}\n"
-    (tmp_path / "job.yaml").write_text(f"{text}schedule: {{retrain: 0 2 * * *, news_minutes: 5}}\n")
+    told = "notify: slack-webhook/team\n"
+    (tmp_path / "job.yaml").write_text(f"{text}{told}schedule: {{retrain: 0 2 * * *, news_minutes: 5}}\n")
     flows.answer = ["retrain/retrain-bot", "remeasure/remeasure-bot"]
     code, out, _ = slmops("deploy job.yaml --schedule.timezone Asia/Tokyo")
     assert (code, out) == (0, "retrain/retrain-bot\nremeasure/remeasure-bot\n")
     retraining = {"data": "/tickets", "name": "bot", "training": {"learning_rate": 0.01}}
     when = {"retrain": "0 2 * * *", "news_minutes": 5, "timezone": "Asia/Tokyo"}
-    assert flows.options == {"model": str(tmp_path / "base"), **retraining, "schedule": when}
+    only_deployed = {"schedule": when, "notify": "slack-webhook/team"}
+    assert flows.options == {"model": str(tmp_path / "base"), **retraining, **only_deployed}
     [(_, request)] = flows.asked
     assert request.retraining == {"model": str(tmp_path / "base"), **retraining}
     flows.asked.clear()

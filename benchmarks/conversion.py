@@ -34,13 +34,13 @@ def main(model: str, *precisions: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(home=Path(folder))
         checkpoint = source.resolve(job, Settings(), download=not_at_all)
-        context = JobContext(job, "bench", checkpoint, settings, "")
+        context = JobContext(job, "bench", checkpoint, settings)
         planned = conversion.in_order(recipes.for_job(job, checkpoint, settings))
         plain = {recipe.name: _olive_run(recipe, context) for recipe in planned}
 
         started = time.monotonic()
         with conversion.together(context.name, settings) as child:
-            made = [conversion.convert(recipe, checkpoint, job, context.name, settings, child) for recipe in planned]
+            made = [conversion.convert(recipe, context, child) for recipe in planned]
         converted = time.monotonic()
         with children.Child() as child:
             for variant in made:

@@ -28,7 +28,7 @@ from slmops.conversion import convert, recipes
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
-from slmops.core.job import BASELINE, SHIPPED, Job
+from slmops.core.job import BASELINE, SHIPPED, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Measurement, Registration, is_weights
 from slmops.evaluation import dataset, gguf_worker, logits_worker, prompts, speed, statistics
@@ -210,8 +210,9 @@ def _shipped(checkpoint: Checkpoint, settings: Settings) -> dict[str, Path]:
 def registered(checkpoint: Checkpoint, job: Job, settings: Settings) -> dict[str, Registration]:
     """Each variant of a job, as it is deployed."""
     planned = convert.in_order(recipes.for_job(job, checkpoint, settings))
+    context = JobContext(job, "peers", checkpoint, settings)
     with convert.together("peers", settings) as child:
-        made = [convert.convert(recipe, checkpoint, job, "peers", settings, child) for recipe in planned]
+        made = [convert.convert(recipe, context, child) for recipe in planned]
     return {one.name: register(one, "peers", job, settings) for one in made}
 
 

@@ -34,7 +34,7 @@ prepare_part = stage("prepare part", tracking=True)(parts.prepare)
 
 @stage("convert {recipe.name}")
 def convert_variant(recipe: Recipe, context: JobContext, within: Child | None = None) -> Variant:
-    return convert(recipe, context.checkpoint, context.job, context.name, context.settings, within)
+    return convert(recipe, context, within)
 
 
 @stage("register {variant.recipe.name}")
@@ -54,22 +54,16 @@ def measure_speed(
     return speed.measure(made, context.name, context.job, context.settings, peers)
 
 
-@stage()
-def score_checkpoint(context: JobContext) -> quality.Quality | None:
-    """The checkpoint's own distributions, to tell conversion from quantization error, and answers as the baseline."""
-    return quality.score_checkpoint(context.checkpoint, context.name, context.job, context.settings)
+score_checkpoint = stage()(quality.score_checkpoint)
 
 
 @stage("measure quality of {variant.recipe.name}")
 def measure_quality(variant: Variant, registration: Registration, context: JobContext) -> quality.Quality:
     """Distributions, answers and edge cases of one variant, each in a fresh process."""
-    return quality.measure(variant, registration, context.name, context.job, context.settings)
+    return quality.measure(variant, registration, context)
 
 
-@stage("score {peer.name}")
-def score_peer(peer: Peer, context: JobContext) -> quality.Quality:
-    """Distributions of a GGUF file, in a fresh process."""
-    return quality.score_peer(peer, context.checkpoint, context.name, context.job, context.settings)
+score_peer = stage("score {peer.name}")(quality.score_peer)
 
 
 @stage(tracking=True)

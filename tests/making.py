@@ -20,7 +20,7 @@ from slmops.conversion import recipes
 from slmops.conversion.convert import convert
 from slmops.core import machine
 from slmops.core.errors import SlmopsError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
 from slmops.processes import children
@@ -109,7 +109,7 @@ def variant(name: str, asked: Job, settings: Settings, model: str = "tiny") -> V
     with FileLock(settings.home / "making.lock"), pytest.MonkeyPatch.context() as patch:
         work_in_process(patch)
         checkpoint = resolve(asked, settings)
-        return convert(recipe(name, asked, checkpoint), checkpoint, asked, model, settings)
+        return convert(recipe(name, asked, checkpoint), JobContext(asked, model, checkpoint, settings))
 
 
 def place(names: Iterable[str], asked: Job, stock: Settings, home: Path) -> None:

@@ -19,23 +19,19 @@ class RewriteRequest(Frozen):
     folder: Path
 
 
-class Rewritten(Frozen):
-    pass
-
-
 def makes(recipe: Recipe) -> bool:
     """Whether the graphs of a recipe are in bf16."""
     return any(step.get("precision") == "bf16" for step in recipe.config.get("passes", {}).values())
 
 
-def handle(request: RewriteRequest) -> Rewritten:
+def handle(request: RewriteRequest) -> Frozen:
     """Replace the graph of a folder by one for the CPU; the weights stay where they are."""
     config = json.loads((request.folder / "genai_config.json").read_text(encoding="utf-8"))
     file: Path = request.folder / config["model"]["decoder"]["filename"]
     graph = for_cpu(onnx.load(file, load_external_data=False))
     file.unlink()  # it may be a link to that of a variant
     onnx.save(graph, file)
-    return Rewritten()
+    return Frozen()
 
 
 def for_cpu(model: onnx.ModelProto) -> onnx.ModelProto:

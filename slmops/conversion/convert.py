@@ -15,7 +15,7 @@ from slmops.conversion import olive_worker, recipes, store, thin_worker, verify_
 from slmops.core import blobs, locks, machine
 from slmops.core.errors import ConversionError, PrerequisiteError, SlmopsError
 from slmops.core.files import folder_appears_whole, move, write_atomic
-from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job
+from slmops.core.job import BASELINE, CHECKPOINT, SHIPPED, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.targets import split
 from slmops.core.values import MANIFEST, Checkpoint, Recipe, Variant
@@ -56,31 +56,25 @@ def _begins_with(passes: list[Any], others: list[Any]) -> bool:
     return passes[: len(others)] == others
 
 
-def convert(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    job: Job,
-    name: str,
-    settings: Settings,
-    within: children.Child | None = None,
-) -> Variant:
-    """Convert a checkpoint, or return the variant that was made earlier from the same input.
+def convert(recipe: Recipe, context: JobContext, within: children.Child | None = None) -> Variant:
+    """Convert a job's checkpoint, or return the variant that was made earlier from the same input.
 
-    Its work folder and logs are called by the model's ``name``; all is done ``within`` a child that others share, see
-    :func:`together`. A ConversionError, with the cause from Olive's log, if it made nothing or nothing that works; a
-    PrerequisiteError if the disk is full or ``output_path`` taken.
+    All is done ``within`` a child that others share, see :func:`together`. A ConversionError, with the cause from
+    Olive's log, if it made nothing or nothing that works; a PrerequisiteError if the disk is full or ``output_path``
+    taken.
     """
     if within is None:
-        with together(name, settings) as child:
-            return convert(recipe, checkpoint, job, name, settings, child)
+        with together(context.name, context.settings) as child:
+            return convert(recipe, context, child)
+    job, checkpoint, settings = context.job, context.checkpoint, context.settings
     target = settings.variants / store.key(recipe, checkpoint, machine.versions())
     variant = _made_before(target, recipe, job)
     if variant is None or not _proven(variant, checkpoint, job):
         with locks.machine(settings), children.reporting_full_disk(settings.home):
-            builder = _Builder(job, name, settings, within)
-            error = builder.export_error(checkpoint) if job.baseline == CHECKPOINT else None
+            builder = _Builder(context, within)
+            error = builder.export_error() if job.baseline == CHECKPOINT else None
             # Look again: another job may have made it while this one waited.
-            variant = _made_before(target, recipe, job) or builder.make(recipe, checkpoint, target, error)
+            variant = _made_before(target, recipe, job) or builder.make(recipe, target, error)
         if error is not None:
             variant = variant.model_copy(update={"export_error": error})
     deployed = variant.checkpoint.model_copy(update={"context_length": checkpoint.context_length})
@@ -125,24 +119,14 @@ def export(variant: Variant, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Builder:
-    """Makes variants of one model in a child."""
+    """Makes variants of a job's checkpoint in a child."""
 
-    job: Job
-    name: str
-    settings: Settings
+    context: JobContext
     child: children.Child
-
-    @property
-    def work(self) -> Path:
-        return self.settings.work(self.name)
-
-    @property
-    def logs(self) -> Path:
-        return self.settings.logs / self.name
 
     def _cache(self, recipe: Recipe) -> Path:
         """Olive's cache, with what the conversion before this one made if this one goes on from it."""
-        cache = self.work / _CACHE / "olive"
+        cache = self.context.work / _CACHE / "olive"
         note = cache / "passes.json"
         before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else []
         if not _begins_with(_passes(recipe), before):
@@ -159,17 +143,18 @@ class _Builder:
             "OLIVE_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_OFFLINE": str(int(split(recipe)[0] in SHIPPED)),
-            "HF_HUB_CACHE": str(self.work / _CACHE / "hub"),
+            "HF_HUB_CACHE": str(self.context.work / _CACHE / "hub"),
             "TOKENIZERS_PARALLELISM": "false",
         }
 
-    def export_error(self, checkpoint: Checkpoint) -> float:
+    def export_error(self) -> float:
         """Compare an fp32 export of the checkpoint's first layers with them; a ConversionError if it is wrong.
 
         A job does so once, whatever comes of it. All layers in fp32 would take four times the memory of the checkpoint,
         and the exporter treats layers alike.
         """
-        work = self.work / BASELINE
+        context, checkpoint = self.context, self.context.checkpoint
+        work = context.work / BASELINE
         known = work.with_name("export_error")
         if known.exists():
             if isinstance(found := json.loads(known.read_text(encoding="utf-8")), list):
@@ -182,10 +167,10 @@ class _Builder:
             thinned, _ = children.call(
                 thin_worker.handle,
                 thin_worker.ThinRequest(
-                    checkpoint=checkpoint.path, folder=folder, trust_remote_code=self.job.trust_remote_code
+                    checkpoint=checkpoint.path, folder=folder, trust_remote_code=context.job.trust_remote_code
                 ),
-                log=self.logs / "thin.log",
-                timeout_s=self.settings.conversion_timeout_s,
+                log=context.logs / "thin.log",
+                timeout_s=context.settings.conversion_timeout_s,
                 error=ConversionError,
                 env=self._environment(),
                 within=self.child,
@@ -193,7 +178,7 @@ class _Builder:
             log.info("comparing an fp32 export of the first %d layers with the checkpoint", thinned.layers)
             thin = checkpoint.model_copy(update={"path": folder, "parameters": thinned.parameters})
             exported = recipes.recipe(
-                BASELINE, self.job, thin.model_copy(update={"tied_embeddings": False}), self.settings
+                BASELINE, context.job, thin.model_copy(update={"tied_embeddings": False}), context.settings
             )
             _, checked = self._build(exported, thin, work)
         except ConversionError as wrong:
@@ -208,11 +193,11 @@ class _Builder:
         self, recipe: Recipe, checkpoint: Checkpoint, work: Path
     ) -> tuple[children.Finished, verify_worker.VerifyResult]:
         """Convert into ``work/model`` and check what came out."""
-        made, logs = work / "model", self.logs
-        olive_text = logs / f"{recipe.name}.olive.log"
+        made, context = work / "model", self.context
+        olive_text = context.logs / f"{recipe.name}.olive.log"
         olive_text.unlink(missing_ok=True)
         cache = self._cache(recipe)
-        config = workflow(recipe, checkpoint, self.job, cache, made)
+        config = workflow(recipe, checkpoint, context.job, cache, made)
         try:
             finished = self._run_olive(recipe, config, work, made, olive_text)
         except SlmopsError:  # it may be half-written
@@ -225,20 +210,21 @@ class _Builder:
                 folder=made,
                 recipe=recipe,
                 checkpoint=checkpoint,
-                tolerance=self.job.export_tolerance,
-                trust_remote_code=self.job.trust_remote_code,
+                tolerance=context.job.export_tolerance,
+                trust_remote_code=context.job.trust_remote_code,
             ),
-            log=logs / f"{recipe.name}.verify.log",
-            timeout_s=self.settings.conversion_timeout_s,
+            log=context.logs / f"{recipe.name}.verify.log",
+            timeout_s=context.settings.conversion_timeout_s,
             error=ConversionError,
             env=self._environment(recipe.name),
             within=self.child,
         )
         return finished, checked
 
-    def make(self, recipe: Recipe, checkpoint: Checkpoint, target: Path, error: float | None) -> Variant:
-        """Convert a checkpoint whose export is off by ``error``, as far as that is known by now."""
-        work = self.work / recipe.name
+    def make(self, recipe: Recipe, target: Path, error: float | None) -> Variant:
+        """Convert the checkpoint, whose export is off by ``error``, as far as that is known by now."""
+        context, checkpoint = self.context, self.context.checkpoint
+        work = context.work / recipe.name
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -252,7 +238,7 @@ class _Builder:
                         made = move(path, scratch / path.name)
                         if made.suffix == ".jinja":  # the exporter ends its lines as the system does, which would count
                             made.write_bytes(made.read_bytes().replace(b"\r\n", b"\n"))
-                shutil.copyfile(self.logs / f"{recipe.name}.olive.log", scratch / "olive.log")
+                shutil.copyfile(context.logs / f"{recipe.name}.olive.log", scratch / "olive.log")
                 write_atomic(scratch / "olive_config.json", json.dumps(recipe.config, indent=2))
                 variant = Variant(
                     key=target.name,
@@ -269,7 +255,7 @@ class _Builder:
                     path=target,
                 )
                 for file in variant.files:
-                    blobs.keep(scratch / file.name, file, self.settings)
+                    blobs.keep(scratch / file.name, file, context.settings)
                 manifest = variant.model_dump_json(indent=2)
                 write_atomic(scratch / MANIFEST, manifest)
             if (target / MANIFEST).read_text(encoding="utf-8") != manifest:
@@ -293,7 +279,7 @@ class _Builder:
                 olive_worker.handle,
                 olive_worker.Workflow(config=config),
                 log=olive_text,
-                timeout_s=self.settings.conversion_timeout_s,
+                timeout_s=self.context.settings.conversion_timeout_s,
                 error=ConversionError,
                 env=self._environment(recipe.name),
                 # onnx refuses to write a file of a name that exists in the current folder, such as a user's

@@ -129,7 +129,7 @@ class JobContext:
     name: str  # the model's in MLflow and Foundry Local
     checkpoint: Checkpoint
     settings: Settings
-    tracking_uri: str
+    tracking_uri: str = ""
     run_id: str = ""  # the job's run in MLflow; empty until there is one
     room: Room | None = None  # what it is estimated to take of this machine
 

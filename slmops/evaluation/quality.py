@@ -12,9 +12,9 @@ from slmops.conversion import bf16_worker, recipes
 from slmops.core import locks, machine
 from slmops.core.errors import EvaluationError
 from slmops.core.files import write_atomic
-from slmops.core.job import CHECKPOINT, Job
+from slmops.core.job import CHECKPOINT, Job, JobContext
 from slmops.core.settings import Settings
-from slmops.core.values import Answer, CaseOutcome, Checkpoint, Extent, Frozen, Registration, Variant
+from slmops.core.values import Answer, CaseOutcome, Extent, Frozen, Registration, Variant
 from slmops.evaluation import answers_worker, dataset, edge_cases, logits_worker, scoring
 from slmops.evaluation.answers_worker import MOST_SESSIONS, AnswersRequest
 from slmops.evaluation.dataset import EvaluationSet
@@ -52,9 +52,8 @@ class Share:
     by pair. Later jobs of this model with as much time get it too, among them the same job after it was killed.
     """
 
-    def __init__(
-        self, kind: str, most: int, digest: str, of: Checkpoint, name: str, job: Job, settings: Settings
-    ) -> None:
+    def __init__(self, kind: str, most: int, digest: str, context: JobContext) -> None:
+        job, settings, of = context.job, context.settings, context.checkpoint
         with_checkpoint = job.baseline == CHECKPOINT or not job.quick
         models = len(recipes.names(job, settings)) + (job.olive_config is not None) + with_checkpoint
         # By default so much that no model runs into the timeout that is up to four times as slow as the first.
@@ -62,7 +61,7 @@ class Share:
         key = json.dumps([kind, most, digest, of.name, of.parameters, seconds])
         kept = settings.home / "extents" / hashlib.sha256(key.encode()).hexdigest()[:16]
         # The first travels to the other machines of a job, with the logits.
-        self._files = (settings.work(name) / "logits" / kind, kept)
+        self._files = (context.work / "logits" / kind, kept)
         known = [int(file.read_text(encoding="utf-8")) for file in self._files if file.exists()]
         self.count = known[0] if known else most
         self.budget_s = None if known else seconds
@@ -73,45 +72,43 @@ class Share:
             write_atomic(file, str(count))
 
 
-def score_checkpoint(checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality | None:
+def score_checkpoint(context: JobContext) -> Quality | None:
     """What transformers makes of the text, its logits in a file; and of the evaluation set if it is the baseline.
 
     None, unless it is the baseline, if quick or if it cannot; a baseline that cannot is an EvaluationError.
     """
+    job, folder = context.job, context.checkpoint.path
     is_baseline = job.baseline == CHECKPOINT
     if job.quick and not is_baseline:
         return None
-    reference = _reference(CHECKPOINT_REFERENCE, name, settings)
-    evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
-    of_job = (checkpoint, name, job, settings)
+    reference = _logits(context)[CHECKPOINT_REFERENCE]
+    asked = _questions(context)
     try:
-        with locks.machine(settings):
+        with locks.machine(context.settings):
             log.info("measuring quality of the checkpoint itself")
-            scored, digest = _score(CHECKPOINT, *of_job, folder=checkpoint.path, hugging_face=True, write=reference)
-            answers = _ask(CHECKPOINT, evaluation_set, *of_job, folder=checkpoint.path) if is_baseline else ()
+            scored, digest = _score(CHECKPOINT, context, folder=folder, hugging_face=True, write=reference)
+            answers = _ask(CHECKPOINT, asked, context, folder=folder) if is_baseline else ()
     except EvaluationError as error:
         if is_baseline:
             raise
         log.warning("the variants are not compared with the checkpoint itself: %s", error)
         reference.unlink(missing_ok=True)
         return None
-    return _quality(scored, digest, evaluation_set, answers, (), settings)
+    return _quality(scored, digest, asked, answers, (), context.settings)
 
 
-def measure(variant: Variant, registration: Registration, name: str, job: Job, settings: Settings) -> Quality:
+def measure(variant: Variant, registration: Registration, context: JobContext) -> Quality:
     """Score the text, answer the evaluation set, go through the edge cases; EvaluationError if it is not all measured.
 
     Measure the baseline first: it leaves its logits for the others. The judging model is asked last, without the lock.
     UsageError: the evaluation set, the text or the matcher is bad.
     """
-    evaluation_set = dataset.load(job.evaluation_set, matcher=job.matcher, judge=settings.judge_configured)
-    files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
+    job, name, settings = context.job, context.name, context.settings
+    questions, files = _questions(context), _logits(context)
     own = files.pop(BASELINE_REFERENCE) if variant.recipe.baseline else None
     with locks.machine(settings):
         log.info("%s: measuring quality", variant.name)
-        of_job = (variant.checkpoint, name, job, settings)
-        references = {which: file for which, file in files.items() if file.exists()}
-        files_of: dict[str, Any] = {"folder": registration.path, "references": references, "write": own}
+        files_of: dict[str, Any] = {"folder": registration.path, "references": _there(files), "write": own}
         sessions = sessions_that_fit(registration.path, MOST_SESSIONS)
         home, foundry_id = settings.foundry, registration.foundry_id
         if registration.not_run:  # questions are answered by the CPU, as the text is scored by it on any machine
@@ -119,13 +116,13 @@ def measure(variant: Variant, registration: Registration, name: str, job: Job, s
         asked: dict[str, Any] = {"folder": home, "foundry_id": foundry_id}
         # The child is the first to end: of an interruption nobody waits for the thread.
         with ThreadPoolExecutor(1) as beside, children.Child() as child:
-            scoring = beside.submit(_score, variant.name, *of_job, within=child, **files_of)
+            scoring = beside.submit(_score, variant.name, context, within=child, **files_of)
             if not _fits_twice(variant, job):
                 wait([scoring])
-            answers = _ask(variant.name, evaluation_set, *of_job, sessions=sessions, **asked)
+            answers = _ask(variant.name, questions, context, sessions=sessions, **asked)
             cases = () if job.quick or registration.not_run else edge_cases.run(variant, registration, name, settings)
             scored, text_digest = scoring.result()
-    return _quality(scored, text_digest, evaluation_set, answers, cases, settings)
+    return _quality(scored, text_digest, questions, answers, cases, settings)
 
 
 def _on_the_cpu(variant: Variant, registration: Registration, name: str, settings: Settings) -> tuple[Path, str]:
@@ -146,15 +143,18 @@ def _fits_twice(variant: Variant, job: Job) -> bool:
     return job.baseline != CHECKPOINT and 8 * variant.model_mb * 1e6 < machine.memory()[1]
 
 
-def score_peer(peer: Peer, checkpoint: Checkpoint, name: str, job: Job, settings: Settings) -> Quality:
+def score_peer(peer: Peer, context: JobContext) -> Quality:
     """What llama.cpp makes of the text, relative to the references that there are; it is asked no questions."""
-    files = {which: _reference(which, name, settings) for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
-    references = {which: file for which, file in files.items() if file.exists()}
-    with locks.machine(settings):
+    references = _there(_logits(context))
+    with locks.machine(context.settings):
         log.info("%s: measuring quality", peer.name)
-        of_job = (checkpoint, name, job, settings)
-        scored, digest = _score(peer.name, *of_job, folder=peer.folder, gguf=peer.file, references=references)
-    return _quality(scored, digest, EvaluationSet(items=(), digest=""), (), (), settings)
+        scored, digest = _score(peer.name, context, folder=peer.folder, gguf=peer.file, references=references)
+    return _quality(scored, digest, EvaluationSet(items=(), digest=""), (), (), context.settings)
+
+
+def _questions(context: JobContext) -> EvaluationSet:
+    job = context.job
+    return dataset.load(job.evaluation_set, matcher=job.matcher, judge=context.settings.judge_configured)
 
 
 def _quality(
@@ -178,36 +178,29 @@ def _quality(
 
 
 def _score(
-    label: str,
-    checkpoint: Checkpoint,
-    name: str,
-    job: Job,
-    settings: Settings,
-    within: children.Child | None = None,
-    **model: Any,
+    label: str, context: JobContext, within: children.Child | None = None, **model: Any
 ) -> tuple[LogitsResult, str]:
     """What a model makes of its share of the text, and the text's digest."""
+    job, name = context.job, context.name
     text, digest = dataset.perplexity_text(job.perplexity_text)
-    file = settings.work(name) / "text.txt"
+    file = context.work / "text.txt"
     write_atomic(file, text)
-    share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, checkpoint, name, job, settings)
-    model |= {"context_length": checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
+    share = Share("tokens", QUICK_TOKENS if job.quick else TOKENS, digest, context)
+    model |= {"context_length": context.checkpoint.context_length, "trust_remote_code": job.trust_remote_code}
     request = LogitsRequest(text=file, tokens=share.count, budget_s=share.budget_s, **model)
-    scored = in_child(logits_worker.handle, request, name, f"{label}.logits", settings, within=within)
+    scored = in_child(logits_worker.handle, request, name, f"{label}.logits", context.settings, within=within)
     share.keep(scored.tokens)
     return scored, digest
 
 
-def _ask(
-    label: str, asked: EvaluationSet, checkpoint: Checkpoint, name: str, job: Job, settings: Settings, **model: Any
-) -> tuple[Answer, ...]:
+def _ask(label: str, asked: EvaluationSet, context: JobContext, **model: Any) -> tuple[Answer, ...]:
     """What a model answers to its share of the evaluation set, without the judging model's verdicts."""
-    most = QUICK_ITEMS if job.quick else len(asked.items)
-    share = Share("questions", most, asked.digest, checkpoint, name, job, settings)
+    job = context.job
+    share = Share("questions", QUICK_ITEMS if job.quick else len(asked.items), asked.digest, context)
     items = dataset.subset(asked.items, share.count)
     model |= {"trust_remote_code": job.trust_remote_code}
     request = AnswersRequest(items=items, matcher=job.matcher, budget_s=share.budget_s, **model)
-    answers = in_child(answers_worker.handle, request, name, f"{label}.answers", settings).answers
+    answers = in_child(answers_worker.handle, request, context.name, f"{label}.answers", context.settings).answers
     share.keep(len(answers))
     return answers
 
@@ -238,8 +231,12 @@ def in_child(
     return found
 
 
-def _reference(which: str, name: str, settings: Settings) -> Path:
-    """Where the logits of a reference are left: 4 bytes x tokens x vocabulary. Removed with the job's other work."""
-    folder = settings.work(name) / "logits"
+def _logits(context: JobContext) -> dict[str, Path]:
+    """Where the logits of each reference are left: 4 bytes x tokens x vocabulary. Removed with the job's other work."""
+    folder = context.work / "logits"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{which}.f32"
+    return {which: folder / f"{which}.f32" for which in (CHECKPOINT_REFERENCE, BASELINE_REFERENCE)}
+
+
+def _there(files: dict[str, Path]) -> dict[str, Path]:
+    return {which: file for which, file in files.items() if file.exists()}

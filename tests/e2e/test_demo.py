@@ -17,7 +17,7 @@ import pytest
 
 from slmops.conversion import store
 from slmops.core.files import write_atomic
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Recipe, Variant, VariantResult
 from slmops.evaluation import quality, summary
@@ -119,7 +119,8 @@ def _judged(variants: list[Variant], settings: Settings) -> dict[str, VariantRes
     results: list[VariantResult] = []
     baseline: tuple[float, quality.Quality] | None = None  # the first
     for variant in variants:
-        found = quality.measure(variant, register(variant, BROKEN, JOB, settings), BROKEN, JOB, settings)
+        context = JobContext(JOB, BROKEN, variant.checkpoint, settings)
+        found = quality.measure(variant, register(variant, BROKEN, JOB, settings), context)
         baseline = baseline or (variant.model_mb, found)
         figures = summary.evaluation(variant, timed, found, baseline, None)
         results.append(

@@ -20,7 +20,7 @@ from slmops.conversion.convert import convert, export, together
 from slmops.core import machine
 from slmops.core.errors import ConversionError, PrerequisiteError
 from slmops.core.files import sha256
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe, Variant
 from slmops.processes import children
@@ -47,12 +47,12 @@ CONVERT = """
 import sys
 from pathlib import Path
 from slmops.conversion.convert import convert
+from slmops.core.job import JobContext
 from slmops.core.settings import Settings
-from slmops.processes import children
 from tests import making
 asked, settings = making.job(Path(sys.argv[1])), Settings(home=sys.argv[2])
 checkpoint = making.resolve(asked, settings)
-convert(making.recipe("fp16", asked, checkpoint), checkpoint, asked, "tiny", settings)
+convert(making.recipe("fp16", asked, checkpoint), JobContext(asked, "tiny", checkpoint, settings))
 """
 
 
@@ -87,7 +87,7 @@ def disturbed(job: Job, checkpoint: Checkpoint, home: Settings, folder_of_the_us
     failures: dict[str, ConversionError] = {}
 
     def make(name: str, settings: Settings = home) -> Variant:
-        return convert(making.recipe(name, job, checkpoint), checkpoint, job, "tiny", settings, child)
+        return convert(making.recipe(name, job, checkpoint), JobContext(job, "tiny", checkpoint, settings), child)
 
     def fail(name: str, do: Callable[[psutil.Process], object], begun: str = "", **settings: Any) -> None:
         def watcher(_mb: float) -> None:
@@ -195,9 +195,8 @@ def test_nothing_is_strewn_about_and_a_job_after_one_that_was_killed_succeeds(
 
 def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = job.model_copy(update={"output_path": out})
-    recipe = making.recipe("int8", job, checkpoint)
-    assert convert(recipe, checkpoint, asked, "tiny", home) == made["int8"]
+    asked = JobContext(job.model_copy(update={"output_path": out}), "tiny", checkpoint, home)
+    assert convert(making.recipe("int8", job, checkpoint), asked) == made["int8"]
     assert files(out / "int8") == files(made["int8"].path)
     assert [path.name for path in out.iterdir()] == ["int8"]
     # Our own older export is replaced ...
@@ -209,7 +208,7 @@ def test_export(made: dict[str, Variant], job: Job, checkpoint: Checkpoint, home
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(PrerequisiteError, match=r"fp32 exists and is not a variant of slmops") as caught:
-        convert(making.recipe("fp32", job, checkpoint), checkpoint, asked, "tiny", home)
+        convert(making.recipe("fp32", job, checkpoint), asked)
     assert "--output-path" in (caught.value.fix or "")
     assert files(foreign).keys() == {"thesis.txt"}
     assert sorted(path.name for path in out.iterdir()) == ["fp32", "int8"]
@@ -220,7 +219,7 @@ def test_a_conversion_that_fails_leaves_nothing(job: Job, checkpoint: Checkpoint
     config = recipes.workflow({"export": {"type": "ModelBuilder", "precision": "int8"}})
     said = r"eight: Olive produced no model\. ModelBuilder has no int8 for the CPU"
     with pytest.raises(ConversionError, match=said) as caught:
-        convert(Recipe(name="eight", config=config), checkpoint, job, "tiny", fresh)
+        convert(Recipe(name="eight", config=config), JobContext(job, "tiny", checkpoint, fresh))
     assert caught.value.exit_code == 1
     written = fresh.logs / "tiny" / "eight.olive.log"
     assert "No output model produced" in written.read_text()  # and Olive ended well
@@ -235,10 +234,8 @@ def test_without_an_fp32_variant_a_part_of_it_is_compared(
 ) -> None:
     caplog.set_level(logging.INFO)
     making.place(("int8", "int4"), job, stock, fresh.home)
-    own = job.model_copy(update={"baseline": "checkpoint"})
-    variants = [
-        convert(making.recipe(name, own, checkpoint), checkpoint, own, "tiny", fresh) for name in ("int8", "int4")
-    ]
+    own = JobContext(job.model_copy(update={"baseline": "checkpoint"}), "tiny", checkpoint, fresh)
+    variants = [convert(making.recipe(name, own.job, checkpoint), own) for name in ("int8", "int4")]
     assert 0 < variants[0].export_error < job.export_tolerance
     assert variants[0].export_error == variants[1].export_error
     assert len([message for message in caplog.messages if message.startswith("comparing")]) == 1
@@ -262,7 +259,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(job: Job, checkpoint: Checkpoint, small_disk: Path) -> None:
     full = Settings(home=small_disk / "home")
-    asked = making.recipe("fp32", job, checkpoint), checkpoint, job, "tiny", full
+    asked = making.recipe("fp32", job, checkpoint), JobContext(job, "tiny", checkpoint, full)
     with together("tiny", full) as child:
         with pytest.raises(PrerequisiteError, match="The disk filled up while Olive worked") as caught:
             convert(*asked, child)

@@ -253,4 +253,4 @@ def test_a_pool_that_is_not_there_is_named(settings: Settings, talkative: Path) 
     asked = making.job(talkative)
     unknown = settings.model_copy(update={"pools": (Pool(name="nowhere", memory_gb=1),)})
     with pytest.raises(PrerequisiteError, match=r"(?s)'nowhere'.*prefect worker start --pool nowhere"):
-        fan_out.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown, ""))
+        fan_out.find_workers(JobContext(asked, "nowhere", making.resolve(asked, settings), unknown))

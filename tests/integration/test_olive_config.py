@@ -10,7 +10,7 @@ import pytest
 from slmops.conversion import olive_config, recipes
 from slmops.conversion.convert import convert
 from slmops.core.errors import RecipeError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Recipe
 from slmops.processes import children
@@ -80,7 +80,7 @@ def test_a_tutorials_config_does_what_it_says(
     assert not {"engine", "output_dir", "cache_dir", "log_severity_level"} & set(recipe.config)
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert ["int4_block_size = 64" in warned[0], f"int4_is_symmetric = {symmetric}" in warned[1]] == [True, True]
-    variant = convert(recipe, checkpoint, job, "tiny", home)
+    variant = convert(recipe, JobContext(job, "tiny", checkpoint, home))
     inputs = 3 if symmetric else 4
     assert quantized(variant.path / "model.onnx") == {("bits", 4), ("block_size", 64), ("inputs", inputs)}
     # Neither Olive's cache nor its output went where the file says.

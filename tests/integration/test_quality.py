@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from scipy.special import log_softmax, rel_entr
 
 from slmops.core.errors import EvaluationError
 from slmops.core.files import sha256
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Checkpoint, Registration, Variant
 from slmops.evaluation import edge_cases, quality, speed
@@ -58,16 +59,26 @@ def made(job: Job, home: Settings, stock: Settings) -> Made:
 
 
 @pytest.fixture(scope="module")
-def checkpoint_nll(checkpoint: Checkpoint, job: Job, home: Settings) -> tuple[float, ...]:
-    scored = quality.score_checkpoint(checkpoint, NAME, job, home)
+def context(checkpoint: Checkpoint, job: Job, home: Settings) -> JobContext:
+    return JobContext(job, NAME, checkpoint, home)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_nll(context: JobContext) -> tuple[float, ...]:
+    scored = quality.score_checkpoint(context)
     assert scored.answers == ()
     return scored.nll
 
 
 @pytest.fixture(scope="module")
-def scored(made: Made, job: Job, home: Settings, checkpoint_nll: tuple[float, ...]) -> Scored:
+def scored(made: Made, context: JobContext, checkpoint_nll: tuple[float, ...]) -> Scored:
     assert checkpoint_nll
-    return {name: quality.measure(*one, NAME, job, home) for name, one in made.items()}
+    return {name: quality.measure(*one, context) for name, one in made.items()}
+
+
+def asking(context: JobContext, name: str, **asked: Any) -> JobContext:
+    """Another job of another model with the same checkpoint."""
+    return replace(context, name=name, job=context.job.model_copy(update=asked))
 
 
 def token_ids(made: Made, job: Job) -> Any:
@@ -153,45 +164,41 @@ def no_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_cases")
-def test_the_same_again(scored: Scored, made: Made, job: Job, home: Settings) -> None:
-    reference = home.work(NAME) / "logits" / f"{BASELINE_REFERENCE}.f32"
+def test_the_same_again(scored: Scored, made: Made, context: JobContext) -> None:
+    reference = context.work / "logits" / f"{BASELINE_REFERENCE}.f32"
     before = sha256(reference)
     for name in ("int8", "fp32", "int8"):
-        runs = (quality.measure(*made[name], NAME, job, home), scored[name])
+        runs = (quality.measure(*made[name], context), scored[name])
         again, first = (one.model_dump(exclude={"cases": True, "answers": {"__all__": {"seconds"}}}) for one in runs)
         assert again == first, name
         assert sha256(reference) == before
 
 
-def test_the_checkpoint_as_the_baseline(
-    made: Made, job: Job, checkpoint: Checkpoint, home: Settings, scored: Scored
-) -> None:
-    own = job.model_copy(update={"quick": True, "baseline": "checkpoint"})
-    found = quality.score_checkpoint(checkpoint, "own", own, home)
+def test_the_checkpoint_as_the_baseline(made: Made, context: JobContext, scored: Scored) -> None:
+    own = asking(context, "own", quick=True, baseline="checkpoint")
+    found = quality.score_checkpoint(own)
     # The fp32 variant, which computes the same in Foundry Local, says the same.
     assert [one.answer for one in found.answers] == [one.answer for one in scored["fp32"].answers]
     assert np.allclose(found.nll, scored["fp32"].nll[: len(found.nll)], atol=1e-3)
-    int8 = quality.measure(*made["int8"], "own", own, home)
+    int8 = quality.measure(*made["int8"], own)
     assert {*int8.distances} == {CHECKPOINT_REFERENCE}
 
 
 @pytest.mark.usefixtures("no_cases")
-def test_a_job_that_is_quick_or_has_little_time(
-    made: Made, job: Job, checkpoint: Checkpoint, home: Settings, tmp_path: Path
-) -> None:
+def test_a_job_that_is_quick_or_has_little_time(made: Made, context: JobContext, tmp_path: Path) -> None:
     many = tmp_path / "many.jsonl"
     many.write_text('{"prompt": "Q", "expected": "A", "max_tokens": 2}\n' * 25, encoding="utf-8")
-    asked = job.model_copy(update={"quick": True, "evaluation_set": many})
-    assert quality.score_checkpoint(checkpoint, "quick", asked, home) is None
-    found = {name: quality.measure(*one, "quick", asked, home) for name, one in made.items()}
+    asked = asking(context, "quick", quick=True, evaluation_set=many)
+    assert quality.score_checkpoint(asked) is None
+    found = {name: quality.measure(*one, asked) for name, one in made.items()}
     windows = math.ceil(quality.QUICK_TOKENS / WINDOW)
     assert {len(one.nll) for one in found.values()} == {quality.QUICK_TOKENS - windows}
     assert {name: set(one.distances) for name, one in found.items()} == {"fp32": set(), "int8": {BASELINE_REFERENCE}}
     assert {len(one.answers) for one in found.values()} == {quality.QUICK_ITEMS}
 
-    asked = job.model_copy(update={"minutes": 0.001, "evaluation_set": many})
-    scored = quality.score_checkpoint(checkpoint, "hasty", asked, home)
-    found = {name: quality.measure(*one, "hasty", asked, home) for name, one in made.items()}
+    asked = asking(context, "hasty", minutes=0.001, evaluation_set=many)
+    scored = quality.score_checkpoint(asked)
+    found = {name: quality.measure(*one, asked) for name, one in made.items()}
     # The same ones for all, so that they compare; and no fewer than gates need.
     for one in found.values():
         assert len(one.nll) == len(scored.nll) == LEAST_TOKENS - math.ceil(LEAST_TOKENS / WINDOW)
@@ -202,23 +209,23 @@ def test_a_job_that_is_quick_or_has_little_time(
 
 
 def test_a_checkpoint_that_transformers_cannot_run(
-    checkpoint: Checkpoint, job: Job, home: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    context: JobContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes((checkpoint.path / name).read_bytes())
-    no_weights = checkpoint.model_copy(update={"path": tmp_path})
-    assert quality.score_checkpoint(no_weights, "weightless", job, home) is None
+        (tmp_path / name).write_bytes((context.checkpoint.path / name).read_bytes())
+    no_weights = replace(context, checkpoint=context.checkpoint.model_copy(update={"path": tmp_path}))
+    weightless = asking(no_weights, "weightless")
+    assert quality.score_checkpoint(weightless) is None
     assert any("not compared with the checkpoint itself" in message for message in caplog.messages)
-    assert list((home.work("weightless") / "logits").iterdir()) == []
+    assert list((weightless.work / "logits").iterdir()) == []
     with pytest.raises(EvaluationError):  # as the baseline: nothing is left to judge by
-        quality.score_checkpoint(no_weights, "own", job.model_copy(update={"baseline": "checkpoint"}), home)
+        quality.score_checkpoint(asking(no_weights, "own", baseline="checkpoint"))
 
 
 @pytest.mark.usefixtures("no_cases")
 def test_two_at_once_wait_for_each_other(
     made: Made,
-    job: Job,
-    home: Settings,
+    context: JobContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -236,12 +243,12 @@ def test_two_at_once_wait_for_each_other(
     # The lock is the machine's, not the home's.
     variant, registration = made["int8"]
     other = Settings(home=tmp_path / "other")
-    elsewhere = register(variant, NAME, job, other)
+    elsewhere = register(variant, NAME, context.job, other)
     monkeypatch.setattr(children, "call", timed)
-    quick = job.model_copy(update={"quick": True, "prompt_lengths": [32]})
+    quick = asking(context, "alone", quick=True, prompt_lengths=[32])
     with ThreadPoolExecutor(2) as pool:
-        scoring = pool.submit(quality.measure, variant, registration, "alone", quick, home)
-        timing = pool.submit(speed.measure, [(variant, elsewhere)], NAME, quick, other)
+        scoring = pool.submit(quality.measure, variant, registration, quick)
+        timing = pool.submit(speed.measure, [(variant, elsewhere)], NAME, quick.job, other)
     assert scoring.result().nll
     assert isinstance(timing.result()["int8"], Speed)
     assert len(sections) >= 3  # a disturbed turn is measured twice
@@ -255,21 +262,21 @@ def test_two_at_once_wait_for_each_other(
 
 
 def test_what_cannot_be_measured(
-    made: Made, job: Job, home: Settings, tmp_path: Path, in_process: pytest.MonkeyPatch
+    made: Made, context: JobContext, tmp_path: Path, in_process: pytest.MonkeyPatch
 ) -> None:
     in_process.undo()  # the last ones are about children
     variant, registration = made["int8"]
-    quick = job.model_copy(update={"quick": True})
+    quick = asking(context, "bad", quick=True)
     unknown = registration.model_copy(update={"foundry_id": "tiny-int8-generic-cpu:7"})
     with pytest.raises(EvaluationError, match="tiny-int8-generic-cpu:7"):
-        quality.measure(variant, unknown, "bad", quick, home)
-    impatient = home.model_copy(update={"evaluation_timeout_s": 0.02})
+        quality.measure(variant, unknown, quick)
+    impatient = quick.settings.model_copy(update={"evaluation_timeout_s": 0.02})
     with pytest.raises(EvaluationError, match=r"took longer than 0\.02 s"):
-        quality.measure(variant, registration, "bad", quick, impatient)
+        quality.measure(variant, registration, replace(quick, settings=impatient))
     assert making.workers("logits_worker") == []
     # A question that the context has no room for.
     (tmp_path / "long.jsonl").write_text('{"prompt": "Tell me.", "expected": "x", "max_tokens": 4096}\n')
-    asked = quick.model_copy(update={"evaluation_set": tmp_path / "long.jsonl"})
+    asked = asking(quick, "long", evaluation_set=tmp_path / "long.jsonl")
     with pytest.raises(EvaluationError, match=r"'Tell me\.'.*4096 output") as caught:
-        quality.measure(variant, registration, "long", asked, home)
+        quality.measure(variant, registration, asked)
     assert "--max-length" in caught.value.fix

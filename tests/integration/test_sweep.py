@@ -12,7 +12,7 @@ from flows.sweep import sweep
 from slmops.conversion import recipes
 from slmops.conversion.convert import convert
 from slmops.core.errors import UsageError, WorkError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.selection import sweep as results
 from slmops.selection.sweep import Sweep, Swept
@@ -91,7 +91,7 @@ def test_a_sweep_goes_on_after_it_was_ended_and_its_knee_becomes_a_recipe(
     assert json.loads(found.saved.read_text())["passes"]["quantize"]["group_size"] == 32
     job = Job(model=str(talkative), precision=["found"], quick=True)
     checkpoint = making.resolve(job, settings)
-    again = convert(recipes.for_job(job, checkpoint, settings)[-1], checkpoint, job, "tiny", settings)
+    again = convert(recipes.for_job(job, checkpoint, settings)[-1], JobContext(job, "tiny", checkpoint, settings))
     assert again.model_mb == kept.metrics["size_mb"]
     assert json.loads((again.path / "genai_config.json").read_text())["search"]["top_k"] == 7
     with pytest.raises(UsageError, match="There is a recipe 'found' already"):

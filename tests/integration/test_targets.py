@@ -21,6 +21,7 @@ from slmops.conversion.convert import convert
 from slmops.conversion.logits import OnnxModel
 from slmops.conversion.olive_worker import Workflow
 from slmops.core.errors import PrerequisiteError, UsageError
+from slmops.core.job import JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Comparison, Registration
 from slmops.delivery import catalog, remeasurement
@@ -133,9 +134,9 @@ def test_every_target_is_made_and_computes_on_the_cpu_what_the_checkpoint_does(
     names = ["fp16-dml", "int8-webgpu", "fp16-cuda", "int4-cuda", "fp16-trt-rtx"]
     providers = ["dml", "webgpu", "cuda", "cuda", "NvTensorRtRtx"]
     job = making.job(talkative, precision=["fp16", "int8", "int4"], target=["dml", "webgpu", "cuda", "trt-rtx"])
-    checkpoint = making.resolve(job, fresh)
+    context = JobContext(job, "tiny", making.resolve(job, fresh), fresh)
     for name, provider in zip(names, providers, strict=True):
-        variant = convert(making.recipe(name, job, checkpoint), checkpoint, job, "tiny", fresh)
+        variant = convert(making.recipe(name, job, context.checkpoint), context)
         written = json.loads((variant.path / "genai_config.json").read_text(encoding="utf-8"))
         options = written["model"]["decoder"]["session_options"]["provider_options"]
         assert [list(one) for one in options] == [[provider]]
@@ -147,13 +148,13 @@ def test_the_cpu_scores_and_answers_what_a_gpu_computes_in_bf16(
 ) -> None:
     asked = making.job(talkative, precision=["bf16"], target=["cuda"], evaluation_set=making.evaluation_set(tmp_path))
     job = asked.model_copy(update={"quick": False})
-    checkpoint = making.resolve(job, fresh)
-    assert quality.score_checkpoint(checkpoint, "tiny", job, fresh)
-    variant = convert(making.recipe("bf16-cuda", job, checkpoint), checkpoint, job, "tiny", fresh)
+    context = JobContext(job, "tiny", making.resolve(job, fresh), fresh)
+    assert quality.score_checkpoint(context)
+    variant = convert(making.recipe("bf16-cuda", job, context.checkpoint), context)
     assert variant.weights.by_bits.keys() == {"16"}
     registration = register(variant, "tiny", job, fresh)
     assert "no device for CUDAExecutionProvider" in (registration.not_run or "")
-    scored = quality.measure(variant, registration, "tiny", job, fresh)
+    scored = quality.measure(variant, registration, context)
     assert [bool(one.answer) for one in scored.answers] == [True] * len(scored.answers)
     assert scored.answers
     # Rounded: near the checkpoint, and not what fp32 computes, which is within 1e-6.
@@ -168,7 +169,7 @@ def test_a_recipe_of_ones_own_for_a_gpu_may_have_32_bits(talkative: Path, fresh:
     job = making.job(talkative, precision=["wide"], target=["webgpu"])
     checkpoint = making.resolve(job, fresh)
     recipe = recipes.recipe("wide-webgpu", job, checkpoint, fresh)
-    assert convert(recipe, checkpoint, job, "tiny", fresh).recipe.bits == 32
+    assert convert(recipe, JobContext(job, "tiny", checkpoint, fresh)).recipe.bits == 32
 
 
 @pytest.mark.usefixtures("in_process")
@@ -196,7 +197,7 @@ def test_webgpus_own_kernels_run_the_graph_and_compute_what_the_cpu_does(
     passes = {name: dict(step) for name, step in recipe.config["passes"].items()}
     passes["export"]["extra_options"] = {**passes["export"]["extra_options"], "use_webgpu_fp32": True}
     in_fp32 = recipe.model_copy(update={"config": {**recipe.config, "passes": passes}})
-    variant = convert(in_fp32, checkpoint, job, "tiny", fresh)
+    variant = convert(in_fp32, JobContext(job, "tiny", checkpoint, fresh))
     tokens, found = tmp_path / "tokens.npy", tmp_path / "found.npz"
     np.save(tokens, np.arange(5, 21, dtype=np.int64))
     asked = [sys.executable, webgpu.__file__, str(variant.path), str(tokens), str(found)]

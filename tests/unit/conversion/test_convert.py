@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +20,7 @@ from slmops.conversion.convert import convert
 from slmops.conversion.verify_worker import VerifyResult
 from slmops.core import machine
 from slmops.core.errors import ConversionError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import MANIFEST, Checkpoint, Frozen, Recipe, Variant, Weights
 from slmops.processes import children
@@ -35,6 +36,11 @@ FOUND = Weights(bits_per_weight=4.5, by_bits={"4": 1000}, quantized_ops={})
 @pytest.fixture
 def tiny(tmp_path: Path) -> Checkpoint:
     return checkpoint(path=write_checkpoint(tmp_path / "tiny"))
+
+
+@pytest.fixture
+def context(tiny: Checkpoint, settings: Settings) -> JobContext:
+    return JobContext(Job(model="m"), "bot", tiny, settings)
 
 
 def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = lambda: None) -> list[str]:
@@ -65,24 +71,24 @@ def play_olive(monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = l
     return conversions
 
 
-def left(settings: Settings) -> set[Path]:
-    return {path for folder in (settings.variants, settings.work("bot")) for path in folder.rglob("*")}
+def left(context: JobContext) -> set[Path]:
+    return {path for folder in (context.settings.variants, context.work) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize(("name", "offline"), [("int4", "1"), ("mine", "0")])
 def test_a_recipe_of_the_users_own_may_want_data_from_the_hub_in_one_child(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, offline: str
+    context: JobContext, monkeypatch: pytest.MonkeyPatch, name: str, offline: str
 ) -> None:
     play_olive(monkeypatch)
     call = Mock(side_effect=children.call)
     monkeypatch.setattr(children, "call", call)
-    convert(RECIPE.model_copy(update={"name": name}), tiny, Job(model="m"), "bot", settings)
+    convert(RECIPE.model_copy(update={"name": name}), context)
     environments = [one.kwargs["env"] for one in call.call_args_list]
     assert environments[0]["HF_HUB_OFFLINE"] == offline
     assert environments == [environments[0]] * 2  # else each call had a process of its own
 
 
-def test_two_names_at_once_convert_once(tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_names_at_once_convert_once(context: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
     both_looked = threading.Barrier(2)
 
     def look(folder: Path) -> Any:
@@ -96,30 +102,32 @@ def test_two_names_at_once_convert_once(tiny: Checkpoint, settings: Settings, mo
     load = store.load
     monkeypatch.setattr(conversion.store, "load", look)
     conversions = play_olive(monkeypatch)
-    job = Job(model="m")
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda name: convert(RECIPE, tiny, job, name, settings), ("one", "other"))
+        one, other = pool.map(lambda name: convert(RECIPE, replace(context, name=name)), ("one", "other"))
     assert len(conversions) == 1
     assert one == other == store.load(one.path)
 
 
+@pytest.fixture
+def target(context: JobContext) -> Path:
+    """The folder of the recipe's variant."""
+    return context.settings.variants / store.key(RECIPE, context.checkpoint, machine.versions())
+
+
 def test_files_of_a_faster_machine_are_described(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    context: JobContext, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = settings.variants / store.key(RECIPE, tiny, machine.versions())
     play_olive(monkeypatch, before=lambda: write_variant(target))
-    made = convert(RECIPE, tiny, Job(model="m"), "bot", settings)
-    assert made == store.load(target)
+    assert convert(RECIPE, context) == store.load(target)
 
 
 def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    context: JobContext, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target = settings.variants / store.key(RECIPE, tiny, machine.versions())
     target.mkdir(parents=True)
     (target / "stale").write_text("of the old folder")
     conversions = play_olive(monkeypatch)
-    made = [convert(RECIPE, tiny, Job(model="m"), name, settings) for name in ("one", "other")]
+    made = [convert(RECIPE, replace(context, name=name)) for name in ("one", "other")]
     assert made[0] == made[1] == store.load(target)
     assert len(conversions) == 1
     assert [record.levelname for record in caplog.records if str(target) in record.getMessage()] == ["WARNING"]
@@ -134,17 +142,17 @@ def test_an_incomplete_folder_is_made_again_and_a_complete_one_is_used(
     ],
 )
 def test_an_olive_that_does_not_end_well_leaves_nothing(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, ended: str, said: str
+    context: JobContext, monkeypatch: pytest.MonkeyPatch, ended: str, said: str
 ) -> None:
     play_olive(monkeypatch, before=Mock(side_effect=ConversionError(ended)))
     with pytest.raises(ConversionError, match=re.escape(said)):
-        convert(RECIPE, tiny, Job(model="m"), "bot", settings)
-    assert left(settings) == set()
+        convert(RECIPE, context)
+    assert left(context) == set()
 
 
 @pytest.mark.parametrize(("failing", "found"), [("fp32", []), (None, ["fp32"])])
 def test_a_recipe_that_goes_on_from_another_follows_it_and_has_what_olive_cached_unless_that_failed(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch, failing: str | None, found: list[str]
+    context: JobContext, monkeypatch: pytest.MonkeyPatch, failing: str | None, found: list[str]
 ) -> None:
     export, tie, half = ({"type": kind} for kind in ("ModelBuilder", "GraphSurgeries", "OnnxFloatToFloat16"))
     chains = {"fp32": [export, tie], "int8": [{"type": "Rtn"}, export], "fp16": [export, tie, half]}
@@ -156,44 +164,45 @@ def test_a_recipe_that_goes_on_from_another_follows_it_and_has_what_olive_cached
     cached: dict[str, list[str]] = {}
 
     def olive() -> None:
-        cache = settings.work("bot") / ".cache" / "olive"
+        cache = context.work / ".cache" / "olive"
         cached[made_of[-1]] = sorted(path.name for path in cache.iterdir() if path.suffix != ".json")
         (cache / made_of[-1]).touch()
         if failing == made_of[-1]:
             raise ConversionError("The process was killed by SIGKILL.")
 
     play_olive(monkeypatch, before=olive)
-    with conversion.together("bot", settings) as child:
+    with conversion.together("bot", context.settings) as child:
         for recipe in conversion.in_order(recipes):
             made_of.append(recipe.name)
             with contextlib.suppress(ConversionError):
-                convert(recipe, tiny, Job(model="m"), "bot", settings, child)
+                convert(recipe, context, child)
     assert made_of == ["fp32", "fp16", "int8"]
     assert cached == {"fp32": [], "fp16": found, "int8": []}
-    assert list(settings.work("bot").rglob("*")) == []
+    assert list(context.work.rglob("*")) == []
 
 
 def test_without_an_fp32_variant_a_part_of_it_is_compared_before_any_conversion(
-    tiny: Checkpoint, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    context: JobContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Job(model="m", baseline="checkpoint", export_tolerance=0.1)
-    strict = own.model_copy(update={"export_tolerance": 0.001})
+    own, strict = (
+        replace(context, job=Job(model="m", baseline="checkpoint", export_tolerance=most)) for most in (0.1, 0.001)
+    )
     conversions = play_olive(monkeypatch)
     for recipe in (RECIPE, EIGHT):
         with pytest.raises(ConversionError, match="The export is wrong") as caught:
-            convert(recipe, tiny, strict, "bot", settings)
+            convert(recipe, strict)
         assert caught.value.fix == "Another tolerance."
-    assert conversions == [str(settings.work("bot") / "fp32" / "model")]
-    assert left(settings) == {settings.work("bot") / "export_error"}
-    shutil.rmtree(settings.work("bot"))  # as at the job's end
-    both = [convert(recipe, tiny, own, "bot", settings) for recipe in (RECIPE, EIGHT)]
+    assert conversions == [str(context.work / "fp32" / "model")]
+    assert left(context) == {context.work / "export_error"}
+    shutil.rmtree(context.work)  # as at the job's end
+    both = [convert(recipe, own) for recipe in (RECIPE, EIGHT)]
     assert [variant.export_error for variant in both] == [0.01, 0.01]
     assert [Path(made).parent.name for made in conversions] == ["fp32", "fp32", "int4", "int8"]
-    shutil.rmtree(settings.work("bot"))  # but it is known by now
-    assert convert(RECIPE, tiny, own, "bot", settings) == both[0]
+    shutil.rmtree(context.work)  # but it is known by now
+    assert convert(RECIPE, own) == both[0]
     assert len(conversions) == 4
     with pytest.raises(ConversionError, match=r"differs from the checkpoint by 0\.01 .* and 0\.001 is allowed"):
-        convert(RECIPE, tiny, strict, "bot", settings)
+        convert(RECIPE, strict)
 
 
 @pytest.mark.parametrize(

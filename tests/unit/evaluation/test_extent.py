@@ -14,7 +14,7 @@ import pytest
 
 from slmops import foundry
 from slmops.core.errors import EvaluationError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.evaluation import answers_worker, dataset, logits_worker
 from slmops.evaluation.dataset import Item
@@ -111,7 +111,7 @@ def test_all_models_of_a_job_get_what_the_first_had_time_for(settings: Settings,
     job = Job(model="m", minutes=10)
 
     def share(asked: Job = job, name: str = "bot", home: Settings = settings, **changes: Any) -> Share:
-        return Share("questions", 40, "digest", values.checkpoint(**changes), name, asked, home)
+        return Share("questions", 40, "digest", JobContext(asked, name, values.checkpoint(**changes), home))
 
     first = share()
     assert (first.count, first.budget_s) == (40, 60)  # four variants and the checkpoint, text and questions

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from slmops import foundry
 from slmops.core import locks
 from slmops.core.errors import UsageError
-from slmops.core.job import Job
+from slmops.core.job import Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Registration
 from slmops.evaluation import answers_worker, quality, scoring
@@ -316,5 +316,6 @@ def test_defect_5_the_judge_is_asked_when_the_machine_is_free(
     questions.write_text('{"prompt": "Greet me.", "match": "judge"}\n{"prompt": "Q", "expected": "paris"}\n')
     registration = Registration(foundry_id="x:1", path=tmp_path, answer="")
     job = Job(model="demo", quick=True, evaluation_set=questions)
-    found = quality.measure(values.variant(tmp_path), registration, "bot", job, settings)
+    context = JobContext(job, "bot", values.checkpoint(), settings)
+    found = quality.measure(values.variant(tmp_path), registration, context)
     assert [(one.correct, one.score) for one in found.answers] == [(True, 0.9), (True, 1)]

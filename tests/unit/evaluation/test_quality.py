@@ -9,7 +9,7 @@ import pytest
 from slmops.checkpoints import room
 from slmops.core import machine
 from slmops.core.errors import EvaluationError
-from slmops.core.job import CHECKPOINT, Job
+from slmops.core.job import CHECKPOINT, Job, JobContext
 from slmops.core.settings import Settings
 from slmops.core.values import Registration, Variant
 from slmops.evaluation import quality
@@ -53,7 +53,7 @@ def test_a_failure_to_answer_ends_the_scoring(
     done = stand_in(monkeypatch, settings.home / "scoring.log", "print('begun', flush=True); time.sleep(100)")
     began = time.monotonic()
     with room.watched(settings) as peaks, pytest.raises(EvaluationError, match="It does not answer"):
-        quality.measure(*made, "bot", Job(model="m", quick=True), settings)
+        quality.measure(*made, JobContext(Job(model="m", quick=True), "bot", made[0].checkpoint, settings))
     assert time.monotonic() - began < LONG_S / 2
     assert done == ["text", "questions"]
     assert threading.active_count() < 10

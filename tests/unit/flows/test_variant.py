@@ -47,7 +47,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mock:
 
 def outcomes(folder: Path, peer: str | None = "llama.cpp") -> dict[str, Any]:
     settings = Settings(home=folder)
-    context = JobContext(Job(model="m", peer=peer), "tiny", values.checkpoint(), settings, "")
+    context = JobContext(Job(model="m", peer=peer), "tiny", values.checkpoint(), settings)
     return dict(flow.make_here([values.variant(folder).recipe], context, Mock()))
 
 
@@ -83,7 +83,7 @@ def test_a_peer_that_fails_leaves_the_others(steps: Mock, tmp_path: Path) -> Non
 def test_a_checkpoint_that_is_no_gguf_is_refused_before_anything_is_converted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["Phi3ForCausalLM"]}')
     settings = Settings(home=tmp_path / "home")
-    context = JobContext(Job(model="m", peer="llama.cpp"), "tiny", values.checkpoint(path=tmp_path), settings, "")
+    context = JobContext(Job(model="m", peer="llama.cpp"), "tiny", values.checkpoint(path=tmp_path), settings)
     with pytest.raises(CheckpointError, match="Phi3ForCausalLM"):
         plan_recipes.fn(context)
 
@@ -100,5 +100,5 @@ def test_questions_with_tools_are_for_checkpoints_that_can_call_them(tmp_path: P
     ):
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(UsageError, match="items with tools, which the variants of this") as refused:
-            plan_recipes.fn(JobContext(job, "tiny", values.checkpoint(path=tmp_path), settings, ""))
+            plan_recipes.fn(JobContext(job, "tiny", values.checkpoint(path=tmp_path), settings))
         assert said in refused.value.fix

@@ -274,15 +274,8 @@ class Tracker(Connection):
     def device(self, run_id: str) -> tuple[str, str]:
         """What a variant was measured on: the kind of machine, and the target."""
         run = self._client.get_run(run_id).data
-        target = target_of(run.tags.get("slmops.variant", ""))
-        if MEASURED_ON in run.tags:
-            return str(run.tags[MEASURED_ON]), target
-        # Made of its parts, which the runs of before there were kinds have too.
-        texts = {key: run.params.get(f"hardware.{key}", "") for key in Hardware.model_fields}
-        try:
-            return Hardware.model_validate({**texts, "isa": json.loads(texts["isa"])}).kind, target
-        except ValueError:
-            return "an unknown machine", target
+        kind = run.tags.get(MEASURED_ON) or run.params.get("hardware.kind", "an unknown machine")
+        return kind, target_of(run.tags.get("slmops.variant", ""))
 
     def champion(self, name: str, like: str | None = None) -> dict[str, Measurement] | None:
         """What was measured of the deployed version of the registered model ``name``; None: nothing is deployed.

@@ -15,7 +15,8 @@ from filelock import FileLock
 
 from slmops.core.job import Job
 from slmops.core.settings import Settings
-from slmops.core.values import Checkpoint
+from slmops.core.values import Checkpoint, Registration, Variant
+from slmops.foundry.register import register
 from slmops.local import stack
 from tests import making
 from tests.retraining import HELD_OUT
@@ -57,6 +58,13 @@ def checkpoint(job: Job, home: Settings) -> Checkpoint:
 def stock(shared: Path) -> Settings:
     """A home for variants that are converted once; nothing is registered there, and nobody alters it."""
     return Settings(home=shared / "stock")
+
+
+@pytest.fixture(scope="module")
+def made(job: Job, home: Settings, stock: Settings) -> dict[str, tuple[Variant, Registration]]:
+    """Variants that are registered in the home."""
+    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
+    return {variant.name: (variant, register(variant, "tiny", job, home)) for variant in variants}
 
 
 @pytest.fixture

@@ -53,12 +53,6 @@ def in_process() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def made(job: Job, home: Settings, stock: Settings) -> Made:
-    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
-    return {variant.name: (variant, register(variant, NAME, job, home)) for variant in variants}
-
-
-@pytest.fixture(scope="module")
 def context(checkpoint: Checkpoint, job: Job, home: Settings) -> JobContext:
     return JobContext(job, NAME, checkpoint, home)
 

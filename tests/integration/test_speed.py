@@ -14,7 +14,6 @@ from slmops.core.values import Registration, Variant
 from slmops.evaluation import prompts, speed, summary
 from slmops.evaluation.speed import Speed, Turn
 from slmops.foundry.layout import stage
-from slmops.foundry.register import register
 from slmops.processes import children
 from tests import making
 from tests.measured import answer, quality
@@ -31,12 +30,6 @@ Measured = dict[str, Speed]
 @pytest.fixture(scope="module")
 def job(talkative: Path) -> Job:
     return making.job(talkative, prompt_lengths=LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def made(job: Job, home: Settings, stock: Settings) -> dict[str, Made]:
-    variants = [making.variant(name, job, stock) for name in ("fp32", "int8")]
-    return {variant.name: (variant, register(variant, NAME, job, home)) for variant in variants}
 
 
 def altered(made: Made, name: str, folder: Path) -> Made:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check unit bench clean
+.PHONY: demo test test-containers check unit bench clean
 
 demo: $(READY)
 	@$(BIN)/slmops demo
@@ -12,6 +12,9 @@ demo: $(READY)
 test: $(READY)
 	@$(MAKE) --no-print-directory --jobs=2 check unit
 	@$(BIN)/python -m pytest tests/integration tests/e2e -n 4 --dist loadfile --no-loadscope-reorder
+
+test-containers: $(READY)
+	@$(BIN)/python -m pytest tests/containers
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

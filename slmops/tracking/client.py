@@ -55,7 +55,9 @@ def talking(uri: str) -> Iterator[None]:
     except (MlflowException, RequestException, OSError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         # urllib3's words for these fill lines.
-        if "ConnectionPool" in said:
+        if "error responses" in said:
+            said = "each time it had an error of its own, which its log tells, such as a full disk"
+        elif "ConnectionPool" in said:
             said = "it cannot be reached"
         elif "Connection broken" in said:
             said = "the connection broke"

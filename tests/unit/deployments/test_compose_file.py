@@ -5,10 +5,12 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import get_current_settings
 
 from slmops.core.settings import Settings
 from slmops.local import stack
@@ -150,6 +152,13 @@ def test_workers_can_be_many() -> None:
     assert not {"container_name", "hostname", "ports"} & set(SERVICES["worker"])
     assert "worker-tmp:/tmp" in SERVICES["worker"]["volumes"], "workers share the lock of the machine"
     assert "--limit=1" in SERVICES["worker"]["command"], "each does one thing at a time"
+
+
+def test_what_a_server_must_not_forget_is_in_a_volume() -> None:
+    prefect = SERVICES["prefect"]
+    leases = resolve_name(prefect["environment"]["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"])
+    assert leases.ConcurrencyLeaseStorage().storage_path.is_relative_to(get_current_settings().home)
+    assert "prefect:/home/slmops" in prefect["volumes"]
 
 
 def test_nothing_is_sent_to_anybody() -> None:

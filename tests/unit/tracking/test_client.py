@@ -26,6 +26,12 @@ URI = "https://me:secret@mlflow.example:5000"
             "API request to https://***@mlflow.example:5000/api failed",
         ),
         (NoConnection("HTTPSConnectionPool(host='mlflow.example', port=5000): Max retries"), "it cannot be reached"),
+        (
+            NoConnection(
+                "HTTPConnectionPool(host='m', port=5000): (Caused by ResponseError('too many 500 error responses'))"
+            ),
+            "each time it had an error of its own, which its log tells, such as a full disk",
+        ),
         (NoConnection("('Connection broken: IncompleteRead(0 bytes read)'"), "the connection broke"),
         (OSError(), "OSError"),
         (MlflowException("x" * 1000), "x" * 300),

@@ -1,5 +1,6 @@
 """All deployments on a real Prefect server: registered twice, changed by a user, started by an event, lost."""
 
+import contextlib
 import asyncio
 import os
 import runpy
@@ -269,9 +270,13 @@ def test_a_killed_run_crashes_and_leaves_its_slot_which_it_has_also_after_a_rest
 
 def test_a_crashed_retraining_is_taken_up_again(api: httpx.Client) -> None:
     renew(*quick())
-    run = of_a_retraining(api)
-    assert [propose(run, Pending()), propose(run, Running()), propose(run, Crashed())] == PASSING
-    making.until(lambda: deployed.state(run).name == "AwaitingRetry", "it is taken up again")
+    for _ in range(3):  # the server takes over a renewed automation when it gets to it, and misses what is before
+        run = of_a_retraining(api)
+        assert [propose(run, Pending()), propose(run, Running()), propose(run, Crashed())] == PASSING
+        with contextlib.suppress(AssertionError):
+            making.until(lambda run=run: deployed.state(run).name == "AwaitingRetry", "it is taken up again", 30)
+            return
+    raise AssertionError("No crashed retraining was taken up again.")
 
 
 def test_people_are_told_of_what_goes_wrong_with_a_model(api: httpx.Client, servers: Stack) -> None:

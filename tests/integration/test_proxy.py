@@ -144,6 +144,7 @@ def test_bytes_that_are_not_http_do_no_harm(service: Service) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # of a body as large as it was meant to be
 def test_no_input_gives_a_5xx_or_ends_anything(installed: Installed, tmp_path: Path) -> None:
     service = start(installed, tmp_path / "home", max_output_tokens=2, request_timeout_s=10)
     worker = service.worker()

@@ -1,7 +1,7 @@
 """All deployments on a real Prefect server: registered twice, changed by a user, started by an event, lost."""
 
-import contextlib
 import asyncio
+import contextlib
 import os
 import runpy
 import socket

@@ -168,7 +168,7 @@ def read(raw: bytes, most_tokens: int, *, chat: bool) -> Asked:
     for name in ("tools", "response_format", "text"):
         if body.get(name):
             _check_schema(body[name], name)
-    form = body.get("response_format") or (body.get("text") or {}).get("format") or {}
+    form = (body.get("response_format") if chat else (body.get("text") or {}).get("format")) or {}
     if body.get("tools") and body.get("tool_choice") != "none" and form.get("type", "text") != "text":
         said = "The runtime cannot call tools in a structured answer: drop one of the two, or set tool_choice to none."
         raise Refused(400, said, "invalid_value", "tools")

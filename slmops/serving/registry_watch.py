@@ -42,8 +42,7 @@ class VersionSource:
     name: str
     settings: Settings
     uri: str
-    _release: list[int] = field(default_factory=list)
-    _best: int = 0
+    _fitting: tuple[tuple[int, list[str]], ModelVersion] | None = None  # by the champion and its others, what fits here
 
     @cached_property
     def registry(self) -> "Registry":
@@ -52,15 +51,14 @@ class VersionSource:
         return Registry(self.uri)
 
     def fitting(self, champion: ModelVersion) -> ModelVersion:
-        """What this device serves of a champion's release; asked again only when there is another one."""
-        release = self.registry.release(champion)
-        numbers = [one.version for one in release]
-        if numbers != self._release:
-            best = pull.of_release(release, self.settings)
-            self._release, self._best = numbers, best.version if best else champion.version
-        found = next(one for one in release if one.version == self._best)
+        """What this device serves of a champion's release; it is looked for only when there is another one."""
+        release = (champion.version, champion.others)
+        if self._fitting is None or self._fitting[0] != release:
+            found = pull.of_release(self.registry.release(champion), self.settings)
+            self._fitting = release, found or champion
+        best = self._fitting[1]
         promoted = {"slmops.promoted": champion.tags.get("slmops.promoted", "")}
-        return found.model_copy(update={"tags": {**found.tags, **promoted}})
+        return best.model_copy(update={"tags": {**best.tags, **promoted}})
 
     def install(self, version: ModelVersion) -> Installed:
         """Put a version on this device, verified; RegistrationError is its own fault, other errors are not."""

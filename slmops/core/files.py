@@ -48,12 +48,20 @@ def move(source: Path, target: Path) -> Path:
     return source.replace(target)
 
 
+def account() -> str:
+    """The name of the user that this process runs as."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number that has no name
+        return "somebody"
+
+
 def unreadable(error: OSError) -> tuple[str, str]:
     """Message and fix of an error about a file or folder that cannot be read: which, why, and for which user."""
     path = Path(os.fsdecode(error.filename or "a file"))  # what breaks in the middle of a file does not name it
     if not isinstance(error, PermissionError) or not hasattr(os, "getuid"):
         return f"{path} cannot be read: {error.strerror}.", "Check the path, its permissions and its disk."
-    user = f"the user {getpass.getuser()} ({os.getuid()})"
+    user = f"the user {account()} ({os.getuid()})"
     return f"{path} may not be read by {user}.", f"On the machine that has it: chmod -R a+rX {path.parent}"
 
 

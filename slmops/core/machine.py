@@ -1,7 +1,6 @@
 """This machine and the packages on it. Nothing heavy is imported."""
 
 import contextlib
-import getpass
 import itertools
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from slmops.core.files import account
 from slmops.core.values import Hardware
 
 PACKAGES = (
@@ -100,11 +100,7 @@ def disk_free(folder: Path) -> int:
 
 def person() -> str:
     """Who works here, as far as the system knows."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a number that has no name
-        name = "somebody"
-    return f"{name} on {platform.node()}"
+    return f"{account()} on {platform.node()}"
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import pytest
 from slmops.checkpoints import hub, source
 from slmops.checkpoints.source import MOST_CACHE, cache_bytes, context_length
 from slmops.core.errors import CheckpointError, PrerequisiteError
+from slmops.core.files import unreadable
 from slmops.core.job import Job
 from slmops.core.settings import Settings
 from slmops.core.values import Agreement
@@ -60,6 +61,13 @@ def test_a_file_that_this_user_may_not_read(
         resolve(folder)
     assert refused.value.message == f"{folder / name} may not be read by the user {getpass.getuser()} ({os.getuid()})."
     assert refused.value.fix == f"On the machine that has it: chmod -R a+rX {folder}"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows has no such permissions")
+def test_who_may_not_read_need_not_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: {}["uid"])  # as it is of a number that no file knows
+    said, _ = unreadable(PermissionError(errno.EACCES, "Permission denied", "/data/a"))
+    assert said == f"/data/a may not be read by the user somebody ({os.getuid()})."
 
 
 NOWHERE = "nowhere ./nowhere ../no/where ~/nowhere-at-all /a/b a/b/c org/name@ org/model.gguf https://example.org/a/b"

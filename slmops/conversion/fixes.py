@@ -125,8 +125,8 @@ def _tie_before_a_cast() -> None:
     tie = TieWordEmbeddings.__call__
 
     def tied(self: Any, model: Any) -> Any:
-        last = next(node for node in model.graph.node if "logits" in node.output)
-        if last.op_type != "Cast":
+        last = next((node for node in model.graph.node if "logits" in node.output), None)
+        if last is None or last.op_type != "Cast":
             return tie(self, model)
         model.graph.node.remove(last)
         (head,) = (node for node in model.graph.node if last.input[0] in node.output)

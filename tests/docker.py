@@ -3,8 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,15 +74,13 @@ class Containers:
         }
         environment = folder / "env"
         environment.write_text("".join(f"{name}='{value}'\n" for name, value in variables.items()))
-        self._files = [FILE]
         self._options = ["compose", "--project-name", project, "--env-file", str(environment)]
         retraining.base(self.data / "model")
         retraining.write_data(self.data / "tickets")
         making.evaluation_set(self.data)
 
     def __call__(self, *arguments: str, timeout_s: float = UP_S) -> str:
-        files = [word for file in self._files for word in ("--file", str(file))]
-        return docker(*self._options, *files, *arguments, timeout_s=timeout_s)
+        return docker(*self._options, "--file", str(FILE), *arguments, timeout_s=timeout_s)
 
     def up(self, *arguments: str) -> None:
         self("up", "--detach", "--wait", *arguments)
@@ -147,11 +144,6 @@ class Containers:
 
         making.until(at_work, f"{name} of {run} is at work", RUN_S)
 
-    def worker_of(self, run: str) -> str:
-        """The container in which a run is."""
-        [found] = [one for one in self.running("worker") if run in docker("logs", one)]
-        return found
-
     def told(self, run: str) -> str:
         """States and last lines of a run's log."""
         states = [f"{one['name']}: {one['message']}" for one in self.ask(f"/flow_run_states/?flow_run_id={run}")]
@@ -196,16 +188,3 @@ class Containers:
         subprocess.run([DOCKER, "exec", container, "sh", "-c", "kill -9 -1"], capture_output=True, check=False)
         again = partial(docker, "inspect", "--format", "{{.RestartCount}}", container)
         making.until(lambda: again() != before, f"{container} starts again")
-
-    @contextmanager
-    def changed(self, override: dict[str, Any], *services: str) -> Iterator[None]:
-        """Some services as an override changes them."""
-        file = self.folder / "override.yml"
-        file.write_text(yaml.safe_dump(override))
-        self._files.append(file)
-        try:
-            self.up("--no-deps", *services)
-            yield
-        finally:
-            self._files.remove(file)
-            self.up("--no-deps", *services)

@@ -145,8 +145,11 @@ def test_bytes_that_are_not_http_do_no_harm(service: Service) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisWarning")  # of a body as large as it was meant to be
-def test_no_input_gives_a_5xx_or_ends_anything(installed: Installed, tmp_path: Path) -> None:
+def test_no_input_gives_a_5xx_or_ends_anything(
+    installed: Installed, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     service = start(installed, tmp_path / "home", max_output_tokens=2, request_timeout_s=10)
+    request.addfinalizer(lambda: stop(service))  # also if it fails: a process that is left would fail another test
     worker = service.worker()
     seen: Counter[int] = Counter()
     connections = {path: http.client.HTTPConnection(*service.address, timeout=60) for path in (CHAT, RESPONSES)}
@@ -188,7 +191,6 @@ def test_no_input_gives_a_5xx_or_ends_anything(installed: Installed, tmp_path: P
     assert seen[400] > seen.total() / 4
     assert service.worker() == worker
     assert service.answers()
-    stop(service)
 
 
 def test_a_runtime_that_dies_is_an_error_at_worst_and_the_service_goes_on(service: Service) -> None:

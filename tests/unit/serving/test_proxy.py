@@ -234,12 +234,14 @@ async def test_what_is_not_a_request_is_told_so_and_does_not_reach_the_runtime(o
         (says([{"type": "text", "text": "Hi"}]), CHAT),
         (chat(tools=[TOOL], response_format={"type": "json_object"}, tool_choice="none"), CHAT),
         (chat(tools=[TOOL], response_format={"type": "text"}), CHAT),
+        (chat(text=[-1, "a"]), CHAT),  # what the other endpoint calls so has no meaning here
         (chat(max_tokens=None, stop=None, tools=None, temperature=1, top_p=0.5, logit_bias={"5": 1}), CHAT),
         (chat(stop=["a"], tools=[], user="u", metadata={"a": "b", "top_k": "5"}, seed=1, store=True, zzz=[1]), CHAT),
         (schema({"properties": {"allOf": {"anyOf": [{"type": "string"}, {"type": "null"}], "title": "T"}}}), CHAT),
         (schema({"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"minItems": 5, "enum": [{"allOf": 1}]}}}), CHAT),
         (response(input=[{"type": "function_call_output", "call_id": "a", "output": "x"}]), RESPONSES),
         (response(instructions="Be brief.", text={"format": {"type": "text"}}, previous_response_id="r"), RESPONSES),
+        (response(response_format=[-1, "a"]), RESPONSES),
     ],
 )
 async def test_a_request_goes_on_with_all_that_it_has(one: Stand, asked: dict[str, Any], path: str) -> None:
